@@ -1,0 +1,90 @@
+"""The sphere of radius R = √d on which every token lives (spec §1).
+
+Dimensions:
+  d  ambient (latent) dimension; points lie on S^{d-1} ⊂ ℝ^d, always the last axis
+"""
+
+import jax
+import jax.numpy as jnp
+
+EPS = 1e-7  # smallest norm that is divided by
+
+
+def _unit_scale(z):
+    """A power of two s with max|s·z| in [½, 1), so that squares neither overflow nor vanish."""
+    limit = -jnp.finfo(z.dtype).minexp
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(z), axis=-1, keepdims=True))
+    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), z.dtype), -jnp.clip(exponent, -limit, limit)))
+
+
+def _norm(z):
+    """‖z‖ over the last axis (kept), without overflow; its derivative at 0 is 0."""
+    s = _unit_scale(z)
+    square = jnp.sum(jnp.square(z * s), axis=-1, keepdims=True)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) / s
+
+
+@jax.custom_jvp
+def _normalize(z):
+    return z / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
+
+
+@_normalize.defjvp
+def _normalize_jvp(primals, tangents):
+    (z,), (z_dot,) = primals, tangents
+    w = z * _unit_scale(z)
+    square = jnp.sum(w * w, axis=-1, keepdims=True)
+    # ⟨w,ż⟩/⟨w,w⟩ rather than ⟨u,ż⟩: for ż = z both sums are equal up to a power of two,
+    # so the radial part cancels to exactly 0 and not merely to rounding.
+    radial = jnp.sum(w * z_dot, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
+    tangent = (z_dot - radial * w) / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
+    return _normalize(z), tangent
+
+
+def l2_normalize(z):
+    """Unit vectors: `z / max(‖z‖, 1e-7)` over the last axis.
+
+    The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖: a radial
+    tangent gives exactly 0 (also below 1e-7, where the clamped quotient itself would let it through).
+    Finite for every finite z, 0 and 1e30 included; forward, reverse and higher derivatives.
+
+    Args:
+      z: (..., d), any float type; half precision is computed in float32 and rounded once.
+    Returns:
+      (..., d) of z's dtype. Source: spec §1.
+    """
+    z = jnp.asarray(z)
+    compute = jnp.promote_types(z.dtype, jnp.float32)
+    return _normalize(z.astype(compute)).astype(z.dtype)
+
+
+def project(z, radius=None):
+    """The projection N_R(z) = R · l2_normalize(z) onto the sphere of radius R.
+
+    Args:
+      z: (..., d), any float type.
+      radius: R > 0; √d if not given, as in the paper.
+    Returns:
+      (..., d) of z's dtype with ‖·‖ = R, except near 0 (see `l2_normalize`). Source: paper §3, spec §1.
+    """
+    z = jnp.asarray(z)
+    radius = z.shape[-1] ** 0.5 if radius is None else radius
+    return l2_normalize(z) * jnp.asarray(radius, z.dtype)
+
+
+def householder(y, mu):
+    """Reflects y by the Householder reflection that takes e₁ to mu: `y − 2⟨y,u⟩u`, u = l2_normalize(e₁ − mu).
+
+    Where mu ≈ e₁ (L1 distance below 1e-6) the reflection is undefined and y is returned.
+
+    Args:
+      y: (..., d) points. mu: (..., d) unit vectors of the same dtype.
+    Returns:
+      (..., d). Source: De Cao & Aziz 2020, alg. 1; spec §2.
+    """
+    difference = jnp.eye(1, mu.shape[-1], dtype=mu.dtype)[0] - mu
+    u = l2_normalize(difference)
+    reflected = y - 2 * jnp.sum(y * u, axis=-1, keepdims=True) * u
+    at_pole = jnp.sum(jnp.abs(difference), axis=-1, keepdims=True) < 1e-6
+    return jnp.where(at_pole, y, reflected)

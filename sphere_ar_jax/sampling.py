@@ -1,0 +1,139 @@
+"""Sampling as one program: prefill, a scan over tokens with a static cache, inside it a scan over solver steps (spec §7).
+
+Dimensions:
+  B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows)
+  L  tokens      d  latent dimension      M  width of the flow head
+  m  standard normal draws per token: x₀, then one for each stochastic step
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sphere_ar_jax import flow, geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compiled into a sampler. The defaults are the published sampler. An option without use is an error.
+
+    Attributes:
+      solver: 'euler_maruyama' or 'euler'. num_steps: its steps.
+      last_step: width of the plain Euler step that ends Euler–Maruyama (0.04 if None); not for 'euler'.
+      guidance: schedule of the guidance scale over tokens, 'linear' or 'constant'; None samples without null rows.
+      first_token_apart: the published quirk, True if None. Where token 0's scale is exactly 1 (always so in the
+        linear schedule) guidance is off: conditional and null rows then draw their own noise, and feed their own,
+        different, first tokens back. False: both continue from the conditional token. Needs guidance.
+    """
+
+    solver: str = 'euler_maruyama'
+    num_steps: int = 100
+    last_step: float | None = None
+    guidance: str | None = 'linear'
+    first_token_apart: bool | None = None
+
+    def __post_init__(self):
+        flow.solver_times(self.solver, self.num_steps, self.last_step or 0.04)
+        if self.solver == 'euler' and self.last_step is not None:
+            raise ValueError('last_step is only used by the solver euler_maruyama: leave it out')
+        if self.last_step is not None and not 0 < self.last_step < 1:
+            raise ValueError(f'last_step is {self.last_step}, but must lie between 0 and 1')
+        if self.guidance is not None:
+            flow.guidance_scales(1.0, 1, self.guidance)
+        elif self.first_token_apart is not None:
+            raise ValueError('first_token_apart is only used with guidance: leave it out')
+
+    @property
+    def times(self):
+        """(t, dt) of the solver's evaluations."""
+        return flow.solver_times(self.solver, self.num_steps, self.last_step or 0.04)
+
+
+def _token(ar, variables, options, t_emb, scale, temperature, c, noise, apart):
+    """Draws one token for every row: conditions c (R, D), noise (m, R, d) → z (R, d) on the sphere.
+
+    `apart`: () bool, whether conditional and null rows go their own ways (each with its own noise and velocity).
+    """
+    c_emb = ar.apply(variables, c, method='embed_condition')
+
+    def velocity(x, t, t_emb):
+        v = ar.apply(variables, x, t_emb, c_emb, method='velocity')
+        if options.guidance is None:
+            return v
+        guided = flow.guide(*jnp.split(v, 2), scale)
+        return jnp.where(apart, v, jnp.concatenate([guided, guided]))
+
+    x = flow.integrate(velocity, temperature * noise[0], noise[1:], options.times, t_emb)
+    return geometry.project(x)
+
+
+def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temperature=1.0, noise=None):
+    """Draws the tokens of B images.
+
+    Args:
+      ar: `ar.AR`. params: its parameters. class_id: (B,) int32. options: `Options`.
+      keys: (B,) PRNG keys, one per image (fold them by global index), or None if noise is given.
+      guidance_scale: () s, needed with guidance and refused without. temperature: () factor of x₀'s noise.
+      noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with guidance, the null rows
+        of `first` are used only where token 0 goes apart.
+    Returns:
+      z (B, L, d) float32, ‖z‖ = √d. Source: spec §7. Raises ValueError for an option without use.
+    """
+    guided = options.guidance is not None
+    if guided != (guidance_scale is not None):
+        raise ValueError('give guidance_scale with a guidance schedule, and only then')
+    if (keys is None) == (noise is None):
+        raise ValueError('give either keys or noise')
+    variables = {'params': params}
+    L, d, m = ar.num_tokens, ar.latent_dim, flow.num_draws(options.solver, options.num_steps)
+    draw = jax.vmap(lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (m, d)), (0, None), 1)
+    double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
+    scales = flow.guidance_scales(guidance_scale, L, options.guidance) if guided else jnp.ones(L)
+    # Once for all tokens and rows: the embeddings of the solver's times.
+    t_emb = ar.apply(variables, options.times[0], method='embed_time')
+    token = partial(_token, ar, variables, options, t_emb)
+
+    rows = jnp.concatenate([class_id, jnp.full_like(class_id, ar.num_classes)]) if guided else class_id
+    c, cache = ar.apply(variables, rows, method='prefill')
+    apart = scales == 1
+    first_apart = jnp.logical_and(apart[0], options.first_token_apart is not False)
+    if noise is None:
+        first = draw(keys, 0)
+        if guided:
+            first = jnp.concatenate([first, jnp.where(first_apart, draw(keys, L), first)], axis=1)
+    else:
+        first = noise[0]
+        if guided:
+            conditional = first[:, : len(class_id)]
+            first = jnp.where(first_apart, first, double(conditional, 1))
+    z = token(scales[0], temperature, c, first, first_apart)
+
+    def step(carry, inputs):
+        z, cache = carry
+        k, scale, apart, noise = inputs
+        c, cache = ar.apply(variables, z, k, cache, method='decode_step')
+        draws = draw(keys, k) if noise is None else noise
+        z = token(scale, temperature, c, double(draws, 1), apart)
+        return (z, cache), z[: len(class_id)]
+
+    inputs = (jnp.arange(1, L), scales[1:], apart[1:], None if noise is None else noise[1])
+    _, rest = jax.lax.scan(step, (z, cache), inputs)
+    return jnp.concatenate([z[None, : len(class_id)], rest]).swapaxes(0, 1)
+
+
+@partial(jax.jit, static_argnames=('ar', 'vae', 'options'))
+def sample_images(ar, vae, options, ar_params, vae_params, class_id, keys, guidance_scale=None, temperature=1.0):
+    """Draws B images: `sample_tokens`, then the S-VAE decoder, in one compiled program.
+
+    Returns:
+      (images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)).
+    """
+    z = sample_tokens(ar, ar_params, class_id, keys, options, guidance_scale, temperature)
+    return vae.apply({'params': vae_params}, z, method='decode'), z
+
+
+def to_uint8(images):
+    """Images in [−1, 1] → uint8: clip(127.5·x + 128, 0, 255), truncated. Spec §7."""
+    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)

@@ -1,0 +1,175 @@
+"""The transformer block shared by the S-VAE and the AR model, and a scanned stack of it (spec §4).
+
+Dimensions:
+  B    batch                       T    positions of the sequence (extra tokens first, then the grid)
+  D    width                       N    heads, K = D/N the head dimension
+  F    hidden width of the SwiGLU  n    blocks in the stack (leading axis of every stacked parameter)
+  S    length of the static key/value cache
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+INIT = nn.initializers.normal(0.02)
+EPS = 1e-6
+
+
+def swiglu_width(width):
+    """Hidden width of the SwiGLU: int(2·4D/3), rounded up to a multiple of 256."""
+    return -(-int(2 * 4 * width / 3) // 256) * 256
+
+
+def rope_table(height, width, extra, head_dim, theta=10000.0):
+    """2-D rotary angles, in raster order after `extra` tokens at position 0 (identity rotation).
+
+    Token (row, col) sits at (x, y) = (col + 1½, row + 1½); its angles are [x·freqs, y·freqs] with
+    freqs_i = theta^(−2i/half), half = head_dim/2.
+
+    Returns:
+      (extra + height·width, head_dim/2) float32, radians. Source: spec §4.
+    """
+    half = head_dim // 2
+    freqs = theta ** (-2 * np.arange(half // 2) / half)
+    y, x = np.meshgrid(np.arange(height) + 1.5, np.arange(width) + 1.5, indexing='ij')
+    grid = np.stack([x.ravel(), y.ravel()], axis=-1)  # x first
+    positions = np.concatenate([np.zeros((extra, 2)), grid])
+    return (positions[:, :, None] * freqs).reshape(len(positions), half).astype(np.float32)
+
+
+def apply_rope(x, angles):
+    """Rotates the channel pairs (0,1), (2,3), … of x (B, T, N, K) by angles (T, K/2), in float32; x's dtype out."""
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32. (..., D) → (..., D) in `dtype`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
+        return (x * scale).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with 2-D RoPE, no biases, scale 1/√K.
+
+    Without a cache all T positions attend to each other (`causal`: to themselves and what is before).
+    With a cache (keys, values), each (B, S, N, K), the T given positions are written at `start` and attend
+    to the first start + T entries, causally.
+    """
+
+    heads: int
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, angles, cache=None, start=None):
+        width = x.shape[-1]
+        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
+        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name='qkv', **dense)(x)
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if cache is None:
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(c, new.astype(c.dtype), start, axis=1)
+                for c, new in zip(cache, (k, v), strict=True)
+            )
+            # is_causal would align top-left; a cache needs row i to see start + i + 1 entries.
+            visible = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
+            keys, values = (c.astype(q.dtype) for c in cache)
+            out = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
+        return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(gate)·up), gate and up from one fused matrix (gate first), no biases. (B, T, D) → (B, T, D)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
+        hidden = nn.DenseGeneral((2, swiglu_width(x.shape[-1])), name='w1', **dense)(x)
+        return nn.Dense(x.shape[-1], name='w2', **dense)(nn.silu(hidden[..., 0, :]) * hidden[..., 1, :])
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (B, T, D) → (B, T, D).
+
+    The carry is (x, cache); the cache holds all blocks' keys and values, each (n, B, S, N, K), of which this
+    block reads and writes number `layer`. Carried rather than scanned over, so that XLA updates it in place.
+    """
+
+    heads: int
+    causal: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry, layer, angles, start):
+        x, cache = carry
+        mine = None
+        if cache is not None:
+            mine = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
+        attention = Attention(self.heads, self.causal, self.dtype, name='attention')
+        y, mine = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, mine, start)
+        x = x + y
+        x = x + SwiGLU(self.dtype, name='mlp')(RMSNorm(self.dtype, name='mlp_norm')(x))
+        if cache is not None:
+            T = angles.shape[0]
+            fresh = (jax.lax.dynamic_slice_in_dim(m, start, T, axis=1)[None] for m in mine)
+            cache = tuple(
+                jax.lax.dynamic_update_slice(c, new, (layer, 0, start, 0, 0))
+                for c, new in zip(cache, fresh, strict=True)
+            )
+        return (x, cache), None
+
+
+class Stack(nn.Module):
+    """n blocks, scanned: parameters are stacked on a leading axis n and compile time does not grow with n.
+
+    Attributes:
+      remat: recompute each block's activations in the backward pass instead of keeping them.
+      unroll: blocks per iteration of the scan, up to n. Speed only: parameters and results are the same.
+    """
+
+    depth: int
+    heads: int
+    causal: bool
+    remat: bool = False
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, angles, cache=None, start=None):
+        """x (B, T, D), angles (T, K/2) → x (B, T, D), and the updated cache (None without one)."""
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.depth,
+            unroll=min(self.unroll, self.depth),
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+        blocks = scanned(self.heads, self.causal, self.dtype, name='blocks')
+        (x, cache), _ = blocks((x.astype(self.dtype), cache), jnp.arange(self.depth), jnp.asarray(angles), start)
+        return x, cache
+
+
+def empty_cache(depth, batch, length, heads, head_dim, dtype=jnp.float32):
+    """A zeroed key/value cache for `Stack`: (keys, values), each (n, B, S, N, K)."""
+    return tuple(jnp.zeros((depth, batch, length, heads, head_dim), dtype) for _ in range(2))
