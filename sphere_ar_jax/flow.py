@@ -8,6 +8,7 @@ Dimensions:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SOLVERS = ('euler', 'euler_maruyama')
 SCHEDULES = ('linear', 'constant')
@@ -67,9 +68,11 @@ def solver_times(solver, num_steps, last_step=0.04):
         return jnp.arange(num_steps, dtype=jnp.float32) / num_steps, jnp.full(num_steps, 1 / num_steps)
     if not 0 < last_step < 1:
         raise ValueError(f'last_step is {last_step}, but must lie between 0 and 1')
-    end = 1 - last_step
-    t = jnp.linspace(0, end, num_steps + 1, dtype=jnp.float32)
-    return t, jnp.full(num_steps + 1, end / num_steps).at[-1].set(last_step)
+    dt = np.full(num_steps + 1, (1 - last_step) / num_steps, np.float32)
+    # t is a running sum in float32, as published: the head sees t·1000, where its rounding shows
+    t = np.cumsum(np.append(np.float32(0), dt[:-1]), dtype=np.float32)
+    t[-1], dt[-1] = 1 - last_step, last_step
+    return jnp.asarray(t), jnp.asarray(dt)
 
 
 def num_draws(solver, num_steps):

@@ -6,6 +6,7 @@ Dimensions:
   G    adaLN groups, each of n residual blocks that share one (scale, shift, gate)
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,8 @@ TIME_DIM = 256
 
 def time_sinusoid(t, dim=TIME_DIM, period=10000.0):
     """Sinusoidal features [cos, sin] of t·1000 at dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32."""
-    freqs = jnp.asarray(period ** (-np.arange(dim // 2) / (dim // 2)), jnp.float32)
+    # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its rounding shows
+    freqs = np.exp(np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
     angles = (1000 * t.astype(jnp.float32))[..., None] * freqs
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -1,0 +1,166 @@
+"""The configuration: every key with its type and published default, its checks, and the objects it describes.
+
+`default()` is the schema. A file in configs/ starts from it, changes values and returns it; unknown keys and wrong
+types are refused by ml_collections, impossible values by `check`.
+"""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict, config_dict
+
+from sphere_ar_jax import ar, data, flow, sampling, vae
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one line that says what to change."""
+
+
+def _training(**values):
+    common = dict(
+        steps=100_000,
+        batch_size=256,
+        learning_rate=1e-4,
+        final_learning_rate=1e-4,
+        warmup_steps=0,
+        weight_decay=0.05,
+        b1=0.9,
+        b2=0.95,
+        clip_norm=1.0,
+        ema_decay=0.0,  # 0: no EMA
+        log_every=100,
+        checkpoint_every=1000,
+        keep=2,  # newest checkpoints kept
+        keep_every=0,  # steps whose multiples are kept for good, 0: none
+    )
+    return ConfigDict(common | values)
+
+
+def default():
+    """A ConfigDict with every key there is; the values are the published SphereAR-B at 256×256 (spec §3–§8)."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            dtype='float32',  # of the computation: float32 or bfloat16; parameters are float32 always
+            mesh=dict(data=-1),  # devices the batch is split over, −1: all
+            data=dict(name='digits', holdout=0.2),
+            vae=dict(
+                grid=(16, 16), latent_dim=16, image_channels=3, stem=64, channels=(64, 64, 128, 256, 512),
+                encoder_depth=6, decoder_depth=12, heads=8, remat=False, unroll=1,
+            ),
+            ar=dict(ar.VARIANTS['B'], class_tokens=16, remat=False, unroll=1),
+            tokenizer_training=_training(kl_weight=0.004, l2_weight=0.0),
+            ar_training=_training(
+                batch_size=512, learning_rate=3e-4, final_learning_rate=1e-5, warmup_steps=20_000, ema_decay=0.9999,
+                copies=4, label_dropout=0.1,
+            ),
+            sampling=dict(
+                num_images=1000, batch_size=250, solver='euler_maruyama', num_steps=100,
+                last_step=config_dict.placeholder(float), guidance=config_dict.placeholder(str),
+                guidance_scale=config_dict.placeholder(float), temperature=1.0,
+                first_token_apart=config_dict.placeholder(bool),
+            ),
+        )
+    )  # fmt: skip
+
+
+def dtype(config):
+    """The dtype of the computation."""
+    return DTYPES[config.dtype]
+
+
+def build_vae(config):
+    """The S-VAE that the config describes."""
+    options = config.vae.to_dict()
+    return vae.VAE(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in options.items()}, dtype=dtype(config))
+
+
+def build_ar(config):
+    """The AR model that the config describes."""
+    return ar.AR(
+        **config.ar.to_dict(),
+        num_classes=data.SOURCES[config.data.name].num_classes,
+        grid=tuple(config.vae.grid),
+        latent_dim=config.vae.latent_dim,
+        dtype=dtype(config),
+    )
+
+
+def build_sampler(config):
+    """The sampler's compiled-in options."""
+    s = config.sampling
+    return sampling.Options(s.solver, s.num_steps, s.last_step, s.guidance, s.first_token_apart)
+
+
+def _require(condition, message):
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_heads(where, width, heads):
+    _require(heads >= 1 and width % heads == 0, f'{where}: {heads} heads do not divide the width {width}')
+    _require(
+        width // heads % 4 == 0,
+        f'{where}: head dimension {width}/{heads} = {width // heads} must be a multiple of 4 for the 2-D RoPE',
+    )
+
+
+def _check_training(name, training):
+    for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
+        _require(training[key] >= 1, f'{name}.{key} is {training[key]}, but must be at least 1')
+    for key in ('learning_rate', 'final_learning_rate', 'clip_norm'):
+        _require(training[key] > 0, f'{name}.{key} is {training[key]}, but must be above 0')
+    for key in ('b1', 'b2', 'ema_decay'):
+        _require(0 <= training[key] < 1, f'{name}.{key} is {training[key]}, but must lie in [0, 1)')
+    for key in ('warmup_steps', 'keep_every', 'weight_decay'):
+        _require(training[key] >= 0, f'{name}.{key} is {training[key]}, but must not be negative')
+    _require(
+        training.warmup_steps <= training.steps,
+        f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
+    )
+
+
+def check(config):
+    """Raises ConfigError, one line, for values that no run can have; returns the config."""
+    _require(config.dtype in DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(DTYPES)}')
+    names = ', '.join(data.SOURCES)
+    _require(config.data.name in data.SOURCES, f'data.name is {config.data.name!r}, but must be one of {names}')
+    _require(0 < config.data.holdout < 1, f'data.holdout is {config.data.holdout}, but must lie between 0 and 1')
+    v, a = config.vae, config.ar
+    for key in ('latent_dim', 'image_channels', 'stem', 'encoder_depth', 'decoder_depth', 'heads', 'unroll'):
+        _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
+    for key in a:
+        _require(key == 'remat' or a[key] >= 1, f'ar.{key} is {a[key]}, but must be at least 1')
+    _require(len(v.grid) == 2 and min(v.grid) >= 1, f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1')
+    _require(len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages')
+    for channels in (v.stem, *v.channels):
+        groups = min(32, channels // 4)
+        _require(
+            groups >= 1 and channels % groups == 0,
+            f'vae: {channels} channels cannot be normalised in {groups} groups: use a multiple of 4 up to 128 or of 32',
+        )
+    _check_heads('vae', v.channels[-1], v.heads)
+    _check_heads('ar', a.width, a.heads)
+    _require(
+        a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
+    )
+    want, have = data.SOURCES[config.data.name].image_shape, build_vae(config).image_shape
+    _require(want == have, f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}')
+    for name in ('tokenizer_training', 'ar_training'):
+        _check_training(name, config[name])
+    t = config.ar_training
+    _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
+    _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
+    s = config.sampling
+    _require(s.guidance in (None, *flow.SCHEDULES), f'sampling.guidance is {s.guidance!r}: use linear or constant')
+    _require(
+        (s.guidance is None) == (s.guidance_scale is None),
+        'sampling: give guidance_scale with a guidance schedule, and only then',
+    )
+    _require(s.num_images >= 1 and s.batch_size >= 1, 'sampling: num_images and batch_size must be at least 1')
+    _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')
+    try:
+        build_sampler(config)
+    except ValueError as error:
+        raise ConfigError(f'sampling: {error}') from None
+    return config

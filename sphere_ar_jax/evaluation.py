@@ -1,0 +1,155 @@
+"""Scores: distances between sets of images, and the digits' own protocol.
+
+Dimensions:
+  n, m  images of a set     f  features of an image (64 pixels for digits at 8×8)
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sphere_ar_jax import data, sampling
+
+
+def frechet_distance(a, b):
+    """Fréchet distance of the normal distributions fitted to two sets: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½).
+
+    The trace of the root is taken from the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which are real and not negative also
+    where covariances are singular (digits have pixels that never change).
+
+    Args:
+      a: (n, f), b: (m, f) features, at least 2 rows each. Covariances are unbiased (n − 1).
+    Returns:
+      a float ≥ 0 up to rounding, float64 throughout. Source: Heusel et al. 2017, eq. 6.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap)
+
+
+def distances(a, b):
+    """Euclidean distances (n, m) between the rows of a (n, f) and b (m, f), float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.sqrt(square.clip(0))
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+
+    A point lies on a set's manifold if it is at most as far from some point of the set as that point's k-th
+    neighbour within the set (itself not counted).
+
+    Args:
+      real: (n, f), fake: (m, f). k: neighbours, < n and < m.
+    Returns:
+      (precision, recall): the share of fake points on the real manifold, and of real ones on the fake.
+    """
+
+    def radii(x):
+        return np.partition(distances(x, x), k, axis=1)[:, k]
+
+    between = distances(real, fake)
+    precision = (between <= radii(real)[:, None]).any(0).mean()
+    recall = (between <= radii(fake)[None]).any(1).mean()
+    return float(precision), float(recall)
+
+
+def memorisation(samples, train, heldout):
+    """How near samples lie to training images, beside how near held-out real images do.
+
+    Args:
+      samples, train, heldout: (·, f).
+    Returns:
+      dict: median nearest-training distance of samples and of held-out images, and the share of samples nearer to a
+      training image than the nearest 5% of held-out images are (0.05 where samples are as new as real images).
+    """
+    of_samples, of_heldout = distances(samples, train).min(1), distances(heldout, train).min(1)
+    return {
+        'memorisation/samples_to_train': float(np.median(of_samples)),
+        'memorisation/heldout_to_train': float(np.median(of_heldout)),
+        'memorisation/nearer_than_5pct_of_heldout': float(np.mean(of_samples < np.quantile(of_heldout, 0.05))),
+    }
+
+
+def reconstruct(vae, params, images, key, batch_size=256):
+    """Autoencodes images (n, H, W, c) with posterior samples, one key per image folded by its index.
+
+    Returns:
+      (reconstructions (n, H, W, c), mean KL in nats per token, mean kappa).
+    """
+
+    @jax.jit
+    def run(params, images, keys):
+        posterior = vae.apply({'params': params}, images, method='encode')
+        z = posterior.sample(jax.vmap(lambda q, key: q.draw(key))(posterior, keys))
+        return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
+    parts = [run(params, images[i : i + batch_size], keys[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    recon, kl, kappa = (np.concatenate([np.asarray(part[j]) for part in parts]) for j in range(3))
+    return recon, float(kl.mean()), float(kappa.mean())
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of images in [−1, 1] (peak 2), over all pixels together."""
+    return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
+
+
+def sample_images(ar, vae, ar_params, vae_params, labels, key, config, options, progress=lambda n: None):
+    """Draws one image per label in batches of config.batch_size; image i's key is folded from i alone.
+
+    Args:
+      labels: (n,) ints. key: PRNG key. config: the `sampling` section. options: `sampling.Options`.
+      progress: called with the number of images after each batch.
+    Returns:
+      images (n, H, W, c) float32, about [−1, 1], the same for any batch size up to rounding.
+    """
+    labels, images = np.asarray(labels, np.int32), []
+    for start in range(0, len(labels), config.batch_size):
+        index = np.arange(start, start + config.batch_size) % len(labels)  # whole batches: one compilation
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
+        batch, _ = sampling.sample_images(
+            ar, vae, options, ar_params, vae_params, jnp.asarray(labels[index]), keys,
+            config.guidance_scale, config.temperature,
+        )  # fmt: skip
+        images.append(np.asarray(batch)[: len(labels) - start])
+        progress(len(images[-1]))
+    return np.concatenate(images)
+
+
+def digit_pixels(images):
+    """Model images (n, 16, 16, 1) in [−1, 1] → (n, 64) pixels of the 8×8 scans in [0, 1]."""
+    return data.shrink(np.clip((np.asarray(images) + 1) / 2, 0, 1)).reshape(len(images), 64)
+
+
+def score_digits(samples, labels, train, heldout):
+    """The digits' protocol on 8×8 pixels in [0, 1].
+
+    Args:
+      samples: (n, 64) drawn for `labels` (n,). train, heldout: `data.Digits`, the second never trained on.
+    Returns:
+      dict of floats: accuracy with which an SVC trained on `train` reads the labels back (and its own on `heldout`),
+      Fréchet distances, precision, recall, memorisation.
+    """
+    from sklearn.svm import SVC  # slow to import: only where digits are scored
+
+    flat = lambda source: source.pixels.reshape(len(source), 64)
+    real = np.concatenate([flat(train), flat(heldout)])
+    classifier = SVC(gamma=0.256, C=10).fit(flat(train), train.labels)
+    read = classifier.predict(samples)
+    precision, recall = precision_recall(real, samples)
+    return {
+        'classifier/accuracy': float(classifier.score(flat(heldout), heldout.labels)),
+        'samples/accuracy': float(np.mean(read == labels)),
+        'samples/classes_drawn': len(np.unique(read)),
+        'samples/frechet': frechet_distance(samples, real),
+        'samples/frechet_heldout': frechet_distance(samples, flat(heldout)),
+        'real/frechet': frechet_distance(flat(train), flat(heldout)),
+        'samples/precision': precision,
+        'samples/recall': recall,
+        **memorisation(samples, flat(train), flat(heldout)),
+    }

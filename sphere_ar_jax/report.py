@@ -1,0 +1,166 @@
+"""Pictures of a run and report.html, one self-contained page.
+
+Images are (n, H, W, c) float in [−1, 1].
+"""
+
+import base64
+import html
+import io
+import json
+import os
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from sphere_ar_jax import metric_writer, sampling
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def _write(path, content):
+    """Writes bytes to a path at once: the old file or the new one, never half of it."""
+    with open(path + '.tmp', 'wb') as f:
+        f.write(content)
+    os.replace(path + '.tmp', path)
+
+
+def write_json(path, values):
+    """Writes a dictionary as an indented JSON file, at once."""
+    _write(path, (json.dumps(values, indent=2) + '\n').encode())
+
+
+def tile(images, columns, scale=3, gap=2):
+    """Images in a grid, row by row: uint8 (height, width, c), each pixel `scale` wide, on white."""
+    pixels = np.asarray(sampling.to_uint8(images)).repeat(scale, 1).repeat(scale, 2)
+    n, H, W, c = pixels.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        canvas[y : y + H, x : x + W] = image
+    return canvas
+
+
+def _save_figure(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches='tight')
+    plt.close(figure)
+    _write(path, buffer.getvalue())
+
+
+def save_samples(path, images, labels, per_class=16):
+    """A labelled grid: one row per class, the first `per_class` images drawn for it."""
+    labels = np.asarray(labels)
+    classes = np.unique(labels)
+    per_class = min(per_class, min(np.sum(labels == c) for c in classes))
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
+    grid = tile(images[chosen], per_class)
+    figure, axis = plt.subplots(figsize=(9, 9 * grid.shape[0] / grid.shape[1]))
+    axis.imshow(grid.squeeze(), cmap='gray', vmin=0, vmax=255)
+    height = grid.shape[0] / len(classes)
+    axis.set_yticks([(i + 0.5) * height for i in range(len(classes))], [str(c) for c in classes])
+    axis.set_xticks([])
+    axis.set_ylabel('class asked for')
+    axis.set_title('drawn by the model, not selected')
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    _save_figure(figure, path)
+
+
+def save_reconstructions(path, images, reconstructions, columns=16):
+    """Two rows of images, each original above its reconstruction."""
+    pairs = [x for i in range(0, 2 * columns, columns) for x in (images[i : i + columns], reconstructions[i : i + columns])]
+    grid = tile(np.concatenate(pairs), columns)
+    buffer = io.BytesIO()
+    Image.fromarray(grid.squeeze()).save(buffer, format='PNG')
+    _write(path, buffer.getvalue())
+
+
+# (stage directory, scalar, label, logarithmic axis)
+_CURVES = (
+    ('tokenizer', 'l1', 'tokenizer: mean |error|', True),
+    ('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
+    ('tokenizer', 'kl', 'tokenizer: KL, nats per token', False),
+    ('tokenizer', 'kappa', 'tokenizer: mean κ', True),
+    ('ar', 'loss', 'AR: flow loss', True),
+    ('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
+    ('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
+    ('ar', 'learning_rate', 'AR: learning rate', False),
+)
+
+
+def save_curves(path, workdir):
+    """The training curves, from each stage's metrics.jsonl."""
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6))
+    for axis, (stage, name, label, logarithmic) in zip(axes.flat, _CURVES, strict=True):
+        lines = metric_writer.read_scalars(os.path.join(workdir, stage, 'metrics.jsonl'))
+        axis.plot([line['step'] for line in lines], [line[name] for line in lines])
+        axis.set_title(label, fontsize=9)
+        axis.set_xlabel('step', fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if logarithmic:
+            axis.set_yscale('log')
+    figure.tight_layout()
+    _save_figure(figure, path)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>SphereAR: {title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+img {{ max-width: 100%; image-rendering: pixelated }} table {{ border-collapse: collapse }}
+td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ddd }} td.n {{ text-align: right;
+font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }}
+</style></head><body>
+<h1>SphereAR on {title}</h1>
+<p>{summary}</p>
+<h2>Samples</h2><img alt="a grid of samples, one row per class" src="{samples}">
+<h2>Reconstructions of held-out images</h2><p>Each original above what the tokenizer makes of it.</p>
+<img alt="originals and reconstructions" src="{reconstructions}">
+<h2>Numbers</h2><table>{rows}</table>
+<h2>Training curves</h2><img alt="training curves" src="{curves}">
+<h2>Again</h2><p>The same command in an empty directory gives the same result on the same machine.</p>
+<pre>{command}</pre>
+<h2>Configuration</h2><pre>{config}</pre>
+</body></html>
+"""
+
+_MEANING = {
+    'vae/psnr': 'reconstruction of held-out images, dB',
+    'vae/kl': 'KL of the posterior to the uniform distribution, nats per token',
+    'vae/kappa': 'mean concentration of the posterior',
+    'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
+    'samples/accuracy': 'share of samples that it reads as the class asked for',
+    'samples/classes_drawn': 'classes among the samples, as it reads them',
+    'samples/frechet': 'Fréchet distance of samples to all real digits',
+    'samples/frechet_heldout': 'Fréchet distance of samples to the held-out digits',
+    'real/frechet': 'Fréchet distance of training to held-out digits',
+    'samples/precision': 'share of samples on the real manifold (k = 3)',
+    'samples/recall': "share of real digits on the samples' manifold (k = 3)",
+    'memorisation/samples_to_train': 'median distance of a sample to the nearest training digit',
+    'memorisation/heldout_to_train': 'the same of a held-out real digit',
+    'memorisation/nearer_than_5pct_of_heldout': 'share of samples nearer than the nearest 5% of held-out digits',
+    'peak_rss_mb': 'largest memory of the process, MiB',
+}
+
+
+def _embedded(path):
+    with open(path, 'rb') as f:
+        return 'data:image/png;base64,' + base64.b64encode(f.read()).decode()
+
+
+def save_page(workdir, title, summary, metrics, config, command):
+    """Writes WORKDIR/report.html from the pictures in WORKDIR and a dict of metrics."""
+    rows = ''.join(
+        f'<tr><td><code>{name}</code></td><td class="n">{value:.4g}</td><td>{_MEANING.get(name, "")}</td></tr>'
+        for name, value in metrics.items()
+    )
+    pictures = {name: _embedded(f'{workdir}/{name}.png') for name in ('samples', 'reconstructions', 'curves')}
+    page = _PAGE.format(
+        title=html.escape(title), summary=html.escape(summary), rows=rows,
+        command=html.escape(command), config=html.escape(config), **pictures,
+    )  # fmt: skip
+    _write(f'{workdir}/report.html', page.encode())

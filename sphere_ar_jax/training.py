@@ -1,0 +1,225 @@
+"""Training: the state, the two step factories and the one loop (spec §8).
+
+Dimensions:
+  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
+"""
+
+import math
+import signal
+import time
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from clu import parameter_overview
+
+from sphere_ar_jax import checkpoint, data, losses, metric_writer, optimizer, sharding
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is no number any more."""
+
+
+class Preempted(RuntimeError):
+    """SIGTERM or Ctrl-C arrived; the state has been saved."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """step () int32, the parameters, the optimizer's state, and the EMA of the parameters (None without one)."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def eval_params(self):
+        """What sampling and evaluation use: the EMA where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+class Stage(NamedTuple):
+    """One of the two trainings.
+
+    Attributes:
+      name: also its directory. options: its section of the config. init: key → TrainState.
+      step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
+      shown: the scalars for the console.
+    """
+
+    name: str
+    options: Any
+    init: Any
+    step: Any
+    frozen: Any
+    shown: tuple
+
+
+def _stage(name, options, seed, init_params, loss, frozen, shown):
+    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
+    schedule = optimizer.learning_rate(
+        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+    )
+    tx = optimizer.adamw(
+        schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+    ema_decay = options.ema_decay
+
+    def init(key):
+        params = init_params(key)
+        ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+        return TrainState(jnp.int32(0), params, tx.init(params), ema)
+
+    def step(state, frozen, batch):
+        keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['label']))
+        compute = jax.value_and_grad(loss, has_aux=True)
+        (value, scalars), grads = compute(state.params, frozen, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optimizer.update_ema(state.ema, params, ema_decay) if ema_decay else None
+        scalars |= dict(loss=value, grad_norm=optax.global_norm(grads), learning_rate=schedule(state.step))
+        return TrainState(state.step + 1, params, opt_state, ema), scalars
+
+    return Stage(name, options, init, step, frozen, shown)
+
+
+def tokenizer_stage(vae, options, seed):
+    """Trains the S-VAE by `losses.tokenizer_loss`."""
+
+    def loss(params, _, batch, keys):
+        return losses.tokenizer_loss(
+            vae, params, batch['image'], lambda posterior: losses.posterior_draws(keys, posterior),
+            kl_weight=options.kl_weight, l2_weight=options.l2_weight,
+        )  # fmt: skip
+
+    return _stage('tokenizer', options, seed, vae.init_params, loss, (), ('loss', 'psnr', 'kl', 'kappa'))
+
+
+def ar_stage(ar, vae, vae_params, options, seed):
+    """Trains the AR model by `losses.flow_loss` on tokens drawn afresh at each step from the frozen S-VAE."""
+
+    def loss(params, vae_params, batch, keys):
+        posterior_keys, flow_keys, label_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        posterior = vae.apply({'params': vae_params}, batch['image'], method='encode')
+        z = posterior.sample(losses.posterior_draws(posterior_keys, posterior))
+        draws = losses.flow_draws(flow_keys, options.copies, *z.shape[1:])
+        class_id = losses.drop_labels(label_keys, batch['label'], ar.num_classes, options.label_dropout)
+        return losses.flow_loss(ar, params, class_id, z, *draws)
+
+    return _stage('ar', options, seed, ar.init_params, loss, vae_params, ('loss', 'grad_norm', 'token_norm'))
+
+
+def abstract_state(stage, mesh):
+    """The shapes, dtypes and shardings of a stage's state."""
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    make = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(make, shapes, sharding.tree_shardings(mesh, shapes))
+
+
+class _Signals:
+    """While open, SIGTERM and SIGINT are noted in `arrived` instead of ending the process; a second one ends it."""
+
+    def __enter__(self):
+        self.arrived = None
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _):
+        self.arrived = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _check_finite(scalars, step, saved, stage):
+    """Raises NonFiniteError where the loss or the gradient of `step` is not finite. Waits for that step."""
+    if not all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
+        last = 'there is no checkpoint yet' if saved is None else f'the last good checkpoint is step {saved}'
+        raise NonFiniteError(
+            f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last} and was '
+            f'not touched. Try a lower {stage.name}_training.learning_rate, more warmup_steps or dtype float32'
+        )
+
+
+def train(stage, source, directory, *, seed, mesh):
+    """Runs a stage from its newest whole checkpoint, or from the start, to its last step.
+
+    A function of (config, seed) alone: however often it was killed and started again, the result is the same bit for
+    bit on the same machine.
+
+    Args:
+      stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
+      initialisation and data order. mesh: see `sharding`.
+    Returns:
+      (state, seconds trained, interruptions included).
+    Raises:
+      NonFiniteError, Preempted, checkpoint.DamagedError.
+    """
+    options, started = stage.options, time.perf_counter()
+    abstract = abstract_state(stage, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    batches = data.batches(
+        source, batch_size=options.batch_size, seed=seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
+    restored = checkpoints.restore(abstract)
+    before = 0.0
+    if restored is None:
+        state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(seed))
+        print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=12), flush=True)
+    else:
+        state, data_state, before = restored
+        batches.set_state(data_state)
+        print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
+    elapsed = lambda: before + time.perf_counter() - started
+    step, saved = int(state.step), None if restored is None else int(state.step)
+    if step >= options.steps:
+        checkpoints.close()
+        return state, before
+
+    step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
+    writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
+    averages, pending, mark = None, None, (step, time.perf_counter())
+
+    def save():
+        nonlocal saved
+        _check_finite(pending, step, saved, stage)  # nothing that is not finite is ever saved
+        checkpoints.save(step, state, batches.get_state(), elapsed())
+        saved = step
+
+    try:
+        with _Signals() as signals:
+            while step < options.steps:
+                batch = sharding.place_batch(mesh, next(batches))
+                state, scalars = step_fn(state, stage.frozen, batch)
+                if pending is not None:  # one step late, so that the device is never idle
+                    _check_finite(pending, step, saved, stage)
+                step, pending = step + 1, scalars
+                if averages is None:
+                    names = {name: clu_metrics.Average.from_output(name) for name in scalars}
+                    collection = clu_metrics.Collection.create(**names)
+                    accumulate = jax.jit(lambda a, s: a.merge(collection.single_from_model_output(**s)))
+                    averages = collection.empty()
+                averages = accumulate(averages, scalars)
+                writer.advance()
+                if step % options.log_every == 0 or step == options.steps:
+                    values = {name: float(value) for name, value in averages.compute().items()}
+                    seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
+                    values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
+                    writer.write(step, values, stage.shown)
+                    averages, mark = collection.empty(), (step, time.perf_counter())
+                if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
+                    save()
+                if signals.arrived:
+                    raise Preempted(f'{signals.arrived}: saved at step {step} of {options.steps}; the same command goes on')
+        _check_finite(pending, step, saved, stage)
+    finally:
+        writer.close()
+        checkpoints.close()
+    return state, elapsed()
