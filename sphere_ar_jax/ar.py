@@ -81,7 +81,7 @@ class AR(nn.Module):
           (B, L, D) in `dtype`.
         """
         x, _ = self.stack(self.embed(class_id, z[:, :-1]), self._angles())
-        return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff.astype(self.dtype)
+        return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff[None].astype(self.dtype)
 
     def prefill(self, class_id):
         """Reads the class tokens: class_id (B,) → condition of token 0 (B, D) and the filled cache."""
@@ -91,14 +91,14 @@ class AR(nn.Module):
         )  # fmt: skip
         x = self.embed(class_id, jnp.zeros((class_id.shape[0], 0, self.latent_dim)))
         x, cache = self.stack(x, self._angles()[: self.class_tokens], cache, 0)
-        return self.norm(x[:, -1]) + self.pos_for_diff[0].astype(self.dtype), cache
+        return self.norm(x[:, -1]) + self.pos_for_diff[:1].astype(self.dtype), cache
 
     def decode_step(self, z, k, cache):
         """Feeds token k − 1, z (B, d), and returns the condition of token k ≥ 1 (B, D) with the updated cache."""
         start = self.class_tokens + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
-        return self.norm(x[:, 0]) + jnp.take(self.pos_for_diff, k, axis=0).astype(self.dtype), cache
+        return self.norm(x[:, 0]) + jnp.take(self.pos_for_diff, jnp.asarray(k)[None], axis=0).astype(self.dtype), cache
 
     def embed_time(self, t):
         """`FlowHead.embed_time`."""

@@ -82,8 +82,8 @@ def kl_to_uniform(kappa, d):
 
 
 # Double-exponential (tanh-sinh) nodes on (0, 1): log y, 1 − y and log(dy/dt · h), made in float64.
-_H = 0.1
-_T = np.arange(-44, 45) * _H
+_H = 1 / 16
+_T = np.arange(-53, 51) * _H
 _LOG_Y = -np.logaddexp(0, -np.pi * np.sinh(_T))
 _ONE_MINUS_Y = np.exp(-np.logaddexp(0, np.pi * np.sinh(_T)))
 _LOG_DY = np.log(np.pi * np.cosh(_T) * _H) + _LOG_Y + np.log(_ONE_MINUS_Y)
@@ -104,7 +104,8 @@ def _beta_quantile_slope(s, alpha, beta):
     w = jnp.where(lower, s, 1 - s)[..., None]
     p = jnp.where(lower, alpha, beta)[..., None]
     q = jnp.where(lower, beta, alpha)[..., None]
-    log_y, one_minus_y, log_dy = (jnp.asarray(a, dtype) for a in (_LOG_Y, _ONE_MINUS_Y, _LOG_DY))
+    nodes = (jnp.asarray(a, dtype).reshape(*(1,) * s.ndim, -1) for a in (_LOG_Y, _ONE_MINUS_Y, _LOG_DY))
+    log_y, one_minus_y, log_dy = nodes
     log_x = jnp.where(lower[..., None], jnp.log(w) + log_y, jnp.log1p(-w * jnp.exp(log_y)))
     log_ratio = (p - 1) * log_y + (q - 1) * jnp.log1p(w * one_minus_y / (1 - w)) + log_dy
     return w[..., 0] * jnp.sum(jnp.abs(mean_log[..., None] - log_x) * jnp.exp(log_ratio), axis=-1)
@@ -115,7 +116,7 @@ def implicit_beta(s, alpha, beta):
     """A given draw s ~ Beta(alpha, beta), made differentiable in alpha (implicit reparameterisation).
 
     The value is s; the tangent is the movement of the draw at a fixed quantile, `ds/d alpha = −(∂F/∂alpha)/p(s)`
-    (Figurnov et al. 2018), by an 89-node tanh-sinh rule, exact to rounding. First derivatives only.
+    (Figurnov et al. 2018), by a 104-node tanh-sinh rule (to 1e-5 in float64). First derivatives only.
 
     Args:
       s: (...) draws in [0, 1]. alpha: (...) > 0, the differentiable parameter. beta: (...) > 0, held constant.

@@ -24,7 +24,7 @@ def time_sinusoid(t, dim=TIME_DIM, period=10000.0):
     """Sinusoidal features [cos, sin] of t·1000 at dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32."""
     # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its rounding shows
     freqs = np.exp(np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
-    angles = (1000 * t.astype(jnp.float32))[..., None] * freqs
+    angles = 1000 * t.astype(jnp.float32)[..., None] * freqs.reshape(*(1,) * t.ndim, -1)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -103,7 +103,7 @@ class FlowHead(nn.Module):
 
     def __call__(self, x, t_emb, c_emb):
         """x (N, d) float32, t_emb (N, M) or (M,), c_emb (N, M) → velocity (N, d) float32."""
-        y = nn.silu(t_emb + c_emb)
+        y = nn.silu(jnp.broadcast_to(t_emb, c_emb.shape) + c_emb)
         h, _ = self.res_groups(self.input_proj(x), y)
         modulation = self.final_ada(y)
         h = self.final_norm(h) * (1 + modulation[..., 0, :]) + modulation[..., 1, :]

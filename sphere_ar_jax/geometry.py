@@ -34,11 +34,14 @@ def _normalize(z):
 def _normalize_jvp(primals, tangents):
     (z,), (z_dot,) = primals, tangents
     w = z * _unit_scale(z)
+    # First the multiple of w that makes the largest coordinate 0: for a radial ż it leaves exactly 0, in whatever
+    # order the sums below are added up. The projection of what is left is that of ż.
+    largest = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
+    pivot = jnp.take_along_axis(w, largest, axis=-1)
+    rest = z_dot - jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot) * w
     square = jnp.sum(w * w, axis=-1, keepdims=True)
-    # ⟨w,ż⟩/⟨w,w⟩ rather than ⟨u,ż⟩: for ż = z both sums are equal up to a power of two,
-    # so the radial part cancels to exactly 0 and not merely to rounding.
-    radial = jnp.sum(w * z_dot, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
-    tangent = (z_dot - radial * w) / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
+    radial = jnp.sum(w * rest, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
+    tangent = (rest - radial * w) / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
     return _normalize(z), tangent
 
 
@@ -55,7 +58,7 @@ def l2_normalize(z):
       (..., d) of z's dtype. Source: spec §1.
     """
     z = jnp.asarray(z)
-    compute = jnp.promote_types(z.dtype, jnp.float32)
+    compute = jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
     return _normalize(z.astype(compute)).astype(z.dtype)
 
 
@@ -83,7 +86,7 @@ def householder(y, mu):
     Returns:
       (..., d). Source: De Cao & Aziz 2020, alg. 1; spec §2.
     """
-    difference = jnp.eye(1, mu.shape[-1], dtype=mu.dtype)[0] - mu
+    difference = jax.nn.one_hot(jnp.zeros(mu.shape[:-1], int), mu.shape[-1], dtype=mu.dtype) - mu
     u = l2_normalize(difference)
     reflected = y - 2 * jnp.sum(y * u, axis=-1, keepdims=True) * u
     at_pole = jnp.sum(jnp.abs(difference), axis=-1, keepdims=True) < 1e-6

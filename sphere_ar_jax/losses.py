@@ -80,8 +80,9 @@ def flow_loss(ar, params, class_id, z, t_normal, noise):
     """
     z = jax.lax.stop_gradient(z)
     t = jax.nn.sigmoid(t_normal)
-    x_t = flow.interpolate(noise, z, t)
+    copies = jnp.broadcast_to(z, noise.shape)
+    x_t = flow.interpolate(noise, copies, t)
     v = ar.apply({'params': params}, class_id, z, x_t, t)
-    loss = jnp.mean(jnp.square(v - flow.target_velocity(noise, z)))
+    loss = jnp.mean(jnp.square(v - flow.target_velocity(noise, copies)))
     predicted = x_t + (1 - t[..., None]) * v
     return loss, dict(token_norm=jnp.mean(jnp.linalg.norm(predicted, axis=-1)))

@@ -80,7 +80,7 @@ def _stage(name, options, seed, init_params, loss, frozen, shown):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optimizer.update_ema(state.ema, params, ema_decay) if ema_decay else None
-        scalars |= dict(loss=value, grad_norm=optax.global_norm(grads), learning_rate=schedule(state.step))
+        scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
     return Stage(name, options, init, step, frozen, shown)

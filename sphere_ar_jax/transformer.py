@@ -42,7 +42,7 @@ def rope_table(height, width, extra, head_dim, theta=10000.0):
 
 def apply_rope(x, angles):
     """Rotates the channel pairs (0,1), (2,3), … of x (B, T, N, K) by angles (T, K/2), in float32; x's dtype out."""
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
-        return (x * scale).astype(self.dtype)
+        return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -88,7 +88,7 @@ class Attention(nn.Module):
                 for c, new in zip(cache, (k, v), strict=True)
             )
             # is_causal would align top-left; a cache needs row i to see start + i + 1 entries.
-            visible = jnp.arange(cache[0].shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
+            visible = jnp.arange(cache[0].shape[1])[None] <= start + jnp.arange(x.shape[1])[:, None]
             keys, values = (c.astype(q.dtype) for c in cache)
             out = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache

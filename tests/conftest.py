@@ -1,0 +1,58 @@
+"""Shared by all tests: strict promotion rules, and the tiny golden model (see goldens/README.md)."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sphere_ar_jax import ar, convert, vae
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+# For tests of what optax and jax.nn.dot_product_attention (in bfloat16) promote inside themselves.
+libraries_promote = functools.partial(jax.numpy_dtype_promotion, 'standard')
+
+GOLDENS = pathlib.Path(__file__).parent / 'goldens'
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """Tensors measured on the public PyTorch code, images as NHWC."""
+    tensors = dict(np.load(GOLDENS / 'tiny.npz'))
+    for name in [n for n in tensors if n.endswith('_nchw')]:
+        tensors[name.removesuffix('_nchw')] = tensors.pop(name).transpose(0, 2, 3, 1)
+    tensors['class_id'] = tensors['class_id'].astype(np.int32)
+    return tensors
+
+
+@pytest.fixture(scope='session')
+def torch_tensors():
+    return load_file(GOLDENS / 'tiny.safetensors')
+
+
+@pytest.fixture(scope='session')
+def tiny_vae(torch_tensors):
+    """(model, parameters) of the golden S-VAE."""
+    options = json.loads((GOLDENS / 'tiny.json').read_text())
+    model = vae.VAE(
+        grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
+        encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
+    )  # fmt: skip
+    return model, convert.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+
+
+@pytest.fixture(scope='session')
+def tiny_ar(torch_tensors):
+    """(model, parameters) of the golden AR model."""
+    options = json.loads((GOLDENS / 'tiny.json').read_text())
+    model = ar.AR(
+        depth=options['n_layer'], heads=options['n_head'], width=options['dim'], head_depth=options['diff_layers'],
+        head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
+        num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
+    )  # fmt: skip
+    return model, convert.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))

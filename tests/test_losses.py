@@ -1,0 +1,78 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sphere_ar_jax import convert, losses
+
+
+def _assert_gradients(gradients, golden, prefix, tolerance):
+    """Every gradient's norm, and the whole gradient where the golden has it."""
+    tensors = convert.to_torch(gradients)
+    norms = [name for name in golden if name.startswith(f'{prefix}gradnorm/')]
+    assert len(norms) == len(tensors)
+    for name in norms:
+        short = name.removeprefix(f'{prefix}gradnorm/')
+        tensor = tensors[short if short in tensors else f'vae.{short}']
+        np.testing.assert_allclose(np.linalg.norm(tensor), golden[name], rtol=tolerance(short), err_msg=short)
+    for name in [name for name in golden if name.startswith(f'{prefix}grad/')]:
+        short = name.removeprefix(f'{prefix}grad/')
+        ours = tensors[short if short in tensors else f'vae.{short}']
+        scale = np.abs(golden[name]).max()
+        np.testing.assert_allclose(ours / scale, golden[name] / scale, atol=tolerance(short), err_msg=short)
+
+
+def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
+    model, params = tiny_ar
+    posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
+    z = posterior.sample((golden['train_beta'], golden['train_tangent']))
+    t_normal, noise = golden['train_t_normal'].reshape(2, 3, 16), golden['train_noise'].reshape(2, 3, 16, 8)
+    loss = lambda p: losses.flow_loss(model, p, golden['class_id'], z, t_normal, noise)
+    (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
+    assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
+    _assert_gradients(gradients, golden, '', lambda _: 1e-4)
+
+
+def test_tokenizer_loss_and_gradients(golden, tiny_vae):
+    """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder gradients likewise."""
+    model, params = tiny_vae
+    draws = golden['vae_beta'], golden['vae_tangent']
+    loss = lambda p: losses.tokenizer_loss(model, p, golden['images'], draws, kl_weight=0.004, l2_weight=0.0)
+    (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
+    np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
+    np.testing.assert_allclose(value, golden['vae_l1'] + 0.004 * golden['vae_kl'], rtol=1e-5)
+    np.testing.assert_allclose(scalars['token_norm'], np.sqrt(8), rtol=1e-5)
+    recon, _ = model.apply({'params': params}, golden['images'], draws)
+    np.testing.assert_allclose(recon, golden['vae_recon'], rtol=1e-4, atol=1e-4)
+    _assert_gradients(gradients, golden, 'vae_', lambda _: 1e-4)
+
+
+def test_l2_weight(golden, tiny_vae):
+    model, params = tiny_vae
+    draws = golden['vae_beta'], golden['vae_tangent']
+    value, scalars = losses.tokenizer_loss(model, params, golden['images'], draws, kl_weight=0.0, l2_weight=2.0)
+    squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
+    np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
+    np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
+
+
+def test_draws_depend_on_the_sample_not_on_the_batch():
+    """The draws of a batch are those of its rows, wherever the batch is cut."""
+    keys = losses.sample_keys(jax.random.key(0), 7, 6)
+    whole = losses.flow_draws(keys, 2, 16, 8)
+    chex.assert_shape(whole, [(2, 6, 16), (2, 6, 16, 8)])
+    parts = [losses.flow_draws(keys[i : i + 2], 2, 16, 8) for i in (0, 2, 4)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts))
+    assert not np.array_equal(jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6)))
+
+
+def test_label_dropout():
+    keys = losses.sample_keys(jax.random.key(0), 0, 4000)
+    labels = jnp.arange(4000) % 10
+    dropped = np.asarray(losses.drop_labels(keys, labels, 10, 0.1))
+    share = np.mean(dropped == 10)
+    assert abs(share - 0.1) < 5 * np.sqrt(0.09 / 4000)
+    np.testing.assert_array_equal(dropped[dropped != 10], np.asarray(labels)[dropped != 10])
+    np.testing.assert_array_equal(losses.drop_labels(keys, labels, 10, 0.0), labels)

@@ -1,0 +1,209 @@
+import chex
+import flax.traverse_util as traverse
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax import ar, convert, flow_head, transformer, vae
+from tests.conftest import libraries_promote
+
+COUNTS = {'B': 204_499_216, 'L': 476_380_176, 'H': 943_854_096}
+
+
+def _count(model):
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+
+
+def _norm(tensors):
+    return {name: np.linalg.norm(np.asarray(tensor, np.float64)) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize('variant', COUNTS)
+def test_parameter_counts(variant):
+    assert _count(ar.AR(**ar.VARIANTS[variant])) == COUNTS[variant]
+
+
+def test_vae_parameter_count_and_shapes():
+    assert _count(vae.VAE()) == 75_393_297
+    assert vae.VAE().patch_size == 16 and vae.VAE().image_shape == (256, 256, 3)
+
+
+def test_full_size_names_are_the_published_ones():
+    """Every tensor of the published key lists, and none else, except the recomputed RoPE buffers."""
+    import json
+    import pathlib
+
+    keys = pathlib.Path(__file__).parent / 'goldens' / 'keys'
+    vae_shapes = convert.torch_shapes(jax.eval_shape(vae.VAE().init_params, jax.random.key(0)))
+    assert len(list(keys.glob('*.json'))) == 4
+    for path in keys.glob('*.json'):
+        published = {k: tuple(v) for k, v in json.loads(path.read_text()).items() if 'freqs_cis' not in k}
+        ours = dict(vae_shapes)
+        if path.stem != 'vae':
+            model = ar.AR(**ar.VARIANTS[path.stem[-1]])
+            ours |= convert.torch_shapes(jax.eval_shape(model.init_params, jax.random.key(0)))
+        assert ours == published
+
+
+def test_rope_table(golden):
+    angles = transformer.rope_table(4, 4, 4, 32)[:-1]
+    chex.assert_shape(angles, (19, 16))
+    np.testing.assert_allclose(np.cos(angles), golden['freqs_cis'][..., 0], atol=1e-6)
+    np.testing.assert_allclose(np.sin(angles), golden['freqs_cis'][..., 1], atol=1e-6)
+
+
+def test_encoder_and_decoder(golden, tiny_vae):
+    model, params = tiny_vae
+    hidden = model.apply({'params': params}, golden['images'], method=lambda m, x: m.encoder(x))
+    np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
+    posterior = model.apply({'params': params}, golden['images'], method='encode')
+    chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
+    np.testing.assert_allclose(posterior.mu, golden['mu'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(posterior.kappa, golden['kappa'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(posterior.kl(), golden['kl'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.mean(posterior.kl()), golden['kl_mean'], rtol=1e-4)
+    z = posterior.sample((golden['beta_draw'], golden['tangent_draw']))
+    np.testing.assert_allclose(z, golden['z'], rtol=1e-4, atol=1e-4)
+    decoded = model.apply({'params': params}, golden['z'], method='decode')
+    np.testing.assert_allclose(decoded, golden['decoded'], rtol=1e-4, atol=1e-4)
+
+
+def test_ar_and_head(golden, tiny_ar):
+    model, params = tiny_ar
+    variables = {'params': params}
+    class_id, z = golden['class_id'], golden['z']
+    embedded = model.apply(variables, class_id, z[:, :-1], method='embed')
+    np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
+    first = jax.tree.map(lambda a: a[:1], params['stack'])
+    block, _ = transformer.Stack(1, model.heads, True).apply({'params': first}, embedded, golden_angles(golden))
+    np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
+    conditions = model.apply(variables, class_id, z, method='condition')
+    np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
+    arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
+    v = model.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))
+    np.testing.assert_allclose(v, golden['head_v'], rtol=1e-4, atol=1e-4)
+
+
+def golden_angles(golden):
+    return jnp.arctan2(golden['freqs_cis'][..., 1], golden['freqs_cis'][..., 0])
+
+
+def test_causality_by_gradients(golden, tiny_ar):
+    """Condition k depends on every token before k, on none from k on, and on the class."""
+    model, params = tiny_ar
+    jacobian = jax.jacrev(lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='condition')[0].sum(-1))
+    influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
+    chex.assert_shape(influence, (16, 16))
+    seen = np.tril(np.ones((16, 16)), -1)
+    np.testing.assert_array_equal(influence * (1 - seen), 0)
+    assert (influence[seen == 1] > 1e-6).all()
+    other = model.apply({'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='condition')
+    assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
+
+
+def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
+    model, params = tiny_vae
+    mu = lambda image: model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
+    assert (np.abs(jax.grad(mu)(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4)) > 0).all()
+
+
+def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
+    model, params = tiny_ar
+    variables = {'params': params}
+    c, cache = model.apply(variables, golden['class_id'], method='prefill')
+    conditions = [c]
+    decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
+    for k in range(1, 16):
+        c, cache = decode(golden['z'][:, k - 1], k, cache)
+        conditions.append(c)
+    full = model.apply(variables, golden['class_id'], golden['z'], method='condition')
+    np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
+
+
+def _with(model, **changes):
+    return model.clone(**changes)
+
+
+def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar, tiny_vae):
+    """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or recomputed."""
+    for (model, params), run in (
+        (tiny_ar, lambda m, p: m.apply({'params': p}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4))),
+        (tiny_vae, lambda m, p: m.apply({'params': p}, golden['z'][:1], method='decode')),
+    ):
+        value = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(m, p) ** 2)))(params)
+        plain = value(model)
+        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+        for changed in (_with(model, unroll=2), _with(model, remat=True)):
+            chex.assert_trees_all_equal_shapes(shapes, jax.eval_shape(changed.init_params, jax.random.key(0)))
+            chex.assert_trees_all_close(value(changed), plain, rtol=1e-4, atol=1e-4)
+
+
+@libraries_promote()
+def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
+    model, params = tiny_ar
+    half = _with(model, dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal_dtypes(jax.eval_shape(half.init_params, jax.random.key(0)), params)
+    conditions = half.apply({'params': params}, golden['class_id'], golden['z'], method='condition')
+    assert conditions.dtype == jnp.bfloat16
+    np.testing.assert_allclose(conditions.astype(np.float32), golden['ar_cond'], atol=0.1)
+    v = half.apply({'params': params}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4))
+    assert v.dtype == np.float32
+    model, params = tiny_vae
+    half = _with(model, dtype=jnp.bfloat16)
+    posterior = half.apply({'params': params}, golden['images'], method='encode')
+    assert posterior.mu.dtype == posterior.kappa.dtype == np.float32
+    np.testing.assert_allclose(jnp.linalg.norm(posterior.mu, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(posterior.mu, golden['mu'], atol=0.05)
+    decoded = half.apply({'params': params}, golden['z'], method='decode')
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, golden['decoded'], atol=0.3)
+
+
+def test_time_sinusoid():
+    t = jnp.asarray([0.0, 0.25])
+    features = flow_head.time_sinusoid(t)
+    chex.assert_shape(features, (2, 256))
+    np.testing.assert_array_equal(features[0], [1] * 128 + [0] * 128)
+    np.testing.assert_allclose(features[1, [0, 128]], [np.cos(250), np.sin(250)], atol=1e-5)
+
+
+def test_initialisation():
+    """The published initialisation, by the moments of what is drawn."""
+    model = ar.AR(depth=2, heads=4, width=128, head_depth=4, head_width=128, head_groups=2, grid=(4, 4), num_classes=50)
+    params = traverse.flatten_dict(jax.jit(model.init_params)(jax.random.key(0)), sep='/')
+    zero = {n for n, p in params.items() if not np.any(np.asarray(p))}
+    biases = {n for n in params if n.endswith('bias')}
+    assert zero == biases | {'head/res_groups/ada/kernel', 'head/final_ada/kernel', 'head/final_linear/kernel'}
+    for name in ('stack/blocks/mlp/w1/kernel', 'stack/blocks/attention/qkv/kernel', 'cls_embedding', 'pos_for_diff', 'head/time1/kernel', 'proj_in/kernel'):
+        np.testing.assert_allclose(np.std(params[name]), 0.02, rtol=0.06)
+    w1 = np.asarray(params['head/res_groups/blocks/w1/kernel'])  # fused: fan_out counts both halves
+    bound = np.sqrt(6 / (128 + 2 * 192))
+    assert 0.97 * bound < np.abs(w1).max() <= bound
+    assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
+    params = traverse.flatten_dict(jax.jit(vae.VAE(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(jax.random.key(0)), sep='/')
+    fan_in = {
+        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16, 'quant_proj/kernel': 128,
+        'quant_proj/bias': 128, 'post_quant_proj/kernel': 16, 'encoder/output/kernel': 128,
+    }  # fmt: skip
+    for name, fan in fan_in.items():
+        largest = np.abs(params[name]).max()
+        assert 0.8 * fan**-0.5 < largest <= fan**-0.5, name
+    np.testing.assert_allclose(np.std(params['decoder/vit/stack/blocks/mlp/w2/kernel']), 0.02, rtol=0.06)
+
+
+def test_conversion_round_trip(torch_tensors, tiny_ar, tiny_vae):
+    back = convert.to_torch(tiny_ar[1]) | convert.to_torch(tiny_vae[1])
+    assert set(back) == set(torch_tensors)
+    for name, tensor in torch_tensors.items():
+        np.testing.assert_array_equal(back[name], tensor.astype(np.float32), err_msg=name)
+
+
+def test_conversion_names_what_is_wrong(torch_tensors, tiny_ar):
+    like = jax.eval_shape(tiny_ar[0].init_params, jax.random.key(0))
+    lacking = {k: v for k, v in torch_tensors.items() if k != 'layers.1.attention.wo.weight'}
+    with pytest.raises(KeyError, match='layers.1.attention.wo.weight'):
+        convert.from_torch(lacking, like)
+    with pytest.raises(ValueError, match='proj_in.bias'):
+        convert.from_torch(torch_tensors | {'proj_in.bias': np.zeros(3)}, like)
