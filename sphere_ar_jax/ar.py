@@ -131,6 +131,6 @@ class AR(nn.Module):
     def init_params(self, key):
         """Fresh parameters from a PRNG key."""
         L, d = self.num_tokens, self.latent_dim
-        return self.init(key, jnp.zeros(1, jnp.int32), jnp.zeros((1, L, d)), jnp.zeros((1, 1, L, d)), jnp.zeros((1, 1, L)))[
-            'params'
-        ]
+        return self.init(
+            key, jnp.zeros(1, jnp.int32), jnp.zeros((1, L, d)), jnp.zeros((1, 1, L, d)), jnp.zeros((1, 1, L))
+        )['params']

@@ -72,7 +72,9 @@ def dtype(config):
 def build_vae(config):
     """The S-VAE that the config describes."""
     options = config.vae.to_dict()
-    return vae.VAE(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in options.items()}, dtype=dtype(config))
+    return vae.VAE(
+        **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in options.items()}, dtype=dtype(config)
+    )
 
 
 def build_ar(config):

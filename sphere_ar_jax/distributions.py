@@ -35,9 +35,7 @@ def _digamma_difference(alpha, beta):
     shifts = sum(beta / ((alpha + k) * (alpha + beta + k)) for k in range(_SHIFT))
     a = alpha + _SHIFT
     c = a + beta
-    series = sum(
-        b * (2 * k + 1) * (a ** -(2 * k + 2) - c ** -(2 * k + 2)) for k, b in enumerate(_STIRLING)
-    )
+    series = sum(b * (2 * k + 1) * (a ** -(2 * k + 2) - c ** -(2 * k + 2)) for k, b in enumerate(_STIRLING))
     return jnp.log1p(beta / a) + 0.5 * beta / (a * c) + series + shifts
 
 

@@ -89,7 +89,9 @@ def reconstruct(vae, params, images, key, batch_size=256):
         return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
-    parts = [run(params, images[i : i + batch_size], keys[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    parts = [
+        run(params, images[i : i + batch_size], keys[i : i + batch_size]) for i in range(0, len(images), batch_size)
+    ]
     recon, kl, kappa = (np.concatenate([np.asarray(part[j]) for part in parts]) for j in range(3))
     return recon, float(kl.mean()), float(kappa.mean())
 

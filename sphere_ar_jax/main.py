@@ -57,7 +57,9 @@ def _parse_flags(argv):
         bad = [name for name in unknown if name not in names]
         if bad:
             raise UserError(f'the config has no key {bad[0]}{_nearest(bad[0], names)}') from None
-        raise UserError(f'{" ".join(given)}: {_first_line(error)}' if override or given else _first_line(error)) from None
+        raise UserError(
+            f'{" ".join(given)}: {_first_line(error)}' if override or given else _first_line(error)
+        ) from None
     except (flags.Error, TypeError, ValueError, FileNotFoundError, SyntaxError, ImportError) as error:
         raise UserError(_first_line(error)) from None
 
@@ -80,9 +82,13 @@ def _same_config(cfg, workdir):
             if isinstance(tree, dict) else {prefix[:-1]: tree}
         )  # fmt: skip
         old, new = flat(theirs), flat(mine)
-        changed = [f'{k} {old.get(k)} → {new.get(k)}' for k in new | old if fixed.fullmatch(k) and old.get(k) != new.get(k)]
+        changed = [
+            f'{k} {old.get(k)} → {new.get(k)}' for k in new | old if fixed.fullmatch(k) and old.get(k) != new.get(k)
+        ]
         if changed:
-            raise UserError(f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir')
+            raise UserError(
+                f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
+            )
     report.write_json(path, mine)
 
 
@@ -122,7 +128,10 @@ def run(cfg, workdir, command):
     source = data.SOURCES[cfg.data.name]
     train, heldout = (source(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
     platform = jax.devices()[0].platform
-    print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s); to {workdir}', flush=True)
+    print(
+        f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s); to {workdir}',
+        flush=True,
+    )
     seconds = {'start': time.perf_counter() - _STARTED}
 
     stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)

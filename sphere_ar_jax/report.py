@@ -16,7 +16,7 @@ from PIL import Image
 from sphere_ar_jax import metric_writer, sampling
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def _write(path, content):
@@ -72,7 +72,9 @@ def save_samples(path, images, labels, per_class=16):
 
 def save_reconstructions(path, images, reconstructions, columns=16):
     """Two rows of images, each original above its reconstruction."""
-    pairs = [x for i in range(0, 2 * columns, columns) for x in (images[i : i + columns], reconstructions[i : i + columns])]
+    pairs = [
+        x for i in range(0, 2 * columns, columns) for x in (images[i : i + columns], reconstructions[i : i + columns])
+    ]
     grid = tile(np.concatenate(pairs), columns)
     buffer = io.BytesIO()
     Image.fromarray(grid.squeeze()).save(buffer, format='PNG')

@@ -217,7 +217,9 @@ def train(stage, source, directory, *, seed, mesh):
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
                     save()
                 if signals.arrived:
-                    raise Preempted(f'{signals.arrived}: saved at step {step} of {options.steps}; the same command goes on')
+                    raise Preempted(
+                        f'{signals.arrived}: saved at step {step} of {options.steps}; the same command goes on'
+                    )
         _check_finite(pending, step, saved, stage)
     finally:
         writer.close()

@@ -33,7 +33,9 @@ def _cosine_density(kappa, d):
 
 @pytest.mark.parametrize('kappa', KL_TABLE)
 def test_kl_table(kappa):
-    np.testing.assert_allclose(distributions.kl_to_uniform(jnp.float32(kappa), 16), KL_TABLE[kappa], rtol=1e-6, atol=5e-6)
+    np.testing.assert_allclose(
+        distributions.kl_to_uniform(jnp.float32(kappa), 16), KL_TABLE[kappa], rtol=1e-6, atol=5e-6
+    )
     with jax.enable_x64(True):
         exact = distributions.kl_to_uniform(jnp.asarray(kappa, jnp.float64), 16)
     np.testing.assert_allclose(exact, KL_TABLE[kappa], atol=5.1e-8)  # the table's last digit
@@ -63,7 +65,9 @@ def test_normaliser_entropy_and_kl_against_scipy(kappa, d):
     mu = np.eye(d)[0]
     with jax.enable_x64(True):
         kappa64 = jnp.asarray(kappa, jnp.float64)
-        np.testing.assert_allclose(distributions.log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64), peak, rtol=1e-9, atol=1e-8)
+        np.testing.assert_allclose(
+            distributions.log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64), peak, rtol=1e-9, atol=1e-8
+        )
         np.testing.assert_allclose(distributions.entropy(kappa64, d), entropy, rtol=1e-9, atol=1e-8)
     mu = jnp.asarray(mu, jnp.float32)
     np.testing.assert_allclose(distributions.log_prob(mu, mu, jnp.float32(kappa)), peak, rtol=1e-5, atol=1e-5)
@@ -97,9 +101,7 @@ def test_uniform_at_kappa_zero():
 def test_sample_moments(kappa, pole):
     """The mean along mu, its variance, no mean across, and the whole law of the cosine (Kolmogorov–Smirnov)."""
     n, d = 20_000, 8
-    mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(
-        pole, geometry.l2_normalize(jnp.arange(1.0, d + 1))
-    )
+    mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(pole, geometry.l2_normalize(jnp.arange(1.0, d + 1)))
     x = distributions.sample(jax.random.key(1), jnp.broadcast_to(mu, (n, d)), jnp.full(n, kappa))
     chex.assert_shape(x, (n, d))
     np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-5)
@@ -128,7 +130,9 @@ def test_implicit_gradient_is_the_slope_of_the_quantile(kappa, d):
         ours = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(s, alpha, b)
         np.testing.assert_allclose(ours, slope, rtol=2e-5, atol=1e-13)
     s32 = jnp.asarray(s, jnp.float32)
-    ours = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(s32, jnp.float32(alpha), jnp.float32(b))
+    ours = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(
+        s32, jnp.float32(alpha), jnp.float32(b)
+    )
     # float32 cannot tell a draw from its neighbours: hold it to the slope's change over that rounding
     np.testing.assert_allclose(ours, slope, rtol=2e-3, atol=2e-7)
 
@@ -136,7 +140,9 @@ def test_implicit_gradient_is_the_slope_of_the_quantile(kappa, d):
 def test_implicit_gradient_is_finite_for_any_draw():
     s = jnp.asarray([0.0, 1e-38, 1e-10, 0.5, 1 - 6e-8, 1.0])
     for alpha in (0.5, 1.0, 8.5, 1e4):
-        slope = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(s, jnp.float32(alpha), jnp.float32(7.5))
+        slope = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(
+            s, jnp.float32(alpha), jnp.float32(7.5)
+        )
         chex.assert_tree_all_finite(slope)
         assert (slope >= 0).all()  # more alpha moves every quantile up
 
@@ -196,7 +202,9 @@ def test_implicit_gradient_has_less_variance_than_jax_random_beta():
     keys = jax.random.split(jax.random.key(4), n)
     direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, beta)), (None, 0)))(alpha, keys)
     s = jax.vmap(lambda key: jax.random.beta(key, alpha, beta))(keys)
-    implicit = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(s, jnp.float32(alpha), jnp.float32(beta))
+    implicit = jax.vmap(jax.grad(distributions.implicit_beta, argnums=1), (0, None, None))(
+        s, jnp.float32(alpha), jnp.float32(beta)
+    )
     truth = beta / (alpha + beta) ** 2
     for slopes in (direct, implicit):
         assert abs(float(slopes.mean()) - truth) < 5 * float(slopes.std()) / np.sqrt(n)

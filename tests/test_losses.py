@@ -65,7 +65,9 @@ def test_draws_depend_on_the_sample_not_on_the_batch():
     chex.assert_shape(whole, [(2, 6, 16), (2, 6, 16, 8)])
     parts = [losses.flow_draws(keys[i : i + 2], 2, 16, 8) for i in (0, 2, 4)]
     chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts))
-    assert not np.array_equal(jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6)))
+    assert not np.array_equal(
+        jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6))
+    )
 
 
 def test_label_dropout():

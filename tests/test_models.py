@@ -93,7 +93,9 @@ def golden_angles(golden):
 def test_causality_by_gradients(golden, tiny_ar):
     """Condition k depends on every token before k, on none from k on, and on the class."""
     model, params = tiny_ar
-    jacobian = jax.jacrev(lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='condition')[0].sum(-1))
+    jacobian = jax.jacrev(
+        lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='condition')[0].sum(-1)
+    )
     influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
     chex.assert_shape(influence, (16, 16))
     seen = np.tril(np.ones((16, 16)), -1)
@@ -129,7 +131,12 @@ def _with(model, **changes):
 def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar, tiny_vae):
     """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or recomputed."""
     for (model, params), run in (
-        (tiny_ar, lambda m, p: m.apply({'params': p}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4))),
+        (
+            tiny_ar,
+            lambda m, p: m.apply(
+                {'params': p}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
+            ),
+        ),
         (tiny_vae, lambda m, p: m.apply({'params': p}, golden['z'][:1], method='decode')),
     ):
         value = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(m, p) ** 2)))(params)
@@ -176,13 +183,25 @@ def test_initialisation():
     zero = {n for n, p in params.items() if not np.any(np.asarray(p))}
     biases = {n for n in params if n.endswith('bias')}
     assert zero == biases | {'head/res_groups/ada/kernel', 'head/final_ada/kernel', 'head/final_linear/kernel'}
-    for name in ('stack/blocks/mlp/w1/kernel', 'stack/blocks/attention/qkv/kernel', 'cls_embedding', 'pos_for_diff', 'head/time1/kernel', 'proj_in/kernel'):
+    for name in (
+        'stack/blocks/mlp/w1/kernel',
+        'stack/blocks/attention/qkv/kernel',
+        'cls_embedding',
+        'pos_for_diff',
+        'head/time1/kernel',
+        'proj_in/kernel',
+    ):
         np.testing.assert_allclose(np.std(params[name]), 0.02, rtol=0.06)
     w1 = np.asarray(params['head/res_groups/blocks/w1/kernel'])  # fused: fan_out counts both halves
     bound = np.sqrt(6 / (128 + 2 * 192))
     assert 0.97 * bound < np.abs(w1).max() <= bound
     assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
-    params = traverse.flatten_dict(jax.jit(vae.VAE(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(jax.random.key(0)), sep='/')
+    params = traverse.flatten_dict(
+        jax.jit(vae.VAE(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(
+            jax.random.key(0)
+        ),
+        sep='/',
+    )
     fan_in = {
         'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16, 'quant_proj/kernel': 128,
         'quant_proj/bias': 128, 'post_quant_proj/kernel': 16, 'encoder/output/kernel': 128,

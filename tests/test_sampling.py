@@ -74,7 +74,9 @@ def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
     """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens by over 1e-4."""
     model, params = tiny_ar
     first, rest = _noise(golden, case)
-    moved = _sample(golden, model, params, case, (first * (1 + 1e-6), rest)) - _sample(golden, model, params, case, (first, rest))
+    moved = _sample(golden, model, params, case, (first * (1 + 1e-6), rest)) - _sample(
+        golden, model, params, case, (first, rest)
+    )
     assert np.abs(moved[:, 0]).max() < 2e-5
     assert np.abs(moved).max() > 1e-4
 
@@ -156,7 +158,9 @@ def test_one_compilation(golden, tiny_ar, tiny_vae):
     seen = []
     for seed, scale, temperature in ((0, 1.0, 1.0), (1, 4.5, 1.0), (1, 2.0, 0.7)):
         keys = jax.random.split(jax.random.key(seed), 2)
-        images, z = run(params, decoder_params, jnp.asarray([seed, 3]), keys, jnp.float32(scale), jnp.float32(temperature))
+        images, z = run(
+            params, decoder_params, jnp.asarray([seed, 3]), keys, jnp.float32(scale), jnp.float32(temperature)
+        )
         chex.assert_shape([images, z], [(2, 64, 64, 3), (2, 16, 8)])
         chex.assert_tree_all_finite((images, z))
         seen.append(images)

@@ -1,0 +1,124 @@
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax import checkpoint, sharding
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh()
+
+
+def _state(mesh, seed):
+    state = {
+        'step': jnp.int32(seed),
+        'w': jax.random.normal(jax.random.key(seed), (300, 40)),
+        'half': jnp.arange(64, dtype=jnp.bfloat16),
+    }
+    return jax.device_put(state, sharding.tree_shardings(mesh, state))
+
+
+def _like(state):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def _save(directory, mesh, steps, **options):
+    checkpoints = checkpoint.Checkpoints(directory, **options)
+    for step in steps:
+        checkpoints.save(step, _state(mesh, step), {'next_index': step}, 1.5 * step)
+    checkpoints.close()
+
+
+def _restored(directory, mesh):
+    checkpoints = checkpoint.Checkpoints(directory, keep=10)
+    try:
+        return checkpoints.restore(_like(_state(mesh, 0)))
+    finally:
+        checkpoints.close()
+
+
+def test_fingerprint_sees_every_bit():
+    tree = {
+        'a': np.arange(50, dtype=np.float32),
+        'b': np.arange(7, dtype=np.int32),
+        'c': jnp.arange(9, dtype=jnp.bfloat16),
+    }
+    before = checkpoint.fingerprint(tree)
+    assert len(before) == 3 and checkpoint.fingerprint(tree) == before
+    for bit in range(50 * 32):
+        changed = tree['a'].copy()
+        changed.view(np.uint32)[bit // 32] ^= np.uint32(1 << bit % 32)
+        assert checkpoint.fingerprint({**tree, 'a': changed}) != before
+    assert checkpoint.fingerprint({**tree, 'a': tree['a'][::-1].copy()}) != before
+
+
+def test_round_trip_and_what_is_kept(tmp_path, mesh):
+    _save(tmp_path, mesh, range(1, 8), keep=2, keep_every=3)
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [3, 6, 7]
+    state, data_state, seconds = _restored(tmp_path, mesh)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(_state(mesh, 7)), strict=True):
+        assert ours.dtype == theirs.dtype and ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+    assert data_state == {'next_index': 7} and seconds == 10.5
+
+
+def test_nothing_to_restore(tmp_path, mesh):
+    assert _restored(tmp_path, mesh) is None
+
+
+def _array_files(step_directory):
+    files = [p for p in pathlib.Path(step_directory, 'state').rglob('*') if p.is_file()]
+    return sorted(files, key=lambda p: p.stat().st_size)
+
+
+def _truncate(directory):
+    path = _array_files(directory)[-1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(directory):
+    path = _array_files(directory)[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def _drop(directory):
+    for path in pathlib.Path(directory, 'meta').rglob('*'):
+        if path.is_file():
+            path.unlink()
+
+
+def _forge(directory):
+    """Another state under the same meta: what a bit flip that Orbax does not notice looks like."""
+    import shutil
+
+    other = pathlib.Path(directory).parent / '2'
+    shutil.rmtree(pathlib.Path(directory) / 'state')
+    shutil.copytree(other / 'state', pathlib.Path(directory) / 'state')
+
+
+@pytest.mark.parametrize('damage', [_truncate, _flip, _drop, _forge])
+def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damage):
+    _save(tmp_path, mesh, [1, 2, 3], keep=10)
+    damage(tmp_path / '3')
+    state, data_state, _ = _restored(tmp_path, mesh)
+    assert int(state['step']) == 2 and data_state == {'next_index': 2}
+    assert f'{tmp_path}/3 cannot be read' in capfd.readouterr().err
+    assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()  # set aside, not deleted
+    _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
+    assert int(_restored(tmp_path, mesh)[0]['step']) == 3
+
+
+def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path, mesh):
+    _save(tmp_path, mesh, [1, 2], keep=10)
+    for step in ('1', '2'):
+        _truncate(tmp_path / step)
+    with pytest.raises(checkpoint.DamagedError, match='none of the checkpoints'):
+        _restored(tmp_path, mesh)
+    assert {'1', '2'} <= set(os.listdir(tmp_path))

@@ -1,0 +1,69 @@
+"""What the layout promises: imports only go down, and a plain install needs neither TensorFlow nor PyTorch."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import sphere_ar_jax
+
+PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
+# Each module may import only from lines above its own.
+LEVELS = (
+    ('geometry',),
+    ('distributions', 'flow'),
+    ('transformer',),
+    ('vae', 'flow_head'),
+    ('ar',),
+    ('convert', 'losses', 'sampling', 'optimizer'),
+    ('data', 'sharding', 'checkpoint', 'metric_writer'),
+    ('config', 'training'),
+    ('evaluation', 'report'),
+    ('main',),
+)
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == 'sphere_ar_jax':
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('sphere_ar_jax.'):
+            yield node.module.split('.')[1]
+
+
+def test_imports_only_go_down():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    modules = {path.stem: path for path in PACKAGE.glob('*.py') if path.stem != '__init__'}
+    assert set(modules) == set(level)
+    for name, path in modules.items():
+        for imported in _imports(path):
+            assert level[imported] < level[name], f'{name} imports {imported}'
+
+
+def test_no_tensorflow_and_no_torch():
+    """Importing every module pulls in neither."""
+    names = ', '.join(f'sphere_ar_jax.{path.stem}' for path in PACKAGE.glob('*.py') if path.stem != '__init__')
+    code = f'import sys, {names}; sys.exit(int(bool({{"tensorflow", "torch"}} & set(sys.modules))))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=PACKAGE.parent, timeout=300).returncode == 0
+
+
+def test_models_know_no_mesh():
+    for name in ('geometry', 'distributions', 'flow', 'transformer', 'vae', 'flow_head', 'ar', 'losses', 'sampling'):
+        assert not re.search(r'\b(mesh|sharding)\b', (PACKAGE / f'{name}.py').read_text().lower()), name
+
+
+def test_no_pmap():
+    for path in PACKAGE.glob('*.py'):
+        assert 'pmap' not in path.read_text(), path
+
+
+def test_functions_are_short():
+    """A training step fits on a screen, the loop in 150 lines."""
+    lengths = {}
+    for path in PACKAGE.glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths[f'{path.stem}.{node.name}'] = node.end_lineno - node.lineno + 1
+    assert lengths['training.step'] <= 40
+    assert max(lengths.values()) <= 150
