@@ -4,6 +4,8 @@
 types are refused by ml_collections, impossible values by `check`.
 """
 
+import re
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
@@ -38,7 +40,7 @@ def _training(**values):
 
 def default():
     """A ConfigDict with every key there is; the values are the published SphereAR-B at 256×256 (spec §3–§8)."""
-    return ConfigDict(
+    config = ConfigDict(
         dict(
             seed=0,
             dtype='float32',  # of the computation: float32 or bfloat16; parameters are float32 always
@@ -62,6 +64,34 @@ def default():
             ),
         )
     )  # fmt: skip
+    return config.lock()  # a key that is not here is an error
+
+
+def keys(tree, prefix=''):
+    """All dotted names of a (nested) config, sections included."""
+    names = []
+    for name, value in tree.items():
+        names.append(prefix + name)
+        if hasattr(value, 'items'):
+            names += keys(value, f'{prefix}{name}.')
+    return names
+
+
+def _leaves(tree, prefix=''):
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in _leaves(value, f'{prefix}{key}.').items()}
+
+
+# What may change between two runs in one workdir: how often to log and save, and sampling.
+_FREE = re.compile(r'mesh\..*|sampling\..*|.*\.(log_every|checkpoint_every|keep|keep_every|remat|unroll)')
+
+
+def differences(old, new):
+    """'KEY OLD → NEW' for each difference of two configs (as plain dictionaries) that a run cannot go on across."""
+    old, new = _leaves(old), _leaves(new)
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and not _FREE.fullmatch(name)]
+    return [f'{name} {old.get(name)} → {new.get(name)}' for name in changed]
 
 
 def dtype(config):
@@ -133,6 +163,8 @@ def check(config):
         _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
     for key in a:
         _require(key == 'remat' or a[key] >= 1, f'ar.{key} is {a[key]}, but must be at least 1')
+    for key in ('grid', 'channels'):
+        _require(all(type(n) is int for n in v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
     _require(len(v.grid) == 2 and min(v.grid) >= 1, f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1')
     _require(len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages')
     for channels in (v.stem, *v.channels):

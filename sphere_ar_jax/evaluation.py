@@ -4,11 +4,12 @@ Dimensions:
   n, m  images of a set     f  features of an image (64 pixels for digits at 8×8)
 """
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sphere_ar_jax import data, sampling
+from sphere_ar_jax import data, losses, sampling, sharding
 
 
 def frechet_distance(a, b):
@@ -75,7 +76,21 @@ def memorisation(samples, train, heldout):
     }
 
 
-def reconstruct(vae, params, images, key, batch_size=256):
+def _in_batches(run, arrays, batch_size, mesh, progress=lambda n: None):
+    """Applies `run` to whole batches of arrays (n, …), rows split over the mesh; the last one is filled up and cut.
+
+    Returns the results, a tuple of NumPy arrays (n, …).
+    """
+    n, parts = len(arrays[0]), []
+    for start in range(0, n, batch_size):
+        rows = np.arange(start, start + batch_size) % n  # whole batches only: one compilation
+        results = run(*sharding.place_batch(mesh, tuple(a[rows] for a in arrays)))
+        parts.append([np.asarray(result)[: n - start] for result in results])
+        progress(len(parts[-1][0]))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def reconstruct(vae, params, images, key, batch_size, mesh):
     """Autoencodes images (n, H, W, c) with posterior samples, one key per image folded by its index.
 
     Returns:
@@ -83,16 +98,14 @@ def reconstruct(vae, params, images, key, batch_size=256):
     """
 
     @jax.jit
-    def run(params, images, keys):
+    def run(params, key, images, index):
         posterior = vae.apply({'params': params}, images, method='encode')
-        z = posterior.sample(jax.vmap(lambda q, key: q.draw(key))(posterior, keys))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        z = posterior.sample(losses.posterior_draws(keys, posterior))
         return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
 
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
-    parts = [
-        run(params, images[i : i + batch_size], keys[i : i + batch_size]) for i in range(0, len(images), batch_size)
-    ]
-    recon, kl, kappa = (np.concatenate([np.asarray(part[j]) for part in parts]) for j in range(3))
+    rows = functools.partial(run, params, key)
+    recon, kl, kappa = _in_batches(rows, (images, np.arange(len(images))), batch_size, mesh)
     return recon, float(kl.mean()), float(kappa.mean())
 
 
@@ -101,26 +114,36 @@ def psnr(a, b):
     return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
 
 
-def sample_images(ar, vae, ar_params, vae_params, labels, key, config, options, progress=lambda n: None):
-    """Draws one image per label in batches of config.batch_size; image i's key is folded from i alone.
+def sample_images(
+    ar,
+    vae,
+    ar_params,
+    vae_params,
+    labels,
+    key,
+    options,
+    *,
+    batch_size,
+    mesh,
+    guidance_scale,
+    temperature,
+    progress=lambda n: None,
+):
+    """Draws one image per label, `batch_size` at a time; image i's key is folded from i alone.
 
     Args:
-      labels: (n,) ints. key: PRNG key. config: the `sampling` section. options: `sampling.Options`.
-      progress: called with the number of images after each batch.
+      labels: (n,) ints. key: PRNG key. options: `sampling.Options`. progress: called with the number of images done.
     Returns:
-      images (n, H, W, c) float32, about [−1, 1], the same for any batch size up to rounding.
+      images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding.
     """
-    labels, images = np.asarray(labels, np.int32), []
-    for start in range(0, len(labels), config.batch_size):
-        index = np.arange(start, start + config.batch_size) % len(labels)  # whole batches: one compilation
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
-        batch, _ = sampling.sample_images(
-            ar, vae, options, ar_params, vae_params, jnp.asarray(labels[index]), keys,
-            config.guidance_scale, config.temperature,
-        )  # fmt: skip
-        images.append(np.asarray(batch)[: len(labels) - start])
-        progress(len(images[-1]))
-    return np.concatenate(images)
+
+    def run(labels, index):
+        return sampling.sample_images(
+            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
+        )
+
+    arrays = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
+    return _in_batches(run, arrays, batch_size, mesh, progress)[0]
 
 
 def digit_pixels(images):

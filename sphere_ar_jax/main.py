@@ -11,7 +11,6 @@ _STARTED = time.perf_counter()
 import difflib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import re  # noqa: E402
 import resource  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
@@ -34,57 +33,43 @@ class UserError(Exception):
     """Something that the user can put right; one line."""
 
 
-def _nearest(name, names):
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f'; did you mean {close[0]}?' if close else f'; there is {", ".join(sorted(names))}'
-
-
-def _keys(cfg, prefix=''):
-    """All dotted keys of a config."""
-    for name, value in cfg.items():
-        yield from _keys(value, f'{prefix}{name}.') if hasattr(value, 'items') else (f'{prefix}{name}',)
+def _one_line(error):
+    """An exception's message in one line; of a traceback inside a message, the last line."""
+    lines = [line.strip() for line in str(error).strip().strip('\'"').splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if any(line.startswith('Traceback') for line in lines) else ' '.join(lines)
 
 
 def _parse_flags(argv):
-    """absl's parser, but what is wrong with a config or an override becomes one line (UserError)."""
-    given = [a for a in argv if a.startswith('--config=') or a == '--config']
+    """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one line (UserError)."""
     try:
-        return flags.FLAGS(argv)
-    except (KeyError, AttributeError) as error:
-        override = re.search(r"'?config\.([\w.]+)", ' '.join(argv))
-        unknown = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
-        names = list(_keys(config.default()))
-        bad = [name for name in unknown if name not in names]
-        if bad:
-            raise UserError(f'the config has no key {bad[0]}{_nearest(bad[0], names)}') from None
-        raise UserError(
-            f'{" ".join(given)}: {_first_line(error)}' if override or given else _first_line(error)
-        ) from None
-    except (flags.Error, TypeError, ValueError, FileNotFoundError, SyntaxError, ImportError) as error:
-        raise UserError(_first_line(error)) from None
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            dict(_CONFIG.value.items())  # a config file that failed to load says so only when it is read
+        return rest
+    except Exception as error:
+        missing = [a for a in argv if a.startswith('--config=') and not os.path.exists(a[9:].split(':')[0])]
+        if missing:
+            raise UserError(f'there is no config file {missing[0][9:].split(":")[0]}') from None
+        given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
+        names = config.keys(config.default())
+        unknown = [name for name in given if name not in names]
+        if isinstance(error, AttributeError | KeyError) and unknown:
+            close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
+            hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(config.default())}'
+            raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
+        file = next((f'{a.removeprefix("--config=")}: ' for a in argv if a.startswith('--config=')), '')
+        raise UserError(f'{"" if isinstance(error, flags.Error) else file}{_one_line(error)}') from None
 
 
-def _first_line(error):
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _same_config(cfg, workdir):
+def _claim(cfg, workdir):
     """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or training."""
     path = os.path.join(workdir, 'config.json')
     mine = json.loads(cfg.to_json_best_effort())
     if os.path.exists(path):
         with open(path) as f:
-            theirs = json.load(f)
-        fixed = re.compile(r'(seed|dtype|data\..*|vae\..*|ar\..*|\w+_training\.(?!log_every|checkpoint_every|keep).*)')
-        flat = lambda tree, prefix='': (
-            {k: v for n, x in tree.items() for k, v in flat(x, f'{prefix}{n}.').items()}
-            if isinstance(tree, dict) else {prefix[:-1]: tree}
-        )  # fmt: skip
-        old, new = flat(theirs), flat(mine)
-        changed = [
-            f'{k} {old.get(k)} → {new.get(k)}' for k in new | old if fixed.fullmatch(k) and old.get(k) != new.get(k)
-        ]
+            changed = config.differences(json.load(f), mine)
         if changed:
             raise UserError(
                 f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
@@ -92,70 +77,86 @@ def _same_config(cfg, workdir):
     report.write_json(path, mine)
 
 
-def _evaluate(cfg, workdir, vae, ar, vae_params, ar_params, train, heldout):
+def _train(cfg, workdir, mesh, vae, ar, source):
+    """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
+    seconds = {}
+    stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
+    state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
+    vae_params = state.eval_params
+    stage = training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+    state, seconds['ar'] = training.train(stage, source, f'{workdir}/ar', seed=cfg.seed, mesh=mesh)
+    return vae_params, state.eval_params, seconds
+
+
+def _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout):
     """Reconstructs, samples and scores; writes the pictures. Returns (metrics, seconds by part)."""
+    s, key = cfg.sampling, jax.random.key(cfg.seed + 1)
     seconds, mark = {}, time.perf_counter()
-    key = jax.random.key(cfg.seed + 1)
-    recon, kl, kappa = evaluation.reconstruct(vae, vae_params, heldout.images, key)
+    recon, kl, kappa = evaluation.reconstruct(vae, vae_params, heldout.images, key, s.batch_size, mesh)
     metrics = {'vae/psnr': evaluation.psnr(recon, heldout.images), 'vae/kl': kl, 'vae/kappa': kappa}
     report.save_reconstructions(f'{workdir}/reconstructions.png', heldout.images, recon)
-    seconds['reconstruction'] = time.perf_counter() - mark
+    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
 
-    mark = time.perf_counter()
-    s = cfg.sampling
     labels = np.arange(s.num_images) % train.num_classes
-    print(f'sampling {s.num_images} images, {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
+    print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
     with tqdm(total=s.num_images, desc='samples', unit='image', disable=not sys.stderr.isatty()) as bar:
         images = evaluation.sample_images(
-            ar, vae, ar_params, vae_params, labels, key, s, config.build_sampler(cfg), bar.update
-        )
+            ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
+            guidance_scale=s.guidance_scale, temperature=s.temperature, progress=bar.update,
+        )  # fmt: skip
     report.save_samples(f'{workdir}/samples.png', images, labels)
-    seconds['sampling'] = time.perf_counter() - mark
+    seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
 
-    mark = time.perf_counter()
     print('scoring', flush=True)
     metrics |= evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
     seconds['scoring'] = time.perf_counter() - mark
     return metrics, seconds
 
 
-def run(cfg, workdir, command):
-    """Both trainings, then evaluation and report; each part goes on where an earlier run stopped. Returns metrics."""
-    os.makedirs(workdir, exist_ok=True)
-    _same_config(cfg, workdir)
-    mesh = sharding.make_mesh(**cfg.mesh)
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    source = data.SOURCES[cfg.data.name]
-    train, heldout = (source(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
-    platform = jax.devices()[0].platform
-    print(
-        f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s); to {workdir}',
-        flush=True,
+def _summary(cfg, metrics):
+    return (
+        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. An independent classifier reads '
+        f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} '
+        f'of real held-out digits correctly). Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; '
+        f'between the training and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
     )
+
+
+def run(cfg, workdir, command):
+    """Both trainings, then evaluation and report; each part goes on where an earlier run stopped.
+
+    Args:
+      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html says to type.
+    Returns:
+      the metrics, as written to WORKDIR/metrics.json.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        mesh = sharding.make_mesh(**cfg.mesh)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    for name in ('tokenizer_training', 'ar_training', 'sampling'):
+        if cfg[name].batch_size % mesh.size:
+            raise UserError(f'{name}.batch_size is {cfg[name].batch_size}, not a multiple of the {mesh.size} devices')
+    _claim(cfg, workdir)
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
+    platform = jax.devices()[0].platform
+    print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s)', flush=True)
     seconds = {'start': time.perf_counter() - _STARTED}
 
-    stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    state, seconds['tokenizer'] = training.train(stage, train, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
-    vae_params = state.eval_params
-    stage = training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-    state, seconds['ar'] = training.train(stage, train, f'{workdir}/ar', seed=cfg.seed, mesh=mesh)
-
-    metrics, parts = _evaluate(cfg, workdir, vae, ar, vae_params, state.eval_params, train, heldout)
+    vae_params, ar_params, parts = _train(cfg, workdir, mesh, vae, ar, train)
+    seconds |= parts
+    metrics, parts = _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
     report.save_curves(f'{workdir}/curves.png', workdir)
     seconds |= parts
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
-    metrics['peak_rss_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     report.write_json(f'{workdir}/metrics.json', metrics)
-    summary = (
-        f'{cfg.sampling.num_images} digits, drawn class by class; an independent classifier reads '
-        f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} of real '
-        f'held-out digits correctly). Fréchet distance to real digits {metrics["samples/frechet"]:.3f}; between training '
-        f'and held-out real digits it is {metrics["real/frechet"]:.3f}.'
-    )
+    summary = _summary(cfg, metrics)
     report.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command)
-    print(summary)
-    print(f'look at {workdir}/report.html; numbers in {workdir}/metrics.json ({metrics["wall_s/total"]:.0f} s)')
+    print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
     return metrics
 
 

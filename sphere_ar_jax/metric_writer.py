@@ -26,7 +26,7 @@ class MetricWriter:
         with open(temporary, 'w') as f:
             f.writelines(json.dumps(line) + '\n' for line in kept)
         os.replace(temporary, self._path)
-        self._file = open(self._path, 'a', buffering=1)
+        self._file = open(self._path, 'a', buffering=1)  # noqa: SIM115, closed by close()
         self._events = tensorboardX.SummaryWriter(directory, purge_step=step + 1, flush_secs=10)
         bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
         self._bar = tqdm(total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty())

@@ -1,4 +1,4 @@
-"""Sampling as one program: prefill, a scan over tokens with a static cache, inside it a scan over solver steps (spec §7).
+"""Sampling as one program: prefill, a scan over tokens with a static cache, in it a scan over solver steps (spec §7).
 
 Dimensions:
   B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows)
@@ -124,12 +124,17 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
 
 
 @partial(jax.jit, static_argnames=('ar', 'vae', 'options'))
-def sample_images(ar, vae, options, ar_params, vae_params, class_id, keys, guidance_scale=None, temperature=1.0):
+def sample_images(ar, vae, options, ar_params, vae_params, class_id, index, key, guidance_scale=None, temperature=1.0):
     """Draws B images: `sample_tokens`, then the S-VAE decoder, in one compiled program.
+
+    Args:
+      class_id, index: (B,) int32, the class and the global number of each image. key: one PRNG key; image i draws
+        from key folded by i, in whatever batch it is. The others: see `sample_tokens`.
 
     Returns:
       (images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)).
     """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     z = sample_tokens(ar, ar_params, class_id, keys, options, guidance_scale, temperature)
     return vae.apply({'params': vae_params}, z, method='decode'), z
 

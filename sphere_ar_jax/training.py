@@ -141,8 +141,8 @@ def _check_finite(scalars, step, saved, stage):
     if not all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
         last = 'there is no checkpoint yet' if saved is None else f'the last good checkpoint is step {saved}'
         raise NonFiniteError(
-            f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last} and was '
-            f'not touched. Try a lower {stage.name}_training.learning_rate, more warmup_steps or dtype float32'
+            f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last} and '
+            f'was not touched. Try a lower {stage.name}_training.learning_rate, more warmup_steps or dtype float32'
         )
 
 

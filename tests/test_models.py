@@ -222,7 +222,7 @@ def test_conversion_round_trip(torch_tensors, tiny_ar, tiny_vae):
 def test_conversion_names_what_is_wrong(torch_tensors, tiny_ar):
     like = jax.eval_shape(tiny_ar[0].init_params, jax.random.key(0))
     lacking = {k: v for k, v in torch_tensors.items() if k != 'layers.1.attention.wo.weight'}
-    with pytest.raises(KeyError, match='layers.1.attention.wo.weight'):
+    with pytest.raises(KeyError, match=r'layers\.1\.attention\.wo\.weight'):
         convert.from_torch(lacking, like)
-    with pytest.raises(ValueError, match='proj_in.bias'):
+    with pytest.raises(ValueError, match=r'proj_in\.bias'):
         convert.from_torch(torch_tensors | {'proj_in.bias': np.zeros(3)}, like)

@@ -1,0 +1,116 @@
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from sphere_ar_jax import config, data, training
+from tests.conftest import libraries_promote
+from tests.tiny_config import get_config
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def _load(name, argument):
+    spec = importlib.util.spec_from_file_location('a_config', CONFIGS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+@pytest.mark.parametrize('name, argument', [('digits', ''), ('digits', 'smoke')])
+@libraries_promote()
+def test_every_config_is_built_and_stepped_once(name, argument):
+    """Models built, states initialised, one step of both stages, the sampler's options made."""
+    cfg = config.check(_load(name, argument))
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    config.build_sampler(cfg)
+    source = data.SOURCES[cfg.data.name]('train', cfg.seed, cfg.data.holdout)
+    vae_params = jax.jit(vae.init_params)(jax.random.key(0))
+    for stage in (
+        training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),
+        training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed),
+    ):
+        batch = next(data.batches(source, batch_size=stage.options.batch_size, seed=0))
+        state, scalars = jax.jit(stage.step)(jax.jit(stage.init)(jax.random.key(0)), stage.frozen, batch)
+        assert int(state.step) == 1 and all(np.isfinite(float(value)) for value in scalars.values())
+
+
+def test_configs_are_all_tested_here():
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits'}
+
+
+def test_default_is_the_published_model():
+    cfg = config.default()
+    count = lambda model: sum(
+        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
+    )
+    assert count(config.build_vae(cfg)) == 75_393_297
+    t = cfg.ar_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.warmup_steps) == (512, 3e-4, 1e-5, 20_000)
+    assert (t.ema_decay, t.weight_decay, t.b1, t.b2, t.clip_norm) == (0.9999, 0.05, 0.9, 0.95, 1.0)
+    assert (t.copies, t.label_dropout) == (4, 0.1)
+    t = cfg.tokenizer_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.kl_weight) == (256, 1e-4, 1e-4, 0.004)
+
+
+def test_unknown_keys_and_wrong_types_are_refused():
+    cfg = config.default()
+    with pytest.raises(AttributeError, match='width'):
+        cfg.ar.widht = 3
+    with pytest.raises(TypeError):
+        cfg.ar.width = 'wide'
+
+
+WRONG = {
+    'ar.heads': (3, '3 heads do not divide the width 16'),
+    'ar.width': (12, 'must be a multiple of 4'),
+    'ar.head_groups': (3, '3 head_groups do not divide head_depth 2'),
+    'ar.class_tokens': (0, 'ar.class_tokens is 0'),
+    'vae.heads': (3, '3 heads do not divide'),
+    'vae.grid': ((8, 8), r'vae makes images of \(32, 32, 1\)'),
+    'vae.channels': ((4, 'x', 16), 'whole numbers'),
+    'vae.stem': (3, 'cannot be normalised'),
+    'vae.latent_dim': (1, 'too small'),
+    'dtype': ('float8', 'float32, bfloat16'),
+    'data.name': ('imagenet', 'one of digits'),
+    'data.holdout': (1.0, 'between 0 and 1'),
+    'tokenizer_training.steps': (0, 'at least 1'),
+    'tokenizer_training.learning_rate': (-1.0, 'above 0'),
+    'ar_training.ema_decay': (1.0, r'\[0, 1\)'),
+    'ar_training.warmup_steps': (7, 'more than its 6 steps'),
+    'ar_training.label_dropout': (1.5, r'\[0, 1\)'),
+    'ar_training.copies': (0, 'at least 1'),
+    'sampling.solver': ('heun', 'euler, euler_maruyama'),
+    'sampling.guidance': ('cosine', 'linear or constant'),
+    'sampling.guidance_scale': (None, 'guidance_scale'),
+    'sampling.last_step': (2.0, 'between 0 and 1'),
+    'sampling.temperature': (-1.0, 'negative'),
+    'sampling.num_images': (0, 'at least 1'),
+}
+
+
+@pytest.mark.parametrize('key', WRONG)
+def test_impossible_values_are_one_line(key):
+    value, message = WRONG[key]
+    cfg = get_config()
+    config.check(cfg)
+    with cfg.ignore_type():
+        cfg.update_from_flattened_dict({key: value})
+    with pytest.raises(config.ConfigError, match=message) as caught:
+        config.check(cfg)
+    assert '\n' not in str(caught.value)
+
+
+def test_euler_takes_no_last_step():
+    cfg = get_config()
+    cfg.sampling.update(solver='euler', last_step=0.1)
+    with pytest.raises(config.ConfigError, match='only used by the solver euler_maruyama'):
+        config.check(cfg)
+
+
+def test_differences():
+    old, new = get_config(), get_config()
+    new.ar.width, new.sampling.num_steps, new.ar_training.log_every, new.ar.unroll = 32, 7, 1, 4
+    assert config.differences(old.to_dict(), new.to_dict()) == ['ar.width 16 → 32']
