@@ -11,7 +11,6 @@ import os
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from sphere_ar_jax import metric_writer, sampling
 
@@ -31,12 +30,12 @@ def write_json(path, values):
     _write(path, (json.dumps(values, indent=2) + '\n').encode())
 
 
-def tile(images, columns, scale=3, gap=2):
-    """Images in a grid, row by row: uint8 (height, width, c), each pixel `scale` wide, on white."""
+def tile(images, columns, scale=3, gap=4):
+    """Images in a grid, row by row: uint8 (height, width, c), each pixel `scale` wide, on grey."""
     pixels = np.asarray(sampling.to_uint8(images)).repeat(scale, 1).repeat(scale, 2)
     n, H, W, c = pixels.shape
     rows = -(-n // columns)
-    canvas = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, c), 255, np.uint8)
+    canvas = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, c), 96, np.uint8)
     for i, image in enumerate(pixels):
         y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         canvas[y : y + H, x : x + W] = image
@@ -50,35 +49,38 @@ def _save_figure(figure, path):
     _write(path, buffer.getvalue())
 
 
-def save_samples(path, images, labels, per_class=16):
-    """A labelled grid: one row per class, the first `per_class` images drawn for it."""
-    labels = np.asarray(labels)
-    classes = np.unique(labels)
-    per_class = min(per_class, min(np.sum(labels == c) for c in classes))
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
-    grid = tile(images[chosen], per_class)
+def _save_grid(path, images, columns, row_labels, title, axis_label=''):
+    """A grid of images with a label at each row."""
+    grid = tile(images, columns)
     figure, axis = plt.subplots(figsize=(9, 9 * grid.shape[0] / grid.shape[1]))
     axis.imshow(grid.squeeze(), cmap='gray', vmin=0, vmax=255)
-    height = grid.shape[0] / len(classes)
-    axis.set_yticks([(i + 0.5) * height for i in range(len(classes))], [str(c) for c in classes])
+    height = grid.shape[0] / len(row_labels)
+    axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
     axis.set_xticks([])
-    axis.set_ylabel('class asked for')
-    axis.set_title('drawn by the model, not selected')
+    axis.set_ylabel(axis_label)
+    axis.set_title(title)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
     _save_figure(figure, path)
 
 
-def save_reconstructions(path, images, reconstructions, columns=16):
-    """Two rows of images, each original above its reconstruction."""
-    pairs = [
-        x for i in range(0, 2 * columns, columns) for x in (images[i : i + columns], reconstructions[i : i + columns])
-    ]
-    grid = tile(np.concatenate(pairs), columns)
-    buffer = io.BytesIO()
-    Image.fromarray(grid.squeeze()).save(buffer, format='PNG')
-    _write(path, buffer.getvalue())
+def save_samples(path, images, labels, per_class=16):
+    """A labelled grid: one row per class, the first `per_class` images drawn for it."""
+    labels = np.asarray(labels)
+    classes = np.unique(labels)
+    per_class = min(per_class, *(np.sum(labels == c) for c in classes))
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
+    title = f'drawn by the model: the first {per_class} of each class'
+    _save_grid(path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for')
+
+
+def save_reconstructions(path, images, reconstructions, columns=16, pairs=3):
+    """Rows of images, each row above its reconstructions."""
+    rows = [x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)]
+    _save_grid(
+        path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, 'held-out images and their decoded tokens'
+    )
 
 
 # (stage directory, scalar, label, logarithmic axis)
