@@ -50,9 +50,9 @@ class AR(nn.Module):
         shape = (self.num_classes + 1, self.class_tokens, self.width)
         self.cls_embedding = self.param('cls_embedding', transformer.INIT, shape)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
-        self.emb_norm = transformer.RMSNorm(self.dtype)
+        self.emb_norm = transformer.RMSNorm()
         self.stack = transformer.Stack(self.depth, self.heads, True, self.remat, self.unroll, self.dtype)
-        self.norm = transformer.RMSNorm(self.dtype)
+        self.norm = transformer.RMSNorm()
         self.pos_for_diff = self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
         self.head = flow_head.FlowHead(
             self.latent_dim, self.head_width, self.head_depth, self.head_groups, self.remat, self.unroll, self.dtype
@@ -64,13 +64,13 @@ class AR(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def _angles(self):
-        head_dim = self.width // self.heads
+        head_dim = transformer.head_dim(self.width, self.heads)
         return jnp.asarray(transformer.rope_table(*self.grid, self.class_tokens, head_dim)[:-1])
 
     def embed(self, class_id, z):
-        """The joint sequence after `emb_norm`: class tokens of class_id (B,), then z (B, T, d). → (B, C + T, D)."""
-        classes = jnp.take(self.cls_embedding, class_id, axis=0).astype(self.dtype)
-        return self.emb_norm(jnp.concatenate([classes, self.proj_in(z)], axis=1))
+        """The joint sequence after `emb_norm`: class tokens of class_id (B,), z (B, T, d) → (B, C + T, D) float32."""
+        classes = jnp.take(self.cls_embedding, class_id, axis=0)
+        return self.emb_norm(jnp.concatenate([classes, self.proj_in(z).astype(jnp.float32)], axis=1))
 
     def condition(self, class_id, z):
         """Conditions c of all tokens in one pass, each from the class and the tokens before it.
@@ -78,10 +78,10 @@ class AR(nn.Module):
         Args:
           class_id: (B,) int32. z: (B, L, d) tokens; the last one is not read.
         Returns:
-          (B, L, D) in `dtype`.
+          (B, L, D) float32.
         """
         x, _ = self.stack(self.embed(class_id, z[:, :-1]), self._angles())
-        return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff[None].astype(self.dtype)
+        return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff[None]
 
     def prefill(self, class_id):
         """Reads the class tokens: class_id (B,) → condition of token 0 (B, D) and the filled cache."""
@@ -90,15 +90,17 @@ class AR(nn.Module):
             self.width // self.heads, self.dtype,
         )  # fmt: skip
         x = self.embed(class_id, jnp.zeros((class_id.shape[0], 0, self.latent_dim)))
-        x, cache = self.stack(x, self._angles()[: self.class_tokens], cache, 0)
-        return self.norm(x[:, -1]) + self.pos_for_diff[:1].astype(self.dtype), cache
+        x, cache = self.stack(x, self._angles()[: self.class_tokens], cache, 0, prefill=True)
+        return self.norm(x[:, -1]) + self.pos_for_diff[:1], cache
 
     def decode_step(self, z, k, cache):
-        """Feeds token k − 1, z (B, d), and returns the condition of token k ≥ 1 (B, D) with the updated cache."""
+        """Feeds token k − 1, z (B, d), and returns the condition of token k (B, D) with the updated cache.
+
+        k: () int, 1 ≤ k < L; it is clamped, not checked."""
         start = self.class_tokens + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
-        return self.norm(x[:, 0]) + jnp.take(self.pos_for_diff, jnp.asarray(k)[None], axis=0).astype(self.dtype), cache
+        return self.norm(x[:, 0]) + jnp.take(self.pos_for_diff, jnp.asarray(k)[None], axis=0), cache
 
     def embed_time(self, t):
         """`FlowHead.embed_time`."""

@@ -5,8 +5,11 @@ trained). Orbax writes it under a temporary name and renames it when whole, so t
 what it does not notice, bit flips in array data, the fingerprint does.
 """
 
+import errno
+import json
 import os
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -40,46 +43,62 @@ def fingerprint(tree):
     return [int(x) for x in np.asarray(_fingerprints(tree))]
 
 
+def _digest(state, data_state, seconds):
+    """What `meta` holds to be compared on restore."""
+    text = json.dumps([data_state, seconds], sort_keys=True)
+    return fingerprint(state), zlib.crc32(text.encode())
+
+
+# The machine's fault, not the checkpoint's: never a reason to skip one.
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+
+
 class Checkpoints:
     """The checkpoints of one training run in one directory.
 
     Attributes:
       directory: where they are. keep: newest ones kept. keep_every: steps whose multiples are kept for good (0: none).
+      read_only: nothing in the directory is made, moved or deleted.
     """
 
-    def __init__(self, directory, keep=2, keep_every=0):
-        self.directory = os.path.abspath(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
+    def __init__(self, directory, keep=2, keep_every=0, read_only=False):
+        self.directory, self._read_only = os.path.abspath(directory), read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only,
+            create=not read_only,
+        )  # fmt: skip
         self._open = lambda: ocp.CheckpointManager(self.directory, options=options)
-        self._manager = self._open()
+        self._manager = None if read_only and not os.path.isdir(self.directory) else self._open()
 
-    def latest_step(self):
-        """The newest step, None if there is none."""
-        return self._manager.latest_step()
+    def steps(self):
+        """All steps there are, in order."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
 
     def save(self, step, state, data_state, seconds):
         """Starts saving in the background; the state may be donated right after. A step saved before is left as is."""
         if step in self._manager.all_steps():
             return
-        meta = {'fingerprint': fingerprint(state), 'seconds': seconds}
+        state_digest, other_digest = _digest(state, data_state, seconds)
+        meta = {'fingerprint': state_digest, 'crc32': other_digest, 'seconds': seconds}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state), meta=ocp.args.JsonSave(meta)
         )
-        self._manager.save(step, args=args)
+        if not self._manager.save(step, args=args):
+            raise RuntimeError(f'{self.directory} took no checkpoint at step {step}: is there a newer one?')
 
     def _read(self, step, like):
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=args)
-        if fingerprint(restored.state) != restored.meta['fingerprint']:
+        found = self._manager.restore(step, args=args)
+        if _digest(found.state, found.data, found.meta['seconds']) != (found.meta['fingerprint'], found.meta['crc32']):
             raise ValueError('its contents do not match their fingerprint')
-        return restored.state, restored.data, restored.meta['seconds']
+        return found.state, found.data, found.meta['seconds']
 
     def restore(self, like):
         """The newest checkpoint that is whole.
 
-        Damaged newer ones are named on stderr and moved aside to `damaged-STEP`, not deleted.
+        Damaged newer ones are named on stderr and, unless read_only, moved aside to `damaged-STEP`, not deleted.
 
         Args:
           like: a tree of ShapeDtypeStructs with shardings.
@@ -88,17 +107,18 @@ class Checkpoints:
         Raises:
           DamagedError: there are checkpoints, but none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        damaged = []
-        for step in steps:
+        steps = self.steps()[::-1]
+        for i, step in enumerate(steps):
             try:
                 found = self._read(step, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step
+                if isinstance(error, MemoryError) or getattr(error, 'errno', None) in _MACHINE_ERRORS:
+                    raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 print(f'checkpoint {self.directory}/{step} cannot be read ({reason}): skipped', file=sys.stderr)
-                damaged.append(step)
                 continue
-            self._set_aside(damaged)
+            if not self._read_only:
+                self.set_aside(steps[:i])
             return found
         if steps:
             raise DamagedError(
@@ -106,18 +126,20 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, steps):
-        """Takes damaged steps out of the way of the run that will pass them again."""
+    def set_aside(self, steps):
+        """Renames steps to `damaged-STEP`: out of the way of the run that will pass them again, but not deleted."""
+        if not steps:
+            return
+        self.close()
         for step in steps:
             target = f'{self.directory}/damaged-{step}'
             while os.path.exists(target):
                 target += '+'
             os.rename(f'{self.directory}/{step}', target)
-        if steps:
-            self._manager.close()
-            self._manager = self._open()
+        self._manager = self._open()
 
     def close(self):
         """Waits for the saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()

@@ -9,7 +9,7 @@ import re
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from sphere_ar_jax import ar, data, flow, sampling, vae
+from sphere_ar_jax import ar, data, flow, sampling, transformer, vae
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -39,7 +39,11 @@ def _training(**values):
 
 
 def default():
-    """A ConfigDict with every key there is; the values are the published SphereAR-B at 256×256 (spec §3–§8)."""
+    """A locked ConfigDict with every key there is.
+
+    Models, optimizers and losses have the published values of SphereAR-B at 256×256 (spec §3–§8). The numbers of steps,
+    the data and the sampling are placeholders, for a config file to set.
+    """
     config = ConfigDict(
         dict(
             seed=0,
@@ -83,8 +87,11 @@ def _leaves(tree, prefix=''):
     return {name: leaf for key, value in tree.items() for name, leaf in _leaves(value, f'{prefix}{key}.').items()}
 
 
-# What may change between two runs in one workdir: how often to log and save, and sampling.
-_FREE = re.compile(r'mesh\..*|sampling\..*|.*\.(log_every|checkpoint_every|keep|keep_every|remat|unroll)')
+# What may change between two starts in one workdir: speed, how often to log and save, sampling, and what helps a run
+# that broke off with a loss that is no number.
+_FREE = re.compile(
+    r'mesh\..*|sampling\..*|.*\.(log_every|checkpoint_every|keep|keep_every|remat|unroll|learning_rate|final_learning_rate|clip_norm)'
+)
 
 
 def differences(old, new):
@@ -92,6 +99,14 @@ def differences(old, new):
     old, new = _leaves(old), _leaves(new)
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and not _FREE.fullmatch(name)]
     return [f'{name} {old.get(name)} → {new.get(name)}' for name in changed]
+
+
+def from_dict(values):
+    """The config of a `config.json`, checked."""
+    config = default()
+    for name, value in _leaves(values).items():
+        config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
+    return check(config)
 
 
 def dtype(config):
@@ -130,11 +145,11 @@ def _require(condition, message):
 
 
 def _check_heads(where, width, heads):
-    _require(heads >= 1 and width % heads == 0, f'{where}: {heads} heads do not divide the width {width}')
-    _require(
-        width // heads % 4 == 0,
-        f'{where}: head dimension {width}/{heads} = {width // heads} must be a multiple of 4 for the 2-D RoPE',
-    )
+    _require(heads >= 1, f'{where}.heads is {heads}, but must be at least 1')
+    try:
+        transformer.head_dim(width, heads)
+    except ValueError as error:
+        raise ConfigError(f'{where}: {error}') from None
 
 
 def _check_training(name, training):
@@ -155,9 +170,12 @@ def _check_training(name, training):
 def check(config):
     """Raises ConfigError, one line, for values that no run can have; returns the config."""
     _require(config.dtype in DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(DTYPES)}')
+    _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
     names = ', '.join(data.SOURCES)
     _require(config.data.name in data.SOURCES, f'data.name is {config.data.name!r}, but must be one of {names}')
-    _require(0 < config.data.holdout < 1, f'data.holdout is {config.data.holdout}, but must lie between 0 and 1')
+    _require(
+        0.01 <= config.data.holdout <= 0.9, f'data.holdout is {config.data.holdout}, but must lie between 0.01 and 0.9'
+    )
     v, a = config.vae, config.ar
     for key in ('latent_dim', 'image_channels', 'stem', 'encoder_depth', 'decoder_depth', 'heads', 'unroll'):
         _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
@@ -185,13 +203,25 @@ def check(config):
     t = config.ar_training
     _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
     _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
+    for key in ('kl_weight', 'l2_weight'):
+        value = config.tokenizer_training[key]
+        _require(value >= 0, f'tokenizer_training.{key} is {value}, but must not be negative')
     s = config.sampling
+    _require(
+        s.guidance is None or t.label_dropout > 0,
+        'ar_training.label_dropout is 0: the null class, which guidance needs, would never be trained',
+    )
     _require(s.guidance in (None, *flow.SCHEDULES), f'sampling.guidance is {s.guidance!r}: use linear or constant')
     _require(
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
-    _require(s.num_images >= 1 and s.batch_size >= 1, 'sampling: num_images and batch_size must be at least 1')
+    classes = data.SOURCES[config.data.name].num_classes
+    _require(
+        s.num_images >= classes,
+        f'sampling.num_images is {s.num_images}, but must be at least one for each of {classes} classes',
+    )
+    _require(s.batch_size >= 1, f'sampling.batch_size is {s.batch_size}, but must be at least 1')
     _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')
     try:
         build_sampler(config)

@@ -89,7 +89,10 @@ def _to_ours(a, kind):
 
 
 def torch_shapes(params):
-    """{PyTorch name: shape} of a parameter tree, abstract or not; no tensor is touched."""
+    """{PyTorch name: shape} of a parameter tree, abstract or not; no tensor is touched.
+
+    Raises KeyError for a leaf that has no PyTorch name.
+    """
     shapes = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
         name, stacked, kind = _rule(path)

@@ -7,6 +7,7 @@ Dimensions:
   ...  any batch shape, the whole shape of kappa
 """
 
+import functools
 import math
 
 import jax
@@ -54,9 +55,9 @@ def log_prob(x, mu, kappa):
     """Log-density `log N + kappa·log(1 + ⟨mu,x⟩)`, ⟨mu,x⟩ clamped to [−1, 1].
 
     Args:
-      x, mu: (..., d) unit vectors. kappa: (...) concentration ≥ 0.
+      x, mu: (..., d) unit vectors. kappa: (...) concentration ≥ 0; all float32 (or all float64).
     Returns:
-      (...), nats, with respect to the sphere's area. Source: spec §2.
+      (...) of their dtype, nats, with respect to the sphere's area. Source: spec §2.
     """
     cosine = jnp.clip(jnp.sum(mu * x, axis=-1), -1, 1)
     return _log_peak(kappa, x.shape[-1]) + xlog1py(kappa, (cosine - 1) / 2)
@@ -66,9 +67,9 @@ def entropy(kappa, d):
     """Differential entropy `H = −[log N + kappa (log 2 + ψ(alpha) − ψ(alpha+beta))]`.
 
     Args:
-      kappa: (...) ≥ 0. d: ambient dimension, a Python int ≥ 2.
+      kappa: (...) ≥ 0, float32 or float64. d: ambient dimension, a Python int ≥ 2.
     Returns:
-      (...), nats. Source: spec §2.
+      (...) of kappa's dtype, nats. Source: spec §2.
     """
     b = (d - 1) / 2
     return kappa * _digamma_difference(kappa + b, b) - _log_peak(kappa, d)
@@ -87,6 +88,7 @@ _ONE_MINUS_Y = np.exp(-np.logaddexp(0, np.pi * np.sinh(_T)))
 _LOG_DY = np.log(np.pi * np.cosh(_T) * _H) + _LOG_Y + np.log(_ONE_MINUS_Y)
 
 
+@jax.custom_jvp
 def _beta_quantile_slope(s, alpha, beta):
     """ds/d alpha at a fixed quantile of Beta(alpha, beta): −(∂F/∂alpha)(s) / p(s).
 
@@ -109,28 +111,32 @@ def _beta_quantile_slope(s, alpha, beta):
     return w[..., 0] * jnp.sum(jnp.abs(mean_log[..., None] - log_x) * jnp.exp(log_ratio), axis=-1)
 
 
-@jax.custom_jvp
+@_beta_quantile_slope.defjvp
+def _no_second_derivative(*_):
+    raise TypeError('implicit_beta has no second derivative')
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def implicit_beta(s, alpha, beta):
     """A given draw s ~ Beta(alpha, beta), made differentiable in alpha (implicit reparameterisation).
 
     The value is s; the tangent is the movement of the draw at a fixed quantile, `ds/d alpha = −(∂F/∂alpha)/p(s)`
-    (Figurnov et al. 2018), by a 104-node tanh-sinh rule (to 1e-5 in float64). First derivatives only.
+    (Figurnov et al. 2018, arXiv 1805.08498), by a 104-node tanh-sinh rule (to 1e-5 in float64).
 
     Args:
-      s: (...) draws in [0, 1]. alpha: (...) > 0, the differentiable parameter. beta: (...) > 0, held constant.
+      s: (...) draws in [0, 1]. alpha: (...) > 0 of the same dtype, the differentiable parameter. beta: a Python
+      float > 0.
     Returns:
-      (...), s itself.
+      (...), s itself. Raises TypeError where a second derivative is asked for.
     """
     del alpha, beta
     return s
 
 
 @implicit_beta.defjvp
-def _implicit_beta_jvp(primals, tangents):
-    s, alpha, beta = primals
-    s_dot, alpha_dot, _ = tangents
-    slope = _beta_quantile_slope(s, alpha, jnp.broadcast_to(beta, s.shape))
-    return s, s_dot + slope * alpha_dot
+def _implicit_beta_jvp(beta, primals, tangents):
+    (s, alpha), (s_dot, alpha_dot) = primals, tangents
+    return s, s_dot + _beta_quantile_slope(s, alpha, jnp.full_like(s, beta)) * alpha_dot
 
 
 def sample_from_draws(mu, kappa, s, normal):
@@ -145,7 +151,7 @@ def sample_from_draws(mu, kappa, s, normal):
       (..., d) unit vectors. Source: spec §2.
     """
     b = (mu.shape[-1] - 1) / 2
-    s = implicit_beta(s, kappa + b, jnp.asarray(b, s.dtype))
+    s = implicit_beta(s, kappa + b, b)
     sine_squared = 4 * s * (1 - s)
     positive = sine_squared > 0
     sine = jnp.where(positive, jnp.sqrt(jnp.where(positive, sine_squared, 1)), 0)  # √ has no slope at 0
@@ -166,5 +172,11 @@ def draw(key, kappa, d):
 
 
 def sample(key, mu, kappa):
-    """Reparameterised samples x ~ PowerSpherical(mu, kappa), (..., d); gradients reach mu and kappa. Spec §2."""
+    """Reparameterised samples x ~ PowerSpherical(mu, kappa); gradients reach mu and kappa.
+
+    Args:
+      key: PRNG key. mu: (..., d) unit vectors. kappa: (...) ≥ 0 of the same dtype, float32 or float64.
+    Returns:
+      (..., d) unit vectors of that dtype. Source: spec §2.
+    """
     return sample_from_draws(mu, kappa, *draw(key, kappa, mu.shape[-1]))

@@ -5,11 +5,45 @@ Dimensions:
 """
 
 import functools
+import json
+import os
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from sphere_ar_jax import data, losses, sampling, sharding
+from sphere_ar_jax import checkpoint, config, data, losses, sampling, sharding, training
+
+
+class Run(NamedTuple):
+    """A training run as `load_run` reads it: the config, both models and the parameters to sample with."""
+
+    config: Any
+    vae: Any
+    vae_params: Any
+    ar: Any
+    ar_params: Any
+
+
+def load_run(workdir):
+    """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
+
+    Raises FileNotFoundError where there is no run, or no checkpoint of a stage yet.
+    """
+    with open(os.path.join(workdir, 'config.json')) as f:
+        cfg = config.from_dict(json.load(f))
+    vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), sharding.make_mesh()
+
+    def restore(stage):
+        checkpoints = checkpoint.Checkpoints(os.path.join(workdir, stage.name, 'checkpoints'), read_only=True)
+        found = checkpoints.restore(training.abstract_state(stage, mesh))
+        checkpoints.close()
+        if found is None:
+            raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
+        return found[0].eval_params
+
+    vae_params = restore(training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
+    return Run(cfg, vae, vae_params, ar, restore(training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)))
 
 
 def frechet_distance(a, b):
@@ -77,11 +111,13 @@ def memorisation(samples, train, heldout):
 
 
 def _in_batches(run, arrays, batch_size, mesh, progress=lambda n: None):
-    """Applies `run` to whole batches of arrays (n, …), rows split over the mesh; the last one is filled up and cut.
+    """Applies `run` to whole batches of arrays (n, …), rows split over the mesh (batch_size is rounded up to a multiple
+    of its devices); the last batch is filled up and cut.
 
     Returns the results, a tuple of NumPy arrays (n, …).
     """
     n, parts = len(arrays[0]), []
+    batch_size = -(-batch_size // mesh.size) * mesh.size
     for start in range(0, n, batch_size):
         rows = np.arange(start, start + batch_size) % n  # whole batches only: one compilation
         results = run(*sharding.place_batch(mesh, tuple(a[rows] for a in arrays)))

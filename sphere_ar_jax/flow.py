@@ -15,13 +15,13 @@ SCHEDULES = ('linear', 'constant')
 
 
 def interpolate(noise, z, t):
-    """The straight path x_t = (1 − t)·noise + t·z. noise, z: (..., d); t: (...) in [0, 1]. Returns (..., d)."""
+    """x_t = (1 − t)·noise + t·z, the straight path of spec §6. noise, z: (..., d); t: (...) in [0, 1]. → (..., d)."""
     t = t[..., None]
     return (1 - t) * noise + t * z
 
 
 def target_velocity(noise, z):
-    """The velocity of `interpolate`, v = z − noise, (..., d)."""
+    """The velocity of `interpolate`, v = z − noise, (..., d). Spec §6."""
     return z - noise
 
 
@@ -31,7 +31,7 @@ def score(v, x, t):
 
 
 def guide(v_cond, v_null, scale):
-    """Classifier-free guidance on the velocity: v_null + scale·(v_cond − v_null), (..., d)."""
+    """Classifier-free guidance on the velocity: v_null + scale·(v_cond − v_null), (..., d). Spec §7."""
     return v_null + scale * (v_cond - v_null)
 
 
@@ -88,16 +88,18 @@ def integrate(velocity, x, noise, times, per_step=()):
     Args:
       velocity: function (x, t, per_step element) → v of x's shape.
       x: (N, d) float32, the start.
-      noise: (m, N, d) float32, the ε of the first m steps; the others are plain Euler steps. m = 0 is Euler,
-        m = evaluations − 1 is Euler–Maruyama.
+      noise: (m, N, d) float32, the ε of the stochastic steps: m = 0 is Euler, m = evaluations − 1 is
+        Euler–Maruyama, whose last step is plain.
       times: (t, dt) of `solver_times`.
       per_step: a tree of arrays with leading axis `evaluations`: what depends on the step alone (time
         embeddings), computed once by the caller.
     Returns:
-      (N, d) float32, at t = 1. Source: spec §7.
+      (N, d) float32, at t = 1. Source: spec §7. Raises ValueError for another number of draws.
     """
     t, dt = times
     m = noise.shape[0]
+    if m not in (0, len(t) - 1):
+        raise ValueError(f'{m} draws for {len(t)} evaluations: Euler takes none, Euler–Maruyama {len(t) - 1}')
 
     def stochastic_step(x, step):
         t, dt, extra, noise = step

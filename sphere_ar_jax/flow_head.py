@@ -21,7 +21,7 @@ TIME_DIM = 256
 
 
 def time_sinusoid(t, dim=TIME_DIM, period=10000.0):
-    """Sinusoidal features [cos, sin] of t·1000 at dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32."""
+    """[cos, sin] of t·1000 at the dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32. Spec §6."""
     # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its rounding shows
     freqs = np.exp(np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
     angles = 1000 * t.astype(jnp.float32)[..., None] * freqs.reshape(*(1,) * t.ndim, -1)
@@ -68,6 +68,7 @@ class FlowHead(nn.Module):
     Attributes:
       latent_dim: d. width: M. depth: residual blocks in all. groups: G, divides depth. unroll: scanned groups and
       blocks per iteration (speed only). dtype: of the computation; parameters and the returned velocity are float32.
+    Raises ValueError where groups does not divide depth. Source: spec §6.
     """
 
     latent_dim: int
@@ -79,6 +80,8 @@ class FlowHead(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
+        if self.depth % self.groups:
+            raise ValueError(f'{self.groups} adaLN groups do not divide the {self.depth} blocks of the flow head')
         dense = dict(dtype=self.dtype)
         self.time1 = nn.Dense(self.width, kernel_init=INIT, **dense)
         self.time2 = nn.Dense(self.width, kernel_init=INIT, **dense)

@@ -34,8 +34,10 @@ def _normalize(z):
 def _normalize_jvp(primals, tangents):
     (z,), (z_dot,) = primals, tangents
     w = z * _unit_scale(z)
-    # First the multiple of w that makes the largest coordinate 0: for a radial ż it leaves exactly 0, in whatever
-    # order the sums below are added up. The projection of what is left is that of ż.
+    # Below EPS the value is linear in z: the slope of the direction, up to 1e37, must not enter higher derivatives.
+    w = jnp.where(_norm(z) < EPS, jax.lax.stop_gradient(w), w)
+    # First that multiple of w is taken off that makes the largest coordinate 0: of a radial ż it leaves exactly 0, in
+    # whatever order the sums below are added up. The projection of what is left is that of ż.
     largest = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
     pivot = jnp.take_along_axis(w, largest, axis=-1)
     rest = z_dot - jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot) * w
@@ -57,9 +59,7 @@ def l2_normalize(z):
     Returns:
       (..., d) of z's dtype. Source: spec §1.
     """
-    z = jnp.asarray(z)
-    compute = jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
-    return _normalize(z.astype(compute)).astype(z.dtype)
+    return project(z, 1.0)
 
 
 def project(z, radius=None):
@@ -69,11 +69,13 @@ def project(z, radius=None):
       z: (..., d), any float type.
       radius: R > 0; √d if not given, as in the paper.
     Returns:
-      (..., d) of z's dtype with ‖·‖ = R, except near 0 (see `l2_normalize`). Source: paper §3, spec §1.
+      (..., d) of z's dtype with ‖·‖ = R where ‖z‖ ≥ 1e-7; rounded once. Derivatives: see `l2_normalize`.
+    Source: paper §3, spec §1.
     """
     z = jnp.asarray(z)
     radius = z.shape[-1] ** 0.5 if radius is None else radius
-    return l2_normalize(z) * jnp.asarray(radius, z.dtype)
+    compute = jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
+    return (jnp.asarray(radius, compute) * _normalize(z.astype(compute))).astype(z.dtype)
 
 
 def householder(y, mu):

@@ -11,8 +11,10 @@ _STARTED = time.perf_counter()
 import difflib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import resource  # noqa: E402
 import shlex  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 
 import jax  # noqa: E402
@@ -26,8 +28,6 @@ from sphere_ar_jax import checkpoint, config, data, evaluation, report, sharding
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
 
-PREEMPTED = 143  # 128 + SIGTERM: a launcher starts us again
-
 
 class UserError(Exception):
     """Something that the user can put right; one line."""
@@ -35,7 +35,11 @@ class UserError(Exception):
 
 def _one_line(error):
     """An exception's message in one line; of a traceback inside a message, the last line."""
-    lines = [line.strip() for line in str(error).strip().strip('\'"').splitlines() if line.strip()]
+    message = str(error.args[0] if error.args and isinstance(error, KeyError | AttributeError) else error)
+    hint = re.search(r'Did you mean .*', message)  # ml_collections prints all keys before it
+    if hint:
+        return hint.group()
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return lines[-1] if any(line.startswith('Traceback') for line in lines) else ' '.join(lines)
@@ -49,9 +53,10 @@ def _parse_flags(argv):
             dict(_CONFIG.value.items())  # a config file that failed to load says so only when it is read
         return rest
     except Exception as error:
-        missing = [a for a in argv if a.startswith('--config=') and not os.path.exists(a[9:].split(':')[0])]
-        if missing:
-            raise UserError(f'there is no config file {missing[0][9:].split(":")[0]}') from None
+        joined = re.sub(r'(^|\n)--?(config|workdir)\n', r'\1--\2=', '\n'.join(argv[1:])).split('\n')
+        file = next((a.split('=', 1)[1] for a in joined if re.match(r'--?config=', a)), None)
+        if file is not None and not os.path.exists(file.split(':')[0]):
+            raise UserError(f'there is no config file {file.split(":")[0]}') from None
         given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
         names = config.keys(config.default())
         unknown = [name for name in given if name not in names]
@@ -59,8 +64,8 @@ def _parse_flags(argv):
             close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
             hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(config.default())}'
             raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
-        file = next((f'{a.removeprefix("--config=")}: ' for a in argv if a.startswith('--config=')), '')
-        raise UserError(f'{"" if isinstance(error, flags.Error) else file}{_one_line(error)}') from None
+        where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
+        raise UserError(f'{where}{_one_line(error)}') from None
 
 
 def _claim(cfg, workdir):
@@ -68,8 +73,11 @@ def _claim(cfg, workdir):
     path = os.path.join(workdir, 'config.json')
     mine = json.loads(cfg.to_json_best_effort())
     if os.path.exists(path):
-        with open(path) as f:
-            changed = config.differences(json.load(f), mine)
+        try:
+            with open(path) as f:
+                changed = config.differences(json.load(f), mine)
+        except (ValueError, AttributeError):
+            raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
         if changed:
             raise UserError(
                 f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
@@ -100,9 +108,15 @@ def _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout
     labels = np.arange(s.num_images) % train.num_classes
     print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
     with tqdm(total=s.num_images, desc='samples', unit='image', disable=not sys.stderr.isatty()) as bar:
+
+        def progress(n):
+            bar.update(n)
+            if bar.disable:
+                print(f'{n} more images', flush=True)
+
         images = evaluation.sample_images(
             ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
-            guidance_scale=s.guidance_scale, temperature=s.temperature, progress=bar.update,
+            guidance_scale=s.guidance_scale, temperature=s.temperature, progress=progress,
         )  # fmt: skip
     report.save_samples(f'{workdir}/samples.png', images, labels)
     seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
@@ -133,12 +147,12 @@ def run(cfg, workdir, command):
     try:
         os.makedirs(workdir, exist_ok=True)
         mesh = sharding.make_mesh(**cfg.mesh)
+        _claim(cfg, workdir)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    for name in ('tokenizer_training', 'ar_training', 'sampling'):
+    for name in ('tokenizer_training', 'ar_training'):
         if cfg[name].batch_size % mesh.size:
             raise UserError(f'{name}.batch_size is {cfg[name].batch_size}, not a multiple of the {mesh.size} devices')
-    _claim(cfg, workdir)
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
     platform = jax.devices()[0].platform
@@ -148,8 +162,9 @@ def run(cfg, workdir, command):
     vae_params, ar_params, parts = _train(cfg, workdir, mesh, vae, ar, train)
     seconds |= parts
     metrics, parts = _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
+    mark = time.perf_counter()
     report.save_curves(f'{workdir}/curves.png', workdir)
-    seconds |= parts
+    seconds |= parts | {'curves': time.perf_counter() - mark}
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
@@ -160,9 +175,11 @@ def run(cfg, workdir, command):
     return metrics
 
 
-def main(_):
+def main(argv):
     """Runs the job of the flags; anything the user can put right ends it with one line and exit code 2."""
     logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError('give --config=configs/NAME.py and --workdir=DIR')
     command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
@@ -170,6 +187,8 @@ def main(_):
 
 
 def _guarded(function):
+    """`function`, with what is no bug of ours said in one line. A signal ends with 128 + its number, as shells do."""
+
     def guarded(argument):
         try:
             return function(argument)
@@ -178,7 +197,10 @@ def _guarded(function):
             sys.exit(2)
         except training.Preempted as stop:
             print(stop, file=sys.stderr)
-            sys.exit(PREEMPTED)
+            sys.exit(128 + stop.number)
+        except KeyboardInterrupt:
+            print('interrupted; the same command goes on', file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return guarded
 

@@ -42,8 +42,9 @@ class MetricWriter:
             self._events.add_scalar(name, value, step)
         text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown)
         if self._bar.disable:
-            left = (self._total - step) * scalars['seconds_per_step']
-            print(f'{self._name} {step}/{self._total}, {left:.0f} s left: {text}', flush=True)
+            speed = scalars.get('seconds_per_step')
+            left = '' if speed is None else f', {(self._total - step) * speed:.0f} s left'
+            print(f'{self._name} {step}/{self._total}{left}: {text}', flush=True)
         else:
             self._bar.set_postfix_str(text)
 

@@ -8,11 +8,13 @@ import html
 import io
 import json
 import os
+import platform
 
+import jax
 import matplotlib
 import numpy as np
 
-from sphere_ar_jax import metric_writer, sampling
+from sphere_ar_jax import __version__, metric_writer, sampling
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -127,7 +129,8 @@ font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem
 <h2>Numbers</h2><table>{rows}</table>
 <h2>Training curves</h2><img alt="training curves" src="{curves}">
 <h2>Again</h2><p>The same command in an empty directory gives the same result on the same machine.</p>
-<pre>{command}</pre>
+<pre>pip install -e . && {command}</pre>
+<p>This page was made with sphere_ar_jax {version} and JAX {jax}, on {platform}.</p>
 <h2>Configuration</h2><pre>{config}</pre>
 </body></html>
 """
@@ -165,6 +168,7 @@ def save_page(workdir, title, summary, metrics, config, command):
     pictures = {name: _embedded(f'{workdir}/{name}.png') for name in ('samples', 'reconstructions', 'curves')}
     page = _PAGE.format(
         title=html.escape(title), summary=html.escape(summary), rows=rows,
-        command=html.escape(command), config=html.escape(config), **pictures,
+        command=html.escape(command), version=__version__, jax=jax.__version__,
+        platform=html.escape(platform.platform()), config=html.escape(config), **pictures,
     )  # fmt: skip
     _write(f'{workdir}/report.html', page.encode())

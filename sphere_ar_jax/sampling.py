@@ -25,7 +25,7 @@ class Options:
       guidance: schedule of the guidance scale over tokens, 'linear' or 'constant'; None samples without null rows.
       first_token_apart: the published quirk, True if None. Where token 0's scale is exactly 1 (always so in the
         linear schedule) guidance is off: conditional and null rows then draw their own noise, and feed their own,
-        different, first tokens back. False: both continue from the conditional token. Needs guidance.
+        different, first tokens back. False: both continue from the conditional token. Only with the linear schedule.
     """
 
     solver: str = 'euler_maruyama'
@@ -42,8 +42,8 @@ class Options:
             raise ValueError(f'last_step is {self.last_step}, but must lie between 0 and 1')
         if self.guidance is not None:
             flow.guidance_scales(1.0, 1, self.guidance)
-        elif self.first_token_apart is not None:
-            raise ValueError('first_token_apart is only used with guidance: leave it out')
+        if self.guidance != 'linear' and self.first_token_apart is not None:
+            raise ValueError('first_token_apart is only used with linear guidance: leave it out')
 
     @property
     def times(self):
@@ -79,7 +79,7 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
       noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with guidance, the null rows
         of `first` are used only where token 0 goes apart.
     Returns:
-      z (B, L, d) float32, ‖z‖ = √d. Source: spec §7. Raises ValueError for an option without use.
+      z (B, L, d) float32, ‖z‖ = √d. Source: spec §7. Raises ValueError for an option without use or misshapen noise.
     """
     guided = options.guidance is not None
     if guided != (guidance_scale is not None):
@@ -87,7 +87,10 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
     variables = {'params': params}
-    L, d, m = ar.num_tokens, ar.latent_dim, flow.num_draws(options.solver, options.num_steps)
+    B, L, d, m = len(class_id), ar.num_tokens, ar.latent_dim, flow.num_draws(options.solver, options.num_steps)
+    expected = (m, 2 * B if guided else B, d), (L - 1, m, B, d)
+    if noise is not None and tuple(n.shape for n in noise) != expected:
+        raise ValueError(f'noise has the shapes {tuple(n.shape for n in noise)}, but these options need {expected}')
     draw = jax.vmap(lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (m, d)), (0, None), 1)
     double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
     scales = flow.guidance_scales(guidance_scale, L, options.guidance) if guided else jnp.ones(L)
@@ -95,19 +98,20 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
     t_emb = ar.apply(variables, options.times[0], method='embed_time')
     token = partial(_token, ar, variables, options, t_emb)
 
-    rows = jnp.concatenate([class_id, jnp.full_like(class_id, ar.num_classes)]) if guided else class_id
-    c, cache = ar.apply(variables, rows, method='prefill')
+    c, cache = ar.apply(variables, jnp.append(class_id, ar.num_classes) if guided else class_id, method='prefill')
+    if guided:  # all null rows begin alike: one was computed
+        rows = jnp.minimum(jnp.arange(2 * B), B)
+        c, cache = jnp.take(c, rows, axis=0), tuple(jnp.take(a, rows, axis=1) for a in cache)
     apart = scales == 1
     first_apart = jnp.logical_and(apart[0], options.first_token_apart is not False)
-    if noise is None:
-        first = draw(keys, 0)
-        if guided:
-            first = jnp.concatenate([first, jnp.where(first_apart, draw(keys, L), first)], axis=1)
-    else:
+    if noise is not None:
         first = noise[0]
-        if guided:
-            conditional = first[:, : len(class_id)]
-            first = jnp.where(first_apart, first, double(conditional, 1))
+    elif guided and options.guidance == 'linear' and options.first_token_apart is not False:
+        first = jnp.concatenate([draw(keys, 0), draw(keys, L)], axis=1)
+    else:
+        first = double(draw(keys, 0), 1)
+    if guided:
+        first = jnp.where(first_apart, first, double(first[:, :B], 1))
     z = token(scales[0], temperature, c, first, first_apart)
 
     def step(carry, inputs):
@@ -116,27 +120,36 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
         c, cache = ar.apply(variables, z, k, cache, method='decode_step')
         draws = draw(keys, k) if noise is None else noise
         z = token(scale, temperature, c, double(draws, 1), apart)
-        return (z, cache), z[: len(class_id)]
+        return (z, cache), z[:B]
 
     inputs = (jnp.arange(1, L), scales[1:], apart[1:], None if noise is None else noise[1])
     _, rest = jax.lax.scan(step, (z, cache), inputs)
-    return jnp.concatenate([z[None, : len(class_id)], rest]).swapaxes(0, 1)
+    return jnp.concatenate([z[None, :B], rest]).swapaxes(0, 1)
 
 
-@partial(jax.jit, static_argnames=('ar', 'vae', 'options'))
-def sample_images(ar, vae, options, ar_params, vae_params, class_id, index, key, guidance_scale=None, temperature=1.0):
-    """Draws B images: `sample_tokens`, then the S-VAE decoder, in one compiled program.
-
-    Args:
-      class_id, index: (B,) int32, the class and the global number of each image. key: one PRNG key; image i draws
-        from key folded by i, in whatever batch it is. The others: see `sample_tokens`.
-
-    Returns:
-      (images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)).
-    """
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _images(ar, vae, options, ar_params, vae_params, class_id, index, key, guidance_scale, temperature):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     z = sample_tokens(ar, ar_params, class_id, keys, options, guidance_scale, temperature)
     return vae.apply({'params': vae_params}, z, method='decode'), z
+
+
+def sample_images(ar, vae, options, ar_params, vae_params, class_id, index, key, guidance_scale=None, temperature=1.0):
+    """Draws B images: `sample_tokens`, then the S-VAE decoder, in one compiled program.
+
+    One compilation for given models, options and B, whatever the labels, key, scale or temperature.
+
+    Args:
+      class_id, index: (B,) int, the class and the global number of each image. key: one PRNG key; image i draws
+        from key folded by i, in whatever batch it is. The others: see `sample_tokens`.
+    Returns:
+      (images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)).
+    """
+    scale = None if guidance_scale is None else jnp.asarray(guidance_scale, jnp.float32)
+    class_id, index = jnp.asarray(class_id, jnp.int32), jnp.asarray(index, jnp.int32)
+    return _images(
+        ar, vae, options, ar_params, vae_params, class_id, index, key, scale, jnp.asarray(temperature, jnp.float32)
+    )
 
 
 def to_uint8(images):

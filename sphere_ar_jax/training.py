@@ -24,7 +24,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """SIGTERM or Ctrl-C arrived; the state has been saved."""
+    """A signal (number) arrived; the state has been saved."""
+
+    def __init__(self, number, step, steps):
+        super().__init__(f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on')
+        self.number = number
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -128,7 +132,7 @@ class _Signals:
         return self
 
     def _note(self, number, _):
-        self.arrived = signal.Signals(number).name
+        self.arrived = number
         signal.signal(number, self._previous[number])
 
     def __exit__(self, *_):
@@ -136,27 +140,40 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _check_finite(scalars, step, saved, stage):
-    """Raises NonFiniteError where the loss or the gradient of `step` is not finite. Waits for that step."""
-    if not all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
-        last = 'there is no checkpoint yet' if saved is None else f'the last good checkpoint is step {saved}'
-        raise NonFiniteError(
-            f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last} and '
-            f'was not touched. Try a lower {stage.name}_training.learning_rate, more warmup_steps or dtype float32'
-        )
+def _check_finite(scalars, step, checkpoints, stage):
+    """Raises NonFiniteError where the loss or the gradient of `step` is not finite. Waits for that step.
+
+    A checkpoint of the step before holds the very parameters that failed: it is set aside.
+    """
+    if all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
+        return
+    checkpoints.set_aside([s for s in checkpoints.steps() if s == step - 1])
+    steps = checkpoints.steps()
+    last = f'the last good checkpoint, step {steps[-1]}, was not touched' if steps else 'there is no checkpoint yet'
+    raise NonFiniteError(
+        f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last}. '
+        f'Try the same command with a lower --config.{stage.name}_training.learning_rate'
+    )
+
+
+def _averages(scalars):
+    """clu averages of a step's scalars: (empty collection, function that takes one step's scalars in)."""
+    names = {name: clu_metrics.Average.from_output(name) for name in scalars}
+    collection = clu_metrics.Collection.create(**names)
+    return collection.empty(), jax.jit(lambda a, s: a.merge(collection.single_from_model_output(**s)))
 
 
 def train(stage, source, directory, *, seed, mesh):
     """Runs a stage from its newest whole checkpoint, or from the start, to its last step.
 
-    A function of (config, seed) alone: however often it was killed and started again, the result is the same bit for
-    bit on the same machine.
+    A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
+    on the same machine. (Only logged averages differ where a start falls between two log lines.)
 
     Args:
       stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
       initialisation and data order. mesh: see `sharding`.
     Returns:
-      (state, seconds trained, interruptions included).
+      (state, seconds it took, those of earlier starts up to their last checkpoint included).
     Raises:
       NonFiniteError, Preempted, checkpoint.DamagedError.
     """
@@ -178,50 +195,44 @@ def train(stage, source, directory, *, seed, mesh):
         batches.set_state(data_state)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
     elapsed = lambda: before + time.perf_counter() - started
-    step, saved = int(state.step), None if restored is None else int(state.step)
+    step = int(state.step)
     if step >= options.steps:
         checkpoints.close()
         return state, before
 
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
-    averages, pending, mark = None, None, (step, time.perf_counter())
-
-    def save():
-        nonlocal saved
-        _check_finite(pending, step, saved, stage)  # nothing that is not finite is ever saved
-        checkpoints.save(step, state, batches.get_state(), elapsed())
-        saved = step
+    pending = None
+    print(f'{stage.name}: compiling', flush=True)
 
     try:
         with _Signals() as signals:
             while step < options.steps:
                 batch = sharding.place_batch(mesh, next(batches))
                 state, scalars = step_fn(state, stage.frozen, batch)
-                if pending is not None:  # one step late, so that the device is never idle
-                    _check_finite(pending, step, saved, stage)
+                if pending is None:
+                    empty, accumulate = _averages(scalars)
+                    averages = empty
+                    jax.block_until_ready(scalars)
+                    mark = step + 1, time.perf_counter()  # compilation is no training speed
+                else:  # one step late, so that the device is never idle
+                    _check_finite(pending, step, checkpoints, stage)
                 step, pending = step + 1, scalars
-                if averages is None:
-                    names = {name: clu_metrics.Average.from_output(name) for name in scalars}
-                    collection = clu_metrics.Collection.create(**names)
-                    accumulate = jax.jit(lambda a, s: a.merge(collection.single_from_model_output(**s)))
-                    averages = collection.empty()
                 averages = accumulate(averages, scalars)
                 writer.advance()
                 if step % options.log_every == 0 or step == options.steps:
                     values = {name: float(value) for name, value in averages.compute().items()}
-                    seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
-                    values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
+                    if step > mark[0]:
+                        seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
+                        values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
                     writer.write(step, values, stage.shown)
-                    averages, mark = collection.empty(), (step, time.perf_counter())
+                    averages, mark = empty, (step, time.perf_counter())
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
-                    save()
+                    _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
+                    checkpoints.save(step, state, batches.get_state(), elapsed())
                 if signals.arrived:
-                    raise Preempted(
-                        f'{signals.arrived}: saved at step {step} of {options.steps}; the same command goes on'
-                    )
-        _check_finite(pending, step, saved, stage)
+                    raise Preempted(signals.arrived, step, options.steps)
     finally:
-        writer.close()
         checkpoints.close()
+        writer.close()
     return state, elapsed()

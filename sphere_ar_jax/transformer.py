@@ -23,6 +23,17 @@ def swiglu_width(width):
     return -(-int(2 * 4 * width / 3) // 256) * 256
 
 
+def head_dim(width, heads):
+    """K = D/N. Raises ValueError where heads do not divide the width, or K is no multiple of 4 as the 2-D RoPE needs."""
+    if width % heads:
+        raise ValueError(f'{heads} heads do not divide the width {width}')
+    if width // heads % 4:
+        raise ValueError(
+            f'the head dimension {width}/{heads} = {width // heads} must be a multiple of 4 for the 2-D RoPE'
+        )
+    return width // heads
+
+
 def rope_table(height, width, extra, head_dim, theta=10000.0):
     """2-D rotary angles, in raster order after `extra` tokens at position 0 (identity rotation).
 
@@ -62,34 +73,43 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with 2-D RoPE, no biases, scale 1/√K.
+    """Multi-head self-attention, softmax(q·kᵀ/√K)·v with 2-D RoPE on q and k, no biases; softmax in float32.
 
-    Without a cache all T positions attend to each other (`causal`: to themselves and what is before).
-    With a cache (keys, values), each (B, S, N, K), the T given positions are written at `start` and attend
-    to the first start + T entries, causally.
+    Without a cache all T positions attend to each other (`causal`: to themselves and what is before). With one, the
+    keys and values of the T positions are written to layer `layer` from position `start` on, and position i attends
+    to the first start + i + 1 entries. `prefill` says that the cache is empty (start = 0): the T positions then
+    attend to themselves only, whatever the cache's length.
+
+    Args of the call:
+      x: (B, T, D). angles: (T, K/2) radians. cache: None, or (keys, values), each (n, B, S, N, K). layer: () int.
+      start: int or () int with start + T ≤ S; it is clamped, not checked.
+    Returns:
+      (B, T, D) in `dtype`, and the cache. Raises ValueError where heads do not divide D. Source: spec §4.
     """
 
     heads: int
     causal: bool
+    prefill: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, start=None):
+    def __call__(self, x, angles, cache=None, layer=None, start=None):
         width = x.shape[-1]
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name='qkv', **dense)(x)
+        qkv = nn.DenseGeneral((3, self.heads, head_dim(width, self.heads)), name='qkv', **dense)(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
-        if cache is None:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        else:
+        if cache is not None:
             cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(c, new.astype(c.dtype), start, axis=1)
+                jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), (layer, 0, start, 0, 0))
                 for c, new in zip(cache, (k, v), strict=True)
             )
-            # is_causal would align top-left; a cache needs row i to see start + i + 1 entries.
-            visible = jnp.arange(cache[0].shape[1])[None] <= start + jnp.arange(x.shape[1])[:, None]
-            keys, values = (c.astype(q.dtype) for c in cache)
+        if cache is None or self.prefill:
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            keys, values = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(q.dtype) for c in cache)
+            # is_causal would align top-left; here row i sees start + i + 1 entries
+            visible = jnp.arange(keys.shape[1])[None] <= start + jnp.arange(x.shape[1])[:, None]
             out = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
@@ -109,32 +129,23 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (B, T, D) → (B, T, D).
 
-    The carry is (x, cache); the cache holds all blocks' keys and values, each (n, B, S, N, K), of which this
-    block reads and writes number `layer`. Carried rather than scanned over, so that XLA updates it in place.
+    The carry is (x, cache). x is float32 whatever `dtype` is: a sum over many blocks must not be rounded at each.
+    The cache holds all blocks' keys and values; carried, not scanned over, so that XLA updates it in place.
     """
 
     heads: int
     causal: bool
+    prefill: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, carry, layer, angles, start):
         x, cache = carry
-        mine = None
-        if cache is not None:
-            mine = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        attention = Attention(self.heads, self.causal, self.dtype, name='attention')
-        y, mine = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, mine, start)
-        x = x + y
-        x = x + SwiGLU(self.dtype, name='mlp')(RMSNorm(self.dtype, name='mlp_norm')(x))
-        if cache is not None:
-            T = angles.shape[0]
-            fresh = (jax.lax.dynamic_slice_in_dim(m, start, T, axis=1)[None] for m in mine)
-            cache = tuple(
-                jax.lax.dynamic_update_slice(c, new, (layer, 0, start, 0, 0))
-                for c, new in zip(cache, fresh, strict=True)
-            )
-        return (x, cache), None
+        attention = Attention(self.heads, self.causal, self.prefill, self.dtype, name='attention')
+        y, cache = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, cache, layer, start)
+        x = x + y.astype(x.dtype)
+        y = SwiGLU(self.dtype, name='mlp')(RMSNorm(self.dtype, name='mlp_norm')(x))
+        return (x + y.astype(x.dtype), cache), None
 
 
 class Stack(nn.Module):
@@ -153,8 +164,8 @@ class Stack(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, start=None):
-        """x (B, T, D), angles (T, K/2) → x (B, T, D), and the updated cache (None without one)."""
+    def __call__(self, x, angles, cache=None, start=None, prefill=False):
+        """x (B, T, D) → (B, T, D) float32, and the updated cache (None without one); arguments as in `Attention`."""
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(
             block,
@@ -165,8 +176,9 @@ class Stack(nn.Module):
             unroll=min(self.unroll, self.depth),
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
-        blocks = scanned(self.heads, self.causal, self.dtype, name='blocks')
-        (x, cache), _ = blocks((x.astype(self.dtype), cache), jnp.arange(self.depth), jnp.asarray(angles), start)
+        blocks = scanned(self.heads, self.causal, prefill, self.dtype, name='blocks')
+        x = x.astype(jnp.float32)
+        (x, cache), _ = blocks((x, cache), jnp.arange(self.depth), jnp.asarray(angles), start)
         return x, cache
 
 

@@ -108,7 +108,7 @@ class ResUp(nn.Module):
 
 
 class ViT(nn.Module):
-    """Bidirectional transformer over the grid with 4 learned register tokens in front. (B, H, W, D) → same."""
+    """Bidirectional transformer over the grid with 4 learned register tokens in front. (B, H, W, D) → same, float32."""
 
     depth: int
     heads: int
@@ -119,9 +119,10 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x):
         B, H, W, D = x.shape
-        registers = self.param('registers', transformer.INIT, (NUM_REGISTERS, D)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(registers, (B, NUM_REGISTERS, D)), x.reshape(B, H * W, D)], axis=1)
-        angles = transformer.rope_table(H, W, NUM_REGISTERS, D // self.heads)
+        registers = self.param('registers', transformer.INIT, (NUM_REGISTERS, D))
+        x = x.reshape(B, H * W, D).astype(jnp.float32)
+        x = jnp.concatenate([jnp.broadcast_to(registers, (B, NUM_REGISTERS, D)), x], axis=1)
+        angles = transformer.rope_table(H, W, NUM_REGISTERS, transformer.head_dim(D, self.heads))
         x, _ = transformer.Stack(self.depth, self.heads, False, self.remat, self.unroll, self.dtype, name='stack')(
             x, angles
         )

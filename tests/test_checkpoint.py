@@ -1,5 +1,7 @@
+import errno
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -96,14 +98,43 @@ def _drop(directory):
 
 def _forge(directory):
     """Another state under the same meta: what a bit flip that Orbax does not notice looks like."""
-    import shutil
-
     other = pathlib.Path(directory).parent / '2'
     shutil.rmtree(pathlib.Path(directory) / 'state')
     shutil.copytree(other / 'state', pathlib.Path(directory) / 'state')
 
 
-@pytest.mark.parametrize('damage', [_truncate, _flip, _drop, _forge])
+def _move_iterator(directory):
+    """Another position of the data iterator, in good JSON."""
+    path = next(p for p in pathlib.Path(directory, 'data').rglob('*') if p.is_file() and '3' in p.read_text())
+    path.write_text(path.read_text().replace('3', '4'))
+
+
+def test_the_machine_s_faults_are_not_the_checkpoint_s(tmp_path, mesh, monkeypatch):
+    _save(tmp_path, mesh, [1, 2], keep=10)
+
+    def full(*_):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    monkeypatch.setattr(checkpoint.Checkpoints, '_read', full)
+    with pytest.raises(OSError, match='Too many open files'):
+        _restored(tmp_path, mesh)
+    assert {'1', '2'} <= set(os.listdir(tmp_path))
+
+
+def test_read_only_changes_nothing(tmp_path, mesh, capfd):
+    _save(tmp_path / 'a', mesh, [1, 2], keep=10)
+    _truncate(tmp_path / 'a' / '2')
+    before = sorted(tmp_path.rglob('*'))
+    for name, step in (('a', 1), ('none', None)):
+        checkpoints = checkpoint.Checkpoints(tmp_path / name, read_only=True)
+        found = checkpoints.restore(_like(_state(mesh, 0)))
+        checkpoints.close()
+        assert (found and int(found[0]['step'])) == step
+    assert 'a/2 cannot be read' in capfd.readouterr().err
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('damage', [_truncate, _flip, _drop, _forge, _move_iterator])
 def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damage):
     _save(tmp_path, mesh, [1, 2, 3], keep=10)
     damage(tmp_path / '3')

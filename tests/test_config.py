@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -24,6 +25,7 @@ def _load(name, argument):
 def test_every_config_is_built_and_stepped_once(name, argument):
     """Models built, states initialised, one step of both stages, the sampler's options made."""
     cfg = config.check(_load(name, argument))
+    assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     config.build_sampler(cfg)
     source = data.SOURCES[cfg.data.name]('train', cfg.seed, cfg.data.holdout)
@@ -42,6 +44,7 @@ def test_configs_are_all_tested_here():
 
 
 def test_default_is_the_published_model():
+    """Sizes, optimizers and loss weights; steps, data and sampling are for a config file to set."""
     cfg = config.default()
     count = lambda model: sum(
         int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
@@ -75,19 +78,22 @@ WRONG = {
     'vae.latent_dim': (1, 'too small'),
     'dtype': ('float8', 'float32, bfloat16'),
     'data.name': ('imagenet', 'one of digits'),
-    'data.holdout': (1.0, 'between 0 and 1'),
+    'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
+    'seed': (-1, 'seed is -1'),
+    'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
     'tokenizer_training.steps': (0, 'at least 1'),
     'tokenizer_training.learning_rate': (-1.0, 'above 0'),
     'ar_training.ema_decay': (1.0, r'\[0, 1\)'),
     'ar_training.warmup_steps': (7, 'more than its 6 steps'),
     'ar_training.label_dropout': (1.5, r'\[0, 1\)'),
+    'ar_training.label_dropout ': (0.0, 'null class'),
     'ar_training.copies': (0, 'at least 1'),
     'sampling.solver': ('heun', 'euler, euler_maruyama'),
     'sampling.guidance': ('cosine', 'linear or constant'),
     'sampling.guidance_scale': (None, 'guidance_scale'),
     'sampling.last_step': (2.0, 'between 0 and 1'),
     'sampling.temperature': (-1.0, 'negative'),
-    'sampling.num_images': (0, 'at least 1'),
+    'sampling.num_images': (9, 'one for each of 10 classes'),
 }
 
 
@@ -97,7 +103,7 @@ def test_impossible_values_are_one_line(key):
     cfg = get_config()
     config.check(cfg)
     with cfg.ignore_type():
-        cfg.update_from_flattened_dict({key: value})
+        cfg.update_from_flattened_dict({key.strip(): value})
     with pytest.raises(config.ConfigError, match=message) as caught:
         config.check(cfg)
     assert '\n' not in str(caught.value)
@@ -108,6 +114,12 @@ def test_euler_takes_no_last_step():
     cfg.sampling.update(solver='euler', last_step=0.1)
     with pytest.raises(config.ConfigError, match='only used by the solver euler_maruyama'):
         config.check(cfg)
+
+
+def test_json_round_trip():
+    cfg = get_config()
+    again = config.from_dict(json.loads(cfg.to_json_best_effort()))
+    assert again.to_dict() == cfg.to_dict() and config.build_vae(again) == config.build_vae(cfg)
 
 
 def test_differences():

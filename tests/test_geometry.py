@@ -79,16 +79,29 @@ def test_reverse_and_second_derivatives():
         np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
 
 
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize('scale', [0.0, 1e-37, 1e-32, 1e-30, 1e-8, 1.0, 1e30])
+def test_second_derivatives_are_finite_everywhere(dtype, scale):
+    """Hessian-vector products along ordinary directions, also under vmap."""
+    z, direction = (_points((3, 16)) * scale).astype(dtype), _points((3, 16), dtype, 1)
+    loss = lambda z: jnp.sum(geometry.project(z).astype(jnp.float32) ** 2 * jnp.arange(16.0))
+    product = lambda z, d: jax.jvp(jax.grad(loss), (z,), (d,))[1]
+    chex.assert_tree_all_finite(jax.vmap(product)(z, direction).astype(jnp.float32))
+
+
 def test_vmap_and_jit_agree_with_the_plain_call():
     z = _points((6, 16))
     np.testing.assert_array_equal(jax.vmap(geometry.project)(z), geometry.project(z))
     np.testing.assert_allclose(jax.jit(geometry.project)(z), geometry.project(z), rtol=1e-6)
+    slope = jax.grad(lambda z: jnp.sum(geometry.project(z) ** 3))
+    np.testing.assert_allclose(jax.jit(jax.vmap(slope))(z), slope(z), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_is_rounded_once():
-    z = _points((50, 16), jnp.bfloat16)
-    exact = geometry.l2_normalize(z.astype(jnp.float32)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(geometry.l2_normalize(z), np.float32), np.asarray(exact, np.float32))
+    z = _points((50, 8), jnp.bfloat16)
+    for function in (geometry.l2_normalize, geometry.project, lambda z: geometry.project(z, 2.3)):
+        exact = function(z.astype(jnp.float32)).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(function(z), np.float32), np.asarray(exact, np.float32))
 
 
 def test_householder_takes_e1_to_mu_and_keeps_lengths():

@@ -3,14 +3,18 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/tiny_config.py'
@@ -41,13 +45,20 @@ WRONG = {
     (TINY, '--workdir=W', '--config.ar.heads=3'): '3 heads do not divide the width 16',
     (TINY, '--workdri=W'): 'Did you mean: workdir',
     (TINY, '--workdir=/dev/null/x'): 'Not a directory',
+    (TINY, '--workdir=W', 'config.seed=1'): 'config.seed=1 is no flag: overrides are written --config.KEY=VALUE',
+    ('--config', 'configs/nope.py', '--workdir', 'W'): 'there is no config file configs/nope.py',
+    ('--config=BAD', '--workdir=W'): 'Did you mean "width" instead of "widht"?',
     (TINY, '--workdir=W', '--config.mesh.data=999'): 'mesh.data is 999, but this machine has',
 }
 
 
 @pytest.mark.parametrize('arguments', WRONG, ids=[' '.join(a) or 'nothing' for a in WRONG])
 def test_bad_input_is_one_line(environment, tmp_path, arguments):
-    given = [a.replace('=W', f'={tmp_path}/w') for a in arguments]
+    bad = tmp_path / 'bad.py'
+    bad.write_text(
+        'from tests import tiny_config\n\n\ndef get_config():\n    c = tiny_config.get_config()\n    c.ar.widht = 3\n    return c\n'
+    )
+    given = [a.replace('=W', f'={tmp_path}/w').replace('BAD', str(bad)) for a in arguments]
     result = _run(environment, *given)
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line]
@@ -74,6 +85,13 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     assert page.count('data:image/png;base64,') == 3 and 'src="http' not in page
     assert 'tests/tiny_config.py' in page and 'samples/frechet' in page and 'latent_dim: 8' in page
 
+    # the README's ten lines, as they stand there
+    snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(1)
+    seen = {}
+    exec(snippet.replace('/tmp/digits', str(tmp_path)), seen)
+    chex.assert_shape([seen['images'], seen['tokens']], [(6, 16, 16, 1), (6, 16, 8)])
+    np.testing.assert_allclose(jnp.linalg.norm(seen['tokens'], axis=-1), np.sqrt(8), rtol=1e-5)
+
     again = _run(environment, TINY, f'--workdir={tmp_path}')
     assert again.returncode == 0, again.stderr
     second = json.loads((tmp_path / 'metrics.json').read_text())
@@ -97,7 +115,7 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
         time.sleep(0.3)
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143 and 'Traceback' not in errors
+    assert process.returncode == 128 + number and 'Traceback' not in errors
     step = int(errors.split('saved at step ')[1].split()[0])
     assert (tmp_path / 'tokenizer' / 'checkpoints' / str(step)).is_dir()
     assert 'the same command goes on' in errors
@@ -113,7 +131,8 @@ def test_digits_smoke(environment, tmp_path):
 
 @pytest.mark.slow
 def test_digits_quality(environment, tmp_path):
-    """The main job reaches its quality: minutes. The bounds are the project's, for the mean of three seeds."""
+    """The main job reaches its quality, within the spread of one seed (the goal, 0.985 and 0.25, is for the mean of
+    three, measured in BUILD_NOTES.md)."""
     result = _run(environment, '--config=configs/digits.py', f'--workdir={tmp_path}', timeout=1800)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / 'metrics.json').read_text())

@@ -27,9 +27,13 @@ LEVELS = (
 def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == 'sphere_ar_jax':
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('sphere_ar_jax.'):
-            yield node.module.split('.')[1]
+            yield from (alias.name for alias in node.names if alias.name != '__version__')
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path.name}: relative import'
+            if node.module.startswith('sphere_ar_jax.'):
+                yield node.module.split('.')[1]
+        elif isinstance(node, ast.Import):
+            yield from (n.name.split('.')[1] for n in node.names if n.name.startswith('sphere_ar_jax.'))
 
 
 def test_imports_only_go_down():
@@ -67,3 +71,13 @@ def test_functions_are_short():
                 lengths[f'{path.stem}.{node.name}'] = node.end_lineno - node.lineno + 1
     assert lengths['training.step'] <= 40
     assert max(lengths.values()) <= 150
+
+
+def test_the_documents_hold_together():
+    """No placeholder is left, and every link to a file of ours has one behind it."""
+    root = PACKAGE.parent
+    for name in ('README.md', 'BUILD_NOTES.md'):
+        text = (root / name).read_text()
+        assert not re.search(r'@[A-Z]+@', text), name
+        for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
+            assert (root / target).exists(), f'{name}: {target}'

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Checks a machine with an NVIDIA GPU in one go: installs with CUDA, runs the tests on the GPU, runs the digits job on it.
+# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip. Takes about 15 minutes.
+# Type: bash launch/gpu_check.sh [cuda12|cuda13]     (from the checkout; prints what to copy into BUILD_NOTES.md)
+set -euo pipefail
+cuda=${1:-cuda12}
+cd "$(dirname "$0")/.."
+python3 -m venv .venv-gpu
+# shellcheck disable=SC1091
+. .venv-gpu/bin/activate
+pip install -q -e ".[test,$cuda]"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python -c 'import jax; print("JAX", jax.__version__, jax.devices()); assert jax.devices()[0].platform == "gpu"'
+# Goldens were measured in full float32: without this, GPUs multiply in TF32.
+JAX_DEFAULT_MATMUL_PRECISION=highest pytest -q
+workdir=$(mktemp -d)
+python -m sphere_ar_jax.main --config=configs/digits.py --workdir="$workdir"
+cat "$workdir/metrics.json"

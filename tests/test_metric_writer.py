@@ -1,0 +1,55 @@
+import json
+import sys
+
+import numpy as np
+from tensorboardX.proto import event_pb2
+
+from sphere_ar_jax import metric_writer
+
+
+def _events(directory):
+    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length, crc, event, crc."""
+    found = []
+    for path in sorted(directory.glob('events.*')):
+        content = path.read_bytes()
+        while content:
+            length = int(np.frombuffer(content[:8], '<u8')[0])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return found
+
+
+def test_lines_events_and_plain_console(tmp_path, capsys):
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 0, 10)
+    writer.write(5, {'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, ('loss',))
+    writer.write(10, {'loss': 1.0, 'lr': 0.25}, ('loss',))
+    writer.close()
+    expected = [{'step': 5, 'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, {'step': 10, 'loss': 1.0, 'lr': 0.25}]
+    assert metric_writer.read_scalars(tmp_path / 'metrics.jsonl') == expected
+    assert {(5, 'loss', 2.0), (10, 'loss', 1.0), (10, 'lr', 0.25)} <= set(_events(tmp_path))
+    assert capsys.readouterr().out.splitlines() == ['stage 5/10, 15 s left: loss 2', 'stage 10/10: loss 1']
+
+
+def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps({'step': s, 'loss': s}) + '\n' for s in (2, 4, 6, 8)) + '{"step": 10, "lo')
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 5, 10)
+    writer.write(6, {'loss': 0.5}, ())
+    writer.close()
+    assert [(line['step'], line['loss']) for line in metric_writer.read_scalars(path)] == [(2, 2), (4, 4), (6, 0.5)]
+
+
+def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 0, 4)
+    for _ in range(4):
+        writer.advance()
+    writer.write(4, {'loss': 1.5}, ('loss',))
+    writer.close()
+    shown = capsys.readouterr()
+    assert '4/4 steps' in shown.err and 'left' in shown.err and 'loss 1.5' in shown.err and shown.out == ''
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert metric_writer.read_scalars(tmp_path / 'nothing.jsonl') == []
