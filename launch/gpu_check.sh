@@ -11,8 +11,10 @@ python3 -m venv .venv-gpu
 pip install -q -e ".[test,$cuda]"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python -c 'import jax; print("JAX", jax.__version__, jax.devices()); assert jax.devices()[0].platform == "gpu"'
-# Goldens were measured in full float32: without this, GPUs multiply in TF32.
-JAX_DEFAULT_MATMUL_PRECISION=highest pytest -q
+# Tests start processes of their own on the same GPU; goldens were measured in full float32, not TF32; the test that
+# kills a run compares bit for bit.
+XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_deterministic_ops=true \
+  JAX_DEFAULT_MATMUL_PRECISION=highest pytest -q
 workdir=$(mktemp -d)
 python -m sphere_ar_jax.main --config=configs/digits.py --workdir="$workdir"
 cat "$workdir/metrics.json"

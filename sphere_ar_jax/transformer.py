@@ -24,7 +24,7 @@ def swiglu_width(width):
 
 
 def head_dim(width, heads):
-    """K = D/N. Raises ValueError where heads do not divide the width, or K is no multiple of 4 as the 2-D RoPE needs."""
+    """K = D/N. Raises ValueError where N does not divide D, or K is no multiple of 4 as the 2-D RoPE needs."""
     if width % heads:
         raise ValueError(f'{heads} heads do not divide the width {width}')
     if width // heads % 4:

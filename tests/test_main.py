@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/tiny_config.py'
 
@@ -55,9 +54,14 @@ WRONG = {
 @pytest.mark.parametrize('arguments', WRONG, ids=[' '.join(a) or 'nothing' for a in WRONG])
 def test_bad_input_is_one_line(environment, tmp_path, arguments):
     bad = tmp_path / 'bad.py'
-    bad.write_text(
-        'from tests import tiny_config\n\n\ndef get_config():\n    c = tiny_config.get_config()\n    c.ar.widht = 3\n    return c\n'
+    lines = (
+        'from tests import tiny_config',
+        'def get_config():',
+        ' c = tiny_config.get_config()',
+        ' c.ar.widht = 3',
+        ' return c',
     )
+    bad.write_text('\n'.join(lines))
     given = [a.replace('=W', f'={tmp_path}/w').replace('BAD', str(bad)) for a in arguments]
     result = _run(environment, *given)
     assert result.returncode == 2, result.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from sphere_ar_jax import checkpoint, config, data, losses, optimizer, sharding, training
 from tests.conftest import libraries_promote
-from tests.tiny_config import get_config
+from tests.tiny_config import LONG, get_config, long_config, stages
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,16 +28,9 @@ def standard_promotion():
         yield
 
 
-def _stages(cfg):
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    tokenizer = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    vae_params = vae.init_params(jax.random.key(1))
-    return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-
-
 def _train(cfg, directory, which=0, mesh=None):
     return training.train(
-        _stages(cfg)[which],
+        stages(cfg)[which],
         data.Digits('train', cfg.seed),
         str(directory),
         seed=cfg.seed,
@@ -48,14 +41,14 @@ def _train(cfg, directory, which=0, mesh=None):
 @pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_a_stage_trains_and_logs(tmp_path, which):
     cfg = get_config()
-    cfg.tokenizer_training.update(steps=40, log_every=10, learning_rate=3e-3)
-    cfg.ar_training.update(steps=40, log_every=10, learning_rate=1e-2)  # the head starts at zero
+    cfg.tokenizer_training.update(steps=80, log_every=20, learning_rate=3e-3)
+    cfg.ar_training.update(steps=80, log_every=20, learning_rate=1e-2)  # the head starts at zero
     state, seconds = _train(cfg, tmp_path, which)
-    assert int(state.step) == 40 and seconds > 0
+    assert int(state.step) == 80 and seconds > 0
     chex.assert_tree_all_finite(state.params)
     assert (state.ema is None) == (which == 0)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    assert [line['step'] for line in lines] == [10, 20, 30, 40]
+    assert [line['step'] for line in lines] == [20, 40, 60, 80]
     assert lines[-1]['loss'] < 0.9 * lines[0]['loss']
     names = {'loss', 'grad_norm', 'learning_rate', 'images_per_second', 'token_norm'} | (
         {'kappa', 'l1', 'kl'} if which == 0 else set()
@@ -69,7 +62,7 @@ def test_a_step_is_the_recipe():
     """One step by hand: loss, clip, AdamW, EMA, on the keys folded by step and sample."""
     cfg = get_config()
     cfg.ar_training.update(warmup_steps=0, clip_norm=0.05, learning_rate=1e-2, weight_decay=0.5)
-    stage = _stages(cfg)[1]
+    stage = stages(cfg)[1]
     batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
     state = jax.jit(stage.init)(jax.random.key(0))
     state = state.replace(step=jnp.int32(1), ema=jax.tree.map(lambda p: p + 1, state.params))
@@ -141,20 +134,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 DRIVER = """
 import sys
 from sphere_ar_jax import data, sharding, training
-from tests.test_training import long_run
+from tests.tiny_config import long_config, stages
 which, directory = int(sys.argv[1]), sys.argv[2]
-cfg, stages = long_run()
-training.train(stages[which], data.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
+training.train(stages(long_config())[which], data.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
 """
-LONG = 150
-
-
-def long_run():
-    """A config whose stages save and log at every step, and the stages."""
-    cfg = get_config()
-    for options in (cfg.tokenizer_training, cfg.ar_training):
-        options.update(steps=LONG, checkpoint_every=1, log_every=1)
-    return cfg, _stages(cfg)
 
 
 def _spawn(which, directory, cache):
@@ -209,7 +192,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
     assert last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output, output
     assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
 
-    cfg, _ = long_run()
+    cfg = long_config()
     states = [jax.device_get(_train(cfg, tmp_path / name, which)[0]) for name in ('whole', 'killed')]
     assert int(states[0].step) == LONG
     chex.assert_trees_all_equal(*states)

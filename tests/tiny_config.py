@@ -1,6 +1,10 @@
 """The smallest digits run there is, for tests: --config=tests/tiny_config.py."""
 
-from sphere_ar_jax import config
+import jax
+
+from sphere_ar_jax import config, training
+
+LONG = 150
 
 
 def get_config():
@@ -22,3 +26,19 @@ def get_config():
     c.ar_training.update(training, ema_decay=0.9, copies=2)
     c.sampling.update(num_images=40, batch_size=16, num_steps=2, guidance='linear', guidance_scale=1.5)
     return c
+
+
+def long_config():
+    """LONG steps of both stages, saved and logged at each."""
+    c = get_config()
+    for options in (c.tokenizer_training, c.ar_training):
+        options.update(steps=LONG, checkpoint_every=1, log_every=1)
+    return c
+
+
+def stages(cfg):
+    """The tokenizer's stage, and the AR's on an untrained tokenizer."""
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    vae_params = vae.init_params(jax.random.key(1))
+    tokenizer = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
+    return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
