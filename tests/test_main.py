@@ -54,14 +54,9 @@ WRONG = {
 @pytest.mark.parametrize('arguments', WRONG, ids=[' '.join(a) or 'nothing' for a in WRONG])
 def test_bad_input_is_one_line(environment, tmp_path, arguments):
     bad = tmp_path / 'bad.py'
-    lines = (
-        'from tests import tiny_config',
-        'def get_config():',
-        ' c = tiny_config.get_config()',
-        ' c.ar.widht = 3',
-        ' return c',
+    bad.write_text(
+        'from tests.tiny_config import get_config as tiny\ndef get_config():\n c = tiny()\n c.ar.widht = 3\n return c'
     )
-    bad.write_text('\n'.join(lines))
     given = [a.replace('=W', f'={tmp_path}/w').replace('BAD', str(bad)) for a in arguments]
     result = _run(environment, *given)
     assert result.returncode == 2, result.stderr

@@ -4,7 +4,7 @@ import jax
 
 from sphere_ar_jax import config, training
 
-LONG = 150
+LONG = 80
 
 
 def get_config():
