@@ -6,7 +6,7 @@ set -euo pipefail
 cuda=${1:-cuda12}
 cd "$(dirname "$0")/.."
 python3 -m venv .venv-gpu
-# shellcheck disable=SC1091
+# shellcheck disable=SC1090,SC1091
 . .venv-gpu/bin/activate
 pip install -q -e ".[test,$cuda]"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

@@ -78,7 +78,8 @@ def save_samples(path, images, labels, per_class=16):
 
 
 def save_reconstructions(path, images, reconstructions, columns=16, pairs=3):
-    """Rows of images, each row above its reconstructions."""
+    """Rows of images, each row above its reconstructions; full rows only, so at least `columns` images."""
+    pairs = min(pairs, len(images) // columns)
     rows = [x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)]
     _save_grid(
         path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, 'held-out images and their decoded tokens'
