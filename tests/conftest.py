@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -10,6 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from sphere_ar_jax import ar, convert, vae
+
+# Programs that several tests compile alike are compiled once; the processes that tests start share them too.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
+jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')

@@ -71,7 +71,7 @@ def test_a_step_is_the_recipe():
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i))(jnp.arange(16))
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-    posterior = vae.apply({'params': stage.frozen}, batch['image'], method='encode')
+    posterior = jax.jit(lambda x: vae.apply({'params': stage.frozen}, x, method='encode'))(batch['image'])
     z = posterior.sample(losses.posterior_draws(split[:, 0], posterior))
     t_normal, noise = losses.flow_draws(split[:, 1], 2, 16, 8)
     labels = losses.drop_labels(split[:, 2], batch['label'], 10, 0.1)

@@ -39,6 +39,6 @@ def long_config():
 def stages(cfg):
     """The tokenizer's stage, and the AR's on an untrained tokenizer."""
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    vae_params = vae.init_params(jax.random.key(1))
+    vae_params = jax.jit(vae.init_params)(jax.random.key(1))
     tokenizer = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
