@@ -179,7 +179,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
         if moment == 'save':
             in_a_save += _await_save(process, checkpoints)
         elif moment == 'start':
-            time.sleep(rng.uniform(1, 6))
+            time.sleep(rng.uniform(0.5, 4))
         else:
             _await_training(process)
             time.sleep(rng.uniform(0, 0.5))
