@@ -26,8 +26,6 @@ def _fingerprints(tree):
     """A uint32 per leaf: Σ word·weight mod 2³², weights odd and position-dependent. Exact on any mesh."""
 
     def one(a):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a = jax.random.key_data(a)
         width = a.dtype.itemsize
         words = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
         words = words.astype(jnp.uint32).ravel()

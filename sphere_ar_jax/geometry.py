@@ -33,9 +33,9 @@ def _normalize(z):
 @_normalize.defjvp
 def _normalize_jvp(primals, tangents):
     (z,), (z_dot,) = primals, tangents
-    w = z * _unit_scale(z)
+    norm, w = _norm(z), z * _unit_scale(z)
     # Below EPS the value is linear in z: the slope of the direction, up to 1e37, must not enter higher derivatives.
-    w = jnp.where(_norm(z) < EPS, jax.lax.stop_gradient(w), w)
+    w = jnp.where(norm < EPS, jax.lax.stop_gradient(w), w)
     # First that multiple of w is taken off that makes the largest coordinate 0: of a radial ż it leaves exactly 0, in
     # whatever order the sums below are added up. The projection of what is left is that of ż.
     largest = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
@@ -43,7 +43,7 @@ def _normalize_jvp(primals, tangents):
     rest = z_dot - jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot) * w
     square = jnp.sum(w * w, axis=-1, keepdims=True)
     radial = jnp.sum(w * rest, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
-    tangent = (rest - radial * w) / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
+    tangent = (rest - radial * w) / jnp.maximum(norm, jnp.asarray(EPS, z.dtype))
     return _normalize(z), tangent
 
 

@@ -35,11 +35,9 @@ class Options:
     first_token_apart: bool | None = None
 
     def __post_init__(self):
-        flow.solver_times(self.solver, self.num_steps, self.last_step or 0.04)
+        self.times  # noqa: B018, refuses what the solver cannot do
         if self.solver == 'euler' and self.last_step is not None:
             raise ValueError('last_step is only used by the solver euler_maruyama: leave it out')
-        if self.last_step is not None and not 0 < self.last_step < 1:
-            raise ValueError(f'last_step is {self.last_step}, but must lie between 0 and 1')
         if self.guidance is not None:
             flow.guidance_scales(1.0, 1, self.guidance)
         if self.guidance != 'linear' and self.first_token_apart is not None:
@@ -48,7 +46,8 @@ class Options:
     @property
     def times(self):
         """(t, dt) of the solver's evaluations."""
-        return flow.solver_times(self.solver, self.num_steps, self.last_step or 0.04)
+        last_step = {} if self.last_step is None else {'last_step': self.last_step}
+        return flow.solver_times(self.solver, self.num_steps, **last_step)
 
 
 def _token(ar, variables, options, t_emb, scale, temperature, c, noise, apart):
