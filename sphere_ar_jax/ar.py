@@ -29,7 +29,8 @@ class AR(nn.Module):
     Attributes:
       depth, heads, width: of the transformer. head_depth, head_width, head_groups: of the flow head.
       num_classes, class_tokens (C), grid (H, W), latent_dim (d).
-      remat, unroll: see `transformer.Stack`. dtype: of the computation; parameters are float32.
+      remat, unroll, scan: see `transformer.Stack`. average: see `flow_head.FlowHead`. dtype: of the computation;
+      parameters are float32.
     """
 
     depth: int
@@ -45,18 +46,23 @@ class AR(nn.Module):
     remat: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
+    scan: bool = True
+    average: bool = False
 
     def setup(self):
         shape = (self.num_classes + 1, self.class_tokens, self.width)
         self.cls_embedding = self.param('cls_embedding', transformer.INIT, shape)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
         self.emb_norm = transformer.RMSNorm()
-        self.stack = transformer.Stack(self.depth, self.heads, True, self.remat, self.unroll, self.dtype)
+        self.stack = transformer.Stack(
+            self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan
+        )
         self.norm = transformer.RMSNorm()
         self.pos_for_diff = self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
         self.head = flow_head.FlowHead(
-            self.latent_dim, self.head_width, self.head_depth, self.head_groups, self.remat, self.unroll, self.dtype
-        )
+            self.latent_dim, self.head_width, self.head_depth, self.head_groups, self.remat, self.unroll, self.dtype,
+            self.scan, self.average,
+        )  # fmt: skip
 
     @property
     def num_tokens(self):
@@ -84,7 +90,7 @@ class AR(nn.Module):
         return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff[None]
 
     def prefill(self, class_id):
-        """Reads the class tokens: class_id (B,) → condition of token 0 (B, D) and the filled cache."""
+        """Reads the class tokens: class_id (B,) → condition of token 0 (B, D) and the filled cache. Needs scan=False."""
         cache = transformer.empty_cache(
             self.depth, class_id.shape[0], self.class_tokens + self.num_tokens - 1, self.heads,
             self.width // self.heads, self.dtype,
@@ -96,36 +102,41 @@ class AR(nn.Module):
     def decode_step(self, z, k, cache):
         """Feeds token k − 1, z (B, d), and returns the condition of token k (B, D) with the updated cache.
 
-        k: () int, 1 ≤ k < L; it is clamped, not checked."""
+        k: () int, 1 ≤ k < L; it is clamped, not checked. Needs scan=False."""
         start = self.class_tokens + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
         return self.norm(x[:, 0]) + jnp.take(self.pos_for_diff, jnp.asarray(k)[None], axis=0), cache
 
-    def embed_time(self, t):
+    def embed_time(self, t, h=None):
         """`FlowHead.embed_time`."""
-        return self.head.embed_time(t)
+        return self.head.embed_time(t, h)
 
     def embed_condition(self, c):
         """`FlowHead.embed_condition`."""
         return self.head.embed_condition(c)
 
-    def velocity(self, x, t_emb, c_emb):
-        """`FlowHead.__call__`: x (N, d), t_emb (N, M) or (M,), c_emb (N, M) → v (N, d) float32."""
-        return self.head(x, t_emb, c_emb)
+    def modulation(self, t_emb, c_emb):
+        """`FlowHead.modulation`."""
+        return self.head.modulation(t_emb, c_emb)
 
-    def __call__(self, class_id, z, x_t, t):
+    def velocity(self, x, modulation):
+        """`FlowHead.modulated`: the velocity under one element of `modulation`."""
+        return self.head.modulated(x, modulation)
+
+    def __call__(self, class_id, z, x_t, t, h=None):
         """Velocities of m noisy copies of every token, for training.
 
         Args:
           class_id: (B,) int32. z: (B, L, d) clean tokens. x_t: (m, B, L, d) noisy tokens. t: (m, B, L) in [0, 1].
+          h: (m, B, L), the widths of the steps, for a head of average velocity and only for one.
         Returns:
           v (m, B, L, d) float32; each condition is computed once and used m times.
         """
         c_emb = self.head.embed_condition(self.condition(class_id, z))
         v = self.head(
             x_t.reshape(-1, self.latent_dim),
-            self.head.embed_time(t.reshape(-1)),
+            self.head.embed_time(t.reshape(-1), None if h is None else h.reshape(-1)),
             jnp.broadcast_to(c_emb, (*t.shape, c_emb.shape[-1])).reshape(-1, c_emb.shape[-1]),
         )
         return v.reshape(x_t.shape)
@@ -133,6 +144,16 @@ class AR(nn.Module):
     def init_params(self, key):
         """Fresh parameters from a PRNG key."""
         L, d = self.num_tokens, self.latent_dim
-        return self.init(
-            key, jnp.zeros(1, jnp.int32), jnp.zeros((1, L, d)), jnp.zeros((1, 1, L, d)), jnp.zeros((1, 1, L))
-        )['params']
+        z, t = jnp.zeros((1, L, d)), jnp.zeros((1, 1, L))
+        return self.init(key, jnp.zeros(1, jnp.int32), z, z[None], t, t if self.average else None)['params']
+
+
+def unstacked(ar, params):
+    """The model and its parameters as sampling uses them: (AR with scan=False, `transformer.unstack` of the parameters).
+
+    Parameters that are so already stay as they are. Under jit the program copies them each time it runs; call this once,
+    outside, where many batches are drawn.
+    """
+    if not ar.scan:
+        return ar, params
+    return ar.clone(scan=False), jax.jit(transformer.unstack)(params)

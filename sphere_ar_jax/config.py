@@ -4,6 +4,7 @@
 types are refused by ml_collections, impossible values by `check`.
 """
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -64,7 +65,9 @@ def default():
                 num_images=1000, batch_size=250, solver='euler_maruyama', num_steps=100,
                 last_step=config_dict.placeholder(float), guidance=config_dict.placeholder(str),
                 guidance_scale=config_dict.placeholder(float), temperature=1.0,
-                first_token_apart=config_dict.placeholder(bool),
+                first_token_apart=config_dict.placeholder(bool), guidance_interval=config_dict.placeholder(tuple),
+                noise_scale=config_dict.placeholder(float), shift=config_dict.placeholder(float),
+                final_steps=config_dict.placeholder(int), annealing=config_dict.placeholder(str),
             ),
         )
     )  # fmt: skip
@@ -135,8 +138,10 @@ def build_ar(config):
 
 def build_sampler(config):
     """The sampler's compiled-in options."""
-    s = config.sampling
-    return sampling.Options(s.solver, s.num_steps, s.last_step, s.guidance, s.first_token_apart)
+    s = config.sampling.to_dict()
+    if s['guidance_interval'] is not None:
+        s['guidance_interval'] = tuple(s['guidance_interval'])
+    return sampling.Options(**{field.name: s[field.name] for field in dataclasses.fields(sampling.Options)})
 
 
 def _require(condition, message):
@@ -225,6 +230,6 @@ def check(config):
     _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')
     try:
         build_sampler(config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f'sampling: {error}') from None
     return config

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sphere_ar_jax import ar as ar_model
 from sphere_ar_jax import checkpoint, config, data, losses, sampling, sharding, training
 
 
@@ -172,6 +173,8 @@ def sample_images(
     Returns:
       images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding.
     """
+
+    ar, ar_params = ar_model.unstacked(ar, ar_params)
 
     def run(labels, index):
         return sampling.sample_images(

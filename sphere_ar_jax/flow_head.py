@@ -43,31 +43,54 @@ class ResBlock(nn.Module):
         return x + gate * nn.Dense(M, kernel_init=XAVIER, dtype=self.dtype, name='w2')(h), None
 
 
-class Group(nn.Module):
-    """n residual blocks under one adaLN modulation, a linear M → (scale, shift, gate) of y."""
+def _parts(ada):
+    """(…, p, M) → p arrays (…, M)."""
+    return tuple(ada[..., i, :] for i in range(ada.shape[-2]))
 
-    blocks: int
+
+class Group(nn.Module):
+    """n residual blocks under one adaLN modulation, a linear M → (scale, shift, gate) of y. (N, M) → (N, M)."""
+
+    width: int
+    depth: int
     unroll: int
     dtype: Any = jnp.float32
+    scan: bool = True
 
-    @nn.compact
+    def setup(self):
+        self.ada = nn.DenseGeneral((3, self.width), kernel_init=ZERO, dtype=self.dtype)
+        if self.scan:
+            self.blocks = nn.scan(
+                ResBlock, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
+                length=self.depth, unroll=min(self.unroll, self.depth), metadata_params={nn.PARTITION_NAME: 'layers'},
+            )(self.dtype)  # fmt: skip
+        else:
+            self.blocks = [ResBlock(self.dtype) for _ in range(self.depth)]
+
+    def modulation(self, y):
+        """y (…, M) → (scale, shift, gate), each (…, M)."""
+        return _parts(self.ada(y))
+
+    def modulated(self, x, modulation):
+        """The blocks under a given modulation."""
+        for block in [self.blocks] if self.scan else self.blocks:
+            x, _ = block(x, modulation)
+        return x
+
     def __call__(self, x, y):
-        M = x.shape[-1]
-        modulation = nn.DenseGeneral((3, M), kernel_init=ZERO, dtype=self.dtype, name='ada')(y)
-        scanned = nn.scan(
-            ResBlock, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
-            length=self.blocks, unroll=min(self.unroll, self.blocks), metadata_params={nn.PARTITION_NAME: 'layers'},
-        )  # fmt: skip
-        return scanned(self.dtype, name='blocks')(x, tuple(modulation[..., i, :] for i in range(3)))
+        return self.modulated(x, self.modulation(y)), None
 
 
 class FlowHead(nn.Module):
-    """Velocity of the flow: v(x_t, t, c). `embed_time` and `embed_condition` are apart from `__call__` so that a
-    sampler computes them once per step and once per token, not at every evaluation.
+    """Velocity of the flow: v(x_t, t, c). What depends on time or condition alone has methods of its own, so that a
+    sampler computes the embeddings once per step or token, and with scan=False the adaLN modulations of many
+    steps in one large product.
 
     Attributes:
       latent_dim: d. width: M. depth: residual blocks in all. groups: G, divides depth. unroll: scanned groups and
       blocks per iteration (speed only). dtype: of the computation; parameters and the returned velocity are float32.
+      scan: see `transformer.Stack`. average: the head gives the mean velocity over [t, t + h] and takes h as well, as
+      a distilled one does (MeanFlow, arXiv 2505.13447); h's embedding is added to t's and starts at zero.
     Raises ValueError where groups does not divide depth. Source: spec §6.
     """
 
@@ -78,6 +101,8 @@ class FlowHead(nn.Module):
     remat: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
+    scan: bool = True
+    average: bool = False
 
     def setup(self):
         if self.depth % self.groups:
@@ -85,33 +110,60 @@ class FlowHead(nn.Module):
         dense = dict(dtype=self.dtype)
         self.time1 = nn.Dense(self.width, kernel_init=INIT, **dense)
         self.time2 = nn.Dense(self.width, kernel_init=INIT, **dense)
+        if self.average:
+            self.span1 = nn.Dense(self.width, kernel_init=INIT, **dense)
+            self.span2 = nn.Dense(self.width, kernel_init=ZERO, **dense)
         self.cond_embed = nn.Dense(self.width, kernel_init=XAVIER, **dense)
         self.input_proj = nn.Dense(self.width, kernel_init=XAVIER, **dense)
         group = nn.remat(Group, prevent_cse=False) if self.remat else Group
-        self.res_groups = nn.scan(
-            group, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
-            length=self.groups, unroll=min(self.unroll, self.groups), metadata_params={nn.PARTITION_NAME: 'groups'},
-        )(self.depth // self.groups, self.unroll, self.dtype)  # fmt: skip
+        arguments = (self.width, self.depth // self.groups, self.unroll, self.dtype, self.scan)
+        if self.scan:
+            self.res_groups = nn.scan(
+                group, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
+                length=self.groups, unroll=min(self.unroll, self.groups), metadata_params={nn.PARTITION_NAME: 'groups'},
+            )(*arguments)  # fmt: skip
+        else:
+            self.res_groups = [Group(*arguments) for _ in range(self.groups)]
         self.final_ada = nn.DenseGeneral((2, self.width), kernel_init=ZERO, **dense)
         self.final_norm = nn.LayerNorm(EPS, use_scale=False, use_bias=False, use_fast_variance=False, **dense)
         self.final_linear = nn.Dense(self.latent_dim, kernel_init=ZERO, **dense)
 
-    def embed_time(self, t):
-        """t (...) in [0, 1] → (..., M)."""
-        return self.time2(nn.silu(self.time1(time_sinusoid(t))))
+    def embed_time(self, t, h=None):
+        """t (...) in [0, 1], and with `average` the step's width h (...), → (..., M)."""
+        if self.average != (h is not None):
+            raise ValueError('the width h of the step is needed by a head of average velocity, and only by one')
+        embedded = self.time2(nn.silu(self.time1(time_sinusoid(t))))
+        return embedded + self.span2(nn.silu(self.span1(time_sinusoid(h)))) if self.average else embedded
 
     def embed_condition(self, c):
         """c (N, D) → (N, M)."""
         return self.cond_embed(c)
 
+    def _output(self, x, modulation):
+        scale, shift = modulation
+        return self.final_linear(self.final_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+
     def __call__(self, x, t_emb, c_emb):
         """x (N, d) float32, t_emb (N, M) or (M,), c_emb (N, M) → velocity (N, d) float32."""
         y = nn.silu(jnp.broadcast_to(t_emb, c_emb.shape) + c_emb)
-        h, _ = self.res_groups(self.input_proj(x), y)
-        modulation = self.final_ada(y)
-        h = self.final_norm(h) * (1 + modulation[..., 0, :]) + modulation[..., 1, :]
-        return self.final_linear(h).astype(jnp.float32)
+        x = self.input_proj(x)
+        for group in [self.res_groups] if self.scan else self.res_groups:
+            x, _ = group(x, y)
+        return self._output(x, _parts(self.final_ada(y)))
 
-    def velocity(self, x, t, c):
-        """v(x_t, t, c) in one call: x (N, d), t (N,), c (N, D) → (N, d) float32."""
-        return self(x, self.embed_time(t), self.embed_condition(c))
+    def modulation(self, t_emb, c_emb):
+        """All that x is modulated by: t_emb (E, M), c_emb (N, M) → a tree of arrays (E, N, M). Needs scan=False."""
+        y = nn.silu(t_emb[:, None] + c_emb[None])
+        return tuple(group.modulation(y) for group in self.res_groups), _parts(self.final_ada(y))
+
+    def modulated(self, x, modulation):
+        """`__call__` under one element of `modulation`: x (N, d), arrays (N, M) → velocity (N, d). Needs scan=False."""
+        groups, final = modulation
+        x = self.input_proj(x)
+        for group, part in zip(self.res_groups, groups, strict=True):
+            x = group.modulated(x, part)
+        return self._output(x, final)
+
+    def velocity(self, x, t, c, h=None):
+        """v(x_t, t, c) in one call: x (N, d), t (N,), c (N, D), h (N,) with `average` → (N, d) float32."""
+        return self(x, self.embed_time(t, h), self.embed_condition(c))

@@ -173,3 +173,36 @@ def save_page(workdir, title, summary, metrics, config, command):
         platform=html.escape(platform.platform()), config=html.escape(config), **pictures,
     )  # fmt: skip
     _write(f'{workdir}/report.html', page.encode())
+
+
+def save_frontier(path, summary, scores, reference):
+    """Scores against evaluations per token, one panel each: a line for each solver at guidance 1.5, points for all else.
+
+    summary: of `frontier.summarize`. reference: the setting whose mean ± standard deviation is drawn as a band.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex=True)
+    solvers = list(dict.fromkeys(name.split()[0] for name in summary))
+    for axis, score in zip(axes.ravel(), scores, strict=True):
+        for i, solver in enumerate(solvers):
+            mine = {name: row for name, row in summary.items() if name.split()[0] == solver}
+            plain = [n for n in mine if n.split(', ')[1:] in (['guidance 1.5'], [])]
+            plain.sort(key=lambda n: mine[n]['evaluations'])
+            annealed = [n for n in mine if 'annealing' in n]
+            x = lambda names, mine=mine: [mine[n]['evaluations'] for n in names]
+            y = lambda names, mine=mine, score=score: [mine[n][score]['mean'] for n in names]
+            error = [mine[n][score]['std'] for n in plain]
+            axis.errorbar(x(plain), y(plain), error, marker='o', capsize=2, color=f'C{i}', label=solver)
+            axis.plot(x(annealed), y(annealed), '+', color=f'C{i}', markersize=9, label=f'{solver}, annealed' if annealed else None)
+        if reference in summary:
+            mean, std = (summary[reference][score][k] for k in ('mean', 'std'))
+            axis.axhspan(mean - std, mean + std, color='0.85', label=f'{reference}: mean ± std of the runs')
+            low, high = (0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12))
+            axis.set_ylim(low, high)
+        axis.set_xscale('log', base=2)
+        axis.set_title(score.removeprefix('samples/'))
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel('evaluations of the flow head per token')
+        axis.xaxis.set_major_formatter('{x:g}')
+    axes[0, 0].legend(fontsize=8)
+    _save_figure(figure, path)

@@ -1,18 +1,52 @@
-"""Sampling as one program: prefill, a scan over tokens with a static cache, in it a scan over solver steps (spec §7).
+"""Sampling as one program: prefill, a scan over tokens with a static cache, in it the solver's loop (spec §7).
 
 Dimensions:
   B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows)
   L  tokens      d  latent dimension      M  width of the flow head
-  m  standard normal draws per token: x₀, then one for each stochastic step
+  E  evaluations of the flow head for a token, at most     U  different solver tables among the tokens
+  m  standard normal draws per token: x₀, and for a stochastic solver one for each of its noisy steps
 """
 
 import dataclasses
+import functools
+import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sphere_ar_jax import flow, geometry
+from sphere_ar_jax import ar as ar_model
+from sphere_ar_jax import flow, geometry, solvers
+
+ANNEALING = ('linear', 'cosine', 'two_stage')
+# Rows that one product of the flow head should have at least: below, it waits for its weights rather than computes.
+PRODUCT_ROWS = 256
+
+
+def annealed_steps(first, last, num_tokens, shape):
+    """Solver steps of every token, from `first` (token 0) down or up to `last` (token L − 1), (L,) int.
+
+    'linear' in k; 'cosine', last + (first − last)·(1 + cos πu)/2 with u = k/(L − 1); 'two_stage', `first` for the first half
+    of the tokens and `last` for the others. Source: DiSA (arXiv 2505.20297), where these anneal diffusion steps of MAR.
+    """
+    u = np.arange(num_tokens) / max(num_tokens - 1, 1)
+    weight = {'linear': 1 - u, 'cosine': (1 + np.cos(np.pi * u)) / 2, 'two_stage': u < 0.5}[shape]
+    return np.rint(last + (first - last) * weight).astype(int)
+
+
+class Plan(NamedTuple):
+    """What every token's solver does: tables (U, E, …), count (U,) of their evaluations, which (L,) of them is whose."""
+
+    tables: solvers.Table
+    count: Any
+    which: Any
+
+    @property
+    def evaluations(self):
+        """Mean number of evaluations per token."""
+        return float(self.count[self.which].mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +54,14 @@ class Options:
     """What is compiled into a sampler. The defaults are the published sampler. An option without use is an error.
 
     Attributes:
-      solver: 'euler_maruyama' or 'euler'. num_steps: its steps.
-      last_step: width of the plain Euler step that ends Euler–Maruyama (0.04 if None); not for 'euler'.
+      solver: one of `solvers.SOLVERS`. num_steps: its steps (Heun makes two evaluations in each).
+      last_step, noise_scale: of 'euler_maruyama' alone (0.04 and 1 if None): see `solvers.euler_maruyama`.
+      shift: warp of the time grid, see `solvers.grid` (1 if None: equal steps).
+      final_steps, annealing: steps of the last token, and how they go there from num_steps at the first; see
+        `annealed_steps`. None: as many for every token.
       guidance: schedule of the guidance scale over tokens, 'linear' or 'constant'; None samples without null rows.
+      guidance_interval: (low, high): guidance only at evaluations with low ≤ t < high; elsewhere the null rows' head is
+        not evaluated (arXiv 2404.07724). None: everywhere.
       first_token_apart: the published quirk, True if None. Where token 0's scale is exactly 1 (always so in the
         linear schedule) guidance is off: conditional and null rows then draw their own noise, and feed their own,
         different, first tokens back. False: both continue from the conditional token. Only with the linear schedule.
@@ -33,46 +72,102 @@ class Options:
     last_step: float | None = None
     guidance: str | None = 'linear'
     first_token_apart: bool | None = None
+    noise_scale: float | None = None
+    shift: float | None = None
+    final_steps: int | None = None
+    annealing: str | None = None
+    guidance_interval: tuple | None = None
 
     def __post_init__(self):
-        self.times  # noqa: B018, refuses what the solver cannot do
-        if self.solver == 'euler' and self.last_step is not None:
-            raise ValueError('last_step is only used by the solver euler_maruyama: leave it out')
+        if (self.final_steps is None) != (self.annealing is None):
+            raise ValueError('final_steps and annealing are given together or not at all')
+        if self.annealing not in (None, *ANNEALING):
+            raise ValueError(f'annealing {self.annealing!r} is not one of {", ".join(ANNEALING)}')
+        for steps in {self.num_steps, self.num_steps if self.final_steps is None else self.final_steps}:
+            self._table(steps)  # refuses what the solver cannot do
         if self.guidance is not None:
             flow.guidance_scales(1.0, 1, self.guidance)
         if self.guidance != 'linear' and self.first_token_apart is not None:
             raise ValueError('first_token_apart is only used with linear guidance: leave it out')
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if self.guidance is None:
+                raise ValueError('guidance_interval is only used with guidance: leave it out')
+            if not 0 <= low < high <= 1:
+                raise ValueError(f'guidance_interval is {self.guidance_interval}, but must be 0 ≤ low < high ≤ 1')
 
-    @property
-    def times(self):
-        """(t, dt) of the solver's evaluations."""
-        last_step = {} if self.last_step is None else {'last_step': self.last_step}
-        return flow.solver_times(self.solver, self.num_steps, **last_step)
+    def _table(self, steps):
+        arguments = {'noise_scale': self.noise_scale, 'last_step': self.last_step}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return solvers.table(self.solver, steps, 1.0 if self.shift is None else self.shift, **given)
+
+    @functools.cache  # noqa: B019, a handful of frozen objects
+    def plan(self, num_tokens):
+        """The `Plan` of L tokens, in NumPy arrays."""
+        last = self.num_steps if self.final_steps is None else self.final_steps
+        steps = annealed_steps(self.num_steps, last, num_tokens, self.annealing or 'linear')
+        different, which = np.unique(steps, return_inverse=True)
+        return Plan(*solvers.pad([self._table(int(n)) for n in different]), which)
+
+    def num_draws(self, num_tokens):
+        """m, the standard normal draws per token."""
+        plan = self.plan(num_tokens)
+        noisy = plan.tables.weights[..., 0, 3] != 0
+        return 1 + (int(np.max(np.nonzero(noisy)[1])) + 1 if noisy.any() else 0)
 
 
-def _token(ar, variables, options, t_emb, scale, temperature, c, noise, apart):
-    """Draws one token for every row: conditions c (R, D), noise (m, R, d) → z (R, d) on the sphere.
+def _token(ar, variables, options, k, t_emb, scale, temperature, c, noise, apart):
+    """Draws token k for every row: conditions c (R, D), noise (m, R, d) → z (R, d) on the sphere.
 
-    `apart`: () bool, whether conditional and null rows go their own ways (each with its own noise and velocity).
+    t_emb (U, E, M): embeddings of all tables' times. `apart`: () bool, whether conditional and null rows go their own
+    ways (each with its own noise and velocity).
     """
+    plan = options.plan(ar.num_tokens)
+    R, E = len(c), t_emb.shape[1]
+    u = jnp.asarray(plan.which)[k]
+    select = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), u, keepdims=False)
     c_emb = ar.apply(variables, c, method='embed_condition')
+    t, embedded = select(plan.tables.t), select(t_emb)
+    low, high = options.guidance_interval or (0.0, math.inf)
 
-    def velocity(x, t, t_emb):
-        v = ar.apply(variables, x, t_emb, c_emb, method='velocity')
+    def prepare(index):
+        index = jnp.minimum(index, E - 1)
+        modulation = ar.apply(variables, embedded[index], c_emb, method='modulation')
+        return modulation, (low <= t[index]) & (t[index] < high) | apart
+
+    def velocity(x, prepared):
+        modulation, everywhere = prepared
+        evaluate = lambda x, modulation: ar.apply(variables, x, modulation, method='velocity')
         if options.guidance is None:
-            return v
-        guided = flow.guide(*jnp.split(v, 2), scale)
-        return jnp.where(apart, v, jnp.concatenate([guided, guided]))
+            return evaluate(x, modulation)
 
-    x = flow.integrate(velocity, temperature * noise[0], noise[1:], options.times, t_emb)
-    return geometry.project(x)
+        def guided(x, modulation):
+            v = evaluate(x, modulation)
+            guided = flow.guide(*jnp.split(v, 2), scale)
+            return jnp.where(apart, v, jnp.concatenate([guided, guided]))
+
+        def unguided(x, modulation):
+            v = evaluate(*jax.tree.map(lambda a: a[: R // 2], (x, modulation)))
+            return jnp.concatenate([v, v])
+
+        if options.guidance_interval is None:
+            return guided(x, modulation)
+        return jax.lax.cond(everywhere, guided, unguided, x, modulation)
+
+    chunk = -(-E // -(-E // max(1, PRODUCT_ROWS // R)))
+    z = solvers.integrate(
+        velocity, temperature * noise[0], select(plan.tables.weights), noise[1:] if len(noise) > 1 else None,
+        count=jnp.asarray(plan.count)[u], prepare=prepare, chunk=min(chunk, E),
+    )  # fmt: skip
+    return geometry.project(z)
 
 
 def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temperature=1.0, noise=None):
     """Draws the tokens of B images.
 
     Args:
-      ar: `ar.AR`. params: its parameters. class_id: (B,) int32. options: `Options`.
+      ar: `ar.AR`. params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
+      class_id: (B,) int32. options: `Options`.
       keys: (B,) PRNG keys, one per image (fold them by global index), or None if noise is given.
       guidance_scale: () s, needed with guidance and refused without. temperature: () factor of x₀'s noise.
       noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with guidance, the null rows
@@ -85,22 +180,24 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
         raise ValueError('give guidance_scale with a guidance schedule, and only then')
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
+    ar, params = ar_model.unstacked(ar, params)
     variables = {'params': params}
-    B, L, d, m = len(class_id), ar.num_tokens, ar.latent_dim, flow.num_draws(options.solver, options.num_steps)
+    B, L, d, m = len(class_id), ar.num_tokens, ar.latent_dim, options.num_draws(ar.num_tokens)
     expected = (m, 2 * B if guided else B, d), (L - 1, m, B, d)
     if noise is not None and tuple(n.shape for n in noise) != expected:
         raise ValueError(f'noise has the shapes {tuple(n.shape for n in noise)}, but these options need {expected}')
     draw = jax.vmap(lambda key, k: jax.random.normal(jax.random.fold_in(key, k), (m, d)), (0, None), 1)
     double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
     scales = flow.guidance_scales(guidance_scale, L, options.guidance) if guided else jnp.ones(L)
-    # Once for all tokens and rows: the embeddings of the solver's times.
-    t_emb = ar.apply(variables, options.times[0], method='embed_time')
-    token = partial(_token, ar, variables, options, t_emb)
+    # Once for all tokens and rows: the embeddings of the solvers' times.
+    times = options.plan(L).tables
+    t_emb = ar.apply(variables, *map(jnp.asarray, (times.t, times.h)[: 1 + ar.average]), method='embed_time')
+    token = partial(_token, ar, variables, options)
 
     c, cache = ar.apply(variables, jnp.append(class_id, ar.num_classes) if guided else class_id, method='prefill')
     if guided:  # all null rows begin alike: one was computed
         rows = jnp.minimum(jnp.arange(2 * B), B)
-        c, cache = jnp.take(c, rows, axis=0), tuple(jnp.take(a, rows, axis=1) for a in cache)
+        c, cache = jax.tree.map(lambda a: jnp.take(a, rows, axis=0), (c, cache))
     apart = scales == 1
     first_apart = jnp.logical_and(apart[0], options.first_token_apart is not False)
     if noise is not None:
@@ -111,14 +208,14 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
         first = double(draw(keys, 0), 1)
     if guided:
         first = jnp.where(first_apart, first, double(first[:, :B], 1))
-    z = token(scales[0], temperature, c, first, first_apart)
+    z = token(0, t_emb, scales[0], temperature, c, first, first_apart)
 
     def step(carry, inputs):
         z, cache = carry
         k, scale, apart, noise = inputs
         c, cache = ar.apply(variables, z, k, cache, method='decode_step')
         draws = draw(keys, k) if noise is None else noise
-        z = token(scale, temperature, c, double(draws, 1), apart)
+        z = token(k, t_emb, scale, temperature, c, double(draws, 1), apart)
         return (z, cache), z[:B]
 
     inputs = (jnp.arange(1, L), scales[1:], apart[1:], None if noise is None else noise[1])

@@ -5,6 +5,9 @@ Dimensions:
   D    width                       N    heads, K = D/N the head dimension
   F    hidden width of the SwiGLU  n    blocks in the stack (leading axis of every stacked parameter)
   S    length of the static key/value cache
+Parameters come in two layouts. Stacked (`scan=True`), for training and checkpoints: one block's program, compiled once
+and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no product waits for its weights to be sliced out of
+a stack, and every block's cache is an array of its own, updated in place.
 """
 
 from typing import Any
@@ -72,16 +75,39 @@ class RMSNorm(nn.Module):
         return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
 
 
+def _attend(q, keys, values, start):
+    """softmax(q·kᵀ/√K)·v of T positions from `start` on over a cache of which start + T entries are filled.
+
+    Only the filled part is read, rounded up to an eighth of the cache, at least 64: q (B, T, N, K), keys and values
+    (B, N, S, K) → (B, T, N, K). With heads before positions each product streams its cache as it lies in memory.
+    """
+    T, S = q.shape[1], keys.shape[2]
+    bucket = max(64, -(-S // 8))
+    lengths = [*range(bucket, S, bucket), S]
+
+    def over(length):
+        def attend(q, keys, values, start):
+            keys, values = keys[:, :, :length], values[:, :, :length]
+            logits = jnp.einsum('btnk,bnsk->bnts', q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            visible = jnp.arange(length)[None] <= start + jnp.arange(T)[:, None]
+            weights = jax.nn.softmax(jnp.where(visible[None, None], logits, -jnp.inf), axis=-1)
+            return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
+
+        return attend
+
+    return jax.lax.switch((start + T - 1) // bucket, [over(length) for length in lengths], q, keys, values, start)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q·kᵀ/√K)·v with 2-D RoPE on q and k, no biases; softmax in float32.
 
     Without a cache all T positions attend to each other (`causal`: to themselves and what is before). With one, the
-    keys and values of the T positions are written to layer `layer` from position `start` on, and position i attends
-    to the first start + i + 1 entries. `prefill` says that the cache is empty (start = 0): the T positions then
-    attend to themselves only, whatever the cache's length.
+    keys and values of the T positions are written to it from position `start` on, and position i attends to the first
+    start + i + 1 entries. `prefill` says that the cache is empty (start = 0): the T positions then attend to
+    themselves only, whatever the cache's length.
 
     Args of the call:
-      x: (B, T, D). angles: (T, K/2) radians. cache: None, or (keys, values), each (n, B, S, N, K). layer: () int.
+      x: (B, T, D). angles: (T, K/2) radians. cache: None, or (keys, values), each (B, N, S, K).
       start: int or () int with start + T ≤ S; it is clamped, not checked.
     Returns:
       (B, T, D) in `dtype`, and the cache. Raises ValueError where heads do not divide D. Source: spec §4.
@@ -93,7 +119,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, layer=None, start=None):
+    def __call__(self, x, angles, cache=None, start=None):
         width = x.shape[-1]
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
         qkv = nn.DenseGeneral((3, self.heads, head_dim(width, self.heads)), name='qkv', **dense)(x)
@@ -101,16 +127,13 @@ class Attention(nn.Module):
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if cache is not None:
             cache = tuple(
-                jax.lax.dynamic_update_slice(c, new[None].astype(c.dtype), (layer, 0, start, 0, 0))
+                jax.lax.dynamic_update_slice_in_dim(c, new.swapaxes(1, 2).astype(c.dtype), start, axis=2)
                 for c, new in zip(cache, (k, v), strict=True)
             )
         if cache is None or self.prefill:
             out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            keys, values = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(q.dtype) for c in cache)
-            # is_causal would align top-left; here row i sees start + i + 1 entries
-            visible = jnp.arange(keys.shape[1])[None] <= start + jnp.arange(x.shape[1])[:, None]
-            out = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
+            out = _attend(q, *cache, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 
@@ -127,10 +150,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (B, T, D) → (B, T, D).
+    """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (B, T, D) → (B, T, D), and the cache.
 
-    The carry is (x, cache). x is float32 whatever `dtype` is: a sum over many blocks must not be rounded at each.
-    The cache holds all blocks' keys and values; carried, not scanned over, so that XLA updates it in place.
+    x is float32 whatever `dtype` is: a sum over many blocks must not be rounded at each.
     """
 
     heads: int
@@ -139,21 +161,22 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, carry, layer, angles, start):
-        x, cache = carry
+    def __call__(self, x, angles, cache=None, start=None):
         attention = Attention(self.heads, self.causal, self.prefill, self.dtype, name='attention')
-        y, cache = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, cache, layer, start)
+        y, cache = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, cache, start)
         x = x + y.astype(x.dtype)
         y = SwiGLU(self.dtype, name='mlp')(RMSNorm(self.dtype, name='mlp_norm')(x))
-        return (x + y.astype(x.dtype), cache), None
+        return x + y.astype(x.dtype), cache
 
 
 class Stack(nn.Module):
-    """n blocks, scanned: parameters are stacked on a leading axis n and compile time does not grow with n.
+    """n blocks, one after the other.
 
     Attributes:
       remat: recompute each block's activations in the backward pass instead of keeping them.
       unroll: blocks per iteration of the scan, up to n. Speed only: parameters and results are the same.
+      scan: whether parameters are stacked on a leading axis n, and compile time does not grow with n; a cache needs
+        them apart (scan=False).
     """
 
     depth: int
@@ -162,26 +185,49 @@ class Stack(nn.Module):
     remat: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
+    scan: bool = True
 
     @nn.compact
     def __call__(self, x, angles, cache=None, start=None, prefill=False):
-        """x (B, T, D) → (B, T, D) float32, and the updated cache (None without one); arguments as in `Attention`."""
+        """x (B, T, D) → (B, T, D) float32, and the updated cache (None without one), n pairs as in `Attention`."""
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        x, angles = x.astype(jnp.float32), jnp.asarray(angles)
+        if not self.scan:
+            caches = []
+            for i in range(self.depth):
+                layer = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')
+                x, updated = layer(x, angles, None if cache is None else cache[i], start)
+                caches.append(updated)
+            return x, None if cache is None else tuple(caches)
+        if cache is not None:
+            raise ValueError('a cache needs the parameters of the blocks apart: unstack them, and use scan=False')
         scanned = nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             length=self.depth,
             unroll=min(self.unroll, self.depth),
             metadata_params={nn.PARTITION_NAME: 'layers'},
         )
-        blocks = scanned(self.heads, self.causal, prefill, self.dtype, name='blocks')
-        x = x.astype(jnp.float32)
-        (x, cache), _ = blocks((x, cache), jnp.arange(self.depth), jnp.asarray(angles), start)
-        return x, cache
+        return scanned(self.heads, self.causal, dtype=self.dtype, name='blocks')(x, angles)
+
+
+def unstack(params):
+    """Parameters of scan=True, with leading axes for blocks and groups of blocks, in the layout of scan=False.
+
+    `blocks/…` (n, …) becomes `blocks_0/…` to `blocks_{n−1}/…`, the same for `res_groups`; all else stays.
+    """
+    out = {}
+    for name, value in params.items():
+        if name in ('blocks', 'res_groups'):
+            n = len(jax.tree.leaves(value)[0])
+            out |= {f'{name}_{i}': unstack(jax.tree.map(lambda a, i=i: a[i], value)) for i in range(n)}
+        else:
+            out[name] = unstack(value) if isinstance(value, dict) else value
+    return out
 
 
 def empty_cache(depth, batch, length, heads, head_dim, dtype=jnp.float32):
-    """A zeroed key/value cache for `Stack`: (keys, values), each (n, B, S, N, K)."""
-    return tuple(jnp.zeros((depth, batch, length, heads, head_dim), dtype) for _ in range(2))
+    """A zeroed key/value cache for `Stack`: n pairs (keys, values), each (B, N, S, K)."""
+    return tuple(tuple(jnp.zeros((batch, heads, length, head_dim), dtype) for _ in range(2)) for _ in range(depth))

@@ -88,7 +88,7 @@ WRONG = {
     'ar_training.label_dropout': (1.5, r'\[0, 1\)'),
     'ar_training.label_dropout ': (0.0, 'null class'),
     'ar_training.copies': (0, 'at least 1'),
-    'sampling.solver': ('heun', 'euler, euler_maruyama'),
+    'sampling.solver': ('midpoint', 'euler, heun'),
     'sampling.guidance': ('cosine', 'linear or constant'),
     'sampling.guidance_scale': (None, 'guidance_scale'),
     'sampling.last_step': (2.0, 'between 0 and 1'),
@@ -112,7 +112,7 @@ def test_impossible_values_are_one_line(key):
 def test_euler_takes_no_last_step():
     cfg = get_config()
     cfg.sampling.update(solver='euler', last_step=0.1)
-    with pytest.raises(config.ConfigError, match='only used by the solver euler_maruyama'):
+    with pytest.raises(config.ConfigError, match='only for the solver euler_maruyama'):
         config.check(cfg)
 
 

@@ -1,3 +1,4 @@
+import functools
 import chex
 import flax.traverse_util as traverse
 import jax
@@ -112,7 +113,7 @@ def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
 
 
 def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
-    model, params = tiny_ar
+    model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     c, cache = model.apply(variables, golden['class_id'], method='prefill')
     conditions = [c]
@@ -120,8 +121,35 @@ def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
     for k in range(1, 16):
         c, cache = decode(golden['z'][:, k - 1], k, cache)
         conditions.append(c)
-    full = model.apply(variables, golden['class_id'], golden['z'], method='condition')
-    np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4)
+    for full in (tiny_ar, (model, params)):
+        full = full[0].apply({'params': full[1]}, golden['class_id'], golden['z'], method='condition')
+        np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_cache_is_read_to_where_it_is_filled():
+    """Every position of a cache of many lengths gives what plain causal attention gives; so does a few at a time."""
+    attention = transformer.Attention(heads=2, causal=True)
+    x = jax.random.normal(jax.random.key(0), (2, 700, 16))
+    angles = jax.random.uniform(jax.random.key(1), (700, 4))
+    variables = attention.init(jax.random.key(2), x[:, :2], angles[:2])
+    variables = jax.tree.map(lambda a: 10 * a, variables)  # attention that is not nearly uniform
+    full, _ = attention.apply(variables, x, angles)
+    (cache,) = transformer.empty_cache(1, 2, 700, 2, 8)
+    prefill = transformer.Attention(heads=2, causal=True, prefill=True)
+    _, cache = prefill.apply(variables, x[:, :60], angles[:60], cache, 0)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def feed(start, T, cache):
+        part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, T, axis)
+        return attention.apply(variables, part(x, 1), part(angles, 0), cache, start)
+
+    start = 60
+    for T in (*(1,) * 40, 80, 1, *(200,) * 2, 1, 118):
+        out, cache = feed(start, T, cache)
+        np.testing.assert_allclose(out, full[:, start : start + T], rtol=1e-4, atol=1e-5, err_msg=f'{T} from {start}')
+        start += T
+    assert start == 700
 
 
 def _with(model, **changes):
@@ -162,9 +190,10 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     conditions = jax.jit(lambda z: half.apply(variables, golden['class_id'], z, method='condition'))(golden['z'])
     assert conditions.dtype == np.float32
     assert 1e-5 < _relative_error(conditions, golden['ar_cond']) < 0.015
-    _, cache = half.apply(variables, golden['class_id'], method='prefill')
-    assert cache[0].dtype == jnp.bfloat16
-    cached, _ = half.apply(variables, golden['z'][:, 0], 1, cache, method='decode_step')
+    decoder, apart = ar.unstacked(half, params)
+    _, cache = decoder.apply({'params': apart}, golden['class_id'], method='prefill')
+    assert {a.dtype for a in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    cached, _ = decoder.apply({'params': apart}, golden['z'][:, 0], 1, cache, method='decode_step')
     assert _relative_error(cached, golden['ar_cond'][:, 1]) < 0.015
     arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
     v = half.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import flow, sampling
+from sphere_ar_jax import ar, flow, sampling, solvers
 from tests.conftest import libraries_promote
 
 CASES = {'cfg1': (None, None), 'cfg_linear': ('linear', 4.5), 'cfg_const': ('constant', 3.0)}
@@ -28,27 +28,27 @@ def _sample(golden, model, params, case, noise, **options):
 @pytest.mark.parametrize('case', CASES)
 def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from the golden."""
-    model, params = tiny_ar
+    model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     schedule, scale = CASES[case]
     options = sampling.Options(num_steps=5, guidance=schedule)
     first, rest = _noise(golden, case)
     tokens = golden[f'sample/{case}/tokens']
-    t_emb = model.apply(variables, options.times[0], method='embed_time')
+    t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
     scales = flow.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
     guided = schedule is not None
     double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
     class_id = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)]) if guided else golden['class_id']
 
     @jax.jit
-    def token(c, scale, noise):
-        return sampling._token(model, variables, options, t_emb, scale, 1.0, c, noise, scale == 1)
+    def token(k, c, scale, noise):
+        return sampling._token(model, variables, options, k, t_emb, scale, 1.0, c, noise, scale == 1)
 
     decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
     c, cache = model.apply(variables, class_id, method='prefill')
     for k in range(16):
         noise = double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
-        z = token(c, scales[k], noise)
+        z = token(k, c, scales[k], noise)
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4, err_msg=f'token {k}')
         fed = np.array(double(tokens[:, k]))
         if k == 0 and guided and scales[0] == 1:
@@ -88,14 +88,16 @@ def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
 
 
 def test_euler_against_golden(golden, tiny_ar):
-    model, params = tiny_ar
+    model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
-    times = flow.solver_times('euler', 8)
-    t_emb = model.apply(variables, times[0], method='embed_time')
+    table = solvers.table('euler', 8)
+    t_emb = model.apply(variables, jnp.asarray(table.t), method='embed_time')
     c_emb = model.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
-    velocity = lambda x, t, t_emb: model.apply(variables, x, t_emb, c_emb, method='velocity')
-    noise = jnp.asarray(golden['euler_noise'])
-    out = flow.integrate(velocity, noise, jnp.zeros((0, 48, 8)), times, t_emb)
+    out = solvers.integrate(
+        lambda x, modulation: model.apply(variables, x, modulation, method='velocity'),
+        jnp.asarray(golden['euler_noise']), table.weights, chunk=4,
+        prepare=lambda index: model.apply(variables, t_emb[index], c_emb, method='modulation'),
+    )  # fmt: skip
     np.testing.assert_allclose(out, golden['euler_out'], rtol=1e-4, atol=1e-4)
 
 
@@ -139,11 +141,12 @@ def test_keys_are_per_image(golden, tiny_ar):
     assert np.abs(whole[0] - whole[1]).max() > 0.1
 
 
-@pytest.mark.parametrize('solver', flow.SOLVERS)
+@pytest.mark.parametrize('solver', ['euler', 'euler_maruyama'])
 def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
     model, params = tiny_ar
     options = sampling.Options(solver, 3, guidance=None)
-    m = flow.num_draws(solver, 3)
+    m = options.num_draws(16)
+    assert m == {'euler': 1, 'euler_maruyama': 4}[solver]
     rng = np.random.default_rng(0)
     first, rest = rng.normal(size=(m, 3, 8)).astype(np.float32), rng.normal(size=(15, m, 3, 8)).astype(np.float32)
     sample = jax.jit(
@@ -173,35 +176,40 @@ def test_one_compilation(tiny_ar, tiny_vae):
     assert sampling._images._cache_size() == before + 1
 
 
-def _scans(jaxpr):
-    """All scan equations of a jaxpr, each with its nesting depth."""
+def _loops(jaxpr, outside=()):
+    """All loops of a jaxpr, each as the sequence of the loops around it and itself."""
     for equation in jaxpr.eqns:
+        path = (*outside, equation) if equation.primitive.name in ('scan', 'while') else outside
+        if path is not outside:
+            yield path
         for value in equation.params.values():
-            inner = getattr(value, 'jaxpr', None)
-            if inner is not None:
-                inside = list(_scans(inner))
-                if equation.primitive.name == 'scan':
-                    yield 0, equation
-                    yield from ((depth + 1, e) for depth, e in inside)
-                else:
-                    yield from inside
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(inner, 'jaxpr'):
+                    yield from _loops(inner.jaxpr, path)
 
 
 def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
-    """The solver's scan holds neither the time embedding nor the condition's; the tokens are one scan."""
-    model, params = tiny_ar
+    """The tokens are one scan. The solver's loop holds neither the time embedding nor the condition's, and its inner
+    loop, one evaluation of the head, none of the adaLN products either."""
+    model, params = ar.unstacked(*tiny_ar)
     keys = jax.random.split(jax.random.key(0), 3)
     options = sampling.Options(num_steps=7, guidance='linear')
     traced = jax.make_jaxpr(lambda p: sampling.sample_tokens(model, p, golden['class_id'], keys, options, 2.0))(params)
-    scans = [(depth, e) for depth, e in _scans(traced.jaxpr)]
-    assert [e.params['length'] for depth, e in scans if depth == 0].count(15) == 1  # L − 1 tokens, after the first
-    solver = [e for _, e in scans if e.params['length'] == 7]
-    assert len(solver) == 2  # token 0's, and the one inside the scan over tokens
-    for equation in solver:
-        text = str(equation.params['jaxpr'])
-        assert 'cos' not in text and 'sin' not in text
-        assert 'f32[64,48]' not in text  # the kernel of cond_embed, D × M
-        assert 'f32[256,48]' not in text  # the first of the time embedding
+    paths = list(_loops(traced.jaxpr))
+    tokens = [path for path in paths if path[-1].params.get('length') == 15]  # L − 1, after the first
+    assert len(tokens) == 1 and len(tokens[0]) == 1
+    M = model.head_width
+    shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
+    body = lambda equation: str(equation.params['body_jaxpr'])
+    solver = [path for path in paths if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])]
+    assert sorted(map(len, solver)) == [1, 2, 2, 3]  # of token 0, and inside the scan; each a loop over chunks and in it one
+    for path in solver:
+        text = body(path[-1])
+        assert ' cos ' not in text and ' sin ' not in text
+        assert shape(model.width, M) not in text  # the kernel of cond_embed
+        assert shape(256, M) not in text  # the first of the time embedding
+        innermost = not any(path[-1] in other[:-1] for other in solver)
+        assert (shape(M, 3, M) in text) != innermost  # adaLN
 
 
 def test_noise_of_the_wrong_shape_is_refused(golden, tiny_ar):
@@ -228,9 +236,12 @@ def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
 
 def test_options_without_use_are_errors(golden, tiny_ar):
     for wrong in (
-        dict(solver='heun'), dict(num_steps=0), dict(solver='euler', last_step=0.1), dict(last_step=1.0),
+        dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0), dict(solver='euler', last_step=0.1), dict(last_step=1.0),
         dict(last_step=0.0), dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
-        dict(guidance='constant', first_token_apart=False),
+        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0), dict(shift=0.0),
+        dict(final_steps=3), dict(annealing='linear'), dict(final_steps=0, annealing='linear'),
+        dict(final_steps=3, annealing='steps'), dict(guidance=None, guidance_interval=(0.0, 0.5)),
+        dict(guidance_interval=(0.5, 0.5)), dict(guidance_interval=(0.0, 2.0)),
     ):  # fmt: skip
         with pytest.raises(ValueError):
             sampling.Options(**wrong)
@@ -243,6 +254,71 @@ def test_options_without_use_are_errors(golden, tiny_ar):
         sample(sampling.Options(guidance='linear'), keys)
     with pytest.raises(ValueError, match='keys or noise'):
         sample(sampling.Options(guidance=None), None)
+
+
+def test_annealed_steps():
+    np.testing.assert_array_equal(sampling.annealed_steps(10, 2, 5, 'linear'), [10, 8, 6, 4, 2])
+    np.testing.assert_array_equal(sampling.annealed_steps(9, 2, 4, 'two_stage'), [9, 9, 2, 2])
+    cosine = sampling.annealed_steps(100, 20, 257, 'cosine')
+    assert cosine[0] == 100 and cosine[128] == 60 and cosine[256] == 20 and (np.diff(cosine) <= 0).all()
+    assert 100 - cosine[64] < 64 - 40 < 100 - cosine[128]  # slower than linear at first
+    plan = sampling.Options('heun', 10, final_steps=2, annealing='linear').plan(5)
+    assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
+
+
+@pytest.mark.parametrize('solver', solvers.SOLVERS)
+def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
+    """One program with steps from 5 to 2 gives what programs of one number of steps give for their own tokens."""
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    options = sampling.Options(solver, 5, guidance='constant', final_steps=2, annealing='cosine')
+    steps, m = sampling.annealed_steps(5, 2, 16, 'cosine'), options.num_draws(16)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    noise = draw(m, 6, 8), draw(15, m, 3, 8)
+    tokens = jax.jit(
+        lambda p: sampling.sample_tokens(model, p, golden['class_id'], None, options, 1.5, noise=noise)
+    )(params)  # fmt: skip
+    rows = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
+    fed = np.concatenate([tokens, tokens])
+    conditions = model.apply(variables, rows, fed, method='condition')
+    for k in (0, 5, 8, 15):
+        alone = sampling.Options(solver, int(steps[k]), guidance='constant')
+        t_emb = model.apply(variables, jnp.asarray(alone.plan(16).tables.t), method='embed_time')
+        draws = noise[0][:, :3] if k == 0 else noise[1][k - 1]
+        draws = np.concatenate([draws, draws], axis=1)[: alone.num_draws(16)]
+        z = sampling._token(
+            model, variables, alone, k, t_emb, 1.5, 1.0, conditions[:, k], jnp.asarray(draws), jnp.asarray(False)
+        )  # fmt: skip
+        np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_interval(golden, tiny_ar):
+    """The whole interval is plain guidance; an empty part of it is none; between, the velocities are exchanged where
+    the interval says, by a loop written out here."""
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    c = jnp.asarray(golden['ar_cond'].reshape(48, -1)[:6])
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32))
+    noise = jnp.concatenate([noise, noise], axis=1)
+
+    def token(interval, scale):
+        options = sampling.Options('euler', 6, guidance='constant', guidance_interval=interval)
+        t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
+        return sampling._token(
+            model, variables, options, 0, t_emb, scale, 1.0, c, noise, jnp.asarray(False)
+        )  # fmt: skip
+
+    np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
+    np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
+    x, scales = noise[0], [1, 1, 3, 3, 1, 1]
+    head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, *a: m.head.velocity(*a))
+    for i, scale in enumerate(scales):
+        v = head(x, i / 6)
+        guided = flow.guide(v[:3], v[3:], scale)
+        x = x + jnp.concatenate([guided, guided]) / 6
+    expected = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * 8**0.5
+    np.testing.assert_allclose(token((0.3, 0.6), 3.0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_to_uint8():

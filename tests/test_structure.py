@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
     ('geometry',),
-    ('distributions', 'flow'),
+    ('distributions', 'flow', 'solvers'),
     ('transformer',),
     ('vae', 'flow_head'),
     ('ar',),
@@ -20,7 +20,7 @@ LEVELS = (
     ('data', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training'),
     ('evaluation', 'report'),
-    ('main',),
+    ('main', 'frontier'),
 )
 
 
@@ -46,9 +46,9 @@ def test_imports_only_go_down():
 
 
 def test_no_tensorflow_and_no_torch():
-    """Importing every module pulls in neither."""
+    """Every module can be imported where neither is installed."""
     names = ', '.join(f'sphere_ar_jax.{path.stem}' for path in PACKAGE.glob('*.py') if path.stem != '__init__')
-    code = f'import sys, {names}; sys.exit(int(bool({{"tensorflow", "torch"}} & set(sys.modules))))'
+    code = f'import sys; sys.modules["tensorflow"] = sys.modules["torch"] = None; import {names}'  # None: no such module
     assert subprocess.run([sys.executable, '-c', code], cwd=PACKAGE.parent, timeout=300).returncode == 0
 
 

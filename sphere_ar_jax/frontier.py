@@ -1,0 +1,157 @@
+"""Quality against evaluations of the flow head, for trained runs of the digits: a table and a plot.
+
+    python -m sphere_ar_jax.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 --workdir=/tmp/digits2 --output=/tmp/frontier
+
+Every setting of `settings` samples --num_images digits from every run and scores them by the digits' protocol. Results
+are added to OUTPUT/scores.jsonl one by one: started again, the command goes on. Workdirs of a distilled head are
+sampled with the settings that such a head has.
+"""
+
+import json
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from sphere_ar_jax import config, data, evaluation, report, sampling, sharding
+
+_WORKDIRS = flags.DEFINE_multi_string('workdir', None, 'A finished run of the digits; give one for each seed.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for scores.jsonl, frontier.json, frontier.md and frontier.png.')
+_NUM_IMAGES = flags.DEFINE_integer('num_images', 2000, 'Digits drawn for each setting and run.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 500, 'Images drawn at a time.')
+
+REFERENCE = 'euler_maruyama 100, guidance 1.5'
+SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
+
+
+def settings(average):
+    """{name: (keyword arguments of `sampling.Options`, guidance scale)} of what is compared.
+
+    average: whether for a head of average velocity, which knows its guidance itself.
+    """
+    if average:
+        return {f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None) for n in (1, 2, 4, 8)}
+    found = {}
+
+    def add(scale, solver, num_steps, **options):
+        extra = ''.join(f', {name} {value}' for name, value in options.items())
+        found[f'{solver} {num_steps}, guidance {scale}{extra}'] = (
+            dict(solver=solver, num_steps=num_steps, guidance='constant', **options), scale,
+        )  # fmt: skip
+
+    for scale in (1.5, 1.0, 2.0, 3.0, 4.5):
+        add(scale, 'euler_maruyama', 100)
+        for solver in ('euler', 'ab2', 'dpmpp_2m'):
+            add(scale, solver, 10)
+        add(scale, 'heun', 5)
+        add(scale, 'euler_maruyama', 9)
+    for steps in (2, 4, 6, 8, 16, 32, 64):
+        for solver in ('euler', 'ab2', 'dpmpp_2m'):
+            add(1.5, solver, steps)
+        add(1.5, 'heun', steps // 2)
+        add(1.5, 'euler_maruyama', max(steps - 1, 1))
+    for first, last, shape in (
+        (12, 4, 'linear'), (16, 4, 'linear'), (12, 8, 'linear'), (12, 4, 'cosine'), (16, 4, 'cosine'), (12, 4, 'two_stage'),
+        (16, 4, 'two_stage'), (8, 4, 'linear'), (4, 12, 'linear'),
+    ):  # fmt: skip
+        for solver in ('euler', 'ab2', 'dpmpp_2m'):
+            add(1.5, solver, first, final_steps=last, annealing=shape)
+        add(1.5, 'heun', first // 2, final_steps=last // 2, annealing=shape)
+        add(1.5, 'euler_maruyama', first - 1, final_steps=last - 1, annealing=shape)
+    for shift in (0.5, 0.7, 1.5, 2.0):
+        for solver in ('euler', 'ab2', 'dpmpp_2m', 'euler_maruyama'):
+            add(1.5, solver, 9 if solver == 'euler_maruyama' else 10, shift=shift)
+        add(1.5, 'heun', 5, shift=shift)
+    for noise_scale in (0.25, 0.5, 2.0):
+        add(1.5, 'euler_maruyama', 9, noise_scale=noise_scale)
+        add(1.5, 'euler_maruyama', 100, noise_scale=noise_scale)
+    for interval in ((0.0, 0.7), (0.2, 1.0), (0.2, 0.7)):
+        for scale in (1.5, 2.0):
+            add(scale, 'ab2', 10, guidance_interval=interval)
+    return found
+
+
+def _measure(run, options, scale, num_images, batch_size):
+    """Scores of one setting on one run, with its mean evaluations per token."""
+    cfg = run.cfg
+    train, heldout = (data.Digits(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
+    labels = np.arange(num_images) % 10
+    images = evaluation.sample_images(
+        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(cfg.seed + 1), options,
+        batch_size=batch_size, mesh=sharding.make_mesh(), guidance_scale=scale, temperature=cfg.sampling.temperature,
+    )  # fmt: skip
+    scores = evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
+    return {name: float(scores[name]) for name in SCORES} | {
+        'evaluations': options.plan(run.ar.num_tokens).evaluations
+    }
+
+
+def summarize(rows):
+    """{setting: mean and standard deviation over runs of each score, evaluations, number of runs} of scores.jsonl's rows."""
+    summary = {}
+    for name in dict.fromkeys(row['setting'] for row in rows):
+        mine = [row for row in rows if row['setting'] == name]
+        values = {score: [row[score] for row in mine] for score in SCORES}
+        summary[name] = {'evaluations': mine[0]['evaluations'], 'runs': len(mine)} | {
+            score: {'mean': float(np.mean(v)), 'std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.0}
+            for score, v in values.items()
+        }
+    return summary
+
+
+def markdown(summary):
+    """The summary as a table, sorted by evaluations and Fréchet distance."""
+    lines = ['| setting | evaluations | accuracy | Fréchet | precision | recall |', '|---|---|---|---|---|---|']
+    for name, row in sorted(summary.items(), key=lambda kv: (kv[1]['evaluations'], kv[1]['samples/frechet']['mean'])):
+        cells = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
+        lines.append(f'| {name} | {row["evaluations"]:g} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def run(workdirs, output, num_images, batch_size):
+    """Measures what is not measured yet; writes the table and the plot. Returns the summary."""
+    os.makedirs(output, exist_ok=True)
+    path, rows = os.path.join(output, 'scores.jsonl'), []
+    if os.path.exists(path):
+        with open(path) as f:
+            rows = [json.loads(line) for line in f]
+    done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
+    runs = {workdir: evaluation.load_run(workdir) for workdir in workdirs}
+    todo = [
+        (name, options, scale, workdir)
+        for average in (False, True)
+        for name, (options, scale) in settings(average).items()
+        for workdir in workdirs
+        if runs[workdir].ar.average == average and (workdir, name, num_images) not in done
+    ]
+    for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not sys.stderr.isatty()):
+        started = time.perf_counter()
+        row = _measure(runs[workdir], sampling.Options(**options), scale, num_images, batch_size)
+        row |= {'setting': name, 'workdir': workdir, 'num_images': num_images, 'seconds': time.perf_counter() - started}
+        rows.append(row)
+        with open(path, 'a') as f:
+            f.write(json.dumps(row) + '\n')
+    summary = summarize([row for row in rows if row['workdir'] in workdirs and row['num_images'] == num_images])
+    report.write_json(os.path.join(output, 'frontier.json'), summary)
+    with open(os.path.join(output, 'frontier.md'), 'w') as f:
+        f.write(markdown(summary))
+    report.save_frontier(os.path.join(output, 'frontier.png'), summary, SCORES, REFERENCE)
+    return summary
+
+
+def main(argv):
+    del argv
+    if not _WORKDIRS.value or not _OUTPUT.value:
+        sys.exit('error: give --workdir=DIR, once for each run, and --output=DIR')
+    try:
+        run(_WORKDIRS.value, _OUTPUT.value, _NUM_IMAGES.value, _BATCH_SIZE.value)
+    except (FileNotFoundError, config.ConfigError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    app.run(main)
