@@ -7,6 +7,11 @@ Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (B
 :smoke     the same path in under a minute, to see that everything runs; its pictures are no digits yet:
            python -m sphere_ar_jax.main --config=configs/digits.py:smoke --workdir=/tmp/digits_smoke
 
+:fast      the sampler with the fewest evaluations that lost nothing (BUILD_NOTES.md, "Fewer evaluations")
+:distilled a flow head of one or two evaluations with guidance within, from a finished run of the same seed:
+           python -m sphere_ar_jax.main --config=configs/digits.py:distilled \\
+               --config.init_from=/tmp/digits --workdir=/tmp/digits_distilled
+
 Images are 8×8 scans enlarged to 16×16, 4×4 tokens of d = 8 on a sphere of radius √8. Against the ImageNet recipe
 (spec §8): smaller models, larger learning rates with warm-up and cosine in both stages, an L2 term in the tokenizer's
 loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy copies of each token instead of 4, and
@@ -17,9 +22,11 @@ from sphere_ar_jax import config
 
 
 def get_config(arg=''):
-    """arg: '' or 'smoke'."""
-    if arg not in ('', 'smoke'):
-        raise ValueError(f'configs/digits.py has no variant {arg!r}: use configs/digits.py or configs/digits.py:smoke')
+    """arg: '', 'smoke', 'fast' or 'distilled'."""
+    if arg not in ('', 'smoke', 'fast', 'distilled'):
+        raise ValueError(
+            f'configs/digits.py has no variant {arg!r}: use configs/digits.py, or :smoke, :fast, :distilled'
+        )
     c = config.default()
     c.data.name = 'digits'
     c.vae.update(
@@ -37,6 +44,20 @@ def get_config(arg=''):
     c.tokenizer_training.update(common, steps=800, warmup_steps=50, kl_weight=0.004, l2_weight=1.0)
     c.ar_training.update(common, steps=1500, warmup_steps=100, ema_decay=0.995, copies=2)
     c.sampling.update(num_images=1000, batch_size=250, num_steps=100, guidance='constant', guidance_scale=1.5)
+    c.distillation_training.update(
+        common,
+        steps=1500,
+        warmup_steps=100,
+        learning_rate=1e-3,
+        ema_decay=0.995,
+        guidance='constant',
+        guidance_scale=1.5,
+    )
+    if arg == 'fast':
+        c.sampling.update(config.FAST)
+    if arg == 'distilled':
+        c.init_from = ''  # to be given
+        c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
     if arg == 'smoke':
         c.tokenizer_training.update(steps=30, warmup_steps=10, log_every=10, checkpoint_every=15)
         c.ar_training.update(steps=30, warmup_steps=10, ema_decay=0.9, log_every=10, checkpoint_every=15)

@@ -54,9 +54,7 @@ class AR(nn.Module):
         self.cls_embedding = self.param('cls_embedding', transformer.INIT, shape)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
         self.emb_norm = transformer.RMSNorm()
-        self.stack = transformer.Stack(
-            self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan
-        )
+        self.stack = transformer.Stack(self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan)
         self.norm = transformer.RMSNorm()
         self.pos_for_diff = self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
         self.head = flow_head.FlowHead(
@@ -90,7 +88,7 @@ class AR(nn.Module):
         return self.norm(x[:, -self.num_tokens :]) + self.pos_for_diff[None]
 
     def prefill(self, class_id):
-        """Reads the class tokens: class_id (B,) → condition of token 0 (B, D) and the filled cache. Needs scan=False."""
+        """Reads the class tokens: class_id (B,) → condition of token 0 (B, D), the filled cache. Needs scan=False."""
         cache = transformer.empty_cache(
             self.depth, class_id.shape[0], self.class_tokens + self.num_tokens - 1, self.heads,
             self.width // self.heads, self.dtype,
@@ -149,10 +147,10 @@ class AR(nn.Module):
 
 
 def unstacked(ar, params):
-    """The model and its parameters as sampling uses them: (AR with scan=False, `transformer.unstack` of the parameters).
+    """The model and its parameters as sampling uses them: AR with scan=False, and `transformer.unstack` of the parameters.
 
-    Parameters that are so already stay as they are. Under jit the program copies them each time it runs; call this once,
-    outside, where many batches are drawn.
+    Parameters that are so already stay as they are. Under jit the program copies them each time it runs; call this
+    once, outside, where many batches are drawn.
     """
     if not ar.scan:
         return ar, params

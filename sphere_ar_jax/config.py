@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line that says what to change."""
 
 
+# The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer evaluations".
+FAST = dict(solver='ab2', num_steps=10)
+
+
 def _training(**values):
     common = dict(
         steps=100_000,
@@ -61,6 +65,10 @@ def default():
                 batch_size=512, learning_rate=3e-4, final_learning_rate=1e-5, warmup_steps=20_000, ema_decay=0.9999,
                 copies=4, label_dropout=0.1,
             ),
+            init_from=config_dict.placeholder(str),  # a finished workdir: distil its flow head, train nothing else
+            distillation_training=_training(
+                ema_decay=0.9999, teacher_steps=16, levels=(1, 2), guidance='linear', guidance_scale=4.5
+            ),
             sampling=dict(
                 num_images=1000, batch_size=250, solver='euler_maruyama', num_steps=100,
                 last_step=config_dict.placeholder(float), guidance=config_dict.placeholder(str),
@@ -100,7 +108,9 @@ _FREE = re.compile(
 def differences(old, new):
     """'KEY OLD → NEW' for each difference of two configs (as plain dictionaries) that a run cannot go on across."""
     old, new = _leaves(old), _leaves(new)
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and not _FREE.fullmatch(name)]
+    distilled = old.get('init_from') is not None or new.get('init_from') is not None
+    matters = lambda name: not _FREE.fullmatch(name) and (distilled or not name.startswith('distillation_training.'))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and matters(name)]
     return [f'{name} {old.get(name)} → {new.get(name)}' for name in changed]
 
 
@@ -133,6 +143,7 @@ def build_ar(config):
         grid=tuple(config.vae.grid),
         latent_dim=config.vae.latent_dim,
         dtype=dtype(config),
+        average=config.init_from is not None,
     )
 
 
@@ -202,8 +213,10 @@ def check(config):
         a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
     )
     want, have = data.SOURCES[config.data.name].image_shape, build_vae(config).image_shape
-    _require(want == have, f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}')
-    for name in ('tokenizer_training', 'ar_training'):
+    _require(
+        want in (None, have), f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}'
+    )
+    for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
     t = config.ar_training
     _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
@@ -211,7 +224,18 @@ def check(config):
     for key in ('kl_weight', 'l2_weight'):
         value = config.tokenizer_training[key]
         _require(value >= 0, f'tokenizer_training.{key} is {value}, but must not be negative')
-    s = config.sampling
+    _require(config.init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
+    t, s = config.distillation_training, config.sampling
+    _require(t.guidance in flow.SCHEDULES, f'distillation_training.guidance is {t.guidance!r}: use linear or constant')
+    _require(
+        len(t.levels) > 0 and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
+        f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',
+    )
+    _require(
+        config.init_from is None or (s.guidance is None and s.solver == 'euler' and s.annealing is None),
+        'a distilled head has its guidance within and takes plain steps: use sampling.solver euler without guidance',
+    )
+    t = config.ar_training
     _require(
         s.guidance is None or t.label_dropout > 0,
         'ar_training.label_dropout is 0: the null class, which guidance needs, would never be trained',

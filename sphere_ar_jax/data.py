@@ -52,7 +52,17 @@ class Digits:
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
 
 
-SOURCES = {'digits': Digits}
+class Synthetic:
+    """No images: the classes of ImageNet for a model of any image shape, so that it can be built and measured.
+
+    There is nothing to train on. Attributes: image_shape: None, any. num_classes: 1000.
+    """
+
+    image_shape = None
+    num_classes = 1000
+
+
+SOURCES = {'digits': Digits, 'synthetic': Synthetic}
 
 
 def batches(source, *, batch_size, seed, process_index=0, process_count=1, threads=2):

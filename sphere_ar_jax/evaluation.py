@@ -29,6 +29,7 @@ class Run(NamedTuple):
 def load_run(workdir):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
+    Of a workdir with a distilled head, that head, and all else from the workdir that it was distilled from.
     Raises FileNotFoundError where there is no run, or no checkpoint of a stage yet.
     """
     with open(os.path.join(workdir, 'config.json')) as f:
@@ -43,6 +44,14 @@ def load_run(workdir):
             raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
         return found[0].eval_params
 
+    if cfg.init_from is not None:
+        teacher = load_run(cfg.init_from)
+        head = restore(
+            training.distillation_stage(
+                ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
+            )
+        )
+        return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
     vae_params = restore(training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
     return Run(cfg, vae, vae_params, ar, restore(training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)))
 

@@ -1,6 +1,6 @@
 """Quality against evaluations of the flow head, for trained runs of the digits: a table and a plot.
 
-    python -m sphere_ar_jax.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 --workdir=/tmp/digits2 --output=/tmp/frontier
+    python -m sphere_ar_jax.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 --output=/tmp/frontier
 
 Every setting of `settings` samples --num_images digits from every run and scores them by the digits' protocol. Results
 are added to OUTPUT/scores.jsonl one by one: started again, the command goes on. Workdirs of a distilled head are
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from sphere_ar_jax import config, data, evaluation, report, sampling, sharding
 
 _WORKDIRS = flags.DEFINE_multi_string('workdir', None, 'A finished run of the digits; give one for each seed.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Directory for scores.jsonl, frontier.json, frontier.md and frontier.png.')
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory for scores.jsonl, frontier.json, frontier.md and frontier.png.'
+)
 _NUM_IMAGES = flags.DEFINE_integer('num_images', 2000, 'Digits drawn for each setting and run.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 500, 'Images drawn at a time.')
 
@@ -49,26 +51,22 @@ def settings(average):
             add(scale, solver, 10)
         add(scale, 'heun', 5)
         add(scale, 'euler_maruyama', 9)
-    for steps in (2, 4, 6, 8, 16, 32, 64):
+    for steps in (2, 4, 6, 8, 16, 32):
         for solver in ('euler', 'ab2', 'dpmpp_2m'):
             add(1.5, solver, steps)
         add(1.5, 'heun', steps // 2)
         add(1.5, 'euler_maruyama', max(steps - 1, 1))
-    for first, last, shape in (
-        (12, 4, 'linear'), (16, 4, 'linear'), (12, 8, 'linear'), (12, 4, 'cosine'), (16, 4, 'cosine'), (12, 4, 'two_stage'),
-        (16, 4, 'two_stage'), (8, 4, 'linear'), (4, 12, 'linear'),
-    ):  # fmt: skip
+    for first, last, shape in ((12, 4, 'linear'), (16, 4, 'linear'), (12, 4, 'cosine'), (12, 4, 'two_stage')):
         for solver in ('euler', 'ab2', 'dpmpp_2m'):
             add(1.5, solver, first, final_steps=last, annealing=shape)
         add(1.5, 'heun', first // 2, final_steps=last // 2, annealing=shape)
         add(1.5, 'euler_maruyama', first - 1, final_steps=last - 1, annealing=shape)
     for shift in (0.5, 0.7, 1.5, 2.0):
-        for solver in ('euler', 'ab2', 'dpmpp_2m', 'euler_maruyama'):
-            add(1.5, solver, 9 if solver == 'euler_maruyama' else 10, shift=shift)
-        add(1.5, 'heun', 5, shift=shift)
+        for solver in ('ab2', 'dpmpp_2m'):
+            add(1.5, solver, 10, shift=shift)
+        add(1.5, 'euler_maruyama', 9, shift=shift)
     for noise_scale in (0.25, 0.5, 2.0):
         add(1.5, 'euler_maruyama', 9, noise_scale=noise_scale)
-        add(1.5, 'euler_maruyama', 100, noise_scale=noise_scale)
     for interval in ((0.0, 0.7), (0.2, 1.0), (0.2, 0.7)):
         for scale in (1.5, 2.0):
             add(scale, 'ab2', 10, guidance_interval=interval)
@@ -77,7 +75,7 @@ def settings(average):
 
 def _measure(run, options, scale, num_images, batch_size):
     """Scores of one setting on one run, with its mean evaluations per token."""
-    cfg = run.cfg
+    cfg = run.config
     train, heldout = (data.Digits(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
     labels = np.arange(num_images) % 10
     images = evaluation.sample_images(
@@ -85,13 +83,11 @@ def _measure(run, options, scale, num_images, batch_size):
         batch_size=batch_size, mesh=sharding.make_mesh(), guidance_scale=scale, temperature=cfg.sampling.temperature,
     )  # fmt: skip
     scores = evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
-    return {name: float(scores[name]) for name in SCORES} | {
-        'evaluations': options.plan(run.ar.num_tokens).evaluations
-    }
+    return {name: float(scores[name]) for name in SCORES} | {'evaluations': options.plan(run.ar.num_tokens).evaluations}
 
 
 def summarize(rows):
-    """{setting: mean and standard deviation over runs of each score, evaluations, number of runs} of scores.jsonl's rows."""
+    """{setting: mean and std over runs of each score, evaluations, number of runs} of the rows of scores.jsonl."""
     summary = {}
     for name in dict.fromkeys(row['setting'] for row in rows):
         mine = [row for row in rows if row['setting'] == name]

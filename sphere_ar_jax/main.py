@@ -85,8 +85,29 @@ def _claim(cfg, workdir):
     report.write_json(path, mine)
 
 
+def _distil(cfg, workdir, mesh, vae, ar, source):
+    """A head of few evaluations from the run in cfg.init_from. Returns what `_train` does."""
+    try:
+        teacher = evaluation.load_run(cfg.init_from)
+    except FileNotFoundError as error:
+        raise UserError(f'init_from: {error}') from None
+    mine, theirs = (json.loads(c.to_json_best_effort()) for c in (cfg, teacher.config))
+    changed = [f'{part}.{k}' for part in ('vae', 'ar', 'data') for k in mine[part] if mine[part][k] != theirs[part][k]]
+    if changed or mine['seed'] != theirs['seed']:
+        raise UserError(
+            f'{", ".join(changed) or "seed"} differs from {cfg.init_from}: a head is distilled from its own model'
+        )
+    stage = training.distillation_stage(
+        ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
+    )
+    state, seconds = training.train(stage, source, f'{workdir}/distillation', seed=cfg.seed, mesh=mesh)
+    return teacher.vae_params, teacher.ar_params | {'head': state.eval_params}, {'distillation': seconds}
+
+
 def _train(cfg, workdir, mesh, vae, ar, source):
     """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
+    if cfg.init_from is not None:
+        return _distil(cfg, workdir, mesh, vae, ar, source)
     seconds = {}
     stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
@@ -144,13 +165,19 @@ def run(cfg, workdir, command):
     Returns:
       the metrics, as written to WORKDIR/metrics.json.
     """
+    if cfg.data.name == 'synthetic':
+        raise UserError(
+            'data.name is synthetic: there are no images to train on; python -m sphere_ar_jax.benchmark measures'
+        )
+    if cfg.init_from is not None:
+        cfg.init_from = os.path.abspath(cfg.init_from)
     try:
         os.makedirs(workdir, exist_ok=True)
         mesh = sharding.make_mesh(**cfg.mesh)
         _claim(cfg, workdir)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    for name in ('tokenizer_training', 'ar_training'):
+    for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
         if cfg[name].batch_size % mesh.size:
             raise UserError(f'{name}.batch_size is {cfg[name].batch_size}, not a multiple of the {mesh.size} devices')
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)

@@ -176,7 +176,7 @@ def save_page(workdir, title, summary, metrics, config, command):
 
 
 def save_frontier(path, summary, scores, reference):
-    """Scores against evaluations per token, one panel each: a line for each solver at guidance 1.5, points for all else.
+    """Scores against evaluations per token, one panel each: a line for each solver, crosses for annealed steps.
 
     summary: of `frontier.summarize`. reference: the setting whose mean ± standard deviation is drawn as a band.
     """
@@ -192,7 +192,14 @@ def save_frontier(path, summary, scores, reference):
             y = lambda names, mine=mine, score=score: [mine[n][score]['mean'] for n in names]
             error = [mine[n][score]['std'] for n in plain]
             axis.errorbar(x(plain), y(plain), error, marker='o', capsize=2, color=f'C{i}', label=solver)
-            axis.plot(x(annealed), y(annealed), '+', color=f'C{i}', markersize=9, label=f'{solver}, annealed' if annealed else None)
+            axis.plot(
+                x(annealed),
+                y(annealed),
+                '+',
+                color=f'C{i}',
+                markersize=9,
+                label=f'{solver}, annealed' if annealed else None,
+            )
         if reference in summary:
             mean, std = (summary[reference][score][k] for k in ('mean', 'std'))
             axis.axhspan(mean - std, mean + std, color='0.85', label=f'{reference}: mean ± std of the runs')

@@ -28,8 +28,8 @@ PRODUCT_ROWS = 256
 def annealed_steps(first, last, num_tokens, shape):
     """Solver steps of every token, from `first` (token 0) down or up to `last` (token L − 1), (L,) int.
 
-    'linear' in k; 'cosine', last + (first − last)·(1 + cos πu)/2 with u = k/(L − 1); 'two_stage', `first` for the first half
-    of the tokens and `last` for the others. Source: DiSA (arXiv 2505.20297), where these anneal diffusion steps of MAR.
+    'linear' in k; 'cosine', last + (first − last)·(1 + cos πu)/2 with u = k/(L − 1); 'two_stage', `first` for the first
+    half of the tokens and `last` for the others. Source: DiSA (arXiv 2505.20297), where these anneal MAR's steps.
     """
     u = np.arange(num_tokens) / max(num_tokens - 1, 1)
     weight = {'linear': 1 - u, 'cosine': (1 + np.cos(np.pi * u)) / 2, 'two_stage': u < 0.5}[shape]
@@ -37,7 +37,7 @@ def annealed_steps(first, last, num_tokens, shape):
 
 
 class Plan(NamedTuple):
-    """What every token's solver does: tables (U, E, …), count (U,) of their evaluations, which (L,) of them is whose."""
+    """What every token's solver does: tables (U, E, …), count (U,) of their evaluations, which (L,) of them it is."""
 
     tables: solvers.Table
     count: Any

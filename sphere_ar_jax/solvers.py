@@ -63,7 +63,7 @@ def euler(times):
 
 
 def heun(times):
-    """The trapezoid: an Euler step, then x + h·(v(x, t) + v(x_euler, t + h))/2. Second order, two evaluations a step."""
+    """The trapezoid: x_e = x + h·v, then x + h·(v(x, t) + v(x_e, t + h))/2. Second order, two evaluations a step."""
     t, h = _steps(times)
     rows = []
     for step in h:
@@ -106,8 +106,8 @@ def dpmpp_2m(times):
 def euler_maruyama(times, noise_scale=1.0, last_step=LAST_STEP):
     """Stochastic steps over [0, 1 − last_step], then one plain Euler step of `last_step`.
 
-    A stochastic step: x + [v + γ(1−t)·∇log p_t]·h + √(2γ(1−t)·h)·ε with (1−t)·∇log p_t = t·v − x. Any γ = noise_scale ≥ 0
-    has the flow's marginals; γ = 1 with 100 equal steps and 0.04 is the published sampler (101 evaluations).
+    A stochastic step: x + [v + γ(1−t)·∇log p_t]·h + √(2γ(1−t)·h)·ε with (1−t)·∇log p_t = t·v − x. Any γ = noise_scale
+    ≥ 0 has the flow's marginals; γ = 1 with 100 equal steps and 0.04 is the published sampler (101 evaluations).
     """
     if not 0 < last_step < 1:
         raise ValueError(f'last_step is {last_step}, but must lie between 0 and 1')
@@ -155,6 +155,11 @@ def pad(tables):
     )
 
 
+def step(w, *known):
+    """One step of a table: w (2, 4) and what is known, x, m, v and perhaps ε, each (N, d) → the next (x, m)."""
+    return tuple(sum(w[row, j] * a for j, a in enumerate(known)) for row in range(2))
+
+
 def integrate(velocity, x, weights, noise=None, *, count=None, prepare=lambda i: i, chunk=1):
     """Runs a table from x at t = 0 to t = 1.
 
@@ -178,8 +183,7 @@ def integrate(velocity, x, weights, noise=None, *, count=None, prepare=lambda i:
         known = [x, memory, velocity(x, prepared)]
         if noise is not None:
             known.append(jax.lax.dynamic_index_in_dim(noise, jnp.minimum(i, len(noise) - 1), keepdims=False))
-        w = jax.lax.dynamic_index_in_dim(weights, i, keepdims=False)
-        return tuple(sum(w[row, j] * a for j, a in enumerate(known)) for row in range(2))
+        return step(jax.lax.dynamic_index_in_dim(weights, i, keepdims=False), *known)
 
     def run_chunk(j, state):
         start = j * chunk

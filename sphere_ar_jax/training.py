@@ -16,7 +16,7 @@ import optax
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from sphere_ar_jax import checkpoint, data, losses, metric_writer, optimizer, sharding
+from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, sharding
 
 
 class NonFiniteError(RuntimeError):
@@ -114,6 +114,29 @@ def ar_stage(ar, vae, vae_params, options, seed):
         return losses.flow_loss(ar, params, class_id, z, *draws)
 
     return _stage('ar', options, seed, ar.init_params, loss, vae_params, ('loss', 'grad_norm', 'token_norm'))
+
+
+def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
+    """Trains a head of few evaluations by `losses.distillation_loss`, from the trained head of a frozen AR model.
+
+    ar: with average=True. ar_params: of the trained model, average=False. The state holds the new head alone.
+    """
+
+    def init_head(key):
+        return ar.init_params(key)['head'] | ar_params['head']  # only the embedding of the step's width is new
+
+    def loss(head, frozen, batch, keys):
+        vae_params, ar_params = frozen
+        posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        posterior = vae.apply({'params': vae_params}, batch['image'], method='encode')
+        z = posterior.sample(losses.posterior_draws(posterior_keys, posterior))
+        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(noise_keys)
+        scales = flow.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
+        return losses.distillation_loss(
+            ar, head, ar_params, batch['label'], z, noise, scales, options.levels, options.teacher_steps
+        )
+
+    return _stage('distillation', options, seed, init_head, loss, (vae_params, ar_params), ('loss', 'one_step'))
 
 
 def abstract_state(stage, mesh):

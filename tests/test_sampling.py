@@ -201,8 +201,15 @@ def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
     M = model.head_width
     shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
     body = lambda equation: str(equation.params['body_jaxpr'])
-    solver = [path for path in paths if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])]
-    assert sorted(map(len, solver)) == [1, 2, 2, 3]  # of token 0, and inside the scan; each a loop over chunks and in it one
+    solver = [
+        path for path in paths if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
+    ]
+    assert sorted(map(len, solver)) == [
+        1,
+        2,
+        2,
+        3,
+    ]  # of token 0, and inside the scan; each a loop over chunks and in it one
     for path in solver:
         text = body(path[-1])
         assert ' cos ' not in text and ' sin ' not in text
@@ -236,7 +243,8 @@ def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
 
 def test_options_without_use_are_errors(golden, tiny_ar):
     for wrong in (
-        dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0), dict(solver='euler', last_step=0.1), dict(last_step=1.0),
+        dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0),
+        dict(solver='euler', last_step=0.1), dict(last_step=1.0),
         dict(last_step=0.0), dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
         dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0), dict(shift=0.0),
         dict(final_steps=3), dict(annealing='linear'), dict(final_steps=0, annealing='linear'),

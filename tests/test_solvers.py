@@ -6,8 +6,8 @@ import pytest
 
 from sphere_ar_jax import flow, solvers
 
-# Deterministic solvers, and the bounds of the order that is seen from 256 to 512 steps. DPM-Solver++'s steps beside t = 0
-# and t = 1, where λ is infinite, are of first order: it comes near 2 only with the logarithm of n.
+# Deterministic solvers, and the bounds of the order that is seen from 256 to 512 steps. DPM-Solver++'s steps beside
+# t = 0 and t = 1, where λ is infinite, are of first order: it comes near 2 only with the logarithm of n.
 DETERMINISTIC = {'euler': (0.9, 1.1), 'heun': (1.8, 2.2), 'ab2': (1.85, 2.2), 'dpmpp_2m': (1.6, 2.1)}
 MEAN, STD = 0.7, 0.4
 # A mixture of two normal distributions in one dimension: weights, means, standard deviations.
@@ -90,9 +90,7 @@ def test_the_loop_is_the_definition(solver):
 def _padded(padded, counts, i, x):
     t, weights = jnp.asarray(padded.t)[i], jnp.asarray(padded.weights)[i]
     prepare = lambda index: t[jnp.minimum(index, len(t) - 1)]
-    return solvers.integrate(
-        gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5
-    )
+    return solvers.integrate(gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5)
 
 
 def test_two_lines_of_dpm_solver():

@@ -16,11 +16,12 @@ LEVELS = (
     ('transformer',),
     ('vae', 'flow_head'),
     ('ar',),
-    ('convert', 'losses', 'sampling', 'optimizer'),
+    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
     ('data', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training'),
     ('evaluation', 'report'),
-    ('main', 'frontier'),
+    ('main', 'frontier', 'parts'),
+    ('benchmark',),
 )
 
 
@@ -48,7 +49,9 @@ def test_imports_only_go_down():
 def test_no_tensorflow_and_no_torch():
     """Every module can be imported where neither is installed."""
     names = ', '.join(f'sphere_ar_jax.{path.stem}' for path in PACKAGE.glob('*.py') if path.stem != '__init__')
-    code = f'import sys; sys.modules["tensorflow"] = sys.modules["torch"] = None; import {names}'  # None: no such module
+    code = (
+        f'import sys; sys.modules["tensorflow"] = sys.modules["torch"] = None; import {names}'  # None: no such module
+    )
     assert subprocess.run([sys.executable, '-c', code], cwd=PACKAGE.parent, timeout=300).returncode == 0
 
 

@@ -1,0 +1,290 @@
+"""The benchmark: what each part costs, how near it is to what the machine can do, and beside the public PyTorch code.
+
+    python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench [--against=CHECKOUT]
+
+Every part is prepared in a process of its own, one for each side (ours; with --against also the public code, compiled
+and eager), so that start, compilation and peak memory are its own. The sides then take turns, --repeats times each,
+so that a ratio compares minutes that were alike. Results: a table on the screen, OUTPUT/benchmark.json and .md.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from sphere_ar_jax import against, config, convert, costs, parts, report
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for benchmark.json and benchmark.md.')
+_PARTS = flags.DEFINE_list('parts', None, 'Parts to run, all but `sample` if not given.')
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn, encoded and decoded at a time.')
+_TRAIN_BATCH = flags.DEFINE_integer('train_batch_size', None, "Images of a training step; the config's if not given.")
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.')
+_AGAINST = flags.DEFINE_string('against', None, 'Checkout of guolinke/SphereAR to run beside ours; needs torch.')
+_SIDES = flags.DEFINE_list('sides', ['compiled', 'eager'], 'How the public code is run.')
+_CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.')
+_WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.')
+
+
+def _worker(job):
+    """A process of one part and side: prepares it, says so, then runs it once for every line on its standard input."""
+    with open(job) as f:
+        job = json.load(f)
+    cfg = config.from_dict(job['config'])
+    say = lambda **values: print('\t' + json.dumps(values), flush=True)
+    if job['side'] == 'ours':
+        side = parts.Part(cfg, job['part'], job['batch'])
+        run, about = side.run, {'flops': side.flops, 'bytes': float(side.bytes)}
+        device = jax.devices()[0]
+        peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
+    else:
+        ar, vae = config.build_ar(cfg), config.build_vae(cfg)
+        options = {
+            'ema_decay': cfg.ar_training.ema_decay if job['part'] == 'train_ar' else cfg.tokenizer_training.ema_decay,
+            'copies': cfg.ar_training.copies, 'l2_weight': cfg.tokenizer_training.l2_weight,
+            'bfloat16': cfg.dtype == 'bfloat16',
+        }  # fmt: skip
+        name = 'head' if job['part'] == 'cold' else job['part']
+        run, peak = against.part(
+            job['against'], job['side'] == 'compiled', name, ar, vae, dict(np.load(job['weights'])), job['batch'],
+            cfg.sampling.num_steps, parts.SCALE, options, parts.inputs(ar, vae, job['batch']), parts.positions(ar.num_tokens),
+        )  # fmt: skip
+        about = {}
+    out = run()
+    if job['result']:
+        np.save(job['result'], out)
+    say(ready=True, **about)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        run()
+        say(seconds=time.perf_counter() - started)
+    with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
+        rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+    say(rss=rss, device_bytes=peak())
+
+
+class _Side:
+    """A running worker: start to ready in `start_seconds`, then one `run()` after the other."""
+
+    def __init__(self, job, directory):
+        path = os.path.join(directory, f'{job["side"]}.json')
+        with open(path, 'w') as f:
+            json.dump(job, f)
+        started = time.perf_counter()
+        command = [sys.executable, '-m', 'sphere_ar_jax.benchmark', f'--worker={path}']
+        self.log = open(os.path.join(directory, f'{job["side"]}.log'), 'w+')  # noqa: SIM115, closed in `close`
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1
+        )
+        self.about = self._read()
+        self.start_seconds = time.perf_counter() - started
+
+    def _read(self):
+        for line in self.process.stdout:
+            if line.startswith('\t{'):
+                return json.loads(line)
+        self.log.seek(0)
+        raise RuntimeError((self.log.read().strip().splitlines() or ['no word'])[-1])
+
+    def run(self):
+        self.process.stdin.write('\n')
+        return self._read()['seconds']
+
+    def close(self):
+        self.process.stdin.close()
+        last = self._read()
+        self.process.wait()
+        self.log.close()
+        return last
+
+
+def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
+    """One part on all sides, taking turns.
+
+    Returns:
+      {side: {'start_seconds', 'seconds' (median), 'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes`
+      of ours and, for what both compute from the same inputs, `difference`, the largest to ours relative to its scale.
+    """
+    comparable = part in ('prefill', 'transformer', 'decode')
+    found, running = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        for side in sides:
+            result = os.path.join(directory, f'{side}.npy') if comparable else None
+            job = dict(
+                config=json.loads(cfg.to_json_best_effort()), part=part, batch=batch, side=side, result=result,
+                weights=weights, against=checkout,
+            )  # fmt: skip
+            try:
+                running[side] = _Side(job, directory)
+            except RuntimeError as error:
+                found[side] = {'error': str(error)}
+        times = {side: [] for side in running}
+        for _ in range(0 if part == 'cold' else repeats):
+            for side, worker in running.items():
+                times[side].append(worker.run())
+        count = len(parts.positions(config.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
+        for side, worker in running.items():
+            last, t = worker.close(), np.array(times[side] or [worker.start_seconds]) / count
+            found[side] = {
+                'start_seconds': worker.start_seconds, 'seconds': float(np.median(t)),
+                'spread': float(np.subtract(*np.percentile(t, [75, 25]))), 'repeats': len(t),
+                'peak_bytes': last['device_bytes'] or last['rss'],
+                **{k: v for k, v in worker.about.items() if k != 'ready'},
+            }  # fmt: skip
+            if comparable and side != 'ours' and 'ours' in running:
+                a, b = (np.load(os.path.join(directory, f'{s}.npy')) for s in ('ours', side))
+                found[side]['difference'] = float(np.abs(a - b).max() / np.abs(a).max())
+    return found
+
+
+def floor_seconds(about, machine):
+    """The time below which a part cannot come: its operations at the rate of large products, or its weights and cache
+    read once for each use, whichever takes longer."""
+    return max(about['flops'] / machine['matrix_flops'], about['bytes'] / machine['bytes_per_second'])
+
+
+def markdown(results):
+    """Results as tables."""
+    m = results['machine']
+    lines = [
+        f'{results["config"]}, {m["device"]}, {m["dtype"]}, {results["batch"]} images ({results["train_batch"]} in '
+        f'training); matrix products {m["matrix_flops"] / 1e9:.0f} GFLOP/s ({m["matrix_flops_rows"] / 1e9:.0f} at '
+        f'{m["rows"]} rows), memory {m["bytes_per_second"] / 1e9:.1f} GB/s, {m["versions"]}',
+        '',
+        '| part | side | seconds | spread | start | peak MB | GFLOP | of rate | floor | × floor | ours faster by | differs by |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+    ]
+    for part, sides in results['parts'].items():
+        ours = sides.get('ours', {})
+        for side, r in sides.items():
+            if 'error' in r:
+                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 9)
+                continue
+            cells = [
+                f'{r["seconds"]:.4g}',
+                f'{r["spread"]:.2g}',
+                f'{r["start_seconds"]:.1f}',
+                f'{r["peak_bytes"] / 2**20:.0f}',
+            ]
+            if side == 'ours' and r['flops']:
+                floor = floor_seconds(r, m)
+                share = r['flops'] / r['seconds'] / m['matrix_flops']
+                cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
+            else:
+                cells += [''] * 4
+            ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
+            cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
+            lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
+    for rows in results.get('curves', {}).values():
+        columns = list(rows[0])
+        lines += ['', f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
+        lines += ['| ' + ' | '.join(f'{row[c]:.4g}' for c in columns) + ' |' for row in rows]
+    return '\n'.join(lines) + '\n'
+
+
+def _describe(cfg, batch):
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == 'cpu':
+        with open('/proc/cpuinfo') as f:
+            models = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
+        name = f'{models[0] if models else platform.processor()} × {len(os.sched_getaffinity(0))} cores'
+    return {
+        'device': name, 'dtype': cfg.dtype, 'rows': 2 * batch,
+        'versions': f'Python {platform.python_version()}, JAX {jax.__version__}',
+        **costs.machine(2 * batch, config.dtype(cfg)),
+    }  # fmt: skip
+
+
+def curves(cfg, batch, repeats):
+    """Our cost against batch size, tokens, depth and solver steps: one list of rows for each."""
+
+    def row(key, value, cfg, batch):
+        r = {part: measure(cfg, part, batch, ['ours'], repeats)['ours'] for part in ('transformer', 'head')}
+        return {key: value} | {
+            'transformer s/token': r['transformer']['seconds'], 'head s/token': r['head']['seconds'],
+            's/token': r['transformer']['seconds'] + r['head']['seconds'],
+            'peak MB': max(part['peak_bytes'] for part in r.values()) / 2**20,
+        }  # fmt: skip
+
+    def changed(**values):
+        other = cfg.copy_and_resolve_references()
+        other.update_from_flattened_dict(values)
+        return other
+
+    return {
+        'batch': [row('images', b, cfg, b) for b in (1, 4, 16, 64)],
+        'tokens': [row('tokens', g * g, changed(**{'vae.grid': (g, g)}), batch) for g in (4, 8, 16, 32)],
+        'depth': [row('blocks', d, changed(**{'ar.depth': d}), batch) for d in (6, 12, 24, 48)],
+        'steps': [row('steps', n, changed(**{'sampling.num_steps': n}), batch) for n in (10, 25, 50, 100, 200)],
+    }
+
+
+def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, with_curves):
+    """Measures the parts, writes the tables; returns the results."""
+    os.makedirs(output, exist_ok=True)
+    results = {
+        'config': name,
+        'batch': batch,
+        'train_batch': train_batch,
+        'machine': _describe(cfg, batch),
+        'parts': {},
+    }
+    sides = ['ours', *(sides if checkout else [])]
+    with tempfile.TemporaryDirectory() as directory:
+        weights = None
+        if checkout:
+            weights = os.path.join(directory, 'weights.npz')
+            tensors = {}
+            for seed, model in ((1, config.build_ar(cfg)), (2, config.build_vae(cfg))):
+                tensors |= convert.to_torch(parts.random_params(model, seed))
+            np.savez(weights, **tensors)
+        for part in names:
+            print(f'{part}: {parts.PARTS[part]}', flush=True)
+            size = train_batch if part.startswith('train') else batch
+            results['parts'][part] = measure(cfg, part, size, sides, repeats, weights, checkout)
+            for side, r in results['parts'][part].items():
+                print(f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}', flush=True)
+    if with_curves:
+        results['curves'] = curves(cfg, batch, repeats)
+    report.write_json(os.path.join(output, 'benchmark.json'), results)
+    with open(os.path.join(output, 'benchmark.md'), 'w') as f:
+        f.write(markdown(results))
+    print('\n' + markdown(results))
+    return results
+
+
+def main(argv):
+    del argv
+    if _WORKER.value:
+        return _worker(_WORKER.value)
+    if _CONFIG.value is None or _OUTPUT.value is None:
+        sys.exit('error: give --config=configs/NAME.py and --output=DIR')
+    if _AGAINST.value and not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
+        sys.exit(f'error: {_AGAINST.value} is no checkout of guolinke/SphereAR')
+    names = _PARTS.value or [part for part in parts.PARTS if part != 'sample']
+    unknown = [part for part in names if part not in parts.PARTS]
+    if unknown:
+        sys.exit(f'error: no part {unknown[0]}; there are {", ".join(parts.PARTS)}')
+    try:
+        cfg = config.check(_CONFIG.value)
+    except config.ConfigError as error:
+        sys.exit(f'error: {error}')
+    name = next((a.split('=', 1)[1] for a in sys.argv if a.startswith('--config=')), 'config')
+    train_batch = _TRAIN_BATCH.value or cfg.ar_training.batch_size
+    run(
+        cfg, name, _OUTPUT.value, names, _BATCH.value, train_batch, _REPEATS.value, _AGAINST.value, _SIDES.value,
+        _CURVES.value,
+    )  # fmt: skip
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,94 @@
+"""Operations of a program, counted from its jaxpr, and what the machine reaches: matrix products, memory bandwidth.
+
+Only matrix products and convolutions are counted, two operations for each multiply-add, as is usual for FLOP counts.
+"""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _dot(equation):
+    (contract, _), _ = equation.params['dimension_numbers']
+    lhs = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+
+
+def _conv(equation):
+    p, kernel = equation.params, equation.invars[1].aval.shape
+    out_features = kernel[p['dimension_numbers'].rhs_spec[0]]
+    # multiplications with the zeros that a dilated input is filled up with are none
+    return (
+        2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features / math.prod(p['lhs_dilation'])
+    )
+
+
+def _count(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        name, p = equation.primitive.name, equation.params
+        if name == 'dot_general':
+            total += _dot(equation)
+        elif name == 'conv_general_dilated':
+            total += _conv(equation)
+        elif name == 'scan':
+            total += p['length'] * _count(p['jaxpr'].jaxpr)
+        elif name == 'while':
+            if _count(p['body_jaxpr'].jaxpr):
+                raise ValueError('products inside a loop of unknown length cannot be counted: count its body')
+        elif name == 'cond':  # the cache is read to one of several lengths, each for an equal share of the tokens
+            total += sum(_count(branch.jaxpr) for branch in p['branches']) / len(p['branches'])
+        else:
+            for value in p.values():
+                inner = getattr(value, 'jaxpr', value)
+                if hasattr(inner, 'eqns'):
+                    total += _count(inner)
+    return total
+
+
+def flops(function, *arguments):
+    """Floating-point operations of function(*arguments) in products and convolutions; arguments may be abstract.
+
+    Of the branches of a conditional the mean is taken. Raises ValueError for products in a loop whose length is data.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def tree_bytes(tree):
+    """Bytes of a tree of arrays, abstract or not."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def best_seconds(function, repeats=5):
+    """Shortest of several runs of a function without arguments, after one that is not counted."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def machine(rows, dtype=jnp.float32, size=2048, width=1024):
+    """What the device reaches here and now.
+
+    Returns:
+      dict: 'matrix_flops', rate of a chain of large square products; 'matrix_flops_rows', that of `rows` rows through
+      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256 MB.
+    """
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype) / size**0.5
+    square = jax.jit(lambda a: a @ a @ a)
+    x = jnp.ones((rows, width), dtype)
+    weights = [jnp.full((width, 3 * width), 1 / width + i, dtype) for i in range(24)]
+    thin = jax.jit(lambda x, weights: sum((x @ w).sum() for w in weights))
+    big = jnp.ones((64, 2**20), jnp.float32)
+    total = jax.jit(jnp.sum)
+    return {
+        'matrix_flops': 2 * 2 * size**3 / best_seconds(lambda: square(a)),
+        'matrix_flops_rows': 24 * 2 * rows * 3 * width**2 / best_seconds(lambda: thin(x, weights)),
+        'bytes_per_second': big.nbytes / best_seconds(lambda: total(big)),
+    }
