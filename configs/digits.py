@@ -38,8 +38,9 @@ def get_config(arg=''):
         encoder_depth=1,
         decoder_depth=2,
         heads=4,
+        unroll=2,
     )
-    c.ar.update(depth=3, heads=4, width=96, head_depth=4, head_width=128, head_groups=2, class_tokens=4)
+    c.ar.update(depth=3, heads=4, width=96, head_depth=4, head_width=128, head_groups=2, class_tokens=4, unroll=4)
     common = dict(batch_size=64, learning_rate=2e-3, final_learning_rate=1e-5, log_every=50, checkpoint_every=250)
     c.tokenizer_training.update(common, steps=800, warmup_steps=50, kl_weight=0.004, l2_weight=1.0)
     c.ar_training.update(common, steps=1500, warmup_steps=100, ema_decay=0.995, copies=2)

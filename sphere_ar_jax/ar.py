@@ -147,7 +147,7 @@ class AR(nn.Module):
 
 
 def unstacked(ar, params):
-    """The model and its parameters as sampling uses them: AR with scan=False, and `transformer.unstack` of the parameters.
+    """The model and its parameters as sampling uses them: AR with scan=False, `transformer.unstack` of the parameters.
 
     Parameters that are so already stay as they are. Under jit the program copies them each time it runs; call this
     once, outside, where many batches are drawn.

@@ -55,7 +55,8 @@ def _worker(job):
         name = 'head' if job['part'] == 'cold' else job['part']
         run, peak = against.part(
             job['against'], job['side'] == 'compiled', name, ar, vae, dict(np.load(job['weights'])), job['batch'],
-            cfg.sampling.num_steps, parts.SCALE, options, parts.inputs(ar, vae, job['batch']), parts.positions(ar.num_tokens),
+            cfg.sampling.num_steps, parts.SCALE, options, parts.inputs(ar, vae, job['batch']),
+            parts.positions(ar.num_tokens),
         )  # fmt: skip
         about = {}
     out = run()
@@ -159,7 +160,7 @@ def markdown(results):
         f'training); matrix products {m["matrix_flops"] / 1e9:.0f} GFLOP/s ({m["matrix_flops_rows"] / 1e9:.0f} at '
         f'{m["rows"]} rows), memory {m["bytes_per_second"] / 1e9:.1f} GB/s, {m["versions"]}',
         '',
-        '| part | side | seconds | spread | start | peak MB | GFLOP | of rate | floor | × floor | ours faster by | differs by |',
+        '| part | side | seconds | spread | start | peak MB | GFLOP | of rate | floor | × floor | ratio | differs by |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     for part, sides in results['parts'].items():

@@ -91,12 +91,10 @@ def _distil(cfg, workdir, mesh, vae, ar, source):
         teacher = evaluation.load_run(cfg.init_from)
     except FileNotFoundError as error:
         raise UserError(f'init_from: {error}') from None
-    mine, theirs = (json.loads(c.to_json_best_effort()) for c in (cfg, teacher.config))
-    changed = [f'{part}.{k}' for part in ('vae', 'ar', 'data') for k in mine[part] if mine[part][k] != theirs[part][k]]
-    if changed or mine['seed'] != theirs['seed']:
-        raise UserError(
-            f'{", ".join(changed) or "seed"} differs from {cfg.init_from}: a head is distilled from its own model'
-        )
+    theirs, mine = (json.loads(c.to_json_best_effort()) for c in (teacher.config, cfg))
+    changed = [d for d in config.differences(theirs, mine) if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
+    if changed:
+        raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
     stage = training.distillation_stage(
         ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
     )

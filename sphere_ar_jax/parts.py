@@ -52,7 +52,7 @@ def random_params(model, seed):
 
 
 class Part:
-    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes` are what it must do at least.
+    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes`, what it must at least do.
 
     Only what the part needs is made; the parameters that training stacks are let go where sampling uses them apart.
     """

@@ -60,20 +60,102 @@ def _conv(features, kernel, stride, pad, dtype, name):
     )  # fmt: skip
 
 
-def _conv_transpose(features, kernel, pad, dtype, name):
-    """Transposed convolution of stride 2 with PyTorch's padding `pad`; kernels are PyTorch's, flipped in space."""
-    pad = kernel - 1 - pad
-    return nn.ConvTranspose(
-        features, (kernel, kernel), (2, 2), ((pad, pad), (pad, pad)), use_bias=False,
-        kernel_init=torch_init(transposed=True), dtype=dtype, name=name,
-    )  # fmt: skip
+NHWC = ('NHWC', 'HWIO', 'NHWC')
+
+
+@jax.custom_vjp
+def conv_transpose(x, kernel):
+    """Transposed convolution of stride 2, PyTorch's with padding k/2 − 1: (B, H, W, in) → (B, 2H, 2W, out).
+
+    kernel: (k, k, in, out), k = 2 or 4, PyTorch's flipped in space. Computed as a plain convolution to the 2 × 2 pixels
+    at each input pixel, and interleaved: no zeros of a dilated input are multiplied. Its backward pass is
+    written out, since XLA's own for the kernel takes up to 60 times as long on CPUs (BUILD_NOTES.md, "Speed").
+    """
+    (B, H, W, features), (k, _, _, channels) = x.shape, kernel.shape
+    if k == 2:
+        kernel = kernel[::-1, ::-1]  # kernel axis = phase
+    # axis of a kernel of 4 = 2·tap + phase: output pixel 2i + a sees input pixels i + a − 1 + tap
+    taps = kernel.reshape(k // 2, 2, k // 2, 2, features, channels).transpose(0, 2, 4, 1, 3, 5)
+    pad = ((k // 2 - 1,) * 2,) * 2
+    taps = taps.reshape(k // 2, k // 2, features, -1)
+    phases = jax.lax.conv_general_dilated(x, taps, (1, 1), pad, dimension_numbers=NHWC)
+    if k == 4:  # the four phases of a pixel lie at neighbours of each other
+        part = lambda a, b: phases[:, a : a + H, b : b + W, (2 * a + b) * channels : (2 * a + b + 1) * channels]
+        phases = jnp.concatenate([part(a, b) for a in range(2) for b in range(2)], axis=-1)
+    return phases.reshape(B, H, W, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, channels)
+
+
+def _conv_transpose_forward(x, kernel):
+    return conv_transpose(x, kernel), (x, kernel)
+
+
+def _conv_transpose_backward(residuals, g):
+    x, kernel = residuals
+    (B, H, W, _), k, half = x.shape, len(kernel), len(kernel) // 2
+    # of x: a convolution of stride 2 with the kernel turned round
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    dx = jax.lax.conv_general_dilated(g, turned, (2, 2), ((half - 1,) * 2,) * 2, dimension_numbers=NHWC)
+    # of the kernel: every phase of g against x shifted by each of its taps, as one product of large matrices each
+    padded = jnp.pad(x, ((0, 0), (half - 1,) * 2, (half - 1,) * 2, (0, 0)))
+    g = g.reshape(B, H, 2, W, 2, -1)
+
+    def product(i, j):
+        (u, a), (v, b) = (divmod(n, 2) if k == 4 else (0, 1 - n) for n in (i, j))
+        shift = lambda phase, tap: phase + tap if k == 4 else 0
+        shifted = padded[:, shift(a, u) : shift(a, u) + H, shift(b, v) : shift(b, v) + W]
+        return jax.lax.dot_general(
+            shifted, g[:, :, a, :, b], (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    dkernel = jnp.stack([jnp.stack([product(i, j) for j in range(k)]) for i in range(k)])
+    return dx, dkernel.astype(kernel.dtype)
+
+
+conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
+
+
+class ConvTranspose(nn.Module):
+    """`conv_transpose` with its kernel, of size 4 or 2, as a parameter. (B, H, W, in) → (B, 2H, 2W, out)."""
+
+    channels: int
+    kernel: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        kernel = self.param('kernel', torch_init(transposed=True), shape)
+        return conv_transpose(*nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype))
+
+
+class NormSiLU(nn.Module):
+    """GroupNorm over min(32, channels//4) groups, in float32, then SiLU. (B, H, W, c) → the same in `dtype`.
+
+    As one affine map per image and channel, y = a·x + b, after the two passes that a mean and then a variance need.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        scale = self.param('scale', nn.initializers.ones, (channels,))
+        bias = self.param('bias', nn.initializers.zeros, (channels,))
+        groups = min(32, channels // 4)
+        x = x.astype(jnp.float32)
+
+        def mean(x):
+            """Over pixels and the channels of a group, given to each of its channels: (B, H, W, c) → (B, 1, 1, c)."""
+            per_channel = jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1)
+            return jnp.repeat(jnp.mean(per_channel, axis=-1), channels // groups, axis=-1)[:, None, None]
+
+        center = mean(x)
+        a = scale[None, None, None] * jax.lax.rsqrt(mean(jnp.square(x - center)) + transformer.EPS)
+        return nn.silu(a * x + (bias[None, None, None] - a * center)).astype(self.dtype)
 
 
 def _norm_silu(x, dtype, name):
-    """GroupNorm over min(32, channels//4) groups, in float32, then SiLU."""
-    groups = min(32, x.shape[-1] // 4)
-    norm = nn.GroupNorm(groups, epsilon=transformer.EPS, use_fast_variance=False, dtype=jnp.float32, name=name)
-    return nn.silu(norm(x.astype(jnp.float32))).astype(dtype)
+    return NormSiLU(dtype, name=name)(x)
 
 
 class ResDown(nn.Module):
@@ -99,9 +181,9 @@ class ResUp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = _conv_transpose(self.channels, 4, 1, self.dtype, 'conv1')(_norm_silu(x, self.dtype, 'norm1'))
+        h = ConvTranspose(self.channels, 4, self.dtype, name='conv1')(_norm_silu(x, self.dtype, 'norm1'))
         h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(_norm_silu(h, self.dtype, 'norm2'))
-        x = _conv_transpose(self.channels, 2, 0, self.dtype, 'shortcut')(x) + h
+        x = ConvTranspose(self.channels, 2, self.dtype, name='shortcut')(x) + h
         h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv3')(_norm_silu(x, self.dtype, 'norm3'))
         h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv4')(_norm_silu(h, self.dtype, 'norm4'))
         return x + h

@@ -2,8 +2,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sphere_ar_jax import convert, losses
+from sphere_ar_jax import ar, convert, flow, losses, solvers
 
 
 def _assert_gradients(gradients, golden, prefix, tolerance):
@@ -78,3 +79,64 @@ def test_label_dropout():
     assert abs(share - 0.1) < 5 * np.sqrt(0.09 / 4000)
     np.testing.assert_array_equal(dropped[dropped != 10], np.asarray(labels)[dropped != 10])
     np.testing.assert_array_equal(losses.drop_labels(keys, labels, 10, 0.0), labels)
+
+
+def test_mean_velocities_of_a_known_flow():
+    """Between normal distributions the flow is x_t = t·m + x₀·√((1 − t)² + t²s²), in closed form."""
+    mean, std = 0.7, 0.4
+    spread = lambda t: np.sqrt((1 - t) ** 2 + (t * std) ** 2)
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 + (t * std) ** 2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    noise = jnp.linspace(-2, 2, 5)[:, None]
+    x, t, h, u = losses.mean_velocity_targets(velocity, noise, (1, 2, 4), 64)
+    chex.assert_shape((x, u), (7, 5, 1))
+    np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(h, [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
+    for i in range(7):
+        at = lambda t: t * mean + np.asarray(noise) * spread(t)
+        start, end = float(t[i]), float(t[i] + h[i])
+        np.testing.assert_allclose(x[i], at(start), atol=1e-3)
+        np.testing.assert_allclose(u[i], (at(end) - at(start)) / (end - start), atol=3e-3)
+    with pytest.raises(ValueError, match='divide'):
+        losses.mean_velocity_targets(velocity, noise, (3,), 64)
+
+
+def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
+    """The targets by the sampler's own solver, token by token, from conditions of the golden model; the new head starts
+    as the teacher's velocity; and gradients reach the new head alone."""
+    teacher_model, teacher = tiny_ar
+    model = teacher_model.clone(average=True)
+    head = jax.jit(model.init_params)(jax.random.key(0))['head'] | teacher['head']
+    z = jnp.asarray(golden['z'])
+    noise = jax.random.normal(jax.random.key(1), z.shape)
+    scales = flow.guidance_scales(2.0, 16, 'linear')
+    loss = lambda head, teacher: losses.distillation_loss(
+        model, head, teacher, golden['class_id'], z, noise, scales, (1, 2), 4
+    )[0]  # fmt: skip
+    value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(head, teacher)
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
+    assert all(np.any(np.asarray(gradient[name]['kernel']) != 0) for name in ('span2', 'time1', 'final_linear'))
+
+    apart, params = ar.unstacked(teacher_model, teacher)
+    null = jnp.full_like(golden['class_id'], 10)
+    conditions = apart.apply(
+        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='condition'
+    )  # fmt: skip
+    velocity = lambda x, t, c: teacher_model.apply(
+        {'params': teacher}, x, jnp.full(len(x), t), c, method=lambda m, *a: m.head.velocity(*a)
+    )
+    errors = []
+    for k in range(16):
+        c, x, memory = conditions[:, k], noise[:, k], jnp.zeros((3, 8))
+        path, table = [x], solvers.table('ab2', 4)
+        for t, w in zip(table.t, table.weights, strict=True):
+            v = flow.guide(velocity(x, t, c[:3]), velocity(x, t, c[3:]), scales[k])
+            x, memory = solvers.step(w, x, memory, v)
+            path.append(x)
+        for start, end in ((0, 4), (0, 2), (2, 4)):
+            u = (path[end] - path[start]) / ((end - start) / 4)
+            errors.append(jnp.square(velocity(path[start], start / 4, c[:3]) - u))
+    np.testing.assert_allclose(value, np.mean(errors), rtol=1e-4)

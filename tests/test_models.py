@@ -128,6 +128,35 @@ def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
         np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('k', [2, 4])
+def test_conv_transpose_is_the_dilated_convolution(k):
+    """Values and both gradients against the definition: a convolution over the input filled up with zeros."""
+    rng = np.random.default_rng(k)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, kernel, g = draw(2, 5, 7, 3), draw(k, k, 3, 6), draw(2, 10, 14, 6)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), ((k // 2, k // 2),) * 2, lhs_dilation=(2, 2), dimension_numbers=vae.NHWC
+        )
+
+    for ours, truth in zip(jax.vjp(vae.conv_transpose, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(vae.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5)
+
+
+def test_norm_silu_is_group_norm_and_silu():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3.0, 2.0, size=(2, 4, 6, 96)), jnp.float32)  # 24 groups of 4
+    module = vae.NormSiLU()
+    variables = {'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}}
+    groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    y = normal * variables['params']['scale'] + variables['params']['bias']
+    np.testing.assert_allclose(module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_long_cache_is_read_to_where_it_is_filled():
     """Every position of a cache of many lengths gives what plain causal attention gives; so does a few at a time."""
     attention = transformer.Attention(heads=2, causal=True)
