@@ -17,21 +17,28 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from sphere_ar_jax import against, config, convert, costs, parts, report
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Directory for benchmark.json and benchmark.md.')
-_PARTS = flags.DEFINE_list('parts', None, 'Parts to run, all but `sample` if not given.')
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn, encoded and decoded at a time.')
-_TRAIN_BATCH = flags.DEFINE_integer('train_batch_size', None, "Images of a training step; the config's if not given.")
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.')
-_AGAINST = flags.DEFINE_string('against', None, 'Checkout of guolinke/SphereAR to run beside ours; needs torch.')
-_SIDES = flags.DEFINE_list('sides', ['compiled', 'eager'], 'How the public code is run.')
-_CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.')
-_WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.')
+_FLAGS = flags.FlagValues()  # of its own: `main` has flags of the same names
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Configuration file, with its argument after a colon.', flag_values=_FLAGS
+)
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory for benchmark.json and benchmark.md.', flag_values=_FLAGS)
+_PARTS = flags.DEFINE_list('parts', None, 'Parts to run, all but `sample` if not given.', flag_values=_FLAGS)
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn or decoded at a time.', flag_values=_FLAGS)
+_TRAIN_BATCH = flags.DEFINE_integer(
+    'train_batch_size', None, "Images of a training step; the config's if not given.", flag_values=_FLAGS
+)
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.', flag_values=_FLAGS)
+_AGAINST = flags.DEFINE_string(
+    'against', None, 'Checkout of guolinke/SphereAR to run beside ours; needs torch.', flag_values=_FLAGS
+)
+_SIDES = flags.DEFINE_list('sides', ['compiled', 'eager'], 'How the public code is run.', flag_values=_FLAGS)
+_CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.', flag_values=_FLAGS)
+_WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.', flag_values=_FLAGS)
 
 
 def _worker(job):
@@ -111,8 +118,9 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
     """One part on all sides, taking turns.
 
     Returns:
-      {side: {'start_seconds', 'seconds' (median), 'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes`
-      of ours and, for what both compute from the same inputs, `difference`, the largest to ours relative to its scale.
+      {'machine': medians of `costs.machine`, measured in the same rounds, side: {'start_seconds', 'seconds' (median),
+      'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes` of ours and, for what both compute from the
+      same inputs, `difference`, the largest to ours relative to its scale.
     """
     comparable = part in ('prefill', 'transformer', 'decode')
     found, running = {}, {}
@@ -127,10 +135,12 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
                 running[side] = _Side(job, directory)
             except RuntimeError as error:
                 found[side] = {'error': str(error)}
-        times = {side: [] for side in running}
+        times, rates = {side: [] for side in running}, [costs.machine(2 * batch, config.dtype(cfg))]
         for _ in range(0 if part == 'cold' else repeats):
             for side, worker in running.items():
                 times[side].append(worker.run())
+            rates.append(costs.machine(2 * batch, config.dtype(cfg)))
+        found['machine'] = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
         count = len(parts.positions(config.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
         for side, worker in running.items():
             last, t = worker.close(), np.array(times[side] or [worker.start_seconds]) / count
@@ -154,18 +164,22 @@ def floor_seconds(about, machine):
 
 def markdown(results):
     """Results as tables."""
-    m = results['machine']
     lines = [
-        f'{results["config"]}, {m["device"]}, {m["dtype"]}, {results["batch"]} images ({results["train_batch"]} in '
-        f'training); matrix products {m["matrix_flops"] / 1e9:.0f} GFLOP/s ({m["matrix_flops_rows"] / 1e9:.0f} at '
-        f'{m["rows"]} rows), memory {m["bytes_per_second"] / 1e9:.1f} GB/s, {m["versions"]}',
+        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
         '',
         '| part | side | seconds | spread | start | peak MB | GFLOP | of rate | floor | × floor | ratio | differs by |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
+    rates = []
     for part, sides in results['parts'].items():
-        ours = sides.get('ours', {})
+        ours, m = sides['ours'], sides['machine']
+        rates.append(
+            f'{part} {m["matrix_flops"] / 1e9:.0f} ({m["matrix_flops_rows"] / 1e9:.0f}), '
+            f'{m["bytes_per_second"] / 1e9:.0f}'
+        )
         for side, r in sides.items():
+            if side == 'machine':
+                continue
             if 'error' in r:
                 lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 9)
                 continue
@@ -184,6 +198,7 @@ def markdown(results):
             ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
             cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
             lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
+    lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
     for rows in results.get('curves', {}).values():
         columns = list(rows[0])
         lines += ['', f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
@@ -191,18 +206,14 @@ def markdown(results):
     return '\n'.join(lines) + '\n'
 
 
-def _describe(cfg, batch):
+def _describe(cfg):
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == 'cpu':
         with open('/proc/cpuinfo') as f:
             models = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
         name = f'{models[0] if models else platform.processor()} × {len(os.sched_getaffinity(0))} cores'
-    return {
-        'device': name, 'dtype': cfg.dtype, 'rows': 2 * batch,
-        'versions': f'Python {platform.python_version()}, JAX {jax.__version__}',
-        **costs.machine(2 * batch, config.dtype(cfg)),
-    }  # fmt: skip
+    return f'{name}, {cfg.dtype}, Python {platform.python_version()}, JAX {jax.__version__}'
 
 
 def curves(cfg, batch, repeats):
@@ -236,7 +247,7 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
         'config': name,
         'batch': batch,
         'train_batch': train_batch,
-        'machine': _describe(cfg, batch),
+        'machine': _describe(cfg),
         'parts': {},
     }
     sides = ['ours', *(sides if checkout else [])]
@@ -251,8 +262,10 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
         for part in names:
             print(f'{part}: {parts.PARTS[part]}', flush=True)
             size = train_batch if part.startswith('train') else batch
-            results['parts'][part] = measure(cfg, part, size, sides, repeats, weights, checkout)
-            for side, r in results['parts'][part].items():
+            found = measure(cfg, part, size, sides, repeats, weights, checkout)
+            results['parts'][part] = found
+            for side in sides:
+                r = found[side]
                 print(f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}', flush=True)
     if with_curves:
         results['curves'] = curves(cfg, batch, repeats)
@@ -264,7 +277,12 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
 
 
 def main(argv):
-    del argv
+    """Parses the command line and measures; what the user can put right ends it with one line."""
+    try:
+        _FLAGS(argv)
+    except Exception as error:  # also what a config file raises
+        sys.exit(f'error: {" ".join(str(error).split())}')
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # processes share the accelerator
     if _WORKER.value:
         return _worker(_WORKER.value)
     if _CONFIG.value is None or _OUTPUT.value is None:
@@ -288,4 +306,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    main(sys.argv)

@@ -235,6 +235,10 @@ def check(config):
         config.init_from is None or (s.guidance is None and s.solver == 'euler' and s.annealing is None),
         'a distilled head has its guidance within and takes plain steps: use sampling.solver euler without guidance',
     )
+    _require(
+        config.init_from is None or (s.num_steps in t.levels and s.shift is None),
+        f'sampling.num_steps is {s.num_steps}, but the distilled head knows equal steps of {tuple(t.levels)}',
+    )
     t = config.ar_training
     _require(
         s.guidance is None or t.label_dropout > 0,

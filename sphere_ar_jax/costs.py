@@ -62,7 +62,7 @@ def tree_bytes(tree):
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def best_seconds(function, repeats=5):
+def best_seconds(function, repeats=3):
     """Shortest of several runs of a function without arguments, after one that is not counted."""
     jax.block_until_ready(function())
     times = []

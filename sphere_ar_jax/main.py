@@ -11,11 +11,13 @@ _STARTED = time.perf_counter()
 import difflib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import platform  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import zlib  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -27,6 +29,22 @@ from sphere_ar_jax import checkpoint, config, data, evaluation, report, sharding
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
+
+
+def compilation_cache(environ):
+    """Where compiled programs are kept for the next start, or None where JAX_COMPILATION_CACHE_DIR says it already.
+
+    A directory of the user's for each kind of processor, since programs for CPUs are compiled for the one they run on.
+    """
+    if 'JAX_COMPILATION_CACHE_DIR' in environ:
+        return None
+    root = environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    try:
+        with open('/proc/cpuinfo') as f:
+            processor = next((line for line in f if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        processor = platform.processor()
+    return os.path.join(root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}')
 
 
 class UserError(Exception):
@@ -203,6 +221,10 @@ def run(cfg, workdir, command):
 def main(argv):
     """Runs the job of the flags; anything the user can put right ends it with one line and exit code 2."""
     logging.set_verbosity(logging.WARNING)
+    cache = compilation_cache(os.environ)
+    if cache is not None:
+        jax.config.update('jax_compilation_cache_dir', cache)
+        jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
     if _CONFIG.value is None or _WORKDIR.value is None:

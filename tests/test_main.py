@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sphere_ar_jax import evaluation, main
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/tiny_config.py'
 
@@ -97,9 +99,33 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     same = [name for name in metrics if not name.startswith(('wall_s', 'peak'))]
     assert {name: metrics[name] for name in same} == {name: second[name] for name in same}
 
+    distil = (f'{TINY}:distilled', f'--workdir={tmp_path}/distilled')
+    result = _run(environment, *distil, f'--config.init_from={tmp_path}')
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'distilled' / 'samples.png').exists() and not (tmp_path / 'distilled' / 'ar').exists()
+    run = evaluation.load_run(str(tmp_path / 'distilled'))
+    teacher = evaluation.load_run(str(tmp_path))
+    assert run.ar.average and set(run.ar_params['head']) - set(teacher.ar_params['head']) == {'span1', 'span2'}
+    chex.assert_trees_all_equal(run.ar_params['stack'], teacher.ar_params['stack'])
+    for wrong, message in (
+        ((), 'give --config.init_from=DIR'),
+        ((f'--config.init_from={tmp_path}/none',), 'init_from: '),
+        ((f'--config.init_from={tmp_path}', '--config.ar.width=32'), 'ar.width 16 → 32'),
+        ((f'--config.init_from={tmp_path}', '--config.sampling.num_steps=3'), 'knows equal steps of (1, 2)'),
+    ):
+        refused = _run(environment, f'{TINY}:distilled', f'--workdir={tmp_path}/other', *wrong)
+        assert refused.returncode == 2 and message in refused.stderr and 'Traceback' not in refused.stderr
+
     other = _run(environment, TINY, f'--workdir={tmp_path}', '--config.ar.width=32')
     assert other.returncode == 2 and 'ar.width 16 → 32' in other.stderr
     assert json.loads((tmp_path / 'metrics.json').read_text()) == second
+
+
+def test_compiled_programs_are_kept_for_each_processor(tmp_path):
+    path = main.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)})
+    assert re.fullmatch(rf'{tmp_path}/sphere_ar_jax/[a-z0-9_]+-[0-9a-f]{{8}}', path)
+    assert main.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)}) == path
+    assert main.compilation_cache({'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}) is None
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

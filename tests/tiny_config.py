@@ -7,8 +7,8 @@ from sphere_ar_jax import config, training
 LONG = 80
 
 
-def get_config():
-    """Both stages in a few steps of a few images; quality is none of its business."""
+def get_config(arg=''):
+    """Both stages, or with 'distilled' that one, in a few steps of a few images; quality is none of its business."""
     c = config.default()
     c.vae.update(
         grid=(4, 4),
@@ -25,6 +25,10 @@ def get_config():
     c.tokenizer_training.update(training)
     c.ar_training.update(training, ema_decay=0.9, copies=2)
     c.sampling.update(num_images=40, batch_size=16, num_steps=2, guidance='linear', guidance_scale=1.5)
+    c.distillation_training.update(training, guidance='constant', guidance_scale=1.5, ema_decay=0.9, teacher_steps=2)
+    if arg == 'distilled':
+        c.init_from = ''
+        c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
     return c
 
 

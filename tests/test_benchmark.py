@@ -1,0 +1,69 @@
+"""The benchmark on the smallest models: that it runs, counts and reports; no time is asserted."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from sphere_ar_jax import benchmark, config, parts
+from tests.conftest import libraries_promote
+from tests.tiny_config import get_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _run(*arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@libraries_promote()
+def test_every_part_runs_and_is_counted():
+    """Each part gives finite numbers of its shape, twice the same where nothing is trained."""
+    cfg = config.check(get_config())
+    batch, d = 4, 8
+    shapes = {
+        'prefill': (8, 16), 'transformer': (8, 8, 16), 'head': (8, d), 'decode': (batch, 16, 16, 1),
+        'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,), 'sample': (batch, 16, 16, 1),
+        'cold': (8, d),
+    }  # fmt: skip
+    assert set(shapes) == set(parts.PARTS)
+    for name, shape in shapes.items():
+        part = parts.Part(cfg, name, batch)
+        first, second = part.run(), part.run()
+        assert first.shape == shape and np.isfinite(first).all() and np.isfinite(second).all(), name
+        if name.startswith('train'):
+            assert first != second
+        elif name != 'transformer':  # whose cache goes on
+            np.testing.assert_array_equal(first, second)
+        assert part.flops > 0 or name == 'sample'
+
+
+def test_the_command(tmp_path):
+    """A part in a process of its own, its table and its numbers; then what cannot be run, in one line."""
+    result = _run(
+        '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2', '--repeats=2'
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / 'benchmark.json').read_text())
+    head = results['parts']['head']['ours']
+    assert head['repeats'] == 2 and 0 < head['seconds'] < head['start_seconds'] and head['peak_bytes'] > 2**27
+    machine = results['parts']['head']['machine']
+    floor = benchmark.floor_seconds(head, machine)
+    assert floor == max(head['flops'] / machine['matrix_flops'], head['bytes'] / machine['bytes_per_second']) > 0
+    table = (tmp_path / 'benchmark.md').read_text()
+    assert '| head | ours |' in table and table in result.stdout
+    for arguments, message in (
+        ((), 'give --config=configs/NAME.py and --output=DIR'),
+        (('--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=tail'), 'no part tail'),
+        (('--config=tests/tiny_config.py', '--no_such_flag'), 'Unknown command line flag'),
+        (('--config=tests/tiny_config.py', f'--output={tmp_path}', f'--against={tmp_path}'), 'is no checkout'),
+    ):
+        refused = _run(*arguments)
+        assert refused.returncode != 0 and f'error: {message}' in refused.stderr.replace(f'{tmp_path} ', '')
+        assert 'Traceback' not in refused.stderr
