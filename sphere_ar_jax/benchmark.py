@@ -48,8 +48,14 @@ def _worker(job):
     cfg = config.from_dict(job['config'])
     say = lambda **values: print('\t' + json.dumps(values), flush=True)
     if job['side'] == 'ours':
+        compiling = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, seconds, **_: (
+                compiling.append(seconds) if event.endswith('backend_compile_duration') else None
+            )
+        )
         side = parts.Part(cfg, job['part'], job['batch'])
-        run, about = side.run, {'flops': side.flops, 'bytes': float(side.bytes)}
+        run, about = side.run, {'flops': side.flops, 'bytes': float(side.bytes), 'compile_seconds': sum(compiling)}
         device = jax.devices()[0]
         peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
     else:
@@ -162,13 +168,32 @@ def floor_seconds(about, machine):
     return max(about['flops'] / machine['matrix_flops'], about['bytes'] / machine['bytes_per_second'])
 
 
+# seconds: median of the runs, spread: their interquartile range; start: process start to the first result; ratio: seconds
+# of the side over ours; differs by: the largest difference of the results over ours' largest value
+COLUMNS = (
+    'part', 'side', 'seconds', 'spread', 'start', 'compiling', 'peak MB', 'GFLOP', 'of rate', 'floor', '× floor', 'ratio',
+    'differs by',
+)  # fmt: skip
+SAMPLING = ('prefill', 'transformer', 'head', 'decode')
+
+
+def _uses(num_tokens):
+    """How often each part of `SAMPLING` runs for one batch of images."""
+    return {'prefill': 1, 'transformer': num_tokens - 1, 'head': num_tokens, 'decode': 1}
+
+
+def sampling_seconds(seconds, num_tokens):
+    """Seconds for a batch of images from those of the parts."""
+    return sum(seconds[part] * n for part, n in _uses(num_tokens).items())
+
+
 def markdown(results):
     """Results as tables."""
     lines = [
         f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
         '',
-        '| part | side | seconds | spread | start | peak MB | GFLOP | of rate | floor | × floor | ratio | differs by |',
-        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+        f'| {" | ".join(COLUMNS)} |',
+        '|' + '---|' * len(COLUMNS),
     ]
     rates = []
     for part, sides in results['parts'].items():
@@ -181,12 +206,13 @@ def markdown(results):
             if side == 'machine':
                 continue
             if 'error' in r:
-                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 9)
+                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 10)
                 continue
             cells = [
                 f'{r["seconds"]:.4g}',
                 f'{r["spread"]:.2g}',
                 f'{r["start_seconds"]:.1f}',
+                f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '',
                 f'{r["peak_bytes"] / 2**20:.0f}',
             ]
             if side == 'ours' and r['flops']:
@@ -198,6 +224,12 @@ def markdown(results):
             ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
             cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
             lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
+    for side in ('ours', 'compiled', 'eager'):
+        seconds = {p: results['parts'].get(p, {}).get(side, {}).get('seconds') for p in SAMPLING}
+        if all(seconds.values()):
+            whole = sampling_seconds(seconds, results['tokens'])
+            split = ', '.join(f'{p} {seconds[p] * n / whole:.1%}' for p, n in _uses(results['tokens']).items())
+            lines += ['', f'Sampling, {side}: {results["batch"] / whole:.4g} images/s ({split})']
     lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
     for rows in results.get('curves', {}).values():
         columns = list(rows[0])
@@ -245,6 +277,7 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
     os.makedirs(output, exist_ok=True)
     results = {
         'config': name,
+        'tokens': config.build_ar(cfg).num_tokens,
         'batch': batch,
         'train_batch': train_batch,
         'machine': _describe(cfg),

@@ -58,6 +58,9 @@ def test_the_command(tmp_path):
     assert floor == max(head['flops'] / machine['matrix_flops'], head['bytes'] / machine['bytes_per_second']) > 0
     table = (tmp_path / 'benchmark.md').read_text()
     assert '| head | ours |' in table and table in result.stdout
+    assert head['compile_seconds'] > 0
+    sums = benchmark.sampling_seconds({'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16)
+    np.testing.assert_allclose(sums, 1 + 15 * 0.1 + 16 * 0.01 + 2)
     for arguments, message in (
         ((), 'give --config=configs/NAME.py and --output=DIR'),
         (('--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=tail'), 'no part tail'),
