@@ -153,12 +153,17 @@ def part(checkout, compiled, name, ar, vae, tensors, batch, num_steps, scale, op
                 c.append(model.forward_model(last, start, start + 1)[:, 0])
             return torch.stack(c, 1)
 
+        def first_token():
+            c = model.forward_model(embedded, 0, ar.class_tokens)
+            return model.head_sample(c[:, -1:], 0, num_steps, scale, 'constant')[:, 0]
+
         run = {
             'prefill': lambda: model.forward_model(embedded, 0, ar.class_tokens)[:, -1],
             'transformer': transformer,
             'head': lambda: model.head_sample(put(inputs['condition'])[:, None], 1, num_steps, scale)[:, 0],
             'decode': lambda: model.vae.decode(z).permute(0, 2, 3, 1),
             'encode': lambda: model.vae.encode(nchw(inputs['images']))[0],
+            'cold': first_token,
             'sample': lambda: model.sample(labels, num_steps, scale, 'constant').permute(0, 2, 3, 1),
         }[name]
         if name == 'transformer':

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import config, costs, sampling, sharding, training
+from sphere_ar_jax import config, convert, costs, sampling, sharding, training, transformer
 
 # part → what one run of it does
 PARTS = {
-    'cold': 'process start → sampler compiled, its first token drawn',
+    'cold': 'process start → sampler compiled, its first token drawn; nothing compiled before',
+    'cached': "the same, a second time: with what the first start left in the compilers' caches",
     'prefill': 'class tokens of B images and the null class',
     'transformer': 'one decoding step of 2B rows, mean over the sequence',
     'head': 'one token of B guided images, all evaluations',
@@ -57,15 +57,25 @@ class Part:
     Only what the part needs is made; the parameters that training stacks are let go where sampling uses them apart.
     """
 
-    def __init__(self, cfg, part, batch):
+    def __init__(self, cfg, part, batch, weights=None):
+        self.weights = weights  # file of {PyTorch name: array} to use in place of random parameters
         self.part, self.batch, self.cfg = part, batch, cfg
         self.ar, self.vae = config.build_ar(cfg), config.build_vae(cfg)
         self.inputs = {k: jnp.asarray(v) for k, v in inputs(self.ar, self.vae, batch).items()}
         self.flops = self.bytes = self.count = 0
         self.run = getattr(self, '_' + part)()
 
+    def _params(self, model, seed):
+        if self.weights is None:
+            return random_params(model, seed)
+        with np.load(self.weights) as tensors:
+            return convert.from_torch(tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+
     def _sampler(self):
-        return ar_model.unstacked(self.ar, random_params(self.ar, 1))
+        if not hasattr(self, '_apart'):
+            params = transformer.unstack(self._params(self.ar, 1))  # NumPy's views, if from a file: nothing to compile
+            self._apart = self.ar.clone(scan=False), jax.tree.map(jnp.asarray, params)
+        return self._apart
 
     def _costs(self, function, *arguments, weights=(), times=1):
         self.flops += times * costs.flops(function, *arguments)
@@ -130,14 +140,14 @@ class Part:
         return dict(num_steps=self.cfg.sampling.num_steps, guidance='constant')
 
     def _decode(self):
-        params = random_params(self.vae, 2)
+        params = self._params(self.vae, 2)
         run = lambda p, z: self.vae.apply({'params': p}, z, method='decode')
         self._costs(run, params, self.inputs['z'], weights=params['decoder'])
         compiled = jax.jit(run).lower(params, self.inputs['z']).compile()
         return lambda: np.asarray(compiled(params, self.inputs['z']))
 
     def _encode(self):
-        params = random_params(self.vae, 2)
+        params = self._params(self.vae, 2)
         run = lambda p, x: self.vae.apply({'params': p}, x, method='encode').mu
         self._costs(run, params, self.inputs['images'], weights=params['encoder'])
         compiled = jax.jit(run).lower(params, self.inputs['images']).compile()
@@ -162,7 +172,7 @@ class Part:
         return self._train(training.tokenizer_stage(self.vae, self.cfg.tokenizer_training, 0))
 
     def _train_ar(self):
-        vae_params = random_params(self.vae, 2)
+        vae_params = self._params(self.vae, 2)
         return self._train(training.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
 
     def _program(self):
@@ -170,7 +180,7 @@ class Part:
         ar, params = self._sampler()
         options = sampling.Options(**self._options())
         arguments = (
-            params, random_params(self.vae, 2), self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0),
+            params, self._params(self.vae, 2), self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0),
             jnp.float32(SCALE), jnp.float32(1),
         )  # fmt: skip
         return sampling._images.lower(ar, self.vae, options, *arguments).compile(), arguments
@@ -178,6 +188,9 @@ class Part:
     def _sample(self):
         program, arguments = self._program()
         return lambda: np.asarray(program(*arguments)[0])
+
+    def _cached(self):
+        return self._cold()
 
     def _cold(self):
         self._program()

@@ -30,7 +30,7 @@ def test_every_part_runs_and_is_counted():
     shapes = {
         'prefill': (8, 16), 'transformer': (8, 8, 16), 'head': (8, d), 'decode': (batch, 16, 16, 1),
         'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,), 'sample': (batch, 16, 16, 1),
-        'cold': (8, d),
+        'cold': (8, d), 'cached': (8, d),
     }  # fmt: skip
     assert set(shapes) == set(parts.PARTS)
     for name, shape in shapes.items():
