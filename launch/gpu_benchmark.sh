@@ -20,10 +20,11 @@ python -c 'import jax; print("JAX", jax.__version__, jax.devices()); assert jax.
 for size in $sizes; do
   for batch in $batches; do
     python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py" --config.dtype=bfloat16 --batch_size="$batch" \
-      --train_batch_size="$((batch > 64 ? 64 : batch))" --against="$checkout" --sides=compiled --repeats=5 \
+      --train_batch_size="$((batch > 64 ? 64 : batch))" --against="$checkout" --side=compiled --repeats=5 \
+      --parts=cold,prefill,transformer,head,decode,encode,train_tokenizer,train_ar,sample \
       --output="bench_gpu/${size}_$batch" || echo "failed: $size at $batch images"
   done
   python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py" --config.dtype=bfloat16 --parts=head --curves \
-    --batch_size=64 --output="bench_gpu/${size}_curves"
+    --batch_size=64 --output="bench_gpu/${size}_curves" || echo "failed: the curves of $size"
 done
 cat bench_gpu/*/benchmark.md

@@ -19,6 +19,7 @@ def _import(checkout, compiled):
         os.environ['TORCHDYNAMO_DISABLE'] = '1'
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its scripts, and JAX, have it
     try:
         import flash_attn  # noqa: F401
     except ImportError:
@@ -109,72 +110,92 @@ def _train(torch, model, vae_only, images, labels, options):
     return step
 
 
-def part(checkout, compiled, name, ar, vae, tensors, batch, num_steps, scale, options, inputs, positions):
+# What a part does not use of the model, by attribute: gone before anything is measured.
+_UNUSED = {
+    'prefill': ('vae', 'head'),
+    'transformer': ('vae', 'head'),
+    'head': ('layers', 'cls_embedding'),
+    **dict.fromkeys(
+        ('decode', 'encode', 'train_tokenizer'), ('layers', 'head', 'cls_embedding', 'pos_for_diff', 'proj_in')
+    ),
+}
+
+
+def part(checkout, compiled, name, ar, vae, weights, batch, sampler, options, inputs, positions):
     """One part of the benchmark on the public code: (function that runs it once and returns an array, function that
     says the peak memory of the accelerator in bytes, None on a CPU).
 
     Args:
       checkout: directory of the public repository. compiled: whether its torch.compile is left on. name: see
-      `parts.PARTS`. ar, vae: our models, for their sizes. tensors: {PyTorch name: array} of all weights.
-      batch, num_steps, scale: images, solver steps, guidance scale. options: of the training.
-      inputs: the arrays that our side gets, by name. positions: the tokens that the transformer is timed at.
+      `parts.PARTS`. ar, vae: our models, for their sizes. weights: file of {PyTorch name: array}. batch: images.
+      sampler: (num_steps, schedule, scale). options: of the training, and bfloat16. inputs: the arrays that our side
+      gets, by name. positions: the tokens that the transformer is timed at.
+    Raises ValueError where a weight is missing.
     """
     torch, public = _import(checkout, compiled)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     half = torch.autocast(device, torch.bfloat16, enabled=options['bfloat16'])
     model = _build(torch, public, ar, vae)
-    wanted = {k for k, v in model.state_dict().items() if not k.endswith('freqs_cis')}
-    model.load_state_dict({k: torch.tensor(v) for k, v in tensors.items() if k in wanted}, strict=False)
-    if wanted - set(tensors):
-        raise ValueError(f'no weights for {sorted(wanted - set(tensors))[:4]}')
+    for attribute in _UNUSED.get(name, ()):
+        delattr(model, attribute)
+    state = model.state_dict()
+    with np.load(weights) as tensors, torch.no_grad():
+        for key in state:
+            if key in tensors:
+                state[key].copy_(torch.from_numpy(tensors[key]))
+            elif not key.endswith('freqs_cis'):
+                raise ValueError(f'no weights for {key}')
     model = model.to(device, memory_format=torch.channels_last)
     model.diff_batch_mul = options['copies']
     put = lambda a: torch.tensor(np.asarray(a)).to(device)
     nchw = lambda a: put(np.asarray(a).transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
+    images, labels, z, condition = nchw(inputs['images']), *(put(inputs[n]) for n in ('labels', 'z', 'condition'))
+    labels = labels.long()
+    num_steps, schedule, scale = sampler
+
+    def embedded():
+        rows = torch.cat([labels, torch.full_like(labels, ar.num_classes)])
+        return model.cls_embedding(rows).view(2 * batch, ar.class_tokens, -1)
+
+    def prefill():
+        return model.forward_model(embedded(), 0, ar.class_tokens)[:, -1]
+
+    def transformer():
+        c = []
+        for k in positions:
+            start = ar.class_tokens + k - 1
+            last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
+            c.append(model.forward_model(last, start, start + 1)[:, 0])
+        return torch.stack(c, 1)
+
+    def head(c=condition, k=1):
+        return model.head_sample(c[:, None], k, num_steps, scale, schedule)[:, 0]
 
     if name.startswith('train'):
-        step = _train(
-            torch, model, name == 'train_tokenizer', nchw(inputs['images']), put(inputs['labels']).long(), options
-        )
+        step = _train(torch, model, name == 'train_tokenizer', images, labels, options)
         run = lambda: step()[None]
     else:
         model.eval()
-        labels = put(inputs['labels']).long()
-        rows = torch.cat([labels, torch.full_like(labels, ar.num_classes)])
-        z = put(inputs['z'])
-        embedded = model.cls_embedding(rows).view(2 * batch, ar.class_tokens, -1).detach()
-        model.enable_kv_cache(2 * batch)
-
-        def transformer():
-            c = []
-            for k in positions:
-                start = ar.class_tokens + k - 1
-                last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
-                c.append(model.forward_model(last, start, start + 1)[:, 0])
-            return torch.stack(c, 1)
-
-        def first_token():
-            c = model.forward_model(embedded, 0, ar.class_tokens)
-            return model.head_sample(c[:, -1:], 0, num_steps, scale, 'constant')[:, 0]
-
+        if name in ('prefill', 'transformer', 'cold', 'sample'):
+            model.enable_kv_cache(2 * batch)
         run = {
-            'prefill': lambda: model.forward_model(embedded, 0, ar.class_tokens)[:, -1],
+            'prefill': prefill,
             'transformer': transformer,
-            'head': lambda: model.head_sample(put(inputs['condition'])[:, None], 1, num_steps, scale)[:, 0],
+            'head': head,
             'decode': lambda: model.vae.decode(z).permute(0, 2, 3, 1),
-            'encode': lambda: model.vae.encode(nchw(inputs['images']))[0],
-            'cold': first_token,
-            'sample': lambda: model.sample(labels, num_steps, scale, 'constant').permute(0, 2, 3, 1),
+            'encode': lambda: model.vae.encode(images)[0],
+            'cold': lambda: head(prefill(), 1),
+            'sample': lambda: model.sample(labels, num_steps, scale, schedule).permute(0, 2, 3, 1),
         }[name]
         if name == 'transformer':
             with torch.no_grad(), half:
-                model.forward_model(embedded, 0, ar.class_tokens)
+                prefill()
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
 
     def synchronised():
         with half, torch.set_grad_enabled(name.startswith('train')):
             out = run()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        return out.detach().float().cpu().numpy()
+        return out.detach().float().cpu().numpy()  # waits for the device
 
-    return synchronised, (lambda: torch.cuda.max_memory_allocated()) if device == 'cuda' else (lambda: None)
+    return synchronised, torch.cuda.max_memory_allocated if device == 'cuda' else lambda: None

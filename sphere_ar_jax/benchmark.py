@@ -7,7 +7,9 @@ and eager), so that start, compilation and peak memory are its own. The sides th
 so that a ratio compares minutes that were alike. Results: a table on the screen, OUTPUT/benchmark.json and .md.
 """
 
+import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,7 +22,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sphere_ar_jax import against, config, convert, costs, parts, report
+from sphere_ar_jax import against, config, convert, costs, parts, report, sampling
+from sphere_ar_jax.main import one_line
 
 _FLAGS = flags.FlagValues()  # of its own: `main` has flags of the same names
 _CONFIG = config_flags.DEFINE_config_file(
@@ -28,62 +31,76 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Directory for benchmark.json and benchmark.md.', flag_values=_FLAGS)
 _PARTS = flags.DEFINE_list('parts', None, 'Parts to run, all but `sample` if not given.', flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn or decoded at a time.', flag_values=_FLAGS)
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn or decoded at a time.', 1, flag_values=_FLAGS)
 _TRAIN_BATCH = flags.DEFINE_integer(
-    'train_batch_size', None, "Images of a training step; the config's if not given.", flag_values=_FLAGS
+    'train_batch_size', None, 'Images of a training step; batch_size if not given.', flag_values=_FLAGS
 )
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.', flag_values=_FLAGS)
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.', 1, flag_values=_FLAGS)
 _AGAINST = flags.DEFINE_string(
     'against', None, 'Checkout of guolinke/SphereAR to run beside ours; needs torch.', flag_values=_FLAGS
 )
-_SIDES = flags.DEFINE_list('sides', ['compiled', 'eager'], 'How the public code is run.', flag_values=_FLAGS)
+_SIDES = flags.DEFINE_multi_enum(
+    'side', ['compiled', 'eager'], ['compiled', 'eager'], 'How the public code is run.', flag_values=_FLAGS
+)
 _CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.', flag_values=_FLAGS)
 _WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.', flag_values=_FLAGS)
+
+
+def _prepare(job):
+    """One part and side in this process: (function that runs it once, what it says of itself, peak device memory)."""
+    cfg = config.from_dict(job['config'])
+    if job['side'] == 'ours':
+        side = parts.Part(cfg, job['part'], job['batch'], job['weights'])
+        device = jax.devices()[0]
+        peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
+        return side.run, {'flops': side.flops, 'bytes': float(side.bytes)}, peak
+    ar, vae, s = config.build_ar(cfg), config.build_vae(cfg), cfg.sampling
+    training = cfg.ar_training if job['part'] == 'train_ar' else cfg.tokenizer_training
+    options = {
+        'ema_decay': training.ema_decay, 'copies': cfg.ar_training.copies,
+        'l2_weight': cfg.tokenizer_training.l2_weight, 'bfloat16': cfg.dtype == 'bfloat16',
+    }  # fmt: skip
+    inputs, where = parts.inputs(ar, vae, job['batch']), parts.positions(ar.num_tokens)
+    name = 'cold' if job['part'] == 'cached' else job['part']
+    ours_alone = time.time() - job['spawned']  # our imports are no part of their start
+    sampler = s.num_steps, s.guidance, s.guidance_scale
+    run, peak = against.part(
+        job['against'], job['side'] == 'compiled', name, ar, vae, job['weights'], job['batch'], sampler, options,
+        inputs, where,
+    )  # fmt: skip
+    return run, {'not_theirs': ours_alone}, peak
 
 
 def _worker(job):
     """A process of one part and side: prepares it, says so, then runs it once for every line on its standard input."""
     with open(job) as f:
         job = json.load(f)
-    cfg = config.from_dict(job['config'])
     say = lambda **values: print('\t' + json.dumps(values), flush=True)
-    if job['side'] == 'ours':
-        compiling = []
-        jax.monitoring.register_event_duration_secs_listener(
-            lambda event, seconds, **_: (
-                compiling.append(seconds) if event.endswith('backend_compile_duration') else None
-            )
-        )
-        side = parts.Part(cfg, job['part'], job['batch'], job['weights'])
-        run, about = side.run, {'flops': side.flops, 'bytes': float(side.bytes), 'compile_seconds': sum(compiling)}
-        device = jax.devices()[0]
-        peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
-    else:
-        ar, vae = config.build_ar(cfg), config.build_vae(cfg)
-        options = {
-            'ema_decay': cfg.ar_training.ema_decay if job['part'] == 'train_ar' else cfg.tokenizer_training.ema_decay,
-            'copies': cfg.ar_training.copies, 'l2_weight': cfg.tokenizer_training.l2_weight,
-            'bfloat16': cfg.dtype == 'bfloat16',
-        }  # fmt: skip
-        name = 'cold' if job['part'] == 'cached' else job['part']
-        ours_alone = time.time() - job['spawned']  # our imports are no part of their start
-        run, peak = against.part(
-            job['against'], job['side'] == 'compiled', name, ar, vae, dict(np.load(job['weights'])), job['batch'],
-            cfg.sampling.num_steps, parts.SCALE, options, parts.inputs(ar, vae, job['batch']),
-            parts.positions(ar.num_tokens),
-        )  # fmt: skip
-        about = {'not_theirs': ours_alone}
-    out = run()
-    if job['result']:
-        np.save(job['result'], out)
-    say(ready=True, **about)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        run()
-        say(seconds=time.perf_counter() - started)
-    with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
-        rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-    say(rss=rss, device_bytes=peak())
+    compiling = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiling.append(seconds) if event.endswith('backend_compile_duration') else None
+    )
+    try:
+        run, about, peak = _prepare(job)
+        out = run()
+        if job['side'] == 'ours':
+            about['compile_seconds'] = sum(compiling)
+        if job['result']:
+            np.save(job['result'], out)
+        if job['part'] not in parts.STARTS:
+            gc.collect()
+            with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
+                f.write('5')
+        say(ready=True, **about)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            run()
+            say(seconds=time.perf_counter() - started)
+        with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
+            rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+        say(rss=rss, device_bytes=peak())
+    except Exception as error:
+        say(error=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
 
 
 class _Side:
@@ -112,9 +129,12 @@ class _Side:
     def _read(self):
         for line in self.process.stdout:
             if line.startswith('\t{'):
-                return json.loads(line)
+                values = json.loads(line)
+                if 'error' in values:
+                    raise RuntimeError(values['error'])
+                return values
         self.log.seek(0)
-        raise RuntimeError((self.log.read().strip().splitlines() or ['no word'])[-1])
+        raise RuntimeError((self.log.read().strip().splitlines() or ['ended without a word'])[-1])
 
     def run(self):
         self.process.stdin.write('\n')
@@ -137,30 +157,44 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
       same inputs, `difference`, the largest to ours relative to its scale.
     """
     comparable = part in ('prefill', 'transformer', 'decode')
-    found, running = {}, {}
+    found, running, times = {}, {}, {}
     with tempfile.TemporaryDirectory() as directory:
-        for side in sides:
-            result = os.path.join(directory, f'{side}.npy') if comparable else None
-            job = dict(
-                config=json.loads(cfg.to_json_best_effort()), part=part, batch=batch, side=side, result=result,
-                weights=weights, against=checkout,
-            )  # fmt: skip
+
+        def guarded(side, action):
+            """Its result, or None where the side failed: that is noted, and the side is left out from then on."""
             try:
-                running[side] = _Side(job, directory)
-                if part == 'cached':
-                    running[side].close()
-                    running[side] = _Side(job, directory)
-            except RuntimeError as error:
+                return action()
+            except (RuntimeError, OSError) as error:
                 found[side] = {'error': str(error)}
-        times, rates = {side: [] for side in running}, [costs.machine(2 * batch, config.dtype(cfg))]
-        for _ in range(0 if part in ('cold', 'cached') else repeats):
-            for side, worker in running.items():
-                times[side].append(worker.run())
+                if side in running:
+                    running.pop(side).process.kill()
+
+        def start(side):
+            job = dict(
+                config=json.loads(cfg.to_json_best_effort()), part=part, batch=batch, side=side, weights=weights,
+                against=checkout, result=os.path.join(directory, f'{side}.npy') if comparable else None,
+            )  # fmt: skip
+            if part == 'cached':
+                _Side(job, directory).close()
+            return _Side(job, directory)
+
+        for side in sides:
+            times[side] = []
+            worker = guarded(side, lambda side=side: start(side))
+            if worker is not None:
+                running[side] = worker
+        rates = [costs.machine(2 * batch, config.dtype(cfg))]
+        for _ in range(0 if part in parts.STARTS else repeats):
+            for side, worker in list(running.items()):
+                times[side].append(guarded(side, worker.run))
             rates.append(costs.machine(2 * batch, config.dtype(cfg)))
         found['machine'] = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
         count = len(parts.positions(config.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
-        for side, worker in running.items():
-            last, t = worker.close(), np.array(times[side] or [worker.start_seconds]) / count
+        for side, worker in list(running.items()):
+            last = guarded(side, worker.close)
+            if last is None:
+                continue
+            t = np.array(times[side] or [worker.start_seconds]) / count
             found[side] = {
                 'start_seconds': worker.start_seconds, 'seconds': float(np.median(t)),
                 'spread': float(np.subtract(*np.percentile(t, [75, 25]))), 'repeats': len(t),
@@ -263,7 +297,8 @@ def curves(cfg, batch, repeats):
     """Our cost against batch size, tokens, depth and solver steps: one list of rows for each."""
 
     def row(key, value, cfg, batch):
-        r = {part: measure(cfg, part, batch, ['ours'], repeats)['ours'] for part in ('transformer', 'head')}
+        missing = {'seconds': math.nan, 'peak_bytes': math.nan}
+        r = {part: missing | measure(cfg, part, batch, ['ours'], repeats)['ours'] for part in ('transformer', 'head')}
         return {key: value} | {
             'transformer s/token': r['transformer']['seconds'], 'head s/token': r['head']['seconds'],
             's/token': r['transformer']['seconds'] + r['head']['seconds'],
@@ -281,6 +316,12 @@ def curves(cfg, batch, repeats):
         'depth': [row('blocks', d, changed(**{'ar.depth': d}), batch) for d in (6, 12, 24, 48)],
         'steps': [row('steps', n, changed(**{'sampling.num_steps': n}), batch) for n in (10, 25, 50, 100, 200)],
     }
+
+
+def _write(results, output):
+    report.write_json(os.path.join(output, 'benchmark.json'), results)
+    with open(os.path.join(output, 'benchmark.md'), 'w') as f:
+        f.write(markdown(results))
 
 
 def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, with_curves):
@@ -311,41 +352,52 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
             for side in sides:
                 r = found[side]
                 print(f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}', flush=True)
+            _write(results, output)
     if with_curves:
         results['curves'] = curves(cfg, batch, repeats)
-    report.write_json(os.path.join(output, 'benchmark.json'), results)
-    with open(os.path.join(output, 'benchmark.md'), 'w') as f:
-        f.write(markdown(results))
+    _write(results, output)
     print('\n' + markdown(results))
     return results
 
 
+def _fail(message):
+    sys.exit(f'error: {message}')
+
+
 def main(argv):
     """Parses the command line and measures; what the user can put right ends it with one line."""
+    if '--help' in argv:
+        return print(f'{__doc__}\n{_FLAGS.main_module_help()}')
     try:
-        _FLAGS(argv)
-    except Exception as error:  # also what a config file raises
-        sys.exit(f'error: {" ".join(str(error).split())}')
+        rest = _FLAGS(argv)[1:]
+        cfg = None if _WORKER.value or _CONFIG.value is None else config.check(_CONFIG.value)
+    except Exception as error:  # also whatever a config file raises
+        _fail(one_line(error))
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # processes share the accelerator
     if _WORKER.value:
         return _worker(_WORKER.value)
-    if _CONFIG.value is None or _OUTPUT.value is None:
-        sys.exit('error: give --config=configs/NAME.py and --output=DIR')
-    if _AGAINST.value and not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
-        sys.exit(f'error: {_AGAINST.value} is no checkout of guolinke/SphereAR')
+    if rest:
+        _fail(f'{rest[0]} is no flag')
+    if cfg is None or _OUTPUT.value is None:
+        _fail('give --config=configs/NAME.py and --output=DIR')
     names = _PARTS.value or [part for part in parts.PARTS if part != 'sample']
     unknown = [part for part in names if part not in parts.PARTS]
     if unknown:
-        sys.exit(f'error: no part {unknown[0]}; there are {", ".join(parts.PARTS)}')
-    try:
-        cfg = config.check(_CONFIG.value)
-    except config.ConfigError as error:
-        sys.exit(f'error: {error}')
-    name = next((a.split('=', 1)[1] for a in sys.argv if a.startswith('--config=')), 'config')
-    train_batch = _TRAIN_BATCH.value or cfg.ar_training.batch_size
+        _fail(f'no part {unknown[0]}; there are {", ".join(parts.PARTS)}')
+    if _AGAINST.value:
+        if not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
+            _fail(f'{_AGAINST.value} is no checkout of guolinke/SphereAR')
+        plain = config.build_sampler(cfg) == sampling.Options(
+            num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance
+        )
+        if not plain or cfg.sampling.guidance is None or cfg.init_from is not None:
+            _fail(
+                'the public code samples by euler_maruyama with guidance alone: use a config that does, without :fast'
+            )
+    name = ' '.join(a.removeprefix('--config=') for a in argv if a.startswith('--config'))
     run(
-        cfg, name, _OUTPUT.value, names, _BATCH.value, train_batch, _REPEATS.value, _AGAINST.value, _SIDES.value,
-        _CURVES.value,
+        cfg, name, _OUTPUT.value, names, _BATCH.value, _TRAIN_BATCH.value or _BATCH.value, _REPEATS.value,
+        _AGAINST.value, _SIDES.value, _CURVES.value,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Only matrix products and convolutions are counted, two operations for each multiply-add, as is usual for FLOP counts.
 """
 
+import functools
 import math
 import time
 
@@ -73,22 +74,25 @@ def best_seconds(function, repeats=3):
     return min(times)
 
 
-def machine(rows, dtype=jnp.float32, size=2048, width=1024):
+def machine(rows, dtype=jnp.float32, size=None, width=1024):
     """What the device reaches here and now.
 
     Returns:
       dict: 'matrix_flops', rate of a chain of large square products; 'matrix_flops_rows', that of `rows` rows through
-      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256 MB.
+      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256 MB (4 GB on
+      accelerators).
     """
+    large = jax.devices()[0].platform != 'cpu'  # where a small product would measure its launch
+    size, chain = size or (8192 if large else 2048), 10 if large else 2
     a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype) / size**0.5
-    square = jax.jit(lambda a: a @ a @ a)
+    square = jax.jit(lambda a: functools.reduce(lambda x, _: x @ a, range(chain), a))
     x = jnp.ones((rows, width), dtype)
     weights = [jnp.full((width, 3 * width), 1 / width + i, dtype) for i in range(24)]
     thin = jax.jit(lambda x, weights: sum((x @ w).sum() for w in weights))
-    big = jnp.ones((64, 2**20), jnp.float32)
+    big = jnp.ones((1024 if large else 64, 2**20), jnp.float32)
     total = jax.jit(jnp.sum)
     return {
-        'matrix_flops': 2 * 2 * size**3 / best_seconds(lambda: square(a)),
+        'matrix_flops': chain * 2 * size**3 / best_seconds(lambda: square(a)),
         'matrix_flops_rows': 24 * 2 * rows * 3 * width**2 / best_seconds(lambda: thin(x, weights)),
         'bytes_per_second': big.nbytes / best_seconds(lambda: total(big)),
     }

@@ -51,7 +51,7 @@ class UserError(Exception):
     """Something that the user can put right; one line."""
 
 
-def _one_line(error):
+def one_line(error):
     """An exception's message in one line; of a traceback inside a message, the last line."""
     message = str(error.args[0] if error.args and isinstance(error, KeyError | AttributeError) else error)
     hint = re.search(r'Did you mean .*', message)  # ml_collections prints all keys before it
@@ -83,7 +83,7 @@ def _parse_flags(argv):
             hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(config.default())}'
             raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
         where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
-        raise UserError(f'{where}{_one_line(error)}') from None
+        raise UserError(f'{where}{one_line(error)}') from None
 
 
 def _claim(cfg, workdir):
