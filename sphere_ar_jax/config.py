@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer evaluations".
-FAST = dict(solver='ab2', num_steps=10)
+FAST = dict(solver='ab2', num_steps=10, shift=1.5)
 
 
 def _training(**values):
@@ -227,6 +227,7 @@ def check(config):
     _require(config.init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     t, s = config.distillation_training, config.sampling
     _require(t.guidance in flow.SCHEDULES, f'distillation_training.guidance is {t.guidance!r}: use linear or constant')
+    _require(t.teacher_steps >= 1, f'distillation_training.teacher_steps is {t.teacher_steps}, but must be at least 1')
     _require(
         len(t.levels) > 0 and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
         f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',

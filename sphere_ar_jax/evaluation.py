@@ -26,15 +26,16 @@ class Run(NamedTuple):
     ar_params: Any
 
 
-def load_run(workdir):
+def load_run(workdir, mesh=None):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
-    Of a workdir with a distilled head, that head, and all else from the workdir that it was distilled from.
-    Raises FileNotFoundError where there is no run, or no checkpoint of a stage yet.
+    Of a workdir with a distilled head, that head, and all else from the workdir that it was distilled from. mesh: where
+    the parameters go, all devices if None. Raises OSError where there is no run, or no checkpoint of a stage yet, and
+    ConfigError for a head that was distilled from a distilled one.
     """
     with open(os.path.join(workdir, 'config.json')) as f:
         cfg = config.from_dict(json.load(f))
-    vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), sharding.make_mesh()
+    vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), mesh or sharding.make_mesh()
 
     def restore(stage):
         checkpoints = checkpoint.Checkpoints(os.path.join(workdir, stage.name, 'checkpoints'), read_only=True)
@@ -45,7 +46,13 @@ def load_run(workdir):
         return found[0].eval_params
 
     if cfg.init_from is not None:
-        teacher = load_run(cfg.init_from)
+        if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
+            raise config.ConfigError(f'{workdir} is distilled from itself')
+        teacher = load_run(cfg.init_from, mesh)
+        if teacher.ar.average:
+            raise config.ConfigError(
+                f'{cfg.init_from} has a distilled head itself: distil from the run that trained it'
+            )
         head = restore(
             training.distillation_stage(
                 ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed

@@ -17,19 +17,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sphere_ar_jax import config, data, evaluation, report, sampling, sharding
+from sphere_ar_jax import checkpoint, config, data, evaluation, metric_writer, report, sampling, sharding
 
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
 
 
-def settings(average):
+def settings(levels=None):
     """{name: (keyword arguments of `sampling.Options`, guidance scale)} of what is compared.
 
-    average: whether for a head of average velocity, which knows its guidance itself.
+    levels: numbers of steps of a distilled head, which knows its guidance itself; None for a plain one.
     """
-    if average:
-        return {f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None) for n in (1, 2)}
+    if levels is not None:
+        return {f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None) for n in levels}
     found = {}
 
     def add(scale, solver, num_steps, **options):
@@ -104,18 +104,18 @@ def markdown(summary):
 def run(workdirs, output, num_images, batch_size):
     """Measures what is not measured yet; writes the table and the plot. Returns the summary."""
     os.makedirs(output, exist_ok=True)
-    path, rows = os.path.join(output, 'scores.jsonl'), []
-    if os.path.exists(path):
-        with open(path) as f:
-            rows = [json.loads(line) for line in f]
+    workdirs, path = [os.path.abspath(workdir) for workdir in workdirs], os.path.join(output, 'scores.jsonl')
+    rows = metric_writer.read_scalars(path)
+    with open(path, 'w') as f:  # without a line that a kill cut off
+        f.writelines(json.dumps(row) + '\n' for row in rows)
     done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
     runs = {workdir: evaluation.load_run(workdir) for workdir in workdirs}
+    levels = lambda run: run.config.distillation_training.levels if run.ar.average else None
     todo = [
         (name, options, scale, workdir)
-        for average in (False, True)
-        for name, (options, scale) in settings(average).items()
         for workdir in workdirs
-        if runs[workdir].ar.average == average and (workdir, name, num_images) not in done
+        for name, (options, scale) in settings(levels(runs[workdir])).items()
+        if (workdir, name, num_images) not in done
     ]
     for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not sys.stderr.isatty()):
         started = time.perf_counter()
@@ -142,7 +142,7 @@ def main():
     arguments = parser.parse_args()
     try:
         run(arguments.workdir, arguments.output, arguments.num_images, arguments.batch_size)
-    except (FileNotFoundError, config.ConfigError) as error:
+    except (OSError, config.ConfigError, checkpoint.DamagedError) as error:
         sys.exit(f'error: {error}')
 
 

@@ -9,6 +9,7 @@ import time
 _STARTED = time.perf_counter()
 
 import difflib  # noqa: E402
+import functools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
@@ -103,16 +104,25 @@ def _claim(cfg, workdir):
     report.write_json(path, mine)
 
 
-def _distil(cfg, workdir, mesh, vae, ar, source):
-    """A head of few evaluations from the run in cfg.init_from. Returns what `_train` does."""
+def _teacher(cfg, mesh):
+    """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
     try:
-        teacher = evaluation.load_run(cfg.init_from)
-    except FileNotFoundError as error:
+        teacher = evaluation.load_run(cfg.init_from, mesh)
+    except (OSError, ValueError) as error:
         raise UserError(f'init_from: {error}') from None
     theirs, mine = (json.loads(c.to_json_best_effort()) for c in (teacher.config, cfg))
     changed = [d for d in config.differences(theirs, mine) if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
+    if teacher.ar.average:
+        raise UserError(f'{cfg.init_from} has a distilled head: distil from the run that trained it')
+    if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
+        raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
+    return teacher
+
+
+def _distil(cfg, workdir, mesh, vae, ar, source, teacher):
+    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
     stage = training.distillation_stage(
         ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
     )
@@ -122,8 +132,6 @@ def _distil(cfg, workdir, mesh, vae, ar, source):
 
 def _train(cfg, workdir, mesh, vae, ar, source):
     """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
-    if cfg.init_from is not None:
-        return _distil(cfg, workdir, mesh, vae, ar, source)
     seconds = {}
     stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
@@ -190,6 +198,7 @@ def run(cfg, workdir, command):
     try:
         os.makedirs(workdir, exist_ok=True)
         mesh = sharding.make_mesh(**cfg.mesh)
+        teacher = _teacher(cfg, mesh) if cfg.init_from is not None else None
         _claim(cfg, workdir)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
@@ -202,7 +211,8 @@ def run(cfg, workdir, command):
     print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s)', flush=True)
     seconds = {'start': time.perf_counter() - _STARTED}
 
-    vae_params, ar_params, parts = _train(cfg, workdir, mesh, vae, ar, train)
+    stages = _train if teacher is None else functools.partial(_distil, teacher=teacher)
+    vae_params, ar_params, parts = stages(cfg, workdir, mesh, vae, ar, train)
     seconds |= parts
     metrics, parts = _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
     mark = time.perf_counter()

@@ -96,14 +96,19 @@ _CURVES = (
     ('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
     ('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
     ('ar', 'learning_rate', 'AR: learning rate', False),
+    ('distillation', 'loss', 'distillation: error of mean velocities', True),
+    ('distillation', 'one_step', 'distillation: error of one step', True),
 )
 
 
 def save_curves(path, workdir):
-    """The training curves, from each stage's metrics.jsonl."""
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6))
-    for axis, (stage, name, label, logarithmic) in zip(axes.flat, _CURVES, strict=True):
-        lines = metric_writer.read_scalars(os.path.join(workdir, stage, 'metrics.jsonl'))
+    """The training curves of the stages that the workdir has, from each one's metrics.jsonl."""
+    stages = {stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl') for stage, *_ in _CURVES}
+    curves = [curve for curve in _CURVES if stages[curve[0]]]
+    rows = -(-len(curves) // 4)
+    figure, axes = plt.subplots(rows, len(curves) // rows, figsize=(15 * len(curves) / rows / 4, 3 * rows))
+    for axis, (stage, name, label, logarithmic) in zip(axes.flat, curves, strict=True):
+        lines = stages[stage]
         axis.plot([line['step'] for line in lines], [line[name] for line in lines])
         axis.set_title(label, fontsize=9)
         axis.set_xlabel('step', fontsize=8)
@@ -176,40 +181,63 @@ def save_page(workdir, title, summary, metrics, config, command):
 
 
 def save_frontier(path, summary, scores, reference):
-    """Scores against evaluations per token, one panel each: a line for each solver, crosses for annealed steps.
+    """Scores, a column each: above against evaluations per token at guidance 1.5, below against guidance.
 
     summary: of `frontier.summarize`. reference: the setting whose mean ± standard deviation is drawn as a band.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex=True)
-    solvers = list(dict.fromkeys(name.split()[0] for name in summary))
-    for axis, score in zip(axes.ravel(), scores, strict=True):
+    figure, axes = plt.subplots(2, len(scores), figsize=(4.6 * len(scores), 9))
+    parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
+    plain = {name: key[0].split() for name, key in parts.items() if len(key) == 1}  # solver, steps, 'guidance', scale
+    solvers = list(dict.fromkeys(words[0] for words in plain.values()))
+
+    def draw(axis, score, names, x, **style):
+        names = sorted(names, key=x)
+        mean, std = ([summary[n][score][k] for n in names] for k in ('mean', 'std'))
+        axis.errorbar([x(n) for n in names], mean, std, capsize=2, **style)
+
+    evaluations = lambda name: summary[name]['evaluations']
+    for score, above, below in zip(scores, *axes, strict=True):
         for i, solver in enumerate(solvers):
-            mine = {name: row for name, row in summary.items() if name.split()[0] == solver}
-            plain = [n for n in mine if n.split(', ')[1:] in (['guidance 1.5'], [])]
-            plain.sort(key=lambda n: mine[n]['evaluations'])
-            annealed = [n for n in mine if 'annealing' in n]
-            x = lambda names, mine=mine: [mine[n]['evaluations'] for n in names]
-            y = lambda names, mine=mine, score=score: [mine[n][score]['mean'] for n in names]
-            error = [mine[n][score]['std'] for n in plain]
-            axis.errorbar(x(plain), y(plain), error, marker='o', capsize=2, color=f'C{i}', label=solver)
-            axis.plot(
-                x(annealed),
-                y(annealed),
-                '+',
-                color=f'C{i}',
-                markersize=9,
-                label=f'{solver}, annealed' if annealed else None,
+            mine = [name for name, words in plain.items() if words[0] == solver]
+            style = dict(color=f'C{i}', marker='*' if solver == 'distilled' else 'o', label=solver)
+            draw(
+                above,
+                score,
+                [n for n in mine if n.endswith('guidance 1.5') or solver == 'distilled'],
+                evaluations,
+                **style,
             )
+            annealed = [n for n, key in parts.items() if key[0].startswith(f'{solver} ') and 'annealing' in n]
+            y = [summary[n][score]['mean'] for n in annealed]
+            above.plot([evaluations(n) for n in annealed], y, '+', color=f'C{i}', markersize=9)
+            for count, line in ((10, '-'), (101, '--')):
+                at = [n for n in mine if evaluations(n) == count and len(plain[n]) == 4]
+                label = f'{solver}, {count} evaluations'
+                if at:
+                    draw(
+                        below,
+                        score,
+                        at,
+                        lambda n: float(plain[n][3]),
+                        color=f'C{i}',
+                        marker='o',
+                        linestyle=line,
+                        label=label,
+                    )
         if reference in summary:
             mean, std = (summary[reference][score][k] for k in ('mean', 'std'))
-            axis.axhspan(mean - std, mean + std, color='0.85', label=f'{reference}: mean ± std of the runs')
-            low, high = (0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12))
-            axis.set_ylim(low, high)
-        axis.set_xscale('log', base=2)
-        axis.set_title(score.removeprefix('samples/'))
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel('evaluations of the flow head per token')
-        axis.xaxis.set_major_formatter('{x:g}')
-    axes[0, 0].legend(fontsize=8)
+            above.axhspan(mean - std, mean + std, color='0.85', label=f'{reference},\nmean ± std of the runs')
+            above.set_ylim(
+                *((0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12)))
+            )
+        above.set_xscale('log', base=2)
+        above.xaxis.set_major_formatter('{x:g}')
+        above.set_title(score.removeprefix('samples/'))
+        above.set_xlabel('evaluations of the flow head per token (+: annealed)')
+        below.set_xlabel('guidance scale')
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
     _save_figure(figure, path)

@@ -60,8 +60,8 @@ class Options:
       final_steps, annealing: steps of the last token, and how they go there from num_steps at the first; see
         `annealed_steps`. None: as many for every token.
       guidance: schedule of the guidance scale over tokens, 'linear' or 'constant'; None samples without null rows.
-      guidance_interval: (low, high): guidance only at evaluations with low ≤ t < high; elsewhere the null rows' head is
-        not evaluated (arXiv 2404.07724). None: everywhere.
+      guidance_interval: (low, high): guidance only at evaluations with low ≤ t < high (≤ 1 if high is 1); elsewhere
+        the null rows' head is not evaluated (arXiv 2404.07724). None: everywhere.
       first_token_apart: the published quirk, True if None. Where token 0's scale is exactly 1 (always so in the
         linear schedule) guidance is off: conditional and null rows then draw their own noise, and feed their own,
         different, first tokens back. False: both continue from the conditional token. Only with the linear schedule.
@@ -128,7 +128,8 @@ def _token(ar, variables, options, k, t_emb, scale, temperature, c, noise, apart
     select = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), u, keepdims=False)
     c_emb = ar.apply(variables, c, method='embed_condition')
     t, embedded = select(plan.tables.t), select(t_emb)
-    low, high = options.guidance_interval or (0.0, math.inf)
+    low, high = options.guidance_interval or (0.0, 1.0)
+    high = high if high < 1 else math.inf  # Heun's last evaluation is at t = 1
 
     def prepare(index):
         index = jnp.minimum(index, E - 1)

@@ -131,7 +131,7 @@ class ConvTranspose(nn.Module):
 class NormSiLU(nn.Module):
     """GroupNorm over min(32, channels//4) groups, in float32, then SiLU. (B, H, W, c) → the same in `dtype`.
 
-    As one affine map per image and channel, y = a·x + b, after the two passes that a mean and then a variance need.
+    As one affine map per image and channel, a·(x − mean) + bias, after the two passes that mean and variance need.
     """
 
     dtype: Any = jnp.float32
@@ -151,7 +151,7 @@ class NormSiLU(nn.Module):
 
         center = mean(x)
         a = scale[None, None, None] * jax.lax.rsqrt(mean(jnp.square(x - center)) + transformer.EPS)
-        return nn.silu(a * x + (bias[None, None, None] - a * center)).astype(self.dtype)
+        return nn.silu(a * (x - center) + bias[None, None, None]).astype(self.dtype)
 
 
 def _norm_silu(x, dtype, name):

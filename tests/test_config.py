@@ -39,8 +39,45 @@ def test_every_config_is_built_and_stepped_once(name, argument):
         assert int(state.step) == 1 and all(np.isfinite(float(value)) for value in scalars.values())
 
 
+@pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
+@pytest.mark.parametrize('argument', ['', 'fast'])
+def test_the_published_configs(name, argument):
+    """Valid, of the published sizes, with the published sampler or the fast one; and read back the same."""
+    cfg = config.check(_load(name, argument))
+    model, sampler = config.build_ar(cfg), config.build_sampler(cfg)
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    counts = {'ar_b': 204_499_216, 'ar_l': 476_380_176, 'ar_h': 943_854_096}
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == counts[name]
+    evaluations = {'': 101, 'fast': 10}[argument]
+    assert sampler.plan(256).evaluations == evaluations and sampler.guidance == 'linear'
+    assert cfg.sampling.guidance_scale == (4.6 if name == 'ar_l' else 4.5)
+    assert cfg.ar_training.steps == 400 * (1_281_167 // 512)
+    again = config.from_dict(json.loads(cfg.to_json_best_effort()))
+    assert not config.differences(json.loads(cfg.to_json_best_effort()), json.loads(again.to_json_best_effort()))
+    with pytest.raises(ValueError, match='no variant'):
+        _load(name, 'huge')
+
+
+def test_variants_of_the_digits():
+    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
+    assert config.build_sampler(config.check(_load('digits', 'fast'))).plan(16).evaluations == 10
+    cfg = _load('digits', 'distilled')
+    with pytest.raises(config.ConfigError, match='give --config'):
+        config.check(cfg)
+    cfg.init_from = '/somewhere'
+    assert config.build_ar(config.check(cfg)).average and config.build_sampler(cfg).plan(16).evaluations == 2
+    for wrong, message in (
+        ({'sampling.num_steps': 3}, 'knows equal steps'), ({'distillation_training.teacher_steps': 3}, 'divisors'),
+        ({'distillation_training.teacher_steps': 0}, 'at least 1'), ({'sampling.solver': 'ab2'}, 'plain steps'),
+    ):  # fmt: skip
+        changed = cfg.copy_and_resolve_references()
+        changed.update_from_flattened_dict(wrong)
+        with pytest.raises(config.ConfigError, match=message):
+            config.check(changed)
+
+
 def test_configs_are_all_tested_here():
-    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits'}
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits', 'ar_b', 'ar_l', 'ar_h'}
 
 
 def test_default_is_the_published_model():

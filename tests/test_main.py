@@ -112,8 +112,10 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
         ((f'--config.init_from={tmp_path}/none',), 'init_from: '),
         ((f'--config.init_from={tmp_path}', '--config.ar.width=32'), 'ar.width 16 → 32'),
         ((f'--config.init_from={tmp_path}', '--config.sampling.num_steps=3'), 'knows equal steps of (1, 2)'),
+        ((f'--config.init_from={tmp_path}/distilled',), 'has a distilled head'),
     ):
         refused = _run(environment, f'{TINY}:distilled', f'--workdir={tmp_path}/other', *wrong)
+        assert not (tmp_path / 'other' / 'config.json').exists()  # the workdir is still free
         assert refused.returncode == 2 and message in refused.stderr and 'Traceback' not in refused.stderr
 
     other = _run(environment, TINY, f'--workdir={tmp_path}', '--config.ar.width=32')

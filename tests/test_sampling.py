@@ -310,14 +310,15 @@ def test_guidance_interval(golden, tiny_ar):
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32))
     noise = jnp.concatenate([noise, noise], axis=1)
 
-    def token(interval, scale):
-        options = sampling.Options('euler', 6, guidance='constant', guidance_interval=interval)
+    def token(interval, scale, solver='euler'):
+        options = sampling.Options(solver, 6, guidance='constant', guidance_interval=interval)
         t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
         return sampling._token(
             model, variables, options, 0, t_emb, scale, 1.0, c, noise, jnp.asarray(False)
         )  # fmt: skip
 
     np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
+    np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
     np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
     x, scales = noise[0], [1, 1, 3, 3, 1, 1]
     head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, *a: m.head.velocity(*a))
