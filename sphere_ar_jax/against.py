@@ -47,9 +47,11 @@ def _set_heads(transformer_layers, heads):
 def _build_vae(torch, public, vae):
     """The public tokenizer in the sizes of ours."""
     nn, size, D = torch.nn, vae.image_shape[0], vae.channels[-1]
+    if D < 64:
+        raise ValueError(f'the public tokenizer has one head for every 64 of its width, which is {D} here')
     model = public.vae.VAE(
-        latent_dim=vae.latent_dim, image_size=size, patch_size=vae.patch_size, z_channels=max(D, 64),
-        cnn_chs=[*vae.channels[:-1], max(D, 64)], encoder_vit_layers=vae.encoder_depth,
+        latent_dim=vae.latent_dim, image_size=size, patch_size=vae.patch_size, z_channels=D,
+        cnn_chs=[*vae.channels[:-1], D], encoder_vit_layers=vae.encoder_depth,
         decoder_vit_layers=vae.decoder_depth,
     )  # fmt: skip
     if vae.channels[0] != 64 or vae.stem != 64 or vae.image_channels != 3:

@@ -40,7 +40,7 @@ def _count(jaxpr):
         elif name == 'while':
             if _count(p['body_jaxpr'].jaxpr):
                 raise ValueError('products inside a loop of unknown length cannot be counted: count its body')
-        elif name == 'cond':  # the cache is read to one of several lengths, each for an equal share of the tokens
+        elif name == 'cond':  # the cache is read to one of several lengths
             total += sum(_count(branch.jaxpr) for branch in p['branches']) / len(p['branches'])
         else:
             for value in p.values():

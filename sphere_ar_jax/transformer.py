@@ -78,12 +78,12 @@ class RMSNorm(nn.Module):
 def _attend(q, keys, values, start):
     """softmax(q·kᵀ/√K)·v of T positions from `start` on over a cache of which start + T entries are filled.
 
-    Only the filled part is read, rounded up to an eighth of the cache, at least 64: q (B, T, N, K), keys and values
-    (B, N, S, K) → (B, T, N, K). With heads before positions each product streams its cache as it lies in memory.
+    Of a cache filled to an eighth or a quarter no more is read; else all of it, since a part is copied out first, which
+    pays only while it is small. q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). With heads before
+    positions each product streams its cache as it lies in memory.
     """
     T, S = q.shape[1], keys.shape[2]
-    bucket = max(64, -(-S // 8))
-    lengths = [*range(bucket, S, bucket), S]
+    lengths = sorted({min(S, max(64, -(-S // 8))), min(S, max(128, -(-S // 4))), S})
 
     def over(length):
         def attend(q, keys, values, start):
@@ -95,7 +95,8 @@ def _attend(q, keys, values, start):
 
         return attend
 
-    return jax.lax.switch((start + T - 1) // bucket, [over(length) for length in lengths], q, keys, values, start)
+    branch = jnp.sum(jnp.asarray(start + T) > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
+    return jax.lax.switch(branch, [over(length) for length in lengths], q, keys, values, start)
 
 
 class Attention(nn.Module):

@@ -6,9 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import flax.traverse_util as traverse
+import jax
 import numpy as np
+import pytest
 
-from sphere_ar_jax import benchmark, config, parts
+from configs.digits import get_config as digits_config
+from sphere_ar_jax import benchmark, config, convert, parts
 from tests.conftest import libraries_promote
 from tests.tiny_config import get_config
 
@@ -42,6 +46,34 @@ def test_every_part_runs_and_is_counted():
         elif name != 'transformer':  # whose cache goes on
             np.testing.assert_array_equal(first, second)
         assert part.flops > 0 or name == 'sample'
+
+
+def test_a_token_costs_what_its_matrices_cost():
+    """Operations of the head's part by hand: two for every weight that x or its modulation meets."""
+    part = parts.Part(config.check(get_config()), 'head', 4)
+    head = jax.eval_shape(part.ar.init_params, jax.random.key(0))['head']
+    kernels = {
+        path: leaf.size for path, leaf in traverse.flatten_dict(head, sep='/').items() if path.endswith('kernel')
+    }
+    met = sum(size for path, size in kernels.items() if not path.startswith(('time', 'cond_embed')))
+    rows, evaluations = 8, 3
+    assert part.flops == 2 * rows * evaluations * met
+    blocks = sum(leaf.size for path, leaf in traverse.flatten_dict(head['res_groups']['blocks']).items())
+    assert part.bytes == 4 * evaluations * blocks
+
+
+@pytest.mark.skipif(
+    'SPHERE_AR_PUBLIC' not in os.environ, reason='needs SPHERE_AR_PUBLIC=CHECKOUT of the public code, and torch'
+)
+def test_the_public_code_gives_the_same(tmp_path):
+    """What the benchmark times on both sides is the same work: equal results from equal weights and inputs."""
+    cfg, weights, tensors = config.check(digits_config()), str(tmp_path / 'weights.npz'), {}
+    for seed, model in ((1, config.build_ar(cfg)), (2, config.build_vae(cfg))):
+        tensors |= convert.to_torch(parts.random_params(model, seed))
+    np.savez(weights, **tensors)
+    for part in ('prefill', 'transformer', 'decode'):
+        found = benchmark.measure(cfg, part, 2, ['ours', 'eager'], 1, weights, os.environ['SPHERE_AR_PUBLIC'])
+        assert found['eager']['difference'] < 1e-5
 
 
 def test_the_command(tmp_path):
