@@ -153,7 +153,8 @@ def test_norm_silu_is_group_norm_and_silu():
     groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
-    y = normal * variables['params']['scale'] + variables['params']['bias']
+    scale, bias = (np.asarray(variables['params'][n], np.float64) for n in ('scale', 'bias'))
+    y = normal * scale + bias
     np.testing.assert_allclose(module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5)
 
 
