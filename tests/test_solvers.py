@@ -121,6 +121,41 @@ def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
     assert kept < np.exp(-0.8 * noise_scale)
 
 
+@pytest.mark.parametrize('noise_scale', [0.5, 1.0, 2.0])
+def test_euler_maruyama_is_of_weak_order_one(noise_scale):
+    """Between normal distributions every step is affine in x: the mean and variance of its law follow without sampling,
+    and their errors halve with the steps."""
+
+    def moments(n):
+        table = solvers.table('euler_maruyama', n, noise_scale=noise_scale, last_step=1 / n)
+        mean, variance = 0.0, 1.0
+        for t, w in zip(table.t.astype(np.float64), table.weights.astype(np.float64), strict=True):
+            at_zero, at_one = (float(gaussian_velocity(np.float64(x), t)) for x in (0.0, 1.0))
+            slope = w[0, 0] + w[0, 2] * (at_one - at_zero)
+            mean, variance = slope * mean + w[0, 2] * at_zero, slope**2 * variance + w[0, 3] ** 2
+        return np.array([mean - MEAN, variance - STD**2])
+
+    coarse, fine = moments(400), moments(800)
+    assert (np.abs(fine) < 5e-3).all()
+    assert 0.85 < np.log2(np.linalg.norm(coarse) / np.linalg.norm(fine)) < 1.15
+
+
+@pytest.mark.parametrize('shift', [1.0, 0.5])
+def test_euler_maruyama_has_the_law_of_a_mixture(shift):
+    """On equal and on warped grids: the largest distance to the mixture's distribution function, as Kolmogorov's."""
+    from scipy import stats
+
+    n = 20_000
+    table = solvers.table('euler_maruyama', 200, shift, last_step=0.01)
+    draws = jax.random.normal(jax.random.key(1), (201, n, 1))
+    x = run(mixture_velocity, draws[0], table, draws[1:]).ravel()
+    weights, means, stds = MIXTURE
+    cdf = lambda z: np.sum(weights * stats.norm.cdf(z[:, None], means, stds), axis=1)
+    assert (
+        stats.kstest(x, cdf).statistic < 1.63 / np.sqrt(n) + 0.01
+    )  # 1% of exact samples are farther, and the step's bias
+
+
 def test_published_euler_maruyama():
     """One noisy step and the last one against the formulas of spec §7, and the times of the published sampler."""
     table = solvers.table('euler_maruyama', 100)
