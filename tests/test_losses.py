@@ -125,8 +125,10 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     conditions = apart.apply(
         {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='condition'
     )  # fmt: skip
-    velocity = lambda x, t, c: teacher_model.apply(
-        {'params': teacher}, x, jnp.full(len(x), t), c, method=lambda m, *a: m.head.velocity(*a)
+    velocity = jax.jit(
+        lambda x, t, c: teacher_model.apply(
+            {'params': teacher}, x, jnp.full(len(x), t), c, method=lambda m, *a: m.head.velocity(*a)
+        )
     )
     errors = []
     for k in range(16):
