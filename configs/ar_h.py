@@ -9,19 +9,9 @@ Result:    seconds of every part, training steps included (BUILD_NOTES.md, "Spee
            evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.
 """
 
-from sphere_ar_jax import ar, config
+from sphere_ar_jax import config
 
 
 def get_config(arg=''):
     """arg: '' or 'fast'."""
-    if arg not in ('', 'fast'):
-        raise ValueError(f'configs/ar_h.py has no variant {arg!r}: use configs/ar_h.py or configs/ar_h.py:fast')
-    c = config.default()
-    c.data.name = 'synthetic'
-    c.ar.update(ar.VARIANTS['H'])
-    c.tokenizer_training.steps = 100 * 5004  # epochs of 1,281,167 images in batches of 256
-    c.ar_training.steps = 400 * 2502  # in batches of 512
-    c.sampling.update(num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=4.5)
-    if arg == 'fast':
-        c.sampling.update(config.FAST)
-    return c
+    return config.published_ar('H', 4.5, arg)

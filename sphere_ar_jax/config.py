@@ -82,6 +82,27 @@ def default():
     return config.lock()  # a key that is not here is an error
 
 
+def published_ar(size, guidance_scale, arg):
+    """The published AR model of a size of `ar.VARIANTS`, its recipe and its sampler; with arg 'fast', `FAST`.
+
+    Raises ValueError for another arg.
+    """
+    if arg not in ('', 'fast'):
+        name = f'configs/ar_{size.lower()}.py'
+        raise ValueError(f'{name} has no variant {arg!r}: use {name} or {name}:fast')
+    c = default()
+    c.data.name = 'synthetic'
+    c.ar.update(ar.VARIANTS[size])
+    c.tokenizer_training.steps = 100 * 5004  # epochs of 1,281,167 images in batches of 256
+    c.ar_training.steps = 400 * 2502  # in batches of 512
+    c.sampling.update(
+        num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=guidance_scale
+    )
+    if arg == 'fast':
+        c.sampling.update(FAST)
+    return c
+
+
 def keys(tree, prefix=''):
     """All dotted names of a (nested) config, sections included."""
     names = []

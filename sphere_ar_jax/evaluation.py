@@ -48,11 +48,7 @@ def load_run(workdir, mesh=None):
     if cfg.init_from is not None:
         if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
             raise config.ConfigError(f'{workdir} is distilled from itself')
-        teacher = load_run(cfg.init_from, mesh)
-        if teacher.ar.average:
-            raise config.ConfigError(
-                f'{cfg.init_from} has a distilled head itself: distil from the run that trained it'
-            )
+        teacher = load_teacher(cfg.init_from, mesh)
         head = restore(
             training.distillation_stage(
                 ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
@@ -61,6 +57,14 @@ def load_run(workdir, mesh=None):
         return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
     vae_params = restore(training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
     return Run(cfg, vae, vae_params, ar, restore(training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)))
+
+
+def load_teacher(workdir, mesh=None):
+    """`load_run` of a run to distil from. Raises ConfigError as well where its head is a distilled one itself."""
+    run = load_run(workdir, mesh)
+    if run.ar.average:
+        raise config.ConfigError(f'{workdir} has a distilled head: distil from the run that trained it')
+    return run
 
 
 def frechet_distance(a, b):
@@ -152,9 +156,8 @@ def reconstruct(vae, params, images, key, batch_size, mesh):
 
     @jax.jit
     def run(params, key, images, index):
-        posterior = vae.apply({'params': params}, images, method='encode')
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        z = posterior.sample(losses.posterior_draws(keys, posterior))
+        z, posterior = losses.draw_tokens(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
 
     rows = functools.partial(run, params, key)

@@ -24,6 +24,12 @@ def posterior_draws(keys, posterior):
     return jax.vmap(lambda key, kappa: distributions.draw(key, kappa, d))(keys, posterior.kappa)
 
 
+def draw_tokens(vae, params, images, keys):
+    """Tokens drawn from the posterior of images (B, H, W, c), one key per image: (z (B, L, d), the `vae.Posterior`)."""
+    posterior = vae.apply({'params': params}, images, method='encode')
+    return posterior.sample(posterior_draws(keys, posterior)), posterior
+
+
 def flow_draws(keys, copies, num_tokens, d):
     """The draws of `flow_loss`, one key per image: (t_normal (m, B, L), noise (m, B, L, d)), standard normal."""
 

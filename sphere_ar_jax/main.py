@@ -107,15 +107,13 @@ def _claim(cfg, workdir):
 def _teacher(cfg, mesh):
     """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
     try:
-        teacher = evaluation.load_run(cfg.init_from, mesh)
+        teacher = evaluation.load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
         raise UserError(f'init_from: {error}') from None
     theirs, mine = (json.loads(c.to_json_best_effort()) for c in (teacher.config, cfg))
     changed = [d for d in config.differences(theirs, mine) if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
-    if teacher.ar.average:
-        raise UserError(f'{cfg.init_from} has a distilled head: distil from the run that trained it')
     if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
         raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
     return teacher

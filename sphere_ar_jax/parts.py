@@ -163,8 +163,8 @@ class Part:
         params, keys = self._params(self.vae, 2), jax.random.split(jax.random.key(0), self.batch)
 
         def run(p, x, keys):
-            posterior = self.vae.apply({'params': p}, x, method='encode')
-            return posterior.sample(losses.posterior_draws(keys, posterior)), posterior.kl()
+            z, posterior = losses.draw_tokens(self.vae, p, x, keys)
+            return z, posterior.kl()
 
         self._costs(run, params, self.inputs['images'], keys, weights=params['encoder'])
         compiled = jax.jit(run).lower(params, self.inputs['images'], keys).compile()

@@ -112,8 +112,9 @@ class Options:
     def num_draws(self, num_tokens):
         """m, the standard normal draws per token."""
         plan = self.plan(num_tokens)
-        noisy = plan.tables.weights[..., 0, 3] != 0
-        return 1 + (int(np.max(np.nonzero(noisy)[1])) + 1 if noisy.any() else 0)
+        if not solvers.is_stochastic(plan.tables):
+            return 1
+        return 2 + int(np.nonzero(plan.tables.weights[..., 3])[1].max())
 
 
 def _token(ar, variables, options, k, t_emb, scale, temperature, c, noise, apart):

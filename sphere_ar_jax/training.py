@@ -107,8 +107,7 @@ def ar_stage(ar, vae, vae_params, options, seed):
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
-        posterior = vae.apply({'params': vae_params}, batch['image'], method='encode')
-        z = posterior.sample(losses.posterior_draws(posterior_keys, posterior))
+        z, _ = losses.draw_tokens(vae, vae_params, batch['image'], posterior_keys)
         draws = losses.flow_draws(flow_keys, options.copies, *z.shape[1:])
         class_id = losses.drop_labels(label_keys, batch['label'], ar.num_classes, options.label_dropout)
         return losses.flow_loss(ar, params, class_id, z, *draws)
@@ -128,8 +127,7 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
     def loss(head, frozen, batch, keys):
         vae_params, ar_params = frozen
         posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        posterior = vae.apply({'params': vae_params}, batch['image'], method='encode')
-        z = posterior.sample(losses.posterior_draws(posterior_keys, posterior))
+        z, _ = losses.draw_tokens(vae, vae_params, batch['image'], posterior_keys)
         noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(noise_keys)
         scales = flow.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
         return losses.distillation_loss(

@@ -154,10 +154,6 @@ class NormSiLU(nn.Module):
         return nn.silu(a * (x - center) + bias[None, None, None]).astype(self.dtype)
 
 
-def _norm_silu(x, dtype, name):
-    return NormSiLU(dtype, name=name)(x)
-
-
 class ResDown(nn.Module):
     """Halves the resolution: conv2×2 stride 2 + [GN, SiLU, conv3×3 stride 2, GN, SiLU, conv3×3]."""
 
@@ -166,9 +162,9 @@ class ResDown(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = _norm_silu(x, self.dtype, 'norm1')
+        h = NormSiLU(self.dtype, name='norm1')(x)
         h = _conv(self.channels, 3, 2, 1, self.dtype, 'conv1')(h)
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(_norm_silu(h, self.dtype, 'norm2'))
+        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(NormSiLU(self.dtype, name='norm2')(h))
         return _conv(self.channels, 2, 2, 0, self.dtype, 'shortcut')(x) + h
 
 
@@ -181,11 +177,11 @@ class ResUp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = ConvTranspose(self.channels, 4, self.dtype, name='conv1')(_norm_silu(x, self.dtype, 'norm1'))
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(_norm_silu(h, self.dtype, 'norm2'))
+        h = ConvTranspose(self.channels, 4, self.dtype, name='conv1')(NormSiLU(self.dtype, name='norm1')(x))
+        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(NormSiLU(self.dtype, name='norm2')(h))
         x = ConvTranspose(self.channels, 2, self.dtype, name='shortcut')(x) + h
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv3')(_norm_silu(x, self.dtype, 'norm3'))
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv4')(_norm_silu(h, self.dtype, 'norm4'))
+        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv3')(NormSiLU(self.dtype, name='norm3')(x))
+        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv4')(NormSiLU(self.dtype, name='norm4')(h))
         return x + h
 
 
@@ -249,7 +245,7 @@ class Decoder(nn.Module):
         x = ViT(self.depth, self.heads, self.remat, self.unroll, self.dtype, name='vit')(x)
         for i, channels in enumerate(self.channels[-2::-1]):
             x = ResUp(channels, self.dtype, name=f'up{i}')(x)
-        x = _norm_silu(x, self.dtype, 'norm_out')
+        x = NormSiLU(self.dtype, name='norm_out')(x)
         return _conv(self.image_channels, 3, 1, 1, self.dtype, 'conv_out')(x).astype(jnp.float32)
 
 
