@@ -7,6 +7,7 @@ and eager), so that start, compilation and peak memory are its own. The sides th
 so that a ratio compares minutes that were alike. Results: a table on the screen, OUTPUT/benchmark.json and .md.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -89,6 +90,7 @@ def _worker(job):
             np.save(job['result'], out)
         if job['part'] not in parts.STARTS:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed, compilers above all, goes back to the system
             with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
                 f.write('5')
         say(ready=True, **about)

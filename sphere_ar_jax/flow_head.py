@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from sphere_ar_jax import transformer
 from sphere_ar_jax.transformer import EPS, INIT
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -37,10 +38,11 @@ class ResBlock(nn.Module):
     def __call__(self, x, modulation):
         scale, shift, gate = modulation
         M = x.shape[-1]
+        dense = dict(kernel_init=XAVIER, dtype=self.dtype, dot_general=transformer.product)
         h = nn.LayerNorm(EPS, use_fast_variance=False, dtype=self.dtype, name='norm')(x) * (1 + scale) + shift
-        h = nn.DenseGeneral((2, int(1.5 * M)), kernel_init=XAVIER, dtype=self.dtype, name='w1')(h)
+        h = nn.DenseGeneral((2, int(1.5 * M)), name='w1', **dense)(h)
         h = nn.silu(h[..., 0, :]) * h[..., 1, :]
-        return x + gate * nn.Dense(M, kernel_init=XAVIER, dtype=self.dtype, name='w2')(h), None
+        return x + gate * nn.Dense(M, name='w2', **dense)(h), None
 
 
 def _parts(ada):
@@ -58,7 +60,7 @@ class Group(nn.Module):
     scan: bool = True
 
     def setup(self):
-        self.ada = nn.DenseGeneral((3, self.width), kernel_init=ZERO, dtype=self.dtype)
+        self.ada = nn.DenseGeneral((3, self.width), kernel_init=ZERO, dtype=self.dtype, dot_general=transformer.product)
         if self.scan:
             self.blocks = nn.scan(
                 ResBlock, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,

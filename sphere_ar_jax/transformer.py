@@ -10,6 +10,7 @@ and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no product w
 a stack, and every block's cache is an array of its own, updated in place.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,21 @@ def head_dim(width, heads):
             f'the head dimension {width}/{heads} = {width // heads} must be a multiple of 4 for the 2-D RoPE'
         )
     return width // heads
+
+
+def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
+    """`lax.dot_general` of x (..., *in) and a kernel (*in, *out) → (..., *out), as one product of two matrices.
+
+    The same numbers; but XLA then writes the kernel's gradient in the kernel's own order, where on CPUs it otherwise
+    turns it round after the product (BUILD_NOTES.md, "Speed"). For Flax's `dot_general`.
+    """
+    n = len(dimensions[0][0])
+    rows, features = x.shape[: x.ndim - n], kernel.shape[n:]
+    assert dimensions == ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())), dimensions
+    size = math.prod(kernel.shape[:n])
+    matrices = x.reshape(-1, size), kernel.reshape(size, -1)
+    y = jax.lax.dot_general(*matrices, (((1,), (0,)), ((), ())), precision, preferred_element_type)
+    return y.reshape(*rows, *features)
 
 
 def rope_table(height, width, extra, head_dim, theta=10000.0):
@@ -122,7 +138,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, angles, cache=None, start=None):
         width = x.shape[-1]
-        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
+        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         qkv = nn.DenseGeneral((3, self.heads, head_dim(width, self.heads)), name='qkv', **dense)(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -145,7 +161,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype)
+        dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         hidden = nn.DenseGeneral((2, swiglu_width(x.shape[-1])), name='w1', **dense)(x)
         return nn.Dense(x.shape[-1], name='w2', **dense)(nn.silu(hidden[..., 0, :]) * hidden[..., 1, :])
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax import distributions, geometry, transformer
+from sphere_ar_jax.convolutions import Conv, ConvTranspose, torch_init
 
 NUM_REGISTERS = 4
 
@@ -35,97 +36,6 @@ class Posterior(NamedTuple):
     def sample(self, draws):
         """Tokens z = √d · x, (B, L, d), differentiable in mu and kappa."""
         return self.mu.shape[-1] ** 0.5 * distributions.sample_from_draws(self.mu, self.kappa, *draws)
-
-
-def torch_init(transposed=False):
-    """PyTorch's default for linear layers and convolutions: uniform ±1/√fan_in.
-
-    The fan-in of a transposed convolution is counted, as PyTorch does, on its output channels.
-    """
-
-    def init(key, shape, dtype=jnp.float32):
-        fan_in = 1
-        for size in shape[:-2]:
-            fan_in *= size
-        fan_in *= shape[-1] if transposed else shape[-2]
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-    return init
-
-
-def _conv(features, kernel, stride, pad, dtype, name):
-    return nn.Conv(
-        features, (kernel, kernel), (stride, stride), ((pad, pad), (pad, pad)), use_bias=False,
-        kernel_init=torch_init(), dtype=dtype, name=name,
-    )  # fmt: skip
-
-
-NHWC = ('NHWC', 'HWIO', 'NHWC')
-
-
-@jax.custom_vjp
-def conv_transpose(x, kernel):
-    """Transposed convolution of stride 2, PyTorch's with padding k/2 − 1: (B, H, W, in) → (B, 2H, 2W, out).
-
-    kernel: (k, k, in, out), k = 2 or 4, PyTorch's flipped in space. Computed as a plain convolution to the 2 × 2 pixels
-    at each input pixel, and interleaved: no zeros of a dilated input are multiplied. Its backward pass is
-    written out, since XLA's own for the kernel takes up to 60 times as long on CPUs (BUILD_NOTES.md, "Speed").
-    """
-    (B, H, W, features), (k, _, _, channels) = x.shape, kernel.shape
-    if k == 2:
-        kernel = kernel[::-1, ::-1]  # kernel axis = phase
-    # axis of a kernel of 4 = 2·tap + phase: output pixel 2i + a sees input pixels i + a − 1 + tap
-    taps = kernel.reshape(k // 2, 2, k // 2, 2, features, channels).transpose(0, 2, 4, 1, 3, 5)
-    pad = ((k // 2 - 1,) * 2,) * 2
-    taps = taps.reshape(k // 2, k // 2, features, -1)
-    phases = jax.lax.conv_general_dilated(x, taps, (1, 1), pad, dimension_numbers=NHWC)
-    if k == 4:  # the four phases of a pixel lie at neighbours of each other
-        part = lambda a, b: phases[:, a : a + H, b : b + W, (2 * a + b) * channels : (2 * a + b + 1) * channels]
-        phases = jnp.concatenate([part(a, b) for a in range(2) for b in range(2)], axis=-1)
-    return phases.reshape(B, H, W, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, channels)
-
-
-def _conv_transpose_forward(x, kernel):
-    return conv_transpose(x, kernel), (x, kernel)
-
-
-def _conv_transpose_backward(residuals, g):
-    x, kernel = residuals
-    (B, H, W, _), k, half = x.shape, len(kernel), len(kernel) // 2
-    # of x: a convolution of stride 2 with the kernel turned round
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    dx = jax.lax.conv_general_dilated(g, turned, (2, 2), ((half - 1,) * 2,) * 2, dimension_numbers=NHWC)
-    # of the kernel: every phase of g against x shifted by each of its taps, as one product of large matrices each
-    padded = jnp.pad(x, ((0, 0), (half - 1,) * 2, (half - 1,) * 2, (0, 0)))
-    g = g.reshape(B, H, 2, W, 2, -1)
-
-    def product(i, j):
-        (u, a), (v, b) = (divmod(n, 2) if k == 4 else (0, 1 - n) for n in (i, j))
-        shift = lambda phase, tap: phase + tap if k == 4 else 0
-        shifted = padded[:, shift(a, u) : shift(a, u) + H, shift(b, v) : shift(b, v) + W]
-        return jax.lax.dot_general(
-            shifted, g[:, :, a, :, b], (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=jnp.float32
-        )
-
-    dkernel = jnp.stack([jnp.stack([product(i, j) for j in range(k)]) for i in range(k)])
-    return dx, dkernel.astype(kernel.dtype)
-
-
-conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
-
-
-class ConvTranspose(nn.Module):
-    """`conv_transpose` with its kernel, of size 4 or 2, as a parameter. (B, H, W, in) → (B, 2H, 2W, out)."""
-
-    channels: int
-    kernel: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
-        kernel = self.param('kernel', torch_init(transposed=True), shape)
-        return conv_transpose(*nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype))
 
 
 class NormSiLU(nn.Module):
@@ -163,9 +73,9 @@ class ResDown(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = NormSiLU(self.dtype, name='norm1')(x)
-        h = _conv(self.channels, 3, 2, 1, self.dtype, 'conv1')(h)
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(NormSiLU(self.dtype, name='norm2')(h))
-        return _conv(self.channels, 2, 2, 0, self.dtype, 'shortcut')(x) + h
+        h = Conv(self.channels, stride=2, dtype=self.dtype, name='conv1')(h)
+        h = Conv(self.channels, dtype=self.dtype, name='conv2')(NormSiLU(self.dtype, name='norm2')(h))
+        return Conv(self.channels, kernel=2, dtype=self.dtype, name='shortcut')(x) + h
 
 
 class ResUp(nn.Module):
@@ -178,10 +88,10 @@ class ResUp(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = ConvTranspose(self.channels, 4, self.dtype, name='conv1')(NormSiLU(self.dtype, name='norm1')(x))
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv2')(NormSiLU(self.dtype, name='norm2')(h))
+        h = Conv(self.channels, dtype=self.dtype, name='conv2')(NormSiLU(self.dtype, name='norm2')(h))
         x = ConvTranspose(self.channels, 2, self.dtype, name='shortcut')(x) + h
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv3')(NormSiLU(self.dtype, name='norm3')(x))
-        h = _conv(self.channels, 3, 1, 1, self.dtype, 'conv4')(NormSiLU(self.dtype, name='norm4')(h))
+        h = Conv(self.channels, dtype=self.dtype, name='conv3')(NormSiLU(self.dtype, name='norm3')(x))
+        h = Conv(self.channels, dtype=self.dtype, name='conv4')(NormSiLU(self.dtype, name='norm4')(h))
         return x + h
 
 
@@ -220,7 +130,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        x = _conv(self.stem, 3, 1, 1, self.dtype, 'conv_in')(images.astype(self.dtype))
+        x = Conv(self.stem, dtype=self.dtype, name='conv_in')(images.astype(self.dtype))
         for i, channels in enumerate(self.channels[1:]):
             x = ResDown(channels, self.dtype, name=f'down{i}')(x)
         x = ViT(self.depth, self.heads, self.remat, self.unroll, self.dtype, name='vit')(x)
@@ -241,12 +151,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = _conv(x.shape[-1], 3, 1, 1, self.dtype, 'conv_in')(x)
+        x = Conv(x.shape[-1], dtype=self.dtype, name='conv_in')(x)
         x = ViT(self.depth, self.heads, self.remat, self.unroll, self.dtype, name='vit')(x)
         for i, channels in enumerate(self.channels[-2::-1]):
             x = ResUp(channels, self.dtype, name=f'up{i}')(x)
         x = NormSiLU(self.dtype, name='norm_out')(x)
-        return _conv(self.image_channels, 3, 1, 1, self.dtype, 'conv_out')(x).astype(jnp.float32)
+        return Conv(self.image_channels, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
 
 
 class VAE(nn.Module):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import ar, costs, vae
+from sphere_ar_jax import ar, convolutions, costs
 from tests.conftest import libraries_promote
 
 SIZE = dict(depth=3, heads=4, width=64, head_depth=4, head_width=32, head_groups=2, num_classes=10, class_tokens=4)
@@ -18,7 +18,7 @@ def test_products_and_convolutions_by_hand():
     assert costs.flops(jax.jit(repeated), x) == 6 * 2 * 5 * 7 * 7
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
     conv = lambda x, k, **kw: jax.lax.conv_general_dilated(
-        x, k, dimension_numbers=vae.NHWC, padding=((1, 1), (1, 1)), **kw
+        x, k, dimension_numbers=convolutions.NHWC, padding=((1, 1), (1, 1)), **kw
     )
     assert costs.flops(lambda x, k: conv(x, k, window_strides=(2, 2)), image, kernel) == 2 * 2 * 4 * 4 * 9 * 3 * 5
     dilated = lambda x, k: conv(x, k, window_strides=(1, 1), lhs_dilation=(2, 2))

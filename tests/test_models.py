@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import ar, convert, flow_head, transformer, vae
+from sphere_ar_jax import ar, convert, convolutions, flow_head, transformer, vae
 from tests.conftest import libraries_promote
 
 COUNTS = {'B': 204_499_216, 'L': 476_380_176, 'H': 943_854_096}
@@ -137,12 +137,57 @@ def test_conv_transpose_is_the_dilated_convolution(k):
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), ((k // 2, k // 2),) * 2, lhs_dilation=(2, 2), dimension_numbers=vae.NHWC
+            x, kernel, (1, 1), ((k // 2, k // 2),) * 2, lhs_dilation=(2, 2), dimension_numbers=convolutions.NHWC
         )
 
-    for ours, truth in zip(jax.vjp(vae.conv_transpose, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
+    for ours, truth in zip(
+        jax.vjp(convolutions.conv_transpose, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
+    ):
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(vae.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(convolutions.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'stride', 'piece'), [(5, 1, 10**6), (5, 1, 1), (2, 1, 1), (5, 2, 10**6), (2, 2, 1)]
+)
+def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, monkeypatch):
+    """In one piece and in many, with more channels and with fewer; XLA's own gradients are the truth."""
+    monkeypatch.setattr(convolutions, '_PATCHES', piece)
+    rng = np.random.default_rng(channels)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, kernel, g = draw(2, 8, 6, 3), draw(3, 3, 3, channels), draw(2, 8 // stride, 6 // stride, channels)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=convolutions.NHWC
+        )
+
+    ours = lambda x, kernel: convolutions.conv3(x, kernel, stride)
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
+    for mine, truth in zip(jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_patchify_is_a_convolution():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5)))
+    truth = jax.lax.conv_general_dilated(x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC)
+    np.testing.assert_allclose(convolutions.patchify(x, kernel), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('inner', 'outer'), [((6,), (2, 5)), ((2, 3), (5,))])
+def test_product_is_dot_general(inner, outer):
+    """Values and gradients, as NumPy's tensordot has them."""
+    rng = np.random.default_rng(0)
+    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((4, 3, *inner), (*inner, *outer), (4, 3, *outer)))
+    n = len(inner)
+    dimensions = ((tuple(range(2, 2 + n)), tuple(range(n))), ((), ()))
+    y, transpose = jax.vjp(lambda x, kernel: transformer.product(x, kernel, dimensions), x, kernel)
+    dx, dkernel = transpose(jnp.asarray(g))
+    np.testing.assert_allclose(y, np.tensordot(x, kernel, n), rtol=1e-5, atol=1e-5)
+    axes = (list(range(2, g.ndim)), list(range(n, kernel.ndim)))
+    np.testing.assert_allclose(dx, np.tensordot(g, kernel, axes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dkernel, np.tensordot(x, g, ([0, 1], [0, 1])), rtol=1e-5, atol=1e-5)
 
 
 def test_norm_silu_is_group_norm_and_silu():

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 LEVELS = (
     ('geometry',),
     ('distributions', 'flow', 'solvers'),
-    ('transformer',),
+    ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
     ('ar',),
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
