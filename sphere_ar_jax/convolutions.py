@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
+_LARGE = 1024  # pixels; below, XLA's own gradient of a kernel is as quick
 _PATCHES = 1_250_000  # numbers in a piece of `_kernel_gradient`'s patches: 5 MB, for a CPU's cache
 
 
@@ -47,7 +48,10 @@ def _conv3_backward(stride, residuals, g):
     x, kernel = residuals
     default = lambda x, g: jax.linear_transpose(lambda kernel: _plain(x, kernel, stride), kernel)(g)[0]
     patches = lambda x, g: _kernel_gradient(x, g, stride).astype(kernel.dtype)
-    dkernel = jax.lax.platform_dependent(x, g, cpu=patches, default=default)
+    if g.shape[1] * g.shape[2] < _LARGE:
+        dkernel = default(x, g)
+    else:
+        dkernel = jax.lax.platform_dependent(x, g, cpu=patches, default=default)
     return jax.linear_transpose(lambda x: _plain(x, kernel, stride), x)(g)[0], dkernel
 
 
