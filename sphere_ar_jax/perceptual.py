@@ -41,10 +41,9 @@ class VGG16(nn.Module):
 
 
 def _unit(x):
-    """x / (‖x‖ + 1e-10) over the last axis. Where x = 0 the root's infinite slope is kept out of the gradient."""
+    """x / (‖x‖ + 1e-10) over the last axis, with a finite slope at x = 0, where a root has none."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    zero = square == 0
-    return x / (jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))) + 1e-10)
+    return x / (jnp.sqrt(jnp.maximum(square, 1e-36)) + 1e-10)
 
 
 class LPIPS(nn.Module):

@@ -1,8 +1,9 @@
+import hashlib
+
 import pytest
 
 from sphere_ar_jax import imagenet
 
-# As published by others: torchvision's documentation, Keras' imagenet_class_index.json, papers' figures.
 ANCHORS = {
     0: ('n01440764', 'tench'), 1: ('n01443537', 'goldfish'), 22: ('n01614925', 'bald eagle'),
     88: ('n01818515', 'macaw'), 134: ('n02012849', 'crane'), 207: ('n02099601', 'golden retriever'),
@@ -32,6 +33,16 @@ def test_classes():
         assert len(synset) == 9 and synset[0] == 'n' and synset[1:].isdecimal()
         assert all(name and name == name.strip() and name.isascii() for name in _names(k)), names
         assert len(set(_names(k))) == len(_names(k))
+
+
+def test_against_other_lists():
+    """SHA-256 of two public lists, line by line: Keras' imagenet_class_index.json has each class's first name, timm's
+    imagenet_synsets.txt with imagenet_synset_to_lemma.txt all of them."""
+    digest = lambda lines: hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+    keras = [f'{synset} {names.split(", ")[0].replace(" ", "_")}' for synset, names in imagenet.classes()]
+    timm = [f'{synset} {names}' for synset, names in imagenet.classes()]
+    assert digest(keras) == '069abdf959ced31a64132cd2402353359a166b81bbbbbad69b57df7511587da9'
+    assert digest(timm) == 'b6e5b90376a998304703176bc829997a99fc461ecbb75e855db80b3d5b76d827'
 
 
 def test_known_classes():

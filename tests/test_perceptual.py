@@ -69,13 +69,16 @@ def test_lpips_and_its_gradient(measure, params, pair):
 
 
 def test_lpips_of_pixels_without_features(measure, params, pair):
-    """Where all features of a pixel are 0 the norm has no slope: the gradient is that of the other stages, not NaN."""
+    """A stage whose features are all 0 gives nothing: distance and gradient are those of the other stages, not NaN."""
     dead = {'conv5_3': params['vgg']['conv5_3'] | {'bias': np.full(512, -1e4, np.float32)}}
     distances, gradient = measure(params | {'vgg': params['vgg'] | dead}, *pair[:2])
     others = measure(params | {'lin4': np.zeros(512, np.float32)}, *pair[:2])
     np.testing.assert_allclose(distances, others[0], rtol=1e-6)
     np.testing.assert_allclose(gradient, others[1], rtol=1e-5, atol=1e-12)
     assert np.any(distances < pair[2]) and np.any(gradient)
+    slope = jax.grad(lambda x: jnp.sum(perceptual._unit(x) * jnp.arange(4.0)))
+    for x in (0.0, 1e-30):  # the square of the second is 0 too
+        np.testing.assert_allclose(slope(jnp.full(4, x)), 1e10 * np.arange(4), rtol=1e-6)
 
 
 def test_lpips_in_bfloat16(params, pair):
@@ -133,12 +136,22 @@ def _bytes():
     return a.clip(0, 255).astype(np.uint8), b.clip(0, 255).astype(np.uint8)
 
 
+ssim = jax.jit(perceptual.ssim, static_argnums=2)  # op by op it takes seconds to compile
+
+
 def test_ssim_and_psnr_against_scikit_image(pair):
-    np.testing.assert_allclose(perceptual.ssim(*pair[:2]), GOLDEN_PAIR['ssim'], rtol=1e-5)
+    np.testing.assert_allclose(ssim(*pair[:2]), GOLDEN_PAIR['ssim'], rtol=1e-5)
     np.testing.assert_allclose(perceptual.image_psnr(*pair[:2]), GOLDEN_PAIR['psnr'], rtol=1e-5)
     a, b = _bytes()
-    np.testing.assert_allclose(perceptual.ssim(a, b, (0, 255)), BYTES['ssim'], rtol=1e-5)
+    np.testing.assert_allclose(ssim(a, b, (0, 255)), BYTES['ssim'], rtol=1e-5)
     np.testing.assert_allclose(perceptual.image_psnr(a, b, (0, 255)), BYTES['psnr'], rtol=1e-5)
+
+
+def test_scores_are_computed_in_float32(pair):
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in pair[:2]]
+    singles = [x.astype(jnp.float32) for x in halves]
+    for score in (ssim, perceptual.image_psnr):
+        np.testing.assert_array_equal(score(*halves), score(*singles))
 
 
 def test_ssim_against_its_definition():
@@ -155,13 +168,13 @@ def test_ssim_against_its_definition():
         vx, vy, cov = (np.sum(weights * p * q) for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
         luminance = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
         expected[k] += luminance * (2 * cov + 9e-4) / (vx + vy + 9e-4) / (5 * 3 * 2)
-    np.testing.assert_allclose(perceptual.ssim(a, b, (0, 255)), expected, rtol=2e-5)
+    np.testing.assert_allclose(ssim(a, b, (0, 255)), expected, rtol=2e-5)
     scaled = [x.astype(np.float32) / 127.5 - 1 for x in (a, b)]
-    np.testing.assert_allclose(perceptual.ssim(*scaled), expected, rtol=2e-5)
+    np.testing.assert_allclose(ssim(*scaled), expected, rtol=2e-5)
 
 
 def test_equal_images(pair):
-    np.testing.assert_allclose(perceptual.ssim(pair[0], pair[0]), 1, rtol=1e-6)
+    np.testing.assert_allclose(ssim(pair[0], pair[0]), 1, rtol=1e-6)
     assert np.all(np.isposinf(perceptual.image_psnr(pair[0], pair[0])))
 
 
