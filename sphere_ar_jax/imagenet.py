@@ -28,8 +28,8 @@ def _ids():
     """{text, case folded: ids of the classes that it may mean, in order}: ids, synsets, names and lists of names."""
     ids = {}
     for k, (synset, names) in enumerate(classes()):
-        for text in {str(k), synset, names, *names.split(', ')}:
-            ids.setdefault(text.casefold(), []).append(k)
+        for text in {text.casefold() for text in (str(k), synset, names, *names.split(', '))}:
+            ids.setdefault(text, []).append(k)
     return ids
 
 
