@@ -252,7 +252,7 @@ def _steps(stream):
 
 def _weight(args):
     """Elements and characters in the arguments of a call."""
-    return sum(len(a) if hasattr(a, '__len__') else 1 for a in (args if type(args) is tuple else (args,)))
+    return sum(1 + len(a) if hasattr(a, '__len__') else 1 for a in (args if type(args) is tuple else (args,)))
 
 
 def _interpret(stream, persistent=None):
