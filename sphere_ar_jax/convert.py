@@ -145,7 +145,9 @@ def to_torch(params):
 
 
 def _nearest(name, others):
-    near = difflib.get_close_matches(name, others, 1)
+    parts = set(name.split('.'))  # first by common parts, since difflib is slow
+    alike = sorted(others, key=lambda other: len(parts & set(other.split('.'))), reverse=True)[:20]
+    near = difflib.get_close_matches(name, alike, 1)
     return f' (nearest: {near[0]})' if near else ''
 
 

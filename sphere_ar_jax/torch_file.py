@@ -243,11 +243,39 @@ _MARKED = {'TUPLE', 'FROZENSET', 'APPENDS', 'ADDITEMS', 'SETITEMS'}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
+_OTHERS = {
+    *(
+        'MARK',
+        'STOP',
+        'PROTO',
+        'FRAME',
+        'APPEND',
+        'SETITEM',
+        'PUT',
+        'BINPUT',
+        'LONG_BINPUT',
+        'MEMOIZE',
+        'GET',
+        'BINGET',
+    ),
+    *('LONG_BINGET', 'GLOBAL', 'STACK_GLOBAL', 'REDUCE', 'NEWOBJ', 'BUILD', 'BINPERSID'),
+}
+_OPCODES = {opcode.code.encode('latin-1'): opcode for opcode in pickletools.opcodes}
+_KNOWN = _VALUES | _OTHERS | _MARKED | {*_CONSTANTS, *_EMPTY, *_TUPLES}
+
+
 def _steps(stream):
-    """The pickle's opcodes and their arguments, not more than MAX_STEPS."""
-    for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        _require(step < MAX_STEPS, f'its pickle takes more than {MAX_STEPS} steps')
-        yield opcode.name, argument
+    """The pickle's opcodes up to STOP and their arguments, not more than MAX_STEPS. Of an opcode that is refused the
+    argument is not even decoded."""
+    for _ in range(MAX_STEPS):
+        code = stream.read(1)
+        _require(code in _OPCODES, 'its pickle is damaged')
+        name, argument = _OPCODES[code].name, _OPCODES[code].arg
+        _require(name in _KNOWN, f'it uses the opcode {name}, which no checkpoint needs')
+        yield name, argument and argument.reader(stream)
+        if name == 'STOP':
+            return
+    raise FileError(f'its pickle takes more than {MAX_STEPS} steps')
 
 
 def _weight(args):
@@ -310,12 +338,6 @@ def _interpret(stream, persistent=None):
             case 'BINPERSID':
                 _require(persistent, 'a storage stands where none may')
                 stack.append(persistent(stack.pop()))
-            case 'PROTO' | 'FRAME':
-                pass
-            case 'STOP':
-                break
-            case _:
-                raise FileError(f'it uses the opcode {name}, which no checkpoint needs')
     (value,) = stack
     _require(not below, 'its pickle is damaged')
     return value

@@ -35,10 +35,9 @@ def numbers(values):
     return tuple_(*map(number, values))
 
 
-def storage(key, count, kind='Half', view=None):
-    """A storage's description; view: b'N' as the old stream has it."""
-    parts = [text('storage'), name('torch', f'{kind}Storage'), text(key), text('cpu'), number(count)]
-    return tuple_(*parts, *([] if view is None else [view])) + b'Q'
+def storage(key, count, kind='Half'):
+    """A storage's description, as the zip has it."""
+    return tuple_(text('storage'), name('torch', f'{kind}Storage'), text(key), text('cpu'), number(count)) + b'Q'
 
 
 def tensor(stored, shape, strides=None, offset=0):
@@ -70,7 +69,8 @@ def zip_file(value, storages=None, extra=None, file=None, write=zipfile.ZipFile.
 
 
 def stream_file(value, storages=None):
-    """The old container; storages: {key: (count, bytes)}."""
+    """The old container; storages: {key: (count, bytes)}. Descriptions of storages get their sixth part, None."""
+    value = value.replace(b'tQ', b'NtQ')
     keys = b']' + b''.join(text(key) + b'a' for key in storages or {})
     data = b''.join(struct.pack('<q', count) + raw for count, raw in (storages or {}).values())
     return MAGIC + pickle(number(1001)) + SYSTEM + pickle(value) + pickle(keys) + data
