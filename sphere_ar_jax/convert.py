@@ -1,4 +1,7 @@
-"""Names and layouts: our parameter trees ↔ the tensors of the public PyTorch checkpoints (spec §9).
+"""Our parameter trees ↔ the tensors of the public PyTorch checkpoints (spec §9): names, layouts, sizes.
+
+In: `torch_file.open_file(path)` → `state_dict` → `sizes`, which the models are built with → `from_torch` for each of
+them, which reads one tensor at a time. Out: `export`.
 
 Ours are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are (in, *out), convolutions
 HWIO. Theirs are one tensor per layer, linear weights (out, in), convolutions OIHW, transposed ones IOHW.
@@ -8,10 +11,22 @@ Dimensions:
   block, are counted through in one number)
 """
 
+import difflib
+import functools
+import math
 import re
+from typing import NamedTuple
 
 import flax.traverse_util as traverse
 import numpy as np
+from safetensors.numpy import save_file
+
+from sphere_ar_jax import ar, transformer, vae
+
+
+class ConversionError(ValueError):
+    """A checkpoint that does not fit. The first line says what is wrong; a line for each tensor may follow."""
+
 
 _BLOCK = {
     'attention/qkv/kernel': 'attention.wqkv.weight',
@@ -68,7 +83,7 @@ def _rule(path):
         if match:
             name = match.expand(theirs)
             return re.sub(r'\.(kernel|scale)$', '.weight', name), stacked, kind
-    raise KeyError(f'{path} has no PyTorch name')
+    raise ConversionError(f'the parameter {path} has no PyTorch name')
 
 
 def _to_theirs(a, kind):
@@ -91,7 +106,7 @@ def _to_ours(a, kind):
 def torch_shapes(params):
     """{PyTorch name: shape} of a parameter tree, abstract or not; no tensor is touched.
 
-    Raises KeyError for a leaf that has no PyTorch name.
+    Raises ConversionError for a leaf that has no PyTorch name.
     """
     shapes = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
@@ -129,25 +144,213 @@ def to_torch(params):
     return tensors
 
 
-def from_torch(tensors, like):
-    """The parameter tree shaped as `like` (abstract or not), float32, from {PyTorch name: array}.
+def _nearest(name, others):
+    parts = set(name.split('.'))  # first by common parts, since difflib is slow
+    alike = sorted(others, key=lambda other: len(parts & set(other.split('.'))), reverse=True)[:20]
+    near = difflib.get_close_matches(name, alike, 1)
+    return f' (nearest: {near[0]})' if near else ''
 
-    Raises KeyError for a missing tensor and ValueError for a mis-shaped one, by name.
+
+def _require_fit(tensors, shapes):
+    """Raises ConversionError, a line for each tensor that is missing, unexpected or of another shape than `shapes`."""
+    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    shaped = [name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]]
+    lines = [f'missing: {name}{_nearest(name, unexpected)}' for name in missing]
+    lines += [f'unexpected: {name}{_nearest(name, missing)}' for name in unexpected]
+    lines += [f'shape: {name} has {tuple(tensors[name].shape)}, but the model needs {shapes[name]}' for name in shaped]
+    if lines:
+        counts = f'{len(missing)} missing, {len(unexpected)} unexpected and {len(shaped)} mis-shaped'
+        raise ConversionError('\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines]))
+
+
+def _is_buffer(name):
+    """Whether a tensor is a RoPE table: those are computed, never read."""
+    return name.split('.')[-1] == 'freqs_cis'
+
+
+def from_torch(tensors, like):
+    """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name: tensor}.
+
+    Each leaf is made once and filled tensor by tensor: of lazy ones (`torch_file.Tensor`) one at a time is in memory.
+    `tensors` may hold S-VAE and AR model, as the published files do: those of the one that `like` is are read, and
+    RoPE tables passed over.
+
+    Raises ConversionError that lists every missing, unexpected and mis-shaped tensor, before any is read.
     """
     shapes = torch_shapes(like)
+    of_vae = any(name.startswith('vae.') for name in shapes)
+    tensors = {n: t for n, t in tensors.items() if n.startswith('vae.') == of_vae and not _is_buffer(n)}
+    _require_fit(tensors, shapes)
     params = {}
     for path, leaf in traverse.flatten_dict(like, sep='/').items():
         name, stacked, kind = _rule(path)
-        parts = []
-        for i in range(int(np.prod(leaf.shape[:stacked]))):
-            key = name.format(i)
-            if key not in tensors:
-                raise KeyError(f'the checkpoint lacks {key}')
-            a = np.asarray(tensors[key], np.float32)
-            if a.shape != shapes[key]:
-                raise ValueError(f'{key} has shape {a.shape}, but the model needs {shapes[key]}')
+        inner = leaf.shape[stacked:]
+        params[path] = np.empty(leaf.shape, np.float32)
+        for i, part in enumerate(params[path].reshape(-1, *inner)):
+            a = np.asarray(tensors[name.format(i)])
             if path.endswith('kernel') and kind == 'linear':
                 a = a.T
-            parts.append(_to_ours(a, kind).reshape(leaf.shape[stacked:]))
-        params[path] = np.stack(parts).reshape(leaf.shape)
+            part[...] = _to_ours(a, kind).reshape(inner)
     return traverse.unflatten_dict(params, sep='/')
+
+
+def state_dict(tree, ema=True):
+    """{name: tensor} of a checkpoint file's contents, names without leading `module.` and `_orig_mod.`.
+
+    Args:
+      tree: as `torch_file.open_file` returns it: a dictionary with `ema` or `model`, or a bare state_dict.
+      ema: prefer `ema`, where there is one, to `model`.
+    Returns:
+      a dictionary; RoPE tables are still in it, for `sizes`. Raises ConversionError where tree is none of the above.
+    """
+    entries = tree if isinstance(tree, dict) else {}
+    chosen = next((name for name in ('ema', 'model')[not ema :] if entries.get(name)), None)
+    entry = entries if chosen is None else entries[chosen]
+    if not (
+        isinstance(entry, dict) and entry and all(isinstance(n, str) and hasattr(entry[n], 'shape') for n in entry)
+    ):
+        where = 'the file' if chosen is None else f'its entry {chosen}'
+        found = f'is a {type(tree if chosen is None else entry).__name__}'
+        if isinstance(entry, dict) and entry:
+            found = 'has the keys ' + ', '.join(ascii(name)[:60] for name in list(entry)[:20])
+        wanted = 'ema, model or tensors alone' if ema else 'model or tensors alone'
+        raise ConversionError(f'{where} {found}: expected {wanted if chosen is None else "tensors alone"}')
+    tensors = {re.sub(r'^((module|_orig_mod)\.)+', '', name): tensor for name, tensor in entry.items()}
+    if len(tensors) < len(entry):
+        raise ConversionError('the checkpoint has tensors of the same name with and without module. or _orig_mod.')
+    return tensors
+
+
+class Sizes(NamedTuple):
+    """What a checkpoint's shapes tell. vae, ar: values for the sections of that name in `config.default()`; the
+    S-VAE's has grid and latent_dim, which the AR model shares. ar and num_classes are None in a file of the S-VAE
+    alone. name: of the published AR model that it is, B, L or H, else None."""
+
+    vae: dict
+    ar: dict | None = None
+    num_classes: int | None = None
+    name: str | None = None
+
+
+def _size(tensors, name, axis):
+    shape = getattr(tensors.get(name), 'shape', None)
+    if shape is None:
+        raise ConversionError(f'the checkpoint is no SphereAR model: it lacks {name}{_nearest(name, tensors)}')
+    if axis >= len(shape) or shape[axis] < 1:
+        raise ConversionError(f'the checkpoint is no SphereAR model: {name} has shape {tuple(shape)}')
+    return shape[axis]
+
+
+def _count(tensors, prefix):
+    """How many modules are numbered under a prefix: 1 + the largest number there."""
+    matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in tensors)
+    count = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    if not 1 <= count <= 1000:
+        raise ConversionError(f'the checkpoint is no SphereAR model: it has {count} modules {prefix}.…')
+    return count
+
+
+def _agree(what, values):
+    """The one value of {source: value or None}, None where no source has one. Raises ConversionError for two."""
+    known = {source: value for source, value in values.items() if value is not None}
+    if len(set(known.values())) > 1:
+        raise ConversionError(
+            f'{what} disagree: ' + ', '.join(f'{value} by {source}' for source, value in known.items())
+        )
+    return next(iter(known.values()), None)
+
+
+def _vae_sizes(tensors, num_tokens, args):
+    size = functools.partial(_size, tensors)
+    up, down = 'vae.decoder.unpatchify.1.net.{}.block.2.weight', 'vae.encoder.patchify.0.net.{}.block.2.weight'
+    stages = _count(tensors, 'vae.encoder.patchify.0.net')
+    width = size('vae.post_quant_proj.weight', 0)
+    tables = [name for name in ('vae.encoder.freqs_cis', 'vae.decoder.freqs_cis') if name in tensors]
+    head_dim = _agree('head dimensions', {name: 2 * size(name, 1) for name in tables}) or 64
+    pixels = args.get('image_size')
+    L = _agree(
+        'numbers of tokens',
+        {name: size(name, 0) - vae.NUM_REGISTERS for name in tables}
+        | {'pos_for_diff': num_tokens, 'args.image_size': None if pixels is None else (pixels >> stages) ** 2},
+    )
+    if L is None or math.isqrt(L) ** 2 != L:
+        raise ConversionError(
+            f'the grid of tokens cannot be told: their number is {L or "nowhere"}, it must be a square'
+        )
+    latent_dims = {
+        'vae.post_quant_proj.weight': size('vae.post_quant_proj.weight', 1),
+        'args.latent_dim': args.get('latent_dim'),
+    }
+    if width % head_dim:
+        raise ConversionError(f"the heads' dimension {head_dim} does not divide the S-VAE's width {width}")
+    return dict(
+        grid=(math.isqrt(L),) * 2,
+        latent_dim=_agree('latent dimensions', latent_dims),
+        image_channels=size('vae.encoder.conv_in.weight', 1),
+        stem=size('vae.encoder.conv_in.weight', 0),
+        channels=(size(up.format(stages - 1), 1), *(size(down.format(i), 0) for i in range(stages))),
+        encoder_depth=_count(tensors, 'vae.encoder.layers'),
+        decoder_depth=_count(tensors, 'vae.decoder.layers'),
+        heads=width // head_dim,
+    )
+
+
+def sizes(tensors, args=None, heads=None):
+    """The `Sizes` that a state_dict's shapes tell.
+
+    They do not tell the number of heads. The S-VAE's is its width over the head dimension of its RoPE tables, or over
+    64, as in the public code, where there are none. The AR model's is that of the published model with all these sizes,
+    for any other `heads`, or its width over 64 where that is None. Nor do they tell height from width: the grid is
+    square, as in the public code; of a file of the S-VAE alone its size is that of the RoPE tables or of args.
+
+    Args:
+      tensors: {name: anything with a shape}, as `state_dict` returns it. args: the checkpoint's `args`, if any: what it
+        says of sizes must agree with the shapes. heads: of an AR model that was not published.
+    Raises:
+      ConversionError: a tensor that is needed here is missing, or two sources disagree.
+    """
+    args = {} if args is None else {k: v for k, v in vars(args).items() if type(v) is int or k == 'model'}
+    if not any(name.startswith('vae.') for name in tensors):
+        raise ConversionError(
+            f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {", ".join(list(tensors)[:5])}'
+        )
+    if all(name.startswith('vae.') for name in tensors):
+        return Sizes(_vae_sizes(tensors, None, args))
+    size = functools.partial(_size, tensors)
+    vae_sizes = _vae_sizes(tensors, size('pos_for_diff.weight', 0), args)
+    width = size('proj_in.weight', 0)
+    found = dict(
+        depth=_count(tensors, 'layers'),
+        width=width,
+        head_depth=_count(tensors, 'head.net.res_blocks'),
+        head_width=size('head.net.input_proj.weight', 0),
+        head_groups=_count(tensors, 'head.net.ada_ln_blocks'),
+    )
+    name = next((name for name, variant in ar.VARIANTS.items() if found.items() <= variant.items()), None)
+    said = re.fullmatch(r'SphereAR-([BLH])', str(args.get('model')))
+    _agree('models', {'shapes': name or 'none that was published', 'args.model': said and said[1]})
+    heads = _agree('numbers of heads', {'heads': heads, f'SphereAR-{name}': name and ar.VARIANTS[name]['heads']})
+    heads = heads or max(width // 64, 1)
+    try:
+        transformer.head_dim(width, heads)
+    except ValueError as error:
+        raise ConversionError(f'the number of heads is not {heads}: {error}; give heads') from None
+    _agree('latent dimensions', {'proj_in.weight': size('proj_in.weight', 1), 'the S-VAE': vae_sizes['latent_dim']})
+    classes = {'cls_embedding.weight': size('cls_embedding.weight', 0) - 1, 'args.num_classes': args.get('num_classes')}
+    tokens = {
+        'cls_embedding.weight': size('cls_embedding.weight', 1) // width,
+        'args.cls_token_num': args.get('cls_token_num'),
+    }
+    found |= dict(heads=heads, class_tokens=_agree('numbers of class tokens', tokens))
+    return Sizes(vae_sizes, found, _agree('numbers of classes', classes), name)
+
+
+def export(path, model, vae_params, ar_params=None):
+    """Writes parameters under the public names to a safetensors file, float32, as the published files have them: the
+    S-VAE `model` with its RoPE tables, and the AR model if given. Raises ConversionError for a distilled head."""
+    tensors = to_torch(vae_params) | ({} if ar_params is None else to_torch(ar_params))
+    head_dim = transformer.head_dim(model.channels[-1], model.heads)
+    angles = transformer.rope_table(*model.grid, vae.NUM_REGISTERS, head_dim)
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    tensors |= {f'vae.{part}.freqs_cis': table.copy() for part in ('encoder', 'decoder')}
+    save_file(tensors, path, metadata={'format': 'pt'})

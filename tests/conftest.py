@@ -9,9 +9,8 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from sphere_ar_jax import ar, convert, vae
+from sphere_ar_jax import ar, convert, torch_file, vae
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
@@ -38,7 +37,8 @@ def golden():
 
 @pytest.fixture(scope='session')
 def torch_tensors():
-    return load_file(GOLDENS / 'tiny.safetensors')
+    """The `model` entry of the golden checkpoint, whose tensors the goldens were measured with."""
+    return convert.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'), ema=False)
 
 
 @pytest.fixture(scope='session')
