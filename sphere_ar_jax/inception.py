@@ -8,6 +8,7 @@ Dimensions:
   n  images, H × W pixels, NHWC     299 × 299  what the network sees, whatever H and W are
 """
 
+import functools
 import math
 import os
 import re
@@ -220,9 +221,12 @@ def features(params, images):
     return _apply(params, _resize(images))
 
 
-def _abstract_params():
+@functools.cache
+def _shapes():
+    """{path: shape} of all parameters."""
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    return jax.eval_shape(Inception().init, jax.random.key(0), image)['params']
+    params = jax.eval_shape(Inception().init, jax.random.key(0), image)['params']
+    return {path: leaf.shape for path, leaf in traverse.flatten_dict(params, sep='/').items()}
 
 
 _NODES = {'kernel': 'conv2d_params', 'beta': 'batchnorm/beta', 'gamma': 'batchnorm/gamma'}
@@ -289,9 +293,9 @@ def _take(tensors, name_of, layout, source, unexpected):
     layout: function of a tensor's rank → the order in which theirs has our axes.
     """
     params, faults = {}, {'missing': [], 'misshapen': [], 'unexpected': unexpected}
-    for path, leaf in traverse.flatten_dict(_abstract_params(), sep='/').items():
-        name, order = name_of(path), layout(leaf.ndim)
-        expected = tuple(leaf.shape[axis] for axis in order)
+    for path, shape in _shapes().items():
+        name, order = name_of(path), layout(len(shape))
+        expected = tuple(shape[axis] for axis in order)
         if name not in tensors:
             faults['missing'].append(name)
         elif tuple(tensors[name].shape) != expected:
@@ -317,7 +321,7 @@ def from_torch(tensors):
     Returns:
       a tree of float32 NumPy arrays. Raises WeightsError that lists whatever is missing, unexpected or mis-shaped.
     """
-    expected = {_torch_name(path) for path in traverse.flatten_dict(_abstract_params(), sep='/')}
+    expected = {_torch_name(path) for path in _shapes()}
     ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked')  # the evaluator's logits have no bias
     unexpected = [name for name in tensors if name not in expected and not ignored.fullmatch(name)]
     layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
@@ -343,7 +347,7 @@ def load_graph_def(path):
         raise WeightsError(f'{path} is not a GraphDef: {error}') from None
     if any(not math.isclose(e, EPSILON, rel_tol=1e-6) for e in epsilons):
         raise WeightsError(f'{path} has batch norms with an epsilon other than {EPSILON}')
-    expected = {_node_name(path) for path in traverse.flatten_dict(_abstract_params(), sep='/')}
+    expected = {_node_name(path) for path in _shapes()}
     unexpected = [name for name in constants if name not in expected and name.endswith(tuple(_NODES.values()))]
     params = _take(constants, _node_name, range, path, unexpected)
     flat = traverse.flatten_dict(params, sep='/')
