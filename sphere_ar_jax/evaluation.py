@@ -1,4 +1,4 @@
-"""Scores: distances between sets of images, and the digits' own protocol.
+"""Trained runs: their samples and reconstructions, and the digits' own protocol of scores.
 
 Dimensions:
   n, m  images of a set     f  features of an image (64 pixels for digits at 8×8)
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, data, losses, sampling, sharding, training
+from sphere_ar_jax import checkpoint, config, data, fidelity, losses, sampling, sharding, training
 
 
 class Run(NamedTuple):
@@ -67,51 +67,11 @@ def load_teacher(workdir, mesh=None):
     return run
 
 
-def frechet_distance(a, b):
-    """Fréchet distance of the normal distributions fitted to two sets: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_a Σ_b)^½).
-
-    The trace of the root is taken from the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which are real and not negative also
-    where covariances are singular (digits have pixels that never change).
-
-    Args:
-      a: (n, f), b: (m, f) features, at least 2 rows each. Covariances are unbiased (n − 1).
-    Returns:
-      a float ≥ 0 up to rounding, float64 throughout. Source: Heusel et al. 2017, eq. 6.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap)
-
-
 def distances(a, b):
     """Euclidean distances (n, m) between the rows of a (n, f) and b (m, f), float64."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
     return np.sqrt(square.clip(0))
-
-
-def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
-
-    A point lies on a set's manifold if it is at most as far from some point of the set as that point's k-th
-    neighbour within the set (itself not counted).
-
-    Args:
-      real: (n, f), fake: (m, f). k: neighbours, < n and < m.
-    Returns:
-      (precision, recall): the share of fake points on the real manifold, and of real ones on the fake.
-    """
-
-    def radii(x):
-        return np.partition(distances(x, x), k, axis=1)[:, k]
-
-    between = distances(real, fake)
-    precision = (between <= radii(real)[:, None]).any(0).mean()
-    recall = (between <= radii(fake)[None]).any(1).mean()
-    return float(precision), float(recall)
 
 
 def memorisation(samples, train, heldout):
@@ -224,14 +184,15 @@ def score_digits(samples, labels, train, heldout):
     real = np.concatenate([flat(train), flat(heldout)])
     classifier = SVC(gamma=0.256, C=10).fit(flat(train), train.labels)
     read = classifier.predict(samples)
-    precision, recall = precision_recall(real, samples)
+    precision, recall = fidelity.precision_recall(real, samples, dtype=np.float64)
+    frechet = lambda a, b: fidelity.frechet_distance(*fidelity.statistics(a), *fidelity.statistics(b))
     return {
         'classifier/accuracy': float(classifier.score(flat(heldout), heldout.labels)),
         'samples/accuracy': float(np.mean(read == labels)),
         'samples/classes_drawn': len(np.unique(read)),
-        'samples/frechet': frechet_distance(samples, real),
-        'samples/frechet_heldout': frechet_distance(samples, flat(heldout)),
-        'real/frechet': frechet_distance(flat(train), flat(heldout)),
+        'samples/frechet': frechet(samples, real),
+        'samples/frechet_heldout': frechet(samples, flat(heldout)),
+        'real/frechet': frechet(flat(train), flat(heldout)),
         'samples/precision': precision,
         'samples/recall': recall,
         **memorisation(samples, flat(train), flat(heldout)),

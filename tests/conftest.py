@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax import ar, convert, torch_file, vae
+from sphere_ar_jax import ar, convert, inception, torch_file, vae
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
@@ -62,3 +62,21 @@ def tiny_ar(torch_tensors):
         num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
     )  # fmt: skip
     return model, convert.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+
+
+@pytest.fixture(scope='session')
+def inception_params():
+    """The golden Inception's parameters, by formula from their place in the list (goldens/README.md)."""
+
+    def tensor(i, name, shape):
+        n = np.random.RandomState(i).standard_normal(int(np.prod(shape))).reshape(shape)
+        if len(shape) > 1:
+            n *= 1.4 / np.sqrt(np.prod(shape[1:]))
+        elif name.endswith('running_var'):
+            n = 1 + 0.2 * np.abs(n)
+        else:
+            n = 0.1 * n + name.endswith('bn.weight')
+        return n.astype(np.float32)
+
+    rows = json.loads((GOLDENS / 'inception.json').read_text())
+    return inception.from_torch({name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)})

@@ -11,14 +11,14 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('geometry', 'imagenet', 'perceptual', 'torch_file'),
+    ('geometry', 'imagenet', 'inception', 'perceptual', 'torch_file'),
     ('distributions', 'flow', 'solvers'),
     ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
     ('ar',),
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
     ('data', 'sharding', 'checkpoint', 'metric_writer'),
-    ('config', 'training'),
+    ('config', 'training', 'fidelity'),
     ('evaluation', 'report'),
     ('main', 'frontier', 'parts'),
     ('benchmark',),
