@@ -14,4 +14,4 @@ from sphere_ar_jax import config
 
 def get_config(arg=''):
     """arg: '' or 'fast'."""
-    return config.published_ar('B', 4.5, arg)
+    return config.published_ar('B', arg)

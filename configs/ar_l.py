@@ -14,4 +14,4 @@ from sphere_ar_jax import config
 
 def get_config(arg=''):
     """arg: '' or 'fast'."""
-    return config.published_ar('L', 4.6, arg)
+    return config.published_ar('L', arg)

@@ -54,7 +54,11 @@ def default():
             seed=0,
             dtype='float32',  # of the computation: float32 or bfloat16; parameters are float32 always
             mesh=dict(data=-1),  # devices the batch is split over, −1: all
-            data=dict(name='digits', holdout=0.2),
+            data=dict(
+                name='digits',
+                holdout=0.2,
+                num_classes=config_dict.placeholder(int),  # of the AR model; as many as the data has, if not given
+            ),
             vae=dict(
                 grid=(16, 16), latent_dim=16, image_channels=3, stem=64, channels=(64, 64, 128, 256, 512),
                 encoder_depth=6, decoder_depth=12, heads=8, remat=False, unroll=1,
@@ -82,7 +86,11 @@ def default():
     return config.lock()  # a key that is not here is an error
 
 
-def published_ar(size, guidance_scale, arg):
+# Guidance at which the published models were scored (spec §7).
+PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}
+
+
+def published_ar(size, arg=''):
     """The published AR model of a size of `ar.VARIANTS`, its recipe and its sampler; with arg 'fast', `FAST`.
 
     Raises ValueError for another arg.
@@ -96,11 +104,26 @@ def published_ar(size, guidance_scale, arg):
     c.tokenizer_training.steps = 100 * 5004  # epochs of 1,281,167 images in batches of 256
     c.ar_training.steps = 400 * 2502  # in batches of 512
     c.sampling.update(
-        num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=guidance_scale
+        num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=PUBLISHED_SCALES[size]
     )
     if arg == 'fast':
         c.sampling.update(FAST)
     return c
+
+
+def of_checkpoint(sizes):
+    """The config of a PyTorch checkpoint, from `convert.sizes`: a model that was not published gets B's recipe."""
+    c = published_ar(sizes.name or 'B')
+    c.vae.update(sizes.vae)
+    if sizes.ar is not None:
+        c.ar.update(sizes.ar)
+        c.data.num_classes = sizes.num_classes
+    return c
+
+
+def num_classes(config):
+    """Classes that the AR model knows, the null class apart."""
+    return config.data.num_classes or data.SOURCES[config.data.name].num_classes
 
 
 def keys(tree, prefix=''):
@@ -160,7 +183,7 @@ def build_ar(config):
     """The AR model that the config describes."""
     return ar.AR(
         **config.ar.to_dict(),
-        num_classes=data.SOURCES[config.data.name].num_classes,
+        num_classes=num_classes(config),
         grid=tuple(config.vae.grid),
         latent_dim=config.vae.latent_dim,
         dtype=dtype(config),
@@ -191,7 +214,8 @@ def _check_heads(where, width, heads):
 
 def _check_training(name, training):
     for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-        _require(training[key] >= 1, f'{name}.{key} is {training[key]}, but must be at least 1')
+        least = 0 if (name, key) == ('tokenizer_training', 'steps') else 1  # 0: the tokenizer as it was converted
+        _require(training[key] >= least, f'{name}.{key} is {training[key]}, but must be at least {least}')
     for key in ('learning_rate', 'final_learning_rate', 'clip_norm'):
         _require(training[key] > 0, f'{name}.{key} is {training[key]}, but must be above 0')
     for key in ('b1', 'b2', 'ema_decay'):
@@ -271,7 +295,12 @@ def check(config):
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
-    classes = data.SOURCES[config.data.name].num_classes
+    classes = num_classes(config)
+    of_data = data.SOURCES[config.data.name].num_classes
+    _require(
+        classes >= 1 and (config.data.name == 'synthetic' or classes >= of_data),
+        f'data.num_classes is {classes}, but {config.data.name} has {of_data} classes',
+    )
     _require(
         s.num_images >= classes,
         f'sampling.num_images is {s.num_images}, but must be at least one for each of {classes} classes',

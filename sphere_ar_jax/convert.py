@@ -168,12 +168,12 @@ def _is_buffer(name):
     return name.split('.')[-1] == 'freqs_cis'
 
 
-def from_torch(tensors, like):
+def from_torch(tensors, like, progress=lambda done: None):
     """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name: tensor}.
 
     Each leaf is made once and filled tensor by tensor: of lazy ones (`torch_file.Tensor`) one at a time is in memory.
     `tensors` may hold S-VAE and AR model, as the published files do: those of the one that `like` is are read, and
-    RoPE tables passed over.
+    RoPE tables passed over. progress: called with the number of tensors done.
 
     Raises ConversionError that lists every missing, unexpected and mis-shaped tensor, before any is read.
     """
@@ -181,7 +181,7 @@ def from_torch(tensors, like):
     of_vae = any(name.startswith('vae.') for name in shapes)
     tensors = {n: t for n, t in tensors.items() if n.startswith('vae.') == of_vae and not _is_buffer(n)}
     _require_fit(tensors, shapes)
-    params = {}
+    params, done = {}, 0
     for path, leaf in traverse.flatten_dict(like, sep='/').items():
         name, stacked, kind = _rule(path)
         inner = leaf.shape[stacked:]
@@ -191,6 +191,8 @@ def from_torch(tensors, like):
             if path.endswith('kernel') and kind == 'linear':
                 a = a.T
             part[...] = _to_ours(a, kind).reshape(inner)
+            done += 1
+            progress(done)
     return traverse.unflatten_dict(params, sep='/')
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, data, fidelity, losses, sampling, sharding, training
+from sphere_ar_jax import checkpoint, config, data, fidelity, losses, perceptual, sampling, sharding, training
 
 
 class Run(NamedTuple):
@@ -26,12 +26,13 @@ class Run(NamedTuple):
     ar_params: Any
 
 
-def load_run(workdir, mesh=None):
+def load_run(workdir, mesh=None, tokenizer_only=False):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
-    Of a workdir with a distilled head, that head, and all else from the workdir that it was distilled from. mesh: where
-    the parameters go, all devices if None. Raises OSError where there is no run, or no checkpoint of a stage yet, and
-    ConfigError for a head that was distilled from a distilled one.
+    Of a workdir that was converted from a PyTorch checkpoint and not trained since, those. Of a workdir with a
+    distilled head, that head, and all else from the workdir that it was distilled from. mesh: where the parameters go,
+    all devices if None. tokenizer_only: leave the AR model's parameters None. Raises OSError where there is no run, or
+    no checkpoint of a stage yet, and ConfigError for a head that was distilled from a distilled one.
     """
     with open(os.path.join(workdir, 'config.json')) as f:
         cfg = config.from_dict(json.load(f))
@@ -41,9 +42,13 @@ def load_run(workdir, mesh=None):
         checkpoints = checkpoint.Checkpoints(os.path.join(workdir, stage.name, 'checkpoints'), read_only=True)
         found = checkpoints.restore(training.abstract_state(stage, mesh))
         checkpoints.close()
-        if found is None:
+        if found is not None:
+            return found[0].eval_params
+        like = training.abstract_state(stage, mesh).params
+        weights = training.converted(os.path.join(workdir, stage.name), like)
+        if weights is None:
             raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
-        return found[0].eval_params
+        return weights
 
     if cfg.init_from is not None:
         if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
@@ -56,6 +61,8 @@ def load_run(workdir, mesh=None):
         )
         return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
     vae_params = restore(training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
+    if tokenizer_only:
+        return Run(cfg, vae, vae_params, ar, None)
     return Run(cfg, vae, vae_params, ar, restore(training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)))
 
 
@@ -130,6 +137,45 @@ def psnr(a, b):
     return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
 
 
+def _pairs(reconstructions, images, score, batch_size=32):
+    """Mean of score(reconstructions, images) → (b,) over all images, in batches."""
+    parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+    return float(np.concatenate([np.asarray(score(reconstructions[p], images[p])) for p in parts]).mean())
+
+
+def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
+    """What a tokenizer loses: scores of reconstructions of real images, decoded from posterior samples.
+
+    Args:
+      run: `Run`. images: uint8 (n, H, W, c). network: `inception` parameters, for rFID, or None. lpips: `perceptual`
+        parameters or None. seed: of the posterior samples.
+    Returns:
+      dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, mean kappa, kl in nats a
+      token. Reconstructions are rounded to bytes as samples are, but for psnr. Raises ImageSetError for another size.
+    """
+    mesh, size = sharding.make_mesh(**run.config.mesh), run.vae.image_shape
+    if images.shape[1:] != size:
+        raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
+    real = images.astype(np.float32) / 127.5 - 1
+    key = jax.random.key(seed)
+    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, run.config.sampling.batch_size, mesh)
+    rounded = np.asarray(sampling.to_uint8(decoded))
+    scores = {
+        'psnr': psnr(decoded, real),
+        'image_psnr': _pairs(rounded, images, jax.jit(lambda a, b: perceptual.image_psnr(a, b, (0, 255)))),
+        'ssim': _pairs(rounded, images, jax.jit(lambda a, b: perceptual.ssim(a, b, (0, 255)))),
+        'kappa': kappa,
+        'kl': kl,
+    }
+    if lpips is not None:
+        apply = jax.jit(lambda a, b: perceptual.LPIPS().apply({'params': lpips}, a, b))
+        scores['lpips'] = _pairs(rounded.astype(np.float32) / 127.5 - 1, real, apply)
+    if network is not None:
+        reference, found = (fidelity.summarize([x], network, mesh=mesh) for x in (images, rounded))
+        scores['rfid'] = fidelity.frechet_distance(*found.pool, *reference.pool)
+    return scores
+
+
 def sample_images(
     ar,
     vae,
@@ -143,12 +189,14 @@ def sample_images(
     mesh,
     guidance_scale,
     temperature,
+    index=None,
     progress=lambda n: None,
 ):
-    """Draws one image per label, `batch_size` at a time; image i's key is folded from i alone.
+    """Draws one image per label, `batch_size` at a time; image i's key is folded from i alone, or from index[i].
 
     Args:
-      labels: (n,) ints. key: PRNG key. options: `sampling.Options`. progress: called with the number of images done.
+      labels: (n,) ints. key: PRNG key. options: `sampling.Options`. index: (n,) ints or None.
+      progress: called with the number of images just done.
     Returns:
       images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding.
     """
@@ -160,7 +208,8 @@ def sample_images(
             ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
         )
 
-    arrays = np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32)
+    index = np.arange(len(labels)) if index is None else index
+    arrays = np.asarray(labels, np.int32), np.asarray(index, np.int32)
     return _in_batches(run, arrays, batch_size, mesh, progress)[0]
 
 

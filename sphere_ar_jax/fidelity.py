@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sphere_ar_jax import inception, sharding
+from sphere_ar_jax import inception, sharding, torch_file
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block to float32
@@ -441,7 +441,7 @@ def main():
     parser = argparse.ArgumentParser('python -m sphere_ar_jax.fidelity')
     parser.add_argument('reference', help='npz of reference images or statistics')
     parser.add_argument('samples', help='npz with the samples, arr_0')
-    parser.add_argument('--weights', required=True, help='classify_image_graph_def.pb')
+    parser.add_argument('--weights', required=True, help='classify_image_graph_def.pb, or a .pth file')
     parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
     arguments = parser.parse_args()
     bars = {}
@@ -451,11 +451,11 @@ def main():
         bar.update(done - bar.n)
 
     try:
-        params = inception.load_graph_def(arguments.weights)
+        params = inception.load(arguments.weights)
         scores = evaluate(
             arguments.samples, arguments.reference, params, batch_size=arguments.batch_size, progress=progress
         )
-    except (OSError, ImageSetError, inception.WeightsError) as error:
+    except (OSError, ImageSetError, inception.WeightsError, torch_file.FileError) as error:
         sys.exit(f'error: {error}')
     print(json.dumps(scores, indent=2))
 

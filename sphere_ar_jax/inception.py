@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sphere_ar_jax import torch_file
+
 SIZE = 299
 EPSILON = 1e-3  # of every batch norm
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
@@ -326,6 +328,19 @@ def from_torch(tensors):
     unexpected = [name for name in tensors if name not in expected and not ignored.fullmatch(name)]
     layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
     return _take(tensors, _torch_name, layout, 'the dict of tensors', unexpected)
+
+
+def load(path):
+    """The parameters from a file: TensorFlow's .pb, or the .pth of pytorch-fid or torch-fidelity.
+
+    Raises OSError where there is no file, WeightsError or `torch_file.FileError` for any other.
+    """
+    if str(path).endswith('.pb'):
+        return load_graph_def(path)
+    tensors = torch_file.open_file(path)
+    if not isinstance(tensors, dict):
+        raise WeightsError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
+    return from_torch(tensors)
 
 
 def load_graph_def(path):

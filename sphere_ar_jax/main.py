@@ -1,7 +1,16 @@
 """The entry point: python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]
 
 Trains the tokenizer, trains the AR model on its tokens, samples, scores, and writes pictures and report.html. Started
-again in the same workdir it goes on where it stopped.
+again in the same workdir it goes on where it stopped. What else --mode does, see `jobs`:
+
+  --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema] [--heads=N]
+  --mode=export --workdir=DIR --output=FILE.safetensors
+  --mode=sample --workdir=DIR [--output=FILE.npz] [--num_images=N] [--labels=uniform|balanced|FILE] [--png=DIR]
+  --mode=grid --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png]
+  --mode=evaluate --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
+                  [--lpips=vgg.pth --vgg=vgg16.pth]
+
+With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
 """
 
 import time
@@ -9,27 +18,44 @@ import time
 _STARTED = time.perf_counter()
 
 import difflib  # noqa: E402
-import functools  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
-import resource  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import zlib  # noqa: E402
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from sphere_ar_jax import checkpoint, config, data, evaluation, report, sharding, training  # noqa: E402
+from sphere_ar_jax import config, jobs, training  # noqa: E402
+from sphere_ar_jax.jobs import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
+_MODE = flags.DEFINE_enum(
+    'mode', 'train', ['train', 'convert', 'export', 'sample', 'grid', 'evaluate'], 'What to do, see above.'
+)
+# Flags of single modes, by the modes that take them.
+_OPTIONS = (
+    (flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'), ('convert',)),
+    (flags.DEFINE_bool('no-ema', None, 'Take `model`, not `ema`, of a checkpoint.'), ('convert',)),
+    (flags.DEFINE_integer('heads', None, 'Attention heads of an AR model that was not published.', 1), ('convert',)),
+    (flags.DEFINE_string('output', None, 'File to write.'), ('export', 'sample', 'grid')),
+    (flags.DEFINE_integer('num_images', None, 'Images to draw; else of the config.', 1), ('sample',)),
+    (flags.DEFINE_string('labels', None, 'uniform, balanced, or a file of whole numbers.'), ('sample',)),
+    (flags.DEFINE_string('png', None, 'Directory for a PNG file of every image, too.'), ('sample',)),
+    (flags.DEFINE_string('classes', None, 'Names, synsets or numbers, separated by semicolons.'), ('grid',)),
+    (flags.DEFINE_integer('columns', None, 'Images of each class, 4 if not given.', 1), ('grid',)),
+    (flags.DEFINE_string('samples', None, 'npz of samples (arr_0).'), ('evaluate',)),
+    (flags.DEFINE_string('reference', None, 'npz of reference images or statistics.'), ('evaluate',)),
+    (flags.DEFINE_string('inception', None, 'Weights of the Inception network, .pb or .pth.'), ('evaluate',)),
+    (flags.DEFINE_string('images', None, 'npz of real images (arr_0), for scores of the tokenizer.'), ('evaluate',)),
+    (flags.DEFINE_string('lpips', None, "LPIPS' linear weights (vgg.pth)."), ('evaluate',)),
+    (flags.DEFINE_string('vgg', None, "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."), ('evaluate',)),
+)
 
 
 def compilation_cache(environ):
@@ -46,10 +72,6 @@ def compilation_cache(environ):
     except OSError:
         processor = platform.processor()
     return os.path.join(root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}')
-
-
-class UserError(Exception):
-    """Something that the user can put right; one line."""
 
 
 def one_line(error):
@@ -87,158 +109,61 @@ def _parse_flags(argv):
         raise UserError(f'{where}{one_line(error)}') from None
 
 
-def _claim(cfg, workdir):
-    """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or training."""
-    path = os.path.join(workdir, 'config.json')
-    mine = json.loads(cfg.to_json_best_effort())
-    if os.path.exists(path):
-        try:
-            with open(path) as f:
-                changed = config.differences(json.load(f), mine)
-        except (ValueError, AttributeError):
-            raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
-        if changed:
-            raise UserError(
-                f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
-            )
-    report.write_json(path, mine)
-
-
-def _teacher(cfg, mesh):
-    """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
-    try:
-        teacher = evaluation.load_teacher(cfg.init_from, mesh)
-    except (OSError, ValueError) as error:
-        raise UserError(f'init_from: {error}') from None
-    theirs, mine = (json.loads(c.to_json_best_effort()) for c in (teacher.config, cfg))
-    changed = [d for d in config.differences(theirs, mine) if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
-    if changed:
-        raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
-    if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
-        raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
-    return teacher
-
-
-def _distil(cfg, workdir, mesh, vae, ar, source, teacher):
-    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
-    stage = training.distillation_stage(
-        ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
-    )
-    state, seconds = training.train(stage, source, f'{workdir}/distillation', seed=cfg.seed, mesh=mesh)
-    return teacher.vae_params, teacher.ar_params | {'head': state.eval_params}, {'distillation': seconds}
-
-
-def _train(cfg, workdir, mesh, vae, ar, source):
-    """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
-    seconds = {}
-    stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
-    vae_params = state.eval_params
-    stage = training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-    state, seconds['ar'] = training.train(stage, source, f'{workdir}/ar', seed=cfg.seed, mesh=mesh)
-    return vae_params, state.eval_params, seconds
-
-
-def _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout):
-    """Reconstructs, samples and scores; writes the pictures. Returns (metrics, seconds by part)."""
-    s, key = cfg.sampling, jax.random.key(cfg.seed + 1)
-    seconds, mark = {}, time.perf_counter()
-    recon, kl, kappa = evaluation.reconstruct(vae, vae_params, heldout.images, key, s.batch_size, mesh)
-    metrics = {'vae/psnr': evaluation.psnr(recon, heldout.images), 'vae/kl': kl, 'vae/kappa': kappa}
-    report.save_reconstructions(f'{workdir}/reconstructions.png', heldout.images, recon)
-    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    labels = np.arange(s.num_images) % train.num_classes
-    print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
-    with tqdm(total=s.num_images, desc='samples', unit='image', disable=not sys.stderr.isatty()) as bar:
-
-        def progress(n):
-            bar.update(n)
-            if bar.disable:
-                print(f'{n} more images', flush=True)
-
-        images = evaluation.sample_images(
-            ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
-            guidance_scale=s.guidance_scale, temperature=s.temperature, progress=progress,
-        )  # fmt: skip
-    report.save_samples(f'{workdir}/samples.png', images, labels)
-    seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    print('scoring', flush=True)
-    metrics |= evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
-    seconds['scoring'] = time.perf_counter() - mark
-    return metrics, seconds
-
-
-def _summary(cfg, metrics):
-    return (
-        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. An independent classifier reads '
-        f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} '
-        f'of real held-out digits correctly). Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; '
-        f'between the training and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
-    )
-
-
-def run(cfg, workdir, command):
-    """Both trainings, then evaluation and report; each part goes on where an earlier run stopped.
-
-    Args:
-      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html says to type.
-    Returns:
-      the metrics, as written to WORKDIR/metrics.json.
-    """
-    if cfg.data.name == 'synthetic':
-        raise UserError(
-            'data.name is synthetic: there are no images to train on; python -m sphere_ar_jax.benchmark measures'
-        )
-    if cfg.init_from is not None:
-        cfg.init_from = os.path.abspath(cfg.init_from)
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        mesh = sharding.make_mesh(**cfg.mesh)
-        teacher = _teacher(cfg, mesh) if cfg.init_from is not None else None
-        _claim(cfg, workdir)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
-    for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
-        if cfg[name].batch_size % mesh.size:
-            raise UserError(f'{name}.batch_size is {cfg[name].batch_size}, not a multiple of the {mesh.size} devices')
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
-    platform = jax.devices()[0].platform
-    print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s)', flush=True)
-    seconds = {'start': time.perf_counter() - _STARTED}
-
-    stages = _train if teacher is None else functools.partial(_distil, teacher=teacher)
-    vae_params, ar_params, parts = stages(cfg, workdir, mesh, vae, ar, train)
-    seconds |= parts
-    metrics, parts = _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
-    mark = time.perf_counter()
-    report.save_curves(f'{workdir}/curves.png', workdir)
-    seconds |= parts | {'curves': time.perf_counter() - mark}
-    metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
-    metrics['wall_s/total'] = round(sum(seconds.values()), 1)
-    metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    report.write_json(f'{workdir}/metrics.json', metrics)
-    summary = _summary(cfg, metrics)
-    report.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command)
-    print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
-    return metrics
-
-
 def main(argv):
     """Runs the job of the flags; anything the user can put right ends it with one line and exit code 2."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we asked it for
     cache = compilation_cache(os.environ)
     if cache is not None:
         jax.config.update('jax_compilation_cache_dir', cache)
         jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        raise UserError('give --config=configs/NAME.py and --workdir=DIR')
-    command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
-    run(config.check(_CONFIG.value), os.path.abspath(_WORKDIR.value), command)
+    mode, given = _MODE.value, {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
+    for option, modes in _OPTIONS:
+        if option.name in given and mode not in modes:
+            raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
+    if _WORKDIR.value is None or (mode == 'train' and _CONFIG.value is None):
+        raise UserError('give --config=configs/NAME.py and --workdir=DIR' if mode == 'train' else 'give --workdir=DIR')
+    workdir = os.path.abspath(_WORKDIR.value)
+    cfg = None if _CONFIG.value is None else config.check(_CONFIG.value)
+    if mode == 'train':
+        command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
+        jobs.train(cfg, workdir, command, _STARTED)
+    else:
+        _JOBS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
+
+
+def _convert(workdir, cfg, checkpoint=None, no_ema=False, heads=None):
+    if checkpoint is None:
+        raise UserError('give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt')
+    jobs.convert_checkpoint(checkpoint, workdir, ema=not no_ema, heads=heads, like=cfg)
+
+
+def _export(workdir, cfg, output=None):
+    jobs.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
+
+
+def _sample(workdir, cfg, output=None, labels='uniform', **options):
+    output = output or f'{workdir}/samples.npz'
+    if not output.endswith('.npz'):
+        raise UserError(f'--output is {output}, but must end in .npz')
+    jobs.sample(workdir, output, labels=labels, like=cfg, **options)
+
+
+def _grid(workdir, cfg, classes=None, output=None, columns=4):
+    if classes is None:
+        raise UserError("give --classes='golden retriever; 388'")
+    jobs.grid(workdir, output or f'{workdir}/grid.png', classes=classes, seeds=columns, like=cfg)
+
+
+def _evaluate(workdir, cfg, inception=None, lpips=None, vgg=None, **files):
+    if (lpips is None) != (vgg is None) or (lpips is not None and 'images' not in files):
+        raise UserError('give --lpips, --vgg and --images together')
+    lpips = None if lpips is None else (lpips, vgg)
+    jobs.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
+
+
+_JOBS = {'convert': _convert, 'export': _export, 'sample': _sample, 'grid': _grid, 'evaluate': _evaluate}
 
 
 def _guarded(function):
@@ -247,7 +172,7 @@ def _guarded(function):
     def guarded(argument):
         try:
             return function(argument)
-        except (UserError, config.ConfigError, checkpoint.DamagedError, training.NonFiniteError) as error:
+        except (UserError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
         except training.Preempted as stop:

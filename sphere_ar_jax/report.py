@@ -51,10 +51,11 @@ def _save_figure(figure, path):
     _write(path, buffer.getvalue())
 
 
-def _save_grid(path, images, columns, row_labels, title, axis_label=''):
+def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3):
     """A grid of images with a label at each row."""
-    grid = tile(images, columns)
-    figure, axis = plt.subplots(figsize=(9, 9 * grid.shape[0] / grid.shape[1]))
+    grid = tile(images, columns, scale)
+    width = max(9, grid.shape[1] / 110)  # inches; at 110 dots no pixel of the grid is lost
+    figure, axis = plt.subplots(figsize=(width, width * grid.shape[0] / grid.shape[1]))
     axis.imshow(grid.squeeze(), cmap='gray', vmin=0, vmax=255)
     height = grid.shape[0] / len(row_labels)
     axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
@@ -75,6 +76,12 @@ def save_samples(path, images, labels, per_class=16):
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     title = f'drawn by the model: the first {per_class} of each class'
     _save_grid(path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for')
+
+
+def save_classes(path, images, columns, titles):
+    """Rows of `columns` images, a row for each title; large images as they are, small ones enlarged."""
+    scale = max(1, 128 // images.shape[1])
+    _save_grid(path, images, columns, titles, '', scale=scale)
 
 
 def save_reconstructions(path, images, reconstructions, columns=16, pairs=3):

@@ -184,8 +184,16 @@ def _averages(scalars):
     return collection.empty(), jax.jit(lambda a, s: a.merge(collection.single_from_model_output(**s)))
 
 
+def converted(directory, like):
+    """The parameters that a PyTorch checkpoint was converted to in a stage's directory, or None; `like`: abstract."""
+    weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True)
+    found = weights.restore(like)
+    weights.close()
+    return None if found is None else found[0]
+
+
 def train(stage, source, directory, *, seed, mesh):
-    """Runs a stage from its newest whole checkpoint, or from the start, to its last step.
+    """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
     A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
     on the same machine. (Only logged averages differ where a start falls between two log lines.)
@@ -210,6 +218,9 @@ def train(stage, source, directory, *, seed, mesh):
     before = 0.0
     if restored is None:
         state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(seed))
+        weights = converted(directory, abstract.params)
+        if weights is not None:
+            state = state.replace(params=weights, ema=state.ema and jax.tree.map(jnp.copy, weights))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=12), flush=True)
     else:
         state, data_state, before = restored

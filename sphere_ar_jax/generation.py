@@ -1,0 +1,181 @@
+"""Many images from one model to one npz: in batches, on all devices, and on again after a kill.
+
+Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the devices and the starts
+that it took (bit for bit where each device gets batches of the same size, else to float32's rounding).
+
+Dimensions:
+  n  images in all      B  images of a batch      images are uint8 (n, H, W, c)
+"""
+
+import json
+import os
+import shutil
+import zipfile
+import zlib
+
+import jax
+import numpy as np
+
+from sphere_ar_jax import ar as ar_model
+from sphere_ar_jax import checkpoint, config, sampling, sharding
+
+LABELS = ('uniform', 'balanced')
+
+
+class GenerationError(ValueError):
+    """Labels that a model does not know, or a place where other samples are; one line that says what to do."""
+
+
+def draw_labels(kind, n, num_classes, seed):
+    """Labels (n,) int32 of the images to draw; label i does not depend on n.
+
+    Args:
+      kind: 'uniform', each at random by seed and i, as published; 'balanced', i mod num_classes; or the path of a file
+        with n whole numbers, .npy or text.
+    Raises GenerationError for a file that is no such list, OSError where there is none.
+    """
+    if kind == 'balanced':
+        return (np.arange(n) % num_classes).astype(np.int32)
+    if kind == 'uniform':
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b'labels'))
+        one = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
+        return np.asarray(jax.jit(jax.vmap(one))(np.arange(n)), np.int32)
+    try:
+        labels = np.load(kind) if kind.endswith('.npy') else np.loadtxt(kind, dtype=np.int64, ndmin=1)
+    except ValueError as error:
+        raise GenerationError(f'{kind} is no list of whole numbers: {error}') from None
+    if labels.shape != (n,) or labels.dtype.kind not in 'iu':
+        raise GenerationError(f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}')
+    if not ((labels >= 0) & (labels < num_classes)).all():
+        raise GenerationError(f'{kind}: labels must lie between 0 and {num_classes - 1}')
+    return labels.astype(np.int32)
+
+
+def _replace(path, write):
+    """Calls write(file) on a temporary file that then becomes `path`: whole or not there."""
+    with open(f'{path}.tmp', 'wb') as f:
+        write(f)
+    os.replace(f'{path}.tmp', path)
+
+
+def _identity(run, labels, seed):
+    """What the images depend on, to be compared before a run goes on: as JSON takes it."""
+    s = run.config.sampling.to_dict() | {'num_images': len(labels)}
+    s.pop('batch_size')
+    params = checkpoint.fingerprint((run.ar_params, run.vae_params))
+    crc = lambda values, kind: zlib.crc32(np.asarray(values, kind).tobytes())
+    return json.loads(
+        json.dumps(
+            {
+                'sampling': s,
+                'seed': seed,
+                'dtype': run.config.dtype,
+                'labels': crc(labels, np.int32),
+                'parameters': crc(params, np.uint32),
+            }
+        )
+    )
+
+
+class _Parts:
+    """The batches done so far, each a file of a directory that says what they are of."""
+
+    def __init__(self, directory, identity, shape):
+        self.directory, self.done, self.files = directory, 0, []
+        about = os.path.join(directory, 'about.json')
+        if os.path.exists(about):
+            with open(about) as f:
+                if json.load(f) != identity:
+                    raise GenerationError(
+                        f'{directory} holds samples of other settings: remove it, or take another --output'
+                    )
+        os.makedirs(directory, exist_ok=True)
+        _replace(about, lambda f: f.write(json.dumps(identity).encode()))
+        while os.path.exists(self._path(self.done)):
+            try:
+                part = np.load(self._path(self.done), mmap_mode='r')
+            except (ValueError, OSError, EOFError):
+                break  # cut off: drawn again
+            if part.dtype != np.uint8 or part.shape[1:] != shape[1:] or not 0 < len(part) <= shape[0] - self.done:
+                break
+            self.files.append(self._path(self.done))
+            self.done += len(part)
+
+    def _path(self, start):
+        return os.path.join(self.directory, f'{start:08d}.npy')
+
+    def add(self, images):
+        path = self._path(self.done)
+        _replace(path, lambda f: np.save(f, images))
+        self.files.append(path)
+        self.done += len(images)
+
+
+def _assemble(path, files, shape, labels):
+    """Writes samples.npz, part by part: `arr_0` images, `arr_1` labels, as ADM's evaluator reads them."""
+
+    def write(f):
+        with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
+            with archive.open('arr_0.npy', 'w', force_zip64=True) as member:
+                header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for file in files:
+                    member.write(np.load(file).tobytes())
+            with archive.open('arr_1.npy', 'w', force_zip64=True) as member:
+                np.lib.format.write_array(member, labels)
+
+    _replace(path, write)
+
+
+def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done: None):
+    """Draws an image for each label and writes them to an npz with `arr_0`, uint8 (n, H, W, c), and `arr_1`, labels.
+
+    Batches lie in `PATH.parts` until all are there: a run that was killed goes on behind the last one. The file appears
+    whole or not at all; where it is there already, of the same settings, nothing is done. While a batch is computed,
+    the one before is written.
+
+    Args:
+      run: `evaluation.Run`. labels: (n,) int32. seed: of all images' keys. path: ends in .npz.
+      batch_size: B, rounded up to a multiple of the mesh's devices.
+      progress: called with the number of images done, at first with those of earlier starts.
+    Raises:
+      GenerationError: there are samples of other settings at the path.
+    """
+    s, n, shape = run.config.sampling, len(labels), (len(labels), *run.vae.image_shape)
+    identity, about = _identity(run, labels, seed), f'{path}.json'
+    if os.path.exists(path):
+        try:
+            with open(about) as f:
+                same = json.load(f) == identity
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise GenerationError(f'{path} holds samples of other settings: move it away, or take another --output')
+        progress(n)
+        return
+    parts = _Parts(f'{path}.parts', identity, shape)
+    ar, ar_params = ar_model.unstacked(run.ar, run.ar_params)
+    options, key = config.build_sampler(run.config), jax.random.key(seed)
+    progress(parts.done)
+
+    def write(images, first):
+        images = np.asarray(images)[: n - first]
+        parts.add(images)
+        progress(parts.done)
+
+    size, running = -(-batch_size // mesh.size) * mesh.size, None
+    for start in range(parts.done, n, size):
+        rows = np.arange(start, start + size)
+        batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
+        images, _ = sampling.sample_images(
+            ar, run.vae, options, ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature
+        )
+        images = sampling.to_uint8(images)
+        if running is not None:
+            write(*running)
+        running = images, start
+    if running is not None:
+        write(*running)
+    _replace(about, lambda f: f.write(json.dumps(identity).encode()))
+    _assemble(path, parts.files, shape, labels)
+    shutil.rmtree(parts.directory)
