@@ -32,7 +32,7 @@ from sphere_ar_jax import (
     sharding,
     torch_file,
     training,
-)  # fmt: skip
+)
 
 
 class UserError(Exception):
@@ -48,7 +48,7 @@ INPUT_ERRORS = (
 
 
 def _bar(total, name, unit='image'):
-    """A progress bar; where nobody watches (no terminal), a line at every call of `update` that passes a tenth."""
+    """A progress bar; where nobody watches (no terminal), a line at every quarter."""
     bar = tqdm(total=total, desc=name, unit=unit, disable=not sys.stderr.isatty())
     shown = -1
 
@@ -57,8 +57,8 @@ def _bar(total, name, unit='image'):
         if not bar.disable:
             bar.total = total
             bar.update(done - bar.n)
-        elif total and done * 10 // total > shown:
-            shown = done * 10 // total
+        elif total and done * 4 // total > shown:
+            shown = done * 4 // total
             print(f'{name}: {done} of {total}', flush=True)
 
     return progress
@@ -299,7 +299,7 @@ def _load(workdir, like=None, tokenizer_only=False):
 
 
 def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):
-    """Draws images of a run to an npz, see `generation.generate`, and to a directory of PNG files if `png` names one."""
+    """Draws images of a run to an npz, see `generation.generate`, and as PNG files to a directory `png`."""
     run = _load(workdir, like)
     s, mesh = run.config.sampling, sharding.make_mesh(**run.config.mesh)
     n = num_images or s.num_images
