@@ -264,7 +264,11 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
         show = _bar(len(convert.torch_shapes(shapes)), stage, 'tensor')
         shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
         weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
-        weights.save(0, convert.from_torch(tensors, shapes, show), {}, 0.0)
+        leaves, tree_def = jax.tree.flatten(convert.from_torch(tensors, shapes, show))
+        for i in range(len(leaves)):  # one by one: all of it is in memory once
+            leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
+        weights.save(0, tree_def.unflatten(leaves), {}, 0.0)
+        del leaves
         weights.close()
     report.write_json(f'{workdir}/config.json', json.loads(cfg.to_json_best_effort()))
     print(f'converted to {workdir}: --mode=sample, grid, evaluate and train take it')
