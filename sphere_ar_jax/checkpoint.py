@@ -21,17 +21,28 @@ class DamagedError(ValueError):
     """No checkpoint of a run could be read."""
 
 
+_LARGE = 2**22  # numbers in a leaf
+
+
 @jax.jit
 def _fingerprints(tree):
     """A uint32 per leaf: Σ word·weight mod 2³², weights odd and position-dependent. Exact on any mesh."""
 
-    def one(a):
+    def part(a, first):
+        """Of a piece of a leaf, the first word of which has the position `first`."""
         width = a.dtype.itemsize
         words = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
         words = words.astype(jnp.uint32).ravel()
-        position = jnp.arange(words.size, dtype=jnp.uint32)
+        position = jnp.arange(words.size, dtype=jnp.uint32) + first
         weights = (position * np.uint32(2654435761)) ^ ((position * np.uint32(40503)) >> np.uint32(7)) | np.uint32(1)
         return jnp.sum(words * weights, dtype=jnp.uint32)
+
+    def one(a):
+        if a.ndim < 2 or a.size < _LARGE:
+            return part(a, np.uint32(0))
+        words = a.size // len(a) * max(a.dtype.itemsize // 4, 1)
+        rows = a, jnp.arange(len(a), dtype=jnp.uint32) * np.uint32(words)  # row by row: no second copy in memory
+        return jax.lax.scan(lambda total, row: (total + part(*row), None), jnp.uint32(0), rows)[0]
 
     return jnp.stack([one(a) for a in jax.tree.leaves(tree)])
 

@@ -340,16 +340,15 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
       classes: names, synsets or numbers, separated by semicolons; of a data set other than ImageNet, numbers.
       seeds: columns; image (class, column) is drawn from key `seed` folded by the column alone.
     """
-    run = _load(workdir, like)
-    known = config.num_classes(run.config)
     wanted = [name.strip() for name in classes.split(';') if name.strip()]
     if not wanted or seeds < 1:
         raise UserError("give --classes='golden retriever; 388; n02099601' and at least 1 for --columns")
-    numbers = []
-    for name in wanted:
-        if known != 1000 and not (name.isdecimal() and int(name) < known):
+    numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
+    run = _load(workdir, like)
+    known = config.num_classes(run.config)
+    for name, number in zip(wanted, numbers, strict=True):
+        if number >= known or (known != 1000 and not name.isdecimal()):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
-        numbers.append(int(name) if name.isdecimal() and int(name) < known else imagenet.find(name))
     titles = [f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n) for n in numbers]
     s, mesh = run.config.sampling, sharding.make_mesh(**run.config.mesh)
     labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))

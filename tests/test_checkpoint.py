@@ -44,6 +44,15 @@ def _restored(directory, mesh):
         checkpoints.close()
 
 
+def test_fingerprint_of_a_large_leaf_is_that_of_its_words_in_order():
+    """Summed row by row; the truth is the formula over all words at once, by NumPy."""
+    leaf = np.random.default_rng(0).normal(size=(5, 2**20)).astype(np.float32)
+    assert leaf.size >= checkpoint._LARGE
+    position = np.arange(leaf.size, dtype=np.uint32)
+    weights = (position * np.uint32(2654435761)) ^ ((position * np.uint32(40503)) >> np.uint32(7)) | np.uint32(1)
+    assert checkpoint.fingerprint([leaf]) == [int((leaf.ravel().view(np.uint32) * weights).sum(dtype=np.uint32))]
+
+
 def test_fingerprint_sees_every_bit():
     tree = {
         'a': np.arange(50, dtype=np.float32),
