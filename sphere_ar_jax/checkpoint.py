@@ -89,8 +89,10 @@ class Checkpoints:
             return
         state_digest, other_digest = _digest(state, data_state, seconds)
         meta = {'fingerprint': state_digest, 'crc32': other_digest, 'seconds': seconds}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state), meta=ocp.args.JsonSave(meta)
+        args = ocp.args.Composite(  # files of 64 MB: as much waits in memory, of 2 GB otherwise
+            state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=2**26),
+            data=ocp.args.JsonSave(data_state),
+            meta=ocp.args.JsonSave(meta),
         )
         if not self._manager.save(step, args=args):
             raise RuntimeError(f'{self.directory} took no checkpoint at step {step}: is there a newer one?')

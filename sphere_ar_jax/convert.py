@@ -168,6 +168,14 @@ def _is_buffer(name):
     return name.split('.')[-1] == 'freqs_cis'
 
 
+def _empty(shape):
+    """float32 array at an address that JAX on a CPU takes over as it is: no copy."""
+    size = 4 * math.prod(shape)
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(np.float32).reshape(shape)
+
+
 def from_torch(tensors, like, progress=lambda done: None):
     """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name: tensor}.
 
@@ -185,7 +193,7 @@ def from_torch(tensors, like, progress=lambda done: None):
     for path, leaf in traverse.flatten_dict(like, sep='/').items():
         name, stacked, kind = _rule(path)
         inner = leaf.shape[stacked:]
-        params[path] = np.empty(leaf.shape, np.float32)
+        params[path] = _empty(leaf.shape)
         for i, part in enumerate(params[path].reshape(-1, *inner)):
             a = np.asarray(tensors[name.format(i)])
             if path.endswith('kernel') and kind == 'linear':
