@@ -58,6 +58,16 @@ def test_the_published_configs(name, argument):
         _load(name, 'huge')
 
 
+def test_the_published_tokenizer():
+    cfg = config.check(_load('vae', ''))
+    shapes = jax.eval_shape(config.build_vae(cfg).init_params, jax.random.key(0))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 75_393_297
+    t = cfg.tokenizer_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.ema_decay, t.steps) == (256, 1e-4, 1e-4, 0, 500_400)
+    with pytest.raises(ValueError, match='no variant'):
+        _load('vae', 'fast')
+
+
 def test_variants_of_the_digits():
     """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
     assert config.build_sampler(config.check(_load('digits', 'fast'))).plan(16).evaluations == 10
@@ -77,7 +87,7 @@ def test_variants_of_the_digits():
 
 
 def test_configs_are_all_tested_here():
-    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits', 'ar_b', 'ar_l', 'ar_h'}
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits', 'vae', 'ar_b', 'ar_l', 'ar_h'}
 
 
 def test_default_is_the_published_model():
