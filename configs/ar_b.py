@@ -5,7 +5,8 @@ Command:   python -m sphere_ar_jax.main --mode=convert --checkpoint=hf://guolink
 Hardware:  one accelerator that holds the parameters in float32, or several: batches are split over them. Hours on
            accelerators have not been measured; two CPU cores: BUILD_NOTES.md, "Speed".
 Result:    1.92 FID, 277.8 IS, .81 precision, .61 recall by --mode=evaluate,
-           as the paper says (arXiv 2509.24335, 50,000 images, ADM's protocol). Not reproduced here: neither the published weights nor ImageNet's statistics could be had.
+           as the paper says (arXiv 2509.24335, 50,000 images, ADM's protocol).
+           Not reproduced here: neither the published weights nor ImageNet's statistics could be had.
 
 There is no ImageNet source here yet: `main` cannot train it. Its speed: python -m sphere_ar_jax.benchmark
 --config=configs/ar_b.py --output=DIR.

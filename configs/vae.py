@@ -2,7 +2,7 @@
 
 Command:   python -m sphere_ar_jax.main --mode=convert --checkpoint=hf://guolinke/SphereAR/vae.pt --workdir=DIR
            python -m sphere_ar_jax.main --mode=evaluate --workdir=DIR --images=REAL.npz --inception=FILE
-Hardware:  anything with 2 GB for a batch of 8; 8 images are decoded in 1.6 s on two CPU cores (BUILD_NOTES.md, "Speed").
+Hardware:  anything with 2 GB for a batch of 8; two CPU cores decode that in 1.6 s (BUILD_NOTES.md, "Speed").
 Result:    rFID, PSNR, SSIM, LPIPS, κ and KL of reconstructions. No published value is known to us.
 
 There is no ImageNet source here yet, and no adversarial or perceptual loss: `main` cannot train it.
