@@ -226,7 +226,7 @@ def _local(source):
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError("hf:// needs huggingface_hub: pip install 'sphere_ar_jax[hub]'") from None
+        raise UserError('hf:// needs another package: pip install huggingface_hub') from None
     try:
         return huggingface_hub.hf_hub_download(f'{owner}/{repository}', file)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:

@@ -173,6 +173,8 @@ def _guarded(function):
         try:
             return function(argument)
         except (UserError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
+            if isinstance(error, FileNotFoundError) and error.filename:
+                error = f'there is no file {error.filename}'
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
         except training.Preempted as stop:
