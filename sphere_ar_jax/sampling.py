@@ -200,29 +200,29 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
     if guided:  # all null rows begin alike: one was computed
         rows = jnp.minimum(jnp.arange(2 * B), B)
         c, cache = jax.tree.map(lambda a: jnp.take(a, rows, axis=0), (c, cache))
-    apart = scales == 1
-    first_apart = jnp.logical_and(apart[0], options.first_token_apart is not False)
+    # Token 0 goes apart, or not, by its scale, its null rows' noise, and this.
+    first_apart = options.guidance == 'linear' and options.first_token_apart is not False
+    apart = (scales == 1).at[0].set((scales[0] == 1) & (options.first_token_apart is not False))
     if noise is not None:
-        first = noise[0]
-    elif guided and options.guidance == 'linear' and options.first_token_apart is not False:
-        first = jnp.concatenate([draw(keys, 0), draw(keys, L)], axis=1)
-    else:
-        first = double(draw(keys, 0), 1)
-    if guided:
-        first = jnp.where(first_apart, first, double(first[:, :B], 1))
-    z = token(0, t_emb, scales[0], temperature, c, first, first_apart)
+        first, rest = noise
+        if guided:
+            first = jnp.where(apart[0], first, double(first[:, :B], 1))
+        noise = jnp.concatenate([first[None], double(rest, 2)])
 
     def step(carry, inputs):
-        z, cache = carry
-        k, scale, apart, noise = inputs
-        c, cache = ar.apply(variables, z, k, cache, method='decode_step')
-        draws = draw(keys, k) if noise is None else noise
-        z = token(k, t_emb, scale, temperature, c, double(draws, 1), apart)
-        return (z, cache), z[:B]
+        c, cache = carry
+        k, scale, apart, draws = inputs
+        if noise is None:
+            draws = draw(keys, k)
+            if guided:
+                null = draw(keys, jnp.where(k == 0, L, k)) if first_apart else draws
+                draws = jnp.concatenate([draws, null], axis=1)
+        z = token(k, t_emb, scale, temperature, c, draws, apart)
+        # After the last token once too often: so that token 0 needs no program of its own
+        return ar.apply(variables, z, k + 1, cache, method='decode_step'), z[:B]
 
-    inputs = (jnp.arange(1, L), scales[1:], apart[1:], None if noise is None else noise[1])
-    _, rest = jax.lax.scan(step, (z, cache), inputs)
-    return jnp.concatenate([z[None, :B], rest]).swapaxes(0, 1)
+    _, z = jax.lax.scan(step, (c, cache), (jnp.arange(L), scales, apart, noise))
+    return z.swapaxes(0, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

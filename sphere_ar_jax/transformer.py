@@ -140,7 +140,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         qkv = nn.DenseGeneral((3, self.heads, head_dim(width, self.heads)), name='qkv', **dense)(x)
-        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        q, k, v = (part.squeeze(-3) for part in jnp.split(qkv, 3, axis=-3))
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if cache is not None:
             cache = tuple(
@@ -163,7 +163,8 @@ class SwiGLU(nn.Module):
     def __call__(self, x):
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         hidden = nn.DenseGeneral((2, swiglu_width(x.shape[-1])), name='w1', **dense)(x)
-        return nn.Dense(x.shape[-1], name='w2', **dense)(nn.silu(hidden[..., 0, :]) * hidden[..., 1, :])
+        gate, up = (part.squeeze(-2) for part in jnp.split(hidden, 2, axis=-2))
+        return nn.Dense(x.shape[-1], name='w2', **dense)(nn.silu(gate) * up)
 
 
 class Block(nn.Module):

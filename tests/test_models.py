@@ -131,10 +131,13 @@ def test_conv_transpose_is_the_dilated_convolution(k):
 
 
 @pytest.mark.parametrize(
-    ('channels', 'stride', 'piece'), [(5, 1, 10**6), (5, 1, 1), (2, 1, 1), (5, 2, 10**6), (2, 2, 1)]
+    ('channels', 'stride', 'piece', 'large'),
+    [(5, 1, 10**6, 1), (5, 1, 1, 1), (2, 1, 1, 1), (5, 2, 10**6, 1), (2, 2, 1, 1), (5, 1, 1, 49)],
 )
-def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, monkeypatch):
-    """In one piece and in many, with more channels and with fewer; XLA's own gradients are the truth."""
+def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, monkeypatch):
+    """In one piece and in many, with more channels and with fewer, and of images too small for pieces (fewer pixels
+    than `large`); XLA's own gradients are the truth."""
+    monkeypatch.setattr(convolutions, '_LARGE', large)
     monkeypatch.setattr(convolutions, '_PATCHES', piece)
     rng = np.random.default_rng(channels)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
