@@ -82,7 +82,8 @@ def test_it_runs(name, tmp_path, monkeypatch):
     values = RUNS[name] | dict(WORKDIR=str(tmp_path / 'run'))
     source = '\n'.join(f'{key} = {value!r}' for key, value in values.items())
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
-    notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
+    if name == 'checkpoint':
+        notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
     resources = {'metadata': {'path': str(tmp_path)}}  # not the checkout: it is to be found from anywhere
     nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources).execute()
 
@@ -92,7 +93,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
     for id in ('grid', 'scales', 'plot'):
         (png,) = [output.data['image/png'] for output in outputs(id) if output.output_type == 'display_data']
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert('L'))
-        assert min(picture.shape) > 300 and max(picture.shape) > 800 and picture.std() > 10, id
+        assert min(picture.shape) > 200 and max(picture.shape) > 800 and picture.std() > 10, id
         sizes[id] = picture.shape
     assert sizes['grid'] != sizes['scales']
     text = ''.join(output.text for output in outputs('norms'))
