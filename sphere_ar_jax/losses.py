@@ -81,7 +81,7 @@ def flow_loss(ar, params, class_id, z, t_normal, noise):
       gradient flows into them. t_normal: (m, B, L), noise: (m, B, L, d): see `flow_draws`.
     Returns:
       (loss, scalars): loss () float32; scalars token_norm, the mean norm of the predicted data point
-      x_t + (1 − t)·v before projection (√d where the model has learned the sphere's scale).
+      x_t + (1 − t)·v before projection (a mean over possible tokens: within the sphere).
     Source: spec §6.
     """
     z = jax.lax.stop_gradient(z)

@@ -72,7 +72,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('name', ['digits', pytest.param('checkpoint', marks=pytest.mark.slow)])
 def test_it_runs(name, tmp_path, monkeypatch):
     """No cell fails, the pictures are there, and the norms are what the text says."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
