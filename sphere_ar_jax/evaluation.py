@@ -26,6 +26,18 @@ class Run(NamedTuple):
     ar_params: Any
 
 
+def load_config(workdir):
+    """The config of a run. Raises OSError where there is none, ConfigError for a file that is no config of ours."""
+    path = os.path.join(workdir, 'config.json')
+    with open(path) as f:
+        try:
+            return config.from_dict(json.load(f))
+        except config.ConfigError:
+            raise
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise config.ConfigError(f'{path} is no config of ours: use another --workdir') from None
+
+
 def load_run(workdir, mesh=None, tokenizer_only=False):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
@@ -34,8 +46,7 @@ def load_run(workdir, mesh=None, tokenizer_only=False):
     all devices if None. tokenizer_only: leave the AR model's parameters None. Raises OSError where there is no run, or
     no checkpoint of a stage yet, and ConfigError for a head that was distilled from a distilled one.
     """
-    with open(os.path.join(workdir, 'config.json')) as f:
-        cfg = config.from_dict(json.load(f))
+    cfg = load_config(workdir)
     vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), mesh or sharding.make_mesh()
 
     def restore(stage):
@@ -158,7 +169,8 @@ def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
         raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(seed)
-    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, run.config.sampling.batch_size, mesh)
+    batch_size = min(run.config.sampling.batch_size, len(images))
+    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, batch_size, mesh)
     rounded = np.asarray(sampling.to_uint8(decoded))
     scores = {
         'psnr': psnr(decoded, real),
