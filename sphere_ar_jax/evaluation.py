@@ -188,6 +188,29 @@ def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
     return scores
 
 
+@functools.cache
+def sampler(ar, vae, options, mesh):
+    """`sampling.sample_images` as one program that every device runs on its own rows, without the tokens.
+
+    The compiler's own split of conditional and null rows would send data between devices at every token; this way none
+    is sent. Still it may compile another program for another number of devices, so that images are the same to
+    float32's rounding alone. ar: see `ar.unstacked`. options: `sampling.Options`.
+
+    Returns:
+      function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale, temperature) →
+      images (B, H, W, c) float32; labels and index as `sharding.place_batch` lays them out on the mesh.
+    """
+
+    def rows(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
+        return sampling.sample_images(
+            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
+        )[0]
+
+    whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
+    specs = (whole, whole, split, split, whole, whole, whole)
+    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+
+
 def sample_images(
     ar,
     vae,
@@ -210,16 +233,11 @@ def sample_images(
       labels: (n,) ints. key: PRNG key. options: `sampling.Options`. index: (n,) ints or None.
       progress: called with the number of images just done.
     Returns:
-      images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding.
+      images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding; see `sampler`.
     """
-
     ar, ar_params = ar_model.unstacked(ar, ar_params)
-
-    def run(labels, index):
-        return sampling.sample_images(
-            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
-        )
-
+    draw = sampler(ar, vae, options, mesh)
+    run = lambda *rows: (draw(ar_params, vae_params, *rows, key, guidance_scale, temperature),)
     index = np.arange(len(labels)) if index is None else index
     arrays = np.asarray(labels, np.int32), np.asarray(index, np.int32)
     return _in_batches(run, arrays, batch_size, mesh, progress)[0]

@@ -1,7 +1,8 @@
 """Many images from one model to one npz: in batches, on all devices, and on again after a kill.
 
 Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the devices and the starts
-that it took (bit for bit where each device gets batches of the same size, else to float32's rounding).
+that it took: bit for bit for one batch size on one number of devices, else to float32's rounding, since another program
+is compiled then.
 
 Dimensions:
   n  images in all      B  images of a batch      images are uint8 (n, H, W, c)
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, sampling, sharding
+from sphere_ar_jax import checkpoint, config, evaluation, sampling, sharding
 
 LABELS = ('uniform', 'balanced')
 
@@ -172,7 +173,7 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
         return
     parts = _Parts(f'{path}.parts', identity, shape)
     ar, ar_params = ar_model.unstacked(run.ar, run.ar_params)
-    options, key = config.build_sampler(run.config), jax.random.key(seed)
+    draw, key = evaluation.sampler(ar, run.vae, config.build_sampler(run.config), mesh), jax.random.key(seed)
     progress(parts.done)
 
     def write(images, first):
@@ -184,10 +185,7 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
     for start in range(parts.done, n, size):
         rows = np.arange(start, start + size)
         batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
-        images, _ = sampling.sample_images(
-            ar, run.vae, options, ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature
-        )
-        images = sampling.to_uint8(images)
+        images = sampling.to_uint8(draw(ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature))
         if running is not None:
             write(*running)
         running = images, start

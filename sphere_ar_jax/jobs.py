@@ -302,6 +302,7 @@ def _load(workdir, like=None, tokenizer_only=False):
         changed = _other_model(cfg, like, tokenizer_only)
         if changed:
             raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
+        cfg = cfg.copy_and_resolve_references()  # placeholders do not take each other's values
         cfg.sampling.update(like.sampling)
         cfg.seed, cfg.dtype = like.seed, like.dtype
         cfg.mesh.update(like.mesh)

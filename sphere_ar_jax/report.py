@@ -19,7 +19,6 @@ from sphere_ar_jax import __version__, metric_writer, sampling
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-
 DPI = 110  # dots per inch of all pictures
 
 
@@ -60,7 +59,7 @@ def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3)
     size = grid.shape[1] / DPI, grid.shape[0] / DPI
     figure = plt.figure(figsize=size)
     axis = figure.add_axes((0, 0, 1, 1))  # a dot for each pixel; labels go outside, which the tight box takes in
-    axis.imshow(grid.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='none')
+    axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')  # a colour map rounds greys
     height = grid.shape[0] / len(row_labels)
     axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
     axis.set_xticks([])
