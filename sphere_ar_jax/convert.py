@@ -283,9 +283,9 @@ def _vae_sizes(tensors, num_tokens, args):
         {name: size(name, 0) - vae.NUM_REGISTERS for name in tables}
         | {'pos_for_diff': num_tokens, 'args.image_size': None if pixels is None else (pixels >> stages) ** 2},
     )
-    if L is None or math.isqrt(L) ** 2 != L:
+    if L is None or L < 1 or math.isqrt(L) ** 2 != L:
         raise ConversionError(
-            f'the grid of tokens cannot be told: their number is {L or "nowhere"}, it must be a square'
+            f'the grid of tokens cannot be told: their number is {"nowhere" if L is None else L}, it must be a square'
         )
     latent_dims = {
         'vae.post_quant_proj.weight': size('vae.post_quant_proj.weight', 1),
@@ -319,7 +319,8 @@ def sizes(tensors, args=None, heads=None):
     Raises:
       ConversionError: a tensor that is needed here is missing, or two sources disagree.
     """
-    args = {} if args is None else {k: v for k, v in vars(args).items() if type(v) is int or k == 'model'}
+    args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
+    args = {k: v for k, v in args.items() if type(v) is int or k == 'model'}
     if not any(name.startswith('vae.') for name in tensors):
         raise ConversionError(
             f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {", ".join(list(tensors)[:5])}'

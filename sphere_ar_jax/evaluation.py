@@ -26,6 +26,18 @@ class Run(NamedTuple):
     ar_params: Any
 
 
+def load_config(workdir):
+    """The config of a run. Raises OSError where there is none, ConfigError for a file that is no config of ours."""
+    path = os.path.join(workdir, 'config.json')
+    with open(path) as f:
+        try:
+            return config.from_dict(json.load(f))
+        except config.ConfigError:
+            raise
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise config.ConfigError(f'{path} is no config of ours: use another --workdir') from None
+
+
 def load_run(workdir, mesh=None, tokenizer_only=False):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
@@ -34,8 +46,7 @@ def load_run(workdir, mesh=None, tokenizer_only=False):
     all devices if None. tokenizer_only: leave the AR model's parameters None. Raises OSError where there is no run, or
     no checkpoint of a stage yet, and ConfigError for a head that was distilled from a distilled one.
     """
-    with open(os.path.join(workdir, 'config.json')) as f:
-        cfg = config.from_dict(json.load(f))
+    cfg = load_config(workdir)
     vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), mesh or sharding.make_mesh()
 
     def restore(stage):
@@ -158,7 +169,8 @@ def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
         raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(seed)
-    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, run.config.sampling.batch_size, mesh)
+    batch_size = min(run.config.sampling.batch_size, len(images))
+    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, batch_size, mesh)
     rounded = np.asarray(sampling.to_uint8(decoded))
     scores = {
         'psnr': psnr(decoded, real),
@@ -174,6 +186,29 @@ def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
         reference, found = (fidelity.summarize([x], network, mesh=mesh) for x in (images, rounded))
         scores['rfid'] = fidelity.frechet_distance(*found.pool, *reference.pool)
     return scores
+
+
+@functools.cache
+def sampler(ar, vae, options, mesh):
+    """`sampling.sample_images` as one program that every device runs on its own rows, without the tokens.
+
+    The compiler's own split of conditional and null rows would send data between devices at every token; this way none
+    is sent. Still it may compile another program for another number of devices, so that images are the same to
+    float32's rounding alone. ar: see `ar.unstacked`. options: `sampling.Options`.
+
+    Returns:
+      function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale, temperature) →
+      images (B, H, W, c) float32; labels and index as `sharding.place_batch` lays them out on the mesh.
+    """
+
+    def rows(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
+        return sampling.sample_images(
+            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
+        )[0]
+
+    whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
+    specs = (whole, whole, split, split, whole, whole, whole)
+    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
 
 
 def sample_images(
@@ -198,16 +233,11 @@ def sample_images(
       labels: (n,) ints. key: PRNG key. options: `sampling.Options`. index: (n,) ints or None.
       progress: called with the number of images just done.
     Returns:
-      images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding.
+      images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding; see `sampler`.
     """
-
     ar, ar_params = ar_model.unstacked(ar, ar_params)
-
-    def run(labels, index):
-        return sampling.sample_images(
-            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
-        )
-
+    draw = sampler(ar, vae, options, mesh)
+    run = lambda *rows: (draw(ar_params, vae_params, *rows, key, guidance_scale, temperature),)
     index = np.arange(len(labels)) if index is None else index
     arrays = np.asarray(labels, np.int32), np.asarray(index, np.int32)
     return _in_batches(run, arrays, batch_size, mesh, progress)[0]

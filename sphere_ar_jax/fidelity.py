@@ -447,8 +447,9 @@ def main():
     bars = {}
 
     def progress(part, done, total):
-        bar = bars.setdefault(part, tqdm(desc=part, total=total, disable=not sys.stderr.isatty()))
-        bar.update(done - bar.n)
+        if part not in bars:
+            bars[part] = tqdm(desc=part, total=total, disable=not sys.stderr.isatty())
+        bars[part].update(done - bars[part].n)
 
     try:
         params = inception.load(arguments.weights)

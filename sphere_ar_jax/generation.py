@@ -1,13 +1,15 @@
 """Many images from one model to one npz: in batches, on all devices, and on again after a kill.
 
 Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the devices and the starts
-that it took (bit for bit where each device gets batches of the same size, else to float32's rounding).
+that it took: bit for bit for one batch size on one number of devices, else to float32's rounding, since another program
+is compiled then.
 
 Dimensions:
   n  images in all      B  images of a batch      images are uint8 (n, H, W, c)
 """
 
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -17,7 +19,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, sampling, sharding
+from sphere_ar_jax import checkpoint, config, evaluation, sampling, sharding
 
 LABELS = ('uniform', 'balanced')
 
@@ -32,7 +34,7 @@ def draw_labels(kind, n, num_classes, seed):
     Args:
       kind: 'uniform', each at random by seed and i, as published; 'balanced', i mod num_classes; or the path of a file
         with n whole numbers, .npy or text.
-    Raises GenerationError for a file that is no such list, OSError where there is none.
+    Raises GenerationError for a file that is no such list, or not there; OSError where it cannot be read.
     """
     if kind == 'balanced':
         return (np.arange(n) % num_classes).astype(np.int32)
@@ -40,10 +42,15 @@ def draw_labels(kind, n, num_classes, seed):
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b'labels'))
         one = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
         return np.asarray(jax.jit(jax.vmap(one))(np.arange(n)), np.int32)
-    try:
-        labels = np.load(kind) if kind.endswith('.npy') else np.loadtxt(kind, dtype=np.int64, ndmin=1)
-    except ValueError as error:
+    if not os.path.exists(kind):
+        raise GenerationError(f'there is no file {kind}; labels are uniform, balanced, or a file of whole numbers')
+    try:  # mapped: a wrong header takes no memory
+        npy = kind.endswith('.npy')
+        labels = np.load(kind, mmap_mode='r') if npy else np.loadtxt(kind, dtype=np.int64, ndmin=1)
+    except (ValueError, EOFError, OverflowError) as error:
         raise GenerationError(f'{kind} is no list of whole numbers: {error}') from None
+    if not isinstance(labels, np.ndarray):
+        raise GenerationError(f'{kind} is an npz, but must be an npy or text')
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
         raise GenerationError(f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}')
     if not ((labels >= 0) & (labels < num_classes)).all():
@@ -70,11 +77,21 @@ def _identity(run, labels, seed):
                 'sampling': s,
                 'seed': seed,
                 'dtype': run.config.dtype,
+                'model': [run.vae.grid, run.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
                 'labels': crc(labels, np.int32),
                 'parameters': crc(params, np.uint32),
             }
         )
     )
+
+
+def _is_of(about, identity):
+    """Whether the file `about` says that samples are those of `identity`."""
+    try:
+        with open(about) as f:
+            return json.load(f) == identity
+    except (OSError, ValueError):
+        return False
 
 
 class _Parts:
@@ -83,12 +100,8 @@ class _Parts:
     def __init__(self, directory, identity, shape):
         self.directory, self.done, self.files = directory, 0, []
         about = os.path.join(directory, 'about.json')
-        if os.path.exists(about):
-            with open(about) as f:
-                if json.load(f) != identity:
-                    raise GenerationError(
-                        f'{directory} holds samples of other settings: remove it, or take another --output'
-                    )
+        if os.path.exists(about) and not _is_of(about, identity):
+            raise GenerationError(f'{directory} holds samples of other settings: remove it, or take another --output')
         os.makedirs(directory, exist_ok=True)
         _replace(about, lambda f: f.write(json.dumps(identity).encode()))
         while os.path.exists(self._path(self.done)):
@@ -127,6 +140,15 @@ def _assemble(path, files, shape, labels):
     _replace(path, write)
 
 
+def images(path):
+    """Yields the images of a file that `generate` wrote, uint8 (H, W, c), one at a time in memory."""
+    with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as f:
+        np.lib.format.read_magic(f)
+        (n, *shape), _, _ = np.lib.format.read_array_header_1_0(f)
+        for _ in range(n):
+            yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
+
+
 def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done: None):
     """Draws an image for each label and writes them to an npz with `arr_0`, uint8 (n, H, W, c), and `arr_1`, labels.
 
@@ -144,18 +166,14 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
     s, n, shape = run.config.sampling, len(labels), (len(labels), *run.vae.image_shape)
     identity, about = _identity(run, labels, seed), f'{path}.json'
     if os.path.exists(path):
-        try:
-            with open(about) as f:
-                same = json.load(f) == identity
-        except (OSError, ValueError):
-            same = False
-        if not same:
+        if not _is_of(about, identity):
             raise GenerationError(f'{path} holds samples of other settings: move it away, or take another --output')
+        shutil.rmtree(f'{path}.parts', ignore_errors=True)  # a kill may have left it
         progress(n)
         return
     parts = _Parts(f'{path}.parts', identity, shape)
     ar, ar_params = ar_model.unstacked(run.ar, run.ar_params)
-    options, key = config.build_sampler(run.config), jax.random.key(seed)
+    draw, key = evaluation.sampler(ar, run.vae, config.build_sampler(run.config), mesh), jax.random.key(seed)
     progress(parts.done)
 
     def write(images, first):
@@ -167,10 +185,7 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
     for start in range(parts.done, n, size):
         rows = np.arange(start, start + size)
         batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
-        images, _ = sampling.sample_images(
-            ar, run.vae, options, ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature
-        )
-        images = sampling.to_uint8(images)
+        images = sampling.to_uint8(draw(ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature))
         if running is not None:
             write(*running)
         running = images, start

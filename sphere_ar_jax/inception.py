@@ -338,7 +338,8 @@ def load(path):
     if str(path).endswith('.pb'):
         return load_graph_def(path)
     tensors = torch_file.open_file(path)
-    if not isinstance(tensors, dict):
+    by_name = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not (by_name and all(hasattr(tensor, 'shape') for tensor in tensors.values())):
         raise WeightsError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
     return from_torch(tensors)
 

@@ -69,6 +69,16 @@ def _has(workdir, what):
     return any(os.path.isdir(os.path.join(workdir, stage, what)) for stage in ('tokenizer', 'ar'))
 
 
+def _other_model(old, new, tokenizer_only=False):
+    """'KEY OLD → NEW' for each difference of two configs' models, or of their tokenizers alone."""
+    plain = (json.loads(c.to_json_best_effort()) for c in (old, new))
+    changed = [d for d in config.differences(*plain) if d.startswith('vae.' if tokenizer_only else ('vae.', 'ar.'))]
+    classes = config.num_classes(old), config.num_classes(new)
+    if classes[0] != classes[1] and not tokenizer_only:
+        changed.append('data.num_classes {} → {}'.format(*classes))
+    return changed
+
+
 def _claim(cfg, workdir):
     """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or training.
 
@@ -76,18 +86,23 @@ def _claim(cfg, workdir):
     """
     path = os.path.join(workdir, 'config.json')
     mine = json.loads(cfg.to_json_best_effort())
+    converted = _has(workdir, 'weights') and not _has(workdir, 'checkpoints')
     if os.path.exists(path):
-        try:
-            with open(path) as f:
-                changed = config.differences(json.load(f), mine)
-            if _has(workdir, 'weights') and not _has(workdir, 'checkpoints'):
-                changed = [d for d in changed if d.startswith(('vae.', 'ar.'))]
-        except (ValueError, AttributeError):
-            raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
+        if converted:
+            alone = not os.path.isdir(f'{workdir}/ar/weights')
+            changed = _other_model(evaluation.load_config(workdir), cfg, alone)
+        else:
+            try:
+                with open(path) as f:
+                    changed = config.differences(json.load(f), mine)
+            except (ValueError, AttributeError):
+                raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
         if changed:
             raise UserError(
                 f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
             )
+    elif converted:
+        raise UserError(f'a conversion into {workdir} broke off: repeat it, or use another --workdir')
     report.write_json(path, mine)
 
 
@@ -118,8 +133,6 @@ def _distil(cfg, workdir, mesh, vae, ar, source, teacher):
 def _train(cfg, workdir, mesh, vae, ar, source):
     """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
     seconds = {}
-    if cfg.tokenizer_training.steps == 0 and not _has(workdir, 'weights'):
-        raise UserError('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir')
     stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
     vae_params = state.eval_params
@@ -187,12 +200,15 @@ def train(cfg, workdir, command, started):
         os.makedirs(workdir, exist_ok=True)
         mesh = sharding.make_mesh(**cfg.mesh)
         teacher = _teacher(cfg, mesh) if cfg.init_from is not None else None
-        _claim(cfg, workdir)
+        for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
+            size = cfg[name].batch_size
+            if size % mesh.size:
+                raise UserError(f'{name}.batch_size is {size}, not a multiple of the {mesh.size} devices')
+        if not (cfg.init_from or cfg.tokenizer_training.steps or os.path.isdir(f'{workdir}/tokenizer/weights')):
+            raise UserError('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir')
+        _claim(cfg, workdir)  # last: what was refused leaves the workdir free
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
-        if cfg[name].batch_size % mesh.size:
-            raise UserError(f'{name}.batch_size is {cfg[name].batch_size}, not a multiple of the {mesh.size} devices')
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
     platform = jax.devices()[0].platform
@@ -248,21 +264,19 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
     tensors = convert.state_dict(tree, ema)
     sizes = convert.sizes(tensors, tree.get('args'), heads)
     cfg = config.check(config.of_checkpoint(sizes))
-    if like is not None:
-        found, wanted = (json.loads(c.to_json_best_effort()) for c in (cfg, like))
-        parts = ('vae.',) if sizes.ar is None else ('vae.', 'ar.')
-        changed = [d for d in config.differences(wanted, found) if d.startswith(parts)]
-        if changed:
-            raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
+    changed = [] if like is None else _other_model(like, cfg, sizes.ar is None)
+    if changed:
+        raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
     name = f'SphereAR-{sizes.name}' if sizes.name else 'a SphereAR model of sizes of its own'
     name = 'a tokenizer' if sizes.ar is None else name
     chosen = 'ema' if ema and tree.get('ema') else 'model' if tree.get('model') else 'all of the file'
     print(f'{source}: {name}, {len(tensors)} tensors ({chosen}), grid {cfg.vae.grid[0]}x{cfg.vae.grid[1]}', flush=True)
     models = {'tokenizer': config.build_vae(cfg)} | ({} if sizes.ar is None else {'ar': config.build_ar(cfg)})
+    for stage in ('tokenizer', 'ar'):  # of a conversion that broke off, perhaps of another file
+        shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
     for stage, model in models.items():
         shapes = jax.eval_shape(model.init_params, jax.random.key(0))
         show = _bar(len(convert.torch_shapes(shapes)), stage, 'tensor')
-        shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
         weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
         leaves, tree_def = jax.tree.flatten(convert.from_torch(tensors, shapes, show))
         for i in range(len(leaves)):  # one by one: all of it is in memory once
@@ -276,7 +290,7 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
 
 def export_checkpoint(workdir, path):
     """The weights of a run → a safetensors file with the public names, S-VAE and AR model as published."""
-    run = _load(workdir, tokenizer_only=not os.path.isdir(f'{workdir}/ar'))
+    run, _ = _load(workdir, tokenizer_only=not os.path.isdir(f'{workdir}/ar'))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     convert.export(f'{path}.tmp', run.vae, run.vae_params, run.ar_params)
     os.replace(f'{path}.tmp', path)
@@ -284,28 +298,31 @@ def export_checkpoint(workdir, path):
 
 
 def _load(workdir, like=None, tokenizer_only=False):
-    """The run in a workdir; sampling, seed, dtype and mesh as in the config `like`, if given."""
+    """(run, mesh) of a workdir; sampling, seed, dtype and mesh as in the config `like`, if given."""
     if not os.path.exists(f'{workdir}/config.json'):
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
-    mesh = sharding.make_mesh(**({} if like is None else like.mesh))
+    cfg = evaluation.load_config(workdir)
+    if like is not None:
+        changed = _other_model(cfg, like, tokenizer_only)
+        if changed:
+            raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
+        cfg = cfg.copy_and_resolve_references()  # placeholders do not take each other's values
+        cfg.sampling.update(like.sampling)
+        cfg.seed, cfg.dtype = like.seed, like.dtype
+        cfg.mesh.update(like.mesh)
+        config.check(cfg)
+    try:
+        mesh = sharding.make_mesh(**cfg.mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     run = evaluation.load_run(workdir, mesh, tokenizer_only)
-    if like is None:
-        return run
-    found, wanted = (json.loads(c.to_json_best_effort()) for c in (run.config, like))
-    changed = [d for d in config.differences(found, wanted) if d.startswith(('vae.', 'ar.'))]
-    if changed:
-        raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
-    cfg = run.config.copy_and_resolve_references()
-    cfg.sampling.update(like.sampling)
-    cfg.seed, cfg.dtype = like.seed, like.dtype
-    cfg.mesh.update(like.mesh)
-    return run._replace(config=config.check(cfg), vae=config.build_vae(cfg), ar=config.build_ar(cfg))
+    return run._replace(config=cfg, vae=config.build_vae(cfg), ar=config.build_ar(cfg)), mesh
 
 
 def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):
     """Draws images of a run to an npz, see `generation.generate`, and as PNG files to a directory `png`."""
-    run = _load(workdir, like)
-    s, mesh = run.config.sampling, sharding.make_mesh(**run.config.mesh)
+    run, mesh = _load(workdir, like)
+    s = run.config.sampling
     n = num_images or s.num_images
     labels = generation.draw_labels(labels, n, config.num_classes(run.config), run.config.seed)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
@@ -326,10 +343,9 @@ def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=N
     if png is not None:
         os.makedirs(png, exist_ok=True)
         show = _bar(n, 'PNG files')
-        with np.load(path) as file:
-            for i, image in enumerate(file['arr_0']):
-                Image.fromarray(image.squeeze()).save(os.path.join(png, f'{i:06d}.png'))
-                show(i + 1)
+        for i, image in enumerate(generation.images(path)):
+            Image.fromarray(image.squeeze()).save(os.path.join(png, f'{i:06d}.png'))
+            show(i + 1)
         print(f'{png}: {n} PNG files')
 
 
@@ -344,13 +360,14 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
     if not wanted or seeds < 1:
         raise UserError("give --classes='golden retriever; 388; n02099601' and at least 1 for --columns")
     numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
-    run = _load(workdir, like)
+    run, mesh = _load(workdir, like)
     known = config.num_classes(run.config)
     for name, number in zip(wanted, numbers, strict=True):
         if number >= known or (known != 1000 and not name.isdecimal()):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
     titles = [f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n) for n in numbers]
-    s, mesh = run.config.sampling, sharding.make_mesh(**run.config.mesh)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    s = run.config.sampling
     labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))
     show, done = _bar(len(labels), 'samples'), 0
 
@@ -366,10 +383,6 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
     )  # fmt: skip
     report.save_classes(path, images, seeds, titles)
     print(f'wrote {path}')
-
-
-def _network(path):
-    return None if path is None else inception.load(path)
 
 
 def evaluate(workdir, *, samples=None, reference=None, network=None, images=None, lpips=None, like=None):
@@ -388,25 +401,29 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
             raise UserError(f'there is no file {path}')
     if (samples is None) != (reference is None):
         raise UserError('give --samples=NPZ and --reference=NPZ together')
-    weights = _network(network)
+    if samples is not None and network is None:
+        raise UserError('give --inception=classify_image_graph_def.pb (or the .pth of pytorch-fid, torch-fidelity)')
+    if network is not None and samples is None and images is None:
+        raise UserError('--inception is for --samples and --reference, or for --images: give those too')
+    weights = None if network is None else inception.load(network)
     if samples is not None:
-        if weights is None:
-            raise UserError('give --inception=classify_image_graph_def.pb (or the .pth of pytorch-fid, torch-fidelity)')
         bars = {}
 
         def progress(part, done, total):
-            bars.setdefault(part, _bar(total, part))(done, total)
+            if part not in bars:
+                bars[part] = _bar(total, part)
+            bars[part](done, total)
 
         scores = fidelity.evaluate(samples, reference, weights, progress=progress)
     if images is not None:
-        run = _load(workdir, like, tokenizer_only=True)
+        run, _ = _load(workdir, like, tokenizer_only=True)
         real = np.concatenate(list(fidelity.read_images(images)))
         judge = None
         if lpips is not None:
             judge = perceptual.load(*(convert.state_dict(torch_file.open_file(file)) for file in lpips))
         scores['tokenizer'] = evaluation.score_tokenizer(run, real, network=weights, lpips=judge)
     if not scores:
-        run = _load(workdir, like)
+        run, mesh = _load(workdir, like)
         if run.config.data.name != 'digits':
             raise UserError(
                 'give --samples, --reference and --inception, or --images: only digits have scores of their own'
@@ -414,7 +431,6 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
         train, heldout = (
             data.SOURCES['digits'](split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
         )
-        mesh = sharding.make_mesh(**run.config.mesh)
         scores, _ = _evaluate(run.config, workdir, mesh, run.vae, run.ar, run.vae_params, run.ar_params, train, heldout)
     path = f'{workdir}/evaluation.json'
     os.makedirs(workdir, exist_ok=True)

@@ -19,6 +19,8 @@ from sphere_ar_jax import __version__, metric_writer, sampling
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
+DPI = 110  # dots per inch of all pictures
+
 
 def _write(path, content):
     """Writes bytes to a path at once: the old file or the new one, never half of it."""
@@ -46,7 +48,7 @@ def tile(images, columns, scale=3, gap=4):
 
 def _save_figure(figure, path):
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches='tight')
+    figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
     plt.close(figure)
     _write(path, buffer.getvalue())
 
@@ -54,9 +56,10 @@ def _save_figure(figure, path):
 def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3):
     """A grid of images with a label at each row."""
     grid = tile(images, columns, scale)
-    width = max(9, grid.shape[1] / 110)  # inches; at 110 dots no pixel of the grid is lost
-    figure, axis = plt.subplots(figsize=(width, width * grid.shape[0] / grid.shape[1]))
-    axis.imshow(grid.squeeze(), cmap='gray', vmin=0, vmax=255)
+    size = grid.shape[1] / DPI, grid.shape[0] / DPI
+    figure = plt.figure(figsize=size)
+    axis = figure.add_axes((0, 0, 1, 1))  # a dot for each pixel; labels go outside, which the tight box takes in
+    axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')  # a colour map rounds greys
     height = grid.shape[0] / len(row_labels)
     axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
     axis.set_xticks([])

@@ -1,8 +1,9 @@
 """The smallest digits run there is, for tests: --config=tests/tiny_config.py."""
 
 import jax
+import numpy as np
 
-from sphere_ar_jax import config, training
+from sphere_ar_jax import config, evaluation, training
 
 LONG = 80
 
@@ -46,3 +47,19 @@ def stages(cfg):
     vae_params = jax.jit(vae.init_params)(jax.random.key(1))
     tokenizer = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+
+
+def random_run(**sampling):
+    """An untrained `evaluation.Run` whose images do depend on everything: no parameter is left at zero."""
+    cfg = get_config()
+    cfg.sampling.update(sampling)
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+
+    def params(model):
+        draw = np.random.default_rng(0).standard_normal
+        return jax.tree.map(
+            lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32),
+            jax.eval_shape(model.init_params, jax.random.key(0)),
+        )
+
+    return evaluation.Run(cfg, vae, params(vae), ar, params(ar))
