@@ -98,9 +98,8 @@ class Checkpoints:
             raise RuntimeError(f'{self.directory} took no checkpoint at step {step}: is there a newer one?')
 
     def _read(self, step, like):
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-        )
+        restore = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        args = ocp.args.Composite(state=restore, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=args)
         if _digest(found.state, found.data, found.meta['seconds']) != (found.meta['fingerprint'], found.meta['crc32']):
             raise ValueError('its contents do not match their fingerprint')

@@ -190,25 +190,26 @@ def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
 
 @functools.cache
 def sampler(ar, vae, options, mesh):
-    """`sampling.sample_images` as one program that every device runs on its own rows, without the tokens.
+    """`sampling.sample_images` as one program that every device runs on its own rows.
 
     The compiler's own split of conditional and null rows would send data between devices at every token; this way none
-    is sent. Still it may compile another program for another number of devices, so that images are the same to
-    float32's rounding alone. ar: see `ar.unstacked`. options: `sampling.Options`.
+    is sent. Where each device gets equally many rows, tokens are the same bit for bit on any number of devices (seen on
+    CPUs); decoded pixels to a rounding, since XLA fuses otherwise for another number of devices.
+    ar: see `ar.unstacked`. options: `sampling.Options`.
 
     Returns:
       function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale, temperature) →
-      images (B, H, W, c) float32; labels and index as `sharding.place_batch` lays them out on the mesh.
+      (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch` lays them out.
     """
 
     def rows(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
         return sampling.sample_images(
             ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
-        )[0]
+        )
 
     whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
     specs = (whole, whole, split, split, whole, whole, whole)
-    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=(split, split), check_vma=False))
 
 
 def sample_images(
@@ -237,7 +238,7 @@ def sample_images(
     """
     ar, ar_params = ar_model.unstacked(ar, ar_params)
     draw = sampler(ar, vae, options, mesh)
-    run = lambda *rows: (draw(ar_params, vae_params, *rows, key, guidance_scale, temperature),)
+    run = lambda *rows: draw(ar_params, vae_params, *rows, key, guidance_scale, temperature)
     index = np.arange(len(labels)) if index is None else index
     arrays = np.asarray(labels, np.int32), np.asarray(index, np.int32)
     return _in_batches(run, arrays, batch_size, mesh, progress)[0]

@@ -410,6 +410,9 @@ def evaluate(samples, reference, params, *, batch_size=64, mesh=None, progress=l
       to take them from) and `seconds`, a dict of the parts' times. Raises OSError, ImageSetError.
     """
     seconds, scores = {}, {}
+    for source in (reference, samples):
+        if isinstance(source, str | os.PathLike):
+            open(source, 'rb').close()  # not there: said before hours of work, not after
 
     def timed(name, run, *args, **kwargs):
         started = time.perf_counter()

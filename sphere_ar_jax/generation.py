@@ -1,8 +1,8 @@
 """Many images from one model to one npz: in batches, on all devices, and on again after a kill.
 
 Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the devices and the starts
-that it took: bit for bit for one batch size on one number of devices, else to float32's rounding, since another program
-is compiled then.
+that it took. With as many rows on each device its tokens are so bit for bit, and its pixels to a rounding before they
+become bytes; otherwise products of other shapes round otherwise. See `evaluation.sampler`.
 
 Dimensions:
   n  images in all      B  images of a batch      images are uint8 (n, H, W, c)
@@ -185,7 +185,8 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
     for start in range(parts.done, n, size):
         rows = np.arange(start, start + size)
         batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
-        images = sampling.to_uint8(draw(ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature))
+        images, _ = draw(ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature)
+        images = sampling.to_uint8(images)
         if running is not None:
             write(*running)
         running = images, start

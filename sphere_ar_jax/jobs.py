@@ -396,9 +396,6 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
       what was written.
     """
     scores = {}
-    for path in (samples, reference, network, images, *(lpips or ())):
-        if path is not None and not os.path.isfile(path):
-            raise UserError(f'there is no file {path}')
     if (samples is None) != (reference is None):
         raise UserError('give --samples=NPZ and --reference=NPZ together')
     if samples is not None and network is None:

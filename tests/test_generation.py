@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sphere_ar_jax import config, evaluation, generation, sharding
+from sphere_ar_jax import ar, config, evaluation, generation, sharding
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,6 +52,18 @@ def _floats(run, labels, batch_size, mesh):
     )  # fmt: skip
 
 
+def _tokens(run, labels, mesh):
+    """Of the first 8 images, one on each device at a time."""
+    s, model = run.config.sampling, ar.unstacked(run.ar, run.ar_params)
+    draw = evaluation.sampler(model[0], run.vae, config.build_sampler(run.config), mesh)
+    parts = []
+    for start in range(0, 8, mesh.size):
+        rows = np.arange(start, start + mesh.size, dtype=np.int32)
+        batch = sharding.place_batch(mesh, (labels[rows], rows))
+        parts.append(draw(model[1], run.vae_params, *batch, jax.random.key(5), s.guidance_scale, s.temperature)[1])
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
 _EIGHT = """
 import sys
 import numpy as np
@@ -62,12 +74,15 @@ assert mesh.size == 8
 labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
 generation.generate(run, labels, 5, sys.argv[1] + '.npz', batch_size=8, mesh=mesh)
 np.save(sys.argv[1], test_generation._floats(run, labels, 8, mesh))
+np.save(sys.argv[1] + '_tokens', test_generation._tokens(run, labels, mesh))
 """
 
 
 def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp_path):
-    """Image i is a function of (seed, i, label), to float32's rounding: one row at a time, seven, or one on each of
-    eight devices. (Not bit for bit: XLA compiles another program for another number of devices.)"""
+    """Image i is a function of (seed, i, label): one row at a time, seven, or one on each of eight devices.
+
+    Tokens bit for bit where every device has one row; decoded pixels to a rounding, for XLA fuses the decoder otherwise
+    for another number of devices."""
     with _process(_EIGHT, tmp_path / 'eight', devices=8) as process:
         one = _floats(run, labels, 1, sharding.make_mesh(1))
         images, kept = _generate(run, labels, tmp_path / 'one.npz', batch_size=1)
@@ -77,6 +92,9 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
     eight = np.load(tmp_path / 'eight.npy')
     assert eight.dtype == np.float32
     np.testing.assert_allclose(eight, one, atol=1e-5)
+    tokens = _tokens(run, labels, sharding.make_mesh(1))
+    assert tokens.dtype == np.float32 and np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
+    np.testing.assert_array_equal(np.load(tmp_path / 'eight_tokens.npy'), tokens)
     assert (tmp_path / 'one.npz').stat().st_size == (tmp_path / 'eight.npz').stat().st_size
     with np.load(tmp_path / 'eight.npz') as file:
         assert np.abs(file['arr_0'].astype(int) - images).max() <= 1

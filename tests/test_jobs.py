@@ -152,7 +152,7 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
     _checkpoint(tmp_path / 'other.pt', {'weight': np.zeros((2, 2))})
     for more, message in (
         ([], 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE'),
-        ([f'--checkpoint={tmp_path}/none.pt'], 'No such file or directory'),
+        ([f'--checkpoint={tmp_path}/none.pt'], 'there is no file'),
         ([f'--checkpoint={tmp_path}/text.pt'], 'text.pt'),
         ([f'--checkpoint={tmp_path}/other.pt'], 'the checkpoint is no SphereAR model: it has no tensor vae.'),
         (['--checkpoint=hf://owner'], 'hf://owner must be hf://OWNER/REPOSITORY/FILE'),
@@ -355,7 +355,7 @@ def test_grid(tuned, tmp_path, capsys):
         ([], "give --classes='golden retriever; 388'"),
         (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),
         (['--classes=12'], "'12' is no class: this model knows the numbers 0 to 11"),
-        (['--classes=2;panda'], "'panda' is no class: this model knows the numbers 0 to 11"),
+        (['--classes=2;goldfish'], "'goldfish' is no class: this model knows the numbers 0 to 11"),
         (['--classes=2', '--columns=0'], 'columns'),
     ):
         assert message in _refused(capsys, '--mode=grid', f'--workdir={workdir}', *more)
@@ -373,7 +373,9 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
     assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
     assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
-    for wrong in ('retriever', '1000', 'n00000000'):
+    with pytest.raises(jobs.UserError, match="'1000' is no class"):
+        jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
+    for wrong in ('retriever', 'n00000000'):
         with pytest.raises(jobs.INPUT_ERRORS, match=f"ImageNet has no class '{wrong}'") as error:
             jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes=wrong)
         assert '\n' not in str(error.value)
@@ -415,7 +417,7 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
         (['--mode=evaluate', workdir, '--images=a.npz', '--lpips=b'], 'give --lpips, --vgg and --images together'),
         (['--mode=evaluate', workdir, '--lpips=a', '--vgg=b'], 'give --lpips, --vgg and --images together'),
         (['--mode=evaluate', workdir, f'--images={tmp_path}/a.npz'], 'a.npz has no array arr_0, only b'),
-        (['--mode=evaluate', workdir, f'--images={tmp_path}/none.npz'], 'No such file'),
+        (['--mode=evaluate', workdir, f'--images={tmp_path}/none.npz'], 'there is no file'),
         (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/text.pb'], 'is not a GraphDef'),
         (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/weights.pth'], 'must hold tensors by'),
         (['--mode=sample', workdir, '--output=a.png'], '--output is a.png, but must end in .npz'),
