@@ -301,9 +301,10 @@ def check(config):
         classes >= 1 and (config.data.name == 'synthetic' or classes >= of_data),
         f'data.num_classes is {classes}, but {config.data.name} has {of_data} classes',
     )
+    least = 1 if config.data.name == 'synthetic' else of_data
     _require(
-        s.num_images >= classes,
-        f'sampling.num_images is {s.num_images}, but must be at least one for each of {classes} classes',
+        s.num_images >= least,
+        f'sampling.num_images is {s.num_images}, but must be at least one for each of {least} classes',
     )
     _require(s.batch_size >= 1, f'sampling.batch_size is {s.batch_size}, but must be at least 1')
     _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')

@@ -4,6 +4,7 @@ Dimensions:
   n, m  images of a set     f  features of an image (64 pixels for digits at 8×8)
 """
 
+import collections
 import functools
 import json
 import os
@@ -125,21 +126,25 @@ def _in_batches(run, arrays, batch_size, mesh, progress=lambda n: None):
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def reconstruct(vae, params, images, key, batch_size, mesh):
-    """Autoencodes images (n, H, W, c) with posterior samples, one key per image folded by its index.
-
-    Returns:
-      (reconstructions (n, H, W, c), mean KL in nats per token, mean kappa).
-    """
-
+@functools.cache
+def _autoencoder(vae):
     @jax.jit
     def run(params, key, images, index):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         z, posterior = losses.draw_tokens(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
 
-    rows = functools.partial(run, params, key)
-    recon, kl, kappa = _in_batches(rows, (images, np.arange(len(images))), batch_size, mesh)
+    return run
+
+
+def reconstruct(vae, params, images, key, batch_size, mesh, first=0):
+    """Autoencodes images (n, H, W, c) with posterior samples, one key per image folded by `first` + its index.
+
+    Returns:
+      (reconstructions (n, H, W, c), mean KL in nats per token, mean kappa).
+    """
+    rows = functools.partial(_autoencoder(vae), params, key)
+    recon, kl, kappa = _in_batches(rows, (images, first + np.arange(len(images))), batch_size, mesh)
     return recon, float(kl.mean()), float(kappa.mean())
 
 
@@ -148,43 +153,55 @@ def psnr(a, b):
     return float(10 * np.log10(4 / np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
 
 
-def _pairs(reconstructions, images, score, batch_size=32):
-    """Mean of score(reconstructions, images) → (b,) over all images, in batches."""
-    parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
-    return float(np.concatenate([np.asarray(score(reconstructions[p], images[p])) for p in parts]).mean())
+@jax.jit
+def _likeness(a, b):
+    """(PSNR, SSIM) of pairs of uint8 images, each (b,)."""
+    return perceptual.image_psnr(a, b, (0, 255)), perceptual.ssim(a, b, (0, 255))
 
 
-def score_tokenizer(run, images, *, network=None, lpips=None, seed=0):
+@jax.jit
+def _lpips(params, a, b):
+    return perceptual.LPIPS().apply({'params': params}, a, b)
+
+
+def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=lambda done: None):
     """What a tokenizer loses: scores of reconstructions of real images, decoded from posterior samples.
 
     Args:
-      run: `Run`. images: uint8 (n, H, W, c). network: `inception` parameters, for rFID, or None. lpips: `perceptual`
-        parameters or None. seed: of the posterior samples.
+      run: `Run`. batches: iterable of uint8 (b, H, W, c), one of which is in memory at a time. network: `inception`
+        parameters, for rFID, or None. lpips: `perceptual` parameters or None. seed: of the posterior samples.
+      progress: called with the number of images done.
     Returns:
       dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, mean kappa, kl in nats a
       token. Reconstructions are rounded to bytes as samples are, but for psnr. Raises ImageSetError for another size.
     """
-    mesh, size = sharding.make_mesh(**run.config.mesh), run.vae.image_shape
-    if images.shape[1:] != size:
-        raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
-    real = images.astype(np.float32) / 127.5 - 1
-    key = jax.random.key(seed)
-    batch_size = min(run.config.sampling.batch_size, len(images))
-    decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, batch_size, mesh)
-    rounded = np.asarray(sampling.to_uint8(decoded))
-    scores = {
-        'psnr': psnr(decoded, real),
-        'image_psnr': _pairs(rounded, images, jax.jit(lambda a, b: perceptual.image_psnr(a, b, (0, 255)))),
-        'ssim': _pairs(rounded, images, jax.jit(lambda a, b: perceptual.ssim(a, b, (0, 255)))),
-        'kappa': kappa,
-        'kl': kl,
-    }
-    if lpips is not None:
-        apply = jax.jit(lambda a, b: perceptual.LPIPS().apply({'params': lpips}, a, b))
-        scores['lpips'] = _pairs(rounded.astype(np.float32) / 127.5 - 1, real, apply)
+    mesh, size, key = sharding.make_mesh(**run.config.mesh), run.vae.image_shape, jax.random.key(seed)
+    count, totals, features = 0, collections.Counter(), ([], [])
+    for images in batches:
+        if images.shape[1:] != size:
+            raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
+        real = images.astype(np.float32) / 127.5 - 1
+        decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, len(images), mesh, count)
+        rounded = np.asarray(sampling.to_uint8(decoded))
+        pairs = dict(zip(('image_psnr', 'ssim'), _likeness(rounded, images), strict=True))
+        if lpips is not None:
+            pairs['lpips'] = _lpips(lpips, rounded.astype(np.float32) / 127.5 - 1, real)
+        means = {name: float(np.mean(value)) for name, value in pairs.items()}
+        means |= {'kappa': kappa, 'kl': kl, 'error': float(np.mean((decoded - real) ** 2))}
+        for name, value in means.items():
+            totals[name] += value * len(images)
+        if network is not None:
+            for found, x in zip(features, (images, rounded), strict=True):
+                found.append(fidelity.extract([x], network, batch_size=len(images), mesh=mesh).pool)
+        count += len(images)
+        progress(count)
+    if not count:
+        raise fidelity.ImageSetError('there are no images to score')
+    scores = {name: value / count for name, value in totals.items()}
+    scores['psnr'] = float(10 * np.log10(4 / scores.pop('error')))
     if network is not None:
-        reference, found = (fidelity.summarize([x], network, mesh=mesh) for x in (images, rounded))
-        scores['rfid'] = fidelity.frechet_distance(*found.pool, *reference.pool)
+        of_real, of_decoded = (fidelity.statistics(np.concatenate(found)) for found in features)
+        scores['rfid'] = fidelity.frechet_distance(*of_decoded, *of_real)
     return scores
 
 

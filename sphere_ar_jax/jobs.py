@@ -414,11 +414,13 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
         scores = fidelity.evaluate(samples, reference, weights, progress=progress)
     if images is not None:
         run, _ = _load(workdir, like, tokenizer_only=True)
-        real = np.concatenate(list(fidelity.read_images(images)))
         judge = None
         if lpips is not None:
             judge = perceptual.load(*(convert.state_dict(torch_file.open_file(file)) for file in lpips))
-        scores['tokenizer'] = evaluation.score_tokenizer(run, real, network=weights, lpips=judge)
+        batches = fidelity.read_images(images, min(run.config.sampling.batch_size, 64))
+        scores['tokenizer'] = evaluation.score_tokenizer(
+            run, batches, network=weights, lpips=judge, progress=_bar(None, 'reconstructions')
+        )
     if not scores:
         run, mesh = _load(workdir, like)
         if run.config.data.name != 'digits':

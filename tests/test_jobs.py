@@ -186,7 +186,7 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     np.savez(tmp_path / 'real.npz', arr_0=images)
     _main('--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/real.npz')
     written = json.loads((workdir / 'evaluation.json').read_text())
-    expected = evaluation.score_tokenizer(run, images)
+    expected = evaluation.score_tokenizer(run, [images[:2], images[2:]])
     assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(expected, rel=1e-5)
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
