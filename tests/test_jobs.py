@@ -190,7 +190,7 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(expected, rel=1e-5)
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
-    decoded, kl, kappa = evaluation.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh(1))
+    decoded, kl, kappa = evaluation.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh())
     scores = written['tokenizer']
     np.testing.assert_allclose(
         [scores['psnr'], scores['kl'], scores['kappa']], [evaluation.psnr(decoded, real), kl, kappa], rtol=1e-5
@@ -307,7 +307,7 @@ def test_samples_as_a_file_and_as_pictures(tuned, tmp_path, capsys):
     s = run.config.sampling
     expected = evaluation.sample_images(
         run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
-        config.build_sampler(run.config), batch_size=s.batch_size, mesh=sharding.make_mesh(1),
+        config.build_sampler(run.config), batch_size=s.batch_size, mesh=sharding.make_mesh(),
         guidance_scale=s.guidance_scale, temperature=s.temperature,
     )  # fmt: skip
     assert np.abs(np.asarray(sampling.to_uint8(expected), int) - images).max() <= 1
@@ -338,7 +338,7 @@ def test_grid(tuned, tmp_path, capsys):
     s = run.config.sampling
     images = evaluation.sample_images(
         run.ar, run.vae, run.ar_params, run.vae_params, [3, 3, 11, 11, 3, 3], jax.random.key(run.config.seed),
-        config.build_sampler(run.config), batch_size=6, mesh=sharding.make_mesh(1), index=np.array([0, 1] * 3),
+        config.build_sampler(run.config), batch_size=6, mesh=sharding.make_mesh(), index=np.array([0, 1] * 3),
         guidance_scale=s.guidance_scale, temperature=s.temperature,
     )  # fmt: skip
     images = np.asarray(sampling.to_uint8(images))[..., 0]
@@ -367,7 +367,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     run.config.data.num_classes = 1000
     run.config.sampling.num_images = 1000
     seen = {}
-    monkeypatch.setattr(jobs, '_load', lambda *_: (run, sharding.make_mesh(1)))
+    monkeypatch.setattr(jobs, '_load', lambda *_: (run, sharding.make_mesh()))
     monkeypatch.setattr(jobs.evaluation, 'sample_images', lambda *a, **k: seen.update(labels=a[4], index=k['index']))
     monkeypatch.setattr(report, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))
     jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
