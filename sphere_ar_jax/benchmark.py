@@ -173,7 +173,7 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
 
         def start(side):
             job = dict(
-                config=json.loads(cfg.to_json_best_effort()), part=part, batch=batch, side=side, weights=weights,
+                config=config.as_dict(cfg), part=part, batch=batch, side=side, weights=weights,
                 against=checkout, result=os.path.join(directory, f'{side}.npy') if comparable else None,
             )  # fmt: skip
             if part == 'cached':

@@ -5,6 +5,7 @@ types are refused by ml_collections, impossible values by `check`.
 """
 
 import dataclasses
+import json
 import re
 
 import jax.numpy as jnp
@@ -156,6 +157,11 @@ def differences(old, new):
     matters = lambda name: not _FREE.fullmatch(name) and (distilled or not name.startswith('distillation_training.'))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and matters(name)]
     return [f'{name} {old.get(name)} → {new.get(name)}' for name in changed]
+
+
+def as_dict(config):
+    """The config as plain values that JSON takes: what a `config.json` holds, and `differences` compares."""
+    return json.loads(config.to_json_best_effort())
 
 
 def from_dict(values):

@@ -52,12 +52,12 @@ def load_run(workdir, mesh=None, tokenizer_only=False):
 
     def restore(stage):
         checkpoints = checkpoint.Checkpoints(os.path.join(workdir, stage.name, 'checkpoints'), read_only=True)
-        found = checkpoints.restore(training.abstract_state(stage, mesh))
+        like = training.abstract_state(stage, mesh)
+        found = checkpoints.restore(like)
         checkpoints.close()
         if found is not None:
             return found[0].eval_params
-        like = training.abstract_state(stage, mesh).params
-        weights = training.converted(os.path.join(workdir, stage.name), like)
+        weights = training.converted(os.path.join(workdir, stage.name), like.params)
         if weights is None:
             raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
         return weights
@@ -110,7 +110,7 @@ def memorisation(samples, train, heldout):
     }
 
 
-def _in_batches(run, arrays, batch_size, mesh, progress=lambda n: None):
+def _in_batches(run, arrays, batch_size, mesh, progress=lambda done: None):
     """Applies `run` to whole batches of arrays (n, …), rows split over the mesh (batch_size is rounded up to a multiple
     of its devices); the last batch is filled up and cut.
 
@@ -122,7 +122,7 @@ def _in_batches(run, arrays, batch_size, mesh, progress=lambda n: None):
         rows = np.arange(start, start + batch_size) % n  # whole batches only: one compilation
         results = run(*sharding.place_batch(mesh, tuple(a[rows] for a in arrays)))
         parts.append([np.asarray(result)[: n - start] for result in results])
-        progress(len(parts[-1][0]))
+        progress(min(start + batch_size, n))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
@@ -243,13 +243,13 @@ def sample_images(
     guidance_scale,
     temperature,
     index=None,
-    progress=lambda n: None,
+    progress=lambda done: None,
 ):
     """Draws one image per label, `batch_size` at a time; image i's key is folded from i alone, or from index[i].
 
     Args:
       labels: (n,) ints. key: PRNG key. options: `sampling.Options`. index: (n,) ints or None.
-      progress: called with the number of images just done.
+      progress: called with the number of images done.
     Returns:
       images (n, H, W, c) float32, about [−1, 1], the same for any batch size and mesh up to rounding; see `sampler`.
     """

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, evaluation, sampling, sharding
+from sphere_ar_jax import checkpoint, config, evaluation, report, sampling, sharding
 
 LABELS = ('uniform', 'balanced')
 
@@ -58,31 +58,21 @@ def draw_labels(kind, n, num_classes, seed):
     return labels.astype(np.int32)
 
 
-def _replace(path, write):
-    """Calls write(file) on a temporary file that then becomes `path`: whole or not there."""
-    with open(f'{path}.tmp', 'wb') as f:
-        write(f)
-    os.replace(f'{path}.tmp', path)
-
-
 def _identity(run, labels, seed):
     """What the images depend on, to be compared before a run goes on: as JSON takes it."""
     s = run.config.sampling.to_dict() | {'num_images': len(labels)}
     s.pop('batch_size')
     params = checkpoint.fingerprint((run.ar_params, run.vae_params))
     crc = lambda values, kind: zlib.crc32(np.asarray(values, kind).tobytes())
-    return json.loads(
-        json.dumps(
-            {
-                'sampling': s,
-                'seed': seed,
-                'dtype': run.config.dtype,
-                'model': [run.vae.grid, run.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
-                'labels': crc(labels, np.int32),
-                'parameters': crc(params, np.uint32),
-            }
-        )
-    )
+    about = {
+        'sampling': s,
+        'seed': seed,
+        'dtype': run.config.dtype,
+        'model': [run.vae.grid, run.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
+        'labels': crc(labels, np.int32),
+        'parameters': crc(params, np.uint32),
+    }
+    return json.loads(json.dumps(about))  # tuples become lists
 
 
 def _is_of(about, identity):
@@ -103,7 +93,7 @@ class _Parts:
         if os.path.exists(about) and not _is_of(about, identity):
             raise GenerationError(f'{directory} holds samples of other settings: remove it, or take another --output')
         os.makedirs(directory, exist_ok=True)
-        _replace(about, lambda f: f.write(json.dumps(identity).encode()))
+        report.write_json(about, identity)
         while os.path.exists(self._path(self.done)):
             try:
                 part = np.load(self._path(self.done), mmap_mode='r')
@@ -119,7 +109,7 @@ class _Parts:
 
     def add(self, images):
         path = self._path(self.done)
-        _replace(path, lambda f: np.save(f, images))
+        report.replace(path, lambda f: np.save(f, images))
         self.files.append(path)
         self.done += len(images)
 
@@ -137,7 +127,7 @@ def _assemble(path, files, shape, labels):
             with archive.open('arr_1.npy', 'w', force_zip64=True) as member:
                 np.lib.format.write_array(member, labels)
 
-    _replace(path, write)
+    report.replace(path, write)
 
 
 def images(path):
@@ -192,6 +182,6 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
         running = images, start
     if running is not None:
         write(*running)
-    _replace(about, lambda f: f.write(json.dumps(identity).encode()))
+    report.write_json(about, identity)
     _assemble(path, parts.files, shape, labels)
     shutil.rmtree(parts.directory)

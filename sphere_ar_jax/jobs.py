@@ -71,8 +71,8 @@ def _has(workdir, what):
 
 def _other_model(old, new, tokenizer_only=False):
     """'KEY OLD → NEW' for each difference of two configs' models, or of their tokenizers alone."""
-    plain = (json.loads(c.to_json_best_effort()) for c in (old, new))
-    changed = [d for d in config.differences(*plain) if d.startswith('vae.' if tokenizer_only else ('vae.', 'ar.'))]
+    parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
+    changed = [d for d in config.differences(config.as_dict(old), config.as_dict(new)) if d.startswith(parts)]
     classes = config.num_classes(old), config.num_classes(new)
     if classes[0] != classes[1] and not tokenizer_only:
         changed.append('data.num_classes {} → {}'.format(*classes))
@@ -85,7 +85,7 @@ def _claim(cfg, workdir):
     In a workdir of converted weights where no training has begun, only the model must be theirs.
     """
     path = os.path.join(workdir, 'config.json')
-    mine = json.loads(cfg.to_json_best_effort())
+    mine = config.as_dict(cfg)
     converted = _has(workdir, 'weights') and not _has(workdir, 'checkpoints')
     if os.path.exists(path):
         if converted:
@@ -112,8 +112,8 @@ def _teacher(cfg, mesh):
         teacher = evaluation.load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
         raise UserError(f'init_from: {error}') from None
-    theirs, mine = (json.loads(c.to_json_best_effort()) for c in (teacher.config, cfg))
-    changed = [d for d in config.differences(theirs, mine) if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
+    changed = config.differences(config.as_dict(teacher.config), config.as_dict(cfg))
+    changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
     if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
@@ -152,16 +152,9 @@ def _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout
 
     labels = np.arange(s.num_images) % train.num_classes
     print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
-    done, show = 0, _bar(s.num_images, 'samples')
-
-    def progress(n):
-        nonlocal done
-        done += n
-        show(done)
-
     images = evaluation.sample_images(
         ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=progress,
+        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=_bar(s.num_images, 'samples'),
     )  # fmt: skip
     report.save_samples(f'{workdir}/samples.png', images, labels)
     seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
@@ -284,7 +277,7 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
         weights.save(0, tree_def.unflatten(leaves), {}, 0.0)
         del leaves
         weights.close()
-    report.write_json(f'{workdir}/config.json', json.loads(cfg.to_json_best_effort()))
+    report.write_json(f'{workdir}/config.json', config.as_dict(cfg))
     print(f'converted to {workdir}: --mode=sample, grid, evaluate and train take it')
 
 
@@ -369,17 +362,10 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     s = run.config.sampling
     labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))
-    show, done = _bar(len(labels), 'samples'), 0
-
-    def progress(n):
-        nonlocal done
-        done += n
-        show(done)
-
     images = evaluation.sample_images(
         run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
         config.build_sampler(run.config), batch_size=min(s.batch_size, len(labels)), mesh=mesh, index=columns,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=progress,
+        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=_bar(len(labels), 'samples'),
     )  # fmt: skip
     report.save_classes(path, images, seeds, titles)
     print(f'wrote {path}')

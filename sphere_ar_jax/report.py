@@ -22,11 +22,16 @@ from matplotlib import pyplot as plt
 DPI = 110  # dots per inch of all pictures
 
 
+def replace(path, write):
+    """Calls write(file) on a temporary file that then becomes `path`: the old file or the new one, never half of it."""
+    with open(f'{path}.tmp', 'wb') as f:
+        write(f)
+    os.replace(f'{path}.tmp', path)
+
+
 def _write(path, content):
-    """Writes bytes to a path at once: the old file or the new one, never half of it."""
-    with open(path + '.tmp', 'wb') as f:
-        f.write(content)
-    os.replace(path + '.tmp', path)
+    """Writes bytes to a path at once."""
+    replace(path, lambda f: f.write(content))
 
 
 def write_json(path, values):

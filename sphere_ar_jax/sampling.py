@@ -215,7 +215,7 @@ def sample_tokens(ar, params, class_id, keys, options, guidance_scale=None, temp
         if noise is None:
             draws = draw(keys, k)
             if guided:
-                null = draw(keys, jnp.where(k == 0, L, k)) if first_apart else draws
+                null = jax.lax.cond(k == 0, lambda: draw(keys, L), lambda: draws) if first_apart else draws
                 draws = jnp.concatenate([draws, null], axis=1)
         z = token(k, t_emb, scale, temperature, c, draws, apart)
         # After the last token once too often: so that token 0 needs no program of its own

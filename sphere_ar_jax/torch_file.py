@@ -241,25 +241,10 @@ _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 _EMPTY = {'EMPTY_DICT': dict, 'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'EMPTY_SET': set}
 _MARKED = {'TUPLE', 'FROZENSET', 'APPENDS', 'ADDITEMS', 'SETITEMS'}
 _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-
-
 _OTHERS = {
-    *(
-        'MARK',
-        'STOP',
-        'PROTO',
-        'FRAME',
-        'APPEND',
-        'SETITEM',
-        'PUT',
-        'BINPUT',
-        'LONG_BINPUT',
-        'MEMOIZE',
-        'GET',
-        'BINGET',
-    ),
-    *('LONG_BINGET', 'GLOBAL', 'STACK_GLOBAL', 'REDUCE', 'NEWOBJ', 'BUILD', 'BINPERSID'),
-}
+    'MARK', 'STOP', 'PROTO', 'FRAME', 'APPEND', 'SETITEM', 'PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE', 'GET', 'BINGET',
+    'LONG_BINGET', 'GLOBAL', 'STACK_GLOBAL', 'REDUCE', 'NEWOBJ', 'BUILD', 'BINPERSID',
+}  # fmt: skip
 _OPCODES = {opcode.code.encode('latin-1'): opcode for opcode in pickletools.opcodes}
 _KNOWN = _VALUES | _OTHERS | _MARKED | {*_CONSTANTS, *_EMPTY, *_TUPLES}
 
