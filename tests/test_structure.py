@@ -11,14 +11,15 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('geometry', 'imagenet', 'perceptual', 'torch_file'),
-    ('distributions', 'flow', 'solvers', 'inception'),
+    ('geometry', 'imagenet', 'torch_file'),
+    ('distributions', 'flow', 'solvers', 'inception', 'perceptual'),
     ('transformer', 'convolutions'),
-    ('vae', 'flow_head'),
+    ('vae', 'flow_head', 'discriminators'),
     ('ar',),
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
     ('data', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
+    ('adversarial',),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
     ('jobs',),
@@ -74,7 +75,7 @@ def test_functions_are_short():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 lengths[f'{path.stem}.{node.name}'] = node.end_lineno - node.lineno + 1
-    assert lengths['training.step'] <= 40
+    assert max(lengths['training.step'], lengths['adversarial.step']) <= 40
     assert max(lengths.values()) <= 150
 
 
