@@ -94,7 +94,9 @@ def test_statistics_of_a_sharded_batch(patchgan):
 def test_bfloat16(gan, patchgan):
     """Convolutions are rounded; logits and statistics remain float32."""
     model, params, stats = patchgan
-    judge = lambda dtype: jax.jit(lambda x: discriminators.judge(model.clone(dtype=dtype), params, stats, x))(gan['real'])
+    judge = lambda dtype: jax.jit(lambda x: discriminators.judge(model.clone(dtype=dtype), params, stats, x))(
+        gan['real']
+    )
     rounded, exact = judge(jnp.bfloat16), judge(jnp.float32)
     chex.assert_type(jax.tree.leaves(rounded), jnp.float32)
     assert 1e-4 < np.abs(rounded[0] - exact[0]).max() < 0.05 * np.std(exact[0])

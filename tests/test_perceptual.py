@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import evaluation, perceptual
+from sphere_ar_jax import evaluation, perceptual, torch_file
+from tests import torch_writer
 from tests.conftest import GOLDENS
+
 
 @pytest.fixture(scope='module')
 def pair():
@@ -88,6 +90,47 @@ def test_load_lists_all_faults_at_once(lpips_files):
     assert '\n' not in message and 'classifier' not in message
     with pytest.raises(perceptual.WeightsError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'):
         perceptual.load(*lpips_files[::-1])  # swapped
+
+
+def _write(path, tensors):
+    """The tensors as a file of PyTorch's."""
+    arrays = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
+    stored = lambda name, a: torch_writer.tensor(torch_writer.storage(name, a.size, 'Float'), a.shape)
+    content = torch_writer.dictionary({name: stored(name, a) for name, a in arrays.items()})
+    path.write_bytes(torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()}))
+    return path
+
+
+def test_read_gives_what_load_gives(lpips_files, params, tmp_path):
+    paths = [_write(tmp_path / name, tensors) for name, tensors in zip(('vgg.pth', 'b.pth'), lpips_files, strict=True)]
+    chex.assert_trees_all_equal(perceptual.read(*paths), params)
+    with pytest.raises(perceptual.WeightsError, match='lacks lin0'):
+        perceptual.read(*paths[::-1])
+
+
+def test_read_says_where_the_files_come_from(tmp_path):
+    there, no_dict, no_file = (tmp_path / name for name in ('vgg.pth', 'list.pth', 'text.pth'))
+    _write(there, {'lin0.model.1.weight': np.zeros((1, 64, 1, 1))})
+    no_dict.write_bytes(torch_writer.zip_file(torch_writer.numbers([1, 2])))
+    no_file.write_text('weights')
+    for paths, missing in (
+        ((None, None), "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth"),
+        ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
+        ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
+    ):
+        with pytest.raises(perceptual.WeightsError) as error:
+            perceptual.read(*paths)
+        message = str(error.value)
+        for part in (
+            missing, 'vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)',
+            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)', 'perceptual_weight=0',
+        ):  # fmt: skip
+            assert part in message
+        assert '\n' not in message
+    with pytest.raises(perceptual.WeightsError, match='holds a tuple, but must hold tensors by name'):
+        perceptual.read(no_dict, there)
+    with pytest.raises(torch_file.FileError, match='no file of PyTorch'):
+        perceptual.read(there, no_file)
 
 
 # Made once with scikit-image 0.26.0, for images as (…, 3) float64 with pixels in [0, range]:
