@@ -40,11 +40,14 @@ class AdversarialState(training.TrainState):
 
 
 def _check(vae, options):
-    channels = vae.image_shape[-1]
+    H, W, channels = vae.image_shape
     if options.disc_loss not in losses.ADVERSARIAL:
         raise OptionsError(f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(losses.ADVERSARIAL)}')
-    if options.perceptual_weight and channels != 3:
-        raise OptionsError(f'LPIPS needs images of 3 channels, not {channels}: set perceptual_weight=0')
+    if options.perceptual_weight and (channels != 3 or min(H, W) < 16):
+        raise OptionsError(
+            f'LPIPS needs images of 3 channels and at least 16×16 pixels, not {channels} and {H}×{W}: set '
+            'perceptual_weight=0'
+        )
 
 
 def tokenizer_stage(vae, options, seed, lpips_params=None):

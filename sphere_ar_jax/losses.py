@@ -147,9 +147,9 @@ def logistic_loss(real, fake):
     return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
 
 
-# The discriminator's loss of its logits of (real, fake) images, and the generator's of those of its own images. (The
-# public code's non-saturating losses have logits and targets swapped; set right, its discriminator's is the vanilla
-# one. With that, as with hinge, the published generator raises the logits themselves.)
+# Name: the discriminator's loss of its logits of (real, fake) images, and the generator's of those of its own images.
+# The public code's non-saturating losses have logits and targets swapped. Set right, its discriminator's is the vanilla
+# one; with that and with hinge its generator raises the logits themselves.
 ADVERSARIAL = {
     'hinge': (hinge_loss, lambda fake: -jnp.mean(fake)),
     'vanilla': (logistic_loss, lambda fake: -jnp.mean(fake)),

@@ -204,7 +204,7 @@ def test_options_that_cannot_be(small):
         ),
         (
             adversarial.OptionsError,
-            'not 1: set perceptual_weight=0',
+            '3 channels .* not 1 and 24×24: set perceptual_weight=0',
             lambda: make(model.clone(image_channels=1), perceptual_weight=1.0),
         ),
         (discriminators.DiscriminatorError, 'at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
