@@ -207,11 +207,12 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
 
 @functools.cache
 def sampler(ar, vae, options, mesh):
-    """`sampling.sample_images` as one program that every device runs on its own rows.
+    """`sampling.sample_images` for the rows of a mesh: every device draws and decodes its own.
 
     The compiler's own split of conditional and null rows would send data between devices at every token; this way none
-    is sent. Where each device gets equally many rows, tokens are the same bit for bit on any number of devices (seen on
-    CPUs); decoded pixels to a rounding, since XLA fuses otherwise for another number of devices.
+    is sent. Where each device gets equally many rows, the images are the same bit for bit on any number of devices (seen
+    on CPUs in float32); the decoder is a program of each device for that, since XLA fuses its loops otherwise where it
+    compiles for several at once.
     ar: see `ar.unstacked`. options: `sampling.Options`.
 
     Returns:
@@ -219,14 +220,20 @@ def sampler(ar, vae, options, mesh):
       (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch` lays them out.
     """
 
-    def rows(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
-        return sampling.sample_images(
-            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
-        )
+    def rows(ar_params, labels, index, key, guidance_scale, temperature):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        return sampling.sample_tokens(ar, ar_params, labels, keys, options, guidance_scale, temperature)
 
     whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
-    specs = (whole, whole, split, split, whole, whole, whole)
-    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=(split, split), check_vma=False))
+    specs = (whole, split, split, whole, whole, whole)
+    tokens = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    decode = jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+
+    def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
+        z = tokens(ar_params, labels, index, key, guidance_scale, temperature)
+        return sharding.on_each_device(decode, mesh, vae_params, z), z
+
+    return draw
 
 
 def sample_images(
