@@ -210,9 +210,9 @@ def sampler(ar, vae, options, mesh):
     """`sampling.sample_images` for the rows of a mesh: every device draws and decodes its own.
 
     The compiler's own split of conditional and null rows would send data between devices at every token; this way none
-    is sent. Where each device gets equally many rows, the images are the same bit for bit on any number of devices (seen
-    on CPUs in float32); the decoder is a program of each device for that, since XLA fuses its loops otherwise where it
-    compiles for several at once.
+    is sent. Where each device gets equally many rows, the images are the same bit for bit on any number of devices
+    (seen on CPUs in float32); the decoder is a program of each device for that, since XLA fuses its loops otherwise
+    where it compiles for several at once.
     ar: see `ar.unstacked`. options: `sampling.Options`.
 
     Returns:

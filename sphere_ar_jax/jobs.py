@@ -112,11 +112,15 @@ def _teacher(cfg, mesh):
         teacher = evaluation.load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
         raise UserError(f'init_from: {error}') from None
-    changed = config.differences(config.as_dict(teacher.config), config.as_dict(cfg))
-    changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
+    published = _has(cfg.init_from, 'weights') and not _has(cfg.init_from, 'checkpoints')
+    if published:  # whatever data it saw
+        changed = _other_model(teacher.config, cfg)
+    else:
+        changed = config.differences(config.as_dict(teacher.config), config.as_dict(cfg))
+        changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
-    if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
+    if not published and not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
         raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
     return teacher
 
