@@ -30,8 +30,8 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from sphere_ar_jax import config, jobs, training  # noqa: E402
-from sphere_ar_jax.jobs import UserError  # noqa: E402
+from sphere_ar_jax import config, experiment, jobs, training  # noqa: E402
+from sphere_ar_jax.console import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
@@ -128,7 +128,7 @@ def main(argv):
     cfg = None if _CONFIG.value is None else config.check(_CONFIG.value)
     if mode == 'train':
         command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
-        jobs.train(cfg, workdir, command, _STARTED)
+        experiment.train(cfg, workdir, command, _STARTED)
     else:
         _JOBS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
 

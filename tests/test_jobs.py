@@ -24,9 +24,11 @@ from PIL import Image
 from sphere_ar_jax import (
     checkpoint,
     config,
+    console,
     convert,
     data,
     evaluation,
+    experiment,
     fidelity,
     inception,
     jobs,
@@ -293,11 +295,11 @@ def tuned(tmp_path_factory):
         ({'data.num_classes': 10}, 'data.num_classes 12 → 10'),
         ({'ar.width': 32}, 'ar.width 16 → 32'),
     ):
-        with pytest.raises(jobs.UserError, match=message):
-            jobs.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
+        with pytest.raises(console.UserError, match=message):
+            experiment.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
         assert (workdir / 'config.json').read_text() == settings
     with libraries_promote():
-        metrics = jobs.train(cfg, str(workdir), 'the command', time.perf_counter())
+        metrics = experiment.train(cfg, str(workdir), 'the command', time.perf_counter())
     return workdir, before, metrics
 
 
@@ -333,7 +335,7 @@ def test_a_head_is_distilled_from_converted_weights(tuned, tmp_path):
     cfg = tiny_config.get_config('distilled')
     cfg.data.num_classes, cfg.init_from = CLASSES, f'{workdir}.converted'
     with libraries_promote():
-        metrics = jobs.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
+        metrics = experiment.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
     assert np.isfinite(metrics['samples/frechet'])
     run = evaluation.load_run(str(tmp_path / 'w'))
     head = run.ar_params.pop('head')
@@ -344,8 +346,8 @@ def test_a_head_is_distilled_from_converted_weights(tuned, tmp_path):
         assert 0 < moved < 0.02  # six steps of 1e-3
 
     cfg.data.num_classes = CLASSES + 1
-    with pytest.raises(jobs.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'):
-        jobs.train(cfg, str(tmp_path / 'x'), 'the command', time.perf_counter())
+    with pytest.raises(console.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'):
+        experiment.train(cfg, str(tmp_path / 'x'), 'the command', time.perf_counter())
 
 
 def test_no_tokenizer_to_keep(tmp_path, capsys):
@@ -450,7 +452,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
     assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
     assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
-    with pytest.raises(jobs.UserError, match="'1000' is no class"):
+    with pytest.raises(console.UserError, match="'1000' is no class"):
         jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
         with pytest.raises(jobs.INPUT_ERRORS, match=f"ImageNet has no class '{wrong}'") as error:
@@ -511,7 +513,7 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
         assert message in _refused(capsys, *arguments), arguments
     assert not (converted / 'samples.npz').exists()
     meshed = _tuning(**{'mesh.data': 999})
-    with pytest.raises(jobs.UserError, match=r'mesh\.data is 999, but this machine has'):
+    with pytest.raises(console.UserError, match=r'mesh\.data is 999, but this machine has'):
         jobs.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
 
 

@@ -11,7 +11,7 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('geometry', 'imagenet', 'perceptual', 'torch_file'),
+    ('console', 'geometry', 'imagenet', 'perceptual', 'torch_file'),
     ('distributions', 'flow', 'solvers', 'inception'),
     ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
@@ -21,6 +21,7 @@ LEVELS = (
     ('config', 'training', 'fidelity'),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
+    ('experiment',),
     ('jobs',),
     ('main',),
     ('benchmark',),
