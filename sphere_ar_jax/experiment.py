@@ -1,4 +1,10 @@
-"""The job of --mode=train: both trainings, or a head distilled from them, then samples, scores and report.html."""
+"""The job of --mode=train: the trainings that the config asks for, then samples, scores and report.html.
+
+Those are the tokenizer's (or `config.tokenizer` is taken) and the AR model's; or a head's, distilled from a run.
+
+Dimensions:
+  B  images of a batch     H, W, c  an image
+"""
 
 import functools
 import json
@@ -7,9 +13,23 @@ import resource
 import time
 
 import jax
-import numpy as np
 
-from sphere_ar_jax import config, console, data, evaluation, report, sharding, training
+from sphere_ar_jax import (
+    adversarial,
+    augment,
+    config,
+    console,
+    data,
+    evaluation,
+    fidelity,
+    inception,
+    looks,
+    perceptual,
+    report,
+    sharding,
+    sources,
+    training,
+)
 from sphere_ar_jax.console import UserError
 
 
@@ -74,51 +94,81 @@ def _teacher(cfg, mesh):
     return teacher
 
 
-def _distil(cfg, workdir, mesh, vae, ar, source, teacher):
-    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
-    stage = training.distillation_stage(
-        ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
+def _open_data(cfg):
+    """(training source, held-out source or None, what else `training.train` needs to read it)."""
+    d = cfg.data
+    if d.name == 'digits':
+        train, heldout = (data.Digits(split, cfg.seed, d.holdout) for split in ('train', 'heldout'))
+        return train, heldout, {}
+    if d.path is None:
+        raise UserError(f'give --config.data.path, of the {d.name} data')
+    bar = console.bar(None, 'reading the tar', 'byte')
+    source = {
+        'imagenet': lambda: sources.ImageNetTar(d.path, progress=bar),
+        'folder': lambda: sources.ImageFolder(d.path),
+        'array_records': lambda: sources.ArrayRecords(d.path),
+        'tfds': lambda: sources.TFDS(d.path, d.split, d.data_dir),
+    }[d.name]()
+    if cfg.data.num_classes is None and config.num_classes(cfg) is None:
+        cfg.data.num_classes = source.num_classes
+    if source.num_classes > config.num_classes(cfg):
+        raise UserError(f'{d.path} has {source.num_classes} classes, but the model {config.num_classes(cfg)}')
+    augmentation = augment.Augmentation(config.build_vae(cfg).image_shape[0], *d.crop_until, d.draft)
+    return source, None, dict(transform=augmentation, workers=d.workers, threads=d.threads, max_broken=d.max_broken)
+
+
+def _run(setting, reading, stage, look):
+    """`training.train` of one stage. Returns (its state, seconds)."""
+    watch = training.Watch(setting.cfg.watch.every, look) if setting.cfg.watch.every else None
+    directory = f'{setting.workdir}/{stage.name}'
+    return training.train(
+        stage, setting.source, directory, seed=setting.cfg.seed, mesh=setting.mesh, reading=reading, watch=watch
     )
-    state, seconds = training.train(stage, source, f'{workdir}/distillation', seed=cfg.seed, mesh=mesh)
-    return teacher.vae_params, teacher.ar_params | {'head': state.eval_params}, {'distillation': seconds}
 
 
-def _train(cfg, workdir, mesh, vae, ar, source):
-    """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
-    seconds = {}
-    stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
-    vae_params = state.eval_params
-    stage = training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-    state, seconds['ar'] = training.train(stage, source, f'{workdir}/ar', seed=cfg.seed, mesh=mesh)
+def _distil(setting, reading, teacher):
+    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
+    options = setting.cfg.distillation_training
+    stage = training.distillation_stage(
+        setting.ar, setting.vae, teacher.vae_params, teacher.ar_params, options, setting.cfg.seed
+    )
+    whole = lambda head: teacher.ar_params | {'head': head}
+    look = lambda step, head, writer: looks.look_at_samples(
+        setting, teacher.vae_params, whole(head), f'{setting.workdir}/distillation', step, writer
+    )
+    state, seconds = _run(setting, reading, stage, look)
+    return teacher.vae_params, whole(state.eval_params), {'distillation': seconds}
+
+
+def _train(setting, reading, tokenizer, lpips):
+    """The stages that the config asks for; tokenizer: parameters to take, or None.
+
+    Returns (S-VAE parameters, AR parameters or None, seconds by stage)."""
+    seconds, vae_params = {}, tokenizer
+    if tokenizer is None:
+        stage = adversarial.tokenizer_stage(setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips)
+        images = looks.examples(setting) if setting.cfg.watch.every else None
+        look = lambda step, params, writer: looks.look_at_reconstructions(setting, params, images, step, writer)
+        state, seconds['tokenizer'] = _run(setting, reading, stage, look)
+        vae_params = state.eval_params
+    if not setting.cfg.ar_training.steps:
+        return vae_params, None, seconds
+    stage = training.ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
+    look = lambda step, params, writer: looks.look_at_samples(
+        setting, vae_params, params, f'{setting.workdir}/ar', step, writer
+    )
+    state, seconds['ar'] = _run(setting, reading, stage, look)
     return vae_params, state.eval_params, seconds
 
 
-def score_digits(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout):
-    """Reconstructs, samples and scores; writes the pictures. Returns (metrics, seconds by part)."""
-    s, key = cfg.sampling, jax.random.key(cfg.seed + 1)
-    seconds, mark = {}, time.perf_counter()
-    recon, kl, kappa = evaluation.reconstruct(vae, vae_params, heldout.images, key, s.batch_size, mesh)
-    metrics = {'vae/psnr': evaluation.psnr(recon, heldout.images), 'vae/kl': kl, 'vae/kappa': kappa}
-    report.save_reconstructions(f'{workdir}/reconstructions.png', heldout.images, recon)
-    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    labels = np.arange(s.num_images) % train.num_classes
-    print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
-    images = evaluation.sample_images(
-        ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=console.bar(s.num_images, 'samples'),
-    )  # fmt: skip
-    report.save_samples(f'{workdir}/samples.png', images, labels)
-    seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    print('scoring', flush=True)
-    metrics |= evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
-    seconds['scoring'] = time.perf_counter() - mark
-    return metrics, seconds
-
-
 def _summary(cfg, metrics):
+    if cfg.data.name != 'digits':
+        return (
+            f'The tokenizer gives training images back at {metrics["vae/psnr"]:.1f} dB. Scores: --mode=sample, then '
+            f'--mode=evaluate.'
+        )
+    if 'samples/accuracy' not in metrics:
+        return f'The tokenizer gives held-out digits back at {metrics["vae/psnr"]:.1f} dB.'
     return (
         f'{cfg.sampling.num_images} digits, drawn class by class, none selected. An independent classifier reads '
         f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} '
@@ -127,8 +177,74 @@ def _summary(cfg, metrics):
     )
 
 
+def _check_parts(cfg, workdir, mesh):
+    """Raises UserError for trainings that cannot be run with these devices or without a tokenizer."""
+    names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
+    for name in names:
+        size, parts = cfg[name].batch_size, mesh.size * cfg[name].accumulate
+        if cfg[name].steps and size % parts:
+            pieces = f' times {cfg[name].accumulate} pieces' if cfg[name].accumulate > 1 else ''
+            raise UserError(f'{name}.batch_size is {size}, not a multiple of the {mesh.size} devices{pieces}')
+    here = os.path.isdir(f'{workdir}/tokenizer/weights') or cfg.tokenizer is not None
+    if not (cfg.init_from or cfg.tokenizer_training.steps or here):
+        raise UserError(
+            'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
+            '--config.tokenizer=DIR, the workdir of a trained or converted one'
+        )
+
+
+def _tokenizer(cfg, mesh):
+    """The parameters of the tokenizer in cfg.tokenizer, which must be cfg's own model; None without one."""
+    if cfg.tokenizer is None:
+        return None
+    try:
+        run = evaluation.load_run(cfg.tokenizer, mesh, tokenizer_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f'tokenizer: {error}') from None
+    changed = other_model(run.config, cfg, tokenizer_only=True)
+    if changed:
+        raise UserError(f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config')
+    return run.vae_params
+
+
+def _lpips(cfg):
+    """LPIPS' parameters where the tokenizer is to be trained with it, else None."""
+    t = cfg.tokenizer_training
+    wanted = t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None
+    return perceptual.read(t.lpips, t.vgg) if wanted else None
+
+
+def _judge(cfg):
+    """(Inception parameters, statistics of the reference) for FID while training, or None."""
+    w = cfg.watch
+    if not (w.every and w.fid_images):
+        return None
+    network = inception.load(w.inception)
+    bar = console.bars()
+    return network, fidelity.summarize(w.reference, network, progress=lambda *done: bar('reference', *done)).pool
+
+
+def _set_up(cfg, workdir):
+    """(`looks.Setting`, the stages to run as a function of it), everything checked; then the workdir is claimed."""
+    for name in ('init_from', 'tokenizer'):
+        if cfg[name] is not None:
+            cfg[name] = os.path.abspath(cfg[name])
+    os.makedirs(workdir, exist_ok=True)
+    mesh = sharding.make_mesh(**cfg.mesh)
+    source, heldout, reading = _open_data(cfg)
+    _check_parts(cfg, workdir, mesh)
+    if cfg.init_from is None:
+        stages = functools.partial(_train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg))
+    else:
+        stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    setting = looks.Setting(cfg, workdir, mesh, vae, ar, source, heldout, _judge(cfg))
+    _claim(cfg, workdir)  # last: what was refused leaves the workdir free
+    return setting, stages
+
+
 def train(cfg, workdir, command, started):
-    """Both trainings, then evaluation and report; each part goes on where an earlier run stopped.
+    """The trainings, then evaluation and report; each part goes on where an earlier run stopped.
 
     Args:
       cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html says to type.
@@ -136,35 +252,21 @@ def train(cfg, workdir, command, started):
     Returns:
       the metrics, as written to WORKDIR/metrics.json.
     """
-    if cfg.data.name == 'synthetic':
-        raise UserError(
-            'data.name is synthetic: there are no images to train on; python -m sphere_ar_jax.benchmark measures'
-        )
-    if cfg.init_from is not None:
-        cfg.init_from = os.path.abspath(cfg.init_from)
     try:
-        os.makedirs(workdir, exist_ok=True)
-        mesh = sharding.make_mesh(**cfg.mesh)
-        teacher = _teacher(cfg, mesh) if cfg.init_from is not None else None
-        for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
-            size = cfg[name].batch_size
-            if size % mesh.size:
-                raise UserError(f'{name}.batch_size is {size}, not a multiple of the {mesh.size} devices')
-        if not (cfg.init_from or cfg.tokenizer_training.steps or os.path.isdir(f'{workdir}/tokenizer/weights')):
-            raise UserError('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir')
-        _claim(cfg, workdir)  # last: what was refused leaves the workdir free
+        setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
+    held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
-    print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s)', flush=True)
+    print(f'{len(setting.source)} training images{held}; {setting.mesh.size} {platform} device(s)', flush=True)
     seconds = {'start': time.perf_counter() - started}
 
-    stages = _train if teacher is None else functools.partial(_distil, teacher=teacher)
-    vae_params, ar_params, parts = stages(cfg, workdir, mesh, vae, ar, train)
+    vae_params, ar_params, parts = stages(setting)
     seconds |= parts
-    metrics, parts = score_digits(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
+    if cfg.data.name == 'digits':
+        metrics, parts = looks.score_digits(setting, vae_params, ar_params)
+    else:
+        metrics, parts = looks.show(setting, vae_params, ar_params)
     mark = time.perf_counter()
     report.save_curves(f'{workdir}/curves.png', workdir)
     seconds |= parts | {'curves': time.perf_counter() - mark}

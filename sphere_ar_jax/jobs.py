@@ -25,6 +25,7 @@ from sphere_ar_jax import (
     generation,
     imagenet,
     inception,
+    looks,
     perceptual,
     report,
     sharding,
@@ -123,8 +124,7 @@ def _load(workdir, like=None, tokenizer_only=False):
         mesh = sharding.make_mesh(**cfg.mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
-    run = evaluation.load_run(workdir, mesh, tokenizer_only)
-    return run._replace(config=cfg, vae=config.build_vae(cfg), ar=config.build_ar(cfg)), mesh
+    return evaluation.load_run(workdir, mesh, tokenizer_only, cfg), mesh
 
 
 def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):
@@ -222,11 +222,10 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
                 'give --samples, --reference and --inception, or --images: only digits have scores of their own'
             )
         train, heldout = (
-            data.SOURCES['digits'](split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
+            data.Digits(split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
         )
-        scores, _ = experiment.score_digits(
-            run.config, workdir, mesh, run.vae, run.ar, run.vae_params, run.ar_params, train, heldout
-        )
+        setting = looks.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
+        scores, _ = looks.score_digits(setting, run.vae_params, run.ar_params)
     path = f'{workdir}/evaluation.json'
     os.makedirs(workdir, exist_ok=True)
     report.write_json(path, scores)
