@@ -282,11 +282,11 @@ def _image_and_label(tfds, info):
 class TFDS:
     """A split of a TFDS data set, as it was prepared: the encoded images, without TensorFlow.
 
-    The data set must be stored as array_record (TFDS's own default is tfrecord, which only TensorFlow reads) and have
-    an image, uint8, and a class label: its supervised keys, or else 'image' and 'label'. With TFDS 4.9.10, preparing
-    imagenet2012, mnist and most others, and `tfds.ImageFolder`, need TensorFlow; what is prepared can be copied to
-    where there is none. A `GeneratorBasedBuilder(file_format='array_record')` of one's own that yields encoded images
-    needs none.
+    The data set must be stored as array_record (TFDS's own default is tfrecord, which has no random access) and have
+    an image, uint8, and a class label: its supervised keys, or else 'image' and 'label'. It is not prepared here. With
+    TFDS 4.9.10 TensorFlow is needed to prepare imagenet2012, mnist and all others whose code opens files through it,
+    and for `tfds.ImageFolder`; not to read them once prepared, nor for a `GeneratorBasedBuilder` of one's own with
+    file_format='array_record' that yields encoded images.
 
     Args:
       name: as 'imagenet2012:5.1.0'. split: as 'train' or 'train[:90%]'. data_dir: ~/tensorflow_datasets if None.
@@ -303,7 +303,8 @@ class TFDS:
                 f'TFDS is not there ({error}): pip install tensorflow-datasets importlib_resources'
             ) from None
         self._arguments = name, split, data_dir
-        again = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare(), with TensorFlow installed"
+        make = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record').download_and_prepare()"
+        again = f'{make}, where TensorFlow is installed'
         try:
             builder = tfds.builder(name, data_dir=data_dir)
             if not builder.is_prepared():
@@ -319,7 +320,7 @@ class TFDS:
             where = builder.data_dir
             raise SourceError(f'{where} is not stored as array_record: move it away, and run {again}') from None
         except ImportError as error:
-            raise SourceError(f'TFDS cannot read {name} without {error.name}: run {again}') from None
+            raise SourceError(f'TFDS cannot read {name} ({reason(error)}): run {again}') from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, SourceError):
                 raise

@@ -99,6 +99,13 @@ def test_odd_files_are_what_the_json_says(stand_in_tar):
         assert 60 <= min(image.size) <= max(image.size) <= 600
 
 
+def test_a_rotated_file_shows_upright():
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:20, :30] = 255
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated'))))
+    np.testing.assert_allclose(np.asarray(shown, float), upright, atol=60)  # JPEG's error at the edges
+
+
 def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
     def write(seed, broken=2):
         odd = stand_in.write_tar(tmp_path / 'a.tar', SYNSETS[:2], 3, seed, broken)
@@ -210,6 +217,14 @@ def test_an_interrupted_index_leaves_nothing(path):
     assert os.listdir(path.parent) == ['train.tar']
 
 
+def test_a_tar_that_changes_while_the_index_is_made_is_refused(path):
+    path.write_bytes(_tar(SMALL))
+    assert 'changed while it was read' in _refusal(
+        sources.ImageNetTar, path, progress=lambda *_: os.utime(path, (0, 0))
+    )
+    assert os.listdir(path.parent) == ['train.tar']
+
+
 def test_an_index_directory(path, tmp_path):
     path.write_bytes(_tar(SMALL))
     sources.ImageNetTar(path, index_dir=str(tmp_path / 'a' / 'b'))
@@ -250,8 +265,9 @@ def test_a_change_while_in_use_is_noticed(path):
     path.write_bytes(_tar(SMALL))
     source = sources.ImageNetTar(path)
     good = path.read_bytes()
+    renamed = _tar(SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})})  # same places and sizes
     moved = _tar({'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}), 'n02.tar': SMALL['n02.tar']})
-    for changed in (good[: source._offsets[1] + 5], bytes(len(good)), moved):
+    for changed in (good[: source._offsets[1] + 5], bytes(len(good)), moved, renamed):
         path.write_bytes(changed)
         assert 'has changed' in _refusal(lambda: source[1])
         assert isinstance(source.name(1), str)
@@ -437,31 +453,35 @@ def packed(stand_in_tar, tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope='module')
-def tfds_dir(stand_in_tar, tmp_path_factory):
-    """A TFDS data set, prepared without TensorFlow from the stand-in's images that are whole."""
+def _prepare(directory, entries, keys, supervised_keys):
+    """Prepares a TFDS data set 'stand_in' in a directory without TensorFlow; entries: [(class or −1, name, file)]."""
     tfds = pytest.importorskip('tensorflow_datasets')
-    truth = [(synset, name, content) for synset, name, content in _truth(stand_in_tar) if content]
 
     class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version('1.0.0')
 
         def _info(self):
-            image, label = tfds.features.Image(), tfds.features.ClassLabel(names=sorted(SYNSETS))
-            features = tfds.features.FeaturesDict({'image': image, 'label': label, 'mask': tfds.features.Image()})
-            return tfds.core.DatasetInfo(builder=self, features=features)
+            kinds = tfds.features.Image(), tfds.features.ClassLabel(names=sorted(SYNSETS)), tfds.features.Image()
+            features = tfds.features.FeaturesDict(dict(zip((*keys, 'mask'), kinds, strict=True)))
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=supervised_keys)
 
         def _split_generators(self, _):
             return {'train': self._generate_examples()}
 
         def _generate_examples(self):
-            for synset, name, content in truth:
-                file = lambda: io.BytesIO(content)
-                yield name, {'image': file(), 'label': synset, 'mask': file()}
+            for synset, name, content in entries:
+                values = io.BytesIO(content), synset, io.BytesIO(content)
+                yield name, dict(zip((*keys, 'mask'), values, strict=True))
 
-    directory = tmp_path_factory.mktemp('tfds')
     StandIn(data_dir=directory, file_format='array_record').download_and_prepare()
     return directory
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(stand_in_tar, tmp_path_factory):
+    """A TFDS data set of the stand-in's images, but for the empty one."""
+    entries = [entry for entry in _truth(stand_in_tar) if entry[2]]
+    return _prepare(tmp_path_factory.mktemp('tfds'), entries, ('image', 'label'), None)
 
 
 @pytest.fixture(params=sources.KINDS)
@@ -641,6 +661,31 @@ def test_tfds_gives_the_bytes_that_went_in(tfds_dir, stand_in_tar):
     assert len(half) == round(len(source) / 2) and half[1]['image'] == source[1]['image']
 
 
+def test_tfds_takes_the_supervised_keys_and_wants_labels(tmp_path):
+    entries = [('n01440764', 'a', b'first'), (-1, 'b', b'second')]
+    directory = _prepare(tmp_path, entries, ('picture', 'kind'), ('picture', 'kind'))
+    source = sources.TFDS('stand_in', 'train', str(directory))
+    labelled = 0 if source._data[0]['kind'] == 0 else 1
+    assert source[labelled] == {'image': b'first', 'label': 0}
+    assert _refusal(lambda: source[1 - labelled]) == f'stand_in train [{1 - labelled}] has no label'
+
+
+def test_tfds_tells_damage(tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir, tmp_path / 'copy')
+    (file,) = (tmp_path / 'copy').glob('stand_in/1.0.0/*array_record*')
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    source = sources.TFDS('stand_in', 'train', str(tmp_path / 'copy'))
+    lines = []
+    for i in range(len(source)):
+        try:
+            source[i]
+        except sources.SourceError as error:
+            lines.append(str(error))
+    assert len(lines) == 1 and re.match(r'stand_in train \[\d+\] is damaged: ', lines[0])
+
+
 def _changed(tfds_dir, to, changes):
     """A copy of the data set with lines of its description replaced."""
     directory = to / 'stand_in' / '1.0.0'
@@ -655,7 +700,7 @@ def _changed(tfds_dir, to, changes):
 def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
     refusal = lambda *a: _refusal(sources.TFDS, *a)
     assert 'Dataset nosuch not found' in refusal('nosuch', 'train', str(tmp_path))
-    assert re.search(r"mnist is not prepared in .*file_format='array_record'.* with TensorFlow", refusal(
+    assert re.search(r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow", refusal(
         'mnist', 'train', str(tmp_path)
     ))  # fmt: skip
     assert "Unknown split 'test'" in refusal('stand_in', 'test', str(tfds_dir))
