@@ -103,12 +103,7 @@ def _open_data(cfg):
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
-    source = {
-        'imagenet': lambda: sources.ImageNetTar(d.path, progress=bar),
-        'folder': lambda: sources.ImageFolder(d.path),
-        'array_records': lambda: sources.ArrayRecords(d.path),
-        'tfds': lambda: sources.TFDS(d.path, d.split, d.data_dir),
-    }[d.name]()
+    source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
     if cfg.data.num_classes is None and config.num_classes(cfg) is None:
         cfg.data.num_classes = source.num_classes
     if source.num_classes > config.num_classes(cfg):

@@ -12,12 +12,12 @@ PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
     ('console', 'geometry', 'imagenet', 'perceptual', 'torch_file'),
-    ('distributions', 'flow', 'solvers', 'inception'),
+    ('distributions', 'flow', 'solvers', 'inception', 'tar_index', 'stand_in'),
     ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
     ('ar',),
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
-    ('data', 'sharding', 'checkpoint', 'metric_writer'),
+    ('data', 'sources', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
