@@ -134,14 +134,19 @@ def arguments(file, arg, words, values=()):
     return {name for name, equals, _ in given if not equals}, {name: v for name, equals, v in given if equals}
 
 
+def data_set(text):
+    """'KIND:PATH', 'digits', or the path of ImageNet's tar → (kind, a key of DATA, path)."""
+    kind, _, path = text.partition(':')
+    return (kind, path) if kind in DATA else ('imagenet', text)
+
+
 def _published(file, arg, words, section, epochs, batch):
     """The published models on ImageNet, `section` trained for so many epochs; arg: what all published configs take."""
     words, values = arguments(file, arg, ('smoke', '512', *words), ('batch', 'data', 'dtype'))
     c = default()
     c.data.update(name='imagenet', max_broken=0.001)
     if 'data' in values:
-        kind, _, path = values['data'].partition(':')
-        c.data.update(dict(name=kind, path=path) if kind in DATA else dict(path=values['data']))
+        c.data.name, c.data.path = data_set(values['data'])
     c.dtype = values.get('dtype', 'float32')
     if '512' in words:
         c.vae.grid = (32, 32)

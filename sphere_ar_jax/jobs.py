@@ -1,4 +1,4 @@
-"""What the program does with checkpoints and trained runs: --mode=convert, export, sample, grid, evaluate.
+"""What the program does with checkpoints and trained runs: --mode=convert, export, pack, sample, grid, evaluate.
 
 Each job is a function of plain arguments that prints what it does, writes files and raises `console.UserError` for
 what the user can put right. The job of --mode=train is `experiment`.
@@ -29,7 +29,9 @@ from sphere_ar_jax import (
     perceptual,
     report,
     sharding,
+    sources,
     torch_file,
+    training,
 )
 from sphere_ar_jax.console import UserError
 
@@ -37,7 +39,7 @@ from sphere_ar_jax.console import UserError
 INPUT_ERRORS = (
     OSError, config.ConfigError, checkpoint.DamagedError, torch_file.FileError, convert.ConversionError,
     generation.GenerationError, imagenet.ClassNameError, fidelity.ImageSetError, inception.WeightsError,
-    perceptual.WeightsError,
+    perceptual.WeightsError, sources.SourceError, data.DataError, training.FrozenError,
 )  # fmt: skip
 
 
@@ -125,6 +127,19 @@ def _load(workdir, like=None, tokenizer_only=False):
     except ValueError as error:
         raise UserError(str(error)) from None
     return evaluation.load_run(workdir, mesh, tokenizer_only, cfg), mesh
+
+
+def pack(data_set, directory, *, shards=128, split='train', data_dir=None):
+    """Copies images to sharded ArrayRecord files, which training then reads as array_records:DIRECTORY.
+
+    Args:
+      data_set: KIND:PATH, see `config.data_set`. split, data_dir: of tfds.
+    """
+    kind, path = config.data_set(data_set)
+    show = console.bar(None, 'reading the tar', 'byte')
+    source = data.Digits('all', 0) if kind == 'digits' else sources.open_source(kind, path, split, data_dir, show)
+    sources.pack(source, directory, shards, console.bar(len(source), 'packed'))
+    print(f'{directory}: {len(source)} images of {source.num_classes} classes')
 
 
 def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):

@@ -714,4 +714,4 @@ def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
 
 def test_without_tfds(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-    assert 'pip install tensorflow-datasets' in _refusal(sources.TFDS, 'mnist')
+    assert 'TFDS cannot be imported' in _refusal(sources.TFDS, 'mnist')
