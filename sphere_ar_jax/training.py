@@ -192,7 +192,7 @@ def converted(directory, like):
     return None if found is None else found[0]
 
 
-def train(stage, source, directory, *, seed, mesh):
+def train(stage, source, directory, *, seed, mesh, reading=None):
     """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
     A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
@@ -200,19 +200,16 @@ def train(stage, source, directory, *, seed, mesh):
 
     Args:
       stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
-      initialisation and data order. mesh: see `sharding`.
+      initialisation and data order. mesh: see `sharding`. reading: a dict of what else `data.batches` takes: transform,
+      threads, workers, max_broken.
     Returns:
       (state, seconds it took, those of earlier starts up to their last checkpoint included).
     Raises:
-      NonFiniteError, Preempted, checkpoint.DamagedError.
+      NonFiniteError, Preempted, checkpoint.DamagedError, data.DataError.
     """
     options, started = stage.options, time.perf_counter()
     abstract = abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batches = data.batches(
-        source, batch_size=options.batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
     before = 0.0
@@ -224,14 +221,18 @@ def train(stage, source, directory, *, seed, mesh):
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=12), flush=True)
     else:
         state, data_state, before = restored
-        batches.set_state(data_state)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
     elapsed = lambda: before + time.perf_counter() - started
     step = int(state.step)
     if step >= options.steps:
         checkpoints.close()
         return state, before
-
+    batches = data.batches(
+        source, batch_size=options.batch_size, seed=seed, first_step=step,
+        process_index=jax.process_index(), process_count=jax.process_count(), **reading or {},
+    )  # fmt: skip
+    if restored is not None:
+        batches.check_state(data_state)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
     pending = None
@@ -265,6 +266,7 @@ def train(stage, source, directory, *, seed, mesh):
                 if signals.arrived:
                     raise Preempted(signals.arrived, step, options.steps)
     finally:
+        batches.close()
         checkpoints.close()
         writer.close()
     return state, elapsed()

@@ -16,7 +16,7 @@ LEVELS = (
     ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
     ('ar',),
-    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
+    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against', 'augment'),
     ('data', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
     ('evaluation', 'report'),
