@@ -231,8 +231,8 @@ def batches(
       transform: function (record of the source, epoch, rng) → {'image', 'label'}, which may raise
         augment.BrokenImageError; picklable, if there are workers. None: the source's own records.
       first_step: k of the first batch. threads: that read ahead, in each process that reads.
-      workers: processes that read, 0 for none but this one. They cost seconds to start, and need the main program to be
-        guarded by `if __name__ == '__main__'`.
+      workers: processes that read, 0 for none but this one. They cost seconds to start, need the main program to be
+        guarded by `if __name__ == '__main__'`, and hand images over in /dev/shm, which containers may keep too small.
       max_broken: the run stops at the first batch after which ≥ 100 images were tried by this process since its start,
         replacements included, and a larger share than this was broken; also where 8 in turn are.
     Returns:

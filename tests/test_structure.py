@@ -23,7 +23,7 @@ LEVELS = (
     ('generation', 'frontier', 'parts'),
     ('jobs',),
     ('main',),
-    ('benchmark',),
+    ('benchmark', 'data_benchmark'),
 )
 
 
