@@ -257,7 +257,7 @@ def converted(directory, like):
     return None if found is None else found[0]
 
 
-def train(stage, source, directory, *, seed, mesh, watch=None):
+def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
     A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
@@ -265,19 +265,16 @@ def train(stage, source, directory, *, seed, mesh, watch=None):
 
     Args:
       stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
-      initialisation and data order. mesh: see `sharding`. watch: `Watch` or None.
+      initialisation and data order. mesh: see `sharding`. reading: a dict of what else `data.batches` takes: transform,
+      threads, workers, max_broken. watch: `Watch` or None.
     Returns:
       (state, seconds it took, those of earlier starts up to their last checkpoint included).
     Raises:
-      NonFiniteError, Preempted, FrozenError, checkpoint.DamagedError.
+      NonFiniteError, Preempted, FrozenError, checkpoint.DamagedError, data.DataError.
     """
     options, started = stage.options, time.perf_counter()
     abstract = abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batches = data.batches(
-        source, batch_size=options.batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
     before = 0.0
@@ -290,14 +287,19 @@ def train(stage, source, directory, *, seed, mesh, watch=None):
     else:
         state, data_state, before = restored
         check_frozen(stage, data_state, directory)
-        batches.set_state(data_state)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
     elapsed = lambda: before + time.perf_counter() - started
     step = int(state.step)
     if step >= options.steps:
         checkpoints.close()
         return state, before
-
+    batches = data.batches(
+        source, batch_size=options.batch_size, seed=seed, first_step=step,
+        process_index=jax.process_index(), process_count=jax.process_count(), **reading or {},
+    )  # fmt: skip
+    if restored is not None:
+        batches.check_state(data_state['batches'])
+    digest = frozen_digest(stage)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
     pending = None
@@ -330,10 +332,11 @@ def train(stage, source, directory, *, seed, mesh, watch=None):
                     mark = step, time.perf_counter()
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
-                    checkpoints.save(step, state, batches.get_state(), elapsed())
+                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': digest}, elapsed())
                 if signals.arrived:
                     raise Preempted(signals.arrived, step, options.steps)
     finally:
+        batches.close()
         checkpoints.close()
         writer.close()
     return state, elapsed()

@@ -16,7 +16,7 @@ LEVELS = (
     ('transformer', 'convolutions'),
     ('vae', 'flow_head'),
     ('ar',),
-    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
+    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against', 'augment'),
     ('data', 'sources', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
     ('evaluation', 'report'),
@@ -24,7 +24,7 @@ LEVELS = (
     ('experiment',),
     ('jobs',),
     ('main',),
-    ('benchmark',),
+    ('benchmark', 'data_benchmark'),
 )
 
 
