@@ -4,8 +4,11 @@ Dimensions:
   B  images of the global batch     L  tokens of an image     d  latent dimension
   m  noisy copies of every token (diffusion batch multiplier)
 
-The tokenizer's terms are summed in `tokenizer_loss`: adversarial and perceptual terms belong there too.
+The tokenizer's terms are summed in `reconstruction_loss`; the perceptual and the adversarial one join them in
+`adversarial.py`.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -49,26 +52,109 @@ def drop_labels(keys, class_id, null_class, probability):
     return jnp.where(dropped, null_class, class_id)
 
 
-def tokenizer_loss(vae, params, images, draws, *, kl_weight, l2_weight):
-    """Reconstruction and KL of the S-VAE: mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform).
+# A dimension is dead where the tokens' directions spread less than this share of uniform ones' spread.
+DEAD = 0.1
+
+
+def latent_statistics(posterior):
+    """How much of the sphere the tokens of a batch use: what `collapse` looks at.
 
     Args:
-      vae: `vae.VAE`. params: its parameters. images: (B, H, W, c) float32 in [−1, 1].
-      draws: of `vae.Posterior.draw` for (B, L) tokens, or a function posterior → draws.
+      posterior: `vae.Posterior` of (B, L) tokens in d dimensions.
     Returns:
-      (loss, scalars): loss () float32; scalars l1, l2, kl (nats per token), kappa, psnr (dB, peak 2).
+      dict of scalars () float32: kappa (mean); kl (mean, nats per token); spread_min and spread_mean over dimensions
+      of √d·std of mu's coordinate over batch and tokens (1 for uniform directions, 0 for equal ones); dead_share, of
+      the dimensions with a spread below `DEAD`; mean_direction, the norm of the mean of mu (0 for uniform directions,
+      1 for equal ones).
+    """
+    mu = posterior.mu.reshape(-1, posterior.mu.shape[-1])
+    spread = mu.shape[-1] ** 0.5 * jnp.std(mu, axis=0)
+    return dict(
+        kappa=jnp.mean(posterior.kappa), kl=jnp.mean(posterior.kl()), spread_min=jnp.min(spread),
+        spread_mean=jnp.mean(spread), dead_share=jnp.mean((spread < DEAD).astype(jnp.float32)),
+        mean_direction=jnp.linalg.norm(jnp.mean(mu, axis=0)),
+    )  # fmt: skip
+
+
+def collapse(scalars):
+    """What is wrong with a tokenizer's latents, in one sentence, or None; scalars: of `latent_statistics`, as floats.
+
+    Wrong are: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, any dead dimension. Before
+    the first some hundred steps an untrained encoder's tokens look collapsed too.
+    """
+    kappa, kl, direction, dead = (scalars[name] for name in ('kappa', 'kl', 'mean_direction', 'dead_share'))
+    if not all(math.isfinite(value) for value in (kappa, kl, direction, dead)):
+        return 'the latents are no numbers'
+    wrong = []
+    if kappa < 1.1:
+        wrong.append(f'kappa is {kappa:.2f}, at its floor of 1: the posterior ignores the image')
+    if kl < 0.1:
+        wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')
+    if direction > 0.9:
+        wrong.append(f'all tokens point the same way: their mean direction has norm {direction:.2f}')
+    if dead > 0:
+        wrong.append(
+            f'{dead:.0%} of the dimensions are dead: directions spread there by less than {DEAD} of uniform ones'
+        )
+    return '; '.join(wrong) or None
+
+
+def autoencode(vae, params, images, draws):
+    """Images (B, H, W, c) through the S-VAE: (reconstructions, tokens z (B, L, d), the `vae.Posterior`).
+
+    draws: of `vae.Posterior.draw` for (B, L) tokens, or a function posterior → draws.
+    """
+    posterior = vae.apply({'params': params}, images, method='encode')
+    z = posterior.sample(draws(posterior) if callable(draws) else draws)
+    return vae.apply({'params': params}, z, method='decode'), z, posterior
+
+
+def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight):
+    """mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform), of `autoencode`'s results.
+
+    Returns:
+      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm and `latent_statistics`.
     Source: spec §3 and §8.
     """
-    variables = {'params': params}
-    posterior = vae.apply(variables, images, method='encode')
-    z = posterior.sample(draws(posterior) if callable(draws) else draws)
-    error = vae.apply(variables, z, method='decode') - images
-    l1, l2, kl = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error)), jnp.mean(posterior.kl())
-    scalars = dict(
-        l1=l1, l2=l2, kl=kl, kappa=jnp.mean(posterior.kappa), psnr=10 * jnp.log10(4 / l2),
-        token_norm=jnp.mean(jnp.linalg.norm(z, axis=-1)),
-    )  # fmt: skip
-    return l1 + l2_weight * l2 + kl_weight * kl, scalars
+    error = recon - images
+    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+    scalars = latent_statistics(posterior) | dict(
+        l1=l1, l2=l2, psnr=10 * jnp.log10(4 / l2), token_norm=jnp.mean(jnp.linalg.norm(z, axis=-1))
+    )
+    return l1 + l2_weight * l2 + kl_weight * scalars['kl'], scalars
+
+
+def tokenizer_loss(vae, params, images, draws, *, kl_weight, l2_weight):
+    """`reconstruction_loss` of the S-VAE with these parameters.
+
+    Args:
+      vae: `vae.VAE`. params: its parameters. images: (B, H, W, c) float32 in [−1, 1]. draws: see `autoencode`.
+    Returns:
+      (loss, scalars) as there.
+    """
+    return reconstruction_loss(
+        images, *autoencode(vae, params, images, draws), kl_weight=kl_weight, l2_weight=l2_weight
+    )
+
+
+def hinge_loss(real, fake):
+    """A discriminator's ½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of its logits, any shapes. () float32."""
+    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
+
+
+def logistic_loss(real, fake):
+    """A discriminator's −½ mean log σ(real) − ½ mean log(1 − σ(fake)), of its logits, any shapes. () float32."""
+    return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
+
+
+# The discriminator's loss of its logits of (real, fake) images, and the generator's of those of its own images. (The
+# public code's non-saturating losses have logits and targets swapped; set right, its discriminator's is the vanilla
+# one. With that, as with hinge, the published generator raises the logits themselves.)
+ADVERSARIAL = {
+    'hinge': (hinge_loss, lambda fake: -jnp.mean(fake)),
+    'vanilla': (logistic_loss, lambda fake: -jnp.mean(fake)),
+    'non_saturating': (logistic_loss, lambda fake: jnp.mean(jax.nn.softplus(-fake))),
+}
 
 
 def flow_loss(ar, params, class_id, z, t_normal, noise):

@@ -2,20 +2,27 @@
 
 Dimensions:
   B     images     H, W  pixels     c  channels of the images, or features of a pixel inside VGG16
-Images are (B, H, W, c), float in [−1, 1] unless said otherwise. All but `load` may be jitted.
+Images are (B, H, W, c), float in [−1, 1] unless said otherwise. All but `load` and `read` may be jitted.
 """
 
+import os
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from sphere_ar_jax import torch_file
+
 # Channels of VGG16's 3×3 convolutions, each with a ReLU; between the stages the resolution is halved.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # Mean and deviation of ImageNet's channels, for pixels in [−1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 WINDOW, SIGMA = 11, 1.5
+SOURCES = (
+    "taming-transformers' vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)",
+    "torchvision's vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)",
+)
 
 
 class WeightsError(ValueError):
@@ -112,6 +119,29 @@ def load(lin_tensors, vgg_tensors):
             for ours, theirs in convolutions.items()
         }
     }
+
+
+def read(lin_path, vgg_path):
+    """`load` of the files `vgg.pth` and `vgg16-397923af.pth`.
+
+    Raises:
+      WeightsError: a path is None or no file is there (it then says where both files are to be had), or a file is of
+      other tensors. torch_file.FileError: a file is damaged, or none of PyTorch.
+    """
+    missing = [f'no file {path}' for path in (lin_path, vgg_path) if path is not None and not os.path.isfile(path)]
+    missing += [
+        f'no path to {s.split(" (")[0]}' for s, p in zip(SOURCES, (lin_path, vgg_path), strict=True) if p is None
+    ]
+    if missing:
+        raise WeightsError(
+            f'LPIPS needs {" and ".join(SOURCES)}, but there is {" and ".join(missing)}: download both, or go without '
+            'by perceptual_weight=0'
+        )
+    contents = [torch_file.open_file(path) for path in (lin_path, vgg_path)]
+    for path, tensors in zip((lin_path, vgg_path), contents, strict=True):
+        if not isinstance(tensors, dict):
+            raise WeightsError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
+    return load(*contents)
 
 
 def _faults(file, tensors, shapes):

@@ -23,6 +23,11 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 libraries_promote = functools.partial(jax.numpy_dtype_promotion, 'standard')
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
+# (number in torchvision's list, input channels, output channels) of VGG16's convolutions
+VGG16 = (
+    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
+    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512),
+)  # fmt: skip
 
 
 @pytest.fixture(scope='session')
@@ -80,3 +85,21 @@ def inception_params():
 
     rows = json.loads((GOLDENS / 'inception.json').read_text())
     return inception.from_torch({name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)})
+
+
+@pytest.fixture(scope='session')
+def lpips_files():
+    """The tensors of LPIPS's two files by the goldens' formula (see goldens/README.md): (lin, vgg)."""
+
+    def tensor(i, shape):
+        return np.random.RandomState(i).standard_normal(shape)
+
+    lin, vgg = {}, {'classifier.0.weight': np.zeros(1)}
+    for i, (n, before, channels) in enumerate(VGG16):
+        kernel = tensor(2 * i, (channels, before, 3, 3)) * (1.4 / np.sqrt(before * 9))
+        vgg[f'features.{n}.weight'] = kernel.astype(np.float32)
+        vgg[f'features.{n}.bias'] = (0.05 * tensor(2 * i + 1, channels)).astype(np.float32)
+    for i, channels in enumerate((64, 128, 256, 512, 512)):
+        weight = 0.1 * np.abs(tensor(2 * len(VGG16) + i, (1, channels, 1, 1)))
+        lin[f'lin{i}.model.1.weight'] = weight.astype(np.float32)
+    return lin, vgg

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import ar, convert, flow, losses, solvers
+from sphere_ar_jax import ar, convert, flow, geometry, losses, solvers, vae
 
 
 def _assert_gradients(gradients, golden, prefix, tolerance):
@@ -57,6 +57,74 @@ def test_l2_weight(golden, tiny_vae):
     squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
     np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
     np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
+
+
+def _posterior(mu, kappa=20.0):
+    mu = geometry.l2_normalize(jnp.asarray(mu, jnp.float32))
+    return vae.Posterior(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
+
+
+def test_latents_that_are_well():
+    """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean direction."""
+    posterior = _posterior(np.random.default_rng(0).normal(size=(40, 256, 16)))
+    scalars = {name: float(value) for name, value in jax.jit(losses.latent_statistics)(posterior).items()}
+    assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6  # at most 1: the squares sum to d
+    np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
+    assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
+    np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
+    np.testing.assert_allclose(scalars['kl'], np.mean(posterior.kl()), rtol=1e-6)
+    assert losses.collapse(scalars) is None
+
+
+@pytest.mark.parametrize('dead', [1, 4, 12])
+def test_dead_dimensions_are_counted(dead):
+    mu = np.random.default_rng(1).normal(size=(8, 64, 16))
+    mu[..., :dead] *= 1e-3
+    scalars = {name: float(value) for name, value in losses.latent_statistics(_posterior(mu)).items()}
+    np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
+    assert scalars['spread_min'] < 0.01
+    assert losses.collapse(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
+    mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
+    assert float(losses.latent_statistics(_posterior(mu))['dead_share']) == pytest.approx((dead - 1) / 16)
+
+
+def test_latents_that_are_all_alike():
+    scalars = losses.latent_statistics(_posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0))
+    scalars = {name: float(value) for name, value in scalars.items()}
+    np.testing.assert_allclose(scalars['spread_mean'], 0, atol=1e-6)
+    np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
+    assert scalars['dead_share'] == 1
+    message = losses.collapse(scalars)
+    for part in ('kappa is 1.00, at its floor', 'KL is 0.0', 'norm 1.00', '100% of the dimensions are dead'):
+        assert part in message
+    assert '\n' not in message
+    well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
+    assert losses.collapse(well) is None
+    for name, value, part in (
+        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'), ('mean_direction', 0.95, 'same way'),
+        ('dead_share', 0.0625, '6% of the dimensions'), ('kl', float('nan'), 'no numbers'),
+    ):  # fmt: skip
+        assert part in losses.collapse(well | {name: value}) and ';' not in losses.collapse(well | {name: value})
+
+
+def test_adversarial_losses_in_closed_form():
+    real, fake = (np.random.default_rng(i).normal(0, 2, (2, 3, 4)).astype(np.float32) for i in range(2))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x.astype(np.float64)))
+    logistic = -(np.log(sigmoid(real)).mean() + np.log(1 - sigmoid(fake)).mean()) / 2
+    hinge = (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2
+    for name, of_discriminator, of_generator, slope in (
+        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)), ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
+        ('non_saturating', logistic, -np.log(sigmoid(fake)).mean(), sigmoid(fake) - 1),
+    ):  # fmt: skip
+        discriminator, generator = losses.ADVERSARIAL[name]
+        np.testing.assert_allclose(discriminator(real, fake), of_discriminator, rtol=1e-5)
+        value, gradient = jax.value_and_grad(generator)(fake)
+        np.testing.assert_allclose(value, of_generator, rtol=1e-5)
+        np.testing.assert_allclose(gradient, slope / fake.size, rtol=1e-4, atol=1e-8)
+    to_real, to_fake = jax.grad(losses.logistic_loss, (0, 1))(real, fake)
+    np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
+    assert np.isfinite(losses.logistic_loss(np.float32(-1e4), np.float32(1e4)))  # no logarithm of 0
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():

@@ -4,14 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax import evaluation, perceptual
+from sphere_ar_jax import evaluation, perceptual, torch_file
+from tests import torch_writer
 from tests.conftest import GOLDENS
-
-# (number in torchvision's list, input channels, output channels) of VGG16's convolutions
-CONVOLUTIONS = (
-    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
-    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512),
-)  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -23,26 +18,8 @@ def pair():
 
 
 @pytest.fixture(scope='module')
-def files():
-    """The two files' tensors by the goldens' formula (see goldens/README.md): (lin, vgg)."""
-
-    def tensor(i, shape):
-        return np.random.RandomState(i).standard_normal(shape)
-
-    lin, vgg = {}, {'classifier.0.weight': np.zeros(1)}
-    for i, (n, before, channels) in enumerate(CONVOLUTIONS):
-        kernel = tensor(2 * i, (channels, before, 3, 3)) * (1.4 / np.sqrt(before * 9))
-        vgg[f'features.{n}.weight'] = kernel.astype(np.float32)
-        vgg[f'features.{n}.bias'] = (0.05 * tensor(2 * i + 1, channels)).astype(np.float32)
-    for i, channels in enumerate((64, 128, 256, 512, 512)):
-        weight = 0.1 * np.abs(tensor(2 * len(CONVOLUTIONS) + i, (1, channels, 1, 1)))
-        lin[f'lin{i}.model.1.weight'] = weight.astype(np.float32)
-    return lin, vgg
-
-
-@pytest.fixture(scope='module')
-def params(files):
-    return perceptual.load(*files)
+def params(lpips_files):
+    return perceptual.load(*lpips_files)
 
 
 @pytest.fixture(scope='module')
@@ -94,8 +71,8 @@ def test_load_gives_the_tree_of_the_model(params):
     chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
 
 
-def test_load_lists_all_faults_at_once(files):
-    lin, vgg = dict(files[0]), dict(files[1])
+def test_load_lists_all_faults_at_once(lpips_files):
+    lin, vgg = dict(lpips_files[0]), dict(lpips_files[1])
     del lin['lin3.model.1.weight'], vgg['features.0.bias']
     lin['lin0.model.1.weight'] = np.zeros((1, 65, 1, 1))
     vgg['features.28.weight'] = {}
@@ -112,7 +89,48 @@ def test_load_lists_all_faults_at_once(files):
         assert fault in message, fault
     assert '\n' not in message and 'classifier' not in message
     with pytest.raises(perceptual.WeightsError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'):
-        perceptual.load(files[1], files[0])  # swapped
+        perceptual.load(*lpips_files[::-1])  # swapped
+
+
+def _write(path, tensors):
+    """The tensors as a file of PyTorch's."""
+    arrays = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
+    stored = lambda name, a: torch_writer.tensor(torch_writer.storage(name, a.size, 'Float'), a.shape)
+    content = torch_writer.dictionary({name: stored(name, a) for name, a in arrays.items()})
+    path.write_bytes(torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()}))
+    return path
+
+
+def test_read_gives_what_load_gives(lpips_files, params, tmp_path):
+    paths = [_write(tmp_path / name, tensors) for name, tensors in zip(('vgg.pth', 'b.pth'), lpips_files, strict=True)]
+    chex.assert_trees_all_equal(perceptual.read(*paths), params)
+    with pytest.raises(perceptual.WeightsError, match='lacks lin0'):
+        perceptual.read(*paths[::-1])
+
+
+def test_read_says_where_the_files_come_from(tmp_path):
+    there, no_dict, no_file = (tmp_path / name for name in ('vgg.pth', 'list.pth', 'text.pth'))
+    _write(there, {'lin0.model.1.weight': np.zeros((1, 64, 1, 1))})
+    no_dict.write_bytes(torch_writer.zip_file(torch_writer.numbers([1, 2])))
+    no_file.write_text('weights')
+    for paths, missing in (
+        ((None, None), "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth"),
+        ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
+        ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
+    ):
+        with pytest.raises(perceptual.WeightsError) as error:
+            perceptual.read(*paths)
+        message = str(error.value)
+        for part in (
+            missing, 'vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)',
+            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)', 'perceptual_weight=0',
+        ):  # fmt: skip
+            assert part in message
+        assert '\n' not in message
+    with pytest.raises(perceptual.WeightsError, match='holds a tuple, but must hold tensors by name'):
+        perceptual.read(no_dict, there)
+    with pytest.raises(torch_file.FileError, match='no file of PyTorch'):
+        perceptual.read(there, no_file)
 
 
 # Made once with scikit-image 0.26.0, for images as (…, 3) float64 with pixels in [0, range]:

@@ -11,16 +11,18 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('console', 'geometry', 'imagenet', 'perceptual', 'torch_file'),
-    ('distributions', 'flow', 'solvers', 'inception', 'tar_index', 'stand_in'),
+    ('console', 'geometry', 'imagenet', 'torch_file'),
+    ('distributions', 'flow', 'solvers', 'inception', 'perceptual', 'tar_index', 'stand_in'),
     ('transformer', 'convolutions'),
-    ('vae', 'flow_head'),
+    ('vae', 'flow_head', 'discriminators'),
     ('ar',),
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against', 'augment'),
     ('data', 'sources', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
+    ('adversarial',),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
+    ('looks',),
     ('experiment',),
     ('jobs',),
     ('main',),
@@ -59,7 +61,8 @@ def test_no_tensorflow_and_no_torch():
 
 
 def test_models_know_no_mesh():
-    for name in ('geometry', 'distributions', 'flow', 'transformer', 'vae', 'flow_head', 'ar', 'losses', 'sampling'):
+    models = 'geometry distributions flow transformer vae flow_head ar discriminators losses sampling'
+    for name in models.split():
         assert not re.search(r'\b(mesh|sharding)\b', (PACKAGE / f'{name}.py').read_text().lower()), name
 
 
@@ -75,7 +78,7 @@ def test_functions_are_short():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 lengths[f'{path.stem}.{node.name}'] = node.end_lineno - node.lineno + 1
-    assert lengths['training.step'] <= 40
+    assert max(lengths['training.step'], lengths['adversarial.step']) <= 40
     assert max(lengths.values()) <= 150
 
 

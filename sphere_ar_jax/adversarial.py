@@ -1,0 +1,134 @@
+"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained along (spec §8).
+
+One step, in the public code's order: both networks see the reconstructions of one pass of the S-VAE, made before its
+update.
+  1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial loss).
+  2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
+Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight` from step number
+`disc_start` on (the first step has number 1) and 0 before. With w = 0 the discriminator's gradient is 0, not absent:
+its AdamW counts steps and its kernels decay. The running statistics see three batches in each step, whatever w:
+reconstructions, images, reconstructions.
+
+Two things differ from the public code. BatchNorm takes the statistics of the whole batch, there those of each GPU's 32
+images. LPIPS is deterministic; there the dropout of ½ before its linear weights, meant for fitting them, comes back on
+with `gan_model.train()`, which adds noise to the same mean.
+
+Dimensions:
+  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sphere_ar_jax import discriminators, losses, optimizer, perceptual, training
+
+
+class OptionsError(ValueError):
+    """Options that the training cannot have; one line."""
+
+
+class AdversarialState(training.TrainState):
+    """`training.TrainState` of the S-VAE, and the discriminator's parameters, optimizer state and running statistics
+    (one {'mean', 'var'} for each BatchNorm)."""
+
+    disc_params: Any
+    disc_opt_state: Any
+    disc_stats: Any
+
+
+def _check(vae, options):
+    channels = vae.image_shape[-1]
+    if options.disc_loss not in losses.ADVERSARIAL:
+        raise OptionsError(f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(losses.ADVERSARIAL)}')
+    if options.perceptual_weight and channels != 3:
+        raise OptionsError(f'LPIPS needs images of 3 channels, not {channels}: set perceptual_weight=0')
+
+
+def tokenizer_stage(vae, options, seed, lpips_params=None):
+    """Trains the S-VAE against a discriminator, with the perceptual loss.
+
+    Args:
+      vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
+      options: the stage's section of the config. Of its own, discriminator: one of `discriminators.KINDS`; disc_loss:
+        one of `losses.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight, kl_weight.
+      seed: of the draws. lpips_params: of `perceptual.LPIPS`, on the devices of the mesh; None where perceptual_weight
+        is 0, or for a stage whose state is to be read and not trained.
+    Returns:
+      `training.Stage`. Its scalars: those of `losses.reconstruction_loss`; loss, of the S-VAE; perceptual, adversarial
+      and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
+      clipping; learning_rate.
+    Raises:
+      OptionsError, discriminators.DiscriminatorError: one line.
+    """
+    _check(vae, options)
+    discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
+    lpips = perceptual.LPIPS(vae.dtype)
+    discriminator_term, generator_term = losses.ADVERSARIAL[options.disc_loss]
+    schedule = optimizer.learning_rate(
+        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+    )
+    tx = optimizer.adamw(
+        schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+
+    def init(key):
+        params = vae.init_params(key)
+        ema = jax.tree.map(jnp.copy, params) if options.ema_decay else None
+        disc = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
+        return AdversarialState(
+            jnp.int32(0), params, tx.init(params), ema,
+            disc['params'], tx.init(disc['params']), disc.get('batch_stats', {}),
+        )  # fmt: skip
+
+    def generator_loss(params, state, lpips_params, images, keys, weight):
+        recon, z, posterior = losses.autoencode(vae, params, images, lambda p: losses.posterior_draws(keys, p))
+        loss, scalars = losses.reconstruction_loss(
+            images, recon, z, posterior, kl_weight=options.kl_weight, l2_weight=options.l2_weight
+        )
+        if options.perceptual_weight:
+            if lpips_params is None:
+                raise OptionsError(
+                    'there are no lpips_params for the perceptual loss: give them, or perceptual_weight=0'
+                )
+            scalars['perceptual'] = jnp.mean(lpips.apply({'params': lpips_params}, recon, images))
+            loss += options.perceptual_weight * scalars['perceptual']
+        fake, stats = discriminators.judge(discriminator, state.disc_params, state.disc_stats, recon)
+        scalars['adversarial'] = generator_term(fake)
+        return loss + weight * scalars['adversarial'], (scalars, recon, stats)
+
+    def discriminator_loss(params, stats, images, recon, weight):
+        real, stats = discriminators.judge(discriminator, params, stats, images)
+        fake, stats = discriminators.judge(discriminator, params, stats, recon)
+        loss = discriminator_term(real, fake)
+        scalars = dict(discriminator=loss, logits_real=jnp.mean(real), logits_fake=jnp.mean(fake))
+        return weight * loss, (scalars, stats)
+
+    def update(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def step(state, lpips_params, batch):
+        images = batch['image']
+        keys = losses.sample_keys(jax.random.key(seed), state.step, len(images))
+        weight = jnp.where(state.step + 1 < options.disc_start, 0.0, options.disc_weight)
+
+        compute = jax.value_and_grad(generator_loss, has_aux=True)
+        (loss, (scalars, recon, stats)), grads = compute(state.params, state, lpips_params, images, keys, weight)
+        params, opt_state = update(state.params, state.opt_state, grads)
+        ema = optimizer.update_ema(state.ema, params, options.ema_decay) if options.ema_decay else None
+
+        compute = jax.value_and_grad(discriminator_loss, has_aux=True)
+        (_, (more, stats)), disc_grads = compute(state.disc_params, stats, images, recon, weight)
+        disc_params, disc_opt_state = update(state.disc_params, state.disc_opt_state, disc_grads)
+
+        scalars |= more | dict(
+            loss=loss, grad_norm=optax.tree.norm(grads), disc_grad_norm=optax.tree.norm(disc_grads),
+            learning_rate=schedule(state.step),
+        )  # fmt: skip
+        return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state, stats), scalars
+
+    shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
+    return training.Stage('tokenizer', options, init, step, lpips_params, shown)
