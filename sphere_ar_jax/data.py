@@ -44,6 +44,7 @@ class Digits:
 
     image_shape = (8 * UPSAMPLE, 8 * UPSAMPLE, 1)
     num_classes = 10
+    class_names = tuple('0123456789')
 
     def __init__(self, split, seed, holdout=0.2):
         """split: 'train', 'heldout' or 'all'; `holdout` is the held-out share, drawn by `seed`."""
@@ -62,18 +63,8 @@ class Digits:
     def __getitem__(self, index):
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
 
-
-class Synthetic:
-    """No images: the classes of ImageNet for a model of any image shape, so that it can be built and measured.
-
-    There is nothing to train on. Attributes: image_shape: None, any. num_classes: 1000.
-    """
-
-    image_shape = None
-    num_classes = 1000
-
-
-SOURCES = {'digits': Digits, 'synthetic': Synthetic}
+    def name(self, index):
+        return f'digit {index}'
 
 
 class DataError(ValueError):

@@ -13,6 +13,7 @@ import resource
 import time
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sphere_ar_jax import (
     adversarial,
@@ -202,11 +203,13 @@ def _tokenizer(cfg, mesh):
     return run.vae_params
 
 
-def _lpips(cfg):
-    """LPIPS' parameters where the tokenizer is to be trained with it, else None."""
+def _lpips(cfg, mesh):
+    """LPIPS' parameters, on all devices, where the tokenizer is to be trained with it, else None."""
     t = cfg.tokenizer_training
     wanted = t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None
-    return perceptual.read(t.lpips, t.vgg) if wanted else None
+    if not wanted:
+        return None
+    return jax.device_put(perceptual.read(t.lpips, t.vgg), NamedSharding(mesh, PartitionSpec()))
 
 
 def _judge(cfg):
@@ -229,7 +232,7 @@ def _set_up(cfg, workdir):
     source, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
     if cfg.init_from is None:
-        stages = functools.partial(_train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg))
+        stages = functools.partial(_train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg, mesh))
     else:
         stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)

@@ -41,7 +41,7 @@ def examples(setting, n=48):
         if len(found) == n:
             break
         try:
-            image = augment.load(setting.source[i]['image'])
+            image = augment.decode(setting.source[i]['image'])
         except augment.BrokenImageError:
             continue
         found.append(augment.to_float(augment.center_crop(image, setting.vae.image_shape[0])))

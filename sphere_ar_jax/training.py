@@ -7,6 +7,7 @@ Dimensions:
 import json
 import math
 import signal
+import sys
 import time
 import zlib
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import optax
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, sharding
+from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, perceptual, sharding
 
 
 class NonFiniteError(RuntimeError):
@@ -53,7 +54,8 @@ class Stage(NamedTuple):
     Attributes:
       name: also its directory. options: its section of the config. init: key → TrainState.
       step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
-      shown: the scalars for the console. about: what the frozen parameters are, for messages.
+      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn: function of logged
+      scalars → what is wrong with them in words, or None.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Stage(NamedTuple):
     frozen: Any
     shown: tuple
     about: str = ''
+    warn: Any = lambda scalars: None
 
 
 class Watch(NamedTuple):
@@ -117,7 +120,7 @@ def _stage(name, options, seed, init_params, loss, frozen, shown, about=''):
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = tuple(optimizer.update_ema(e, params, decay) for e, decay in zip(state.ema, decays, strict=True))
+        ema = update_emas(state.ema, params, decays)
         scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
@@ -129,16 +132,35 @@ def copies(params, decays):
     return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
 
 
-def tokenizer_stage(vae, options, seed):
-    """Trains the S-VAE by `losses.tokenizer_loss`."""
+def update_emas(emas, params, decays):
+    """Each EMA by its rate, see `optimizer.update_ema`."""
+    return tuple(optimizer.update_ema(ema, params, decay) for ema, decay in zip(emas, decays, strict=True))
 
-    def loss(params, _, batch, keys):
-        return losses.tokenizer_loss(
-            vae, params, batch['image'], lambda posterior: losses.posterior_draws(keys, posterior),
-            kl_weight=options.kl_weight, l2_weight=options.l2_weight,
-        )  # fmt: skip
 
-    return _stage('tokenizer', options, seed, vae.init_params, loss, (), ('loss', 'psnr', 'kl', 'kappa'))
+def tokenizer_weights(vae, options, lpips_params):
+    """The weights of `losses.reconstruction_loss`, and LPIPS, computed in the S-VAE's dtype.
+
+    Raises ValueError where LPIPS has a weight but no parameters.
+    """
+    if options.perceptual_weight and lpips_params is None:
+        raise ValueError('there are no lpips_params for the perceptual loss: give them, or perceptual_weight=0')
+    return dict(
+        kl_weight=options.kl_weight, l2_weight=options.l2_weight, perceptual_weight=options.perceptual_weight,
+        distance=lambda a, b: perceptual.LPIPS(vae.dtype).apply({'params': lpips_params}, a, b),
+    )  # fmt: skip
+
+
+def tokenizer_stage(vae, options, seed, lpips_params=None):
+    """Trains the S-VAE by `losses.tokenizer_loss`; lpips_params: of `perceptual.LPIPS`, where it has a weight."""
+
+    def loss(params, lpips_params, batch, keys):
+        draws = lambda posterior: losses.posterior_draws(keys, posterior)
+        weights = tokenizer_weights(vae, options, lpips_params)
+        return losses.tokenizer_loss(vae, params, batch['image'], draws, **weights)
+
+    shown = 'loss', 'psnr', 'kl', 'kappa'
+    stage = _stage('tokenizer', options, seed, vae.init_params, loss, lpips_params, shown, 'LPIPS network')
+    return stage._replace(warn=losses.collapse)
 
 
 def ar_stage(ar, vae, vae_params, options, seed):
@@ -185,8 +207,9 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
 
 def frozen_digest(stage):
     """A hash, 8 hexadecimal digits, of all bits of the parameters that a stage does not train; '' where it has none."""
-    digests = checkpoint.fingerprint(stage.frozen)
-    return f'{zlib.crc32(json.dumps(digests).encode()):08x}' if digests else ''
+    if not jax.tree.leaves(stage.frozen):
+        return ''
+    return f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
 
 
 class FrozenError(ValueError):
@@ -257,6 +280,9 @@ def converted(directory, like):
     return None if found is None else found[0]
 
 
+_SETTLED = 500  # steps, before which a stage's warnings are of an untrained model
+
+
 def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
@@ -302,7 +328,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     digest = frozen_digest(stage)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
-    pending = None
+    pending = warned = None
     print(f'{stage.name}: compiling', flush=True)
 
     try:
@@ -326,6 +352,10 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                         seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
                         values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
                     writer.write(step, values, stage.shown)
+                    wrong = stage.warn(values) if step >= _SETTLED else None
+                    if wrong and wrong != warned:
+                        print(f'{stage.name}: step {step}: {wrong}', file=sys.stderr)
+                    warned = wrong
                     averages, mark = empty, (step, time.perf_counter())
                 if watch is not None and step % watch.every == 0:
                     watch.look(step, state.eval_params, writer)

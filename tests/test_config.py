@@ -28,7 +28,7 @@ def test_every_config_is_built_and_stepped_once(name, argument):
     assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     config.build_sampler(cfg)
-    source = data.SOURCES[cfg.data.name]('train', cfg.seed, cfg.data.holdout)
+    source = data.Digits('train', cfg.seed, cfg.data.holdout)
     vae_params = jax.jit(vae.init_params)(jax.random.key(0))
     for stage in (
         training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),

@@ -152,7 +152,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
     leaves[-1] = leaves[-1].copy()
     leaves[-1].view(np.uint32).flat[0] ^= 1
-    with pytest.raises(training.FrozenError, match='was trained on another tokenizer .weights [0-9a-f]{8}. than'):
+    with pytest.raises(training.FrozenError, match=r'was trained on another tokenizer .weights [0-9a-f]{8}. than'):
         training.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
     training.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
 
