@@ -22,8 +22,8 @@ dtype=…    bfloat16 or float32 (the default) of the computation
 fast       the sampler of the fewest evaluations that lost nothing on the digits (BUILD_NOTES.md, "Fewer
            evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.
 smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs, on a CPU, in about a minute:
-           python -m sphere_ar_jax.main --workdir=/tmp/ar_l_smoke --config.tokenizer=/tmp/vae_smoke \\
-               --config=configs/ar_l.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar
+           python -m sphere_ar_jax.main --config=configs/ar_l.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar \\
+               --config.tokenizer=/tmp/vae_smoke --workdir=/tmp/ar_l_smoke
 """
 
 from sphere_ar_jax import config
