@@ -324,7 +324,7 @@ def test_nothing_hangs(driver, tmp_path, what):
             end = time.monotonic() + 20
             while any(map(_alive, workers)) and time.monotonic() < end:
                 time.sleep(0.1)
-            assert not any(map(_alive, workers))
+            assert not any(map(_alive, workers)) and not too_long.finished.is_set()
         finally:
             too_long.cancel()
             with contextlib.suppress(ProcessLookupError):
