@@ -75,7 +75,7 @@ def test_shorter_side_reaches_both_its_ends():
     rng = np.random.default_rng(0)
     drawn = {augment.draw_shorter_side(256, rng.integers) for _ in range(2000)}
     assert drawn == set(range(256, 321))
-    assert augment.draw_shorter_side(30, lambda low, high: high - 1) == 38  # ⌈37.5⌉
+    assert augment.draw_shorter_side(33, lambda low, high: high - 1) == 42  # ⌈41.25⌉
 
 
 def test_aug_ratio_is_the_golden_schedule():
@@ -157,6 +157,12 @@ def test_broken_images_are_told(content):
     with pytest.raises(augment.BrokenImageError) as error:
         augment.decode(content)
     assert str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_a_bomb_is_not_unpacked():
+    with pytest.raises(augment.BrokenImageError, match=r'^10000 × 9000 pixels are more than'):
+        augment.decode(_bomb(10_000, 9000))
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning')

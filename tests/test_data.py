@@ -272,13 +272,15 @@ if __name__ == '__main__':
     )
     next(iterator)
     workers = [p.pid for p in multiprocessing.active_children()]
+    arrived, end = [], time.monotonic() + 60
+    signal.signal(signal.SIGTERM, lambda *_: arrived.append(0))  # as training does
     print(*workers, flush=True)
     if sys.argv[1] == 'killed worker':
         os.kill(workers[0], signal.SIGKILL)
-    end = time.monotonic() + 60
     try:
-        while sys.argv[1] != 'end' and time.monotonic() < end:
+        while sys.argv[1] != 'end' and len(arrived) < 50 and time.monotonic() < end:
             next(iterator)
+            arrived += arrived[:1]
         print('the end', flush=True)
     except data.DataError as error:
         print(error, flush=True)
@@ -301,10 +303,11 @@ def _alive(pid):
         return False
 
 
-@pytest.mark.parametrize('what', ['end', 'killed worker', 'Ctrl-C', 'killed'])
+@pytest.mark.parametrize('what', ['end', 'killed worker', 'Ctrl-C', 'SIGTERM', 'killed'])
 def test_nothing_hangs(driver, tmp_path, what):
     """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal sends to all
-    processes; and no worker outlives a main process that was killed."""
+    processes; and no worker outlives a main process that was killed. Workers leave SIGTERM to the main process, which
+    still reads a few batches here."""
     with open(tmp_path / 'errors', 'w+') as errors_file:
         process = subprocess.Popen(
             [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
@@ -317,6 +320,8 @@ def test_nothing_hangs(driver, tmp_path, what):
             assert len(workers) == 2
             if what == 'Ctrl-C':
                 os.killpg(process.pid, signal.SIGINT)
+            elif what == 'SIGTERM':
+                os.killpg(process.pid, signal.SIGTERM)
             elif what == 'killed':
                 process.kill()
             output = process.stdout.read()
@@ -324,7 +329,7 @@ def test_nothing_hangs(driver, tmp_path, what):
             end = time.monotonic() + 20
             while any(map(_alive, workers)) and time.monotonic() < end:
                 time.sleep(0.1)
-            assert not any(map(_alive, workers))
+            assert not any(map(_alive, workers)) and not too_long.finished.is_set()
         finally:
             too_long.cancel()
             with contextlib.suppress(ProcessLookupError):
@@ -337,7 +342,7 @@ def test_nothing_hangs(driver, tmp_path, what):
     elif what == 'Ctrl-C':
         assert process.returncode == -signal.SIGINT and errors.rstrip().endswith('KeyboardInterrupt'), errors
         assert errors.count('Traceback') == 1, errors  # that of the main process
-    elif what == 'end':
+    elif what in ('end', 'SIGTERM'):
         assert process.returncode == 0 and output == 'the end\n' and not errors, errors
 
 

@@ -195,6 +195,24 @@ def test_a_finished_stage_is_only_read(tmp_path):
     assert 0 < stated <= seconds
 
 
+def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
+    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data are refused."""
+    cfg, epochs, source = get_config(), [], data.Digits('train', 0, holdout=0.99)
+    reading = {'transform': lambda record, epoch, rng: epochs.append(epoch) or record, 'threads': 1}
+    run = lambda: training.train(
+        stages(cfg)[0], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading
+    )
+    run()
+    assert min(epochs) == 0
+    epochs.clear()
+    cfg.tokenizer_training.update(steps=8)
+    run()
+    assert min(epochs) == 6 * 16 // len(source) > 0
+    cfg.tokenizer_training.update(steps=10, batch_size=32)
+    with pytest.raises(data.DataError, match='the checkpoint belongs to other data'):
+        run()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     """The run stops and names the last good checkpoint, which is left as it was; what came of it later is set aside.
     The same directory then goes on with a sane learning rate."""
