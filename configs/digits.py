@@ -43,6 +43,7 @@ def get_config(arg=''):
     c.ar.update(depth=3, heads=4, width=96, head_depth=4, head_width=128, head_groups=2, class_tokens=4, unroll=4)
     common = dict(batch_size=64, learning_rate=2e-3, final_learning_rate=1e-5, log_every=50, checkpoint_every=250)
     c.tokenizer_training.update(common, steps=800, warmup_steps=50, kl_weight=0.004, l2_weight=1.0)
+    c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)
     c.ar_training.update(common, steps=1500, warmup_steps=100, ema_decay=0.995, copies=2)
     c.sampling.update(num_images=1000, batch_size=250, num_steps=100, guidance='constant', guidance_scale=1.5)
     c.distillation_training.update(

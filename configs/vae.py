@@ -1,18 +1,31 @@
-"""The S-VAE at 256×256: the published tokenizer and its recipe (spec §3, §8; 75,393,297 parameters).
+"""The S-VAE at 256×256: the published tokenizer and its adversarial recipe (spec §3, §8; 75,393,297 parameters).
 
-Command:   python -m sphere_ar_jax.main --mode=convert --checkpoint=hf://guolinke/SphereAR/vae.pt --workdir=DIR
-           python -m sphere_ar_jax.main --mode=evaluate --workdir=DIR --images=REAL.npz --inception=FILE
-Hardware:  anything with 2 GB for a batch of 8; two CPU cores decode that in 1.6 s (BUILD_NOTES.md, "Speed").
-Result:    rFID, PSNR, SSIM, LPIPS, κ and KL of reconstructions. No published value is known to us.
+Command:   python -m sphere_ar_jax.main --config=configs/vae.py:data=/data/ILSVRC2012_img_train.tar --workdir=DIR \\
+               --config.tokenizer_training.lpips=vgg.pth --config.tokenizer_training.vgg=vgg16-397923af.pth
+Hardware:  accelerators; 100 epochs are 500,400 steps of 256 images. Hours have not been measured; the step on two CPU
+           cores, and how many cores feed an accelerator: BUILD_NOTES.md.
+Result:    reconstructions. No published rFID is known to us. Nothing was trained on ImageNet here.
 
-There is no ImageNet source here yet, and no adversarial or perceptual loss: `main` cannot train it.
+The two files are LPIPS' weights, of taming-transformers and of torchvision; without them:
+--config.tokenizer_training.perceptual_weight=0. The published tokenizer, converted instead of trained:
+
+           python -m sphere_ar_jax.main --mode=convert --checkpoint=hf://guolinke/SphereAR/vae.pt --workdir=DIR
+
+Arguments after the colon, separated by commas:
+
+data=…     a path of ImageNet's training tar, or KIND:PATH of folder, array_records or tfds (tfds:NAME)
+batch=N    images a step; the number of epochs stays
+dtype=…    bfloat16 or float32 (the default) of the computation
+512        512×512 pixels, 32×32 tokens; not a published model
+smoke      20 steps of a shallow S-VAE on 64×64 pixels, to see that everything runs, on a CPU, in about a minute:
+           python -m sphere_ar_jax.stand_in /tmp/stand_in
+           python -m sphere_ar_jax.main --config=configs/vae.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar \\
+               --workdir=/tmp/vae_smoke
 """
 
 from sphere_ar_jax import config
 
 
 def get_config(arg=''):
-    """arg: none."""
-    if arg:
-        raise ValueError(f'configs/vae.py has no variant {arg!r}')
-    return config.published_ar('B')
+    """arg: see above."""
+    return config.published_vae(arg)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sphere_ar_jax import discriminators, losses, optimizer, perceptual, training
+from sphere_ar_jax import discriminators, losses, optimizer, training
 
 
 class OptionsError(ValueError):
@@ -39,19 +39,13 @@ class AdversarialState(training.TrainState):
     disc_stats: Any
 
 
-def _check(vae, options):
-    H, W, channels = vae.image_shape
+def _check(options):
     if options.disc_loss not in losses.ADVERSARIAL:
         raise OptionsError(f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(losses.ADVERSARIAL)}')
-    if options.perceptual_weight and (channels != 3 or min(H, W) < 16):
-        raise OptionsError(
-            f'LPIPS needs images of 3 channels and at least 16×16 pixels, not {channels} and {H}×{W}: set '
-            'perceptual_weight=0'
-        )
 
 
 def tokenizer_stage(vae, options, seed, lpips_params=None):
-    """Trains the S-VAE against a discriminator, with the perceptual loss.
+    """Trains the S-VAE against a discriminator; with disc_weight 0 it is `training.tokenizer_stage`.
 
     Args:
       vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
@@ -66,10 +60,12 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     Raises:
       OptionsError, discriminators.DiscriminatorError: one line.
     """
-    _check(vae, options)
+    if not options.disc_weight:
+        return training.tokenizer_stage(vae, options, seed, lpips_params)
+    _check(options)
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
-    lpips = perceptual.LPIPS(vae.dtype)
     discriminator_term, generator_term = losses.ADVERSARIAL[options.disc_loss]
+    decays = training.ema_decays(options)
     schedule = optimizer.learning_rate(
         options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
     )
@@ -79,25 +75,16 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
 
     def init(key):
         params = vae.init_params(key)
-        ema = jax.tree.map(jnp.copy, params) if options.ema_decay else None
         disc = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
         return AdversarialState(
-            jnp.int32(0), params, tx.init(params), ema,
+            jnp.int32(0), params, tx.init(params), training.copies(params, decays),
             disc['params'], tx.init(disc['params']), disc.get('batch_stats', {}),
         )  # fmt: skip
 
     def generator_loss(params, state, lpips_params, images, keys, weight):
         recon, z, posterior = losses.autoencode(vae, params, images, lambda p: losses.posterior_draws(keys, p))
-        loss, scalars = losses.reconstruction_loss(
-            images, recon, z, posterior, kl_weight=options.kl_weight, l2_weight=options.l2_weight
-        )
-        if options.perceptual_weight:
-            if lpips_params is None:
-                raise OptionsError(
-                    'there are no lpips_params for the perceptual loss: give them, or perceptual_weight=0'
-                )
-            scalars['perceptual'] = jnp.mean(lpips.apply({'params': lpips_params}, recon, images))
-            loss += options.perceptual_weight * scalars['perceptual']
+        weights = training.tokenizer_weights(vae, options, lpips_params)
+        loss, scalars = losses.reconstruction_loss(images, recon, z, posterior, **weights)
         fake, stats = discriminators.judge(discriminator, state.disc_params, state.disc_stats, recon)
         scalars['adversarial'] = generator_term(fake)
         return loss + weight * scalars['adversarial'], (scalars, recon, stats)
@@ -121,7 +108,7 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         compute = jax.value_and_grad(generator_loss, has_aux=True)
         (loss, (scalars, recon, stats)), grads = compute(state.params, state, lpips_params, images, keys, weight)
         params, opt_state = update(state.params, state.opt_state, grads)
-        ema = optimizer.update_ema(state.ema, params, options.ema_decay) if options.ema_decay else None
+        ema = training.update_emas(state.ema, params, decays)
 
         compute = jax.value_and_grad(discriminator_loss, has_aux=True)
         (_, (more, stats)), disc_grads = compute(state.disc_params, stats, images, recon, weight)
@@ -134,4 +121,4 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state, stats), scalars
 
     shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
-    return training.Stage('tokenizer', options, init, step, lpips_params, shown)
+    return training.Stage('tokenizer', options, init, step, lpips_params, shown, 'LPIPS network', losses.collapse)

@@ -11,7 +11,7 @@ import re
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from sphere_ar_jax import ar, data, flow, sampling, transformer, vae
+from sphere_ar_jax import ar, data, discriminators, flow, losses, sampling, transformer, vae
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -19,6 +19,9 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line that says what to change."""
 
+
+# Kinds of data, and how many classes each has; None: as many as are found. See `sources.open_source`.
+DATA = {'digits': 10, 'imagenet': 1000, 'folder': None, 'array_records': None, 'tfds': None}
 
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer evaluations".
 FAST = dict(solver='ab2', num_steps=10, shift=1.5)
@@ -36,6 +39,8 @@ def _training(**values):
         b2=0.95,
         clip_norm=1.0,
         ema_decay=0.0,  # 0: no EMA
+        more_ema_decays=(),  # further EMAs, kept beside
+        accumulate=1,  # pieces of a batch whose gradients are computed one after the other, to save memory
         log_every=100,
         checkpoint_every=1000,
         keep=2,  # newest checkpoints kept
@@ -48,7 +53,7 @@ def default():
     """A locked ConfigDict with every key there is.
 
     Models, optimizers and losses have the published values of SphereAR-B at 256×256 (spec §3–§8). The numbers of steps,
-    the data and the sampling are placeholders, for a config file to set.
+    the data and the sampling are stand-ins, for a config file to set.
     """
     config = ConfigDict(
         dict(
@@ -56,19 +61,39 @@ def default():
             dtype='float32',  # of the computation: float32 or bfloat16; parameters are float32 always
             mesh=dict(data=-1),  # devices the batch is split over, −1: all
             data=dict(
-                name='digits',
-                holdout=0.2,
+                name='digits',  # a key of DATA
+                path=config_dict.placeholder(str),  # of the tar, the directory; of tfds, the data set's name
+                split='train',  # of tfds
+                data_dir=config_dict.placeholder(str),  # of tfds, if not its default
+                holdout=0.2,  # of digits
                 num_classes=config_dict.placeholder(int),  # of the AR model; as many as the data has, if not given
+                crop_until=(350, 375),  # epochs at which random crops begin to give way to centre crops, and have
+                max_broken=0.001,  # share of images that cannot be decoded at which a run stops
+                draft=False,  # let JPEG's decoder scale down: faster, not exact
+                workers=0,  # processes that load images, 0: threads of this one
+                threads=16,  # that load images, of each process
             ),
             vae=dict(
                 grid=(16, 16), latent_dim=16, image_channels=3, stem=64, channels=(64, 64, 128, 256, 512),
                 encoder_depth=6, decoder_depth=12, heads=8, remat=False, unroll=1,
             ),
             ar=dict(ar.VARIANTS['B'], class_tokens=16, remat=False, unroll=1),
-            tokenizer_training=_training(kl_weight=0.004, l2_weight=0.0),
+            tokenizer=config_dict.placeholder(str),  # a workdir whose tokenizer is taken; none is trained then
+            tokenizer_training=_training(
+                kl_weight=0.004, l2_weight=0.0, perceptual_weight=1.0,
+                lpips=config_dict.placeholder(str), vgg=config_dict.placeholder(str),  # files of LPIPS' weights
+                disc_weight=0.5, disc_start=20_000, discriminator='patchgan', disc_loss='hinge',
+            ),
             ar_training=_training(
                 batch_size=512, learning_rate=3e-4, final_learning_rate=1e-5, warmup_steps=20_000, ema_decay=0.9999,
                 copies=4, label_dropout=0.1,
+                encoder_dtype='',  # of the frozen tokenizer's computation, '': as dtype
+            ),
+            watch=dict(
+                every=0,  # steps between looks at the model while it is trained, 0: none
+                classes=8, columns=8,  # of the grid of samples: this many classes, this many images of each
+                fid_images=0,  # samples whose FID is computed at each look, 0: none
+                inception=config_dict.placeholder(str), reference=config_dict.placeholder(str),  # for it: files
             ),
             init_from=config_dict.placeholder(str),  # a finished workdir: distil its flow head, train nothing else
             distillation_training=_training(
@@ -81,6 +106,7 @@ def default():
                 first_token_apart=config_dict.placeholder(bool), guidance_interval=config_dict.placeholder(tuple),
                 noise_scale=config_dict.placeholder(float), shift=config_dict.placeholder(float),
                 final_steps=config_dict.placeholder(int), annealing=config_dict.placeholder(str),
+                ema_decay=config_dict.placeholder(float),  # the EMA to sample with; the first, if not given
             ),
         )
     )  # fmt: skip
@@ -91,24 +117,76 @@ def default():
 PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}
 
 
+# Images of ImageNet's training set.
+IMAGENET = 1_281_167
+
+
+def arguments(file, arg, words, values=()):
+    """What follows a config file's colon, 'WORD,NAME=VALUE,…' → (words given, {name: value given}).
+
+    Raises ValueError, one line, for words and names other than those of `words` and `values`.
+    """
+    given = [part.partition('=') for part in arg.split(',') if part]
+    for name, equals, _ in given:
+        if name not in (values if equals else words):
+            known = [*words, *(f'{name}=…' for name in values)]
+            raise ValueError(f'{file} has no variant {name + equals!r}: it takes {", ".join(known)}')
+    return {name for name, equals, _ in given if not equals}, {name: v for name, equals, v in given if equals}
+
+
+def data_set(text):
+    """'KIND:PATH', 'digits', or the path of ImageNet's tar → (kind, a key of DATA, path)."""
+    kind, _, path = text.partition(':')
+    return (kind, path) if kind in DATA else ('imagenet', text)
+
+
+def _published(file, arg, words, section, epochs, batch):
+    """The published models on ImageNet, `section` trained for so many epochs; arg: what all published configs take."""
+    words, values = arguments(file, arg, ('smoke', '512', *words), ('batch', 'data', 'dtype'))
+    c = default()
+    c.data.update(name='imagenet', max_broken=0.001)
+    if 'data' in values:
+        c.data.name, c.data.path = data_set(values['data'])
+    c.dtype = values.get('dtype', 'float32')
+    if '512' in words:
+        c.vae.grid = (32, 32)
+    batch = int(values.get('batch', 8 if 'smoke' in words else batch))
+    c[section].update(batch_size=batch, steps=epochs * (IMAGENET // batch))
+    if 'smoke' in words:
+        c.vae.update(grid=(8, 8) if '512' in words else (4, 4), encoder_depth=1, decoder_depth=1)
+        c[section].update(steps=20, warmup_steps=min(5, c[section].warmup_steps), log_every=5, checkpoint_every=10)
+        c.watch.every = 10
+        c.data.max_broken = 0.5
+    return c, words
+
+
+def published_vae(arg=''):
+    """The published S-VAE and its recipe; `arg` as configs/vae.py says. Raises ValueError for another."""
+    c, words = _published('configs/vae.py', arg, (), 'tokenizer_training', 100, 256)
+    c.ar_training.steps = 0
+    if 'smoke' in words:
+        c.tokenizer_training.update(disc_start=10, perceptual_weight=0.0)  # its weights are files
+    return c
+
+
 def published_ar(size, arg=''):
-    """The published AR model of a size of `ar.VARIANTS`, its recipe and its sampler; with arg 'fast', `FAST`.
+    """The published AR model of a size of `ar.VARIANTS`, its recipe and its sampler; `arg` as configs/ar_b.py says.
 
     Raises ValueError for another arg.
     """
-    if arg not in ('', 'fast'):
-        name = f'configs/ar_{size.lower()}.py'
-        raise ValueError(f'{name} has no variant {arg!r}: use {name} or {name}:fast')
-    c = default()
-    c.data.name = 'synthetic'
+    c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
     c.ar.update(ar.VARIANTS[size])
-    c.tokenizer_training.steps = 100 * 5004  # epochs of 1,281,167 images in batches of 256
-    c.ar_training.steps = 400 * 2502  # in batches of 512
+    c.tokenizer_training.steps = 0
     c.sampling.update(
         num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=PUBLISHED_SCALES[size]
     )
-    if arg == 'fast':
+    if 'fast' in words:
         c.sampling.update(FAST)
+    if 'smoke' in words:
+        c.ar.update(depth=2, head_depth=c.ar.head_groups)
+        c.ar_training.update(ema_decay=0.9)
+        c.sampling.update(num_images=64, batch_size=16, num_steps=10)
+        c.watch.update(classes=4, columns=4)
     return c
 
 
@@ -123,8 +201,8 @@ def of_checkpoint(sizes):
 
 
 def num_classes(config):
-    """Classes that the AR model knows, the null class apart."""
-    return config.data.num_classes or data.SOURCES[config.data.name].num_classes
+    """Classes that the AR model knows, the null class apart; None where only the data, once opened, could say."""
+    return config.data.num_classes or DATA[config.data.name]
 
 
 def keys(tree, prefix=''):
@@ -146,7 +224,8 @@ def _leaves(tree, prefix=''):
 # What may change between two starts in one workdir: speed, how often to log and save, sampling, and what helps a run
 # that broke off with a loss that is no number.
 _FREE = re.compile(
-    r'mesh\..*|sampling\..*|.*\.(log_every|checkpoint_every|keep|keep_every|remat|unroll|learning_rate|final_learning_rate|clip_norm)'
+    r'mesh\..*|sampling\..*|watch\..*|tokenizer|data\.(path|data_dir|workers|threads|max_broken)'
+    r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|learning_rate|final_learning_rate|clip_norm)'
 )
 
 
@@ -220,17 +299,41 @@ def _check_heads(where, width, heads):
 
 def _check_training(name, training):
     for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-        least = 0 if (name, key) == ('tokenizer_training', 'steps') else 1  # 0: the tokenizer as it was converted
+        least = 0 if key == 'steps' and name != 'distillation_training' else 1  # 0: not trained
         _require(training[key] >= least, f'{name}.{key} is {training[key]}, but must be at least {least}')
     for key in ('learning_rate', 'final_learning_rate', 'clip_norm'):
         _require(training[key] > 0, f'{name}.{key} is {training[key]}, but must be above 0')
     for key in ('b1', 'b2', 'ema_decay'):
         _require(0 <= training[key] < 1, f'{name}.{key} is {training[key]}, but must lie in [0, 1)')
+    rates = tuple(training.more_ema_decays)
+    _require(
+        all(isinstance(rate, float) and 0 < rate < 1 for rate in rates) and (training.ema_decay or not rates),
+        f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, beside an ema_decay',
+    )
+    _require(
+        training.accumulate >= 1 and training.batch_size % training.accumulate == 0,
+        f'{name}.accumulate is {training.accumulate}, but must divide the batch size {training.batch_size}',
+    )
     for key in ('warmup_steps', 'keep_every', 'weight_decay'):
         _require(training[key] >= 0, f'{name}.{key} is {training[key]}, but must not be negative')
     _require(
-        training.warmup_steps <= training.steps,
+        training.warmup_steps <= training.steps or not training.steps,
         f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
+    )
+
+
+def _check_tokenizer(training, channels):
+    for key in ('kl_weight', 'l2_weight', 'perceptual_weight', 'disc_weight', 'disc_start'):
+        _require(training[key] >= 0, f'tokenizer_training.{key} is {training[key]}, but must not be negative')
+    for key, known in (('discriminator', discriminators.KINDS), ('disc_loss', losses.ADVERSARIAL)):
+        _require(training[key] in known, f'tokenizer_training.{key} is {training[key]!r}: use {", ".join(known)}')
+    _require(
+        not training.perceptual_weight or channels == 3,
+        f'tokenizer_training.perceptual_weight: LPIPS is for 3 channels, not {channels}; set it to 0',
+    )
+    _require(
+        not training.disc_weight or training.accumulate == 1,
+        'tokenizer_training.accumulate: a discriminator needs its whole batch at once, for its statistics',
     )
 
 
@@ -238,8 +341,7 @@ def check(config):
     """Raises ConfigError, one line, for values that no run can have; returns the config."""
     _require(config.dtype in DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(DTYPES)}')
     _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
-    names = ', '.join(data.SOURCES)
-    _require(config.data.name in data.SOURCES, f'data.name is {config.data.name!r}, but must be one of {names}')
+    _require(config.data.name in DATA, f'data.name is {config.data.name!r}, but must be one of {", ".join(DATA)}')
     _require(
         0.01 <= config.data.holdout <= 0.9, f'data.holdout is {config.data.holdout}, but must lie between 0.01 and 0.9'
     )
@@ -263,18 +365,31 @@ def check(config):
     _require(
         a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
     )
-    want, have = data.SOURCES[config.data.name].image_shape, build_vae(config).image_shape
-    _require(
-        want in (None, have), f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}'
-    )
+    have = build_vae(config).image_shape
+    want = data.Digits.image_shape if config.data.name == 'digits' else (have[0], have[0], have[2])
+    _require(want == have, f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}')
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
     t = config.ar_training
     _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
     _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
-    for key in ('kl_weight', 'l2_weight'):
-        value = config.tokenizer_training[key]
-        _require(value >= 0, f'tokenizer_training.{key} is {value}, but must not be negative')
+    _require(
+        t.encoder_dtype in ('', *DTYPES), f'ar_training.encoder_dtype is {t.encoder_dtype!r}: use {", ".join(DTYPES)}'
+    )
+    _check_tokenizer(config.tokenizer_training, v.image_channels)
+    d = config.data
+    _require(0 < d.max_broken <= 1, f'data.max_broken is {d.max_broken}, but must lie in (0, 1]')
+    _require(d.workers >= 0 and d.threads >= 1, 'data.workers must be at least 0, data.threads at least 1')
+    _require(
+        len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
+        f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
+    )
+    w = config.watch
+    _require(min(w.every, w.fid_images) >= 0 and min(w.classes, w.columns) >= 1, 'watch: numbers must not be negative')
+    _require(
+        not w.fid_images or (w.inception is not None and w.reference is not None),
+        'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
+    )
     _require(config.init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     t, s = config.distillation_training, config.sampling
     _require(t.guidance in flow.SCHEDULES, f'distillation_training.guidance is {t.guidance!r}: use linear or constant')
@@ -301,19 +416,18 @@ def check(config):
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
-    classes = num_classes(config)
-    of_data = data.SOURCES[config.data.name].num_classes
-    _require(
-        classes >= 1 and (config.data.name == 'synthetic' or classes >= of_data),
-        f'data.num_classes is {classes}, but {config.data.name} has {of_data} classes',
-    )
-    least = 1 if config.data.name == 'synthetic' else of_data
+    classes, of_data = num_classes(config), DATA[config.data.name]
+    _require(classes is not None, f'data.num_classes: say how many classes the data has ({config.data.name} does not)')
+    least = of_data if config.data.name == 'digits' else 1
+    _require(classes >= least, f'data.num_classes is {classes}, but {config.data.name} has {least} classes')
     _require(
         s.num_images >= least,
         f'sampling.num_images is {s.num_images}, but must be at least one for each of {least} classes',
     )
     _require(s.batch_size >= 1, f'sampling.batch_size is {s.batch_size}, but must be at least 1')
     _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')
+    rates = [r for r in (t.ema_decay, *t.more_ema_decays) if r]
+    _require(s.ema_decay in (None, *rates), f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}')
     try:
         build_sampler(config)
     except (ValueError, TypeError) as error:

@@ -13,8 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sphere_ar_jax import (
+    adversarial,
+    checkpoint,
+    config,
+    data,
+    fidelity,
+    losses,
+    perceptual,
+    sampling,
+    sharding,
+    training,
+)
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, data, fidelity, losses, perceptual, sampling, sharding, training
 
 
 class Run(NamedTuple):
@@ -39,15 +50,18 @@ def load_config(workdir):
             raise config.ConfigError(f'{path} is no config of ours: use another --workdir') from None
 
 
-def load_run(workdir, mesh=None, tokenizer_only=False):
+def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
     Of a workdir that was converted from a PyTorch checkpoint and not trained since, those. Of a workdir with a
     distilled head, that head, and all else from the workdir that it was distilled from. mesh: where the parameters go,
-    all devices if None. tokenizer_only: leave the AR model's parameters None. Raises OSError where there is no run, or
+    all devices if None. tokenizer_only: leave the AR model's parameters None. cfg: in place of the run's own config, of
+    the same models. Raises OSError where there is no run, or
     no checkpoint of a stage yet, and ConfigError for a head that was distilled from a distilled one.
     """
-    cfg = load_config(workdir)
+    cfg = load_config(workdir) if cfg is None else cfg
+    rates, rate = training.ema_decays(cfg.ar_training), cfg.sampling.ema_decay
+    chosen = None if rate is None else rates.index(rate)
     vae, ar, mesh = config.build_vae(cfg), config.build_ar(cfg), mesh or sharding.make_mesh()
 
     def restore(stage):
@@ -56,7 +70,8 @@ def load_run(workdir, mesh=None, tokenizer_only=False):
         found = checkpoints.restore(like)
         checkpoints.close()
         if found is not None:
-            return found[0].eval_params
+            training.check_frozen(stage, found[1], os.path.join(workdir, stage.name))
+            return found[0].ema[chosen] if stage.name == 'ar' and chosen is not None else found[0].eval_params
         weights = training.converted(os.path.join(workdir, stage.name), like.params)
         if weights is None:
             raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
@@ -72,7 +87,10 @@ def load_run(workdir, mesh=None, tokenizer_only=False):
             )
         )
         return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
-    vae_params = restore(training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
+    if cfg.tokenizer is None:
+        vae_params = restore(adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
+    else:
+        vae_params = load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
     if tokenizer_only:
         return Run(cfg, vae, vae_params, ar, None)
     return Run(cfg, vae, vae_params, ar, restore(training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)))
@@ -207,11 +225,12 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
 
 @functools.cache
 def sampler(ar, vae, options, mesh):
-    """`sampling.sample_images` as one program that every device runs on its own rows.
+    """`sampling.sample_images` for the rows of a mesh: every device draws and decodes its own.
 
     The compiler's own split of conditional and null rows would send data between devices at every token; this way none
-    is sent. Where each device gets equally many rows, tokens are the same bit for bit on any number of devices (seen on
-    CPUs); decoded pixels to a rounding, since XLA fuses otherwise for another number of devices.
+    is sent. Where each device gets equally many rows, the images are the same bit for bit on any number of devices
+    (seen on CPUs in float32); the decoder is a program of each device for that, since XLA fuses its loops otherwise
+    where it compiles for several at once.
     ar: see `ar.unstacked`. options: `sampling.Options`.
 
     Returns:
@@ -219,14 +238,20 @@ def sampler(ar, vae, options, mesh):
       (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch` lays them out.
     """
 
-    def rows(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
-        return sampling.sample_images(
-            ar, vae, options, ar_params, vae_params, labels, index, key, guidance_scale, temperature
-        )
+    def rows(ar_params, labels, index, key, guidance_scale, temperature):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        return sampling.sample_tokens(ar, ar_params, labels, keys, options, guidance_scale, temperature)
 
     whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
-    specs = (whole, whole, split, split, whole, whole, whole)
-    return jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=(split, split), check_vma=False))
+    specs = (whole, split, split, whole, whole, whole)
+    tokens = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    decode = jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+
+    def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
+        z = tokens(ar_params, labels, index, key, guidance_scale, temperature)
+        return sharding.on_each_device(decode, mesh, vae_params, z), z
+
+    return draw
 
 
 def sample_images(

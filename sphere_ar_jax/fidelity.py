@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from sphere_ar_jax import inception, sharding, torch_file
+from sphere_ar_jax import console, inception, sharding, torch_file
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block to float32
@@ -447,17 +446,10 @@ def main():
     parser.add_argument('--weights', required=True, help='classify_image_graph_def.pb, or a .pth file')
     parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
     arguments = parser.parse_args()
-    bars = {}
-
-    def progress(part, done, total):
-        if part not in bars:
-            bars[part] = tqdm(desc=part, total=total, disable=not sys.stderr.isatty())
-        bars[part].update(done - bars[part].n)
-
     try:
         params = inception.load(arguments.weights)
         scores = evaluate(
-            arguments.samples, arguments.reference, params, batch_size=arguments.batch_size, progress=progress
+            arguments.samples, arguments.reference, params, batch_size=arguments.batch_size, progress=console.bars()
         )
     except (OSError, ImageSetError, inception.WeightsError, torch_file.FileError) as error:
         sys.exit(f'error: {error}')

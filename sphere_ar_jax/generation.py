@@ -179,7 +179,7 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
         images = sampling.to_uint8(images)
         if running is not None:
             write(*running)
-        running = images, start
+        running = jax.block_until_ready(images), start  # never two unfinished batches, for a kill to take
     if running is not None:
         write(*running)
     report.write_json(about, identity)

@@ -1,228 +1,46 @@
-"""What the program does for each --mode: train, convert, export, sample, grid, evaluate.
+"""What the program does with checkpoints and trained runs: --mode=convert, export, pack, sample, grid, evaluate.
 
-Each job is a function of plain arguments that prints what it does, writes files under the workdir and raises UserError
-for what the user can put right.
+Each job is a function of plain arguments that prints what it does, writes files and raises `console.UserError` for
+what the user can put right. The job of --mode=train is `experiment`.
 """
 
-import functools
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sphere_ar_jax import (
     checkpoint,
     config,
+    console,
     convert,
     data,
     evaluation,
+    experiment,
     fidelity,
     generation,
     imagenet,
     inception,
+    looks,
     perceptual,
     report,
     sharding,
+    sources,
     torch_file,
     training,
 )
-
-
-class UserError(Exception):
-    """Something that the user can put right; one line."""
-
+from sphere_ar_jax.console import UserError
 
 # What a job raises for input that cannot be used: each says so in its message.
 INPUT_ERRORS = (
     OSError, config.ConfigError, checkpoint.DamagedError, torch_file.FileError, convert.ConversionError,
     generation.GenerationError, imagenet.ClassNameError, fidelity.ImageSetError, inception.WeightsError,
-    perceptual.WeightsError,
+    perceptual.WeightsError, sources.SourceError, data.DataError, training.FrozenError,
 )  # fmt: skip
-
-
-def _bar(total, name, unit='image'):
-    """A progress bar; where nobody watches (no terminal), a line at every quarter."""
-    bar = tqdm(total=total, desc=name, unit=unit, disable=not sys.stderr.isatty())
-    shown = -1
-
-    def progress(done, total=total):
-        nonlocal shown
-        if not bar.disable:
-            bar.total = total
-            bar.update(done - bar.n)
-        elif total and done * 4 // total > shown:
-            shown = done * 4 // total
-            print(f'{name}: {done} of {total}', flush=True)
-
-    return progress
-
-
-def _has(workdir, what):
-    """Whether a stage's directory in a workdir has 'weights' (converted) or 'checkpoints' (trained)."""
-    return any(os.path.isdir(os.path.join(workdir, stage, what)) for stage in ('tokenizer', 'ar'))
-
-
-def _other_model(old, new, tokenizer_only=False):
-    """'KEY OLD → NEW' for each difference of two configs' models, or of their tokenizers alone."""
-    parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
-    changed = [d for d in config.differences(config.as_dict(old), config.as_dict(new)) if d.startswith(parts)]
-    classes = config.num_classes(old), config.num_classes(new)
-    if classes[0] != classes[1] and not tokenizer_only:
-        changed.append('data.num_classes {} → {}'.format(*classes))
-    return changed
-
-
-def _claim(cfg, workdir):
-    """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or training.
-
-    In a workdir of converted weights where no training has begun, only the model must be theirs.
-    """
-    path = os.path.join(workdir, 'config.json')
-    mine = config.as_dict(cfg)
-    converted = _has(workdir, 'weights') and not _has(workdir, 'checkpoints')
-    if os.path.exists(path):
-        if converted:
-            alone = not os.path.isdir(f'{workdir}/ar/weights')
-            changed = _other_model(evaluation.load_config(workdir), cfg, alone)
-        else:
-            try:
-                with open(path) as f:
-                    changed = config.differences(json.load(f), mine)
-            except (ValueError, AttributeError):
-                raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
-        if changed:
-            raise UserError(
-                f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
-            )
-    elif converted:
-        raise UserError(f'a conversion into {workdir} broke off: repeat it, or use another --workdir')
-    report.write_json(path, mine)
-
-
-def _teacher(cfg, mesh):
-    """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
-    try:
-        teacher = evaluation.load_teacher(cfg.init_from, mesh)
-    except (OSError, ValueError) as error:
-        raise UserError(f'init_from: {error}') from None
-    changed = config.differences(config.as_dict(teacher.config), config.as_dict(cfg))
-    changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
-    if changed:
-        raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
-    if not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
-        raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
-    return teacher
-
-
-def _distil(cfg, workdir, mesh, vae, ar, source, teacher):
-    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
-    stage = training.distillation_stage(
-        ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
-    )
-    state, seconds = training.train(stage, source, f'{workdir}/distillation', seed=cfg.seed, mesh=mesh)
-    return teacher.vae_params, teacher.ar_params | {'head': state.eval_params}, {'distillation': seconds}
-
-
-def _train(cfg, workdir, mesh, vae, ar, source):
-    """Both stages. Returns (S-VAE parameters, AR parameters, seconds by stage)."""
-    seconds = {}
-    stage = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    state, seconds['tokenizer'] = training.train(stage, source, f'{workdir}/tokenizer', seed=cfg.seed, mesh=mesh)
-    vae_params = state.eval_params
-    stage = training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-    state, seconds['ar'] = training.train(stage, source, f'{workdir}/ar', seed=cfg.seed, mesh=mesh)
-    return vae_params, state.eval_params, seconds
-
-
-def _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout):
-    """Reconstructs, samples and scores; writes the pictures. Returns (metrics, seconds by part)."""
-    s, key = cfg.sampling, jax.random.key(cfg.seed + 1)
-    seconds, mark = {}, time.perf_counter()
-    recon, kl, kappa = evaluation.reconstruct(vae, vae_params, heldout.images, key, s.batch_size, mesh)
-    metrics = {'vae/psnr': evaluation.psnr(recon, heldout.images), 'vae/kl': kl, 'vae/kappa': kappa}
-    report.save_reconstructions(f'{workdir}/reconstructions.png', heldout.images, recon)
-    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    labels = np.arange(s.num_images) % train.num_classes
-    print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
-    images = evaluation.sample_images(
-        ar, vae, ar_params, vae_params, labels, key, config.build_sampler(cfg), batch_size=s.batch_size, mesh=mesh,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=_bar(s.num_images, 'samples'),
-    )  # fmt: skip
-    report.save_samples(f'{workdir}/samples.png', images, labels)
-    seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
-
-    print('scoring', flush=True)
-    metrics |= evaluation.score_digits(evaluation.digit_pixels(images), labels, train, heldout)
-    seconds['scoring'] = time.perf_counter() - mark
-    return metrics, seconds
-
-
-def _summary(cfg, metrics):
-    return (
-        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. An independent classifier reads '
-        f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} '
-        f'of real held-out digits correctly). Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; '
-        f'between the training and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
-    )
-
-
-def train(cfg, workdir, command, started):
-    """Both trainings, then evaluation and report; each part goes on where an earlier run stopped.
-
-    Args:
-      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html says to type.
-      started: `time.perf_counter()` at the start of the process.
-    Returns:
-      the metrics, as written to WORKDIR/metrics.json.
-    """
-    if cfg.data.name == 'synthetic':
-        raise UserError(
-            'data.name is synthetic: there are no images to train on; python -m sphere_ar_jax.benchmark measures'
-        )
-    if cfg.init_from is not None:
-        cfg.init_from = os.path.abspath(cfg.init_from)
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        mesh = sharding.make_mesh(**cfg.mesh)
-        teacher = _teacher(cfg, mesh) if cfg.init_from is not None else None
-        for name in ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training'):
-            size = cfg[name].batch_size
-            if size % mesh.size:
-                raise UserError(f'{name}.batch_size is {size}, not a multiple of the {mesh.size} devices')
-        if not (cfg.init_from or cfg.tokenizer_training.steps or os.path.isdir(f'{workdir}/tokenizer/weights')):
-            raise UserError('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir')
-        _claim(cfg, workdir)  # last: what was refused leaves the workdir free
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
-    train, heldout = (data.SOURCES[cfg.data.name](split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
-    platform = jax.devices()[0].platform
-    print(f'{len(train)} training images, {len(heldout)} held out; {mesh.size} {platform} device(s)', flush=True)
-    seconds = {'start': time.perf_counter() - started}
-
-    stages = _train if teacher is None else functools.partial(_distil, teacher=teacher)
-    vae_params, ar_params, parts = stages(cfg, workdir, mesh, vae, ar, train)
-    seconds |= parts
-    metrics, parts = _evaluate(cfg, workdir, mesh, vae, ar, vae_params, ar_params, train, heldout)
-    mark = time.perf_counter()
-    report.save_curves(f'{workdir}/curves.png', workdir)
-    seconds |= parts | {'curves': time.perf_counter() - mark}
-    metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
-    metrics['wall_s/total'] = round(sum(seconds.values()), 1)
-    metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    report.write_json(f'{workdir}/metrics.json', metrics)
-    summary = _summary(cfg, metrics)
-    report.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command)
-    print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
-    return metrics
 
 
 def _local(source):
@@ -251,13 +69,13 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
       source: FILE.pt or hf://OWNER/REPOSITORY/FILE. ema: prefer EMA weights. heads: of the AR model, see
         `convert.sizes`. like: a config whose model the checkpoint's must be, or None.
     """
-    if os.path.exists(f'{workdir}/config.json') or _has(workdir, 'checkpoints'):
+    if os.path.exists(f'{workdir}/config.json') or experiment.has(workdir, 'checkpoints'):
         raise UserError(f'{workdir} has a run already: use another --workdir')
     tree = torch_file.open_file(_local(source))
     tensors = convert.state_dict(tree, ema)
     sizes = convert.sizes(tensors, tree.get('args'), heads)
     cfg = config.check(config.of_checkpoint(sizes))
-    changed = [] if like is None else _other_model(like, cfg, sizes.ar is None)
+    changed = [] if like is None else experiment.other_model(like, cfg, sizes.ar is None)
     if changed:
         raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
     name = f'SphereAR-{sizes.name}' if sizes.name else 'a SphereAR model of sizes of its own'
@@ -269,7 +87,7 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
         shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
     for stage, model in models.items():
         shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-        show = _bar(len(convert.torch_shapes(shapes)), stage, 'tensor')
+        show = console.bar(len(convert.torch_shapes(shapes)), stage, 'tensor')
         weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
         leaves, tree_def = jax.tree.flatten(convert.from_torch(tensors, shapes, show))
         for i in range(len(leaves)):  # one by one: all of it is in memory once
@@ -296,7 +114,7 @@ def _load(workdir, like=None, tokenizer_only=False):
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     cfg = evaluation.load_config(workdir)
     if like is not None:
-        changed = _other_model(cfg, like, tokenizer_only)
+        changed = experiment.other_model(cfg, like, tokenizer_only)
         if changed:
             raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
         cfg = cfg.copy_and_resolve_references()  # placeholders do not take each other's values
@@ -308,8 +126,20 @@ def _load(workdir, like=None, tokenizer_only=False):
         mesh = sharding.make_mesh(**cfg.mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
-    run = evaluation.load_run(workdir, mesh, tokenizer_only)
-    return run._replace(config=cfg, vae=config.build_vae(cfg), ar=config.build_ar(cfg)), mesh
+    return evaluation.load_run(workdir, mesh, tokenizer_only, cfg), mesh
+
+
+def pack(data_set, directory, *, shards=128, split='train', data_dir=None):
+    """Copies images to sharded ArrayRecord files, which training then reads as array_records:DIRECTORY.
+
+    Args:
+      data_set: KIND:PATH, see `config.data_set`. split, data_dir: of tfds.
+    """
+    kind, path = config.data_set(data_set)
+    show = console.bar(None, 'reading the tar', 'byte')
+    source = data.Digits('all', 0) if kind == 'digits' else sources.open_source(kind, path, split, data_dir, show)
+    sources.pack(source, directory, shards, console.bar(len(source), 'packed'))
+    print(f'{directory}: {len(source)} images of {source.num_classes} classes')
 
 
 def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):
@@ -321,7 +151,7 @@ def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=N
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True)
     started, before = time.perf_counter(), None
-    show = _bar(n, 'samples')
+    show = console.bar(n, 'samples')
 
     def progress(done):
         nonlocal before
@@ -335,7 +165,7 @@ def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=N
     print(f'{path}: {rate}')
     if png is not None:
         os.makedirs(png, exist_ok=True)
-        show = _bar(n, 'PNG files')
+        show = console.bar(n, 'PNG files')
         for i, image in enumerate(generation.images(path)):
             Image.fromarray(image.squeeze()).save(os.path.join(png, f'{i:06d}.png'))
             show(i + 1)
@@ -365,7 +195,7 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
     images = evaluation.sample_images(
         run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
         config.build_sampler(run.config), batch_size=min(s.batch_size, len(labels)), mesh=mesh, index=columns,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=_bar(len(labels), 'samples'),
+        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=console.bar(len(labels), 'samples'),
     )  # fmt: skip
     report.save_classes(path, images, seeds, titles)
     print(f'wrote {path}')
@@ -390,14 +220,7 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
         raise UserError('--inception is for --samples and --reference, or for --images: give those too')
     weights = None if network is None else inception.load(network)
     if samples is not None:
-        bars = {}
-
-        def progress(part, done, total):
-            if part not in bars:
-                bars[part] = _bar(total, part)
-            bars[part](done, total)
-
-        scores = fidelity.evaluate(samples, reference, weights, progress=progress)
+        scores = fidelity.evaluate(samples, reference, weights, progress=console.bars())
     if images is not None:
         run, _ = _load(workdir, like, tokenizer_only=True)
         judge = None
@@ -405,7 +228,7 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
             judge = perceptual.load(*(convert.state_dict(torch_file.open_file(file)) for file in lpips))
         batches = fidelity.read_images(images, min(run.config.sampling.batch_size, 64))
         scores['tokenizer'] = evaluation.score_tokenizer(
-            run, batches, network=weights, lpips=judge, progress=_bar(None, 'reconstructions')
+            run, batches, network=weights, lpips=judge, progress=console.bar(None, 'reconstructions')
         )
     if not scores:
         run, mesh = _load(workdir, like)
@@ -414,9 +237,10 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
                 'give --samples, --reference and --inception, or --images: only digits have scores of their own'
             )
         train, heldout = (
-            data.SOURCES['digits'](split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
+            data.Digits(split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
         )
-        scores, _ = _evaluate(run.config, workdir, mesh, run.vae, run.ar, run.vae_params, run.ar_params, train, heldout)
+        setting = looks.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
+        scores, _ = looks.score_digits(setting, run.vae_params, run.ar_params)
     path = f'{workdir}/evaluation.json'
     os.makedirs(workdir, exist_ok=True)
     report.write_json(path, scores)

@@ -4,8 +4,7 @@ Dimensions:
   B  images of the global batch     L  tokens of an image     d  latent dimension
   m  noisy copies of every token (diffusion batch multiplier)
 
-The tokenizer's terms are summed in `reconstruction_loss`; the perceptual and the adversarial one join them in
-`adversarial.py`.
+The tokenizer's terms are summed in `reconstruction_loss`; the adversarial one joins them in `adversarial.py`.
 """
 
 import math
@@ -109,11 +108,15 @@ def autoencode(vae, params, images, draws):
     return vae.apply({'params': params}, z, method='decode'), z, posterior
 
 
-def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight):
-    """mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform), of `autoencode`'s results.
+def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight, perceptual_weight=0.0, distance=None):
+    """mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform) + perceptual_weight·mean distance(x̂, x), of
+    `autoencode`'s results.
 
+    Args:
+      distance: function of two batches of images → (B,), as `perceptual.LPIPS`; not called where its weight is 0.
     Returns:
-      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm and `latent_statistics`.
+      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, `latent_statistics` and, unless
+      its weight is 0, perceptual.
     Source: spec §3 and §8.
     """
     error = recon - images
@@ -121,20 +124,23 @@ def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight):
     scalars = latent_statistics(posterior) | dict(
         l1=l1, l2=l2, psnr=10 * jnp.log10(4 / l2), token_norm=jnp.mean(jnp.linalg.norm(z, axis=-1))
     )
-    return l1 + l2_weight * l2 + kl_weight * scalars['kl'], scalars
+    loss = l1 + l2_weight * l2 + kl_weight * scalars['kl']
+    if perceptual_weight:
+        scalars['perceptual'] = jnp.mean(distance(recon, images))
+        loss += perceptual_weight * scalars['perceptual']
+    return loss, scalars
 
 
-def tokenizer_loss(vae, params, images, draws, *, kl_weight, l2_weight):
+def tokenizer_loss(vae, params, images, draws, **weights):
     """`reconstruction_loss` of the S-VAE with these parameters.
 
     Args:
       vae: `vae.VAE`. params: its parameters. images: (B, H, W, c) float32 in [−1, 1]. draws: see `autoencode`.
+      weights: kl_weight, l2_weight, perceptual_weight and distance, as there.
     Returns:
       (loss, scalars) as there.
     """
-    return reconstruction_loss(
-        images, *autoencode(vae, params, images, draws), kl_weight=kl_weight, l2_weight=l2_weight
-    )
+    return reconstruction_loss(images, *autoencode(vae, params, images, draws), **weights)
 
 
 def hinge_loss(real, fake):

@@ -5,6 +5,7 @@ again in the same workdir it goes on where it stopped. What else --mode does, se
 
   --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema] [--heads=N]
   --mode=export --workdir=DIR --output=FILE.safetensors
+  --mode=pack --data=KIND:PATH --output=DIR [--shards=N] [--split=NAME --data_dir=DIR, of tfds]
   --mode=sample --workdir=DIR [--output=FILE.npz] [--num_images=N] [--labels=uniform|balanced|FILE] [--png=DIR]
   --mode=grid --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png]
   --mode=evaluate --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
@@ -30,20 +31,24 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from sphere_ar_jax import config, jobs, training  # noqa: E402
-from sphere_ar_jax.jobs import UserError  # noqa: E402
+from sphere_ar_jax import config, experiment, jobs, training  # noqa: E402
+from sphere_ar_jax.console import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'convert', 'export', 'sample', 'grid', 'evaluate'], 'What to do, see above.'
+    'mode', 'train', ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate'], 'What to do, see above.'
 )
 # Flags of single modes, by the modes that take them.
 _OPTIONS = (
     (flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'), ('convert',)),
     (flags.DEFINE_bool('no-ema', None, 'Take `model`, not `ema`, of a checkpoint.'), ('convert',)),
     (flags.DEFINE_integer('heads', None, 'Attention heads of an AR model that was not published.', 1), ('convert',)),
-    (flags.DEFINE_string('output', None, 'File to write.'), ('export', 'sample', 'grid')),
+    (flags.DEFINE_string('output', None, 'File or directory to write.'), ('export', 'pack', 'sample', 'grid')),
+    (flags.DEFINE_string('data', None, 'A tar of ImageNet, or KIND:PATH of another data set.'), ('pack',)),
+    (flags.DEFINE_integer('shards', None, 'Files to write, 128 if not given.', 1), ('pack',)),
+    (flags.DEFINE_string('split', None, 'Of tfds; train if not given.'), ('pack',)),
+    (flags.DEFINE_string('data_dir', None, 'Of tfds, if not its default.'), ('pack',)),
     (flags.DEFINE_integer('num_images', None, 'Images to draw; else of the config.', 1), ('sample',)),
     (flags.DEFINE_string('labels', None, 'uniform, balanced, or a file of whole numbers.'), ('sample',)),
     (flags.DEFINE_string('png', None, 'Directory for a PNG file of every image, too.'), ('sample',)),
@@ -122,13 +127,16 @@ def main(argv):
     for option, modes in _OPTIONS:
         if option.name in given and mode not in modes:
             raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
+    if mode == 'pack':
+        _pack(**given)
+        return
     if _WORKDIR.value is None or (mode == 'train' and _CONFIG.value is None):
         raise UserError('give --config=configs/NAME.py and --workdir=DIR' if mode == 'train' else 'give --workdir=DIR')
     workdir = os.path.abspath(_WORKDIR.value)
     cfg = None if _CONFIG.value is None else config.check(_CONFIG.value)
     if mode == 'train':
         command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
-        jobs.train(cfg, workdir, command, _STARTED)
+        experiment.train(cfg, workdir, command, _STARTED)
     else:
         _JOBS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
 
@@ -141,6 +149,12 @@ def _convert(workdir, cfg, checkpoint=None, no_ema=False, heads=None):
 
 def _export(workdir, cfg, output=None):
     jobs.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
+
+
+def _pack(data=None, output=None, **options):
+    if data is None or output is None:
+        raise UserError('give --data=KIND:PATH and --output=DIR')
+    jobs.pack(data, output, **options)
 
 
 def _sample(workdir, cfg, output=None, labels='uniform', **options):

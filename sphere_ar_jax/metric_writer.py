@@ -48,6 +48,10 @@ class MetricWriter:
         else:
             self._bar.set_postfix_str(text)
 
+    def picture(self, name, step, pixels):
+        """Adds uint8 (height, width, c) to the TensorBoard events."""
+        self._events.add_image(name, pixels, step, dataformats='HWC')
+
     def close(self):
         self._bar.close()
         self._events.close()

@@ -83,7 +83,8 @@ def save_samples(path, images, labels, per_class=16):
     per_class = min(per_class, *(np.sum(labels == c) for c in classes))
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     title = f'drawn by the model: the first {per_class} of each class'
-    _save_grid(path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for')
+    scale = max(1, 48 // images.shape[1])
+    _save_grid(path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for', scale)
 
 
 def save_classes(path, images, columns, titles):
@@ -92,13 +93,12 @@ def save_classes(path, images, columns, titles):
     _save_grid(path, images, columns, titles, '', scale=scale)
 
 
-def save_reconstructions(path, images, reconstructions, columns=16, pairs=3):
+def save_reconstructions(path, images, reconstructions, columns=16, pairs=3, title='held-out images, decoded'):
     """Rows of images, each row above its reconstructions; full rows only, so at least `columns` images."""
     pairs = min(pairs, len(images) // columns)
     rows = [x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)]
-    _save_grid(
-        path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, 'held-out images and their decoded tokens'
-    )
+    scale = max(1, 48 // images.shape[1])
+    _save_grid(path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, title, scale=scale)
 
 
 # (stage directory, scalar, label, logarithmic axis)
@@ -119,12 +119,16 @@ _CURVES = (
 def save_curves(path, workdir):
     """The training curves of the stages that the workdir has, from each one's metrics.jsonl."""
     stages = {stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl') for stage, *_ in _CURVES}
-    curves = [curve for curve in _CURVES if stages[curve[0]]]
-    rows = -(-len(curves) // 4)
-    figure, axes = plt.subplots(rows, len(curves) // rows, figsize=(15 * len(curves) / rows / 4, 3 * rows))
-    for axis, (stage, name, label, logarithmic) in zip(axes.flat, curves, strict=True):
+    curves = [curve for curve in _CURVES if any(curve[1] in line for line in stages[curve[0]])]
+    columns = min(len(curves), next((n for n in (4, 3, 5) if len(curves) % n == 0), 4))
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.75 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (stage, name, label, logarithmic) in zip(axes.flat, curves, strict=False):
         lines = stages[stage]
-        axis.plot([line['step'] for line in lines], [line[name] for line in lines])
+        points = [(line['step'], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True))
         axis.set_title(label, fontsize=9)
         axis.set_xlabel('step', fontsize=8)
         axis.tick_params(labelsize=8)
@@ -144,11 +148,9 @@ font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem
 </style></head><body>
 <h1>SphereAR on {title}</h1>
 <p>{summary}</p>
-<h2>Samples</h2><img alt="a grid of samples, one row per class" src="{samples}">
-<h2>Reconstructions of held-out images</h2><p>Each original above what the tokenizer makes of it.</p>
-<img alt="originals and reconstructions" src="{reconstructions}">
+{pictures}
 <h2>Numbers</h2><table>{rows}</table>
-<h2>Training curves</h2><img alt="training curves" src="{curves}">
+{curves}
 <h2>Again</h2><p>The same command in an empty directory gives the same result on the same machine.</p>
 <pre>pip install -e . && {command}</pre>
 <p>This page was made with sphere_ar_jax {version} and JAX {jax}, on {platform}.</p>
@@ -175,22 +177,29 @@ _MEANING = {
 }
 
 
-def _embedded(path):
+def _section(heading, alt, path):
+    """A picture with its heading, '' where there is none."""
+    if not os.path.exists(path):
+        return ''
     with open(path, 'rb') as f:
-        return 'data:image/png;base64,' + base64.b64encode(f.read()).decode()
+        source = 'data:image/png;base64,' + base64.b64encode(f.read()).decode()
+    return f'<h2>{heading}</h2><img alt="{alt}" src="{source}">'
 
 
 def save_page(workdir, title, summary, metrics, config, command):
-    """Writes WORKDIR/report.html from the pictures in WORKDIR and a dict of metrics."""
+    """Writes WORKDIR/report.html from the pictures that are in WORKDIR and a dict of metrics."""
     rows = ''.join(
         f'<tr><td><code>{name}</code></td><td class="n">{value:.4g}</td><td>{_MEANING.get(name, "")}</td></tr>'
         for name, value in metrics.items()
     )
-    pictures = {name: _embedded(f'{workdir}/{name}.png') for name in ('samples', 'reconstructions', 'curves')}
+    pictures = _section('Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png') + _section(
+        'Images, and below each what the tokenizer makes of it', 'originals and reconstructions',
+        f'{workdir}/reconstructions.png',
+    )  # fmt: skip
     page = _PAGE.format(
-        title=html.escape(title), summary=html.escape(summary), rows=rows,
-        command=html.escape(command), version=__version__, jax=jax.__version__,
-        platform=html.escape(platform.platform()), config=html.escape(config), **pictures,
+        title=html.escape(title), summary=html.escape(summary), rows=rows, pictures=pictures,
+        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png'), command=html.escape(command),
+        version=__version__, jax=jax.__version__, platform=html.escape(platform.platform()), config=html.escape(config),
     )  # fmt: skip
     _write(f'{workdir}/report.html', page.encode())
 

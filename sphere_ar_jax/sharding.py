@@ -41,3 +41,18 @@ def place_batch(mesh, batch):
     """This process's rows of a batch, a tree of NumPy arrays, as one global array each, rows split over 'data'."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+
+def on_each_device(function, mesh, whole, rows):
+    """function(whole, rows) of every device's own rows, each a program of that device alone.
+
+    Args:
+      function: jitted, rows (b, …) → (b, …). whole: a tree that all devices get whole. rows: (B, …), split over 'data'.
+    Returns:
+      the results (B, …), split as the rows are.
+    """
+    whole = jax.device_put(whole, NamedSharding(mesh, PartitionSpec()))
+    on = lambda device: jax.tree.map(lambda a: next(s.data for s in a.addressable_shards if s.device == device), whole)
+    parts = [function(on(shard.device), shard.data) for shard in rows.addressable_shards]
+    shape = (len(rows), *parts[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, BATCH), parts)

@@ -4,9 +4,12 @@ Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
 """
 
+import json
 import math
 import signal
+import sys
 import time
+import zlib
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,7 +19,7 @@ import optax
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, sharding
+from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, perceptual, sharding
 
 
 class NonFiniteError(RuntimeError):
@@ -32,7 +35,7 @@ class Preempted(RuntimeError):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step () int32, the parameters, the optimizer's state, and the EMA of the parameters (None without one)."""
+    """step () int32, the parameters, the optimizer's state, and EMAs of the parameters: a tuple, one for each rate."""
 
     step: jax.Array
     params: Any
@@ -41,8 +44,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_params(self):
-        """What sampling and evaluation use: the EMA where there is one."""
-        return self.params if self.ema is None else self.ema
+        """What sampling and evaluation use: the EMA of the first rate where there is one."""
+        return self.ema[0] if self.ema else self.params
 
 
 class Stage(NamedTuple):
@@ -51,7 +54,8 @@ class Stage(NamedTuple):
     Attributes:
       name: also its directory. options: its section of the config. init: key → TrainState.
       step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
-      shown: the scalars for the console.
+      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn: function of logged
+      scalars → what is wrong with them in words, or None.
     """
 
     name: str
@@ -60,9 +64,44 @@ class Stage(NamedTuple):
     step: Any
     frozen: Any
     shown: tuple
+    about: str = ''
+    warn: Any = lambda scalars: None
 
 
-def _stage(name, options, seed, init_params, loss, frozen, shown):
+class Watch(NamedTuple):
+    """Every so many steps of a training, look(step, eval_params, `metric_writer.MetricWriter`) is called."""
+
+    every: int
+    look: Any
+
+
+def ema_decays(options):
+    """The rates of a stage's EMAs, the first of them the one to sample with."""
+    return ((options.ema_decay,) if options.ema_decay else ()) + tuple(options.more_ema_decays)
+
+
+def value_and_grad(loss, parts):
+    """`jax.value_and_grad` of a loss (params, frozen, batch, keys) → (loss, scalars), as the mean over `parts` pieces
+    of the batch, of which one is in memory at a time."""
+    compute = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return compute
+
+    def mean(params, frozen, batch, keys):
+        # every parts-th row: pieces are split over the devices as the batch is
+        split = lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+        pieces = jax.tree.map(split, (batch, keys))
+        run = lambda piece: compute(params, frozen, *piece)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces))
+        )
+        total, _ = jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, run(piece)), None), zeros, pieces)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return mean
+
+
+def _stage(name, options, seed, init_params, loss, frozen, shown, about=''):
     """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
     schedule = optimizer.learning_rate(
         options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
@@ -70,40 +109,67 @@ def _stage(name, options, seed, init_params, loss, frozen, shown):
     tx = optimizer.adamw(
         schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
     )
-    ema_decay = options.ema_decay
+    decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
 
     def init(key):
         params = init_params(key)
-        ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-        return TrainState(jnp.int32(0), params, tx.init(params), ema)
+        return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
 
     def step(state, frozen, batch):
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['label']))
-        compute = jax.value_and_grad(loss, has_aux=True)
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optimizer.update_ema(state.ema, params, ema_decay) if ema_decay else None
+        ema = update_emas(state.ema, params, decays)
         scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
-    return Stage(name, options, init, step, frozen, shown)
+    return Stage(name, options, init, step, frozen, shown, about)
 
 
-def tokenizer_stage(vae, options, seed):
-    """Trains the S-VAE by `losses.tokenizer_loss`."""
+def copies(params, decays):
+    """The EMAs at the start: a copy of the parameters for each rate."""
+    return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
 
-    def loss(params, _, batch, keys):
-        return losses.tokenizer_loss(
-            vae, params, batch['image'], lambda posterior: losses.posterior_draws(keys, posterior),
-            kl_weight=options.kl_weight, l2_weight=options.l2_weight,
-        )  # fmt: skip
 
-    return _stage('tokenizer', options, seed, vae.init_params, loss, (), ('loss', 'psnr', 'kl', 'kappa'))
+def update_emas(emas, params, decays):
+    """Each EMA by its rate, see `optimizer.update_ema`."""
+    return tuple(optimizer.update_ema(ema, params, decay) for ema, decay in zip(emas, decays, strict=True))
+
+
+def tokenizer_weights(vae, options, lpips_params):
+    """The weights of `losses.reconstruction_loss`, and LPIPS, computed in the S-VAE's dtype.
+
+    Raises ValueError where LPIPS has a weight but no parameters.
+    """
+    if options.perceptual_weight and lpips_params is None:
+        raise ValueError('there are no lpips_params for the perceptual loss: give them, or perceptual_weight=0')
+    return dict(
+        kl_weight=options.kl_weight, l2_weight=options.l2_weight, perceptual_weight=options.perceptual_weight,
+        distance=lambda a, b: perceptual.LPIPS(vae.dtype).apply({'params': lpips_params}, a, b),
+    )  # fmt: skip
+
+
+def tokenizer_stage(vae, options, seed, lpips_params=None):
+    """Trains the S-VAE by `losses.tokenizer_loss`; lpips_params: of `perceptual.LPIPS`, where it has a weight."""
+
+    def loss(params, lpips_params, batch, keys):
+        draws = lambda posterior: losses.posterior_draws(keys, posterior)
+        weights = tokenizer_weights(vae, options, lpips_params)
+        return losses.tokenizer_loss(vae, params, batch['image'], draws, **weights)
+
+    shown = 'loss', 'psnr', 'kl', 'kappa'
+    stage = _stage('tokenizer', options, seed, vae.init_params, loss, lpips_params, shown, 'LPIPS network')
+    return stage._replace(warn=losses.collapse)
 
 
 def ar_stage(ar, vae, vae_params, options, seed):
-    """Trains the AR model by `losses.flow_loss` on tokens drawn afresh at each step from the frozen S-VAE."""
+    """Trains the AR model by `losses.flow_loss` on tokens drawn afresh at each step from the frozen S-VAE.
+
+    With options.encoder_dtype the S-VAE computes in that; its tokens are float32 all the same.
+    """
+    if options.encoder_dtype:
+        vae = vae.clone(dtype=jnp.dtype(options.encoder_dtype))
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
@@ -112,7 +178,8 @@ def ar_stage(ar, vae, vae_params, options, seed):
         class_id = losses.drop_labels(label_keys, batch['label'], ar.num_classes, options.label_dropout)
         return losses.flow_loss(ar, params, class_id, z, *draws)
 
-    return _stage('ar', options, seed, ar.init_params, loss, vae_params, ('loss', 'grad_norm', 'token_norm'))
+    shown = 'loss', 'grad_norm', 'token_norm'
+    return _stage('ar', options, seed, ar.init_params, loss, vae_params, shown, 'tokenizer')
 
 
 def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
@@ -134,7 +201,28 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
             ar, head, ar_params, batch['label'], z, noise, scales, options.levels, options.teacher_steps
         )
 
-    return _stage('distillation', options, seed, init_head, loss, (vae_params, ar_params), ('loss', 'one_step'))
+    frozen = vae_params, ar_params
+    return _stage('distillation', options, seed, init_head, loss, frozen, ('loss', 'one_step'), 'tokenizer or teacher')
+
+
+def frozen_digest(stage):
+    """A hash, 8 hexadecimal digits, of all bits of the parameters that a stage does not train; '' where it has none."""
+    if not jax.tree.leaves(stage.frozen):
+        return ''
+    return f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
+
+
+class FrozenError(ValueError):
+    """A checkpoint was trained on another tokenizer (or teacher) than the one that is there now."""
+
+
+def check_frozen(stage, data_state, directory):
+    """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage."""
+    trained_on, here = data_state.get('frozen'), frozen_digest(stage)
+    if here and trained_on != here:
+        raise FrozenError(
+            f'{directory} was trained on another {stage.about} (weights {trained_on}) than is given (weights {here})'
+        )
 
 
 def abstract_state(stage, mesh):
@@ -192,7 +280,10 @@ def converted(directory, like):
     return None if found is None else found[0]
 
 
-def train(stage, source, directory, *, seed, mesh):
+_SETTLED = 500  # steps, before which a stage's warnings are of an untrained model
+
+
+def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
     A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
@@ -200,19 +291,16 @@ def train(stage, source, directory, *, seed, mesh):
 
     Args:
       stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
-      initialisation and data order. mesh: see `sharding`.
+      initialisation and data order. mesh: see `sharding`. reading: a dict of what else `data.batches` takes: transform,
+      threads, workers, max_broken. watch: `Watch` or None.
     Returns:
       (state, seconds it took, those of earlier starts up to their last checkpoint included).
     Raises:
-      NonFiniteError, Preempted, checkpoint.DamagedError.
+      NonFiniteError, Preempted, FrozenError, checkpoint.DamagedError, data.DataError.
     """
     options, started = stage.options, time.perf_counter()
     abstract = abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batches = data.batches(
-        source, batch_size=options.batch_size, seed=seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
     before = 0.0
@@ -220,21 +308,27 @@ def train(stage, source, directory, *, seed, mesh):
         state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(seed))
         weights = converted(directory, abstract.params)
         if weights is not None:
-            state = state.replace(params=weights, ema=state.ema and jax.tree.map(jnp.copy, weights))
+            state = state.replace(params=weights, ema=copies(weights, state.ema))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=12), flush=True)
     else:
         state, data_state, before = restored
-        batches.set_state(data_state)
+        check_frozen(stage, data_state, directory)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
     elapsed = lambda: before + time.perf_counter() - started
     step = int(state.step)
     if step >= options.steps:
         checkpoints.close()
         return state, before
-
+    batches = data.batches(
+        source, batch_size=options.batch_size, seed=seed, first_step=step,
+        process_index=jax.process_index(), process_count=jax.process_count(), **reading or {},
+    )  # fmt: skip
+    if restored is not None:
+        batches.check_state(data_state['batches'])
+    digest = frozen_digest(stage)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
-    pending = None
+    pending = warned = None
     print(f'{stage.name}: compiling', flush=True)
 
     try:
@@ -258,13 +352,21 @@ def train(stage, source, directory, *, seed, mesh):
                         seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
                         values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
                     writer.write(step, values, stage.shown)
+                    wrong = stage.warn(values) if step >= _SETTLED else None
+                    if wrong and wrong != warned:
+                        print(f'{stage.name}: step {step}: {wrong}', file=sys.stderr)
+                    warned = wrong
                     averages, mark = empty, (step, time.perf_counter())
+                if watch is not None and step % watch.every == 0:
+                    watch.look(step, state.eval_params, writer)
+                    mark = step, time.perf_counter()
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
-                    checkpoints.save(step, state, batches.get_state(), elapsed())
+                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': digest}, elapsed())
                 if signals.arrived:
                     raise Preempted(signals.arrived, step, options.steps)
     finally:
+        batches.close()
         checkpoints.close()
         writer.close()
     return state, elapsed()

@@ -28,7 +28,7 @@ def test_every_config_is_built_and_stepped_once(name, argument):
     assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     config.build_sampler(cfg)
-    source = data.SOURCES[cfg.data.name]('train', cfg.seed, cfg.data.holdout)
+    source = data.Digits('train', cfg.seed, cfg.data.holdout)
     vae_params = jax.jit(vae.init_params)(jax.random.key(0))
     for stage in (
         training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),
@@ -124,12 +124,26 @@ WRONG = {
     'vae.stem': (3, 'cannot be normalised'),
     'vae.latent_dim': (1, 'too small'),
     'dtype': ('float8', 'float32, bfloat16'),
-    'data.name': ('imagenet', 'one of digits'),
+    'data.name': ('imagenett', 'one of digits, imagenet'),
+    'data.max_broken': (0.0, r'lie in .0, 1.'),
+    'data.workers': (-1, 'at least 0'),
+    'data.crop_until': ((375, 350), 'two epochs in order'),
+    'tokenizer_training.discriminator': ('biggan', 'patchgan, stylegan'),
+    'tokenizer_training.disc_loss': ('wasserstein', 'hinge, vanilla'),
+    'tokenizer_training.disc_weight': (-1.0, 'not be negative'),
+    'tokenizer_training.perceptual_weight': (1.0, 'LPIPS is for 3 channels, not 1'),
+    'tokenizer_training.accumulate': (3, 'must divide the batch size 16'),
+    'ar_training.more_ema_decays': ((0.9, 1), 'between 0 and 1'),
+    'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
+    'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
+    'watch.every': (-1, 'not be negative'),
+    'watch.fid_images': (100, 'needs watch.inception'),
     'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
     'seed': (-1, 'seed is -1'),
     'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
     'tokenizer_training.steps': (-1, 'at least 0'),
-    'ar_training.steps': (0, 'at least 1'),
+    'ar_training.steps': (-1, 'at least 0'),
+    'distillation_training.steps': (0, 'at least 1'),
     'tokenizer_training.learning_rate': (-1.0, 'above 0'),
     'ar_training.ema_decay': (1.0, r'\[0, 1\)'),
     'ar_training.warmup_steps': (7, 'more than its 6 steps'),

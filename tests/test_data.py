@@ -1,9 +1,24 @@
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import chex
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from sphere_ar_jax import data
+from sphere_ar_jax import augment, data
+from tests.fake_images import Epochs, Pictures
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _take(iterator, n):
@@ -78,14 +93,257 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
         np.testing.assert_array_equal(joined, batch['image'])
 
 
-def test_state_goes_on_where_it_was():
-    iterator = data.batches(Numbered(), batch_size=8, seed=0)
-    _take(iterator, 7)
+def test_the_order_is_that_of_earlier_versions():
+    """Recorded before the position came from the step."""
+    order = _rows(_take(data.batches(Numbered(), batch_size=8, seed=7), 2)).ravel().astype(int).tolist()
+    assert order == [28, 9, 0, 45, 29, 30, 17, 6, 10, 22, 36, 26, 42, 2, 47, 16]
+
+
+def _global_batches(source, steps, first_step, hosts, batch_size=16, **options):
+    """The batches of `steps` steps, loaded by so many processes, one after the other, and put together."""
+    parts = []
+    for p in range(hosts):
+        with data.batches(
+            source, batch_size=batch_size, seed=3, first_step=first_step, process_index=p, process_count=hosts,
+            **options,
+        ) as part:  # fmt: skip
+            parts.append(_take(part, steps))
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in ('image', 'label')}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def _equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert set(a) == set(b) == {'image', 'label'}
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_resume_with_other_processes_goes_on_bit_for_bit():
+    """8, 4, 1, 8 processes after another: the augmented batches of an undisturbed run; no image twice in an epoch, none
+    left out, though 50 images are no multiple of the 16 of a batch."""
+    source, transform = Pictures(50), augment.Augmentation(32, decay_from=0, decay_to=3)
+    whole = _global_batches(source, 14, 0, 1, transform=transform)
+    pieces, step = [], 0
+    for hosts, steps, threads in ((8, 3, 1), (4, 5, 3), (1, 2, 2), (8, 4, 2)):
+        pieces += _global_batches(source, steps, step, hosts, transform=transform, threads=threads)
+        step += steps
+    _equal(pieces, whole)
+    labels = np.concatenate([batch['label'] for batch in pieces])
+    for epoch in range(4):
+        assert sorted(labels[50 * epoch : 50 * epoch + 50]) == list(range(50))
+    assert whole[0]['image'].shape == (16, 32, 32, 3) and whole[0]['image'].dtype == np.float32
+    assert whole[0]['label'].dtype == np.int32
+
+
+@pytest.mark.parametrize('batch_size', [2, 24, 48, 10])
+def test_batches_of_any_size_are_pieces_of_one_stream(batch_size):
+    """What is handed over at a time (16 images or fewer) shows nowhere."""
+    ones = np.concatenate([b['image'] for b in _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())])
+    ours = _global_batches(Pictures(7), 96 // batch_size, 0, 2, batch_size, transform=Epochs())
+    ours = np.concatenate([batch['image'] for batch in ours])
+    np.testing.assert_array_equal(ours, ones[: len(ours)])
+    np.testing.assert_array_equal(ones[:, 0], np.arange(100) // 7)  # the epoch
+    assert len(set(ones[:, 1])) == 100  # draws of their own in every epoch
+
+
+def test_the_epoch_goes_on_across_a_resume():
+    batch = _global_batches(Pictures(10), 1, 1000, 1, 16, transform=Epochs())[0]
+    np.testing.assert_array_equal(batch['image'][:, 0], np.arange(16_000, 16_016) // 10)
+
+
+def test_state_is_checked():
+    iterator = data.batches(Numbered(), batch_size=8, seed=0, first_step=3)
+    _take(iterator, 4)
     state = iterator.get_state()
-    expected = _rows(_take(iterator, 5))
-    other = data.batches(Numbered(), batch_size=8, seed=0)
-    other.set_state(state)
-    np.testing.assert_array_equal(_rows(_take(other, 5)), expected)
+    assert state == json.loads(json.dumps(state)) == {'examples': 56, 'images': 48, 'seed': 0}
+    data.batches(Numbered(), batch_size=8, seed=0, first_step=7).check_state(state)
+    for options, old in (
+        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state), ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 6}, state),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 7}, {'next_index': 7}),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 7}, state | {'images': 47}),
+    ):  # fmt: skip
+        with pytest.raises(data.DataError, match='the checkpoint belongs to other data') as error:
+            data.batches(Numbered(), **options).check_state(old)
+        assert '\n' not in str(error.value)
+
+
+BROKEN = (3, 17, 31)
+
+
+def test_broken_images_are_replaced(capfd):
+    """By hand: the attempts' indices are the first draws of (seed, position, attempt); their labels come along."""
+    whole, source = Pictures(50), Pictures(50, BROKEN)
+    transform = augment.Augmentation(32)
+    good = _global_batches(whole, 7, 0, 1, transform=transform)
+    capfd.readouterr()
+    with data.batches(source, batch_size=16, seed=3, transform=transform, max_broken=0.2) as iterator:
+        ours = _take(iterator, 7)
+        expected, tried = [], 0
+        for position, label in enumerate(np.concatenate([batch['label'] for batch in good])):
+            attempt, tried = 0, tried + 1
+            while label in BROKEN:
+                attempt, tried = attempt + 1, tried + 1
+                label = np.random.default_rng((3, position, attempt)).integers(50)
+            expected.append(label)
+        labels = np.concatenate([batch['label'] for batch in ours])
+        np.testing.assert_array_equal(labels, expected)
+        assert (iterator.seen, iterator.broken) == (tried, tried - 112) and 6 <= tried - 112 <= 12
+    same = ~np.isin(np.concatenate([batch['label'] for batch in good]), BROKEN)
+    np.testing.assert_array_equal(
+        np.concatenate([b['image'] for b in ours])[same], np.concatenate([b['image'] for b in good])[same]
+    )
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(said) == [f'class/{i}.JPEG is broken: another image takes its place' for i in (17, 3, 31)]
+    _equal(_global_batches(source, 7, 0, 4, transform=transform, max_broken=0.2), ours)
+
+
+def test_too_many_broken_images_stop_the_run(capfd):
+    options = dict(batch_size=16, seed=3, transform=augment.Augmentation(32))
+    with data.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
+        _take(iterator, 5)  # 80 images and their replacements, fewer than 100
+        assert iterator.seen < 100 and iterator.broken > 0.05 * iterator.seen
+        with pytest.raises(
+            data.DataError, match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; '
+        ):
+            _take(iterator, 2)
+    with (
+        data.batches(Pictures(5, range(5)), max_broken=1.0, **options) as iterator,
+        pytest.raises(data.DataError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '),
+    ):
+        next(iterator)
+    capfd.readouterr()
+
+
+def test_an_error_of_the_source_is_one_line():
+    source = Pictures(50, missing=[3])
+    with data.batches(source, batch_size=16, seed=3) as iterator, pytest.raises(data.DataError) as error:
+        _take(iterator, 4)
+    assert str(error.value) == 'class/3.JPEG cannot be read: OSError: the disk is gone'
+
+
+def test_closed_is_closed():
+    with data.batches(Numbered(), batch_size=8, seed=0) as iterator:
+        next(iterator)
+    iterator.close()
+    with pytest.raises(ValueError, match='closed'):
+        next(iterator)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(data.DataError, match='there are no images'):
+        data.batches(Pictures(0), batch_size=16, seed=3)
+
+
+def _children():
+    return {p.pid for p in multiprocessing.active_children()}
+
+
+def test_worker_processes_change_nothing(capfd):
+    """Images that are broken among the rest; errors arrive in one line; no process stays behind."""
+    source, transform, before = Pictures(50, BROKEN), augment.Augmentation(32), _children()
+    expected = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2)
+    capfd.readouterr()
+    ours = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2, workers=2)
+    _equal(ours, expected)
+    assert _children() == before
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(said) == sorted(f'class/{i}.JPEG is broken: another image takes its place' for i in BROKEN)
+    with (
+        data.batches(Pictures(50, missing=[3]), batch_size=16, seed=3, workers=1) as iterator,
+        pytest.raises(data.DataError, match=r'^class/3.JPEG cannot be read: OSError: the disk is gone$'),
+    ):
+        _take(iterator, 4)
+    assert _children() == before
+
+
+DRIVER = """
+import multiprocessing, os, signal, sys, time
+from sphere_ar_jax import augment, data
+from tests.fake_images import Pictures
+
+if __name__ == '__main__':
+    iterator = data.batches(
+        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, threads=1
+    )
+    next(iterator)
+    workers = [p.pid for p in multiprocessing.active_children()]
+    arrived, end = [], time.monotonic() + 60
+    signal.signal(signal.SIGTERM, lambda *_: arrived.append(0))  # as training does
+    print(*workers, flush=True)
+    if sys.argv[1] == 'killed worker':
+        os.kill(workers[0], signal.SIGKILL)
+    try:
+        while sys.argv[1] != 'end' and len(arrived) < 50 and time.monotonic() < end:
+            next(iterator)
+            arrived += arrived[:1]
+        print('the end', flush=True)
+    except data.DataError as error:
+        print(error, flush=True)
+        iterator.close()
+"""
+
+
+@pytest.fixture(scope='module')
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp('driver') / 'driver.py'  # a file: worker processes read the main program again
+    path.write_text(DRIVER)
+    return path
+
+
+def _alive(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            return f.read().rsplit(')', 1)[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize('what', ['end', 'killed worker', 'Ctrl-C', 'SIGTERM', 'killed'])
+def test_nothing_hangs(driver, tmp_path, what):
+    """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal sends to all
+    processes; and no worker outlives a main process that was killed. Workers leave SIGTERM to the main process, which
+    still reads a few batches here."""
+    with open(tmp_path / 'errors', 'w+') as errors_file:
+        process = subprocess.Popen(
+            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
+            env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
+        )  # fmt: skip
+        too_long = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+        too_long.start()
+        try:
+            workers = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(workers) == 2
+            if what == 'Ctrl-C':
+                os.killpg(process.pid, signal.SIGINT)
+            elif what == 'SIGTERM':
+                os.killpg(process.pid, signal.SIGTERM)
+            elif what == 'killed':
+                process.kill()
+            output = process.stdout.read()
+            process.wait()
+            end = time.monotonic() + 20
+            while any(map(_alive, workers)) and time.monotonic() < end:
+                time.sleep(0.1)
+            assert not any(map(_alive, workers)) and not too_long.finished.is_set()
+        finally:
+            too_long.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+        errors_file.seek(0)
+        errors = errors_file.read()
+    if what == 'killed worker':
+        assert re.fullmatch(r'reading images stopped: .*terminated unexpectedly with exit code -9.*\n', output), output
+    elif what == 'Ctrl-C':
+        assert process.returncode == -signal.SIGINT and errors.rstrip().endswith('KeyboardInterrupt'), errors
+        assert errors.count('Traceback') == 1, errors  # that of the main process
+    elif what in ('end', 'SIGTERM'):
+        assert process.returncode == 0 and output == 'the end\n' and not errors, errors
 
 
 def test_uneven_batches_are_refused():

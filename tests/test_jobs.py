@@ -1,5 +1,7 @@
 """What --mode does, through the command line's own door, mostly within this process."""
 
+import hashlib
+import http.server
 import json
 import os
 import pathlib
@@ -8,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,9 +24,11 @@ from PIL import Image
 from sphere_ar_jax import (
     checkpoint,
     config,
+    console,
     convert,
     data,
     evaluation,
+    experiment,
     fidelity,
     inception,
     jobs,
@@ -170,6 +176,57 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
     assert 'Not a directory' in _refused(capsys, '--mode=convert', '--workdir=/dev/null/x', golden, '--heads=2')
 
 
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not found."""
+
+    def do_HEAD(self):
+        content = (GOLDENS / 'tiny.pt').read_bytes()
+        found = self.path == '/guolinke/SphereAR/resolve/main/tiny.pt'
+        self.send_response(200 if found else 404)
+        self.send_header('Content-Length', str(len(content) if found else 0))
+        self.send_header('ETag', f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header('X-Repo-Commit', 'a' * 40)
+        if not found:
+            self.send_header('X-Error-Code', 'EntryNotFound')
+        self.end_headers()
+        return content if found else b''
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_checkpoint_from_the_hub(converted, tmp_path):
+    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there is named."""
+    pytest.importorskip('huggingface_hub')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {
+        'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'hub'),
+        'HF_HUB_OFFLINE': '0', 'PYTHONPATH': str(ROOT),
+    }  # fmt: skip
+    for name in ('no_proxy', 'NO_PROXY'):
+        env[name] = '127.0.0.1'
+
+    def convert(file):
+        source = f'hf://guolinke/SphereAR/{file}'
+        command = [sys.executable, '-m', 'sphere_ar_jax.main', '--mode=convert', f'--checkpoint={source}']
+        command += [f'--workdir={tmp_path / file}', '--no-ema', '--heads=2']
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    done = convert('tiny.pt')
+    assert done.returncode == 0, done.stderr
+    chex.assert_trees_all_equal(
+        *(evaluation.load_run(str(path)).ar_params for path in (tmp_path / 'tiny.pt', converted))
+    )
+    missing = convert('other.pt')
+    server.shutdown()
+    assert missing.returncode == 2 and missing.stderr.startswith('error: hf://guolinke/SphereAR/other.pt: ')
+    assert '404' in missing.stderr and len(missing.stderr.splitlines()) == 1
+
+
 def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     """It converts, is scored and exported; there is nothing to sample."""
     tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
@@ -232,16 +289,17 @@ def tuned(tmp_path_factory):
     jobs.convert_checkpoint(f'{workdir}.pt', str(workdir), heads=2)
     before = evaluation.load_run(str(workdir))
     jax.tree.map(np.testing.assert_array_equal, before.ar_params, params)
+    shutil.copytree(workdir, f'{workdir}.converted')
     settings = (workdir / 'config.json').read_text()
     for wrong, message in (
         ({'data.num_classes': 10}, 'data.num_classes 12 → 10'),
         ({'ar.width': 32}, 'ar.width 16 → 32'),
     ):
-        with pytest.raises(jobs.UserError, match=message):
-            jobs.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
+        with pytest.raises(console.UserError, match=message):
+            experiment.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
         assert (workdir / 'config.json').read_text() == settings
     with libraries_promote():
-        metrics = jobs.train(cfg, str(workdir), 'the command', time.perf_counter())
+        metrics = experiment.train(cfg, str(workdir), 'the command', time.perf_counter())
     return workdir, before, metrics
 
 
@@ -269,6 +327,27 @@ def test_training_goes_on_from_converted_weights(tuned):
     jax.tree.map(np.testing.assert_array_equal, run.vae_params, before.vae_params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ar_params, before.ar_params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
+
+
+def test_a_head_is_distilled_from_converted_weights(tuned, tmp_path):
+    """A published model, whatever it was trained on, teaches a head; all else stays as it was converted."""
+    workdir, before, _ = tuned
+    cfg = tiny_config.get_config('distilled')
+    cfg.data.num_classes, cfg.init_from = CLASSES, f'{workdir}.converted'
+    with libraries_promote():
+        metrics = experiment.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
+    assert np.isfinite(metrics['samples/frechet'])
+    run = evaluation.load_run(str(tmp_path / 'w'))
+    head = run.ar_params.pop('head')
+    chex.assert_trees_all_equal(run.ar_params, {k: v for k, v in before.ar_params.items() if k != 'head'})
+    chex.assert_trees_all_equal(run.vae_params, before.vae_params)
+    for name in ('cond_embed', 'final_linear'):
+        moved = np.abs(head[name]['kernel'] - before.ar_params['head'][name]['kernel']).max()
+        assert 0 < moved < 0.02  # six steps of 1e-3
+
+    cfg.data.num_classes = CLASSES + 1
+    with pytest.raises(console.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'):
+        experiment.train(cfg, str(tmp_path / 'x'), 'the command', time.perf_counter())
 
 
 def test_no_tokenizer_to_keep(tmp_path, capsys):
@@ -373,7 +452,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
     assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
     assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
-    with pytest.raises(jobs.UserError, match="'1000' is no class"):
+    with pytest.raises(console.UserError, match="'1000' is no class"):
         jobs.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
         with pytest.raises(jobs.INPUT_ERRORS, match=f"ImageNet has no class '{wrong}'") as error:
@@ -434,7 +513,7 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
         assert message in _refused(capsys, *arguments), arguments
     assert not (converted / 'samples.npz').exists()
     meshed = _tuning(**{'mesh.data': 999})
-    with pytest.raises(jobs.UserError, match=r'mesh\.data is 999, but this machine has'):
+    with pytest.raises(console.UserError, match=r'mesh\.data is 999, but this machine has'):
         jobs.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
 
 

@@ -59,7 +59,7 @@ def test_the_file_is_clean():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
     }
-    assert {('jobs', 'train'), ('jobs', 'convert_checkpoint')} <= used
+    assert {('experiment', 'train'), ('jobs', 'convert_checkpoint')} <= used
     assert {name for name, _ in used} == set(modules)
     for name, attribute in used:
         assert hasattr(modules[name], attribute), f'{name}.{attribute}'

@@ -11,20 +11,22 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('geometry', 'imagenet', 'torch_file'),
-    ('distributions', 'flow', 'solvers', 'inception', 'perceptual'),
+    ('console', 'geometry', 'imagenet', 'torch_file'),
+    ('distributions', 'flow', 'solvers', 'inception', 'perceptual', 'tar_index', 'stand_in'),
     ('transformer', 'convolutions'),
     ('vae', 'flow_head', 'discriminators'),
     ('ar',),
-    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against'),
-    ('data', 'sharding', 'checkpoint', 'metric_writer'),
+    ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against', 'augment'),
+    ('data', 'sources', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
     ('adversarial',),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
+    ('looks',),
+    ('experiment',),
     ('jobs',),
     ('main',),
-    ('benchmark',),
+    ('benchmark', 'data_benchmark'),
 )
 
 

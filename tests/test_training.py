@@ -46,7 +46,7 @@ def test_a_stage_trains_and_logs(tmp_path, which):
     state, seconds = _train(cfg, tmp_path, which)
     assert int(state.step) == 80 and seconds > 0
     chex.assert_tree_all_finite(state.params)
-    assert (state.ema is None) == (which == 0)
+    assert len(state.ema) == which
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines] == [20, 40, 60, 80]
     assert lines[-1]['loss'] < 0.9 * lines[0]['loss']
@@ -65,7 +65,7 @@ def test_a_step_is_the_recipe():
     stage = stages(cfg)[1]
     batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
     state = jax.jit(stage.init)(jax.random.key(0))
-    state = state.replace(step=jnp.int32(1), ema=jax.tree.map(lambda p: p + 1, state.params))
+    state = state.replace(step=jnp.int32(1), ema=(jax.tree.map(lambda p: p + 1, state.params),))
     new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
 
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
@@ -88,9 +88,93 @@ def test_a_step_is_the_recipe():
     # Adam divides by the gradient's own size: where it is nearly 0, its rounding shows
     chex.assert_trees_all_close(new.params, params, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(
-        new.ema, jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, new.params), rtol=1e-5, atol=1e-6
+        new.ema[0], jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema[0], new.params), rtol=1e-5, atol=1e-6
     )
     assert int(new.step) == 2
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
+def test_gradients_of_a_batch_in_pieces(which):
+    """Four pieces give the step of the whole batch, to rounding, and compute one piece at a time."""
+    batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
+    found = {}
+    for parts in (1, 4):
+        cfg = get_config()
+        for section in (cfg.tokenizer_training, cfg.ar_training):
+            section.update(accumulate=parts, warmup_steps=0)
+        stage = stages(cfg)[which]
+        state = jax.jit(stage.init)(jax.random.key(0))
+        step = jax.jit(stage.step).lower(state, stage.frozen, batch).compile()
+        new, scalars = step(state, stage.frozen, batch)
+        found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
+    ((one, scalars), memory), ((four, pieces), less) = found[1], found[4]
+    of_batches = {'psnr', 'spread_min', 'spread_mean', 'dead_share', 'mean_direction'}  # no means over images
+    for name in set(scalars) - of_batches:
+        np.testing.assert_allclose(pieces[name], scalars[name], rtol=2e-5, err_msg=name)
+    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)  # its moments are the gradients
+    assert less < 0.5 * memory
+
+
+def test_emas_of_several_rates():
+    cfg = get_config()
+    cfg.ar_training.update(more_ema_decays=(0.5, 0.99))
+    stage = stages(cfg)[1]
+    batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
+    state = jax.jit(stage.init)(jax.random.key(0))
+    expected = [state.params] * 3
+    for _ in range(3):
+        state, _ = jax.jit(stage.step)(state, stage.frozen, batch)
+        mix = lambda rate, e: jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
+        expected = [mix(rate, e) for rate, e in zip((0.9, 0.5, 0.99), expected, strict=True)]
+    chex.assert_trees_all_close(list(state.ema), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(state.eval_params, state.ema[0])
+
+
+def test_tokens_encoded_in_bfloat16():
+    """The loss moves by what bfloat16 loses; the AR model itself stays in float32."""
+    batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
+    found = []
+    for dtype in ('', 'bfloat16'):
+        cfg = get_config()
+        cfg.ar_training.encoder_dtype = dtype
+        stage = stages(cfg)[1]
+        state, scalars = jax.jit(stage.step)(jax.jit(stage.init)(jax.random.key(0)), stage.frozen, batch)
+        chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(jnp.float32, state.params))
+        found.append(float(scalars['loss']))
+    assert 0 < abs(found[1] - found[0]) < 0.02 * found[0]
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    """A checkpoint of the AR model names the tokenizer that it was trained on, by all bits of its weights."""
+    cfg = get_config()
+    stage = stages(cfg)[1]
+    source, mesh = data.Digits('train', 0), sharding.make_mesh()
+    training.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
+    leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
+    leaves[-1] = leaves[-1].copy()
+    leaves[-1].view(np.uint32).flat[0] ^= 1
+    with pytest.raises(training.FrozenError, match=r'was trained on another tokenizer .weights [0-9a-f]{8}. than'):
+        training.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
+    training.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
+
+
+def test_a_look_at_the_model_changes_nothing(tmp_path):
+    """It is called at its steps with the parameters to sample with; the training is the same bit for bit."""
+    cfg, calls = get_config(), []
+    stage, source, mesh = stages(cfg)[1], data.Digits('train', 0), sharding.make_mesh()
+    plain, _ = training.train(stage, source, str(tmp_path / 'plain'), seed=0, mesh=mesh)
+
+    def look(step, params, writer):
+        calls.append((step, jax.device_get(params)))
+        writer.write(step, {'seen': 1.0}, ('seen',))
+
+    watch = training.Watch(3, look)
+    watched, _ = training.train(stage, source, str(tmp_path / 'watched'), seed=0, mesh=mesh, watch=watch)
+    assert [step for step, _ in calls] == [3, 6]
+    chex.assert_trees_all_equal(jax.device_get(watched), jax.device_get(plain))
+    chex.assert_trees_all_equal(calls[1][1], jax.device_get(watched.ema[0]))
+    lines = [json.loads(line) for line in (tmp_path / 'watched' / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'seen' in line] == [3, 6]
 
 
 def test_the_same_on_many_devices(tmp_path):
@@ -109,6 +193,24 @@ def test_a_finished_stage_is_only_read(tmp_path):
     chex.assert_trees_all_equal(first.params, again.params)
     assert sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*') if p.is_file()) == before
     assert 0 < stated <= seconds
+
+
+def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
+    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data are refused."""
+    cfg, epochs, source = get_config(), [], data.Digits('train', 0, holdout=0.99)
+    reading = {'transform': lambda record, epoch, rng: epochs.append(epoch) or record, 'threads': 1}
+    run = lambda: training.train(
+        stages(cfg)[0], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading
+    )
+    run()
+    assert min(epochs) == 0
+    epochs.clear()
+    cfg.tokenizer_training.update(steps=8)
+    run()
+    assert min(epochs) == 6 * 16 // len(source) > 0
+    cfg.tokenizer_training.update(steps=10, batch_size=32)
+    with pytest.raises(data.DataError, match='the checkpoint belongs to other data'):
+        run()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

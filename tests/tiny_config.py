@@ -23,7 +23,7 @@ def get_config(arg=''):
     )
     c.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2)
     training = dict(steps=6, batch_size=16, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=2)
-    c.tokenizer_training.update(training)
+    c.tokenizer_training.update(training, perceptual_weight=0.0, disc_weight=0.0)
     c.ar_training.update(training, ema_decay=0.9, copies=2)
     c.sampling.update(num_images=40, batch_size=16, num_steps=2, guidance='linear', guidance_scale=1.5)
     c.distillation_training.update(training, guidance='constant', guidance_scale=1.5, ema_decay=0.9, teacher_steps=2)

@@ -1,0 +1,44 @@
+"""What the user sees of a job: progress bars, and what they can put right in one line."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something that the user can put right; one line."""
+
+
+def bar(total, name, unit='image'):
+    """A progress bar with time left; where nobody watches (no terminal), a line at every quarter.
+
+    Args:
+      total: of units, None if unknown.
+    Returns:
+      function (done, total=total) to be called with the number of units done so far.
+    """
+    shown_bar = tqdm(total=total, desc=name, unit=unit, disable=not sys.stderr.isatty())
+    shown = -1
+
+    def progress(done, total=total):
+        nonlocal shown
+        if not shown_bar.disable:
+            shown_bar.total = total
+            shown_bar.update(done - shown_bar.n)
+        elif total and done * 4 // total > shown:
+            shown = done * 4 // total
+            print(f'{name}: {done} of {total}', flush=True)
+
+    return progress
+
+
+def bars():
+    """A `bar` for each part of a job: function (part, done, total)."""
+    parts = {}
+
+    def progress(part, done, total):
+        if part not in parts:
+            parts[part] = bar(total, part)
+        parts[part](done, total)
+
+    return progress
