@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 from sphere_ar_jax import (
+    adversarial,
     checkpoint,
     config,
     console,
     convert,
     data,
+    discriminators,
     evaluation,
     experiment,
     fidelity,
@@ -39,7 +41,8 @@ from sphere_ar_jax.console import UserError
 INPUT_ERRORS = (
     OSError, config.ConfigError, checkpoint.DamagedError, torch_file.FileError, convert.ConversionError,
     generation.GenerationError, imagenet.ClassNameError, fidelity.ImageSetError, inception.WeightsError,
-    perceptual.WeightsError, sources.SourceError, data.DataError, training.FrozenError,
+    perceptual.WeightsError, sources.SourceError, data.DataError, training.FrozenError, adversarial.OptionsError,
+    discriminators.DiscriminatorError,
 )  # fmt: skip
 
 
