@@ -26,9 +26,9 @@ smoke      20 steps of a shallow model on 64×64 pixels, to see that everything 
                --config.tokenizer=/tmp/vae_smoke --workdir=/tmp/ar_h_smoke
 """
 
-from sphere_ar_jax import config
+from sphere_ar_jax import recipes
 
 
 def get_config(arg=''):
     """arg: see above."""
-    return config.published_ar('H', arg)
+    return recipes.published_ar('H', arg)

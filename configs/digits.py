@@ -18,7 +18,7 @@ loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy cop
 constant guidance: with 16 tokens the first one, which the linear schedule leaves unguided, is much of the digit.
 """
 
-from sphere_ar_jax import config
+from sphere_ar_jax import config, recipes
 
 
 def get_config(arg=''):
@@ -56,7 +56,7 @@ def get_config(arg=''):
         guidance_scale=1.5,
     )
     if arg == 'fast':
-        c.sampling.update(config.FAST)
+        c.sampling.update(recipes.FAST)
     if arg == 'distilled':
         c.init_from = ''  # to be given
         c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)

@@ -23,9 +23,9 @@ smoke      20 steps of a shallow S-VAE on 64×64 pixels, to see that everything 
                --workdir=/tmp/vae_smoke
 """
 
-from sphere_ar_jax import config
+from sphere_ar_jax import recipes
 
 
 def get_config(arg=''):
     """arg: see above."""
-    return config.published_vae(arg)
+    return recipes.published_vae(arg)

@@ -44,7 +44,7 @@ def other_model(old, new, tokenizer_only=False):
     parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
     changed = [d for d in config.differences(config.as_dict(old), config.as_dict(new)) if d.startswith(parts)]
     classes = config.num_classes(old), config.num_classes(new)
-    if classes[0] != classes[1] and not tokenizer_only:
+    if None not in classes and classes[0] != classes[1] and not tokenizer_only:
         changed.append('data.num_classes {} → {}'.format(*classes))
     return changed
 

@@ -29,6 +29,7 @@ from sphere_ar_jax import (
     inception,
     looks,
     perceptual,
+    recipes,
     report,
     sharding,
     sources,
@@ -77,7 +78,7 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
     tree = torch_file.open_file(_local(source))
     tensors = convert.state_dict(tree, ema)
     sizes = convert.sizes(tensors, tree.get('args'), heads)
-    cfg = config.check(config.of_checkpoint(sizes))
+    cfg = config.check(recipes.of_checkpoint(sizes))
     changed = [] if like is None else experiment.other_model(like, cfg, sizes.ar is None)
     if changed:
         raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
@@ -136,9 +137,9 @@ def pack(data_set, directory, *, shards=128, split='train', data_dir=None):
     """Copies images to sharded ArrayRecord files, which training then reads as array_records:DIRECTORY.
 
     Args:
-      data_set: KIND:PATH, see `config.data_set`. split, data_dir: of tfds.
+      data_set: KIND:PATH, see `recipes.data_set`. split, data_dir: of tfds.
     """
-    kind, path = config.data_set(data_set)
+    kind, path = recipes.data_set(data_set)
     show = console.bar(None, 'reading the tar', 'byte')
     source = data.Digits('all', 0) if kind == 'digits' else sources.open_source(kind, path, split, data_dir, show)
     sources.pack(source, directory, shards, console.bar(len(source), 'packed'))

@@ -4,6 +4,7 @@ Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
 """
 
+import dataclasses
 import json
 import math
 import signal
@@ -55,7 +56,7 @@ class Stage(NamedTuple):
       name: also its directory. options: its section of the config. init: key → TrainState.
       step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
       shown: the scalars for the console. about: what the frozen parameters are, for messages. warn: function of logged
-      scalars → what is wrong with them in words, or None.
+      scalars → what is wrong with them in words, or None. model: the frozen parameters' module, noted in checkpoints.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage(NamedTuple):
     shown: tuple
     about: str = ''
     warn: Any = lambda scalars: None
+    model: Any = None
 
 
 class Watch(NamedTuple):
@@ -179,7 +181,7 @@ def ar_stage(ar, vae, vae_params, options, seed):
         return losses.flow_loss(ar, params, class_id, z, *draws)
 
     shown = 'loss', 'grad_norm', 'token_norm'
-    return _stage('ar', options, seed, ar.init_params, loss, vae_params, shown, 'tokenizer')
+    return _stage('ar', options, seed, ar.init_params, loss, vae_params, shown, 'tokenizer')._replace(model=vae)
 
 
 def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
@@ -205,11 +207,18 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
     return _stage('distillation', options, seed, init_head, loss, frozen, ('loss', 'one_step'), 'tokenizer or teacher')
 
 
-def frozen_digest(stage):
-    """A hash, 8 hexadecimal digits, of all bits of the parameters that a stage does not train; '' where it has none."""
+def frozen_identity(stage):
+    """What a checkpoint notes of the parameters that a stage does not train, {} where there are none.
+
+    weights: a hash, 8 hexadecimal digits, of all their bits. model: its options, where the stage names a module.
+    """
     if not jax.tree.leaves(stage.frozen):
-        return ''
-    return f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
+        return {}
+    weights = f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
+    how = ('parent', 'name', 'dtype', 'remat', 'unroll')  # it is computed, not what
+    fields = dataclasses.fields(stage.model) if stage.model is not None else ()
+    model = {field.name: getattr(stage.model, field.name) for field in fields if field.name not in how}
+    return json.loads(json.dumps({'weights': weights, 'model': model}))  # tuples become lists
 
 
 class FrozenError(ValueError):
@@ -218,11 +227,12 @@ class FrozenError(ValueError):
 
 def check_frozen(stage, data_state, directory):
     """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage."""
-    trained_on, here = data_state.get('frozen'), frozen_digest(stage)
+    trained_on, here = data_state.get('frozen', {}), frozen_identity(stage)
     if here and trained_on != here:
-        raise FrozenError(
-            f'{directory} was trained on another {stage.about} (weights {trained_on}) than is given (weights {here})'
-        )
+        old, new = trained_on.get('model', {}), here['model']
+        changed = [f'{name} {old.get(name)} → {new[name]}' for name in new if old.get(name) != new[name]]
+        what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
+        raise FrozenError(f'{directory} was trained on another {stage.about} than is given ({what})')
 
 
 def abstract_state(stage, mesh):
@@ -325,7 +335,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     )  # fmt: skip
     if restored is not None:
         batches.check_state(data_state['batches'])
-    digest = frozen_digest(stage)
+    trained_on = frozen_identity(stage)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
     pending = warned = None
@@ -362,7 +372,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                     mark = step, time.perf_counter()
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
-                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': digest}, elapsed())
+                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': trained_on}, elapsed())
                 if signals.arrived:
                     raise Preempted(signals.arrived, step, options.steps)
     finally:

@@ -68,6 +68,42 @@ def test_the_published_tokenizer():
         _load('vae', 'fast')
 
 
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+@libraries_promote()
+def test_arguments_of_the_published_configs(name):
+    """Batch size, data, precision and resolution; the epochs stay what they were."""
+    section, epochs = ('tokenizer_training', 100) if name == 'vae' else ('ar_training', 400)
+    cfg = config.check(_load(name, 'batch=64,data=folder:/some/images,dtype=bfloat16,512'))
+    assert (cfg.data.name, cfg.data.path, cfg.dtype) == ('folder', '/some/images', 'bfloat16')
+    assert cfg[section].batch_size == 64 and cfg[section].steps == epochs * (1_281_167 // 64)
+    assert config.build_vae(cfg).image_shape == (512, 512, 3)
+    if name != 'vae':
+        with pytest.raises(config.ConfigError, match='say how many classes'):
+            config.build_ar(cfg)
+        cfg.data.num_classes = 7
+        model = config.build_ar(cfg)
+        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+        assert model.num_tokens == 1024 and shapes['pos_for_diff'].shape[0] == 1024
+        assert shapes['cls_embedding'].shape[0] == 8
+    assert config.check(_load(name, 'data=/a:b/x.tar')).data.path == '/a:b/x.tar'
+    assert config.check(_load(name, 'data=tfds:imagenet2012')).data.name == 'tfds'
+    for wrong in ('huge', 'batch', 'size=3', 'smoke=1'):
+        with pytest.raises(ValueError, match='no variant'):
+            _load(name, wrong)
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+def test_smoke_is_small(name):
+    """20 steps; less than 10 GB of parameters, gradients, moments and EMA, for a laptop."""
+    cfg = config.check(_load(name, 'smoke'))
+    section = cfg.tokenizer_training if name == 'vae' else cfg.ar_training
+    assert section.steps == 20 and section.batch_size == 8
+    model = config.build_vae(cfg) if name == 'vae' else config.build_ar(cfg)
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    assert sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) * 5 < 10e9
+    assert _load('vae', 'smoke').vae == _load(name, 'smoke').vae  # so that one tokenizer serves all
+
+
 def test_variants_of_the_digits():
     """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
     assert config.build_sampler(config.check(_load('digits', 'fast'))).plan(16).evaluations == 10

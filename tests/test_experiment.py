@@ -176,6 +176,21 @@ def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
     assert '\n' not in str(error.value) and not (tmp_path / 'w' / 'config.json').exists()
 
 
+def test_the_classes_of_a_folder(tmp_path):
+    """A model gets as many classes as there are directories, unless the config says more; config.json says how many."""
+    for name, colour in (('a', 'red'), ('b', 'blue')):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 50), colour).save(tmp_path / 'images' / name / '1.png')
+    cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images')})
+    setting, _ = experiment._set_up(cfg, str(tmp_path / 'w'))
+    assert setting.ar.num_classes == 2 and len(setting.source) == 2
+    assert evaluation.load_config(str(tmp_path / 'w')).data.num_classes == 2
+    images = looks.examples(setting)
+    np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
+    cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5})
+    assert experiment._set_up(cfg, str(tmp_path / 'v'))[0].ar.num_classes == 5
+
+
 def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
     options = {'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0]), 'vae.latent_dim': 4}
     with pytest.raises(console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'):

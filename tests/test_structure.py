@@ -19,7 +19,7 @@ LEVELS = (
     ('convert', 'losses', 'sampling', 'optimizer', 'costs', 'against', 'augment'),
     ('data', 'sources', 'sharding', 'checkpoint', 'metric_writer'),
     ('config', 'training', 'fidelity'),
-    ('adversarial',),
+    ('adversarial', 'recipes'),
     ('evaluation', 'report'),
     ('generation', 'frontier', 'parts'),
     ('looks',),

@@ -153,9 +153,17 @@ def test_another_tokenizer_is_refused(tmp_path):
     leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
     leaves[-1] = leaves[-1].copy()
     leaves[-1].view(np.uint32).flat[0] ^= 1
-    with pytest.raises(training.FrozenError, match=r'was trained on another tokenizer .weights [0-9a-f]{8}. than'):
+    with pytest.raises(
+        training.FrozenError,
+        match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
+    ):
         training.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
     training.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
+    other = stage._replace(model=stage.model.clone(heads=1))
+    with pytest.raises(training.FrozenError, match='; heads 2 → 1'):
+        training.train(other, source, str(tmp_path), seed=0, mesh=mesh)
+    noted = json.loads((tmp_path / 'checkpoints' / '6' / 'data' / 'metadata').read_text())['frozen']
+    assert noted['model']['latent_dim'] == 8 and noted['model']['grid'] == [4, 4]
 
 
 def test_a_look_at_the_model_changes_nothing(tmp_path):
