@@ -136,7 +136,7 @@ def show(setting, vae_params, ar_params):
     key = jax.random.key(setting.cfg.seed + 1)
     recon, kl, kappa = evaluation.reconstruct(setting.vae, vae_params, images, key, min(16, len(images)), setting.mesh)
     metrics = {'vae/psnr': evaluation.psnr(recon, images), 'vae/kl': kl, 'vae/kappa': kappa}
-    title = f'{len(images)} training images, cropped at the centre, decoded'
+    title = 'training images, cropped at the centre, and decoded'
     report.save_reconstructions(
         f'{setting.workdir}/reconstructions.png', images, recon, min(8, len(images)), title=title
     )

@@ -159,7 +159,7 @@ font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem
 """
 
 _MEANING = {
-    'vae/psnr': 'reconstruction of held-out images, dB',
+    'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
     'vae/kl': 'KL of the posterior to the uniform distribution, nats per token',
     'vae/kappa': 'mean concentration of the posterior',
     'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
