@@ -234,15 +234,24 @@ def _check_training(name, training):
     )
 
 
-def _check_tokenizer(training, channels):
+def _check_tokenizer(training, image_shape):
     for key in ('kl_weight', 'l2_weight', 'perceptual_weight', 'disc_weight', 'disc_start'):
         _require(training[key] >= 0, f'tokenizer_training.{key} is {training[key]}, but must not be negative')
     for key, known in (('discriminator', discriminators.KINDS), ('disc_loss', losses.ADVERSARIAL)):
         _require(training[key] in known, f'tokenizer_training.{key} is {training[key]!r}: use {", ".join(known)}')
     _require(
-        not training.perceptual_weight or channels == 3,
-        f'tokenizer_training.perceptual_weight: LPIPS is for 3 channels, not {channels}; set it to 0',
+        not training.perceptual_weight or image_shape[-1] == 3,
+        f'tokenizer_training.perceptual_weight: LPIPS is for 3 channels, not {image_shape[-1]}; set it to 0',
     )
+    _require(
+        not training.perceptual_weight or min(image_shape[:2]) >= 16,
+        f'tokenizer_training.perceptual_weight: LPIPS is for 16×16 pixels or more, not {image_shape[:2]}; set it to 0',
+    )
+    try:
+        if training.disc_weight:
+            discriminators.build(training.discriminator, image_shape)
+    except discriminators.DiscriminatorError as error:
+        raise ConfigError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
     _require(
         not training.disc_weight or training.accumulate == 1,
         'tokenizer_training.accumulate: a discriminator needs its whole batch at once, for its statistics',
@@ -288,7 +297,7 @@ def check(config):
     _require(
         t.encoder_dtype in ('', *DTYPES), f'ar_training.encoder_dtype is {t.encoder_dtype!r}: use {", ".join(DTYPES)}'
     )
-    _check_tokenizer(config.tokenizer_training, v.image_channels)
+    _check_tokenizer(config.tokenizer_training, have)
     d = config.data
     _require(0 < d.max_broken <= 1, f'data.max_broken is {d.max_broken}, but must lie in (0, 1]')
     _require(d.workers >= 0 and d.threads >= 1, 'data.workers must be at least 0, data.threads at least 1')

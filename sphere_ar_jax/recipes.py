@@ -88,6 +88,7 @@ def of_checkpoint(sizes):
     """The config of a PyTorch checkpoint, from `convert.sizes`: a model that was not published gets B's recipe."""
     c = published_ar(sizes.name or 'B')
     c.vae.update(sizes.vae)
+    c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)  # the file holds no discriminator
     if sizes.ar is not None:
         c.ar.update(sizes.ar)
         c.data.num_classes = sizes.num_classes

@@ -168,6 +168,7 @@ WRONG = {
     'tokenizer_training.disc_loss': ('wasserstein', 'hinge, vanilla'),
     'tokenizer_training.disc_weight': (-1.0, 'not be negative'),
     'tokenizer_training.perceptual_weight': (1.0, 'LPIPS is for 3 channels, not 1'),
+    'tokenizer_training.disc_weight ': (0.5, 'at least 24×24 pixels, not 16×16; set it to 0'),
     'tokenizer_training.accumulate': (3, 'must divide the batch size 16'),
     'ar_training.more_ema_decays': ((0.9, 1), 'between 0 and 1'),
     'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
