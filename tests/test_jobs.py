@@ -354,7 +354,7 @@ def test_no_tokenizer_to_keep(tmp_path, capsys):
     """Refused, and the workdir is still free for another config."""
     (tmp_path / 'c.py').write_text('from tests.test_jobs import _tuning\ndef get_config():\n    return _tuning()\n')
     line = _refused(capsys, f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w')
-    assert line.startswith('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give --conf')
+    assert line.startswith('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give --co')
     assert os.listdir(tmp_path / 'w') == []
 
 
