@@ -119,6 +119,7 @@ def test_the_ema_to_sample_with(trained):
     assert max(jax.tree.leaves(away)) > 1e-5
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     """For sampling and for training on: the same config, other weights."""
     other = tmp_path / 'other'
@@ -212,6 +213,7 @@ test_experiment._train(test_experiment._config(sys.argv[1], **{'ar_training.step
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tar, tokenizer, tmp_path):
     """The discriminator and its statistics are resumed too: every bit of the state is that of an undisturbed run."""
     env = os.environ | {'PYTHONPATH': str(ROOT)}

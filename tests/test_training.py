@@ -93,7 +93,7 @@ def test_a_step_is_the_recipe():
     assert int(new.step) == 2
 
 
-@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
+@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar'])
 def test_gradients_of_a_batch_in_pieces(which):
     """Four pieces give the step of the whole batch, to rounding, and compute one piece at a time."""
     batch = next(data.batches(data.Digits('train', 0), batch_size=16, seed=0))
