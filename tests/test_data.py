@@ -267,6 +267,7 @@ from sphere_ar_jax import augment, data
 from tests.fake_images import Pictures
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
     iterator = data.batches(
         Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, threads=1
     )
@@ -313,7 +314,7 @@ def test_nothing_hangs(driver, tmp_path, what):
             [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
             env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
         )  # fmt: skip
-        too_long = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
+        too_long = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
         too_long.start()
         try:
             workers = [int(pid) for pid in process.stdout.readline().split()]
