@@ -124,6 +124,8 @@ def _load(workdir, like=None, tokenizer_only=False):
         cfg = cfg.copy_and_resolve_references()  # placeholders do not take each other's values
         cfg.sampling.update(like.sampling)
         cfg.seed, cfg.dtype = like.seed, like.dtype
+        if like.tokenizer is not None:  # it was moved
+            cfg.tokenizer = os.path.abspath(like.tokenizer)
         cfg.mesh.update(like.mesh)
         config.check(cfg)
     try:
