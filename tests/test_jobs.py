@@ -517,6 +517,7 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
         jobs.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
 
 
+@libraries_promote()
 def test_sampler_seed_and_mesh_are_those_of_the_config_given(tuned):
     """`like` changes how is drawn, never what was trained."""
     workdir, _, _ = tuned
