@@ -22,7 +22,7 @@ def _load(name, argument):
 
 @libraries_promote()
 def test_the_digits_are_built_and_stepped_once():
-    """Models built, states initialised, one step of both stages, the sampler's options made; :smoke is the same models."""
+    """Models built, states initialised, one step of both stages, the sampler made; :smoke has the same models."""
     cfg, smoke = config.check(_load('digits', '')), config.check(_load('digits', 'smoke'))
     assert (cfg.vae, cfg.ar) == (smoke.vae, smoke.ar) and smoke.ar_training.steps < cfg.ar_training.steps
     assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
