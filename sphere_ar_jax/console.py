@@ -9,11 +9,11 @@ class UserError(Exception):
     """Something that the user can put right; one line."""
 
 
-def bar(total, name, unit='image'):
+def bar(total, name, unit='image', lines=None):
     """A progress bar with time left; where nobody watches (no terminal), a line at every quarter.
 
     Args:
-      total: of units, None if unknown.
+      total: of units, None if unknown. lines: the file that those go to, stdout if None.
     Returns:
       function (done, total=total) to be called with the number of units done so far.
     """
@@ -27,18 +27,18 @@ def bar(total, name, unit='image'):
             shown_bar.update(done - shown_bar.n)
         elif total and done * 4 // total > shown:
             shown = done * 4 // total
-            print(f'{name}: {done} of {total}', flush=True)
+            print(f'{name}: {done} of {total}', file=lines, flush=True)
 
     return progress
 
 
-def bars():
-    """A `bar` for each part of a job: function (part, done, total)."""
+def bars(lines=None):
+    """A `bar` for each part of a job: function (part, done, total). lines: see there."""
     parts = {}
 
     def progress(part, done, total):
         if part not in parts:
-            parts[part] = bar(total, part)
+            parts[part] = bar(total, part, lines=lines)
         parts[part](done, total)
 
     return progress

@@ -449,7 +449,11 @@ def main():
     try:
         params = inception.load(arguments.weights)
         scores = evaluate(
-            arguments.samples, arguments.reference, params, batch_size=arguments.batch_size, progress=console.bars()
+            arguments.samples,
+            arguments.reference,
+            params,
+            batch_size=arguments.batch_size,
+            progress=console.bars(sys.stderr),
         )
     except (OSError, ImageSetError, inception.WeightsError, torch_file.FileError) as error:
         sys.exit(f'error: {error}')
