@@ -123,8 +123,8 @@ def small():
     return model, options
 
 
-def _train(small, directory, mesh):
-    stage = adversarial.tokenizer_stage(*small, 0)
+def _stage(model, options):
+    stage = adversarial.tokenizer_stage(model, options, 0)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
 
     def init(_):
@@ -134,7 +134,11 @@ def _train(small, directory, mesh):
         params, disc_params = jax.tree.map(wave, (state.params, state.disc_params))
         return state.replace(params=params, disc_params=disc_params)
 
-    return training.train(stage._replace(init=init), Images(), str(directory), seed=0, mesh=mesh)[0]
+    return stage._replace(init=init)
+
+
+def _train(small, directory, mesh):
+    return training.train(_stage(*small), Images(), str(directory), seed=0, mesh=mesh)[0]
 
 
 @pytest.fixture(scope='module')
@@ -163,14 +167,28 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
     assert lines[0]['disc_grad_norm'] == 0 < lines[1]['disc_grad_norm']
 
 
-def test_the_same_on_many_devices(small, whole, tmp_path):
-    """To rounding, with BatchNorm over the whole batch (a real check only where there are several devices)."""
-    one, every = jax.device_get((_train(small, tmp_path, sharding.make_mesh(1)), whole[0]))
-    chex.assert_trees_all_close(one.disc_stats, every.disc_stats, rtol=1e-3, atol=1e-4)
+def test_the_same_on_many_devices(small):
+    """One step, to rounding, with BatchNorm over the whole batch (a real check only where there are several devices).
+
+    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0."""
+    model, options = small
+    stage = _stage(model, ConfigDict(options.to_dict() | {'disc_start': 1}))
+    records = [Images()[i] for i in range(8)]
+    batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+    def step(mesh):
+        shardings = jax.tree.map(lambda x: x.sharding, training.abstract_state(stage, mesh))
+        state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(0))
+        return jax.device_get(jax.jit(stage.step)(state, None, sharding.place_batch(mesh, batch)))
+
+    (one, scalars), (every, others) = step(sharding.make_mesh(1)), step(sharding.make_mesh())
+    assert scalars['disc_grad_norm'] > 1e-3
+    chex.assert_trees_all_close(others, scalars, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(every.disc_stats, one.disc_stats, rtol=1e-5, atol=1e-6)
     for a, b in ((one.opt_state, every.opt_state), (one.disc_opt_state, every.disc_opt_state)):
         a, b = (optax.tree.get(tree, 'mu') for tree in (a, b))
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(a))
-        chex.assert_trees_all_close(a, b, rtol=0, atol=5e-3 * largest)
+        chex.assert_trees_all_close(a, b, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize('disc_loss', list(losses.ADVERSARIAL))
