@@ -167,12 +167,15 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
     assert lines[0]['disc_grad_norm'] == 0 < lines[1]['disc_grad_norm']
 
 
-def test_the_same_on_many_devices(small):
-    """One step, to rounding, with BatchNorm over the whole batch (a real check only where there are several devices).
+@pytest.mark.parametrize('disc_start, atol', [(100, 1e-5), (1, 5e-3)], ids=['before', 'from'])
+def test_the_same_on_many_devices(small, disc_start, atol):
+    """One step before disc_start and one from it on, to rounding, with BatchNorm over the whole batch (a real check only where there are several devices).
 
-    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0."""
+    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0. BatchNorm of
+    reconstructions that are almost constant, as here, makes much of rounding (2e-3 of the largest gradient with JAX
+    0.11, 1e-6 without the discriminator); batches normalised device by device would differ by as much as they are."""
     model, options = small
-    stage = _stage(model, ConfigDict(options.to_dict() | {'disc_start': 1}))
+    stage = _stage(model, ConfigDict(options.to_dict() | {'disc_start': disc_start}))
     records = [Images()[i] for i in range(8)]
     batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
 
@@ -182,13 +185,13 @@ def test_the_same_on_many_devices(small):
         return jax.device_get(jax.jit(stage.step)(state, None, sharding.place_batch(mesh, batch)))
 
     (one, scalars), (every, others) = step(sharding.make_mesh(1)), step(sharding.make_mesh())
-    assert scalars['disc_grad_norm'] > 1e-3
+    assert (scalars['disc_grad_norm'] > 1e-3) == (disc_start == 1)
     chex.assert_trees_all_close(others, scalars, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(every.disc_stats, one.disc_stats, rtol=1e-5, atol=1e-6)
     for a, b in ((one.opt_state, every.opt_state), (one.disc_opt_state, every.disc_opt_state)):
         a, b = (optax.tree.get(tree, 'mu') for tree in (a, b))
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(a))
-        chex.assert_trees_all_close(a, b, rtol=0, atol=1e-4 * largest)
+        chex.assert_trees_all_close(a, b, rtol=0, atol=atol * largest)
 
 
 @pytest.mark.parametrize('disc_loss', list(losses.ADVERSARIAL))
