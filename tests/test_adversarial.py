@@ -169,7 +169,7 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
 
 @pytest.mark.parametrize('disc_start, atol', [(100, 1e-5), (1, 5e-3)], ids=['before', 'from'])
 def test_the_same_on_many_devices(small, disc_start, atol):
-    """One step before disc_start and one from it on, to rounding, with BatchNorm over the whole batch (a real check only
+    """One step before disc_start and one from it on, to rounding, BatchNorm over the whole batch (a real check only
     where there are several devices).
 
     Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0. BatchNorm
