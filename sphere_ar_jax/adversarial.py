@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sphere_ar_jax import discriminators, losses, optimizer, training
+from sphere_ar_jax import discriminators, losses, training
 
 
 class OptionsError(ValueError):
@@ -66,12 +66,7 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
     discriminator_term, generator_term = losses.ADVERSARIAL[options.disc_loss]
     decays = training.ema_decays(options)
-    schedule = optimizer.learning_rate(
-        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
-    )
-    tx = optimizer.adamw(
-        schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
-    )
+    schedule, tx = training.build_optimizer(options)
 
     def init(key):
         params = vae.init_params(key)

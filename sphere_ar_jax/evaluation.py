@@ -56,8 +56,8 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
     Of a workdir that was converted from a PyTorch checkpoint and not trained since, those. Of a workdir with a
     distilled head, that head, and all else from the workdir that it was distilled from. mesh: where the parameters go,
     all devices if None. tokenizer_only: leave the AR model's parameters None. cfg: in place of the run's own config, of
-    the same models. Raises OSError where there is no run, or
-    no checkpoint of a stage yet, and ConfigError for a head that was distilled from a distilled one.
+    the same models. Raises OSError where there is no run, or no checkpoint of a stage yet, ConfigError for a head that
+    was distilled from a distilled one, and FrozenError where the tokenizer is another than the AR model's.
     """
     cfg = load_config(workdir) if cfg is None else cfg
     rates, rate = training.ema_decays(cfg.ar_training), cfg.sampling.ema_decay
@@ -70,7 +70,8 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
         found = checkpoints.restore(like)
         checkpoints.close()
         if found is not None:
-            training.check_frozen(stage, found[1], os.path.join(workdir, stage.name))
+            frozen = training.frozen_identity(stage)
+            training.check_frozen(stage, frozen, found[1], os.path.join(workdir, stage.name))
             return found[0].ema[chosen] if stage.name == 'ar' and chosen is not None else found[0].eval_params
         weights = training.converted(os.path.join(workdir, stage.name), like.params)
         if weights is None:

@@ -103,15 +103,20 @@ def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
         writer.write(step, {'fid': fidelity.frechet_distance(*found, *reference)}, ('fid',))
 
 
+def _reconstruct(setting, vae_params, images, batch_size, **picture):
+    """Writes WORKDIR/reconstructions.png; returns how good they are."""
+    key = jax.random.key(setting.cfg.seed + 1)
+    recon, kl, kappa = evaluation.reconstruct(setting.vae, vae_params, images, key, batch_size, setting.mesh)
+    report.save_reconstructions(f'{setting.workdir}/reconstructions.png', images, recon, **picture)
+    return {'vae/psnr': evaluation.psnr(recon, images), 'vae/kl': kl, 'vae/kappa': kappa}
+
+
 def score_digits(setting, vae_params, ar_params):
     """The digits' protocol: reconstructs, samples and scores; writes the pictures. ar_params: None leaves samples out.
 
     Returns (metrics, seconds by part)."""
-    s, key = setting.cfg.sampling, jax.random.key(setting.cfg.seed + 1)
-    seconds, mark, real = {}, time.perf_counter(), setting.heldout.images
-    recon, kl, kappa = evaluation.reconstruct(setting.vae, vae_params, real, key, s.batch_size, setting.mesh)
-    metrics = {'vae/psnr': evaluation.psnr(recon, real), 'vae/kl': kl, 'vae/kappa': kappa}
-    report.save_reconstructions(f'{setting.workdir}/reconstructions.png', real, recon)
+    s, seconds, mark = setting.cfg.sampling, {}, time.perf_counter()
+    metrics = _reconstruct(setting, vae_params, setting.heldout.images, s.batch_size)
     seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
     if ar_params is None:
         return metrics, seconds
@@ -133,13 +138,9 @@ def show(setting, vae_params, ar_params):
 
     Returns (metrics, seconds by part)."""
     images, mark, seconds = examples(setting), time.perf_counter(), {}
-    key = jax.random.key(setting.cfg.seed + 1)
-    recon, kl, kappa = evaluation.reconstruct(setting.vae, vae_params, images, key, min(16, len(images)), setting.mesh)
-    metrics = {'vae/psnr': evaluation.psnr(recon, images), 'vae/kl': kl, 'vae/kappa': kappa}
     title = 'training images, cropped at the centre, and decoded'
-    report.save_reconstructions(
-        f'{setting.workdir}/reconstructions.png', images, recon, min(8, len(images)), title=title
-    )
+    columns = min(8, len(images))
+    metrics = _reconstruct(setting, vae_params, images, min(16, len(images)), columns=columns, title=title)
     seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
     if ar_params is not None:
         _, labels, index = _grid(setting)

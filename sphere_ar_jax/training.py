@@ -103,14 +103,20 @@ def value_and_grad(loss, parts):
     return mean
 
 
-def _stage(name, options, seed, init_params, loss, frozen, shown, about=''):
-    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
+def build_optimizer(options):
+    """(schedule, optimizer) of a stage's options, see `optimizer`."""
     schedule = optimizer.learning_rate(
         options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
     )
     tx = optimizer.adamw(
         schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
     )
+    return schedule, tx
+
+
+def _stage(name, options, seed, init_params, loss, frozen, shown, about=''):
+    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
+    schedule, tx = build_optimizer(options)
     decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
 
     def init(key):
@@ -225,9 +231,10 @@ class FrozenError(ValueError):
     """A checkpoint was trained on another tokenizer (or teacher) than the one that is there now."""
 
 
-def check_frozen(stage, data_state, directory):
-    """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage."""
-    trained_on, here = data_state.get('frozen', {}), frozen_identity(stage)
+def check_frozen(stage, here, data_state, directory):
+    """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
+    `frozen_identity` is `here`."""
+    trained_on = data_state.get('frozen', {})
     if here and trained_on != here:
         old, new = trained_on.get('model', {}), here['model']
         changed = [f'{name} {old.get(name)} → {new[name]}' for name in new if old.get(name) != new[name]]
@@ -313,7 +320,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
-    before = 0.0
+    before, frozen = 0.0, frozen_identity(stage)
     if restored is None:
         state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(seed))
         weights = converted(directory, abstract.params)
@@ -322,7 +329,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=12), flush=True)
     else:
         state, data_state, before = restored
-        check_frozen(stage, data_state, directory)
+        check_frozen(stage, frozen, data_state, directory)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
     elapsed = lambda: before + time.perf_counter() - started
     step = int(state.step)
@@ -335,7 +342,6 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     )  # fmt: skip
     if restored is not None:
         batches.check_state(data_state['batches'])
-    trained_on = frozen_identity(stage)
     step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
     pending = warned = None
@@ -372,7 +378,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                     mark = step, time.perf_counter()
                 if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
-                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': trained_on}, elapsed())
+                    checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': frozen}, elapsed())
                 if signals.arrived:
                     raise Preempted(signals.arrived, step, options.steps)
     finally:
