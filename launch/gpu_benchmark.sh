@@ -19,7 +19,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python -c 'import jax; print("JAX", jax.__version__, jax.devices()); assert jax.devices()[0].platform == "gpu"'
 for size in $sizes; do
   for batch in $batches; do
-    python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py" --config.dtype=bfloat16 --batch_size="$batch" \
+    python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py" --config.dtype=bfloat16 --config.ar.remat=False --batch_size="$batch" \
       --train_batch_size="$((batch > 64 ? 64 : batch))" --against="$checkout" --side=compiled --repeats=5 \
       --parts=cold,prefill,transformer,head,decode,encode,train_tokenizer,train_ar,sample \
       --output="bench_gpu/${size}_$batch" || echo "failed: $size at $batch images"

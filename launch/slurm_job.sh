@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The job that launch/slurm.sh submits: starts the program on all nodes with srun, and queues itself again after SIGTERM.
+#
+# Type:    nothing, sbatch runs it (a copy of it, hence SPHERE_AR_LAUNCH, the directory of the others);
+#          bash launch/slurm_job.sh --dry-run --config=… --workdir=… prints what it would run
+# Needs:   what launch/slurm.sh sets and says; inside a job, SLURM's variables.
+# Costs:   what launch/slurm.sh costs.
+# May set: PYTHON, DOCTOR=0, MAX_RESTARTS: see launch/slurm.sh
+#
+# SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit: they save and end with 143, and
+# the job is queued again. Any other exit code is final. A job that was cancelled is left alone.
+# Written from SLURM's and JAX's documentation, tested with stand-ins for srun and scontrol; never run on a real cluster.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "${SPHERE_AR_LAUNCH:-$(dirname "$0")}/common.sh"
+take_words "$@"
+[ -n "$dry_run" ] || need SLURM_JOB_ID
+most=$(whole MAX_RESTARTS 1000)
+# One process may end before the others have saved: it must not take them with it.
+tasks=(srun --kill-on-bad-exit=0 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
+python=${PYTHON:-python}
+
+if [ "${DOCTOR:-1}" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
+  code=0
+  run "${tasks[@]}" --label "$python" -m sphere_ar_jax.doctor "${words[@]}" || code=$?
+  [ "$code" -eq 0 ] || { say 'not started: see above (DOCTOR=0 starts all the same)'; exit "$code"; }
+fi
+code=0
+run "${tasks[@]}" "$python" -m sphere_ar_jax.main "${words[@]}" || code=$?
+if [ -n "$dry_run" ]; then
+  printf '# if that ends with 143: %s\n' "$(quote scontrol requeue "${SLURM_JOB_ID:-JOB}")"
+  exit
+fi
+[ "$code" -eq 143 ] || exit "$code"
+if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
+  say "stopped after $most restarts"
+elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then  # cancelled: COMPLETING
+  say 'ended by SIGTERM, or with a process that was lost; queued again'
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

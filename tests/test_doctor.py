@@ -1,0 +1,443 @@
+"""The doctor: what it counts, against closed forms and real states; what it refuses, in one line; joining processes."""
+
+import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from sphere_ar_jax import config, console, costs, doctor, hosts, programs, recipes, sharding, sources
+from tests import tiny_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = '--config=tests/tiny_config.py'
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def _examined(capsys, *words):
+    """(exit code, lines printed) of the doctor in this process."""
+    code = doctor.main(['doctor', *words])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def _line(lines, name):
+    """All that is said by the check of a name, in one line."""
+    start = next(i for i, line in enumerate(lines) if line[6:].startswith(f'{name} '))
+    end = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith(' '))
+    return ' '.join(' '.join(lines[start:end]).split())
+
+
+# ---- the screen
+
+
+def test_a_run_that_is_all_right(capsys, tmp_path):
+    workdir = tmp_path / 'runs' / 'a'
+    code, lines = _examined(capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--mode=sample')
+    assert code == 0 and lines[-1].startswith('0 failed')
+    assert max(map(len, lines)) <= doctor.WIDTH and len(lines) <= 24  # a screen
+    assert _line(lines, 'processes') == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
+    assert f'jax {jax.__version__}' in _line(lines, 'versions')
+    assert _line(lines, 'mesh') == f'ok mesh data {jax.device_count()}, fsdp 1, tensor 1'
+    assert '1438 images to train on, 10 classes' in _line(lines, 'data')
+    assert os.environ['JAX_COMPILATION_CACHE_DIR'] in _line(lines, 'cache').replace(' ', '')
+    assert 'not looked at: --mode=sample' in _line(lines, 'flags')
+    assert f'{workdir} can be written; checkpoints will take' in _line(lines, 'workdir')
+    assert list(tmp_path.iterdir()) == []  # nothing was left
+
+
+def test_a_run_that_cannot_be(capsys):
+    code, lines = _examined(capsys, TINY, '--workdir=/dev/null/x', '--data=folder:/nowhere')
+    assert code == 1 and lines[-1].startswith('2 failed')
+    assert _line(lines, 'workdir') == 'FAIL workdir /dev/null/x cannot be written: Not a directory'
+    assert 'FAIL data /nowhere cannot be read: No such file or directory' in _line(lines, 'data')
+
+
+def test_a_config_that_cannot_be(capsys):
+    code, lines = _examined(capsys, TINY, '--config.ar.heads=3')
+    assert code == 1 and _line(lines, 'config') == 'FAIL config ar: 3 heads do not divide the width 16'
+    code, lines = _examined(capsys, TINY, '--config.mesh.data=999')
+    assert code == 1 and 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible' in _line(lines, 'mesh')
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--config=configs/nope.py'], 'nope.py'),
+        (['--config=configs/digits.py:huge'], "no variant 'huge'"),
+        ([TINY, '--config.ar.width=wide'], 'invalid literal'),
+        ([TINY, '--config.ar.widht=3'], 'width'),
+        (['--timeout=never'], 'timeout'),
+        (['--timeout=0'], 'timeout'),
+    ],
+)
+def test_wrong_flags_are_said_in_one_line(capsys, words, said):
+    assert doctor.main(['doctor', *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('error: ') and err.count('\n') == 1 and said in err
+
+
+def test_long_texts_are_wrapped():
+    check = doctor.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
+    found = doctor.lines(check)
+    assert max(map(len, found)) <= 100 and found[-1].split() == ['last']
+    assert ''.join(''.join(found).split()) == 'WARNdata' + 'word' * 60 + 'x' * 250 + 'last'
+
+
+@pytest.mark.parametrize(
+    'count, text',
+    [(0, '0 B'), (1023, '1023 B'), (1024, '1.0 KiB'), (3 * 2**29, '1.5 GiB'), (2**52, '4096.0 TiB')],
+)
+def test_sizes(count, text):
+    assert console.size(count) == text
+
+
+def test_what_does_not_answer_is_given_up():
+    assert doctor.limited(lambda: 7, 5) == 7
+    with pytest.raises(KeyError, match='gone'):
+        doctor.limited(lambda: {}['gone'], 5)
+    gate, said = threading.Event(), []
+    examination = doctor.Examination(0.05, said.append)
+    assert examination.run('data', gate.wait, slow='wait for it') is None
+    gate.set()
+    assert examination.failed == 1 and examination.stuck
+    assert said == ['FAIL  data        no answer in 0.05 s: wait for it']
+
+
+def test_what_breaks_is_said_and_the_rest_goes_on():
+    said = []
+    examination = doctor.Examination(5, said.append)
+    examination.check('one', lambda: [][1])
+    examination.check('two', lambda: None.shape)
+    examination.check('three', lambda: doctor.Check('three', 'WARN', 'well'))
+    assert (examination.failed, examination.warned, examination.stuck) == (2, 1, False)
+    assert said[0] == 'FAIL  one         list index out of range'
+    assert said[1].startswith('FAIL  two         AttributeError: ') and said[2] == 'WARN  three       well'
+
+
+# ---- the machine
+
+
+def test_missing_packages():
+    def version(name):
+        if name in ('flax', 'libtpu'):
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return '1.2'
+
+    check = doctor.check_versions(version)
+    assert check.status == 'FAIL' and 'not installed: flax; pip install' in check.text
+    assert 'libtpu –' in check.text and 'grain 1.2' in check.text
+    assert doctor.check_versions(lambda name: '1.2').status == 'ok'
+
+
+def test_a_package_that_is_missing_is_no_traceback():
+    code = 'import sys; sys.modules["optax"] = None\nfrom sphere_ar_jax import doctor\nsys.exit(doctor.main(["x"]))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 1 and done.stderr == ''
+    assert done.stdout.startswith('FAIL  package     cannot be imported: ') and 'optax' in done.stdout
+
+
+def test_frameworks():
+    assert doctor.check_frameworks({'tensorflow': None, 'jax': jax}).status == 'ok'
+    assert doctor.check_frameworks({'torch': types}).status == 'ok'
+    assert doctor.check_frameworks({'tensorflow': types, 'torch': types}).status == 'WARN'
+
+
+def _device(platform, kind, stats=None):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: stats)
+
+
+def test_devices():
+    gpus = [_device('gpu', 'H100', {'bytes_limit': 64 * 2**30})] * 8
+    assert doctor.memory_limit(gpus[0], 4) == 64 * 2**30
+    assert doctor.check_devices(gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')) == doctor.Check(
+        'devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each'
+    )
+    assert doctor.memory_limit(_device('tpu', 'v6e'), 4) is None
+    assert 'memory unknown' in doctor.check_devices(gpus, gpus, None, None).text
+
+
+def test_an_accelerator_that_is_not_used():
+    cpu = [_device('cpu', 'cpu')]
+    assert doctor.check_devices(cpu, cpu, 2**30, None).status == 'ok'
+    for file, extra in (('/dev/nvidia0', '[cuda12]'), ('/dev/accel0', '[tpu]'), ('/dev/vfio/0', '[tpu]')):
+        check = doctor.check_devices(cpu, cpu, 2**30, doctor.device_files({file}.__contains__))
+        assert check.status == 'WARN' and extra in check.text
+    assert doctor.device_files(lambda path: False) is None
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/meminfo'), reason='Linux only')
+def test_the_memory_of_cpus():
+    kilobytes = int(pathlib.Path('/proc/meminfo').read_text().split('MemTotal:')[1].split()[0])
+    assert abs(doctor.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
+
+
+def test_the_compilation_cache():
+    files = {'a-cache': 2**20, 'a-atime': 8, 'b-cache': 2**20}
+    assert doctor.check_cache('/c', files) == doctor.Check('cache', 'ok', '/c: 2 compiled program(s), 2.0 MiB')
+    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': 'gs://b/c'}).text == 'gs://b/c'
+    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': '/no/where'}).text.startswith('/no/where: 0 compiled')
+    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': ''}).status == 'WARN'
+    assert doctor._cache({'XDG_CACHE_HOME': '/no/where'}).text.startswith('/no/where/sphere_ar_jax/')
+
+
+# ---- the run
+
+MESH, KEY = sharding.make_mesh(1), jax.random.key(0)
+
+
+def _bytes(function):
+    """Bytes of what a function of a key would return."""
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(jax.eval_shape(function, KEY)))
+
+
+@pytest.mark.parametrize('disc_weight', [0.0, 0.5])
+def test_memory_is_that_of_the_state(disc_weight):
+    cfg = tiny_config.get_config()
+    cfg.tokenizer_training.disc_weight = disc_weight
+    cfg.ar_training.more_ema_decays = (0.99,)
+    cfg.vae.grid = (8, 8)  # a discriminator needs 24×24 pixels
+    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    (_, (tokenizer, nothing)), (_, (model, frozen)) = programs.stages(cfg).items()
+    parts = programs.state_bytes(tokenizer, nothing, MESH)
+    n = _bytes(vae.init_params)
+    assert (parts['params'], parts['gradients'], parts['ema'], parts['frozen']) == (n, n, 0, 0)
+    assert sum(parts.values()) - n == _bytes(tokenizer.init) - 4  # the step: 4 bytes
+    assert ('disc_params' in parts) == (disc_weight > 0)
+    parts = programs.state_bytes(model, frozen, MESH)
+    m = _bytes(ar.init_params)
+    assert (parts['params'], parts['gradients'], parts['ema'], parts['frozen']) == (m, m, 2 * m, n)
+    assert sum(parts.values()) - m - n == _bytes(model.init) - 4
+
+
+def test_memory_of_the_published_model():
+    """204,499,216 and 75,393,297 parameters of four bytes; AdamW has two moments."""
+    cfg = recipes.published_ar('B')
+    ((name, (stage, frozen)),) = programs.stages(cfg).items()
+    parts = programs.state_bytes(stage, frozen, MESH)
+    n = 4 * 204_499_216
+    assert name == 'ar' and parts['params'] == parts['ema'] == n and parts['frozen'] == 4 * 75_393_297
+    assert 0 <= parts['opt_state'] - 2 * n < 64  # and its counters
+    check = doctor.check_memory(name, parts, 80 * 2**30)
+    assert check.status == 'ok' and '4.1 GiB on each device' in check.text and 'optimizer 1.5 GiB' in check.text
+    assert doctor.check_memory(name, parts, 5 * 2**30).status == 'WARN'
+    assert doctor.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
+    assert doctor.check_memory(name, parts, None).status == 'ok'
+
+
+def test_memory_of_a_distilled_head():
+    cfg = tiny_config.get_config('distilled')
+    cfg.init_from = '/somewhere'
+    ((name, (stage, frozen)),) = programs.stages(cfg).items()
+    parts = programs.state_bytes(stage, frozen, MESH)
+    ar = config.build_ar(cfg)
+    head = _bytes(lambda key: ar.init_params(key)['head'])
+    teacher = _bytes(ar.clone(average=False).init_params) + _bytes(config.build_vae(cfg).init_params)
+    assert name == 'distillation' and parts['params'] == head
+    assert parts['frozen'] == teacher
+
+
+def test_trainings_that_are_not_run_take_nothing():
+    cfg = tiny_config.get_config()
+    cfg.tokenizer = '/somewhere'
+    assert list(programs.stages(cfg)) == ['ar']
+    cfg.ar_training.steps = 0
+    assert programs.stages(cfg) == {}
+
+
+def test_what_is_split_counts_once():
+    mesh = sharding.make_mesh()
+    make = lambda spec: jax.ShapeDtypeStruct((mesh.size * 3, 5), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    assert costs.device_bytes([make(PartitionSpec('data'))]) == 3 * 5 * 2
+    assert costs.device_bytes({'a': make(PartitionSpec())}) == mesh.size * 3 * 5 * 2
+
+
+@pytest.mark.parametrize(
+    'data, fsdp, tensor, images, pieces, fits',
+    [
+        (8, 1, 1, 16, 1, True), (8, 1, 1, 12, 1, False), (8, 1, 1, 16, 2, True), (8, 1, 1, 24, 2, False),
+        (2, 4, 2, 8, 1, True), (2, 4, 1, 12, 1, False),
+    ],
+)  # fmt: skip
+def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
+    mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
+    check = doctor.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
+    assert check.status == ('ok' if fits else 'FAIL') and check.text.startswith(f'data {data}, fsdp {fsdp}')
+    assert fits or '--config.ar_training.batch_size' in check.text
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    assert doctor.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
+    check = doctor.check_workdir(str(tmp_path), 2**60)
+    assert check.status == 'FAIL' and 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
+
+
+def test_disk_that_checkpoints_take():
+    cfg = tiny_config.get_config()
+    cfg.mesh.data = 1
+    cfg.ar_training.update(steps=100, keep=2, keep_every=10)
+    cfg.tokenizer_training.update(keep=1)
+    found = programs.stages(cfg)
+    sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
+    checks, disk = doctor._run_checks(cfg, found, None)
+    assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
+    assert [(check.name, check.status) for check in checks] == [('mesh', 'ok'), ('memory', 'ok'), ('memory', 'ok')]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_a_directory_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    assert 'Permission denied' in doctor.check_workdir(str(tmp_path)).text
+
+
+class _Store(MemoryFileSystem):
+    """A bucket."""
+
+    protocol, store, pseudo_dirs = 'store', {}, ['']
+
+
+class _Forgetful(_Store):
+    def cat_file(self, *arguments, **options):
+        return b'other'
+
+    def _open(self, path, mode='rb', **options):
+        if 'r' in mode:
+            self.store[path].truncate(0)
+        return super()._open(path, mode, **options)
+
+
+class _Closed(_Store):
+    def _open(self, *arguments, **options):
+        raise OSError('Anonymous caller does not have storage.objects.create access\nto the bucket')
+
+
+@pytest.mark.parametrize(
+    'store, status, said',
+    [
+        (_Store, 'ok', 'can be written; checkpoints will take 1.0 GiB'),
+        (_Forgetful, 'FAIL', 'what was written is not what is read again'),
+        (
+            _Closed,
+            'FAIL',
+            'cannot be written: Anonymous caller does not have storage.objects.create access; logged in?',
+        ),
+    ],
+)
+def test_buckets(monkeypatch, store, status, said):
+    """Through etils.epath and fsspec, as gs:// is, with a bucket in memory in place of Google's."""
+    from etils.epath import backend
+
+    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
+    check = doctor.check_workdir('gs://bucket/run', 2**30)
+    assert (check.name, check.status) == ('workdir', status) and said in check.text and '\n' not in check.text
+    assert store.store == {} or status == 'FAIL'
+
+
+def test_buckets_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gcsfs', None)  # no such module
+    check = doctor.check_workdir('gs://bucket/run')
+    assert check.status == 'FAIL' and check.text.endswith("pip install -e '.[gcs]'")
+
+
+def test_data(tmp_path):
+    for label, count in (('cat', 2), ('dog', 3)):
+        (tmp_path / label).mkdir()
+        for i in range(count):
+            Image.new('RGB', (9, 7)).save(tmp_path / label / f'{i}.png')
+    check = doctor.check_data(*recipes.data_set(f'folder:{tmp_path}'))
+    assert check == doctor.Check('data', 'ok', f'folder {tmp_path}: 5 images, 2 classes')
+    assert doctor.check_data('imagenet', None).status == 'FAIL'
+    (tmp_path / 'dog' / '2.png').unlink()
+    (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
+    with pytest.raises(sources.SourceError, match='cannot be read'):
+        doctor.check_data('folder', str(tmp_path))
+
+
+# ---- several processes
+
+BY_HAND = {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
+SLURM = {'SLURM_STEP_NODELIST': 'a', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'}
+
+
+@pytest.mark.parametrize(
+    'environ, expected',
+    [
+        ({}, None),
+        (BY_HAND, {'coordinator_address': 'a:1', 'num_processes': 2, 'process_id': 1}),
+        (SLURM, {}),
+        (SLURM | {'SLURM_NTASKS': '1'}, None),
+        ({'SLURM_NTASKS': '8', 'SLURM_PROCID': '0'}, None),  # in a batch script, not under srun
+        ({'OMPI_COMM_WORLD_SIZE': '4'}, {}),
+        ({'OMPI_COMM_WORLD_SIZE': '1'}, None),
+        ({'TPU_ML_PLATFORM': 'JAX'}, {}),
+        ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, None),
+    ],
+)
+def test_which_processes_belong_together(environ, expected):
+    assert hosts.arguments(environ) == expected
+
+
+@pytest.mark.parametrize(
+    'wrong, said',
+    [
+        ({'JAX_PROCESS_ID': ''}, 'JAX_PROCESS_ID is not set'),
+        ({'JAX_COORDINATOR_ADDRESS': ''}, 'JAX_COORDINATOR_ADDRESS is not set'),
+        ({'JAX_NUM_PROCESSES': 'two'}, 'must be whole numbers'),
+        ({'JAX_PROCESS_ID': '2'}, 'JAX_PROCESS_ID is 2, but must lie between 0 and 1'),
+    ],
+)
+def test_processes_that_make_no_sense(wrong, said):
+    with pytest.raises(hosts.HostsError, match=said):
+        hosts.arguments(BY_HAND | wrong)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def _processes(environs, *words):
+    """Starts a process for each environment, all at once. Returns [(exit code, what it printed)]."""
+    start = functools.partial(
+        subprocess.Popen, [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    started = [start(env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | environ) for environ in environs]
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+JOINED = 'from sphere_ar_jax import hosts; import jax; hosts.join(); print(jax.process_index(), jax.process_count())'
+
+
+@pytest.mark.parametrize('by', ['hand', 'slurm'])
+def test_two_processes_join(by):
+    if by == 'hand':
+        common = {'JAX_COORDINATOR_ADDRESS': f'localhost:{_free_port()}', 'JAX_NUM_PROCESSES': '2'}
+        environs = [common | {'JAX_PROCESS_ID': str(i)} for i in range(2)]
+    else:
+        common = {'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
+        common['JAX_COORDINATOR_PORT'] = str(_free_port())
+        environs = [common | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)} for i in range(2)]
+    assert _processes(environs, '-c', JOINED) == [(0, '0 2\n'), (0, '1 2\n')]
+
+
+def test_processes_that_do_not_come_are_not_waited_for():
+    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{_free_port()}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
+    ((code, output),) = _processes([environ], '-m', 'sphere_ar_jax.doctor', '--timeout=1', TINY)
+    assert code == 1 and 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
+    assert 'devices' not in output
