@@ -2,8 +2,10 @@
 
 Command:   python -m sphere_ar_jax.main --config=configs/ar_b.py:data=/data/ILSVRC2012_img_train.tar --workdir=DIR \\
                --config.tokenizer=VAE     (the workdir of configs/vae.py, or of a converted vae.pt)
-Hardware:  accelerators; 400 epochs are 1,000,800 steps of 512 images. Hours have not been measured; the step on two
-           CPU cores: BUILD_NOTES.md, "Speed".
+Hardware:  accelerators; 400 epochs are 1,000,800 steps of 512 images. With the argument tpu that batch fits every slice
+           of TPUs from v5e-16 on, as their compiler lays it out (5.4 of 16 GiB a chip there, 1.4 of 32 on v6e-256);
+           at half of all peak rates it would take 0.10 days on v6e-256, 0.38 on v4-128, 3.6 on v5e-16. No TPU has run
+           it yet: BUILD_NOTES.md, "The TPU compiler". The step on two CPU cores: there, "Speed".
 Result:    1.92 FID, 277.8 IS, .81 precision, .61 recall by --mode=evaluate,
            as the paper says (arXiv 2509.24335, 50,000 images, ADM's protocol).
            Not reproduced here: neither ImageNet, nor the published weights could be had.
@@ -18,6 +20,10 @@ Arguments after the colon, separated by commas:
 data=…     a path of ImageNet's training tar, or KIND:PATH of folder, array_records or tfds (tfds:NAME)
 batch=N    images a step; the number of epochs stays
 dtype=…    bfloat16 or float32 (the default) of the computation
+tpu        what slices of TPUs want: bfloat16, and --config.mesh.fsdp=4: every chip keeps a quarter of the state, where
+           optimizer and EMA would move more memory than the model. What else a slice takes: --mode=compile. Blocks
+           are computed again in the backward pass (remat) with or without; --config.ar.remat=False where memory is
+           plenty: it computes a quarter less, and moves more memory.
 512        512×512 pixels, 32×32 tokens; not a published model
 fast       the sampler of the fewest evaluations that lost nothing on the digits (BUILD_NOTES.md, "Fewer
            evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.

@@ -132,12 +132,13 @@ class AR(nn.Module):
           v (m, B, L, d) float32; each condition is computed once and used m times.
         """
         c_emb = self.head.embed_condition(self.condition(class_id, z))
+        x_t, t, h = jax.tree.map(lambda a: a.swapaxes(0, 1), (x_t, t, h))  # images first: so a batch stays split
         v = self.head(
             x_t.reshape(-1, self.latent_dim),
             self.head.embed_time(t.reshape(-1), None if h is None else h.reshape(-1)),
-            jnp.broadcast_to(c_emb, (*t.shape, c_emb.shape[-1])).reshape(-1, c_emb.shape[-1]),
+            jnp.broadcast_to(c_emb[:, None], (*t.shape, c_emb.shape[-1])).reshape(-1, c_emb.shape[-1]),
         )
-        return v.reshape(x_t.shape)
+        return v.reshape(x_t.shape).swapaxes(0, 1)
 
     def init_params(self, key):
         """Fresh parameters from a PRNG key."""

@@ -3,10 +3,15 @@
 A step directory holds `state` (the training state), `data` (the data iterator) and `meta` (fingerprint, seconds
 trained). Orbax writes it under a temporary name and renames it when whole, so that a kill leaves no half step;
 what it does not notice, bit flips in array data, the fingerprint does.
+
+With several processes all of them must make the same calls; each writes and reads what its devices hold, into one
+directory that all see, and all come to the same verdict on what they read.
 """
 
 import errno
+import functools
 import json
+import logging
 import os
 import sys
 import zlib
@@ -15,6 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from sphere_ar_jax import hosts
 
 
 class DamagedError(ValueError):
@@ -49,7 +57,7 @@ def _fingerprints(tree):
 
 def fingerprint(tree):
     """A list of ints, one per leaf of a tree of arrays, that changes if any single bit of it does."""
-    return [int(x) for x in np.asarray(_fingerprints(tree))]
+    return [int(x) for x in hosts.gather(_fingerprints(tree))]
 
 
 def _digest(state, data_state, seconds):
@@ -62,6 +70,31 @@ def _digest(state, data_state, seconds):
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
 
+def _causes(error):
+    """An error and those that led to it, the first cause last."""
+    return [error] if error.__cause__ is None else [error, *_causes(error.__cause__)]
+
+
+def _machine_error(errors):
+    """The errno of such a fault among errors, which TensorStore has in its words only; 0 if there is none."""
+    of = lambda error, number: getattr(error, 'errno', None) == number or os.strerror(number) in str(error)
+    return next((number for number in _MACHINE_ERRORS if any(of(error, number) for error in errors)), 0)
+
+
+@functools.cache
+def _quieten():
+    """For good: where one of Orbax' reads fails it leaves the others behind, of which each would show a traceback."""
+    left_behind = lambda error: any(s in str(error) for s in ('TensorStore', 'OCDBT', 'Event loop is closed'))
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda it: None if left_behind(it.exc_value) else show(it)
+    logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info and left_behind(record.exc_info[1])))
+
+
+def absolute(path):
+    """A directory's path from the root; gs://… as it is."""
+    return path if '://' in str(path) else os.path.abspath(path)
+
+
 class Checkpoints:
     """The checkpoints of one training run in one directory.
 
@@ -71,13 +104,13 @@ class Checkpoints:
     """
 
     def __init__(self, directory, keep=2, keep_every=0, read_only=False):
-        self.directory, self._read_only = os.path.abspath(directory), read_only
+        self.directory, self._read_only = absolute(directory), read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only,
             create=not read_only,
         )  # fmt: skip
         self._open = lambda: ocp.CheckpointManager(self.directory, options=options)
-        self._manager = None if read_only and not os.path.isdir(self.directory) else self._open()
+        self._manager = None if read_only and not epath.Path(self.directory).is_dir() else self._open()
 
     def steps(self):
         """All steps there are, in order."""
@@ -98,15 +131,38 @@ class Checkpoints:
             raise RuntimeError(f'{self.directory} took no checkpoint at step {step}: is there a newer one?')
 
     def _read(self, step, like):
+        """(state, data_state, seconds, digest noted) of a step. Each process reads on its own: one that fails must not
+        leave the others waiting inside Orbax."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=str(me))
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
         restore = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         args = ocp.args.Composite(state=restore, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=args)
-        if _digest(found.state, found.data, found.meta['seconds']) != (found.meta['fingerprint'], found.meta['crc32']):
-            raise ValueError('its contents do not match their fingerprint')
-        return found.state, found.data, found.meta['seconds']
+        with ocp.CheckpointManager(self.directory, options=options) as reader:
+            found = reader.restore(step, args=args)
+        return found.state, found.data, found.meta['seconds'], (found.meta['fingerprint'], found.meta['crc32'])
+
+    def _judge(self, step, like):
+        """((state, data_state, seconds) of a step, ''), or (None, why it cannot be read): the same in all processes."""
+        reason = ''
+        _quieten()
+        try:
+            *found, noted = self._read(step, like)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step
+            causes = _causes(error)
+            if any(isinstance(cause, MemoryError) for cause in causes):
+                raise
+            if number := _machine_error(causes):
+                raise OSError(number, os.strerror(number), f'{self.directory}/{step}') from error
+            reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0][:160]
+        if int(hosts.largest(bool(reason))):
+            return None, reason or 'not by another process'
+        if _digest(*found) != noted:
+            return None, 'its contents do not match their fingerprint'
+        return tuple(found), ''
 
     def restore(self, like):
-        """The newest checkpoint that is whole.
+        """The newest checkpoint that is whole, on any number of devices and processes.
 
         Damaged newer ones are named on stderr and, unless read_only, moved aside to `damaged-STEP`, not deleted.
 
@@ -117,14 +173,12 @@ class Checkpoints:
         Raises:
           DamagedError: there are checkpoints, but none can be read.
         """
+        if self._manager is not None:
+            self._manager.wait_until_finished()  # of a save of this process
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
-            try:
-                found = self._read(step, like)
-            except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step
-                if isinstance(error, MemoryError) or getattr(error, 'errno', None) in _MACHINE_ERRORS:
-                    raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            found, reason = self._judge(step, like)
+            if found is None:
                 print(f'checkpoint {self.directory}/{step} cannot be read ({reason}): skipped', file=sys.stderr)
                 continue
             if not self._read_only:
@@ -141,11 +195,12 @@ class Checkpoints:
         if not steps:
             return
         self.close()
-        for step in steps:
+        for step in steps if hosts.is_first() else ():
             target = f'{self.directory}/damaged-{step}'
-            while os.path.exists(target):
+            while epath.Path(target).exists():
                 target += '+'
-            os.rename(f'{self.directory}/{step}', target)
+            epath.Path(f'{self.directory}/{step}').rename(target)
+        hosts.wait()  # not before they are renamed
         self._manager = self._open()
 
     def close(self):

@@ -56,7 +56,7 @@ def default():
         dict(
             seed=0,
             dtype='float32',  # of the computation: float32 or bfloat16; parameters are float32 always
-            mesh=dict(data=-1),  # devices the batch is split over, −1: all
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis, see `sharding`; −1: as many as there are
             data=dict(
                 name='digits',  # a key of DATA
                 path=config_dict.placeholder(str),  # of the tar, the directory; of tfds, the data set's name
@@ -258,15 +258,7 @@ def _check_tokenizer(training, image_shape):
     )
 
 
-def check(config):
-    """Raises ConfigError, one line, for values that no run can have; returns the config."""
-    _require(config.dtype in DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(DTYPES)}')
-    _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
-    _require(config.data.name in DATA, f'data.name is {config.data.name!r}, but must be one of {", ".join(DATA)}')
-    _require(
-        0.01 <= config.data.holdout <= 0.9, f'data.holdout is {config.data.holdout}, but must lie between 0.01 and 0.9'
-    )
-    v, a = config.vae, config.ar
+def _check_models(v, a):
     for key in ('latent_dim', 'image_channels', 'stem', 'encoder_depth', 'decoder_depth', 'heads', 'unroll'):
         _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
     for key in a:
@@ -286,33 +278,40 @@ def check(config):
     _require(
         a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
     )
-    have = build_vae(config).image_shape
-    want = data.Digits.image_shape if config.data.name == 'digits' else (have[0], have[0], have[2])
-    _require(want == have, f'vae makes images of {have} (grid · 2^stages), but data {config.data.name} has {want}')
-    for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
-        _check_training(name, config[name])
-    t = config.ar_training
-    _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
-    _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
-    _require(
-        t.encoder_dtype in ('', *DTYPES), f'ar_training.encoder_dtype is {t.encoder_dtype!r}: use {", ".join(DTYPES)}'
-    )
-    _check_tokenizer(config.tokenizer_training, have)
-    d = config.data
+
+
+def _check_data(d, image_shape):
+    height, _, channels = image_shape
+    want = data.Digits.image_shape if d.name == 'digits' else (height, height, channels)
+    _require(want == image_shape, f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}')
+    _require(0.01 <= d.holdout <= 0.9, f'data.holdout is {d.holdout}, but must lie between 0.01 and 0.9')
     _require(0 < d.max_broken <= 1, f'data.max_broken is {d.max_broken}, but must lie in (0, 1]')
     _require(d.workers >= 0 and d.threads >= 1, 'data.workers must be at least 0, data.threads at least 1')
     _require(
         len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
         f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
     )
-    w = config.watch
+
+
+def _check_ar(t):
+    _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
+    _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
+    _require(
+        t.encoder_dtype in ('', *DTYPES), f'ar_training.encoder_dtype is {t.encoder_dtype!r}: use {", ".join(DTYPES)}'
+    )
+
+
+def _check_watch(w):
     _require(min(w.every, w.fid_images) >= 0 and min(w.classes, w.columns) >= 1, 'watch: numbers must not be negative')
     _require(
         not w.fid_images or (w.inception is not None and w.reference is not None),
         'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
     )
-    _require(config.init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
-    t, s = config.distillation_training, config.sampling
+
+
+def _check_distillation(init_from, t, s):
+    """t: options of the training; s: those of sampling."""
+    _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     _require(t.guidance in flow.SCHEDULES, f'distillation_training.guidance is {t.guidance!r}: use linear or constant')
     _require(t.teacher_steps >= 1, f'distillation_training.teacher_steps is {t.teacher_steps}, but must be at least 1')
     _require(
@@ -320,14 +319,17 @@ def check(config):
         f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',
     )
     _require(
-        config.init_from is None or (s.guidance is None and s.solver == 'euler' and s.annealing is None),
+        init_from is None or (s.guidance is None and s.solver == 'euler' and s.annealing is None),
         'a distilled head has its guidance within and takes plain steps: use sampling.solver euler without guidance',
     )
     _require(
-        config.init_from is None or (s.num_steps in t.levels and s.shift is None),
+        init_from is None or (s.num_steps in t.levels and s.shift is None),
         f'sampling.num_steps is {s.num_steps}, but the distilled head knows equal steps of {tuple(t.levels)}',
     )
-    t = config.ar_training
+
+
+def _check_sampling(config):
+    s, t = config.sampling, config.ar_training
     _require(
         s.guidance is None or t.label_dropout > 0,
         'ar_training.label_dropout is 0: the null class, which guidance needs, would never be trained',
@@ -355,4 +357,21 @@ def check(config):
         build_sampler(config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f'sampling: {error}') from None
+
+
+def check(config):
+    """Raises ConfigError, one line, for values that no run can have; returns the config."""
+    _require(config.dtype in DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(DTYPES)}')
+    _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
+    _require(config.data.name in DATA, f'data.name is {config.data.name!r}, but must be one of {", ".join(DATA)}')
+    _check_models(config.vae, config.ar)
+    image_shape = build_vae(config).image_shape
+    _check_data(config.data, image_shape)
+    for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
+        _check_training(name, config[name])
+    _check_tokenizer(config.tokenizer_training, image_shape)
+    _check_ar(config.ar_training)
+    _check_watch(config.watch)
+    _check_distillation(config.init_from, config.distillation_training, config.sampling)
+    _check_sampling(config)
     return config

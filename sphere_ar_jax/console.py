@@ -1,12 +1,17 @@
-"""What the user sees of a job: progress bars, and what they can put right in one line."""
+"""What the user sees of a job: progress bars, sizes, and what they can put right in one line."""
 
+import math
 import sys
-
-from tqdm import tqdm
 
 
 class UserError(Exception):
     """Something that the user can put right; one line."""
+
+
+def size(count):
+    """Bytes for people, as '1.9 GiB'."""
+    unit = min(int(math.log(max(count, 1), 1024)), 4)
+    return f'{count / 1024**unit:.{1 if unit else 0}f} {("B", "KiB", "MiB", "GiB", "TiB")[unit]}'
 
 
 def bar(total, name, unit='image', lines=None):
@@ -17,6 +22,8 @@ def bar(total, name, unit='image', lines=None):
     Returns:
       function (done, total=total) to be called with the number of units done so far.
     """
+    from tqdm import tqdm  # the doctor needs this module where packages may be missing
+
     shown_bar = tqdm(total=total, desc=name, unit=unit, disable=not sys.stderr.isatty())
     shown = -1
 

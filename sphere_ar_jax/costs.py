@@ -40,6 +40,8 @@ def _count(jaxpr):
         elif name == 'while':
             if _count(p['body_jaxpr'].jaxpr):
                 raise ValueError('products inside a loop of unknown length cannot be counted: count its body')
+        elif name == 'cond' and p.get('branches_platforms'):  # kernels for the same; last the plain one
+            total += _count(p['branches'][-1].jaxpr)
         elif name == 'cond':  # the cache is read to one of several lengths
             total += sum(_count(branch.jaxpr) for branch in p['branches']) / len(p['branches'])
         else:
@@ -50,10 +52,27 @@ def _count(jaxpr):
     return total
 
 
+def _shapes(jaxpr, found):
+    for equation in jaxpr.eqns:
+        found.update(v.aval.shape for v in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, 'jaxpr', inner)
+                if hasattr(inner, 'eqns'):
+                    _shapes(inner, found)
+    return found
+
+
+def shapes(function, *arguments):
+    """The shapes of all arrays that function(*arguments) computes on the way, as if on one device; a set."""
+    return _shapes(jax.make_jaxpr(function)(*arguments).jaxpr, set())
+
+
 def flops(function, *arguments):
     """Floating-point operations of function(*arguments) in products and convolutions; arguments may be abstract.
 
-    Of the branches of a conditional the mean is taken. Raises ValueError for products in a loop whose length is data.
+    Of the branches of a conditional the mean is taken, of kernels for several platforms the plain one. Raises
+    ValueError for products in a loop whose length is data.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -61,6 +80,11 @@ def flops(function, *arguments):
 def tree_bytes(tree):
     """Bytes of a tree of arrays, abstract or not."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def device_bytes(tree):
+    """Bytes that a tree of abstract arrays with shardings takes on one device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def best_seconds(function, repeats=3):

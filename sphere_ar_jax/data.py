@@ -4,7 +4,7 @@ A source is a random-access sequence of {'image', 'label': int32 ()} with the at
 can be broken, a method `name(index)`. An image is float32 (H, W, c) in [−1, 1], or whatever the transform takes.
 
 Dimensions:
-  B  images of the global batch, of which each of P processes loads B/P      n  images of the source
+  B  images of the global batch      b  those of them that this process loads      n  images of the source
 """
 
 import math
@@ -84,9 +84,9 @@ def _one_line(error):
 class _Loader:
     """Row i of all rows that a process loads, from its first step on → a record. Picklable, for worker processes."""
 
-    def __init__(self, source, transform, seed, first_row, rows, batch_size):
+    def __init__(self, source, transform, seed, first_step, rows, batch_size):
         self.source, self.transform, self.seed = source, transform, seed
-        self.first_row, self.rows, self.batch_size = first_row, rows, batch_size
+        self.first_step, self.rows, self.batch_size = first_step, rows, batch_size
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def name(self, index):
@@ -102,8 +102,8 @@ class _Loader:
             raise DataError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
 
     def __call__(self, i):
-        step, row = divmod(i, self.rows)
-        position = self.first_row + step * self.batch_size + row
+        step, row = divmod(i, len(self.rows))
+        position = (self.first_step + step) * self.batch_size + int(self.rows[row])
         index, broken = int(self.order[position]), np.full(_ATTEMPTS, -1)
         for attempt in range(_ATTEMPTS):
             rng = np.random.default_rng((self.seed, position, attempt))
@@ -128,6 +128,10 @@ def _start_worker(*_):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def _join(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _close_all(iterators):
     """Drops them as well: Grain's destructors are loud if they run when the interpreter is half gone."""
     while iterators:
@@ -141,8 +145,8 @@ class Batches:
       seen: images that this process has tried to decode since its start. broken: how many of them it could not.
     """
 
-    def __init__(self, loader, first_step, parts, dataset, max_broken):
-        self._loader, self._step, self._parts, self._max_broken = loader, first_step, parts, max_broken
+    def __init__(self, loader, first_step, dataset, max_broken):
+        self._loader, self._step, self._max_broken = loader, first_step, max_broken
         self._iterators = [iter(dataset)]  # none, once it is closed
         self._close = weakref.finalize(self, _close_all, self._iterators)  # at exit too
         self._named = set()
@@ -155,18 +159,17 @@ class Batches:
         if not self._iterators:
             raise ValueError('these batches are closed')
         try:
-            parts = [next(self._iterators[0]) for _ in range(self._parts)]
+            batch = next(self._iterators[0])
         except DataError as error:  # to which Grain may have added lines
             raise DataError(str(error).splitlines()[0]) from error
         except Exception as error:  # of Grain, for a worker that died
             raise DataError(f'reading images stopped: {_one_line(error)}') from error
-        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._count(batch.pop('broken'))
         self._step += 1
         return batch
 
     def _count(self, broken):
-        """broken (B/P, attempts): indices of broken images, −1 where there is none."""
+        """broken (b, attempts): indices of broken images, −1 where there is none."""
         found = broken[broken >= 0].tolist()
         self.seen += len(broken) + len(found)
         self.broken += len(found)
@@ -205,41 +208,39 @@ class Batches:
 
 
 def batches(
-    source, *, batch_size, seed, transform=None, first_step=0, process_index=0, process_count=1, threads=2, workers=0,
-    max_broken=0.01,
-):  # fmt: skip
+    source, *, batch_size, seed, transform=None, first_step=0, rows=None, threads=2, workers=0, max_broken=0.01
+):
     """An endless iterator over shuffled batches, a function of (seed, step) alone: not of processes, threads, workers.
 
     Row r of the global batch of step k is at the position q = k·B + r; its epoch is ⌊q/n⌋ for n images, and each epoch
-    has all of them in an order of its own. Process p of P loads rows [p·B/P, (p+1)·B/P) of every global batch.
+    has all of them in an order of its own. A process loads some rows of every global batch.
     All random draws for an image are made from numpy.random.default_rng((seed, q, attempt)).
 
     An image that is broken is replaced: its attempt was 0, and attempt a = 1, 2, … takes the image with the index
     rng.integers(n), the first draw of that attempt's rng, and its label. Broken images are named once on stderr.
 
     Args:
-      source: see the module. batch_size: B, a multiple of P. seed: of order and draws.
+      source: see the module. batch_size: B. seed: of order and draws.
       transform: function (record of the source, epoch, rng) → {'image', 'label'}, which may raise
         augment.BrokenImageError; picklable, if there are workers. None: the source's own records.
-      first_step: k of the first batch. threads: that read ahead, in each process that reads.
+      first_step: k of the first batch. rows: (b,) ints, those to load, see `sharding.local_rows`; None: all.
+      threads: that read ahead, in each process that reads.
       workers: processes that read, 0 for none but this one. They cost seconds to start, need the main program to be
         guarded by `if __name__ == '__main__'`, and hand images over in /dev/shm, which containers may keep too small.
       max_broken: the run stops at the first batch after which ≥ 100 images were tried by this process since its start,
         replacements included, and a larger share than this was broken; also where 8 in turn are.
     Returns:
-      `Batches`, of {'image': (B/P, H, W, c) float32, 'label': (B/P,) int32}. Its `next` raises DataError, one line, for
+      `Batches`, of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises DataError, one line, for
       too many broken images, for any other error of source or transform, and if a worker dies.
     Raises:
-      ValueError: B is not a multiple of P. DataError: there are no images.
+      DataError: there are no images.
     """
-    if batch_size % process_count:
-        raise ValueError(f'batch size {batch_size} is not a multiple of the {process_count} processes')
     if not len(source):
         raise DataError('there are no images to train on')
-    rows = batch_size // process_count
-    loader = _Loader(source, transform, seed, first_step * batch_size + process_index * rows, rows, batch_size)
-    part = math.gcd(rows, _PART)
-    parts = rows // part
+    rows = np.arange(batch_size) if rows is None else rows
+    loader = _Loader(source, transform, seed, first_step, rows, batch_size)
+    part = math.gcd(len(rows), _PART)
+    parts = len(rows) // part
     ahead = -(-parts // max(workers, 1))  # one batch, beside what is being read
     dataset = grain.MapDataset.range(_ENDLESS).map(loader).batch(part)
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + ahead))
@@ -248,4 +249,8 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # Grain reads flags, which only programs of absl parse
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-    return Batches(loader, first_step, parts, dataset, max_broken)
+    dataset = dataset.batch(parts, batch_fn=_join)
+    if workers:
+        # In a thread: freeing what workers hand over runs Python code, in which a Ctrl-C would be lost
+        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+    return Batches(loader, first_step, dataset, max_broken)

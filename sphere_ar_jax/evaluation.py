@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from sphere_ar_jax import (
     adversarial,
@@ -19,6 +20,7 @@ from sphere_ar_jax import (
     config,
     data,
     fidelity,
+    hosts,
     losses,
     perceptual,
     sampling,
@@ -41,7 +43,7 @@ class Run(NamedTuple):
 def load_config(workdir):
     """The config of a run. Raises OSError where there is none, ConfigError for a file that is no config of ours."""
     path = os.path.join(workdir, 'config.json')
-    with open(path) as f:
+    with epath.Path(path).open() as f:
         try:
             return config.from_dict(json.load(f))
         except config.ConfigError:
@@ -133,37 +135,46 @@ def _in_batches(run, arrays, batch_size, mesh, progress=lambda done: None):
     """Applies `run` to whole batches of arrays (n, …), rows split over the mesh (batch_size is rounded up to a multiple
     of its devices); the last batch is filled up and cut.
 
-    Returns the results, a tuple of NumPy arrays (n, …).
+    Of several processes all call it, with the same arrays.
+
+    Returns the results, a tuple of NumPy arrays (n, …), whole in each process.
     """
     n, parts = len(arrays[0]), []
     batch_size = -(-batch_size // mesh.size) * mesh.size
     for start in range(0, n, batch_size):
         rows = np.arange(start, start + batch_size) % n  # whole batches only: one compilation
+        rows = rows[sharding.local_rows(mesh, batch_size)]
         results = run(*sharding.place_batch(mesh, tuple(a[rows] for a in arrays)))
-        parts.append([np.asarray(result)[: n - start] for result in results])
+        parts.append([hosts.gather(result)[: n - start] for result in results])
         progress(min(start + batch_size, n))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 @functools.cache
-def _autoencoder(vae):
-    @jax.jit
-    def run(params, key, images, index):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+def autoencoder(vae):
+    """For one device, the compiled ((params, key's data), (images, index)) → results (b, …) of `reconstruct`."""
+
+    def run(frozen, rows):
+        (params, key), (images, index) = frozen, rows
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key), index)
         z, posterior = losses.draw_tokens(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), posterior.kl(), posterior.kappa
 
-    return run
+    return jax.jit(run)
 
 
 def reconstruct(vae, params, images, key, batch_size, mesh, first=0):
     """Autoencodes images (n, H, W, c) with posterior samples, one key per image folded by `first` + its index.
 
+    Every device its own rows, by a program of its own: libtpu 0.0.52 aborts on the decoder with rows split by `BATCH`.
+
     Returns:
       (reconstructions (n, H, W, c), mean KL in nats per token, mean kappa).
     """
-    rows = functools.partial(_autoencoder(vae), params, key)
-    recon, kl, kappa = _in_batches(rows, (images, first + np.arange(len(images))), batch_size, mesh)
+    key = np.asarray(jax.random.key_data(key))  # keys themselves cannot be put on other processes' devices
+    frozen = jax.device_put((params, key), sharding.whole(mesh))  # once for all batches
+    run = lambda *rows: sharding.on_each_device(autoencoder(vae), mesh, frozen, rows)
+    recon, kl, kappa = _in_batches(run, (images, first + np.arange(len(images))), batch_size, mesh)
     return recon, float(kl.mean()), float(kappa.mean())
 
 
@@ -195,12 +206,13 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
       token. Reconstructions are rounded to bytes as samples are, but for psnr. Raises ImageSetError for another size.
     """
     mesh, size, key = sharding.make_mesh(**run.config.mesh), run.vae.image_shape, jax.random.key(seed)
+    vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
     count, totals, features = 0, collections.Counter(), ([], [])
     for images in batches:
         if images.shape[1:] != size:
             raise fidelity.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
         real = images.astype(np.float32) / 127.5 - 1
-        decoded, kl, kappa = reconstruct(run.vae, run.vae_params, real, key, len(images), mesh, count)
+        decoded, kl, kappa = reconstruct(run.vae, vae_params, real, key, len(images), mesh, count)
         rounded = np.asarray(sampling.to_uint8(decoded))
         pairs = dict(zip(('image_psnr', 'ssim'), _likeness(rounded, images), strict=True))
         if lpips is not None:
@@ -224,29 +236,43 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
     return scores
 
 
-@functools.cache
-def sampler(ar, vae, options, mesh):
-    """`sampling.sample_images` for the rows of a mesh: every device draws and decodes its own.
-
-    The compiler's own split of conditional and null rows would send data between devices at every token; this way none
-    is sent. Where each device gets equally many rows, the images are the same bit for bit on any number of devices
-    (seen on CPUs in float32); the decoder is a program of each device for that, since XLA fuses its loops otherwise
-    where it compiles for several at once.
-    ar: see `ar.unstacked`. options: `sampling.Options`.
+def sampling_programs(ar, vae, options, mesh):
+    """The two programs of `sampler`, not compiled yet.
 
     Returns:
-      function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale, temperature) →
-      (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch` lays them out.
+      (tokens, of all devices: (ar_params, labels, index, key, guidance_scale, temperature) → (B, L, d); decode, of one
+      device and its rows: (vae_params, tokens) → images).
     """
 
     def rows(ar_params, labels, index, key, guidance_scale, temperature):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         return sampling.sample_tokens(ar, ar_params, labels, keys, options, guidance_scale, temperature)
 
-    whole, split = jax.sharding.PartitionSpec(), sharding.BATCH
+    whole, split = sharding.P(), sharding.BATCH
     specs = (whole, split, split, whole, whole, whole)
-    tokens = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
-    decode = jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+    by_rows = {'data', 'fsdp'}  # along 'tensor' the compiler splits, as the parameters are
+    tokens = jax.jit(
+        jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=split, axis_names=by_rows, check_vma=False)
+    )
+    return tokens, jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+
+
+@functools.cache
+def sampler(ar, vae, options, mesh):
+    """`sampling.sample_images` for the rows of a mesh: every device draws and decodes its own.
+
+    The compiler's own split of conditional and null rows would send data between devices at every token; this way none
+    is sent but along the axis 'tensor', along which the devices share the heads and the cache of their rows. Parameters
+    that are split along 'fsdp' are gathered once a batch. Where each device gets equally many rows and 'tensor' is 1,
+    the images are the same bit for bit on any number of devices (seen on CPUs in float32); the decoder is a program of
+    each device for that, since XLA fuses its loops otherwise where it compiles for several at once.
+    ar: see `ar.unstacked`. options: `sampling.Options`.
+
+    Returns:
+      function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale, temperature) →
+      (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch` lays them out.
+    """
+    tokens, decode = sampling_programs(ar, vae, options, mesh)
 
     def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
         z = tokens(ar_params, labels, index, key, guidance_scale, temperature)
@@ -281,6 +307,7 @@ def sample_images(
     """
     ar, ar_params = ar_model.unstacked(ar, ar_params)
     draw = sampler(ar, vae, options, mesh)
+    vae_params = jax.device_put(vae_params, sharding.whole(mesh))  # once for all batches
     run = lambda *rows: draw(ar_params, vae_params, *rows, key, guidance_scale, temperature)
     index = np.arange(len(labels)) if index is None else index
     arrays = np.asarray(labels, np.int32), np.asarray(index, np.int32)

@@ -8,21 +8,22 @@ Dimensions:
 
 import functools
 import json
-import os
 import resource
 import time
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from etils import epath
 
 from sphere_ar_jax import (
     adversarial,
     augment,
+    checkpoint,
     config,
     console,
     data,
     evaluation,
     fidelity,
+    hosts,
     inception,
     looks,
     perceptual,
@@ -36,7 +37,7 @@ from sphere_ar_jax.console import UserError
 
 def has(workdir, what):
     """Whether a stage's directory in a workdir has 'weights' (converted) or 'checkpoints' (trained)."""
-    return any(os.path.isdir(os.path.join(workdir, stage, what)) for stage in ('tokenizer', 'ar'))
+    return any(epath.Path(workdir, stage, what).is_dir() for stage in ('tokenizer', 'ar'))
 
 
 def other_model(old, new, tokenizer_only=False):
@@ -54,17 +55,16 @@ def _claim(cfg, workdir):
 
     In a workdir of converted weights where no training has begun, only the model must be theirs.
     """
-    path = os.path.join(workdir, 'config.json')
+    path = epath.Path(workdir, 'config.json')
     mine = config.as_dict(cfg)
     converted = has(workdir, 'weights') and not has(workdir, 'checkpoints')
-    if os.path.exists(path):
+    if path.exists():
         if converted:
-            alone = not os.path.isdir(f'{workdir}/ar/weights')
+            alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(evaluation.load_config(workdir), cfg, alone)
         else:
             try:
-                with open(path) as f:
-                    changed = config.differences(json.load(f), mine)
+                changed = config.differences(json.loads(path.read_text()), mine)
             except (ValueError, AttributeError):
                 raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
         if changed:
@@ -73,7 +73,15 @@ def _claim(cfg, workdir):
             )
     elif converted:
         raise UserError(f'a conversion into {workdir} broke off: repeat it, or use another --workdir')
+    hosts.wait()  # not before all processes have found nothing wrong
     report.write_json(path, mine)
+    hosts.wait()
+    for _ in range(60):  # seconds: NFS remembers for a while that a file is not there
+        if path.exists():
+            break
+        time.sleep(1)
+    else:
+        raise UserError(f'{workdir} is not the same directory for all processes: they must share its disk, or gs://…')
 
 
 def _teacher(cfg, mesh):
@@ -90,7 +98,7 @@ def _teacher(cfg, mesh):
         changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
-    if not published and not os.path.exists(os.path.join(cfg.init_from, 'metrics.json')):
+    if not published and not epath.Path(cfg.init_from, 'metrics.json').exists():
         raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
     return teacher
 
@@ -177,11 +185,9 @@ def _check_parts(cfg, workdir, mesh):
     """Raises UserError for trainings that cannot be run with these devices or without a tokenizer."""
     names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
     for name in names:
-        size, parts = cfg[name].batch_size, mesh.size * cfg[name].accumulate
-        if cfg[name].steps and size % parts:
-            pieces = f' times {cfg[name].accumulate} pieces' if cfg[name].accumulate > 1 else ''
-            raise UserError(f'{name}.batch_size is {size}, not a multiple of the {mesh.size} devices{pieces}')
-    here = os.path.isdir(f'{workdir}/tokenizer/weights') or cfg.tokenizer is not None
+        if cfg[name].steps and (why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)):
+            raise UserError(f'{name}.batch_size: {why}')
+    here = epath.Path(workdir, 'tokenizer', 'weights').is_dir() or cfg.tokenizer is not None
     if not (cfg.init_from or cfg.tokenizer_training.steps or here):
         raise UserError(
             'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
@@ -209,7 +215,7 @@ def _lpips(cfg, mesh):
     wanted = t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None
     if not wanted:
         return None
-    return jax.device_put(perceptual.read(t.lpips, t.vgg), NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(perceptual.read(t.lpips, t.vgg), sharding.whole(mesh))
 
 
 def _judge(cfg):
@@ -226,8 +232,8 @@ def _set_up(cfg, workdir):
     """(`looks.Setting`, the stages to run as a function of it), everything checked; then the workdir is claimed."""
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
-            cfg[name] = os.path.abspath(cfg[name])
-    os.makedirs(workdir, exist_ok=True)
+            cfg[name] = checkpoint.absolute(cfg[name])
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -253,6 +259,7 @@ def train(cfg, workdir, command, started):
     try:
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
+        hosts.end_if_lost(error)
         raise UserError(str(error)) from None
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform

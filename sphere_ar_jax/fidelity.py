@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sphere_ar_jax import console, inception, sharding, torch_file
+from sphere_ar_jax import console, hosts, inception, sharding, torch_file
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block to float32
@@ -136,20 +136,21 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
     Args:
       batches: iterable of uint8 (b, H, W, 3), any b, one H × W. params: of `inception.load_graph_def` or `from_torch`.
       batch_size: images at a time, rounded up to a multiple of the mesh's devices, among which they are split.
-      mesh: of `sharding.make_mesh`, all devices of this (single) process if None. progress: called with the number of
-        images just done.
+      mesh: of `sharding.make_mesh`, all devices if None; of several processes all call it, with the same images.
+      progress: called with the number of images just done.
     Raises ImageSetError for anything but such images, and for none at all.
     """
     mesh = mesh or sharding.make_mesh()
-    params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+    params = jax.device_put(params, sharding.whole(mesh))
     size, parts, running = -(-batch_size // mesh.size) * mesh.size, [], None
+    mine = sharding.local_rows(mesh, size, sharding.ROWS)
 
     def fetch(results, count):
-        parts.append([np.asarray(a)[:count] for a in results])
+        parts.append([hosts.gather(a)[:count] for a in results])
         progress(count)
 
     for images, count in _whole_batches(batches, size):
-        results = inception.features(params, sharding.place_batch(mesh, images))
+        results = inception.features(params, sharding.place_batch(mesh, images[mine], sharding.ROWS))
         if running:
             fetch(*running)  # the one before, while the devices work on this one
         running = results, count

@@ -4,6 +4,8 @@ Image i is drawn from the key folded by i, so that it is the same whatever the b
 that it took. With as many rows on each device its tokens are so bit for bit, and its pixels to a rounding before they
 become bytes; otherwise products of other shapes round otherwise. See `evaluation.sampler`.
 
+Of several processes all draw, and the first one alone reads and writes files.
+
 Dimensions:
   n  images in all      B  images of a batch      images are uint8 (n, H, W, c)
 """
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import checkpoint, config, evaluation, report, sampling, sharding
+from sphere_ar_jax import checkpoint, config, evaluation, hosts, report, sampling, sharding
 
 LABELS = ('uniform', 'balanced')
 
@@ -139,6 +141,16 @@ def images(path):
             yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
+def _begin(path, identity, shape):
+    """The `_Parts` of a file that is not whole yet; None where it is, of the same settings."""
+    if not os.path.exists(path):
+        return _Parts(f'{path}.parts', identity, shape)
+    if not _is_of(f'{path}.json', identity):
+        raise GenerationError(f'{path} holds samples of other settings: move it away, or take another --output')
+    shutil.rmtree(f'{path}.parts', ignore_errors=True)  # a kill may have left it
+    return None
+
+
 def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done: None):
     """Draws an image for each label and writes them to an npz with `arr_0`, uint8 (n, H, W, c), and `arr_1`, labels.
 
@@ -154,34 +166,35 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
       GenerationError: there are samples of other settings at the path.
     """
     s, n, shape = run.config.sampling, len(labels), (len(labels), *run.vae.image_shape)
-    identity, about = _identity(run, labels, seed), f'{path}.json'
-    if os.path.exists(path):
-        if not _is_of(about, identity):
-            raise GenerationError(f'{path} holds samples of other settings: move it away, or take another --output')
-        shutil.rmtree(f'{path}.parts', ignore_errors=True)  # a kill may have left it
-        progress(n)
+    identity = _identity(run, labels, seed)
+    parts = _begin(path, identity, shape) if hosts.is_first() else None
+    done = hosts.from_first(n if parts is None else parts.done)
+    progress(done)
+    if done == n and parts is None:
         return
-    parts = _Parts(f'{path}.parts', identity, shape)
     ar, ar_params = ar_model.unstacked(run.ar, run.ar_params)
     draw, key = evaluation.sampler(ar, run.vae, config.build_sampler(run.config), mesh), jax.random.key(seed)
-    progress(parts.done)
+    vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
 
     def write(images, first):
-        images = np.asarray(images)[: n - first]
-        parts.add(images)
-        progress(parts.done)
+        images = hosts.gather(images)[: n - first]
+        if parts is not None:
+            parts.add(images)
+        progress(first + len(images))
 
     size, running = -(-batch_size // mesh.size) * mesh.size, None
-    for start in range(parts.done, n, size):
-        rows = np.arange(start, start + size)
+    mine = sharding.local_rows(mesh, size)
+    for start in range(done, n, size):
+        rows = start + mine
         batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
-        images, _ = draw(ar_params, run.vae_params, *batch, key, s.guidance_scale, s.temperature)
+        images, _ = draw(ar_params, vae_params, *batch, key, s.guidance_scale, s.temperature)
         images = sampling.to_uint8(images)
         if running is not None:
             write(*running)
         running = jax.block_until_ready(images), start  # never two unfinished batches, for a kill to take
     if running is not None:
         write(*running)
-    report.write_json(about, identity)
-    _assemble(path, parts.files, shape, labels)
-    shutil.rmtree(parts.directory)
+    if parts is not None:
+        report.write_json(f'{path}.json', identity)
+        _assemble(path, parts.files, shape, labels)
+        shutil.rmtree(parts.directory)

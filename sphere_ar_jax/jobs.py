@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from sphere_ar_jax import (
@@ -25,6 +26,7 @@ from sphere_ar_jax import (
     experiment,
     fidelity,
     generation,
+    hosts,
     imagenet,
     inception,
     looks,
@@ -105,8 +107,8 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
 
 def export_checkpoint(workdir, path):
     """The weights of a run → a safetensors file with the public names, S-VAE and AR model as published."""
-    run, _ = _load(workdir, tokenizer_only=not os.path.isdir(f'{workdir}/ar'))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    run, _ = _load(workdir, tokenizer_only=not epath.Path(workdir, 'ar').is_dir())
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     convert.export(f'{path}.tmp', run.vae, run.vae_params, run.ar_params)
     os.replace(f'{path}.tmp', path)
     print(f'wrote {path}')
@@ -114,7 +116,7 @@ def export_checkpoint(workdir, path):
 
 def _load(workdir, like=None, tokenizer_only=False):
     """(run, mesh) of a workdir; sampling, seed, dtype and mesh as in the config `like`, if given."""
-    if not os.path.exists(f'{workdir}/config.json'):
+    if not epath.Path(workdir, 'config.json').exists():
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     cfg = evaluation.load_config(workdir)
     if like is not None:
@@ -125,7 +127,7 @@ def _load(workdir, like=None, tokenizer_only=False):
         cfg.sampling.update(like.sampling)
         cfg.seed, cfg.dtype = like.seed, like.dtype
         if like.tokenizer is not None:  # it was moved
-            cfg.tokenizer = os.path.abspath(like.tokenizer)
+            cfg.tokenizer = checkpoint.absolute(like.tokenizer)
         cfg.mesh.update(like.mesh)
         config.check(cfg)
     try:
@@ -164,12 +166,12 @@ def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=N
         before = done if before is None else before
         show(done)
 
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     generation.generate(run, labels, run.config.seed, path, batch_size=s.batch_size, mesh=mesh, progress=progress)
     seconds, drawn = time.perf_counter() - started, n - before
     rate = f'{drawn} images in {seconds:.1f} s, {drawn / seconds:.2f} images/s with compiling' if drawn else 'was there'
     print(f'{path}: {rate}')
-    if png is not None:
+    if png is not None and hosts.is_first():
         os.makedirs(png, exist_ok=True)
         show = console.bar(n, 'PNG files')
         for i, image in enumerate(generation.images(path)):
@@ -195,7 +197,7 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
         if number >= known or (known != 1000 and not name.isdecimal()):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
     titles = [f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n) for n in numbers]
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     s = run.config.sampling
     labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))
     images = evaluation.sample_images(
@@ -229,9 +231,7 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
         scores = fidelity.evaluate(samples, reference, weights, progress=console.bars())
     if images is not None:
         run, _ = _load(workdir, like, tokenizer_only=True)
-        judge = None
-        if lpips is not None:
-            judge = perceptual.load(*(convert.state_dict(torch_file.open_file(file)) for file in lpips))
+        judge = None if lpips is None else perceptual.read(*lpips)
         batches = fidelity.read_images(images, min(run.config.sampling.batch_size, 64))
         scores['tokenizer'] = evaluation.score_tokenizer(
             run, batches, network=weights, lpips=judge, progress=console.bar(None, 'reconstructions')
@@ -248,7 +248,7 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
         setting = looks.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
         scores, _ = looks.score_digits(setting, run.vae_params, run.ar_params)
     path = f'{workdir}/evaluation.json'
-    os.makedirs(workdir, exist_ok=True)
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     report.write_json(path, scores)
     print(json.dumps(scores, indent=2))
     print(f'wrote {path}')

@@ -10,8 +10,12 @@ again in the same workdir it goes on where it stopped. What else --mode does, se
   --mode=grid --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png]
   --mode=evaluate --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
                   [--lpips=vgg.pth --vgg=vgg16.pth]
+  --mode=compile --config=FILE --topology=v6e-256[,v5p-64,…] [--parts=train,sample,evaluate] [--output=FILE.json]
+                  [--noaudit]: what the programs would take on TPUs; needs none, see `ahead`
 
 With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
+
+Started as several processes, see `hosts`, training, sample, grid and evaluate are one run of all of them.
 """
 
 import time
@@ -25,26 +29,33 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 import zlib  # noqa: E402
 
 import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from sphere_ar_jax import config, experiment, jobs, training  # noqa: E402
+from sphere_ar_jax import ahead, checkpoint, config, experiment, hosts, jobs, training  # noqa: E402
 from sphere_ar_jax.console import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate'], 'What to do, see above.'
+    'mode',
+    'train',
+    ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate', 'compile'],
+    'What to do, see above.',
 )
 # Flags of single modes, by the modes that take them.
 _OPTIONS = (
     (flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'), ('convert',)),
     (flags.DEFINE_bool('no-ema', None, 'Take `model`, not `ema`, of a checkpoint.'), ('convert',)),
     (flags.DEFINE_integer('heads', None, 'Attention heads of an AR model that was not published.', 1), ('convert',)),
-    (flags.DEFINE_string('output', None, 'File or directory to write.'), ('export', 'pack', 'sample', 'grid')),
+    (
+        flags.DEFINE_string('output', None, 'File or directory to write.'),
+        ('export', 'pack', 'sample', 'grid', 'compile'),
+    ),
     (flags.DEFINE_string('data', None, 'A tar of ImageNet, or KIND:PATH of another data set.'), ('pack',)),
     (flags.DEFINE_integer('shards', None, 'Files to write, 128 if not given.', 1), ('pack',)),
     (flags.DEFINE_string('split', None, 'Of tfds; train if not given.'), ('pack',)),
@@ -59,6 +70,12 @@ _OPTIONS = (
     (flags.DEFINE_string('inception', None, 'Weights of the Inception network, .pb or .pth.'), ('evaluate',)),
     (flags.DEFINE_string('images', None, 'npz of real images (arr_0), for scores of the tokenizer.'), ('evaluate',)),
     (flags.DEFINE_string('lpips', None, "LPIPS' linear weights (vgg.pth)."), ('evaluate',)),
+    (
+        flags.DEFINE_string('topology', None, 'Slices of TPUs, as v6e-256 or v6e:16x16, separated by commas.'),
+        ('compile',),
+    ),
+    (flags.DEFINE_list('parts', None, 'Of train, sample and evaluate; all, if not given.'), ('compile',)),
+    (flags.DEFINE_bool('audit', None, 'Compile steps once more, to find what is replicated.'), ('compile',)),
     (flags.DEFINE_string('vgg', None, "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."), ('evaluate',)),
 )
 
@@ -121,18 +138,26 @@ def main(argv):
     if cache is not None:
         jax.config.update('jax_compilation_cache_dir', cache)
         jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
+    hosts.join()  # before anything asks for a device
+    mode, given = _MODE.value, {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
+    if not hosts.is_first():
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
+    elif mode in _ALONE and hosts.count() > 1:
+        raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
-    mode, given = _MODE.value, {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
     for option, modes in _OPTIONS:
         if option.name in given and mode not in modes:
             raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
     if mode == 'pack':
         _pack(**given)
         return
+    if mode == 'compile':
+        _compile(**given)
+        return
     if _WORKDIR.value is None or (mode == 'train' and _CONFIG.value is None):
         raise UserError('give --config=configs/NAME.py and --workdir=DIR' if mode == 'train' else 'give --workdir=DIR')
-    workdir = os.path.abspath(_WORKDIR.value)
+    workdir = checkpoint.absolute(_WORKDIR.value)
     cfg = None if _CONFIG.value is None else config.check(_CONFIG.value)
     if mode == 'train':
         command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
@@ -157,10 +182,18 @@ def _pack(data=None, output=None, **options):
     jobs.pack(data, output, **options)
 
 
+def _compile(topology=None, **options):
+    if topology is None or _CONFIG.value is None:
+        raise UserError('give --config=configs/NAME.py and --topology=v6e-256')
+    ahead.run(config.check(_CONFIG.value), topology, **options)
+
+
 def _sample(workdir, cfg, output=None, labels='uniform', **options):
     output = output or f'{workdir}/samples.npz'
     if not output.endswith('.npz'):
         raise UserError(f'--output is {output}, but must end in .npz')
+    if '://' in output:
+        raise UserError(f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz')
     jobs.sample(workdir, output, labels=labels, like=cfg, **options)
 
 
@@ -177,26 +210,34 @@ def _evaluate(workdir, cfg, inception=None, lpips=None, vgg=None, **files):
     jobs.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
 
 
+_ALONE = 'compile', 'convert', 'export', 'pack'  # nothing in them is shared out
 _JOBS = {'convert': _convert, 'export': _export, 'sample': _sample, 'grid': _grid, 'evaluate': _evaluate}
 
 
 def _guarded(function):
-    """`function`, with what is no bug of ours said in one line. A signal ends with 128 + its number, as shells do."""
+    """`function`, with what is no bug of ours said in one line. A signal ends with 128 + its number, as shells do.
+
+    Whatever ends one of several processes is told to the others, see `hosts.stop`."""
 
     def guarded(argument):
         try:
             return function(argument)
-        except (UserError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
+        except (UserError, hosts.HostsError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
             if isinstance(error, FileNotFoundError) and error.filename:
                 error = f'there is no file {error.filename}'
             print(f'error: {error}', file=sys.stderr)
-            sys.exit(2)
-        except training.Preempted as stop:
-            print(stop, file=sys.stderr)
+            hosts.stop(2, str(error))
+        except training.Preempted as stop:  # of all processes at the same step
+            if hosts.is_first():
+                print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)
         except KeyboardInterrupt:
             print('interrupted; the same command goes on', file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            hosts.stop(128 + signal.SIGINT, 'interrupted; the same command goes on')
+        except Exception as error:
+            hosts.end_if_lost(error)
+            traceback.print_exc()
+            hosts.stop(1, one_line(error))
 
     return guarded
 

@@ -177,8 +177,7 @@ class Part:
         self._costs(stage.step, state, stage.frozen, batch)
         shardings = jax.tree.map(lambda x: x.sharding, training.abstract_state(stage, mesh))
         self.state, batch = jax.device_put(state, shardings), sharding.place_batch(mesh, batch)
-        step = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
-        step = step.lower(self.state, stage.frozen, batch).compile()
+        step = training.jitted_step(stage, mesh, self.state).lower(self.state, stage.frozen, batch).compile()
 
         def run():
             self.state, scalars = step(self.state, stage.frozen, batch)

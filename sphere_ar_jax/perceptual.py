@@ -134,8 +134,8 @@ def read(lin_path, vgg_path):
     ]
     if missing:
         raise WeightsError(
-            f'LPIPS needs {" and ".join(SOURCES)}, but there is {" and ".join(missing)}: download both, or go without '
-            'by perceptual_weight=0'
+            f'LPIPS needs {" and ".join(SOURCES)}, but there is {" and ".join(missing)}: download both '
+            '(training goes without at perceptual_weight=0)'
         )
     contents = [torch_file.open_file(path) for path in (lin_path, vgg_path)]
     for path, tensors in zip((lin_path, vgg_path), contents, strict=True):

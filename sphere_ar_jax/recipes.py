@@ -36,12 +36,12 @@ def data_set(text):
 
 def _published(file, arg, words, section, epochs, batch):
     """The published models on ImageNet, `section` trained for so many epochs; arg: what all published configs take."""
-    words, values = arguments(file, arg, ('smoke', '512', *words), ('batch', 'data', 'dtype'))
+    words, values = arguments(file, arg, ('smoke', '512', 'tpu', *words), ('batch', 'data', 'dtype'))
     c = config.default()
     c.data.update(name='imagenet', max_broken=0.001)
     if 'data' in values:
         c.data.name, c.data.path = data_set(values['data'])
-    c.dtype = values.get('dtype', 'float32')
+    c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in words else 'float32')
     if '512' in words:
         c.vae.grid = (32, 32)
     batch = int(values.get('batch', 8 if 'smoke' in words else batch))
@@ -71,6 +71,8 @@ def published_ar(size, arg=''):
     c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
     c.ar.update(ar.VARIANTS[size])
     c.tokenizer_training.steps = 0
+    c.ar.remat = 'smoke' not in words
+    c.mesh.fsdp = 4 if 'tpu' in words else 1
     c.sampling.update(
         num_images=50_000, batch_size=256, num_steps=100, guidance='linear', guidance_scale=PUBLISHED_SCALES[size]
     )

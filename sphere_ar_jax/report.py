@@ -1,4 +1,4 @@
-"""Pictures of a run and report.html, one self-contained page.
+"""Pictures of a run and report.html, one self-contained page. Of several processes, the first alone writes files.
 
 Images are (n, H, W, c) float in [−1, 1].
 """
@@ -7,14 +7,14 @@ import base64
 import html
 import io
 import json
-import os
 import platform
 
 import jax
 import matplotlib
 import numpy as np
+from etils import epath
 
-from sphere_ar_jax import __version__, metric_writer, sampling
+from sphere_ar_jax import __version__, hosts, metric_writer, sampling
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -24,9 +24,12 @@ DPI = 110  # dots per inch of all pictures
 
 def replace(path, write):
     """Calls write(file) on a temporary file that then becomes `path`: the old file or the new one, never half of it."""
-    with open(f'{path}.tmp', 'wb') as f:
+    if not hosts.is_first():
+        return
+    temporary = epath.Path(f'{path}.tmp')
+    with temporary.open('wb') as f:
         write(f)
-    os.replace(f'{path}.tmp', path)
+    temporary.replace(path)
 
 
 def _write(path, content):
@@ -179,10 +182,9 @@ _MEANING = {
 
 def _section(heading, alt, path):
     """A picture with its heading, '' where there is none."""
-    if not os.path.exists(path):
+    if not epath.Path(path).exists():
         return ''
-    with open(path, 'rb') as f:
-        source = 'data:image/png;base64,' + base64.b64encode(f.read()).decode()
+    source = 'data:image/png;base64,' + base64.b64encode(epath.Path(path).read_bytes()).decode()
     return f'<h2>{heading}</h2><img alt="{alt}" src="{source}">'
 
 

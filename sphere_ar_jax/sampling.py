@@ -117,6 +117,12 @@ class Options:
         return 2 + int(np.nonzero(plan.tables.weights[..., 3])[1].max())
 
 
+def chunk_size(evaluations, rows):
+    """Evaluations of a token whose modulations are one product, for so many rows of the sampler on a device."""
+    products = -(-evaluations // max(1, PRODUCT_ROWS // rows))
+    return -(-evaluations // products)
+
+
 def _token(ar, variables, options, k, t_emb, scale, temperature, c, noise, apart):
     """Draws token k for every row: conditions c (R, D), noise (m, R, d) → z (R, d) on the sphere.
 
@@ -156,10 +162,9 @@ def _token(ar, variables, options, k, t_emb, scale, temperature, c, noise, apart
             return guided(x, modulation)
         return jax.lax.cond(everywhere, guided, unguided, x, modulation)
 
-    chunk = -(-E // -(-E // max(1, PRODUCT_ROWS // R)))
     z = solvers.integrate(
         velocity, temperature * noise[0], select(plan.tables.weights), noise[1:] if len(noise) > 1 else None,
-        count=jnp.asarray(plan.count)[u], prepare=prepare, chunk=min(chunk, E),
+        count=jnp.asarray(plan.count)[u], prepare=prepare, chunk=chunk_size(E, R),
     )  # fmt: skip
     return geometry.project(z)
 

@@ -20,7 +20,7 @@ import optax
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 
-from sphere_ar_jax import checkpoint, data, flow, losses, metric_writer, optimizer, perceptual, sharding
+from sphere_ar_jax import checkpoint, data, flow, hosts, losses, metric_writer, optimizer, perceptual, sharding
 
 
 class NonFiniteError(RuntimeError):
@@ -244,22 +244,36 @@ def check_frozen(stage, here, data_state, directory):
 
 def abstract_state(stage, mesh):
     """The shapes, dtypes and shardings of a stage's state."""
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    make = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(make, shapes, sharding.tree_shardings(mesh, shapes))
+    return sharding.abstract(mesh, jax.eval_shape(stage.init, jax.random.key(0)))
+
+
+def jitted_step(stage, mesh, state):
+    """The step of a stage, to be compiled for a mesh; its result takes the place of the state that it is given.
+
+    state: laid out on the mesh, abstract or not."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = sharding.keep_rows_split(mesh, stage.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 class _Signals:
     """While open, SIGTERM and SIGINT are noted in `arrived` instead of ending the process; a second one ends it."""
 
     def __enter__(self):
-        self.arrived = None
+        self.arrived = self._last = 0
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number, _):
         self.arrived = number
         signal.signal(number, self._previous[number])
+
+    def agreed(self, now):
+        """The number of a signal that reached any process, 0 for none: the same in all, which call it at each step.
+
+        It is one call late, so that the device is never idle, but for `now`."""
+        before, self._last = self._last, hosts.largest(self.arrived)
+        return int(self._last if now else before)
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
@@ -304,7 +318,8 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the start, to its last step.
 
     A function of (config, seed) alone: however often it was killed and started again, the state is the same bit for bit
-    on the same machine. (Only logged averages differ where a start falls between two log lines.)
+    on the same machine. (Only logged averages differ where a start falls between two log lines.) All processes of a run
+    call it; on other numbers of them, or another mesh, the state is the same up to rounding.
 
     Args:
       stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl. seed: of
@@ -318,6 +333,8 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     options, started = stage.options, time.perf_counter()
     abstract = abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if said := sharding.describe_not_split(mesh, abstract.params):
+        print(f'{stage.name}: {said}', flush=True)
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
     before, frozen = 0.0, frozen_identity(stage)
@@ -338,11 +355,11 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
         return state, before
     batches = data.batches(
         source, batch_size=options.batch_size, seed=seed, first_step=step,
-        process_index=jax.process_index(), process_count=jax.process_count(), **reading or {},
+        rows=sharding.local_rows(mesh, options.batch_size), **reading or {},
     )  # fmt: skip
     if restored is not None:
         batches.check_state(data_state['batches'])
-    step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(shardings, None))
+    step_fn = jitted_step(stage, mesh, abstract)
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
     pending = warned = None
     print(f'{stage.name}: compiling', flush=True)
@@ -376,11 +393,15 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                 if watch is not None and step % watch.every == 0:
                     watch.look(step, state.eval_params, writer)
                     mark = step, time.perf_counter()
-                if step % options.checkpoint_every == 0 or step == options.steps or signals.arrived:
+                arrived = signals.agreed(now=step == options.steps)
+                if step % options.checkpoint_every == 0 or step == options.steps or arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
                     checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': frozen}, elapsed())
-                if signals.arrived:
-                    raise Preempted(signals.arrived, step, options.steps)
+                if arrived:
+                    raise Preempted(arrived, step, options.steps)
+    except Exception as error:
+        hosts.end_if_lost(error)
+        raise
     finally:
         batches.close()
         checkpoints.close()

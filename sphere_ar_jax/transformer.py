@@ -10,6 +10,7 @@ and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no product w
 a stack, and every block's cache is an array of its own, updated in place.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sphere_ar_jax.attention import attend
 
 INIT = nn.initializers.normal(0.02)
 EPS = 1e-6
@@ -38,19 +41,33 @@ def head_dim(width, heads):
     return width // heads
 
 
-def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
-    """`lax.dot_general` of x (..., *in) and a kernel (*in, *out) → (..., *out), as one product of two matrices.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, kernel, n):
+    return jax.lax.dot_general(x, kernel, ((tuple(range(1, n + 1)), tuple(range(n))), ((), ())))
 
-    The same numbers; but XLA then writes the kernel's gradient in the kernel's own order, where on CPUs it otherwise
-    turns it round after the product (BUILD_NOTES.md, "Speed"). For Flax's `dot_general`.
+
+def _product_backward(n, inputs, g):
+    x, kernel = inputs
+    outputs = tuple(range(1, g.ndim)), tuple(range(n, kernel.ndim))
+    return jax.lax.dot_general(g, kernel, (outputs, ((), ()))), jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+
+
+_product.defvjp(lambda x, kernel, n: (_product(x, kernel, n), (x, kernel)), _product_backward)
+
+
+def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
+    """`lax.dot_general` of x (..., *in) and a kernel (*in, *out) → (..., *out), differentiable once, in reverse.
+
+    The same numbers; but the kernel's gradient comes in the kernel's own order, which on CPUs is otherwise turned round
+    after the product (BUILD_NOTES.md, "Speed"). Only rows are merged: heads and features may be split over devices.
+    For Flax's `dot_general`.
     """
     n = len(dimensions[0][0])
-    rows, features = x.shape[: x.ndim - n], kernel.shape[n:]
     assert dimensions == ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())), dimensions
-    size = math.prod(kernel.shape[:n])
-    matrices = x.reshape(-1, size), kernel.reshape(size, -1)
-    y = jax.lax.dot_general(*matrices, (((1,), (0,)), ((), ())), precision, preferred_element_type)
-    return y.reshape(*rows, *features)
+    assert precision is None and preferred_element_type is None
+    rows = x.shape[: x.ndim - n]
+    y = _product(x.reshape(math.prod(rows), *x.shape[x.ndim - n :]), kernel, n)
+    return y.reshape(*rows, *y.shape[1:])
 
 
 def rope_table(height, width, extra, head_dim, theta=10000.0):
@@ -147,10 +164,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(c, new.swapaxes(1, 2).astype(c.dtype), start, axis=2)
                 for c, new in zip(cache, (k, v), strict=True)
             )
-        if cache is None or self.prefill:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        else:
-            out = _attend(q, *cache, start)
+        out = attend(q, k, v, self.causal) if cache is None or self.prefill else _attend(q, *cache, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import tempfile
 
 import jax
@@ -15,6 +16,9 @@ from sphere_ar_jax import ar, convert, inception, torch_file, vae
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+
+# What tests start hears Ctrl-C, even where a shell's `&` started the tests, which ignores it for all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')

@@ -2,6 +2,8 @@ import errno
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +126,16 @@ def test_the_machine_s_faults_are_not_the_checkpoint_s(tmp_path, mesh, monkeypat
     def full(*_):
         raise OSError(errno.EMFILE, 'Too many open files')
 
-    monkeypatch.setattr(checkpoint.Checkpoints, '_read', full)
-    with pytest.raises(OSError, match='Too many open files'):
-        _restored(tmp_path, mesh)
+    def full_in_tensorstore(*_):
+        raise Exception('reading an array') from ValueError('ABORTED: [OS error 24: EMFILE Too many open files]')
+
+    def full_from_another(*_):
+        raise OSError(errno.EMFILE, 'Too many open files') from KeyError('x')
+
+    for read in (full, full_in_tensorstore, full_from_another):
+        monkeypatch.setattr(checkpoint.Checkpoints, '_read', read)
+        with pytest.raises(OSError, match=r'Too many open files: .*/2'):
+            _restored(tmp_path, mesh)
     assert {'1', '2'} <= set(os.listdir(tmp_path))
 
 
@@ -153,6 +162,41 @@ def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damag
     assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()  # set aside, not deleted
     _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
     assert int(_restored(tmp_path, mesh)[0]['step']) == 3
+
+
+RESTORE = """
+import gc, sys
+from absl import logging
+from sphere_ar_jax import checkpoint, sharding
+from tests import test_checkpoint
+logging.set_verbosity(logging.ERROR)  # as main does
+like = test_checkpoint._like(test_checkpoint._many(sharding.make_mesh()))
+print(int(checkpoint.Checkpoints(sys.argv[1], read_only=True).restore(like)[0]['step']))
+gc.collect()
+"""
+
+
+def _many(mesh):
+    state = {f'w{i}': jnp.arange(5000.0) + i for i in range(60)} | {'step': jnp.int32(7)}
+    return jax.device_put(state, sharding.tree_shardings(mesh, state))
+
+
+def test_damage_is_said_in_a_line_each(tmp_path, mesh):
+    """Of a process of its own: what Python, asyncio and Orbax have to say of it goes past the tests' own hooks."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
+    for step in range(1, 5):
+        checkpoints.save(step, _many(mesh), {}, 0.0)
+    checkpoints.close()
+    for step, damage in ((2, _truncate), (3, _flip), (4, _drop)):
+        damage(tmp_path / str(step))
+    done = subprocess.run(
+        [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parent.parent, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == '7\n', done.stderr
+    said = done.stderr.splitlines()
+    assert [line.split(' cannot be read (')[0] for line in said] == [f'checkpoint {tmp_path}/{s}' for s in (4, 3, 2)]
+    assert 'OUT_OF_RANGE' in said[2] and all(len(line) < len(str(tmp_path)) + 250 for line in said)
 
 
 def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path, mesh):

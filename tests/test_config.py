@@ -2,6 +2,7 @@ import importlib.util
 import json
 import pathlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,22 +22,24 @@ def _load(name, argument):
 
 
 @libraries_promote()
-def test_the_digits_are_built_and_stepped_once():
-    """Models built, states initialised, one step of both stages, the sampler made; :smoke has the same models."""
+def test_the_digits_are_built_and_traced():
+    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the same models."""
     cfg, smoke = config.check(_load('digits', '')), config.check(_load('digits', 'smoke'))
     assert (cfg.vae, cfg.ar) == (smoke.vae, smoke.ar) and smoke.ar_training.steps < cfg.ar_training.steps
     assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
     config.build_sampler(cfg)
     source = data.Digits('train', cfg.seed, cfg.data.holdout)
-    vae_params = jax.jit(vae.init_params)(jax.random.key(0))
+    vae_params = jax.eval_shape(vae.init_params, jax.random.key(0))
     for stage in (
         training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),
         training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed),
     ):
         batch = next(data.batches(source, batch_size=stage.options.batch_size, seed=0))
-        state, scalars = jax.jit(stage.step)(jax.jit(stage.init)(jax.random.key(0)), stage.frozen, batch)
-        assert int(state.step) == 1 and all(np.isfinite(float(value)) for value in scalars.values())
+        state = jax.eval_shape(stage.init, jax.random.key(0))
+        after, scalars = jax.eval_shape(stage.step, state, stage.frozen, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_shape(list(scalars.values()), ())
 
 
 @pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
@@ -90,6 +93,15 @@ def test_arguments_of_the_published_configs(name):
     for wrong in ('huge', 'batch', 'size=3', 'smoke=1'):
         with pytest.raises(ValueError, match='no variant'):
             _load(name, wrong)
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+def test_what_slices_of_tpus_want(name):
+    """As BUILD_NOTES.md, "The TPU compiler", has it; on other machines, and for a smoke test, a mesh of any size."""
+    plain, tpu, smoke = (config.check(_load(name, argument)) for argument in ('', 'tpu', 'tpu,smoke,dtype=float32'))
+    assert (plain.dtype, tpu.dtype, smoke.dtype) == ('float32', 'bfloat16', 'float32')
+    assert (plain.mesh.fsdp, tpu.mesh.fsdp) == (1, 1 if name == 'vae' else 4)
+    assert plain.ar.remat == tpu.ar.remat == (name != 'vae') and not smoke.ar.remat
 
 
 @pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])

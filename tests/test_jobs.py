@@ -129,7 +129,7 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
 
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = evaluation.load_run(str(converted))
-    assert run.vae == tiny_vae[0] and run.ar == tiny_ar[0]
+    assert run.vae == tiny_vae[0] and run.ar.clone(remat=False) == tiny_ar[0]  # the recipe computes blocks again
     for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     tokens = golden['sample/cfg1/tokens']
@@ -323,7 +323,7 @@ def test_training_goes_on_from_converted_weights(tuned):
     expected = loss(before.ar_params, before.vae_params, batch['image'], batch['label'])
     np.testing.assert_allclose(lines[0]['loss'], expected, rtol=1e-5)
     run = evaluation.load_run(str(workdir))
-    assert stage.name == 'ar' and run.ar == before.ar and run.ar.num_classes == CLASSES
+    assert stage.name == 'ar' and run.ar.clone(remat=True) == before.ar and run.ar.num_classes == CLASSES
     jax.tree.map(np.testing.assert_array_equal, run.vae_params, before.vae_params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ar_params, before.ar_params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
@@ -513,7 +513,7 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
         assert message in _refused(capsys, *arguments), arguments
     assert not (converted / 'samples.npz').exists()
     meshed = _tuning(**{'mesh.data': 999})
-    with pytest.raises(console.UserError, match=r'mesh\.data is 999, but this machine has'):
+    with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
         jobs.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
 
 

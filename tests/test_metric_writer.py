@@ -1,10 +1,14 @@
 import json
 import sys
+from unittest import mock
 
 import numpy as np
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto import event_pb2
 
-from sphere_ar_jax import metric_writer
+from sphere_ar_jax import hosts, metric_writer, report
 
 
 def _events(directory):
@@ -53,3 +57,31 @@ def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
 
 def test_no_file_is_no_lines(tmp_path):
     assert metric_writer.read_scalars(tmp_path / 'nothing.jsonl') == []
+
+
+def test_in_a_bucket(monkeypatch):
+    """Lines and files go through etils.epath and fsspec, as gs:// is, with a bucket in memory in place of Google's."""
+    store = MemoryFileSystem(skip_instance_cache=True)
+    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
+    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())  # it knows Google's itself
+    for last in (3, 5):  # the second start drops the line of step 3
+        writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
+        writer.write(1, {'loss': 4.0}, ()) if last == 3 else None
+        writer.write(last, {'loss': 2.0}, ())
+        writer.close()
+    lines = metric_writer.read_scalars('gs://bucket/run/ar/metrics.jsonl')
+    assert lines == [{'step': 1, 'loss': 4.0}, {'step': 5, 'loss': 2.0}]
+    report.write_json('gs://bucket/run/config.json', {'seed': 1})
+    assert epath.Path('gs://bucket/run/config.json').read_text() == '{\n  "seed": 1\n}\n'
+    assert not [name for name in store.find('') if name.endswith('.tmp')]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hosts, 'is_first', lambda: False)
+    writer = metric_writer.MetricWriter(tmp_path / 'ar', 'ar', 0, 10)
+    writer.advance()
+    writer.write(1, {'loss': 4.0}, ('loss',))
+    writer.picture('samples', 1, np.zeros((2, 2, 1), np.uint8))
+    writer.close()
+    report.write_json(tmp_path / 'config.json', {})
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ''

@@ -11,7 +11,7 @@ import sphere_ar_jax
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 # Each module may import only from lines above its own.
 LEVELS = (
-    ('console', 'geometry', 'imagenet', 'torch_file'),
+    ('attention', 'chips', 'console', 'geometry', 'hlo', 'hosts', 'imagenet', 'torch_file'),
     ('distributions', 'flow', 'solvers', 'inception', 'perceptual', 'tar_index', 'stand_in'),
     ('transformer', 'convolutions'),
     ('vae', 'flow_head', 'discriminators'),
@@ -21,12 +21,12 @@ LEVELS = (
     ('config', 'training', 'fidelity'),
     ('adversarial', 'recipes'),
     ('evaluation', 'report'),
-    ('generation', 'frontier', 'parts'),
-    ('looks',),
+    ('generation', 'frontier', 'parts', 'programs'),
+    ('looks', 'ahead'),
     ('experiment',),
     ('jobs',),
     ('main',),
-    ('benchmark', 'data_benchmark'),
+    ('benchmark', 'data_benchmark', 'doctor'),
 )
 
 

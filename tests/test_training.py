@@ -276,7 +276,8 @@ def _await_save(process, checkpoints):
     return False
 
 
-@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar'])
+@pytest.mark.slow
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
     """A process that saves at every step is killed: in the middle of a save, at random moments of training, while it
     starts, by SIGTERM too. Left alone in the end, it has the very state of the undisturbed run, and the same log."""

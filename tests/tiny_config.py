@@ -49,9 +49,9 @@ def stages(cfg):
     return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 
 
-def random_run(**sampling):
+def random_run(cfg=None, **sampling):
     """An untrained `evaluation.Run` whose images do depend on everything: no parameter is left at zero."""
-    cfg = get_config()
+    cfg = get_config() if cfg is None else cfg
     cfg.sampling.update(sampling)
     vae, ar = config.build_vae(cfg), config.build_ar(cfg)
 
