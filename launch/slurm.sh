@@ -2,7 +2,8 @@
 # Submits a run on the GPUs of a SLURM cluster; it is queued again, and goes on, when preempted or out of time.
 #
 # Type:    NODES=4 GPUS_PER_NODE=8 SBATCH_PARTITION=gpu SBATCH_TIMELIMIT=24:00:00 \
-#            bash launch/slurm.sh [--dry-run] --config=configs/ar_l.py:data=… --workdir=/shared/runs/l [all that `main` takes]
+#            bash launch/slurm.sh [--dry-run] --config=configs/ar_l.py:dtype=bfloat16,data=… \
+#            --config.tokenizer=/shared/runs/vae --workdir=/shared/runs/l [all else that `main` takes]
 # Needs:   an account on a SLURM cluster whose nodes share the disk of this checkout, of the Python environment and of
 #          --workdir (or a gs:// workdir); this package with '.[cuda12]' or '.[cuda13]' in the environment that is active.
 # Costs:   this one line; NODES × GPUS_PER_NODE GPUs for the time limit, again at each requeue, until the run is finished.

@@ -2,7 +2,8 @@
 # Runs the program on a Cloud TPU VM, a pod slice or several: asks for it, waits, installs, runs, goes on when preempted.
 #
 # Type:    TPU_NAME=l TPU_ZONE=us-east5-b TPU_TYPE=v6e-64 \
-#            bash launch/tpu.sh [--dry-run] --config=configs/ar_l.py:data=… --workdir=gs://BUCKET/l [all that `main` takes]
+#            bash launch/tpu.sh [--dry-run] --config=configs/ar_l.py:tpu,data=… \
+#            --config.tokenizer=gs://BUCKET/vae --workdir=gs://BUCKET/l [all else that `main` takes]
 #          the same variables and bash launch/tpu.sh --stop (the run saves and ends) or --delete (the TPU, too)
 # Needs:   a Google Cloud project with billing, the Cloud TPU API and quota for that type in that zone; a bucket in the
 #          zone's region that the project's Compute Engine service account may write; gcloud 528 or newer, logged in
@@ -59,7 +60,7 @@ on_all() {  # a command on every host of every slice
 runtime_version() {
   case $TPU_TYPE in
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5e-* | v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
     *) die "TPU_TYPE is $TPU_TYPE, whose image is not known here: set RUNTIME_VERSION" ;;
@@ -71,7 +72,7 @@ create() {
   [ "$slices" -le 1 ] || nodes=("--node-count=$slices" "--node-prefix=$TPU_NAME")
   [ -z "${SPOT:-}" ] || nodes+=(--spot)
   read -r -a more <<<"${CREATE_FLAGS:-}" || true
-  run "${tpus[@]}" create "$TPU_NAME" "${place[@]}" "--accelerator-type=$TPU_TYPE" "--runtime-version=$version" \
+  run "${tpus[@]}" create "$TPU_NAME" "${place[@]}" "--accelerator-type=${TPU_TYPE/#v5e-/v5litepod-}" "--runtime-version=$version" \
     "${nodes[@]}" ${more[@]+"${more[@]}"}
 }
 

@@ -2,7 +2,8 @@
 # Runs the program on TPU slices of a GKE cluster with XPK: builds and pushes an image, creates a workload (a JobSet).
 #
 # Type:    CLUSTER=… TPU_TYPE=v6e-64 IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/sphere_ar_jax:1 \
-#            bash launch/xpk.sh [--dry-run] --config=configs/ar_l.py:data=… --workdir=gs://BUCKET/l [all that `main` takes]
+#            bash launch/xpk.sh [--dry-run] --config=configs/ar_l.py:tpu,data=… \
+#            --config.tokenizer=gs://BUCKET/vae --workdir=gs://BUCKET/l [all else that `main` takes]
 #          the same variables and bash launch/xpk.sh --delete: ends the workload
 # Needs:   a Google Cloud project with billing and TPU quota; a cluster (xpk cluster create --cluster=… --tpu-type=…); an
 #          Artifact Registry repository; a bucket that the cluster's service account may write; xpk (pip install xpk),
@@ -57,7 +58,7 @@ program="exec python -m sphere_ar_jax.main $(quote "${words[@]}")"
 if [ "${DOCTOR:-1}" != 0 ]; then
   program="python -m sphere_ar_jax.doctor $(quote "${words[@]}") && $program"
 fi
-run xpk workload create "--cluster=$CLUSTER" "--workload=$workload" "--tpu-type=$TPU_TYPE" "--num-slices=$slices" \
+run xpk workload create "--cluster=$CLUSTER" "--workload=$workload" "--tpu-type=${TPU_TYPE/#v5e-/v5litepod-}" "--num-slices=$slices" \
   "--docker-image=$IMAGE" "--max-restarts=$most" "--termination-grace-period-seconds=$grace" \
   ${place[@]+"${place[@]}"} ${more[@]+"${more[@]}"} \
   --command="export JAX_COMPILATION_CACHE_DIR=$(quote "$(cache_dir)"); $program"

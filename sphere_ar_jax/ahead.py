@@ -35,8 +35,17 @@ from sphere_ar_jax import chips, config, costs, hlo, programs, sharding
 from sphere_ar_jax.chips import GiB
 from sphere_ar_jax.console import UserError, size
 
+# What a program's memory holds, for people.
+NAMES = {**programs.NAMES, 'batch': 'images', 'rows': 'images', 'temporaries': 'activations and other temporaries'}
+
 # Elements for each image from which on an array is an activation: keys, labels, draws of one number are smaller.
 ACTIVATION = 64
+
+
+ASSUMED = (
+    "The least time assumes the chips' published peak rates, bfloat16 products, ring algorithms over all links of a "
+    'chip, and that computing, HBM and ICI go on at the same time: no real step is as fast.'
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -199,11 +208,13 @@ def _lines(r):
     if not r['fits']:
         yield f'  DOES NOT FIT: {r["why"]}; {r["remedy"]}'
         return
-    parts = ', '.join(f'{programs.NAMES.get(name, name)} {size(n)}' for name, n in r['memory'].items() if n >= 2**20)
+    parts = ', '.join(f'{NAMES.get(name, name)} {size(n)}' for name, n in r['memory'].items() if n >= 2**20)
     yield f'  fits: {size(r["total_bytes"])} of {size(r["device_bytes"])} on each device: {parts}'
     again = r['flops_computed'] / r['flops'] - 1
     yield f'  {r["flops"]:.3g} FLOPs' + (f' (and {again:.0%} more, recomputed)' if again else '')
     yield f'  HBM: {r["hbm_bytes"] / 1e9:.3g} GB moved by a device, {r["intensity"]:.3g} FLOPs a byte'
+    if r['not_split']:
+        yield f'  {r["not_split"]}'
     for kind, t in r['collectives'].items():
         yield f'  {kind}: {t["count"]:.0f} times, {t["sent_bytes"] / 1e9:.3g} GB sent by a device'
     s = r['seconds']
@@ -225,8 +236,8 @@ def _lines(r):
 
 def table(results):
     """Results as a Markdown table."""
-    head = ('part', 'slice', 'images', 'fits', 'GiB a device', 'of them temporaries', 'PFLOPs a step', 'sent GB',
-            'HBM GB', 'least s', 'bound by', 'days', 'days at half the rates')  # fmt: skip
+    head = ('part', 'slice', 'images', 'fits', 'GiB a device', 'of them activations and temporaries', 'PFLOPs a step',
+            'sent GB', 'HBM GB', 'least s', 'bound by', 'days', 'days at half the rates')  # fmt: skip
     lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
     for r in results:
         cells = [r['part'], r['slice'], r['batch']]
@@ -270,7 +281,7 @@ def _examine(cfg, piece, mesh, work, audit, say):
         'dtype': cfg.dtype,
         'mesh': ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or '1 device',
         'remat': bool(cfg.vae.remat if work.name == 'tokenizer step' else cfg.ar.remat), 'steps': work.steps,
-        'fits': True,
+        'not_split': sharding.describe_not_split(mesh, work.groups) if work.devices > 1 else '', 'fits': True,
     }  # fmt: skip
     name, started = work.name.removesuffix(' step'), time.perf_counter()
     try:
@@ -324,5 +335,5 @@ def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
                 if output is not None:
                     with open(output, 'w') as f:
                         json.dump(results, f, indent=2)
-    say('\n' + table(results))
+    say(f'\n{table(results)}\n{ASSUMED}')
     return results

@@ -203,8 +203,12 @@ class Checkpoints:
         hosts.wait()  # not before they are renamed
         self._manager = self._open()
 
+    def wait(self):
+        """Returns when what is being saved is there."""
+        self._manager.wait_until_finished()
+
     def close(self):
         """Waits for the saves under way."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            self.wait()
             self._manager.close()

@@ -70,6 +70,7 @@ class Slice(NamedTuple):
 def find_slice(text):
     """The `Slice` of 'v6e-256' or 'v6e:16x16'. Raises ValueError, one line, for any other than those of `CHIPS`."""
     kind, _, rest = text.partition(':') if ':' in text else text.partition('-')
+    kind = 'v5e' if kind == 'v5litepod' else kind  # the type that gcloud asks for
     if kind in CHIPS:
         chip = CHIPS[kind]
         for count, shape in chip.shapes.items():

@@ -3,7 +3,8 @@
   python -m sphere_ar_jax.doctor [--config=FILE[:VARIANT] [--config.KEY=VALUE …]] [--workdir=DIR|gs://BUCKET/DIR]
                                  [--data=KIND:PATH] [--timeout=SECONDS]
 
-Takes the words of `main` as well, and says which it does not look at. Every check ends with ok, WARN (it will run, but
+Takes the words of `main` as well, and says which it does not look at; with another --mode than train it looks at no
+training. Every check ends with ok, WARN (it will run, but
 perhaps not as meant) or FAIL (it will not), and with what to do. Exit code 1 if anything failed, 2 for wrong flags.
 A check that has not answered after 60 s (--timeout), as storage and drivers may, has failed too.
 
@@ -183,13 +184,16 @@ def _run_checks(cfg, found, limit):
     """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of `programs.stages`."""
     import jax
 
-    from sphere_ar_jax import costs, programs, sharding
+    from sphere_ar_jax import costs, programs, sharding, training
 
     mesh = sharding.make_mesh(**cfg.mesh)
     batch_sizes = {
         f'{name}_training.batch_size': (s.options.batch_size, s.options.accumulate) for name, (s, _) in found.items()
     }
     checks = [check_mesh(mesh, batch_sizes)]
+    for name, (stage, _) in found.items():
+        if said := sharding.describe_not_split(mesh, training.abstract_state(stage, mesh)):
+            checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
     disk = 0
     for name, (stage, frozen) in found.items():
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))
@@ -235,6 +239,14 @@ def check_workdir(workdir, needed=0):
             'workdir', 'FAIL', f'{text}\nbut only {size(free)} are free: make room, or set ….keep, ….keep_every'
         )
     return Check('workdir', 'WARN' if free < 2**30 else 'ok', f'{text}; {size(free)} free')
+
+
+def check_inputs(cfg, workdir):
+    """Whether what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files."""
+    from sphere_ar_jax import experiment
+
+    found = experiment.check_inputs(cfg, workdir)
+    return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
 
 
 def check_data(kind, path, split='train', data_dir=None):
@@ -295,8 +307,9 @@ class Examination:
             self.say(found)
 
 
-def examine(cfg, workdir, data, examination):
-    """All checks. cfg: a config, not checked yet, or None. workdir, data: as given by flags, or None."""
+def examine(cfg, workdir, data, examination, trains=True):
+    """All checks. cfg: a config, not checked yet, or None. workdir, data: as given by flags, or None. trains: whether a
+    training is to be looked at."""
     import jax
 
     from sphere_ar_jax import config, hosts, programs, recipes
@@ -314,7 +327,7 @@ def examine(cfg, workdir, data, examination):
     e.say(check_devices(devices, local, limit, device_files()))
     disk = 0
     trainings = None if cfg is None else e.run('config', lambda: programs.stages(config.check(cfg)))
-    if trainings is not None:
+    if trainings is not None and trains:
         checks, disk = e.run('mesh', lambda: _run_checks(cfg, trainings, limit)) or ((), 0)
         for check in checks:
             e.say(check)
@@ -322,13 +335,15 @@ def examine(cfg, workdir, data, examination):
         e.check('workdir', lambda: check_workdir(workdir, disk), slow='is the storage there, and are you logged in?')
     if data is not None:
         found = recipes.data_set(data)
-    elif cfg is not None:
+    elif cfg is not None and trains:
         found = cfg.data.name, cfg.data.path, cfg.data.split, cfg.data.data_dir
     else:
         found = None
     if found is not None:
         slow = "a large tar's index takes minutes, once: --timeout=1800"
         e.check('data', lambda: check_data(*found), slow=slow)
+    if trainings is not None and trains:
+        e.check('inputs', lambda: check_inputs(cfg, workdir), slow='is the storage there, and are you logged in?')
     e.check('cache', lambda: _cache(os.environ))
     e.say(check_frameworks(sys.modules))
 
@@ -341,6 +356,7 @@ def _flags(argv):
     values = flags.FlagValues()  # of its own: `main` has flags of the same names
     config_flags.DEFINE_config_file('config', None, 'Configuration file.', flag_values=values, sys_argv=argv)
     flags.DEFINE_string('workdir', None, 'Directory of the run, local or gs://…', flag_values=values)
+    flags.DEFINE_string('mode', 'train', 'As for `main`.', flag_values=values)
     flags.DEFINE_string('data', None, 'KIND:PATH, in place of the data of the config.', flag_values=values)
     flags.DEFINE_float('timeout', 60, 'Seconds that a check may take.', 1e-3, flag_values=values)
     return values, values(argv, known_only=True)[1:]
@@ -375,7 +391,10 @@ def main(argv):
     examination.say(versions)
     if rest:
         examination.say(Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
-    examine(cfg, values.workdir, values.data, examination)
+    trains = values.mode == 'train'
+    if not trains:
+        examination.say(Check('flags', 'ok', f'of --mode={values.mode} only the machine and the workdir are looked at'))
+    examine(cfg, values.workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')
     sys.stdout.flush()

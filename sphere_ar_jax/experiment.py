@@ -89,6 +89,7 @@ def _teacher(cfg, mesh):
     try:
         teacher = evaluation.load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
+        hosts.end_if_lost(error)
         raise UserError(f'init_from: {error}') from None
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
     if published:  # whatever data it saw
@@ -181,18 +182,45 @@ def _summary(cfg, metrics):
     )
 
 
-def _check_parts(cfg, workdir, mesh):
-    """Raises UserError for trainings that cannot be run with these devices or without a tokenizer."""
-    names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
-    for name in names:
-        if cfg[name].steps and (why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)):
-            raise UserError(f'{name}.batch_size: {why}')
-    here = epath.Path(workdir, 'tokenizer', 'weights').is_dir() or cfg.tokenizer is not None
-    if not (cfg.init_from or cfg.tokenizer_training.steps or here):
+def _with_lpips(cfg):
+    """Whether a tokenizer is to be trained with LPIPS."""
+    t = cfg.tokenizer_training
+    return bool(t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None)
+
+
+def check_inputs(cfg, workdir):
+    """That what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files. Raises ValueError.
+
+    Returns:
+      those, a list of paths. workdir: may be None.
+    """
+    here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
+    if not (cfg.init_from or cfg.tokenizer_training.steps or here or cfg.tokenizer is not None):
         raise UserError(
             'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
             '--config.tokenizer=DIR, the workdir of a trained or converted one'
         )
+    runs = {name: cfg[name] for name in ('tokenizer', 'init_from') if cfg[name] is not None}
+    for name, directory in runs.items():
+        try:
+            evaluation.load_config(directory)
+        except FileNotFoundError:
+            raise UserError(f'{name}: there is no run in {directory}') from None
+        except (OSError, ValueError) as error:
+            raise UserError(f'{name}: {error}') from None
+    files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg) if _with_lpips(cfg) else ()
+    if files:
+        perceptual.check_paths(*files)
+    return [*runs.values(), *files]
+
+
+def _check_parts(cfg, workdir, mesh):
+    """Raises UserError for trainings that cannot be run with these devices, or of `check_inputs`."""
+    names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
+    for name in names:
+        if cfg[name].steps and (why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)):
+            raise UserError(f'{name}.batch_size: {why}')
+    check_inputs(cfg, workdir)
 
 
 def _tokenizer(cfg, mesh):
@@ -202,6 +230,7 @@ def _tokenizer(cfg, mesh):
     try:
         run = evaluation.load_run(cfg.tokenizer, mesh, tokenizer_only=True)
     except (OSError, ValueError) as error:
+        hosts.end_if_lost(error)
         raise UserError(f'tokenizer: {error}') from None
     changed = other_model(run.config, cfg, tokenizer_only=True)
     if changed:
@@ -211,10 +240,9 @@ def _tokenizer(cfg, mesh):
 
 def _lpips(cfg, mesh):
     """LPIPS' parameters, on all devices, where the tokenizer is to be trained with it, else None."""
-    t = cfg.tokenizer_training
-    wanted = t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None
-    if not wanted:
+    if not _with_lpips(cfg):
         return None
+    t = cfg.tokenizer_training
     return jax.device_put(perceptual.read(t.lpips, t.vgg), sharding.whole(mesh))
 
 

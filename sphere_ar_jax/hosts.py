@@ -91,24 +91,30 @@ def join(environ=os.environ, timeout=300):
     From then on the processes end together: see the module.
 
     Args:
-      timeout: seconds to wait for them.
+      timeout: seconds to wait for them. JAX aborts where they do not come: the process ends with 2 and a line.
     Raises:
-      HostsError: of `arguments`, or the others did not come, or not as many as the environment speaks of.
+      HostsError: of `arguments`, or not as many came as the environment speaks of.
     """
     found = arguments(environ)
     if found is None or jax.distributed.is_initialized():
         return
     # Its notifier would swallow SIGTERM for as long as the process lives; a training handles it, and nothing else may.
     jax.config.update('jax_enable_preemption_service', False)
+    where = f' at {found["coordinator_address"]}' if found else ''
+    late = f'error: the processes of this run did not find each other{where} in {timeout} s: was each started, once?'
+    times = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=_DAY)
+    slow = threading.Timer(20, _say, [f'waiting for the other processes of this run{where}'])
+    slow.start()
     try:
-        jax.distributed.initialize(
-            **found, initialization_timeout=timeout, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=_DAY
-        )
+        with _ending_as(2, late):
+            jax.distributed.initialize(**found, **times)
     except ValueError as error:
         if found or 'TPU_ML_PLATFORM' not in environ:  # a TPU machine that is in no cluster, as a notebook's, is alone
             raise HostsError(f'jax.distributed: {error}') from None
     except RuntimeError as error:
         raise HostsError(f'jax.distributed: {(str(error).splitlines() or [type(error).__name__])[0]}') from None
+    finally:
+        slow.cancel()
     if jax.distributed.is_initialized():
         _end_together()
     count, name = expected(environ)
@@ -168,22 +174,32 @@ def wait():
 _TOLD = 'sphere_ar_jax/told'  # the key under which the first process to end says why
 _ends = threading.Lock()  # held by the thread that ends this process
 _settled = []  # (exit code, line to say) of this process, from the moment that all may end; the first counts
+_calls = []  # the same, for an abort of JAX's in the thread that has called it
+_stderr = [2]  # the last one is where our lines go; JAX's threads write to 2
 
 
 def _name(index):
     return f'process {index} of {distributed.global_state.num_processes}'
 
 
+def _mute():
+    """From now on stderr is ours alone."""
+    if len(_stderr) == 1:
+        _stderr.append(os.dup(2))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _say(message):
+    with contextlib.suppress(OSError):
+        os.write(_stderr[-1], f'{message}\n'.encode() if message else b'')
+
+
 def _say_last(message=''):
     """A line on stderr, if any, after which nobody says more: JAX's threads log that others end, also after ours."""
-    stderr = 2
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    with contextlib.suppress(OSError):
-        os.write(stderr, f'{message}\n'.encode() if message else b'')
+    for action in sys.stdout.flush, sys.stderr.flush, _mute:
+        with contextlib.suppress(OSError, ValueError):
+            action()
+    _say(message)
 
 
 def _end(code, message=''):
@@ -226,8 +242,10 @@ def stop(code, message):
     """
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    _say_last()
+    with contextlib.suppress(ValueError):  # another thread than the main one has failed
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave the others waiting
     _settled.insert(0, (code, ''))  # before another's, which may have come meanwhile
+    _say_last()
     client = distributed.global_state.client
     last_word = [distributed.global_state.process_id, socket.gethostname(), code, message]
     with contextlib.suppress(Exception):  # another was first
@@ -260,21 +278,45 @@ def end_if_lost(error):
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(_):
     """JAX's coordination service ends a process whose peers are gone by abort(), in a thread of its own; they may be
-    gone because all end."""
+    gone because all end. Or in the thread that calls it: see `_ending_as`."""
+    if _calls:
+        _end(*_calls[-1])
     if isinstance(threading.current_thread(), threading._DummyThread):  # not ours: a bug elsewhere stays one
         _end(LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE}')
 
 
+_c_signal = ctypes.CDLL(None).signal  # Python's own handlers run later than abort() waits
+
+
+@contextlib.contextmanager
+def _ending_as(code, message):
+    """Around a call of JAX's that may abort: the process ends with that code and line then, without a stack trace."""
+    _calls.append((code, message))
+    _c_signal(signal.SIGABRT, _on_abort)
+    with contextlib.suppress(OSError):
+        _mute()
+    try:
+        yield
+    finally:
+        _calls.pop()
+        _c_signal(signal.SIGABRT, signal.SIG_DFL)
+        if len(_stderr) == 2:
+            os.dup2(_stderr.pop(), 2)
+
+
 def _end_together():
     """Listens to the others' last words, and makes an exit code of what JAX would only abort for."""
-    c_signal = ctypes.CDLL(None).signal
-    c_signal(signal.SIGABRT, _on_abort)  # Python's own handlers run later than abort() waits
+    _c_signal(signal.SIGABRT, _on_abort)
     listener = threading.Thread(target=_listen, daemon=True)
     listener.start()
 
     @atexit.register
     def end():
         """Waits for the others to end as well; then no thread of ours may be left, which Python would end badly."""
-        jax.distributed.shutdown()
-        c_signal(signal.SIGABRT, signal.SIG_DFL)
+        lost = LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE}'
+        try:
+            with _ending_as(*lost):
+                jax.distributed.shutdown()
+        except Exception:  # of the service, which one that waited with us has left
+            _end(*lost)
         listener.join(5)

@@ -75,7 +75,7 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
       source: FILE.pt or hf://OWNER/REPOSITORY/FILE. ema: prefer EMA weights. heads: of the AR model, see
         `convert.sizes`. like: a config whose model the checkpoint's must be, or None.
     """
-    if os.path.exists(f'{workdir}/config.json') or experiment.has(workdir, 'checkpoints'):
+    if epath.Path(workdir, 'config.json').exists() or experiment.has(workdir, 'checkpoints'):
         raise UserError(f'{workdir} has a run already: use another --workdir')
     tree = torch_file.open_file(_local(source))
     tensors = convert.state_dict(tree, ema)
@@ -134,7 +134,10 @@ def _load(workdir, like=None, tokenizer_only=False):
         mesh = sharding.make_mesh(**cfg.mesh)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return evaluation.load_run(workdir, mesh, tokenizer_only, cfg), mesh
+    run = evaluation.load_run(workdir, mesh, tokenizer_only, cfg)
+    if said := sharding.describe_not_split(mesh, {'ar': run.ar_params, 'tokenizer': run.vae_params}):
+        print(said, flush=True)
+    return run, mesh
 
 
 def pack(data_set, directory, *, shards=128, split='train', data_dir=None):

@@ -121,13 +121,8 @@ def load(lin_tensors, vgg_tensors):
     }
 
 
-def read(lin_path, vgg_path):
-    """`load` of the files `vgg.pth` and `vgg16-397923af.pth`.
-
-    Raises:
-      WeightsError: a path is None or no file is there (it then says where both files are to be had), or a file is of
-      other tensors. torch_file.FileError: a file is damaged, or none of PyTorch.
-    """
+def check_paths(lin_path, vgg_path):
+    """Raises WeightsError where a path is None or no file is there; it says where both files are to be had."""
     missing = [f'no file {path}' for path in (lin_path, vgg_path) if path is not None and not os.path.isfile(path)]
     missing += [
         f'no path to {s.split(" (")[0]}' for s, p in zip(SOURCES, (lin_path, vgg_path), strict=True) if p is None
@@ -137,6 +132,16 @@ def read(lin_path, vgg_path):
             f'LPIPS needs {" and ".join(SOURCES)}, but there is {" and ".join(missing)}: download both '
             '(training goes without at perceptual_weight=0)'
         )
+
+
+def read(lin_path, vgg_path):
+    """`load` of the files `vgg.pth` and `vgg16-397923af.pth`.
+
+    Raises:
+      WeightsError: of `check_paths`, or a file is of other tensors. torch_file.FileError: a file is damaged, or none of
+      PyTorch.
+    """
+    check_paths(lin_path, vgg_path)
     contents = [torch_file.open_file(path) for path in (lin_path, vgg_path)]
     for path, tensors in zip((lin_path, vgg_path), contents, strict=True):
         if not isinstance(tensors, dict):

@@ -146,8 +146,8 @@ def describe_not_split(mesh, tree):
     if not found:
         return ''
     name, axes, _ = max(found, key=lambda leaf: leaf[2])
-    what = f'{len(found)} arrays, {sum(leaf[2] for leaf in found) / 1e6:.1f} MB, as {name} along {axes[0]}'
-    return f'whole on every device, though rules would split them: {what}'
+    what = f'{len(found)} array(s) of {sum(leaf[2] for leaf in found) / 1e6:.1f} MB, as {name}'
+    return f'not split by mesh.{" and mesh.".join(axes)}, which does not divide: {what}'
 
 
 def local_rows(mesh, rows, spec=BATCH):

@@ -333,7 +333,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     options, started = stage.options, time.perf_counter()
     abstract = abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    if said := sharding.describe_not_split(mesh, abstract.params):
+    if said := sharding.describe_not_split(mesh, abstract):
         print(f'{stage.name}: {said}', flush=True)
     checkpoints = checkpoint.Checkpoints(f'{directory}/checkpoints', options.keep, options.keep_every)
     restored = checkpoints.restore(abstract)
@@ -386,7 +386,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                         values |= dict(seconds_per_step=seconds, images_per_second=options.batch_size / seconds)
                     writer.write(step, values, stage.shown)
                     wrong = stage.warn(values) if step >= _SETTLED else None
-                    if wrong and wrong != warned:
+                    if wrong and wrong != warned and hosts.is_first():
                         print(f'{stage.name}: step {step}: {wrong}', file=sys.stderr)
                     warned = wrong
                     averages, mark = empty, (step, time.perf_counter())
@@ -399,6 +399,9 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                     checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': frozen}, elapsed())
                 if arrived:
                     raise Preempted(arrived, step, options.steps)
+            checkpoints.wait()
+            if arrived := signals.agreed(now=True):  # while the last state was saved
+                raise Preempted(arrived, step, options.steps)
     except Exception as error:
         hosts.end_if_lost(error)
         raise

@@ -207,7 +207,8 @@ def test_slices_have_two_names():
     for text in ('v6e-256', 'v6e:16x16'):
         piece = chips.find_slice(text)
         assert (piece.name, piece.topology, piece.chips) == ('v6e-256', 'v6e:16x16', 256)
-    for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16)):
+    for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16),
+                                  ('v5litepod-16', 'v5e:4x4', 16)):  # fmt: skip
         assert (chips.find_slice(text).topology, chips.find_slice(text).chips) == (topology, count)
     for chip in chips.CHIPS.values():
         assert all(count == np.prod([int(n) for n in shape.split('x')]) for count, shape in chip.shapes.items())

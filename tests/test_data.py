@@ -319,7 +319,7 @@ def test_nothing_hangs(driver, tmp_path, what):
             [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
             env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
         )  # fmt: skip
-        too_long = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+        too_long = threading.Timer(150, os.killpg, (process.pid, signal.SIGKILL))
         too_long.start()
         try:
             workers = [int(pid) for pid in process.stdout.readline().split()]

@@ -3,7 +3,6 @@
 import functools
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +16,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from sphere_ar_jax import config, console, costs, doctor, hosts, programs, recipes, sharding, sources
+from sphere_ar_jax import config, console, costs, doctor, hosts, programs, recipes, report, sharding, sources
 from tests import tiny_config
+from tests.test_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/tiny_config.py'
@@ -47,7 +47,7 @@ def _line(lines, name):
 
 def test_a_run_that_is_all_right(capsys, tmp_path):
     workdir = tmp_path / 'runs' / 'a'
-    code, lines = _examined(capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--mode=sample')
+    code, lines = _examined(capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3')
     assert code == 0 and lines[-1].startswith('0 failed')
     assert max(map(len, lines)) <= doctor.WIDTH and len(lines) <= 24  # a screen
     assert _line(lines, 'processes') == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
@@ -55,7 +55,8 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
     assert _line(lines, 'mesh') == f'ok mesh data {jax.device_count()}, fsdp 1, tensor 1'
     assert '1438 images to train on, 10 classes' in _line(lines, 'data')
     assert os.environ['JAX_COMPILATION_CACHE_DIR'] in _line(lines, 'cache').replace(' ', '')
-    assert 'not looked at: --mode=sample' in _line(lines, 'flags')
+    assert 'not looked at: --columns=3' in _line(lines, 'flags')
+    assert _line(lines, 'inputs') == 'ok inputs nothing is read but images'
     assert f'{workdir} can be written; checkpoints will take' in _line(lines, 'workdir')
     assert list(tmp_path.iterdir()) == []  # nothing was left
 
@@ -65,6 +66,39 @@ def test_a_run_that_cannot_be(capsys):
     assert code == 1 and lines[-1].startswith('2 failed')
     assert _line(lines, 'workdir') == 'FAIL workdir /dev/null/x cannot be written: Not a directory'
     assert 'FAIL data /nowhere cannot be read: No such file or directory' in _line(lines, 'data')
+
+
+def test_what_else_a_training_reads(capsys, tmp_path):
+    for words, said in [
+        (('--config.tokenizer_training.steps=0',), 'no tokenizer was converted into the workdir: give --config.tok'),
+        ((f'--config.tokenizer={tmp_path}',), f'tokenizer: there is no run in {tmp_path}'),
+    ]:
+        code, lines = _examined(capsys, TINY, *words)
+        assert code == 1 and _line(lines, 'inputs').startswith('FAIL')
+        assert said.replace(' ', '') in _line(lines, 'inputs').replace(' ', '')
+    report.write_json(f'{tmp_path}/config.json', config.as_dict(tiny_config.get_config()))
+    code, lines = _examined(capsys, TINY, f'--config.tokenizer={tmp_path}')
+    assert code == 0 and _line(lines, 'inputs').replace(' ', '') == f'okinputs{tmp_path}'
+    with pytest.raises(ValueError, match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16"):
+        doctor.check_inputs(recipes.published_vae(''), None)
+
+
+def test_of_other_modes_no_training_is_looked_at(capsys):
+    code, lines = _examined(capsys, '--config=configs/ar_l.py', '--mode=sample')
+    assert code == 0 and 'of --mode=sample only the machine and the workdir are looked at' in _line(lines, 'flags')
+    assert not any(line[6:].startswith(('data', 'inputs', 'memory', 'mesh')) for line in lines)
+    code, lines = _examined(capsys, '--config=configs/ar_l.py')
+    assert code == 1 and lines[-1].startswith('2 failed')  # data and tokenizer
+
+
+def test_what_the_mesh_does_not_split(capsys):
+    code, lines = _examined(capsys, TINY, '--config.ar.heads=1', '--config.mesh.tensor=2', '--config.mesh.data=1')
+    if jax.device_count() > 1:
+        assert code == 0 and 'WARN mesh ar: not split by mesh.tensor, which does not divide: ' in ' '.join(
+            ' '.join(lines).split()
+        )
+    else:
+        assert code == 1 and 'not possible with 1 device(s)' in _line(lines, 'mesh')
 
 
 def test_a_config_that_cannot_be(capsys):
@@ -391,6 +425,21 @@ def test_which_processes_belong_together(environ, expected):
     assert hosts.arguments(environ) == expected
 
 
+def test_another_number_of_processes_than_expected(monkeypatch):
+    """As where some hosts of a slice were not started: JAX joins those that it is told of."""
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: None)
+    joined = iter([False, True])
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: next(joined))
+    monkeypatch.setattr(hosts, '_end_together', lambda: None)
+    preemption = jax.config.jax_enable_preemption_service
+    slurm = {'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '16'}
+    try:
+        with pytest.raises(hosts.HostsError, match=r'^1 process\(es\) joined, but SLURM_NTASKS speaks of 16$'):
+            hosts.join(slurm)
+    finally:
+        jax.config.update('jax_enable_preemption_service', preemption)
+
+
 @pytest.mark.parametrize(
     'wrong, said',
     [
@@ -403,12 +452,6 @@ def test_which_processes_belong_together(environ, expected):
 def test_processes_that_make_no_sense(wrong, said):
     with pytest.raises(hosts.HostsError, match=said):
         hosts.arguments(BY_HAND | wrong)
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
 
 
 def _processes(environs, *words):
@@ -427,17 +470,29 @@ JOINED = 'from sphere_ar_jax import hosts; import jax; hosts.join(); print(jax.p
 @pytest.mark.parametrize('by', ['hand', 'slurm'])
 def test_two_processes_join(by):
     if by == 'hand':
-        common = {'JAX_COORDINATOR_ADDRESS': f'localhost:{_free_port()}', 'JAX_NUM_PROCESSES': '2'}
+        common = {'JAX_COORDINATOR_ADDRESS': f'localhost:{free_port()}', 'JAX_NUM_PROCESSES': '2'}
         environs = [common | {'JAX_PROCESS_ID': str(i)} for i in range(2)]
     else:
         common = {'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
-        common['JAX_COORDINATOR_PORT'] = str(_free_port())
+        common['JAX_COORDINATOR_PORT'] = str(free_port())
         environs = [common | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)} for i in range(2)]
     assert _processes(environs, '-c', JOINED) == [(0, '0 2\n'), (0, '1 2\n')]
 
 
+@pytest.mark.parametrize('index', ['0', '1'])
+def test_a_process_that_comes_alone_ends_in_a_line(index):
+    port = free_port()
+    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index}
+    done = subprocess.run(
+        [sys.executable, '-c', 'from sphere_ar_jax import hosts; hosts.join(timeout=2)'], cwd=ROOT, text=True,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
+    )  # fmt: skip
+    said = f'the processes of this run did not find each other at localhost:{port} in 2 s: was each started, once?'
+    assert (done.returncode, done.stderr) == (2, f'error: {said}\n')
+
+
 def test_processes_that_do_not_come_are_not_waited_for():
-    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{_free_port()}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
+    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{free_port()}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
     ((code, output),) = _processes([environ], '-m', 'sphere_ar_jax.doctor', '--timeout=1', TINY)
     assert code == 1 and 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
     assert 'devices' not in output

@@ -162,7 +162,7 @@ WRONG = {
     'too many classes': ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
     'no LPIPS': ({'tokenizer_training.perceptual_weight': 1.0}, r'vgg\.pth.*vgg16-397923af\.pth.*perceptual_weight=0'),
     'no tokenizer': ({'tokenizer_training.steps': 0}, r'give --config\.tokenizer=DIR'),
-    'not a run': ({'tokenizer_training.steps': 0, 'tokenizer': '/nowhere'}, 'tokenizer: .*/nowhere'),
+    'not a run': ({'tokenizer_training.steps': 0, 'tokenizer': '/nowhere'}, '^tokenizer: there is no run in /nowhere$'),
 }
 
 

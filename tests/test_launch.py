@@ -259,6 +259,14 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
     assert environ['JAX_COMPILATION_CACHE_DIR'] == 'gs://bucket/compilation_cache'
 
 
+@pytest.mark.parametrize('script, flag', [('tpu', '--accelerator-type'), ('xpk', '--tpu-type')])
+def test_both_names_of_v5e(stubs, script, flag):
+    for name in 'v5e-16', 'v5litepod-16':
+        said = stubs.run(script, *PLAIN, '--dry-run', TPU_TYPE=name)
+        assert said.returncode == 0 and f'{flag}=v5litepod-16 ' in said.stdout
+        assert script == 'xpk' or '--runtime-version=v2-alpha-tpuv5-lite ' in said.stdout
+
+
 def test_tpu_with_several_slices(stubs):
     calls = [call for call, _ in _printed(stubs, 'tpu', PLAIN, SLICES='3', DOCTOR='0', KEEP='1')]
     assert '--node-count=3' in calls[0] and '--node-prefix=l' in calls[0] and '--node-id=l' not in calls[0]

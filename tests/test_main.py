@@ -111,7 +111,7 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     chex.assert_trees_all_equal(run.ar_params['stack'], teacher.ar_params['stack'])
     for wrong, message in (
         ({}, 'give --config.init_from=DIR'),
-        ({'init_from': f'{tmp_path}/none'}, 'init_from: '),
+        ({'init_from': f'{tmp_path}/none'}, 'init_from: there is no run in '),
         ({'init_from': f'{tmp_path}', 'ar.width': 32}, 'ar.width 16 → 32'),
         ({'init_from': f'{tmp_path}', 'sampling.num_steps': 3}, r'knows equal steps of \(1, 2\)'),
         ({'init_from': f'{tmp_path}/distilled'}, 'has a distilled head'),

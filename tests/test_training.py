@@ -203,6 +203,20 @@ def test_a_finished_stage_is_only_read(tmp_path):
     assert 0 < stated <= seconds
 
 
+def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatch):
+    cfg, wait = get_config(), checkpoint.Checkpoints.wait
+
+    def terminated(checkpoints):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, 'wait', terminated)
+    with pytest.raises(training.Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
+        _train(cfg, tmp_path)
+    assert int(_train(cfg, tmp_path)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
+
+
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
     """What `reading` gives reaches the batches, which begin with the epoch of the step; other data are refused."""
     cfg, epochs, source = get_config(), [], data.Digits('train', 0, holdout=0.99)
