@@ -23,7 +23,7 @@ dtype=…    bfloat16 or float32 (the default) of the computation
 tpu        what slices of TPUs want: bfloat16, and --config.mesh.fsdp=4: every chip keeps a quarter of the state, where
            optimizer and EMA would move more memory than the model. What else a slice takes: --mode=compile. Blocks
            are computed again in the backward pass (remat) with or without; --config.ar.remat=False where memory is
-           plenty: it computes a quarter less, and moves more memory.
+           plenty: it computes a fifth less, and moves more memory.
 512        512×512 pixels, 32×32 tokens; not a published model
 fast       the sampler of the fewest evaluations that lost nothing on the digits (BUILD_NOTES.md, "Fewer
            evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.

@@ -3,7 +3,7 @@
 Command:   python -m sphere_ar_jax.main --config=configs/ar_h.py:data=/data/ILSVRC2012_img_train.tar --workdir=DIR \\
                --config.tokenizer=VAE     (the workdir of configs/vae.py, or of a converted vae.pt)
 Hardware:  accelerators; 400 epochs are 1,000,800 steps of 512 images. With the argument tpu that batch fits every slice
-           of TPUs from v5e-16 on, as their compiler lays it out (13.8 of 16 GiB a chip there, 5.6 of 32 on v6e-256);
+           of TPUs from v5e-16 on, as their compiler lays it out (13.9 of 16 GiB a chip there, 5.7 of 32 on v6e-256);
            at half of all peak rates it would take 0.40 days on v6e-256, 1.8 on v4-128, 12.7 on v5e-16. No TPU has run
            it yet: BUILD_NOTES.md, "The TPU compiler". The step on two CPU cores: there, "Speed".
 Result:    1.34 FID, 300.0 IS, .80 precision, .64 recall by --mode=evaluate,
@@ -23,7 +23,7 @@ dtype=…    bfloat16 or float32 (the default) of the computation
 tpu        what slices of TPUs want: bfloat16, and --config.mesh.fsdp=4: every chip keeps a quarter of the state, where
            optimizer and EMA would move more memory than the model. What else a slice takes: --mode=compile. Blocks
            are computed again in the backward pass (remat) with or without; --config.ar.remat=False where memory is
-           plenty: it computes a quarter less, and moves more memory.
+           plenty: it computes a fifth less, and moves more memory.
 512        512×512 pixels, 32×32 tokens; not a published model
 fast       the sampler of the fewest evaluations that lost nothing on the digits (BUILD_NOTES.md, "Fewer
            evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.

@@ -91,7 +91,7 @@ def join(environ=os.environ, timeout=300):
     From then on the processes end together: see the module.
 
     Args:
-      timeout: seconds to wait for them. JAX aborts where they do not come: the process ends with 2 and a line.
+      timeout: seconds to wait for them. JAX aborts where they do not come: the process ends with 1 and a line.
     Raises:
       HostsError: of `arguments`, or not as many came as the environment speaks of.
     """
@@ -106,7 +106,7 @@ def join(environ=os.environ, timeout=300):
     slow = threading.Timer(20, _say, [f'waiting for the other processes of this run{where}'])
     slow.start()
     try:
-        with _ending_as(2, late):
+        with _ending_as(1, late):  # not 2: tried again, it may go well
             jax.distributed.initialize(**found, **times)
     except ValueError as error:
         if found or 'TPU_ML_PLATFORM' not in environ:  # a TPU machine that is in no cluster, as a notebook's, is alone
