@@ -213,8 +213,8 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint.Checkpoints, 'wait', terminated)
     with pytest.raises(training.Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
-        _train(cfg, tmp_path)
-    assert int(_train(cfg, tmp_path)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
+        _train(cfg, tmp_path, 1)
+    assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
 
 
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
