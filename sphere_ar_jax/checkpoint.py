@@ -174,7 +174,7 @@ class Checkpoints:
           DamagedError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
-            self._manager.wait_until_finished()  # of a save of this process
+            self.wait()  # for a save of this process
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
             found, reason = self._judge(step, like)

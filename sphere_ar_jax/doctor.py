@@ -182,22 +182,19 @@ def check_mesh(mesh, batch_sizes):
 
 def _run_checks(cfg, found, limit):
     """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of `programs.stages`."""
-    import jax
-
     from sphere_ar_jax import costs, programs, sharding, training
 
     mesh = sharding.make_mesh(**cfg.mesh)
     batch_sizes = {
         f'{name}_training.batch_size': (s.options.batch_size, s.options.accumulate) for name, (s, _) in found.items()
     }
-    checks = [check_mesh(mesh, batch_sizes)]
-    for name, (stage, _) in found.items():
-        if said := sharding.describe_not_split(mesh, training.abstract_state(stage, mesh)):
-            checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
-    disk = 0
+    checks, disk = [check_mesh(mesh, batch_sizes)], 0
     for name, (stage, frozen) in found.items():
+        state = training.abstract_state(stage, mesh)
+        if said := sharding.describe_not_split(mesh, state):
+            checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))
-        once = costs.tree_bytes(jax.eval_shape(stage.init, jax.random.key(0)))
+        once = costs.tree_bytes(state)
         # One more is written before the oldest goes.
         disk += once * (stage.options.keep + 1)
         if stage.options.keep_every:

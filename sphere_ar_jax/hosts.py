@@ -261,6 +261,11 @@ _GONE = re.compile(
 _LOST_LINE = 'another process of this run is gone or does not answer: stopped; start all of them again, the run goes on'
 
 
+def _lost(reason=''):
+    """(exit code, line) of this process where another is gone."""
+    return LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE}' + (f' ({reason})' if reason else '')
+
+
 def is_lost(error):
     """Whether an exception of JAX says that another process is gone."""
     of_jax = type(error) in (ValueError, RuntimeError, jax.errors.JaxRuntimeError)
@@ -271,8 +276,7 @@ def end_if_lost(error):
     """Ends this process with the code LOST if the error says that another is gone; to be called before any clean-up,
     which would wait for that one."""
     if is_lost(error):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        _end(LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE} ({reason})')
+        _end(*_lost((str(error).strip() or type(error).__name__).splitlines()[0][:160]))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -282,7 +286,7 @@ def _on_abort(_):
     if _calls:
         _end(*_calls[-1])
     if isinstance(threading.current_thread(), threading._DummyThread):  # not ours: a bug elsewhere stays one
-        _end(LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE}')
+        _end(*_lost())
 
 
 _c_signal = ctypes.CDLL(None).signal  # Python's own handlers run later than abort() waits
@@ -313,10 +317,9 @@ def _end_together():
     @atexit.register
     def end():
         """Waits for the others to end as well; then no thread of ours may be left, which Python would end badly."""
-        lost = LOST, f'{_name(distributed.global_state.process_id)}: {_LOST_LINE}'
         try:
-            with _ending_as(*lost):
+            with _ending_as(*_lost()):
                 jax.distributed.shutdown()
         except Exception:  # of the service, which one that waited with us has left
-            _end(*lost)
+            _end(*_lost())
         listener.join(5)

@@ -268,7 +268,7 @@ class _Signals:
         self.arrived = number
         signal.signal(number, self._previous[number])
 
-    def agreed(self, now):
+    def agreed(self, now=False):
         """The number of a signal that reached any process, 0 for none: the same in all, which call it at each step.
 
         It is one call late, so that the device is never idle, but for `now`."""
@@ -393,14 +393,14 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                 if watch is not None and step % watch.every == 0:
                     watch.look(step, state.eval_params, writer)
                     mark = step, time.perf_counter()
-                arrived = signals.agreed(now=step == options.steps)
+                arrived = signals.agreed()
                 if step % options.checkpoint_every == 0 or step == options.steps or arrived:
                     _check_finite(pending, step, checkpoints, stage)  # nothing that is not finite is ever saved
                     checkpoints.save(step, state, {'batches': batches.get_state(), 'frozen': frozen}, elapsed())
                 if arrived:
                     raise Preempted(arrived, step, options.steps)
             checkpoints.wait()
-            if arrived := signals.agreed(now=True):  # while the last state was saved
+            if arrived := signals.agreed(now=True):  # at the last step, or while its state was saved
                 raise Preempted(arrived, step, options.steps)
     except Exception as error:
         hosts.end_if_lost(error)
