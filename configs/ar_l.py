@@ -32,7 +32,7 @@ smoke      20 steps of a shallow model on 64×64 pixels, to see that everything 
                --config.tokenizer=/tmp/vae_smoke --workdir=/tmp/ar_l_smoke
 """
 
-from sphere_ar_jax import recipes
+from sphere_ar_jax.config import recipes
 
 
 def get_config(arg=''):

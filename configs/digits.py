@@ -18,7 +18,8 @@ loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy cop
 constant guidance: with 16 tokens the first one, which the linear schedule leaves unguided, is much of the digit.
 """
 
-from sphere_ar_jax import config, recipes
+from sphere_ar_jax import config
+from sphere_ar_jax.config import recipes
 
 
 def get_config(arg=''):

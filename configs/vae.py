@@ -22,12 +22,12 @@ dtype=…    bfloat16 or float32 (the default) of the computation
 tpu        what slices of TPUs want: bfloat16
 512        512×512 pixels, 32×32 tokens; not a published model
 smoke      20 steps of a shallow S-VAE on 64×64 pixels, to see that everything runs, on a CPU, in about a minute:
-           python -m sphere_ar_jax.stand_in /tmp/stand_in
+           python -m sphere_ar_jax.data.stand_in /tmp/stand_in
            python -m sphere_ar_jax.main --config=configs/vae.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar \\
                --workdir=/tmp/vae_smoke
 """
 
-from sphere_ar_jax import recipes
+from sphere_ar_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -1,3 +1,13 @@
 """SphereAR in JAX: continuous-token autoregressive image generation on a hypersphere (arXiv 2509.24335)."""
 
+import importlib
+from types import ModuleType
+
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Finds `recipes`, which config files of version 0.1 import from here."""
+    if name == 'recipes':
+        return importlib.import_module('sphere_ar_jax.config.recipes')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

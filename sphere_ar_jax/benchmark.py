@@ -7,24 +7,16 @@ and eager), so that start, compilation and peak memory are its own. The sides th
 so that a ratio compares minutes that were alike. Results: a table on the screen, OUTPUT/benchmark.json and .md.
 """
 
-import ctypes
-import gc
-import json
-import math
 import os
-import platform
-import subprocess
 import sys
-import tempfile
-import time
 
-import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sphere_ar_jax import against, config, convert, costs, parts, report, sampling
-from sphere_ar_jax.main import one_line
+from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.flow import plan
+from sphere_ar_jax.measure import compare, our_parts
+from sphere_ar_jax.runtime.console import one_line
 
 _FLAGS = flags.FlagValues()  # of its own: `main` has flags of the same names
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,321 +39,6 @@ _CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, d
 _WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.', flag_values=_FLAGS)
 
 
-def _prepare(job):
-    """One part and side in this process: (function that runs it once, what it says of itself, peak device memory)."""
-    cfg = config.from_dict(job['config'])
-    if job['side'] == 'ours':
-        side = parts.Part(cfg, job['part'], job['batch'], job['weights'])
-        device = jax.devices()[0]
-        peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
-        return side.run, {'flops': side.flops, 'bytes': float(side.bytes)}, peak
-    ar, vae, s = config.build_ar(cfg), config.build_vae(cfg), cfg.sampling
-    training = cfg.ar_training if job['part'] == 'train_ar' else cfg.tokenizer_training
-    options = {
-        'ema_decay': training.ema_decay, 'copies': cfg.ar_training.copies,
-        'l2_weight': cfg.tokenizer_training.l2_weight, 'bfloat16': cfg.dtype == 'bfloat16',
-    }  # fmt: skip
-    inputs, where = parts.inputs(ar, vae, job['batch']), parts.positions(ar.num_tokens)
-    name = 'cold' if job['part'] == 'cached' else job['part']
-    ours_alone = time.time() - job['spawned']  # our imports are no part of their start
-    sampler = s.num_steps, s.guidance, s.guidance_scale
-    run, peak = against.part(
-        job['against'], job['side'] == 'compiled', name, ar, vae, job['weights'], job['batch'], sampler, options,
-        inputs, where,
-    )  # fmt: skip
-    return run, {'not_theirs': ours_alone}, peak
-
-
-def _worker(job):
-    """A process of one part and side: prepares it, says so, then runs it once for every line on its standard input."""
-    with open(job) as f:
-        job = json.load(f)
-    say = lambda **values: print('\t' + json.dumps(values), flush=True)
-    compiling = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiling.append(seconds) if event.endswith('backend_compile_duration') else None
-    )
-    try:
-        run, about, peak = _prepare(job)
-        out = run()
-        if job['side'] == 'ours':
-            about['compile_seconds'] = sum(compiling)
-        if job['result']:
-            np.save(job['result'], out)
-        if job['part'] not in parts.STARTS:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed, compilers above all, goes back to the system
-            with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
-                f.write('5')
-        say(ready=True, **about)
-        for _ in sys.stdin:
-            started = time.perf_counter()
-            run()
-            say(seconds=time.perf_counter() - started)
-        with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
-            rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-        say(rss=rss, device_bytes=peak())
-    except Exception as error:
-        say(error=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
-
-
-class _Side:
-    """A running worker: start to ready in `start_seconds`, then one `run()` after the other."""
-
-    def __init__(self, job, directory):
-        path = os.path.join(directory, f'{job["side"]}.json')
-        job = job | {'spawned': time.time()}
-        with open(path, 'w') as f:
-            json.dump(job, f)
-        started = time.perf_counter()
-        command = [sys.executable, '-m', 'sphere_ar_jax.benchmark', f'--worker={path}']
-        # caches of this part alone: empty for the first start of a side, full for the second
-        environment = os.environ | {
-            name: os.path.join(directory, name)
-            for name in ('JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')
-        }
-        self.log = open(os.path.join(directory, f'{job["side"]}.log'), 'w+')  # noqa: SIM115, closed in `close`
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
-            env=environment,
-        )  # fmt: skip
-        self.about = self._read()
-        self.start_seconds = time.perf_counter() - started - self.about.pop('not_theirs', 0)
-
-    def _read(self):
-        for line in self.process.stdout:
-            if line.startswith('\t{'):
-                values = json.loads(line)
-                if 'error' in values:
-                    raise RuntimeError(values['error'])
-                return values
-        self.log.seek(0)
-        raise RuntimeError((self.log.read().strip().splitlines() or ['ended without a word'])[-1])
-
-    def run(self):
-        self.process.stdin.write('\n')
-        return self._read()['seconds']
-
-    def close(self):
-        self.process.stdin.close()
-        last = self._read()
-        self.process.wait()
-        self.log.close()
-        return last
-
-
-def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
-    """One part on all sides, taking turns.
-
-    Returns:
-      {'machine': medians of `costs.machine`, measured in the same rounds, side: {'start_seconds', 'seconds' (median),
-      'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes` of ours and, for what both compute from the
-      same inputs, `difference`, the largest to ours relative to its scale.
-    """
-    comparable = part in ('prefill', 'transformer', 'decode')
-    found, running, times = {}, {}, {}
-    with tempfile.TemporaryDirectory() as directory:
-
-        def guarded(side, action):
-            """Its result, or None where the side failed: that is noted, and the side is left out from then on."""
-            try:
-                return action()
-            except (RuntimeError, OSError) as error:
-                found[side] = {'error': str(error)}
-                if side in running:
-                    running.pop(side).process.kill()
-
-        def start(side):
-            job = dict(
-                config=config.as_dict(cfg), part=part, batch=batch, side=side, weights=weights,
-                against=checkout, result=os.path.join(directory, f'{side}.npy') if comparable else None,
-            )  # fmt: skip
-            if part == 'cached':
-                _Side(job, directory).close()
-            return _Side(job, directory)
-
-        for side in sides:
-            times[side] = []
-            worker = guarded(side, lambda side=side: start(side))
-            if worker is not None:
-                running[side] = worker
-        rates = [costs.machine(2 * batch, config.dtype(cfg))]
-        for _ in range(0 if part in parts.STARTS else repeats):
-            for side, worker in list(running.items()):
-                times[side].append(guarded(side, worker.run))
-            rates.append(costs.machine(2 * batch, config.dtype(cfg)))
-        found['machine'] = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
-        count = len(parts.positions(config.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
-        for side, worker in list(running.items()):
-            last = guarded(side, worker.close)
-            if last is None:
-                continue
-            t = np.array(times[side] or [worker.start_seconds]) / count
-            found[side] = {
-                'start_seconds': worker.start_seconds, 'seconds': float(np.median(t)),
-                'spread': float(np.subtract(*np.percentile(t, [75, 25]))), 'repeats': len(t),
-                'peak_bytes': last['device_bytes'] or last['rss'],
-                **{k: v for k, v in worker.about.items() if k != 'ready'},
-            }  # fmt: skip
-            if comparable and side != 'ours' and 'ours' in running:
-                a, b = (np.load(os.path.join(directory, f'{s}.npy')) for s in ('ours', side))
-                found[side]['difference'] = float(np.abs(a - b).max() / np.abs(a).max())
-    return found
-
-
-def floor_seconds(about, machine):
-    """The time below which a part cannot come: its operations at the rate of large products, or its weights and cache
-    read once for each use, whichever takes longer."""
-    return max(about['flops'] / machine['matrix_flops'], about['bytes'] / machine['bytes_per_second'])
-
-
-# seconds: median of the runs, spread: their interquartile range; start: process start to the first result; ratio:
-# seconds of the side over ours; differs by: the largest difference of the results over ours' largest value
-COLUMNS = (
-    'part', 'side', 'seconds', 'spread', 'start', 'compiling', 'peak MB', 'GFLOP', 'of rate', 'floor', '× floor',
-    'ratio', 'differs by',
-)  # fmt: skip
-SAMPLING = ('prefill', 'transformer', 'head', 'decode')
-
-
-def _uses(num_tokens):
-    """How often each part of `SAMPLING` runs for one batch of images."""
-    return {'prefill': 1, 'transformer': num_tokens - 1, 'head': num_tokens, 'decode': 1}
-
-
-def sampling_seconds(seconds, num_tokens):
-    """Seconds for a batch of images from those of the parts."""
-    return sum(seconds[part] * n for part, n in _uses(num_tokens).items())
-
-
-def markdown(results):
-    """Results as tables."""
-    lines = [
-        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
-        '',
-        f'| {" | ".join(COLUMNS)} |',
-        '|' + '---|' * len(COLUMNS),
-    ]
-    rates = []
-    for part, sides in results['parts'].items():
-        ours, m = sides['ours'], sides['machine']
-        rates.append(
-            f'{part} {m["matrix_flops"] / 1e9:.0f} ({m["matrix_flops_rows"] / 1e9:.0f}), '
-            f'{m["bytes_per_second"] / 1e9:.0f}'
-        )
-        for side, r in sides.items():
-            if side == 'machine':
-                continue
-            if 'error' in r:
-                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 10)
-                continue
-            cells = [
-                f'{r["seconds"]:.4g}',
-                f'{r["spread"]:.2g}',
-                f'{r["start_seconds"]:.1f}',
-                f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '',
-                f'{r["peak_bytes"] / 2**20:.0f}',
-            ]
-            if side == 'ours' and r['flops']:
-                floor = floor_seconds(r, m)
-                share = r['flops'] / r['seconds'] / m['matrix_flops']
-                cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
-            else:
-                cells += [''] * 4
-            ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
-            cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
-            lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
-    for side in ('ours', 'compiled', 'eager'):
-        seconds = {p: results['parts'].get(p, {}).get(side, {}).get('seconds') for p in SAMPLING}
-        if all(seconds.values()):
-            whole = sampling_seconds(seconds, results['tokens'])
-            split = ', '.join(f'{p} {seconds[p] * n / whole:.1%}' for p, n in _uses(results['tokens']).items())
-            lines += ['', f'Sampling, {side}: {results["batch"] / whole:.4g} images/s ({split})']
-    lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
-    for rows in results.get('curves', {}).values():
-        columns = list(rows[0])
-        lines += ['', f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
-        lines += ['| ' + ' | '.join(f'{row[c]:.4g}' for c in columns) + ' |' for row in rows]
-    return '\n'.join(lines) + '\n'
-
-
-def _describe(cfg):
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == 'cpu':
-        with open('/proc/cpuinfo') as f:
-            models = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
-        name = f'{models[0] if models else platform.processor()} × {len(os.sched_getaffinity(0))} cores'
-    return f'{name}, {cfg.dtype}, Python {platform.python_version()}, JAX {jax.__version__}'
-
-
-def curves(cfg, batch, repeats):
-    """Our cost against batch size, tokens, depth and solver steps: one list of rows for each."""
-
-    def row(key, value, cfg, batch):
-        missing = {'seconds': math.nan, 'peak_bytes': math.nan}
-        r = {part: missing | measure(cfg, part, batch, ['ours'], repeats)['ours'] for part in ('transformer', 'head')}
-        return {key: value} | {
-            'transformer s/token': r['transformer']['seconds'], 'head s/token': r['head']['seconds'],
-            's/token': r['transformer']['seconds'] + r['head']['seconds'],
-            'peak MB': max(part['peak_bytes'] for part in r.values()) / 2**20,
-        }  # fmt: skip
-
-    def changed(**values):
-        other = cfg.copy_and_resolve_references()
-        other.update_from_flattened_dict(values)
-        return other
-
-    return {
-        'batch': [row('images', b, cfg, b) for b in (1, 4, 16, 64)],
-        'tokens': [row('tokens', g * g, changed(**{'vae.grid': (g, g)}), batch) for g in (4, 8, 16, 32)],
-        'depth': [row('blocks', d, changed(**{'ar.depth': d}), batch) for d in (6, 12, 24, 48)],
-        'steps': [row('steps', n, changed(**{'sampling.num_steps': n}), batch) for n in (10, 25, 50, 100, 200)],
-    }
-
-
-def _write(results, output):
-    report.write_json(os.path.join(output, 'benchmark.json'), results)
-    with open(os.path.join(output, 'benchmark.md'), 'w') as f:
-        f.write(markdown(results))
-
-
-def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, with_curves):
-    """Measures the parts, writes the tables; returns the results."""
-    os.makedirs(output, exist_ok=True)
-    results = {
-        'config': name,
-        'tokens': config.build_ar(cfg).num_tokens,
-        'batch': batch,
-        'train_batch': train_batch,
-        'machine': _describe(cfg),
-        'parts': {},
-    }
-    sides = ['ours', *(sides if checkout else [])]
-    with tempfile.TemporaryDirectory() as directory:
-        weights = None
-        if checkout:
-            weights = os.path.join(directory, 'weights.npz')
-            tensors = {}
-            for seed, model in ((1, config.build_ar(cfg)), (2, config.build_vae(cfg))):
-                tensors |= convert.to_torch(parts.random_params(model, seed))
-            np.savez(weights, **tensors)
-        for part in names:
-            print(f'{part}: {parts.PARTS[part]}', flush=True)
-            size = train_batch if part.startswith('train') else batch
-            found = measure(cfg, part, size, sides, repeats, weights, checkout)
-            results['parts'][part] = found
-            for side in sides:
-                r = found[side]
-                print(f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}', flush=True)
-            _write(results, output)
-    if with_curves:
-        results['curves'] = curves(cfg, batch, repeats)
-    _write(results, output)
-    print('\n' + markdown(results))
-    return results
-
-
 def _fail(message):
     sys.exit(f'error: {message}')
 
@@ -372,24 +49,24 @@ def main(argv):
         return print(f'{__doc__}\n{_FLAGS.main_module_help()}')
     try:
         rest = _FLAGS(argv)[1:]
-        cfg = None if _WORKER.value or _CONFIG.value is None else config.check(_CONFIG.value)
+        cfg = None if _WORKER.value or _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # also whatever a config file raises
         _fail(one_line(error))
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # processes share the accelerator
     if _WORKER.value:
-        return _worker(_WORKER.value)
+        return compare.work(_WORKER.value)
     if rest:
         _fail(f'{rest[0]} is no flag')
     if cfg is None or _OUTPUT.value is None:
         _fail('give --config=configs/NAME.py and --output=DIR')
-    names = _PARTS.value or [part for part in parts.PARTS if part != 'sample']
-    unknown = [part for part in names if part not in parts.PARTS]
+    names = _PARTS.value or [part for part in our_parts.PARTS if part != 'sample']
+    unknown = [part for part in names if part not in our_parts.PARTS]
     if unknown:
-        _fail(f'no part {unknown[0]}; there are {", ".join(parts.PARTS)}')
+        _fail(f'no part {unknown[0]}; there are {", ".join(our_parts.PARTS)}')
     if _AGAINST.value:
         if not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
             _fail(f'{_AGAINST.value} is no checkout of guolinke/SphereAR')
-        plain = config.build_sampler(cfg) == sampling.Options(
+        plain = build.build_sampler(cfg) == plan.Options(
             num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance
         )
         if not plain or cfg.sampling.guidance is None or cfg.init_from is not None:
@@ -397,7 +74,7 @@ def main(argv):
                 'the public code samples by euler_maruyama with guidance alone: use a config that does, without :fast'
             )
     name = ' '.join(a.removeprefix('--config=') for a in argv if a.startswith('--config'))
-    run(
+    compare.run(
         cfg, name, _OUTPUT.value, names, _BATCH.value, _TRAIN_BATCH.value or _BATCH.value, _REPEATS.value,
         _AGAINST.value, _SIDES.value, _CURVES.value,
     )  # fmt: skip

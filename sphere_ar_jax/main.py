@@ -1,7 +1,7 @@
 """The entry point: python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]
 
 Trains the tokenizer, trains the AR model on its tokens, samples, scores, and writes pictures and report.html. Started
-again in the same workdir it goes on where it stopped. What else --mode does, see `jobs`:
+again in the same workdir it goes on where it stopped. What else --mode does, see `draw`:
 
   --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema] [--heads=N]
   --mode=export --workdir=DIR --output=FILE.safetensors
@@ -11,33 +11,42 @@ again in the same workdir it goes on where it stopped. What else --mode does, se
   --mode=evaluate --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
                   [--lpips=vgg.pth --vgg=vgg16.pth]
   --mode=compile --config=FILE --topology=v6e-256[,v5p-64,…] [--parts=train,sample,evaluate] [--output=FILE.json]
-                  [--noaudit]: what the programs would take on TPUs; needs none, see `ahead`
+                  [--noaudit]: what the programs would take on TPUs; needs none, see `compile_ahead`
 
 With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
 
 Started as several processes, see `hosts`, training, sample, grid and evaluate are one run of all of them.
 """
 
+import difflib
+import os
+import re
+import shlex
+import signal
+import sys
 import time
+import traceback
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sphere_ar_jax.commands import checkpoints, draw, evaluate, pack, train
+from sphere_ar_jax.config import checks, schema
+from sphere_ar_jax.data import batches, imagenet, sources
+from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights
+from sphere_ar_jax.interop import torch_file, torch_names
+from sphere_ar_jax.interop.lpips import WeightsError
+from sphere_ar_jax.measure import compile_ahead
+from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.runtime import console, hosts
+from sphere_ar_jax.runtime.checkpoint import DamagedError
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.files import absolute, compilation_cache
+from sphere_ar_jax.sampling import generation
+from sphere_ar_jax.training import adversarial, loop, signals, state
 
 _STARTED = time.perf_counter()
-
-import difflib  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import re  # noqa: E402
-import shlex  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-import zlib  # noqa: E402
-
-import jax  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
-
-from sphere_ar_jax import ahead, checkpoint, config, experiment, hosts, jobs, training  # noqa: E402
-from sphere_ar_jax.console import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
@@ -80,34 +89,6 @@ _OPTIONS = (
 )
 
 
-def compilation_cache(environ):
-    """Where compiled programs are kept for the next start, or None where JAX_COMPILATION_CACHE_DIR says it already.
-
-    A directory of the user's for each kind of processor, since programs for CPUs are compiled for the one they run on.
-    """
-    if 'JAX_COMPILATION_CACHE_DIR' in environ:
-        return None
-    root = environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-    try:
-        with open('/proc/cpuinfo') as f:
-            processor = next((line for line in f if line.startswith(('flags', 'Features'))), '')
-    except OSError:
-        processor = platform.processor()
-    return os.path.join(root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}')
-
-
-def one_line(error):
-    """An exception's message in one line; of a traceback inside a message, the last line."""
-    message = str(error.args[0] if error.args and isinstance(error, KeyError | AttributeError) else error)
-    hint = re.search(r'Did you mean .*', message)  # ml_collections prints all keys before it
-    if hint:
-        return hint.group()
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if any(line.startswith('Traceback') for line in lines) else ' '.join(lines)
-
-
 def _parse_flags(argv):
     """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one line (UserError)."""
     try:
@@ -121,14 +102,14 @@ def _parse_flags(argv):
         if file is not None and not os.path.exists(file.split(':')[0]):
             raise UserError(f'there is no config file {file.split(":")[0]}') from None
         given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
-        names = config.keys(config.default())
+        names = schema.keys(schema.default())
         unknown = [name for name in given if name not in names]
         if isinstance(error, AttributeError | KeyError) and unknown:
             close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
-            hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(config.default())}'
+            hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(schema.default())}'
             raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
         where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
-        raise UserError(f'{where}{one_line(error)}') from None
+        raise UserError(f'{where}{console.one_line(error)}') from None
 
 
 def main(argv):
@@ -157,11 +138,11 @@ def main(argv):
         return
     if _WORKDIR.value is None or (mode == 'train' and _CONFIG.value is None):
         raise UserError('give --config=configs/NAME.py and --workdir=DIR' if mode == 'train' else 'give --workdir=DIR')
-    workdir = checkpoint.absolute(_WORKDIR.value)
-    cfg = None if _CONFIG.value is None else config.check(_CONFIG.value)
+    workdir = absolute(_WORKDIR.value)
+    cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     if mode == 'train':
         command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
-        experiment.train(cfg, workdir, command, _STARTED)
+        train.train(cfg, workdir, command, _STARTED)
     else:
         _JOBS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
 
@@ -169,23 +150,23 @@ def main(argv):
 def _convert(workdir, cfg, checkpoint=None, no_ema=False, heads=None):
     if checkpoint is None:
         raise UserError('give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt')
-    jobs.convert_checkpoint(checkpoint, workdir, ema=not no_ema, heads=heads, like=cfg)
+    checkpoints.convert_checkpoint(checkpoint, workdir, ema=not no_ema, heads=heads, like=cfg)
 
 
 def _export(workdir, cfg, output=None):
-    jobs.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
+    checkpoints.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
 
 
 def _pack(data=None, output=None, **options):
     if data is None or output is None:
         raise UserError('give --data=KIND:PATH and --output=DIR')
-    jobs.pack(data, output, **options)
+    pack.pack(data, output, **options)
 
 
 def _compile(topology=None, **options):
     if topology is None or _CONFIG.value is None:
         raise UserError('give --config=configs/NAME.py and --topology=v6e-256')
-    ahead.run(config.check(_CONFIG.value), topology, **options)
+    compile_ahead.run(checks.check(_CONFIG.value), topology, **options)
 
 
 def _sample(workdir, cfg, output=None, labels='uniform', **options):
@@ -194,20 +175,20 @@ def _sample(workdir, cfg, output=None, labels='uniform', **options):
         raise UserError(f'--output is {output}, but must end in .npz')
     if '://' in output:
         raise UserError(f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz')
-    jobs.sample(workdir, output, labels=labels, like=cfg, **options)
+    draw.sample(workdir, output, labels=labels, like=cfg, **options)
 
 
 def _grid(workdir, cfg, classes=None, output=None, columns=4):
     if classes is None:
         raise UserError("give --classes='golden retriever; 388'")
-    jobs.grid(workdir, output or f'{workdir}/grid.png', classes=classes, seeds=columns, like=cfg)
+    draw.grid(workdir, output or f'{workdir}/grid.png', classes=classes, seeds=columns, like=cfg)
 
 
 def _evaluate(workdir, cfg, inception=None, lpips=None, vgg=None, **files):
     if (lpips is None) != (vgg is None) or (lpips is not None and 'images' not in files):
         raise UserError('give --lpips, --vgg and --images together')
     lpips = None if lpips is None else (lpips, vgg)
-    jobs.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
+    evaluate.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
 
 
 _ALONE = 'compile', 'convert', 'export', 'pack'  # nothing in them is shared out
@@ -222,12 +203,12 @@ def _guarded(function):
     def guarded(argument):
         try:
             return function(argument)
-        except (UserError, hosts.HostsError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
+        except (UserError, hosts.HostsError, loop.NonFiniteError, *INPUT_ERRORS) as error:
             if isinstance(error, FileNotFoundError) and error.filename:
                 error = f'there is no file {error.filename}'
             print(f'error: {error}', file=sys.stderr)
             hosts.stop(2, str(error))
-        except training.Preempted as stop:  # of all processes at the same step
+        except signals.Preempted as stop:  # of all processes at the same step
             if hosts.is_first():
                 print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)
@@ -237,10 +218,18 @@ def _guarded(function):
         except Exception as error:
             hosts.end_if_lost(error)
             traceback.print_exc()
-            hosts.stop(1, one_line(error))
+            hosts.stop(1, console.one_line(error))
 
     return guarded
 
 
 if __name__ == '__main__':
     app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
+
+# What a job raises for input that cannot be used: each says so in its message.
+INPUT_ERRORS = (
+    OSError, schema.ConfigError, DamagedError, torch_file.FileError, torch_names.ConversionError,
+    generation.GenerationError, imagenet.ClassNameError, image_sets.ImageSetError, inception_weights.WeightsError,
+    WeightsError, sources.SourceError, batches.DataError, state.FrozenError, adversarial.OptionsError,
+    discriminators.DiscriminatorError,
+)  # fmt: skip

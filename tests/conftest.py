@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax import ar, convert, inception, torch_file, vae
+from sphere_ar_jax.evaluation.fidelity import inception_weights
+from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
+from sphere_ar_jax.models import ar, vae
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
@@ -47,7 +49,7 @@ def golden():
 @pytest.fixture(scope='session')
 def torch_tensors():
     """The `model` entry of the golden checkpoint, whose tensors the goldens were measured with."""
-    return convert.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'), ema=False)
+    return torch_sizes.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'), ema=False)
 
 
 @pytest.fixture(scope='session')
@@ -58,7 +60,7 @@ def tiny_vae(torch_tensors):
         grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
         encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
     )  # fmt: skip
-    return model, convert.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return model, torch_names.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
 
 
 @pytest.fixture(scope='session')
@@ -70,7 +72,7 @@ def tiny_ar(torch_tensors):
         head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
         num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
     )  # fmt: skip
-    return model, convert.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return model, torch_names.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
 
 
 @pytest.fixture(scope='session')
@@ -88,7 +90,7 @@ def inception_params():
         return n.astype(np.float32)
 
     rows = json.loads((GOLDENS / 'inception.json').read_text())
-    return inception.from_torch({name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)})
+    return inception_weights.from_torch({name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)})
 
 
 @pytest.fixture(scope='session')

@@ -22,7 +22,7 @@ import zipfile
 
 import numpy as np
 
-from sphere_ar_jax import torch_file
+from sphere_ar_jax.interop import torch_file
 from tests import torch_writer as w
 
 ROOM = 2**28

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config as digits_config
-from sphere_ar_jax import benchmark, config, convert, parts
+from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.interop import torch_names
+from sphere_ar_jax.measure import compare, our_parts
 from tests.conftest import libraries_promote
 from tests.tiny_config import get_config
 
@@ -29,28 +31,28 @@ def _run(*arguments):
 @libraries_promote()
 def test_every_part_runs_and_is_counted():
     """Each part gives finite numbers of its shape, twice the same where nothing is trained."""
-    cfg = config.check(get_config())
+    cfg = checks.check(get_config())
     batch, d = 4, 8
     shapes = {
         'prefill': (8, 16), 'transformer': (8, 8, 16), 'head': (8, d), 'decode': (batch, 16, 16, 1),
         'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,), 'sample': (batch, 16, 16, 1),
         'cold': (8, d),
     }  # fmt: skip
-    assert {*shapes, 'cached'} == set(parts.PARTS)  # which is `cold` twice
+    assert {*shapes, 'cached'} == set(our_parts.PARTS)  # which is `cold` twice
     for name, shape in shapes.items():
-        part = parts.Part(cfg, name, batch)
+        part = our_parts.Part(cfg, name, batch)
         first, second = part.run(), part.run()
         assert first.shape == shape and np.isfinite(first).all() and np.isfinite(second).all(), name
         if name.startswith('train'):
             assert first != second
         elif name != 'transformer':  # whose cache goes on
             np.testing.assert_array_equal(first, second)
-        assert (part.flops > 0) == (name not in ('sample', *parts.STARTS))
+        assert (part.flops > 0) == (name not in ('sample', *our_parts.STARTS))
 
 
 def test_a_token_costs_what_its_matrices_cost():
     """Operations of the head's part by hand: two for every weight that x or its modulation meets."""
-    part = parts.Part(config.check(get_config()), 'head', 4)
+    part = our_parts.Part(checks.check(get_config()), 'head', 4)
     head = jax.eval_shape(part.ar.init_params, jax.random.key(0))['head']
     kernels = {
         path: leaf.size for path, leaf in traverse.flatten_dict(head, sep='/').items() if path.endswith('kernel')
@@ -67,12 +69,12 @@ def test_a_token_costs_what_its_matrices_cost():
 )
 def test_the_public_code_gives_the_same(tmp_path):
     """What the benchmark times on both sides is the same work: equal results from equal weights and inputs."""
-    cfg, weights, tensors = config.check(digits_config()), str(tmp_path / 'weights.npz'), {}
-    for seed, model in ((1, config.build_ar(cfg)), (2, config.build_vae(cfg))):
-        tensors |= convert.to_torch(parts.random_params(model, seed))
+    cfg, weights, tensors = checks.check(digits_config()), str(tmp_path / 'weights.npz'), {}
+    for seed, model in ((1, build.build_ar(cfg)), (2, build.build_vae(cfg))):
+        tensors |= torch_names.to_torch(our_parts.random_params(model, seed))
     np.savez(weights, **tensors)
     for part in ('prefill', 'transformer', 'decode'):
-        found = benchmark.measure(cfg, part, 2, ['ours', 'eager'], 1, weights, os.environ['SPHERE_AR_PUBLIC'])
+        found = compare.measure(cfg, part, 2, ['ours', 'eager'], 1, weights, os.environ['SPHERE_AR_PUBLIC'])
         assert found['eager']['difference'] < 1e-5
 
 
@@ -86,12 +88,12 @@ def test_the_command(tmp_path):
     head = results['parts']['head']['ours']
     assert head['repeats'] == 2 and 0 < head['seconds'] < head['start_seconds'] and head['peak_bytes'] > 2**27
     machine = results['parts']['head']['machine']
-    floor = benchmark.floor_seconds(head, machine)
+    floor = compare.floor_seconds(head, machine)
     assert floor == max(head['flops'] / machine['matrix_flops'], head['bytes'] / machine['bytes_per_second']) > 0
     table = (tmp_path / 'benchmark.md').read_text()
     assert '| head | ours |' in table and table in result.stdout
     assert head['compile_seconds'] > 0
-    sums = benchmark.sampling_seconds({'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16)
+    sums = compare.sampling_seconds({'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16)
     np.testing.assert_allclose(sums, 1 + 15 * 0.1 + 16 * 0.01 + 2)
     for arguments, message in (
         ((), 'give --config=configs/NAME.py and --output=DIR'),

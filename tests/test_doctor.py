@@ -16,9 +16,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from sphere_ar_jax import config, console, costs, doctor, hosts, programs, recipes, report, sharding, sources
+from sphere_ar_jax import doctor
+from sphere_ar_jax.commands import checks as commands_checks
+from sphere_ar_jax.config import build, recipes, schema
+from sphere_ar_jax.data import sources
+from sphere_ar_jax.measure import costs, programs
+from sphere_ar_jax.runtime import console, hosts, sharding
+from sphere_ar_jax.runtime.files import write_json
 from tests import tiny_config
-from tests.test_hosts import free_port
+from tests.runtime.test_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=tests/tiny_config.py'
@@ -49,7 +55,7 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
     workdir = tmp_path / 'runs' / 'a'
     code, lines = _examined(capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3')
     assert code == 0 and lines[-1].startswith('0 failed')
-    assert max(map(len, lines)) <= doctor.WIDTH and len(lines) <= 24  # a screen
+    assert max(map(len, lines)) <= commands_checks.WIDTH and len(lines) <= 24  # a screen
     assert _line(lines, 'processes') == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
     assert f'jax {jax.__version__}' in _line(lines, 'versions')
     assert _line(lines, 'mesh') == f'ok mesh data {jax.device_count()}, fsdp 1, tensor 1'
@@ -76,11 +82,11 @@ def test_what_else_a_training_reads(capsys, tmp_path):
         code, lines = _examined(capsys, TINY, *words)
         assert code == 1 and _line(lines, 'inputs').startswith('FAIL')
         assert said.replace(' ', '') in _line(lines, 'inputs').replace(' ', '')
-    report.write_json(f'{tmp_path}/config.json', config.as_dict(tiny_config.get_config()))
+    write_json(f'{tmp_path}/config.json', schema.as_dict(tiny_config.get_config()))
     code, lines = _examined(capsys, TINY, f'--config.tokenizer={tmp_path}')
     assert code == 0 and _line(lines, 'inputs').replace(' ', '') == f'okinputs{tmp_path}'
     with pytest.raises(ValueError, match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16"):
-        doctor.check_inputs(recipes.published_vae(''), None)
+        commands_checks.check_inputs(recipes.published_vae(''), None)
 
 
 def test_of_other_modes_no_training_is_looked_at(capsys):
@@ -126,8 +132,8 @@ def test_wrong_flags_are_said_in_one_line(capsys, words, said):
 
 
 def test_long_texts_are_wrapped():
-    check = doctor.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
-    found = doctor.lines(check)
+    check = commands_checks.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
+    found = commands_checks.lines(check)
     assert max(map(len, found)) <= 100 and found[-1].split() == ['last']
     assert ''.join(''.join(found).split()) == 'WARNdata' + 'word' * 60 + 'x' * 250 + 'last'
 
@@ -141,11 +147,11 @@ def test_sizes(count, text):
 
 
 def test_what_does_not_answer_is_given_up():
-    assert doctor.limited(lambda: 7, 5) == 7
+    assert commands_checks.limited(lambda: 7, 5) == 7
     with pytest.raises(KeyError, match='gone'):
-        doctor.limited(lambda: {}['gone'], 5)
+        commands_checks.limited(lambda: {}['gone'], 5)
     gate, said = threading.Event(), []
-    examination = doctor.Examination(0.05, said.append)
+    examination = commands_checks.Examination(0.05, said.append)
     assert examination.run('data', gate.wait, slow='wait for it') is None
     gate.set()
     assert examination.failed == 1 and examination.stuck
@@ -154,10 +160,10 @@ def test_what_does_not_answer_is_given_up():
 
 def test_what_breaks_is_said_and_the_rest_goes_on():
     said = []
-    examination = doctor.Examination(5, said.append)
+    examination = commands_checks.Examination(5, said.append)
     examination.check('one', lambda: [][1])
     examination.check('two', lambda: None.shape)
-    examination.check('three', lambda: doctor.Check('three', 'WARN', 'well'))
+    examination.check('three', lambda: commands_checks.Check('three', 'WARN', 'well'))
     assert (examination.failed, examination.warned, examination.stuck) == (2, 1, False)
     assert said[0] == 'FAIL  one         list index out of range'
     assert said[1].startswith('FAIL  two         AttributeError: ') and said[2] == 'WARN  three       well'
@@ -172,10 +178,10 @@ def test_missing_packages():
             raise doctor.importlib.metadata.PackageNotFoundError(name)
         return '1.2'
 
-    check = doctor.check_versions(version)
+    check = commands_checks.check_versions(version)
     assert check.status == 'FAIL' and 'not installed: flax; pip install' in check.text
     assert 'libtpu –' in check.text and 'grain 1.2' in check.text
-    assert doctor.check_versions(lambda name: '1.2').status == 'ok'
+    assert commands_checks.check_versions(lambda name: '1.2').status == 'ok'
 
 
 def test_a_package_that_is_missing_is_no_traceback():
@@ -186,9 +192,9 @@ def test_a_package_that_is_missing_is_no_traceback():
 
 
 def test_frameworks():
-    assert doctor.check_frameworks({'tensorflow': None, 'jax': jax}).status == 'ok'
-    assert doctor.check_frameworks({'torch': types}).status == 'ok'
-    assert doctor.check_frameworks({'tensorflow': types, 'torch': types}).status == 'WARN'
+    assert commands_checks.check_frameworks({'tensorflow': None, 'jax': jax}).status == 'ok'
+    assert commands_checks.check_frameworks({'torch': types}).status == 'ok'
+    assert commands_checks.check_frameworks({'tensorflow': types, 'torch': types}).status == 'WARN'
 
 
 def _device(platform, kind, stats=None):
@@ -197,36 +203,40 @@ def _device(platform, kind, stats=None):
 
 def test_devices():
     gpus = [_device('gpu', 'H100', {'bytes_limit': 64 * 2**30})] * 8
-    assert doctor.memory_limit(gpus[0], 4) == 64 * 2**30
-    assert doctor.check_devices(gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')) == doctor.Check(
-        'devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each'
-    )
-    assert doctor.memory_limit(_device('tpu', 'v6e'), 4) is None
-    assert 'memory unknown' in doctor.check_devices(gpus, gpus, None, None).text
+    assert commands_checks.memory_limit(gpus[0], 4) == 64 * 2**30
+    assert commands_checks.check_devices(
+        gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')
+    ) == commands_checks.Check('devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each')
+    assert commands_checks.memory_limit(_device('tpu', 'v6e'), 4) is None
+    assert 'memory unknown' in commands_checks.check_devices(gpus, gpus, None, None).text
 
 
 def test_an_accelerator_that_is_not_used():
     cpu = [_device('cpu', 'cpu')]
-    assert doctor.check_devices(cpu, cpu, 2**30, None).status == 'ok'
+    assert commands_checks.check_devices(cpu, cpu, 2**30, None).status == 'ok'
     for file, extra in (('/dev/nvidia0', '[cuda12]'), ('/dev/accel0', '[tpu]'), ('/dev/vfio/0', '[tpu]')):
-        check = doctor.check_devices(cpu, cpu, 2**30, doctor.device_files({file}.__contains__))
+        check = commands_checks.check_devices(cpu, cpu, 2**30, commands_checks.device_files({file}.__contains__))
         assert check.status == 'WARN' and extra in check.text
-    assert doctor.device_files(lambda path: False) is None
+    assert commands_checks.device_files(lambda path: False) is None
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/meminfo'), reason='Linux only')
 def test_the_memory_of_cpus():
     kilobytes = int(pathlib.Path('/proc/meminfo').read_text().split('MemTotal:')[1].split()[0])
-    assert abs(doctor.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
+    assert abs(commands_checks.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
 
 
 def test_the_compilation_cache():
     files = {'a-cache': 2**20, 'a-atime': 8, 'b-cache': 2**20}
-    assert doctor.check_cache('/c', files) == doctor.Check('cache', 'ok', '/c: 2 compiled program(s), 2.0 MiB')
-    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': 'gs://b/c'}).text == 'gs://b/c'
-    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': '/no/where'}).text.startswith('/no/where: 0 compiled')
-    assert doctor._cache({'JAX_COMPILATION_CACHE_DIR': ''}).status == 'WARN'
-    assert doctor._cache({'XDG_CACHE_HOME': '/no/where'}).text.startswith('/no/where/sphere_ar_jax/')
+    assert commands_checks.check_cache('/c', files) == commands_checks.Check(
+        'cache', 'ok', '/c: 2 compiled program(s), 2.0 MiB'
+    )
+    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': 'gs://b/c'}).text == 'gs://b/c'
+    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': '/no/where'}).text.startswith(
+        '/no/where: 0 compiled'
+    )
+    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': ''}).status == 'WARN'
+    assert commands_checks.examine_cache({'XDG_CACHE_HOME': '/no/where'}).text.startswith('/no/where/sphere_ar_jax/')
 
 
 # ---- the run
@@ -245,7 +255,7 @@ def test_memory_is_that_of_the_state(disc_weight):
     cfg.tokenizer_training.disc_weight = disc_weight
     cfg.ar_training.more_ema_decays = (0.99,)
     cfg.vae.grid = (8, 8)  # a discriminator needs 24×24 pixels
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     (_, (tokenizer, nothing)), (_, (model, frozen)) = programs.stages(cfg).items()
     parts = programs.state_bytes(tokenizer, nothing, MESH)
     n = _bytes(vae.init_params)
@@ -266,11 +276,11 @@ def test_memory_of_the_published_model():
     n = 4 * 204_499_216
     assert name == 'ar' and parts['params'] == parts['ema'] == n and parts['frozen'] == 4 * 75_393_297
     assert 0 <= parts['opt_state'] - 2 * n < 64  # and its counters
-    check = doctor.check_memory(name, parts, 80 * 2**30)
+    check = commands_checks.check_memory(name, parts, 80 * 2**30)
     assert check.status == 'ok' and '4.1 GiB on each device' in check.text and 'optimizer 1.5 GiB' in check.text
-    assert doctor.check_memory(name, parts, 5 * 2**30).status == 'WARN'
-    assert doctor.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
-    assert doctor.check_memory(name, parts, None).status == 'ok'
+    assert commands_checks.check_memory(name, parts, 5 * 2**30).status == 'WARN'
+    assert commands_checks.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
+    assert commands_checks.check_memory(name, parts, None).status == 'ok'
 
 
 def test_memory_of_a_distilled_head():
@@ -278,9 +288,9 @@ def test_memory_of_a_distilled_head():
     cfg.init_from = '/somewhere'
     ((name, (stage, frozen)),) = programs.stages(cfg).items()
     parts = programs.state_bytes(stage, frozen, MESH)
-    ar = config.build_ar(cfg)
+    ar = build.build_ar(cfg)
     head = _bytes(lambda key: ar.init_params(key)['head'])
-    teacher = _bytes(ar.clone(average=False).init_params) + _bytes(config.build_vae(cfg).init_params)
+    teacher = _bytes(ar.clone(average=False).init_params) + _bytes(build.build_vae(cfg).init_params)
     assert name == 'distillation' and parts['params'] == head
     assert parts['frozen'] == teacher
 
@@ -309,14 +319,14 @@ def test_what_is_split_counts_once():
 )  # fmt: skip
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
-    check = doctor.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
+    check = commands_checks.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
     assert check.status == ('ok' if fits else 'FAIL') and check.text.startswith(f'data {data}, fsdp {fsdp}')
     assert fits or '--config.ar_training.batch_size' in check.text
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
-    assert doctor.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
-    check = doctor.check_workdir(str(tmp_path), 2**60)
+    assert commands_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
+    check = commands_checks.check_workdir(str(tmp_path), 2**60)
     assert check.status == 'FAIL' and 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
 
 
@@ -327,7 +337,7 @@ def test_disk_that_checkpoints_take():
     cfg.tokenizer_training.update(keep=1)
     found = programs.stages(cfg)
     sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
-    checks, disk = doctor._run_checks(cfg, found, None)
+    checks, disk = commands_checks.run_checks(cfg, found, None)
     assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
     assert [(check.name, check.status) for check in checks] == [('mesh', 'ok'), ('memory', 'ok'), ('memory', 'ok')]
 
@@ -335,7 +345,7 @@ def test_disk_that_checkpoints_take():
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
 def test_a_directory_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
-    assert 'Permission denied' in doctor.check_workdir(str(tmp_path)).text
+    assert 'Permission denied' in commands_checks.check_workdir(str(tmp_path)).text
 
 
 class _Store(MemoryFileSystem):
@@ -376,14 +386,14 @@ def test_buckets(monkeypatch, store, status, said):
     from etils.epath import backend
 
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
-    check = doctor.check_workdir('gs://bucket/run', 2**30)
+    check = commands_checks.check_workdir('gs://bucket/run', 2**30)
     assert (check.name, check.status) == ('workdir', status) and said in check.text and '\n' not in check.text
     assert store.store == {} or status == 'FAIL'
 
 
 def test_buckets_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'gcsfs', None)  # no such module
-    check = doctor.check_workdir('gs://bucket/run')
+    check = commands_checks.check_workdir('gs://bucket/run')
     assert check.status == 'FAIL' and check.text.endswith("pip install -e '.[gcs]'")
 
 
@@ -392,13 +402,13 @@ def test_data(tmp_path):
         (tmp_path / label).mkdir()
         for i in range(count):
             Image.new('RGB', (9, 7)).save(tmp_path / label / f'{i}.png')
-    check = doctor.check_data(*recipes.data_set(f'folder:{tmp_path}'))
-    assert check == doctor.Check('data', 'ok', f'folder {tmp_path}: 5 images, 2 classes')
-    assert doctor.check_data('imagenet', None).status == 'FAIL'
+    check = commands_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
+    assert check == commands_checks.Check('data', 'ok', f'folder {tmp_path}: 5 images, 2 classes')
+    assert commands_checks.check_data('imagenet', None).status == 'FAIL'
     (tmp_path / 'dog' / '2.png').unlink()
     (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
     with pytest.raises(sources.SourceError, match='cannot be read'):
-        doctor.check_data('folder', str(tmp_path))
+        commands_checks.check_data('folder', str(tmp_path))
 
 
 # ---- several processes
@@ -464,7 +474,9 @@ def _processes(environs, *words):
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-JOINED = 'from sphere_ar_jax import hosts; import jax; hosts.join(); print(jax.process_index(), jax.process_count())'
+JOINED = (
+    'from sphere_ar_jax.runtime import hosts; import jax; hosts.join(); print(jax.process_index(), jax.process_count())'
+)
 
 
 @pytest.mark.parametrize('by', ['hand', 'slurm'])
@@ -484,7 +496,7 @@ def test_a_process_that_comes_alone_ends_in_a_line(index):
     port = free_port()
     environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index}
     done = subprocess.run(
-        [sys.executable, '-c', 'from sphere_ar_jax import hosts; hosts.join(timeout=2)'], cwd=ROOT, text=True,
+        [sys.executable, '-c', 'from sphere_ar_jax.runtime import hosts; hosts.join(timeout=2)'], cwd=ROOT, text=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
     )  # fmt: skip
     said = f'the processes of this run did not find each other at localhost:{port} in 2 s: was each started, once?'

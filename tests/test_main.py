@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sphere_ar_jax import config, evaluation, experiment, jobs, main
-from sphere_ar_jax.console import UserError
+from sphere_ar_jax import main
+from sphere_ar_jax.commands import train
+from sphere_ar_jax.config import checks
+from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training.run import load_run
 from tests.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,8 +109,8 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     result = _run(environment, *distil, f'--config.init_from={tmp_path}')
     assert result.returncode == 0, result.stderr
     assert (tmp_path / 'distilled' / 'samples.png').exists() and not (tmp_path / 'distilled' / 'ar').exists()
-    run = evaluation.load_run(str(tmp_path / 'distilled'))
-    teacher = evaluation.load_run(str(tmp_path))
+    run = load_run(str(tmp_path / 'distilled'))
+    teacher = load_run(str(tmp_path))
     assert run.ar.average and set(run.ar_params['head']) - set(teacher.ar_params['head']) == {'span1', 'span2'}
     chex.assert_trees_all_equal(run.ar_params['stack'], teacher.ar_params['stack'])
     for wrong, message in (
@@ -118,8 +122,8 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     ):
         cfg = get_config('distilled')
         cfg.update_from_flattened_dict(wrong)
-        with pytest.raises((UserError, *jobs.INPUT_ERRORS), match=message) as refused:
-            experiment.train(config.check(cfg), f'{tmp_path}/other', 'command', 0.0)
+        with pytest.raises((UserError, *main.INPUT_ERRORS), match=message) as refused:
+            train.train(checks.check(cfg), f'{tmp_path}/other', 'command', 0.0)
         assert '\n' not in str(refused.value)
         assert not (tmp_path / 'other' / 'config.json').exists()  # the workdir is still free
 
@@ -129,10 +133,10 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
 
 
 def test_compiled_programs_are_kept_for_each_processor(tmp_path):
-    path = main.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)})
+    path = files.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)})
     assert re.fullmatch(rf'{tmp_path}/sphere_ar_jax/[a-z0-9_]+-[0-9a-f]{{8}}', path)
-    assert main.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)}) == path
-    assert main.compilation_cache({'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}) is None
+    assert files.compilation_cache({'XDG_CACHE_HOME': str(tmp_path)}) == path
+    assert files.compilation_cache({'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}) is None
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -18,11 +18,13 @@ ROOT = GOLDENS.parent.parent
 NOTEBOOK = ROOT / 'launch' / 'sphere_ar_colab.ipynb'
 # Appended: what the notebook draws without N_R is, once projected, what the sampler draws from the same noise.
 AGREES = """
-from sphere_ar_jax import geometry
+from sphere_ar_jax.flow import plan
+from sphere_ar_jax.sampling import tokens
+from sphere_ar_jax.sphere import geometry
 apart = False if s.guidance == 'linear' else None
-options = sampling.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, first_token_apart=apart)
+options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, first_token_apart=apart)
 first, rest = np.asarray(noise[None, :, 0]), np.asarray(noise[:, 1:]).swapaxes(0, 1)[:, None]
-z = sampling.sample_tokens(
+z = tokens.sample_tokens(
     run.ar, run.ar_params, batch[0], None, options, 3.0, noise=(np.concatenate([first, first], axis=1), rest)
 )
 x = unprojected(run.ar_params, batch[0], z, noise, 3.0)

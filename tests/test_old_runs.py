@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sphere_ar_jax import ar as ar_model
-from sphere_ar_jax import config, evaluation, experiment, jobs, sharding
+from sphere_ar_jax.commands import checkpoints, train
+from sphere_ar_jax.config import build
+from sphere_ar_jax.models.ar import unstacked
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.training.run import Run, load_run
 from tests.conftest import GOLDENS, libraries_promote
 
 
@@ -38,10 +42,10 @@ def measured():
 
 @pytest.mark.parametrize('name', ['digits', 'distilled', 'converted'])
 def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
-    run = evaluation.load_run(str(runs / name))
+    run = load_run(str(runs / name))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    ar, ar_params = ar_model.unstacked(run.ar, run.ar_params)
-    draw = evaluation.sampler(ar, run.vae, config.build_sampler(run.config), mesh)
+    ar, ar_params = unstacked(run.ar, run.ar_params)
+    draw = on_mesh.sampler(ar, run.vae, build.build_sampler(run.config), mesh)
     rows = sharding.place_batch(mesh, (np.arange(6, dtype=np.int32), np.arange(6, dtype=np.int32)))
     key = jax.random.key(run.config.seed + 1)
     s = run.config.sampling
@@ -56,21 +60,21 @@ def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
 @pytest.mark.parametrize('name', ['digits', 'converted'])
 def test_an_old_run_is_exported_as_it_was(runs, measured, tmp_path, name):
     path = tmp_path / 'model.safetensors'
-    jobs.export_checkpoint(str(runs / name), str(path))
+    checkpoints.export_checkpoint(str(runs / name), str(path))
     tensors = load_file(path)
     assert sorted(tensors) == measured[f'{name}/export_names'].tolist()
     sums = np.array([tensors[key].astype(np.float64).sum() for key in sorted(tensors)])
     np.testing.assert_allclose(sums, measured[f'{name}/export_sums'], rtol=1e-6, atol=1e-6)
 
 
-def _continue(directory: pathlib.Path) -> tuple[evaluation.Run, evaluation.Run]:
+def _continue(directory: pathlib.Path) -> tuple[Run, Run]:
     """The run as it was finished, and as it is finished again from its last checkpoint but one."""
-    before = evaluation.load_run(str(directory))
+    before = load_run(str(directory))
     for stage in ('tokenizer', 'ar', 'distillation'):
         shutil.rmtree(directory / stage / 'checkpoints' / '6', ignore_errors=True)
     with libraries_promote():
-        experiment.train(before.config, str(directory), 'the command', time.perf_counter())
-    return before, evaluation.load_run(str(directory))
+        train.train(before.config, str(directory), 'the command', time.perf_counter())
+    return before, load_run(str(directory))
 
 
 @pytest.mark.parametrize('name', ['digits', 'distilled'])

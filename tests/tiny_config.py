@@ -3,14 +3,16 @@
 import jax
 import numpy as np
 
-from sphere_ar_jax import config, evaluation, training
+from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.training import run
+from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 
 LONG = 80
 
 
 def get_config(arg=''):
     """Both stages, or with 'distilled' that one, in a few steps of a few images; quality is none of its business."""
-    c = config.default()
+    c = schema.default()
     c.vae.update(
         grid=(4, 4),
         latent_dim=8,
@@ -43,17 +45,17 @@ def long_config():
 
 def stages(cfg):
     """The tokenizer's stage, and the AR's on an untrained tokenizer."""
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     vae_params = jax.jit(vae.init_params)(jax.random.key(1))
-    tokenizer = training.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    return tokenizer, training.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+    tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
+    return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 
 
 def random_run(cfg=None, **sampling):
-    """An untrained `evaluation.Run` whose images do depend on everything: no parameter is left at zero."""
+    """An untrained `run.Run` whose images do depend on everything: no parameter is left at zero."""
     cfg = get_config() if cfg is None else cfg
     cfg.sampling.update(sampling)
-    vae, ar = config.build_vae(cfg), config.build_ar(cfg)
+    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
 
     def params(model):
         draw = np.random.default_rng(0).standard_normal
@@ -62,4 +64,4 @@ def random_run(cfg=None, **sampling):
             jax.eval_shape(model.init_params, jax.random.key(0)),
         )
 
-    return evaluation.Run(cfg, vae, params(vae), ar, params(ar))
+    return run.Run(cfg, vae, params(vae), ar, params(ar))

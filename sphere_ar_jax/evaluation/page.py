@@ -1,0 +1,114 @@
+"""Training curves and report.html, one self-contained page."""
+
+import base64
+import html
+import platform
+
+import jax
+from etils import epath
+from matplotlib import pyplot as plt
+
+from sphere_ar_jax import __version__
+from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.runtime import files, metric_writer
+
+# (stage directory, scalar, label, logarithmic axis)
+_CURVES = (
+    ('tokenizer', 'l1', 'tokenizer: mean |error|', True),
+    ('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
+    ('tokenizer', 'kl', 'tokenizer: KL, nats per token', False),
+    ('tokenizer', 'kappa', 'tokenizer: mean κ', True),
+    ('ar', 'loss', 'AR: flow loss', True),
+    ('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
+    ('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
+    ('ar', 'learning_rate', 'AR: learning rate', False),
+    ('distillation', 'loss', 'distillation: error of mean velocities', True),
+    ('distillation', 'one_step', 'distillation: error of one step', True),
+)
+
+
+def save_curves(path, workdir):
+    """The training curves of the stages that the workdir has, from each one's metrics.jsonl."""
+    stages = {stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl') for stage, *_ in _CURVES}
+    curves = [curve for curve in _CURVES if any(curve[1] in line for line in stages[curve[0]])]
+    columns = min(len(curves), next((n for n in (4, 3, 5) if len(curves) % n == 0), 4))
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.75 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (stage, name, label, logarithmic) in zip(axes.flat, curves, strict=False):
+        lines = stages[stage]
+        points = [(line['step'], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True))
+        axis.set_title(label, fontsize=9)
+        axis.set_xlabel('step', fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if logarithmic:
+            axis.set_yscale('log')
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>SphereAR: {title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+img {{ max-width: 100%; image-rendering: pixelated }} table {{ border-collapse: collapse }}
+td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ddd }} td.n {{ text-align: right;
+font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }}
+</style></head><body>
+<h1>SphereAR on {title}</h1>
+<p>{summary}</p>
+{pictures}
+<h2>Numbers</h2><table>{rows}</table>
+{curves}
+<h2>Again</h2><p>The same command in an empty directory gives the same result on the same machine.</p>
+<pre>pip install -e . && {command}</pre>
+<p>This page was made with sphere_ar_jax {version} and JAX {jax}, on {platform}.</p>
+<h2>Configuration</h2><pre>{config}</pre>
+</body></html>
+"""
+
+_MEANING = {
+    'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
+    'vae/kl': 'KL of the posterior to the uniform distribution, nats per token',
+    'vae/kappa': 'mean concentration of the posterior',
+    'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
+    'samples/accuracy': 'share of samples that it reads as the class asked for',
+    'samples/classes_drawn': 'classes among the samples, as it reads them',
+    'samples/frechet': 'Fréchet distance of samples to all real digits',
+    'samples/frechet_heldout': 'Fréchet distance of samples to the held-out digits',
+    'real/frechet': 'Fréchet distance of training to held-out digits',
+    'samples/precision': 'share of samples on the real manifold (k = 3)',
+    'samples/recall': "share of real digits on the samples' manifold (k = 3)",
+    'memorisation/samples_to_train': 'median distance of a sample to the nearest training digit',
+    'memorisation/heldout_to_train': 'the same of a held-out real digit',
+    'memorisation/nearer_than_5pct_of_heldout': 'share of samples nearer than the nearest 5% of held-out digits',
+    'peak_rss_mb': 'largest memory of the process, MiB',
+}
+
+
+def _section(heading, alt, path):
+    """A picture with its heading, '' where there is none."""
+    if not epath.Path(path).exists():
+        return ''
+    source = 'data:image/png;base64,' + base64.b64encode(epath.Path(path).read_bytes()).decode()
+    return f'<h2>{heading}</h2><img alt="{alt}" src="{source}">'
+
+
+def save_page(workdir, title, summary, metrics, config, command):
+    """Writes WORKDIR/report.html from the pictures that are in WORKDIR and a dict of metrics."""
+    rows = ''.join(
+        f'<tr><td><code>{name}</code></td><td class="n">{value:.4g}</td><td>{_MEANING.get(name, "")}</td></tr>'
+        for name, value in metrics.items()
+    )
+    pictures = _section('Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png') + _section(
+        'Images, and below each what the tokenizer makes of it', 'originals and reconstructions',
+        f'{workdir}/reconstructions.png',
+    )  # fmt: skip
+    page = _PAGE.format(
+        title=html.escape(title), summary=html.escape(summary), rows=rows, pictures=pictures,
+        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png'), command=html.escape(command),
+        version=__version__, jax=jax.__version__, platform=html.escape(platform.platform()), config=html.escape(config),
+    )  # fmt: skip
+    files.write_bytes(f'{workdir}/report.html', page.encode())

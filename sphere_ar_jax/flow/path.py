@@ -1,0 +1,22 @@
+"""Rectified flow between noise (t = 0) and data (t = 1): path, target, score, guidance (spec §6–§7).
+
+Dimensions:
+  N    rows, i.e. tokens that are integrated at once
+  d    latent dimension
+"""
+
+
+def interpolate(noise, z, t):
+    """x_t = (1 − t)·noise + t·z, the straight path of spec §6. noise, z: (..., d); t: (...) in [0, 1]. → (..., d)."""
+    t = t[..., None]
+    return (1 - t) * noise + t * z
+
+
+def target_velocity(noise, z):
+    """The velocity of `interpolate`, v = z − noise, (..., d). Spec §6."""
+    return z - noise
+
+
+def score(v, x, t):
+    """∇log p_t(x) = (t·v − x)/(1 − t), since t(1−t) + (1−t)² = 1 − t. v, x: (..., d); t scalar < 1. Spec §7."""
+    return (t * v - x) / (1 - t)

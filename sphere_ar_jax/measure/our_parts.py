@@ -1,0 +1,227 @@
+"""Our side of the benchmark: each part of sampling and training as a compiled program, with its operations and bytes.
+
+Dimensions:
+  B  images      R  rows of the sampler, 2B with guidance      E  evaluations of the flow head per token
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.interop import torch_names
+from sphere_ar_jax.measure import costs
+from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.vae import draw_tokens
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import tokens
+from sphere_ar_jax.training import stages
+from sphere_ar_jax.training.state import abstract_state, jitted_step
+
+# part → what one run of it does
+PARTS = {
+    'cold': 'process start → sampler compiled, its first token drawn; nothing compiled before',
+    'cached': "the same, a second time: with what the first start left in the compilers' caches",
+    'prefill': 'class tokens of B images and the null class',
+    'transformer': 'one decoding step, mean over the sequence',
+    'head': 'one token of B images, all evaluations, guided if the sampler is',
+    'decode': 'B images from their tokens',
+    'encode': 'tokens of B images, drawn from the posterior, and its KL',
+    'train_tokenizer': 'one optimizer step of the S-VAE, without adversarial and perceptual terms',
+    'train_ar': 'one optimizer step of the AR model, encoding included',
+    'sample': 'B images, whole, in one program',
+}
+
+# Parts that are a start, not a thing that is repeated.
+STARTS = ('cold', 'cached')
+
+
+def positions(num_tokens, n=8):
+    """The tokens whose decoding step is timed, evenly spread over the sequence."""
+    return sorted({int(k) for k in np.linspace(1, num_tokens - 1, n)})
+
+
+def inputs(ar, vae, batch):
+    """The arrays both sides get, from one seed."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(batch, ar.num_tokens, ar.latent_dim)).astype(np.float32)
+    return {
+        'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
+        'labels': rng.integers(0, ar.num_classes, batch).astype(np.int32),
+        'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
+        'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
+    }  # fmt: skip
+
+
+def random_params(model, seed):
+    """Parameters at which nothing is zero, as in a trained model: their initial values, and noise where those are 0."""
+    params = jax.jit(model.init_params)(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    noise = lambda a: jnp.asarray(0.02 * rng.normal(size=a.shape), jnp.float32)
+    return jax.tree.map(lambda a: a if np.any(np.asarray(a[..., :1]) != 0) else noise(a), params)
+
+
+class Part:
+    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes`, what it must at least do.
+
+    Only what the part needs is made; the parameters that training stacks are let go where sampling uses them apart.
+    """
+
+    def __init__(self, cfg, part, batch, weights=None):
+        self.weights = weights  # file of {PyTorch name: array} to use in place of random parameters
+        self.part, self.batch, self.cfg = part, batch, cfg
+        self.options, self.scale = build.build_sampler(cfg), cfg.sampling.guidance_scale
+        self.ar, self.vae = build.build_ar(cfg), build.build_vae(cfg)
+        self.inputs = {k: jnp.asarray(v) for k, v in inputs(self.ar, self.vae, batch).items()}
+        self.flops = self.bytes = self.count = 0
+        self.run = getattr(self, '_' + part)()
+
+    def _params(self, model, seed):
+        if self.weights is None:
+            return random_params(model, seed)
+        with np.load(self.weights) as tensors:
+            return torch_names.from_torch(tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+
+    def _sampler(self, *without):
+        """The AR model as sampling uses it, and its parameters without those named."""
+        params = transformer.unstack(self._params(self.ar, 1))  # NumPy's views, if from a file: nothing to compile
+        params = {name: value for name, value in params.items() if name not in without}
+        return self.ar.clone(scan=False), jax.tree.map(jnp.asarray, params)
+
+    @property
+    def _rows(self):
+        """R, with the null rows of guidance."""
+        return self.batch * (2 if self.options.guidance else 1)
+
+    def _double(self, x):
+        return jnp.concatenate([x, x]) if self.options.guidance else x
+
+    def _costs(self, function, *arguments, weights=(), times=1):
+        self.flops += times * costs.flops(function, *arguments)
+        self.bytes += times * costs.tree_bytes(weights)
+
+    def _prefill(self, params=None):
+        ar, params = (self.ar.clone(scan=False), params) if params else self._sampler('head')
+        null = [ar.num_classes] if self.options.guidance else []
+        run = lambda p, labels: ar.apply(
+            {'params': p}, jnp.append(labels, jnp.array(null, jnp.int32)), method='prefill'
+        )[0]
+        self._costs(run, params, self.inputs['labels'], weights=params['stack'])
+        compiled = jax.jit(run).lower(params, self.inputs['labels']).compile()
+        rows = np.minimum(np.arange(self._rows), self.batch)
+        position = np.asarray(params['pos_for_diff'][:1])
+        return lambda: np.asarray(compiled(params, self.inputs['labels']))[rows] - position
+
+    def _transformer(self):
+        ar, params = self._sampler('head')
+        labels, z = self.inputs['labels'], self.inputs['z']
+        rows = self._double(labels).at[self.batch :].set(ar.num_classes)
+        self.cache = jax.jit(lambda p: ar.apply({'params': p}, rows, method='prefill'))(params)[1]
+        run = lambda p, z, k, cache: ar.apply({'params': p}, self._double(z), k, cache, method='decode_step')
+        where, S = positions(ar.num_tokens), ar.class_tokens + ar.num_tokens - 1
+        self._costs(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
+        self.bytes += np.mean([costs.tree_bytes(self.cache) * (ar.class_tokens + k) / S for k in where])
+        before = [(jnp.int32(k), z[:, k - 1]) for k in where]
+        step = jax.jit(run, donate_argnums=3).lower(params, z[:, 0], jnp.int32(1), self.cache).compile()
+        position = np.asarray(params['pos_for_diff'])[None, where]
+
+        def steps():
+            out = []
+            for k, z in before:
+                c, self.cache = step(params, z, k, self.cache)
+                out.append(c)
+            return np.stack(out, 1) - position
+
+        return steps
+
+    def _head(self, params=None):
+        kept = ('head', 'cls_embedding', 'pos_for_diff')  # all that a token's solver reads of the model
+        ar, params = (self.ar.clone(scan=False), params) if params else self._sampler()
+        variables = {'params': {name: params[name] for name in kept}}
+        plan, R, m = self.options.plan(ar.num_tokens), self._rows, self.options.num_draws(ar.num_tokens)
+        c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
+        times = tuple(map(jnp.asarray, (plan.tables.t, plan.tables.h)[: 1 + ar.average]))
+        scale = 1.0 if self.scale is None else self.scale
+
+        def run(variables, c, key, k):
+            t_emb = ar.apply(variables, *times, method='embed_time')
+            noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(0, 1)
+            return tokens.draw_token(ar, variables, self.options, k, t_emb, scale, 1.0, c, noise, jnp.asarray(False))
+
+        apply = lambda method: lambda v, *a: ar.apply(v, *a, method=method)
+        evaluations = int(plan.count[plan.which[1]])
+        t_emb, c_emb = jnp.zeros((evaluations, ar.head_width)), jnp.zeros((R, ar.head_width))
+        modulation = jax.eval_shape(apply('modulation'), variables, t_emb, c_emb)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), modulation)
+        head = variables['params']['head']
+        blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in head.items() if 'res_groups' in n}
+        self._costs(apply('modulation'), variables, t_emb, c_emb)
+        self._costs(apply('velocity'), variables, jnp.zeros((R, ar.latent_dim)), one, weights=blocks, times=evaluations)
+        compiled = jax.jit(run).lower(variables, c, key, k).compile()
+        return lambda: np.asarray(compiled(variables, c, key, k))
+
+    def _decode(self):
+        params = self._params(self.vae, 2)
+        run = lambda p, z: self.vae.apply({'params': p}, z, method='decode')
+        self._costs(run, params, self.inputs['z'], weights=params['decoder'])
+        compiled = jax.jit(run).lower(params, self.inputs['z']).compile()
+        return lambda: np.asarray(compiled(params, self.inputs['z']))
+
+    def _encode(self):
+        params, keys = self._params(self.vae, 2), jax.random.split(jax.random.key(0), self.batch)
+
+        def run(p, x, keys):
+            z, posterior = draw_tokens(self.vae, p, x, keys)
+            return z, posterior.kl()
+
+        self._costs(run, params, self.inputs['images'], keys, weights=params['encoder'])
+        compiled = jax.jit(run).lower(params, self.inputs['images'], keys).compile()
+        return lambda: np.asarray(compiled(params, self.inputs['images'], keys)[0])
+
+    def _train(self, stage):
+        mesh = sharding.make_mesh(1)
+        state = jax.jit(stage.init)(jax.random.key(0))
+        batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
+        self._costs(stage.step, state, stage.frozen, batch)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
+        self.state, batch = jax.device_put(state, shardings), sharding.place_batch(mesh, batch)
+        step = jitted_step(stage, mesh, self.state).lower(self.state, stage.frozen, batch).compile()
+
+        def run():
+            self.state, scalars = step(self.state, stage.frozen, batch)
+            return np.asarray(scalars['loss'])[None]
+
+        return run
+
+    def _train_tokenizer(self):
+        return self._train(stages.tokenizer_stage(self.vae, self.cfg.tokenizer_training, 0))
+
+    def _train_ar(self):
+        if self.ar.average:
+            raise ValueError('the AR model of a distilled head is frozen: there is no such step')
+        vae_params = self._params(self.vae, 2)
+        return self._train(stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
+
+    def _program(self, params):
+        """The whole sampler, compiled, and its arguments."""
+        arguments = (
+            params, self._params(self.vae, 2), self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0),
+            None if self.scale is None else jnp.float32(self.scale), jnp.float32(1),
+        )  # fmt: skip
+        ar = self.ar.clone(scan=False)
+        return tokens.draw_images.lower(ar, self.vae, self.options, *arguments).compile(), arguments
+
+    def _sample(self):
+        program, arguments = self._program(self._sampler()[1])
+        return lambda: np.asarray(program(*arguments)[0])
+
+    def _cached(self):
+        return self._cold()
+
+    def _cold(self):
+        _, params = self._sampler()
+        self._program(params)
+        prefill, head = self._prefill(params), self._head(params)
+        self.flops = self.bytes = 0  # a start has no floor
+        prefill()
+        return head

@@ -1,0 +1,88 @@
+"""Where numbers of a run go: a JSON-lines file, TensorBoard events, and the console.
+
+clu's own writers import TensorFlow; tensorboardX writes the same event files without it.
+"""
+
+import json
+import os
+import sys
+
+import tensorboardX
+from etils import epath
+from tqdm import tqdm
+
+from sphere_ar_jax.runtime import hosts
+
+
+class MetricWriter:
+    """Writes scalars of one training stage and shows its progress; of several processes, the first one alone.
+
+    In a terminal: a progress bar with time left. Elsewhere: a plain line at every `write`.
+    Lines of `metrics.jsonl` after `step` (written by a run that was killed) are dropped when it opens.
+    """
+
+    def __init__(self, directory, name, step, total):
+        self._name, self._total = name, total
+        self._silent = not hosts.is_first()
+        if self._silent:
+            return
+        epath.Path(directory).mkdir(parents=True, exist_ok=True)
+        path = os.path.join(directory, 'metrics.jsonl')
+        self._text = ''.join(json.dumps(line) + '\n' for line in read_scalars(path) if line['step'] <= step)
+        self._path = epath.Path(path)
+        epath.Path(f'{path}.tmp').write_text(self._text)
+        epath.Path(f'{path}.tmp').replace(path)
+        # Nothing can be added to a file in a bucket: it is written anew.
+        self._file = None if '://' in str(directory) else open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
+        self._events = tensorboardX.SummaryWriter(directory, purge_step=step + 1, flush_secs=10)
+        bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
+        self._bar = tqdm(total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty())
+
+    def advance(self):
+        """One more step is done."""
+        if not self._silent:
+            self._bar.update()
+
+    def write(self, step, scalars, shown):
+        """Records {name: float} at a step; `shown` are the names that the console shows."""
+        if self._silent:
+            return
+        line = json.dumps({'step': step, **scalars}) + '\n'
+        if self._file is not None:
+            self._file.write(line)
+        else:
+            self._text += line
+            self._path.write_text(self._text)
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown)
+        if self._bar.disable:
+            speed = scalars.get('seconds_per_step')
+            left = '' if speed is None else f', {(self._total - step) * speed:.0f} s left'
+            print(f'{self._name} {step}/{self._total}{left}: {text}', flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def picture(self, name, step, pixels):
+        """Adds uint8 (height, width, c) to the TensorBoard events."""
+        if not self._silent:
+            self._events.add_image(name, pixels, step, dataformats='HWC')
+
+    def close(self):
+        if not self._silent:
+            self._bar.close()
+            self._events.close()
+            if self._file is not None:
+                self._file.close()
+
+
+def read_scalars(path):
+    """The lines of a `metrics.jsonl` as dictionaries, [] if there is no file; a line cut off by a kill is left out."""
+    lines = []
+    if epath.Path(path).exists():
+        for line in epath.Path(path).read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return lines

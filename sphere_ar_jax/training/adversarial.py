@@ -1,0 +1,127 @@
+"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained along (spec §8).
+
+One step, in the public code's order: both networks see the reconstructions of one pass of the S-VAE, made before its
+update.
+  1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial loss).
+  2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
+Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight` from step number
+`disc_start` on (the first step has number 1) and 0 before. With w = 0 the discriminator's gradient is 0, not absent:
+its AdamW counts steps and its kernels decay. The running statistics see three batches in each step, whatever w:
+reconstructions, images, reconstructions.
+
+Two things differ from the public code. BatchNorm takes the statistics of the whole batch, there those of each GPU's 32
+images. LPIPS is deterministic; there the dropout of ½ before its linear weights, meant for fitting them, comes back on
+with `gan_model.train()`, which adds noise to the same mean.
+
+Dimensions:
+  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.models.vae import autoencode
+from sphere_ar_jax.training import losses, stages
+from sphere_ar_jax.training import state as training_state
+
+
+class OptionsError(ValueError):
+    """Options that the training cannot have; one line."""
+
+
+class AdversarialState(training_state.TrainState):
+    """`state.TrainState` of the S-VAE, and the discriminator's parameters, optimizer state and running statistics
+    (one {'mean', 'var'} for each BatchNorm)."""
+
+    disc_params: Any
+    disc_opt_state: Any
+    disc_stats: Any
+
+
+def _check(options):
+    if options.disc_loss not in discriminators.ADVERSARIAL:
+        raise OptionsError(
+            f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(discriminators.ADVERSARIAL)}'
+        )
+
+
+def tokenizer_stage(vae, options, seed, lpips_params=None):
+    """Trains the S-VAE against a discriminator; with disc_weight 0 it is `stages.tokenizer_stage`.
+
+    Args:
+      vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
+      options: the stage's section of the config. Of its own, discriminator: one of `discriminators.KINDS`; disc_loss:
+        one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight, kl_weight.
+      seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where perceptual_weight
+        is 0, or for a stage whose state is to be read and not trained.
+    Returns:
+      `state.Stage`. Its scalars: those of `losses.reconstruction_loss`; loss, of the S-VAE; perceptual, adversarial
+      and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
+      clipping; learning_rate.
+    Raises:
+      OptionsError, discriminators.DiscriminatorError: one line.
+    """
+    if not options.disc_weight:
+        return stages.tokenizer_stage(vae, options, seed, lpips_params)
+    _check(options)
+    discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
+    discriminator_term, generator_term = discriminators.ADVERSARIAL[options.disc_loss]
+    decays = training_state.ema_decays(options)
+    schedule, tx = training_state.build_optimizer(options)
+
+    def init(key):
+        params = vae.init_params(key)
+        disc = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
+        return AdversarialState(
+            jnp.int32(0), params, tx.init(params), training_state.copies(params, decays),
+            disc['params'], tx.init(disc['params']), disc.get('batch_stats', {}),
+        )  # fmt: skip
+
+    def generator_loss(params, state, lpips_params, images, keys, weight):
+        recon, z, posterior = autoencode(vae, params, images, lambda p: power_spherical.posterior_draws(keys, p))
+        weights = stages.tokenizer_weights(vae, options, lpips_params)
+        loss, scalars = losses.reconstruction_loss(images, recon, z, posterior, **weights)
+        fake, stats = discriminators.judge(discriminator, state.disc_params, state.disc_stats, recon)
+        scalars['adversarial'] = generator_term(fake)
+        return loss + weight * scalars['adversarial'], (scalars, recon, stats)
+
+    def discriminator_loss(params, stats, images, recon, weight):
+        real, stats = discriminators.judge(discriminator, params, stats, images)
+        fake, stats = discriminators.judge(discriminator, params, stats, recon)
+        loss = discriminator_term(real, fake)
+        scalars = dict(discriminator=loss, logits_real=jnp.mean(real), logits_fake=jnp.mean(fake))
+        return weight * loss, (scalars, stats)
+
+    def update(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def step(state, lpips_params, batch):
+        images = batch['image']
+        keys = losses.sample_keys(jax.random.key(seed), state.step, len(images))
+        weight = jnp.where(state.step + 1 < options.disc_start, 0.0, options.disc_weight)
+
+        compute = jax.value_and_grad(generator_loss, has_aux=True)
+        (loss, (scalars, recon, stats)), grads = compute(state.params, state, lpips_params, images, keys, weight)
+        params, opt_state = update(state.params, state.opt_state, grads)
+        ema = training_state.update_emas(state.ema, params, decays)
+
+        compute = jax.value_and_grad(discriminator_loss, has_aux=True)
+        (_, (more, stats)), disc_grads = compute(state.disc_params, stats, images, recon, weight)
+        disc_params, disc_opt_state = update(state.disc_params, state.disc_opt_state, disc_grads)
+
+        scalars |= more | dict(
+            loss=loss, grad_norm=optax.tree.norm(grads), disc_grad_norm=optax.tree.norm(disc_grads),
+            learning_rate=schedule(state.step),
+        )  # fmt: skip
+        return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state, stats), scalars
+
+    shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
+    return training_state.Stage(
+        'tokenizer', options, init, step, lpips_params, shown, 'LPIPS network', power_spherical.collapse
+    )

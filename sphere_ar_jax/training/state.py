@@ -1,0 +1,172 @@
+"""The state of a training, and what a training stage is.
+
+Dimensions:
+  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
+"""
+
+import dataclasses
+import json
+import zlib
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.training import losses, optimizer
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """step () int32, the parameters, the optimizer's state, and EMAs of the parameters: a tuple, one for each rate."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def eval_params(self):
+        """What sampling and evaluation use: the EMA of the first rate where there is one."""
+        return self.ema[0] if self.ema else self.params
+
+
+class Stage(NamedTuple):
+    """One of the two trainings.
+
+    Attributes:
+      name: also its directory. options: its section of the config. init: key → TrainState.
+      step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
+      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn: function of logged
+      scalars → what is wrong with them in words, or None. model: the frozen parameters' module, noted in checkpoints.
+    """
+
+    name: str
+    options: Any
+    init: Any
+    step: Any
+    frozen: Any
+    shown: tuple
+    about: str = ''
+    warn: Any = lambda scalars: None
+    model: Any = None
+
+
+def ema_decays(options):
+    """The rates of a stage's EMAs, the first of them the one to sample with."""
+    return ((options.ema_decay,) if options.ema_decay else ()) + tuple(options.more_ema_decays)
+
+
+def value_and_grad(loss, parts):
+    """`jax.value_and_grad` of a loss (params, frozen, batch, keys) → (loss, scalars), as the mean over `parts` pieces
+    of the batch, of which one is in memory at a time."""
+    compute = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return compute
+
+    def mean(params, frozen, batch, keys):
+        # every parts-th row: pieces are split over the devices as the batch is
+        split = lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+        pieces = jax.tree.map(split, (batch, keys))
+        run = lambda piece: compute(params, frozen, *piece)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces))
+        )
+        total, _ = jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, run(piece)), None), zeros, pieces)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return mean
+
+
+def build_optimizer(options):
+    """(schedule, optimizer) of a stage's options, see `optimizer`."""
+    schedule = optimizer.learning_rate(
+        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+    )
+    tx = optimizer.adamw(
+        schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+    )
+    return schedule, tx
+
+
+def make_stage(name, options, seed, init_params, loss, frozen, shown, about=''):
+    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
+    schedule, tx = build_optimizer(options)
+    decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
+
+    def init(key):
+        params = init_params(key)
+        return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
+
+    def step(state, frozen, batch):
+        keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['label']))
+        (value, scalars), grads = compute(state.params, frozen, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_emas(state.ema, params, decays)
+        scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
+        return TrainState(state.step + 1, params, opt_state, ema), scalars
+
+    return Stage(name, options, init, step, frozen, shown, about)
+
+
+def copies(params, decays):
+    """The EMAs at the start: a copy of the parameters for each rate."""
+    return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
+
+
+def update_emas(emas, params, decays):
+    """Each EMA by its rate, see `optimizer.update_ema`."""
+    return tuple(optimizer.update_ema(ema, params, decay) for ema, decay in zip(emas, decays, strict=True))
+
+
+def frozen_identity(stage):
+    """What a checkpoint notes of the parameters that a stage does not train, {} where there are none.
+
+    weights: a hash, 8 hexadecimal digits, of all their bits. model: its options, where the stage names a module.
+    """
+    if not jax.tree.leaves(stage.frozen):
+        return {}
+    weights = f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
+    how = ('parent', 'name', 'dtype', 'remat', 'unroll')  # it is computed, not what
+    fields = dataclasses.fields(stage.model) if stage.model is not None else ()
+    model = {field.name: getattr(stage.model, field.name) for field in fields if field.name not in how}
+    return json.loads(json.dumps({'weights': weights, 'model': model}))  # tuples become lists
+
+
+class FrozenError(ValueError):
+    """A checkpoint was trained on another tokenizer (or teacher) than the one that is there now."""
+
+
+def check_frozen(stage, here, data_state, directory):
+    """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
+    `frozen_identity` is `here`."""
+    trained_on = data_state.get('frozen', {})
+    if here and trained_on != here:
+        old, new = trained_on.get('model', {}), here['model']
+        changed = [f'{name} {old.get(name)} → {new[name]}' for name in new if old.get(name) != new[name]]
+        what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
+        raise FrozenError(f'{directory} was trained on another {stage.about} than is given ({what})')
+
+
+def abstract_state(stage, mesh):
+    """The shapes, dtypes and shardings of a stage's state."""
+    return sharding.abstract(mesh, jax.eval_shape(stage.init, jax.random.key(0)))
+
+
+def jitted_step(stage, mesh, state):
+    """The step of a stage, to be compiled for a mesh; its result takes the place of the state that it is given.
+
+    state: laid out on the mesh, abstract or not."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = sharding.keep_rows_split(mesh, stage.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def converted(directory, like):
+    """The parameters that a PyTorch checkpoint was converted to in a stage's directory, or None; `like`: abstract."""
+    weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True)
+    found = weights.restore(like)
+    weights.close()
+    return None if found is None else found[0]

@@ -1,0 +1,542 @@
+"""What --mode does, through the command line's own door, mostly within this process."""
+
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from absl.testing import flagsaver
+from PIL import Image
+
+from sphere_ar_jax import main
+from sphere_ar_jax.commands import checkpoints, open_run, train
+from sphere_ar_jax.commands import draw as commands_draw
+from sphere_ar_jax.config import build
+from sphere_ar_jax.data import batches, digits, pixels
+from sphere_ar_jax.evaluation import pictures, tokenizer
+from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
+from sphere_ar_jax.flow import plan
+from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
+from sphere_ar_jax.models import vae
+from sphere_ar_jax.models.conditions import classes
+from sphere_ar_jax.models.heads import flow
+from sphere_ar_jax.runtime import checkpoint, console, metric_writer, sharding
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.tokens import sample_tokens
+from sphere_ar_jax.training import losses, stages
+from sphere_ar_jax.training.run import load_run
+from tests import tiny_config
+from tests import torch_writer as w
+from tests.conftest import GOLDENS, libraries_promote
+
+ROOT = pathlib.Path(__file__).parents[2]
+CLASSES = 12  # of the tuned model: two more than the digits
+
+
+def _main(*arguments):
+    """The command line in this process, as `app.run` would call it."""
+    with flagsaver.flagsaver():
+        rest = main._guarded(main._parse_flags)(['main', *map(str, arguments)])
+        main._guarded(main.main)(rest)
+
+
+def _refused(capsys, *arguments):
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        _main(*arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), lines
+    return lines[0].removeprefix('error: ')
+
+
+def _checkpoint(path, tensors):
+    """Writes {name: float32 array} as `torch.save({'model': …})` would."""
+    value = {n: w.tensor(w.storage(n, t.size, 'Float'), t.shape) for n, t in tensors.items()}
+    storages = {n: np.ascontiguousarray(t, np.float32).tobytes() for n, t in tensors.items()}
+    path.write_bytes(w.zip_file(w.dictionary({'model': w.dictionary(value)}), storages))
+
+
+def _processes(code, *arguments):
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, '-c', 'import sys; sys.modules["torch"] = None\n' + code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+# ---- convert and export
+
+_KILLED = """
+import os
+import signal
+from sphere_ar_jax.commands import checkpoints
+from sphere_ar_jax.interop import torch_names
+whole = torch_names.from_torch
+def broken(tensors, shapes, progress):
+    if 'proj_in' in shapes:  # the AR model; the tokenizer's weights are there
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(tensors, shapes, progress)
+torch_names.from_torch = broken
+checkpoints.convert_checkpoint(sys.argv[1], sys.argv[2], heads=2)
+"""
+_MAIN = 'import runpy; runpy.run_module("sphere_ar_jax.main", run_name="__main__")'
+
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+    """Workdir of the golden checkpoint's `model`."""
+    workdir = tmp_path_factory.mktemp('converted') / 'w'
+    checkpoints.convert_checkpoint(str(GOLDENS / 'tiny.pt'), str(workdir), ema=False, heads=2)
+    return workdir
+
+
+def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys):
+    """In processes without PyTorch; what is read back are the EMA weights, bit for bit."""
+    workdir = tmp_path / 'w'
+    killed = _processes(_KILLED, GOLDENS / 'tiny.pt', workdir)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (workdir / 'tokenizer' / 'weights').is_dir() and not (workdir / 'config.json').exists()
+    for mode in (['sample'], ['export'], ['grid', '--classes=1'], ['evaluate']):
+        line = _refused(capsys, f'--workdir={workdir}', f'--mode={mode[0]}', *mode[1:])
+        assert line == f'{workdir} has no run: train one, or --mode=convert a checkpoint'
+    line = _refused(capsys, f'--workdir={workdir}', '--config=tests/tiny_config.py')
+    assert line == f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
+
+    arguments = '--mode=convert', f'--checkpoint={GOLDENS}/tiny.pt', f'--workdir={workdir}', '--heads=2'
+    again = _processes(_MAIN, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert '(ema), grid 4x4' in again.stdout
+    run = load_run(str(workdir))
+    tensors = torch_sizes.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'))
+    for params in (run.vae_params, run.ar_params):
+        jax.tree.map(np.testing.assert_array_equal, params, torch_names.from_torch(tensors, params))
+    assert (run.ar.num_classes, run.ar.heads, run.vae.grid) == (10, 2, (4, 4))
+
+
+def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
+    run = load_run(str(converted))
+    assert run.vae == tiny_vae[0] and run.ar.clone(remat=False) == tiny_ar[0]  # the recipe computes blocks again
+    for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    tokens = golden['sample/cfg1/tokens']
+    decode = jax.jit(lambda params, z: run.vae.apply({'params': params}, z, method='decode'))
+    np.testing.assert_allclose(decode(run.vae_params, tokens), golden['sample/cfg1/images'], rtol=1e-4, atol=1e-4)
+    noise = golden['sample/cfg1/noise_token0'], golden['sample/cfg1/noise']
+    options = plan.Options(num_steps=5, guidance=None)
+    drawn = jax.jit(lambda p: sample_tokens(run.ar, p, golden['class_id'], None, options, noise=noise))
+    np.testing.assert_allclose(drawn(run.ar_params), tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_export_is_what_was_converted(converted, torch_tensors, capsys):
+    _main('--mode=export', f'--workdir={converted}', f'--output={converted}/sub/a.safetensors')
+    written = safetensors.numpy.load_file(converted / 'sub' / 'a.safetensors')
+    assert set(written) == set(torch_tensors)
+    for name, tensor in written.items():
+        close = dict(atol=1e-6) if 'freqs_cis' in name else dict(rtol=0, atol=0)
+        np.testing.assert_allclose(tensor, np.asarray(torch_tensors[name], np.float32), **close, err_msg=name)
+    assert os.listdir(converted / 'sub') == ['a.safetensors']
+
+
+def test_what_convert_refuses(converted, tmp_path, capsys):
+    arguments = '--mode=convert', f'--workdir={tmp_path}/w'
+    golden = f'--checkpoint={GOLDENS}/tiny.pt'
+    (tmp_path / 'text.pt').write_text('no checkpoint')
+    _checkpoint(tmp_path / 'other.pt', {'weight': np.zeros((2, 2))})
+    for more, message in (
+        ([], 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE'),
+        ([f'--checkpoint={tmp_path}/none.pt'], 'there is no file'),
+        ([f'--checkpoint={tmp_path}/text.pt'], 'text.pt'),
+        ([f'--checkpoint={tmp_path}/other.pt'], 'the checkpoint is no SphereAR model: it has no tensor vae.'),
+        (['--checkpoint=hf://owner'], 'hf://owner must be hf://OWNER/REPOSITORY/FILE'),
+        ([golden, '--heads=3'], 'the number of heads is not 3'),
+        (
+            [golden, '--heads=2', '--config=tests/tiny_config.py'],
+            'holds another model than --config (vae.image_channels 1 → 3; vae.stem 4 → 64',
+        ),
+        ([golden, '--labels=uniform'], '--labels is for --mode=sample, not for convert'),
+    ):
+        assert message in _refused(capsys, *arguments, *more)
+        assert not (tmp_path / 'w' / 'config.json').exists()
+    line = _refused(capsys, '--mode=convert', f'--workdir={converted}', golden, '--heads=2')
+    assert line == f'{converted} has a run already: use another --workdir'
+    assert 'Not a directory' in _refused(capsys, '--mode=convert', '--workdir=/dev/null/x', golden, '--heads=2')
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not found."""
+
+    def do_HEAD(self):
+        content = (GOLDENS / 'tiny.pt').read_bytes()
+        found = self.path == '/guolinke/SphereAR/resolve/main/tiny.pt'
+        self.send_response(200 if found else 404)
+        self.send_header('Content-Length', str(len(content) if found else 0))
+        self.send_header('ETag', f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header('X-Repo-Commit', 'a' * 40)
+        if not found:
+            self.send_header('X-Error-Code', 'EntryNotFound')
+        self.end_headers()
+        return content if found else b''
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_checkpoint_from_the_hub(converted, tmp_path):
+    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there is named."""
+    pytest.importorskip('huggingface_hub')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {
+        'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'hub'),
+        'HF_HUB_OFFLINE': '0', 'PYTHONPATH': str(ROOT),
+    }  # fmt: skip
+    for name in ('no_proxy', 'NO_PROXY'):
+        env[name] = '127.0.0.1'
+
+    def convert(file):
+        source = f'hf://guolinke/SphereAR/{file}'
+        command = [sys.executable, '-m', 'sphere_ar_jax.main', '--mode=convert', f'--checkpoint={source}']
+        command += [f'--workdir={tmp_path / file}', '--no-ema', '--heads=2']
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    done = convert('tiny.pt')
+    assert done.returncode == 0, done.stderr
+    chex.assert_trees_all_equal(*(load_run(str(path)).ar_params for path in (tmp_path / 'tiny.pt', converted)))
+    missing = convert('other.pt')
+    server.shutdown()
+    assert missing.returncode == 2 and missing.stderr.startswith('error: hf://guolinke/SphereAR/other.pt: ')
+    assert '404' in missing.stderr and len(missing.stderr.splitlines()) == 1
+
+
+def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
+    """It converts, is scored and exported; there is nothing to sample."""
+    tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
+    _checkpoint(tmp_path / 'vae.pt', tensors)
+    workdir = tmp_path / 'w'
+    shutil.copytree(converted / 'ar', workdir / 'ar')  # as a broken conversion of a whole model leaves it
+    _main('--mode=convert', f'--checkpoint={tmp_path}/vae.pt', f'--workdir={workdir}')
+    assert 'a tokenizer, ' in capsys.readouterr().out and not (workdir / 'ar' / 'weights').exists()
+    run = load_run(str(workdir), tokenizer_only=True)
+    jax.tree.map(np.testing.assert_array_equal, run.vae_params, torch_names.from_torch(tensors, run.vae_params))
+    assert 'has no checkpoint of the stage ar yet' in _refused(capsys, '--mode=sample', f'--workdir={workdir}')
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / 'real.npz', arr_0=images)
+    _main('--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/real.npz')
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    expected = tokenizer.score_tokenizer(run, [images[:2], images[2:]])
+    assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(expected, rel=1e-5)
+    real = images.astype(np.float32) / 127.5 - 1
+    key = jax.random.key(0)
+    decoded, kl, kappa = on_mesh.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh())
+    scores = written['tokenizer']
+    np.testing.assert_allclose(
+        [scores['psnr'], scores['kl'], scores['kappa']], [tokenizer.psnr(decoded, real), kl, kappa], rtol=1e-5
+    )
+    rounded = np.clip(127.5 * decoded + 128, 0, 255).astype(np.uint8).astype(np.float64)
+    mse = ((rounded - images) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(scores['image_psnr'], np.mean(10 * np.log10(255**2 / mse)), rtol=1e-4)
+    assert -1 < scores['ssim'] < 1
+
+    np.savez(tmp_path / 'small.npz', arr_0=images[:, :32])
+    line = _refused(capsys, '--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/small.npz')
+    assert line == 'images of (32, 64, 3), but the tokenizer takes (64, 64, 3)'
+
+
+# ---- fine-tuning, then everything of a digits run
+
+
+def _tuning(**options):
+    cfg = tiny_config.get_config()
+    cfg.data.num_classes = CLASSES
+    cfg.tokenizer_training.update(steps=0, warmup_steps=0)
+    cfg.ar_training.update(log_every=1)
+    cfg.update_from_flattened_dict(options)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """(workdir of a converted digits model, trained on; the model as it was converted; metrics; refusals)."""
+    workdir = tmp_path_factory.mktemp('tuned') / 'w'
+    first = tiny_config.random_run()
+    cfg = _tuning()
+    ar = build.build_ar(cfg)
+    shapes = jax.eval_shape(ar.init_params, jax.random.key(0))
+    draw = np.random.default_rng(7).standard_normal
+    params = jax.tree.map(lambda x: (0.2 * draw(x.shape)).astype(np.float32), shapes)
+    torch_names.export(f'{workdir}.safetensors', first.vae, first.vae_params, params)
+    _checkpoint(pathlib.Path(f'{workdir}.pt'), safetensors.numpy.load_file(f'{workdir}.safetensors'))
+    checkpoints.convert_checkpoint(f'{workdir}.pt', str(workdir), heads=2)
+    before = load_run(str(workdir))
+    jax.tree.map(np.testing.assert_array_equal, before.ar_params, params)
+    shutil.copytree(workdir, f'{workdir}.converted')
+    settings = (workdir / 'config.json').read_text()
+    for wrong, message in (
+        ({'data.num_classes': 10}, 'data.num_classes 12 → 10'),
+        ({'ar.width': 32}, 'ar.width 16 → 32'),
+    ):
+        with pytest.raises(console.UserError, match=message):
+            train.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
+        assert (workdir / 'config.json').read_text() == settings
+    with libraries_promote():
+        metrics = train.train(cfg, str(workdir), 'the command', time.perf_counter())
+    return workdir, before, metrics
+
+
+def test_training_goes_on_from_converted_weights(tuned):
+    workdir, before, _ = tuned
+    cfg = _tuning()
+    lines = metric_writer.read_scalars(f'{workdir}/ar/metrics.jsonl')
+    assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
+    stage = stages.ar_stage(before.ar, before.vae, before.vae_params, cfg.ar_training, cfg.seed)
+    batch = next(batches.batches(digits.Digits('train', cfg.seed, cfg.data.holdout), batch_size=16, seed=cfg.seed))
+    keys = losses.sample_keys(jax.random.key(cfg.seed), 0, 16)
+    posterior, flows, drops = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+
+    @jax.jit
+    def loss(ar_params, vae_params, image, label):
+        z, _ = vae.draw_tokens(before.vae, vae_params, image, posterior)
+        draws = flow.flow_draws(flows, 2, *z.shape[1:])
+        label = classes.drop_labels(drops, label, CLASSES, cfg.ar_training.label_dropout)
+        return flow.flow_loss(before.ar, ar_params, label, z, *draws)[0]
+
+    expected = loss(before.ar_params, before.vae_params, batch['image'], batch['label'])
+    np.testing.assert_allclose(lines[0]['loss'], expected, rtol=1e-5)
+    run = load_run(str(workdir))
+    assert stage.name == 'ar' and run.ar.clone(remat=True) == before.ar and run.ar.num_classes == CLASSES
+    jax.tree.map(np.testing.assert_array_equal, run.vae_params, before.vae_params)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ar_params, before.ar_params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
+
+
+def test_a_head_is_distilled_from_converted_weights(tuned, tmp_path):
+    """A published model, whatever it was trained on, teaches a head; all else stays as it was converted."""
+    workdir, before, _ = tuned
+    cfg = tiny_config.get_config('distilled')
+    cfg.data.num_classes, cfg.init_from = CLASSES, f'{workdir}.converted'
+    with libraries_promote():
+        metrics = train.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
+    assert np.isfinite(metrics['samples/frechet'])
+    run = load_run(str(tmp_path / 'w'))
+    head = run.ar_params.pop('head')
+    chex.assert_trees_all_equal(run.ar_params, {k: v for k, v in before.ar_params.items() if k != 'head'})
+    chex.assert_trees_all_equal(run.vae_params, before.vae_params)
+    for name in ('cond_embed', 'final_linear'):
+        moved = np.abs(head[name]['kernel'] - before.ar_params['head'][name]['kernel']).max()
+        assert 0 < moved < 0.02  # six steps of 1e-3
+
+    cfg.data.num_classes = CLASSES + 1
+    with pytest.raises(console.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'):
+        train.train(cfg, str(tmp_path / 'x'), 'the command', time.perf_counter())
+
+
+def test_no_tokenizer_to_keep(tmp_path, capsys):
+    """Refused, and the workdir is still free for another config."""
+    (tmp_path / 'c.py').write_text(
+        'from tests.commands.test_draw import _tuning\ndef get_config():\n    return _tuning()\n'
+    )
+    line = _refused(capsys, f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w')
+    assert line.startswith('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give --co')
+    assert os.listdir(tmp_path / 'w') == []
+
+
+def test_digits_are_scored_again(tuned, capsys):
+    """--mode=evaluate repeats the scores of the training's own end."""
+    workdir, _, metrics = tuned
+    with libraries_promote():
+        _main('--mode=evaluate', f'--workdir={workdir}')
+    written = json.loads((workdir / 'evaluation.json').read_text())
+    assert written == {name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))}
+    assert {'vae/psnr', 'samples/accuracy', 'samples/frechet'} <= set(written)
+    assert 'samples/frechet' in capsys.readouterr().out
+
+
+def test_samples_as_a_file_and_as_pictures(tuned, tmp_path, capsys):
+    workdir, _, _ = tuned
+    _main(
+        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced',
+        f'--png={tmp_path}/png',
+    )  # fmt: skip
+    with np.load(tmp_path / 's' / 'a.npz') as file:
+        images, labels = file['arr_0'], file['arr_1']
+    assert labels.tolist() == [*range(12), 0, 1] and images.shape == (14, 16, 16, 1)
+    assert sorted(os.listdir(tmp_path / 'png')) == [f'{i:06d}.png' for i in range(14)]
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), image[..., 0])
+    assert '14 images in ' in capsys.readouterr().out
+    run = load_run(str(workdir))
+    s = run.config.sampling
+    expected = on_mesh.sample_images(
+        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
+        build.build_sampler(run.config), batch_size=s.batch_size, mesh=sharding.make_mesh(),
+        guidance_scale=s.guidance_scale, temperature=s.temperature,
+    )  # fmt: skip
+    assert np.abs(np.asarray(pixels.to_uint8(expected), int) - images).max() <= 1
+    _main(
+        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced'
+    )
+    assert 'a.npz: was there' in capsys.readouterr().out
+
+
+def _place(picture, part):
+    """(row, column) at which `part` (h, w) lies, pixel for pixel, in a picture (H, W), or None."""
+    h, width = part.shape
+    for y, x in zip(
+        *np.nonzero(picture[: len(picture) - h + 1, : picture.shape[1] - width + 1] == part[0, 0]), strict=True
+    ):
+        if np.array_equal(picture[y : y + h, x : x + width], part):
+            return int(y), int(x)
+    return None
+
+
+def test_grid(tuned, tmp_path, capsys):
+    """Every image is in the picture, pixel for pixel: rows are classes, columns keys, alike in all rows."""
+    workdir, _, _ = tuned
+    _main(
+        '--mode=grid', f'--workdir={workdir}', '--classes=3; 11;3', '--columns=2', f'--output={tmp_path}/new/grid.png'
+    )
+    run = load_run(str(workdir))
+    s = run.config.sampling
+    images = on_mesh.sample_images(
+        run.ar, run.vae, run.ar_params, run.vae_params, [3, 3, 11, 11, 3, 3], jax.random.key(run.config.seed),
+        build.build_sampler(run.config), batch_size=6, mesh=sharding.make_mesh(), index=np.array([0, 1] * 3),
+        guidance_scale=s.guidance_scale, temperature=s.temperature,
+    )  # fmt: skip
+    images = np.asarray(pixels.to_uint8(images))[..., 0]
+    np.testing.assert_array_equal(images[:2], images[4:])
+    assert (images[0] != images[1]).any() and (images[0] != images[2]).any()
+    enlarged = images.repeat(8, 1).repeat(8, 2)  # 128 pixels
+    picture = np.asarray(Image.open(tmp_path / 'new' / 'grid.png').convert('L'))
+    top, left = _place(picture, enlarged[0])
+    for i, image in enumerate(enlarged):
+        y, x = top + i // 2 * 132, left + i % 2 * 132
+        np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
+    assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()  # no more of them
+    for more, message in (
+        ([], "give --classes='golden retriever; 388'"),
+        (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),
+        (['--classes=12'], "'12' is no class: this model knows the numbers 0 to 11"),
+        (['--classes=2;goldfish'], "'goldfish' is no class: this model knows the numbers 0 to 11"),
+        (['--classes=2', '--columns=0'], 'columns'),
+    ):
+        assert message in _refused(capsys, '--mode=grid', f'--workdir={workdir}', *more)
+
+
+def test_grid_names_of_imagenet(tmp_path, monkeypatch):
+    """A model of 1000 classes takes names, synsets and numbers, and titles its rows with both."""
+    run = tiny_config.random_run()
+    run.config.data.num_classes = 1000
+    run.config.sampling.num_images = 1000
+    seen = {}
+    monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
+    monkeypatch.setattr(
+        commands_draw.evaluation, 'sample_images', lambda *a, **k: seen.update(labels=a[4], index=k['index'])
+    )
+    monkeypatch.setattr(pictures, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))
+    commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
+    assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
+    assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
+    with pytest.raises(console.UserError, match="'1000' is no class"):
+        commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
+    for wrong in ('retriever', 'n00000000'):
+        with pytest.raises(main.INPUT_ERRORS, match=f"ImageNet has no class '{wrong}'") as error:
+            commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes=wrong)
+        assert '\n' not in str(error.value)
+
+
+def test_samples_are_scored(tmp_path, monkeypatch, capsys):
+    """What --samples, --reference and --inception give to `protocol.evaluate`, and where its scores go. The workdir
+    needs no run."""
+    seen = []
+
+    def scores(*arguments, progress):
+        for done in (0, 1, 2):
+            progress('samples', done, 2)
+        seen.append(arguments)
+        return {'fid': 1.5}
+
+    monkeypatch.setattr(protocol, 'evaluate', scores)
+    monkeypatch.setattr(inception_weights, 'load', lambda path: f'weights of {path}')
+    flags = ['--samples=s.npz', '--reference=r.npz', '--inception=i.pb']
+    _main('--mode=evaluate', f'--workdir={tmp_path}/new', *flags)
+    assert seen == [('s.npz', 'r.npz', 'weights of i.pb')]
+    assert json.loads((tmp_path / 'new' / 'evaluation.json').read_text()) == {'fid': 1.5}
+    assert 'samples: 2 of 2' in capsys.readouterr().out
+
+
+def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
+    workdir = f'--workdir={converted}'
+    (tmp_path / 'bad').mkdir()
+    (tmp_path / 'bad' / 'config.json').write_text('{"vae": 3')
+    (tmp_path / 'text.pb').write_bytes(b'\x07 no graph')
+    _checkpoint(tmp_path / 'weights.pth', {'x': np.zeros(2)})
+    np.savez(tmp_path / 'a.npz', b=np.zeros(3))
+    for arguments, message in (
+        (['--mode=evaluate', workdir], 'only digits have scores of their own'),
+        (['--mode=evaluate', workdir, '--samples=a.npz'], 'give --samples=NPZ and --reference=NPZ together'),
+        (['--mode=evaluate', workdir, '--reference=a.npz'], 'give --samples=NPZ and --reference=NPZ together'),
+        (['--mode=evaluate', workdir, '--reference=a.npz', '--samples=b.npz'], 'give --inception='),
+        (['--mode=evaluate', workdir, '--inception=a.pb'], '--inception is for --samples and --reference, or for --im'),
+        (['--mode=evaluate', workdir, '--images=a.npz', '--lpips=b'], 'give --lpips, --vgg and --images together'),
+        (['--mode=evaluate', workdir, '--lpips=a', '--vgg=b'], 'give --lpips, --vgg and --images together'),
+        (['--mode=evaluate', workdir, f'--images={tmp_path}/a.npz'], 'a.npz has no array arr_0, only b'),
+        (['--mode=evaluate', workdir, f'--images={tmp_path}/none.npz'], 'there is no file'),
+        (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/text.pb'], 'is not a GraphDef'),
+        (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/weights.pth'], 'must hold tensors by'),
+        (['--mode=sample', workdir, '--output=a.png'], '--output is a.png, but must end in .npz'),
+        (['--mode=sample', workdir, '--labels=unifrom'], 'there is no file unifrom; labels are uniform, balanced, or'),
+        (['--mode=sample', workdir, '--num_images=0'], 'num_images'),
+        (['--mode=sample', workdir, '--heads=2'], '--heads is for --mode=convert, not for sample'),
+        (['--mode=sample', workdir, '--config=tests/tiny_config.py'], 'holds another model than --config (vae.'),
+        (['--mode=sample', f'--workdir={tmp_path}'], 'has no run: train one, or --mode=convert a checkpoint'),
+        (['--mode=sample', f'--workdir={tmp_path}/bad'], 'config.json is no config of ours'),
+        (['--mode=export', workdir, '--classes=3'], '--classes is for --mode=grid, not for export'),
+        (['--mode=export'], 'give --workdir=DIR'),
+        (['--mode=sampel', workdir], 'mode'),
+    ):
+        assert message in _refused(capsys, *arguments), arguments
+    assert not (converted / 'samples.npz').exists()
+    meshed = _tuning(**{'mesh.data': 999})
+    with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
+        commands_draw.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
+
+
+@libraries_promote()
+def test_sampler_seed_and_mesh_are_those_of_the_config_given(tuned):
+    """`like` changes how is drawn, never what was trained."""
+    workdir, _, _ = tuned
+    like = _tuning(**{'sampling.num_steps': 7, 'seed': 3, 'data.holdout': 0.5, 'dtype': 'bfloat16', 'mesh.data': 1})
+    run, mesh = open_run.open_run(str(workdir), like)
+    assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)
+    assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16 and mesh.size == 1
+    assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(load_run(str(workdir)).ar_params)
+
+
+def test_hostile_args_of_a_checkpoint(torch_tensors):
+    """`args` of any kind, and a RoPE table of too few rows: sizes, or one ConversionError."""
+    for args in (3, 'text', [1], {'lr': 0.1}):
+        assert torch_sizes.sizes(torch_tensors, args).ar['heads'] == 1
+    with pytest.raises(torch_names.ConversionError, match='latent dimensions disagree'):
+        torch_sizes.sizes(torch_tensors, {'latent_dim': 5})
+    tensors = {n: t for n, t in torch_tensors.items() if n.startswith('vae.')}
+    short = {f'vae.{part}.freqs_cis': np.zeros((2, 32, 2)) for part in ('encoder', 'decoder')}
+    with pytest.raises(
+        torch_names.ConversionError, match=re.escape('the grid of tokens cannot be told: their number is -')
+    ):
+        torch_sizes.sizes(tensors | short)

@@ -1,0 +1,226 @@
+"""Training on image files, from the tar to the report, with the smallest models; and what is refused."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sphere_ar_jax.commands import train
+from sphere_ar_jax.config import checks, schema
+from sphere_ar_jax.data import stand_in
+from sphere_ar_jax.evaluation import snapshots
+from sphere_ar_jax.evaluation.fidelity import inception, statistics
+from sphere_ar_jax.runtime import console, metric_writer
+from sphere_ar_jax.training import loop, state
+from sphere_ar_jax.training.run import load_config, load_run
+from tests.conftest import libraries_promote
+
+ROOT = pathlib.Path(__file__).parents[2]
+SYNSETS = ('n01440764', 'n01443537', 'n02099601')
+
+
+@pytest.fixture(scope='module')
+def tar(tmp_path_factory):
+    path = tmp_path_factory.mktemp('tar') / 'ILSVRC2012_img_train.tar'
+    stand_in.write_tar(str(path), SYNSETS, 8, seed=0, broken=1)
+    return path
+
+
+def _config(tar, **options):
+    """32×32 pixels, 8×8 tokens."""
+    c = schema.default()
+    c.data.update(name='imagenet', path=str(tar), max_broken=0.5, threads=2)
+    c.vae.update(grid=(8, 8), latent_dim=8, stem=4, channels=(4, 8, 16), encoder_depth=1, decoder_depth=1, heads=2)
+    c.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2)
+    steps = dict(steps=4, batch_size=8, warmup_steps=0, log_every=2, checkpoint_every=2, learning_rate=1e-3)
+    c.tokenizer_training.update(steps, perceptual_weight=0.0, disc_start=2)
+    c.ar_training.update(steps, ema_decay=0.9, copies=2, more_ema_decays=(0.5,))
+    c.sampling.update(num_images=8, batch_size=8, num_steps=2, guidance='linear', guidance_scale=1.5)
+    c.watch.update(every=2, classes=3, columns=2)
+    c.update_from_flattened_dict(options)
+    return checks.check(c)
+
+
+def _train(cfg, workdir):
+    with libraries_promote():
+        return train.train(cfg, str(workdir), 'the command', time.perf_counter())
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tar, tmp_path_factory):
+    """Workdir of a tokenizer trained against a discriminator, and its metrics."""
+    workdir = tmp_path_factory.mktemp('tokenizer') / 'w'
+    return workdir, _train(_config(tar, **{'ar_training.steps': 0}), workdir)
+
+
+@pytest.fixture(scope='module')
+def trained(tar, tokenizer, tmp_path_factory):
+    """Workdir of an AR model on that tokenizer."""
+    workdir = tmp_path_factory.mktemp('ar') / 'w'
+    options = {'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0])}
+    return workdir, _train(_config(tar, **options), workdir)
+
+
+def _size(path):
+    return Image.open(path).size
+
+
+def test_a_tokenizer_alone(tokenizer):
+    workdir, metrics = tokenizer
+    lines = metric_writer.read_scalars(f'{workdir}/tokenizer/metrics.jsonl')
+    assert [line['step'] for line in lines] == [2, 4]
+    for name in ('discriminator', 'adversarial', 'logits_real', 'spread_mean', 'dead_share', 'disc_grad_norm'):
+        assert np.isfinite(lines[-1][name]), name
+    assert lines[0]['disc_grad_norm'] > 0  # the mean over steps 1, where its weight is 0, and 2
+    assert 0 < metrics['vae/psnr'] < 40
+    page = (workdir / 'report.html').read_text()
+    assert page.count('<img') == 2 and 'Samples' not in page
+    for step in (2, 4):
+        width, height = _size(workdir / 'tokenizer' / f'reconstructions_{step:07d}.png')
+        assert width > 8 * 32 and height > 4 * 32
+    assert not (workdir / 'ar').exists()
+
+
+def test_an_ar_model_on_it(tar, tokenizer, trained):
+    workdir, _ = trained
+    assert not (workdir / 'tokenizer').exists()
+    run, alone = load_run(str(workdir)), load_run(str(tokenizer[0]), tokenizer_only=True)
+    chex.assert_trees_all_equal(run.vae_params, alone.vae_params)
+    assert run.ar.num_classes == 1000
+    page = (workdir / 'report.html').read_text()
+    assert page.count('<img') == 3
+    first, last = (np.asarray(Image.open(workdir / 'ar' / f'samples_{step:07d}.png')) for step in (2, 4))
+    assert first.shape == last.shape and min(first.shape[:2]) > 2 * 128
+    assert not np.array_equal(first, last)
+    assert list((workdir / 'ar').glob('events.out.tfevents.*'))
+
+
+def test_the_ema_to_sample_with(trained):
+    workdir, _ = trained
+    cfg = load_config(str(workdir))
+    slow, fast = cfg.copy_and_resolve_references(), cfg.copy_and_resolve_references()
+    slow.sampling.ema_decay, fast.sampling.ema_decay = 0.9, 0.5
+    of = [load_run(str(workdir), cfg=c).ar_params for c in (cfg, slow, fast)]
+    chex.assert_trees_all_equal(of[0], of[1])
+    away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), of[1], of[2])
+    assert max(jax.tree.leaves(away)) > 1e-5
+
+
+@pytest.mark.slow
+def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
+    """For sampling and for training on: the same config, other weights."""
+    other = tmp_path / 'other'
+    _train(_config(tar, **{'ar_training.steps': 0, 'tokenizer_training.steps': 2, 'seed': 1, 'watch.every': 0}), other)
+    workdir = tmp_path / 'w'
+    shutil.copytree(trained[0], workdir)
+    settings = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps(settings | {'tokenizer': str(other)}))
+    with pytest.raises(state.FrozenError, match=f'{workdir}/ar was trained on another tokenizer'):
+        load_run(str(workdir))
+    options = {'tokenizer_training.steps': 0, 'tokenizer': str(other), 'ar_training.log_every': 1}
+    with pytest.raises(state.FrozenError, match='was trained on another tokenizer'):
+        _train(_config(tar, **options), workdir)
+
+
+def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
+    """Of as many samples as wished, with the EMA; the network is replaced by the colours of four places."""
+    seen = []
+
+    def extract(batches, network, *, batch_size, mesh):
+        images = np.concatenate(list(batches))
+        seen.append(images)
+        return inception.Features(images[:, ::16, ::16].reshape(len(images), -1).astype(np.float32), None, None)
+
+    reference = statistics.statistics(np.random.default_rng(0).uniform(0, 255, (50, 12)))
+    monkeypatch.setattr(snapshots.fidelity, 'extract', extract)
+    monkeypatch.setattr(train, '_judge', lambda cfg: (None, reference))
+    cfg = _config(tar, **{'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0])})
+    cfg.watch.update(fid_images=20, inception='weights', reference='reference')
+    _train(checks.check(cfg), tmp_path / 'w')
+    lines = [line for line in metric_writer.read_scalars(f'{tmp_path}/w/ar/metrics.jsonl') if 'fid' in line]
+    assert [line['step'] for line in lines] == [2, 4] and [images.shape for images in seen] == [(20, 32, 32, 3)] * 2
+    of_last = statistics.statistics(seen[1][:, ::16, ::16].reshape(20, -1).astype(np.float32))
+    np.testing.assert_allclose(lines[1]['fid'], statistics.frechet_distance(*of_last, *reference), rtol=1e-6)
+
+
+WRONG = {
+    'no path': ({'data.path': None}, 'give --config.data.path'),
+    'no such tar': ({'data.path': '/nowhere/x.tar'}, '/nowhere/x.tar'),
+    'too many classes': ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
+    'no LPIPS': ({'tokenizer_training.perceptual_weight': 1.0}, r'vgg\.pth.*vgg16-397923af\.pth.*perceptual_weight=0'),
+    'no tokenizer': ({'tokenizer_training.steps': 0}, r'give --config\.tokenizer=DIR'),
+    'not a run': ({'tokenizer_training.steps': 0, 'tokenizer': '/nowhere'}, '^tokenizer: there is no run in /nowhere$'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
+    options, message = WRONG[name]
+    cfg = _config(tar)
+    with cfg.ignore_type():
+        cfg.update_from_flattened_dict(options)
+    with pytest.raises(console.UserError, match=message) as error:
+        _train(cfg, tmp_path / 'w')
+    assert '\n' not in str(error.value) and not (tmp_path / 'w' / 'config.json').exists()
+
+
+def test_the_classes_of_a_folder(tmp_path):
+    """A model gets as many classes as there are directories, unless the config says more; config.json says how many."""
+    for name, colour in (('a', 'red'), ('b', 'blue')):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 50), colour).save(tmp_path / 'images' / name / '1.png')
+    cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images')})
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    assert setting.ar.num_classes == 2 and len(setting.source) == 2
+    assert load_config(str(tmp_path / 'w')).data.num_classes == 2
+    images = snapshots.examples(setting)
+    np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
+    cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5})
+    assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.num_classes == 5
+
+
+def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
+    options = {'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0]), 'vae.latent_dim': 4}
+    with pytest.raises(console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'):
+        _train(_config(tar, **options), tmp_path / 'w')
+
+
+_KILLED = """
+import os, signal, sys, time
+from sphere_ar_jax.runtime import checkpoint
+from tests.commands import test_train
+save = checkpoint.Checkpoints.save
+def kill_after(self, step, *rest):
+    save(self, step, *rest)
+    if step == 2:
+        self._manager.wait_until_finished()
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = kill_after
+test_train._train(test_train._config(sys.argv[1], **{'ar_training.steps': 0}), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tar, tokenizer, tmp_path):
+    """The discriminator and its statistics are resumed too: every bit of the state is that of an undisturbed run."""
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, '-c', _KILLED, str(tar), str(tmp_path / 'w')]
+    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr
+    _train(_config(tar, **{'ar_training.steps': 0}), tmp_path / 'w')
+    states = []
+    for workdir in (tmp_path / 'w', tokenizer[0]):
+        found = loop.checkpoint.Checkpoints(f'{workdir}/tokenizer/checkpoints', read_only=True)
+        assert found.steps()[-1] == 4
+        states.append(json.loads((workdir / 'tokenizer/checkpoints/4/meta/metadata').read_text())['fingerprint'])
+        found.close()
+    assert states[0] == states[1] and len(states[0]) > 100

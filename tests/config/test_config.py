@@ -1,0 +1,241 @@
+import importlib.util
+import json
+import pathlib
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.data import batches, digits
+from sphere_ar_jax.training import stages
+from tests.conftest import libraries_promote
+from tests.tiny_config import get_config
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+
+
+def _load(name, argument):
+    spec = importlib.util.spec_from_file_location('a_config', CONFIGS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+@libraries_promote()
+def test_the_digits_are_built_and_traced():
+    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the same models."""
+    cfg, smoke = checks.check(_load('digits', '')), checks.check(_load('digits', 'smoke'))
+    assert (cfg.vae, cfg.ar) == (smoke.vae, smoke.ar) and smoke.ar_training.steps < cfg.ar_training.steps
+    assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
+    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    build.build_sampler(cfg)
+    source = digits.Digits('train', cfg.seed, cfg.data.holdout)
+    vae_params = jax.eval_shape(vae.init_params, jax.random.key(0))
+    for stage in (
+        stages.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),
+        stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed),
+    ):
+        batch = next(batches.batches(source, batch_size=stage.options.batch_size, seed=0))
+        state = jax.eval_shape(stage.init, jax.random.key(0))
+        after, scalars = jax.eval_shape(stage.step, state, stage.frozen, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_shape(list(scalars.values()), ())
+
+
+@pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
+@pytest.mark.parametrize('argument', ['', 'fast'])
+def test_the_published_configs(name, argument):
+    """Valid, of the published sizes, with the published sampler or the fast one; and read back the same."""
+    cfg = checks.check(_load(name, argument))
+    model, sampler = build.build_ar(cfg), build.build_sampler(cfg)
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    counts = {'ar_b': 204_499_216, 'ar_l': 476_380_176, 'ar_h': 943_854_096}
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == counts[name]
+    evaluations = {'': 101, 'fast': 10}[argument]
+    assert sampler.plan(256).evaluations == evaluations and sampler.guidance == 'linear'
+    assert cfg.sampling.guidance_scale == (4.6 if name == 'ar_l' else 4.5)
+    assert cfg.ar_training.steps == 400 * (1_281_167 // 512)
+    again = checks.from_dict(json.loads(cfg.to_json_best_effort()))
+    assert not schema.differences(json.loads(cfg.to_json_best_effort()), json.loads(again.to_json_best_effort()))
+    with pytest.raises(ValueError, match='no variant'):
+        _load(name, 'huge')
+
+
+def test_the_published_tokenizer():
+    cfg = checks.check(_load('vae', ''))
+    shapes = jax.eval_shape(build.build_vae(cfg).init_params, jax.random.key(0))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 75_393_297
+    t = cfg.tokenizer_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.ema_decay, t.steps) == (256, 1e-4, 1e-4, 0, 500_400)
+    with pytest.raises(ValueError, match='no variant'):
+        _load('vae', 'fast')
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+@libraries_promote()
+def test_arguments_of_the_published_configs(name):
+    """Batch size, data, precision and resolution; the epochs stay what they were."""
+    section, epochs = ('tokenizer_training', 100) if name == 'vae' else ('ar_training', 400)
+    cfg = checks.check(_load(name, 'batch=64,data=folder:/some/images,dtype=bfloat16,512'))
+    assert (cfg.data.name, cfg.data.path, cfg.dtype) == ('folder', '/some/images', 'bfloat16')
+    assert cfg[section].batch_size == 64 and cfg[section].steps == epochs * (1_281_167 // 64)
+    assert build.build_vae(cfg).image_shape == (512, 512, 3)
+    if name != 'vae':
+        with pytest.raises(schema.ConfigError, match='say how many classes'):
+            build.build_ar(cfg)
+        cfg.data.num_classes = 7
+        model = build.build_ar(cfg)
+        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+        assert model.num_tokens == 1024 and shapes['pos_for_diff'].shape[0] == 1024
+        assert shapes['cls_embedding'].shape[0] == 8
+    assert checks.check(_load(name, 'data=/a:b/x.tar')).data.path == '/a:b/x.tar'
+    assert checks.check(_load(name, 'data=tfds:imagenet2012')).data.name == 'tfds'
+    for wrong in ('huge', 'batch', 'size=3', 'smoke=1'):
+        with pytest.raises(ValueError, match='no variant'):
+            _load(name, wrong)
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+def test_what_slices_of_tpus_want(name):
+    """As BUILD_NOTES.md, "The TPU compiler", has it; on other machines, and for a smoke test, a mesh of any size."""
+    plain, tpu, smoke = (checks.check(_load(name, argument)) for argument in ('', 'tpu', 'tpu,smoke,dtype=float32'))
+    assert (plain.dtype, tpu.dtype, smoke.dtype) == ('float32', 'bfloat16', 'float32')
+    assert (plain.mesh.fsdp, tpu.mesh.fsdp) == (1, 1 if name == 'vae' else 4)
+    assert plain.ar.remat == tpu.ar.remat == (name != 'vae') and not smoke.ar.remat
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+def test_smoke_is_small(name):
+    """20 steps; less than 10 GB of parameters, gradients, moments and EMA, for a laptop."""
+    cfg = checks.check(_load(name, 'smoke'))
+    section = cfg.tokenizer_training if name == 'vae' else cfg.ar_training
+    assert section.steps == 20 and section.batch_size == 8
+    model = build.build_vae(cfg) if name == 'vae' else build.build_ar(cfg)
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    assert sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) * 5 < 10e9
+    assert _load('vae', 'smoke').vae == _load(name, 'smoke').vae  # so that one tokenizer serves all
+
+
+def test_variants_of_the_digits():
+    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
+    assert build.build_sampler(checks.check(_load('digits', 'fast'))).plan(16).evaluations == 10
+    cfg = _load('digits', 'distilled')
+    with pytest.raises(schema.ConfigError, match='give --config'):
+        checks.check(cfg)
+    cfg.init_from = '/somewhere'
+    assert build.build_ar(checks.check(cfg)).average and build.build_sampler(cfg).plan(16).evaluations == 2
+    for wrong, message in (
+        ({'sampling.num_steps': 3}, 'knows equal steps'), ({'distillation_training.teacher_steps': 3}, 'divisors'),
+        ({'distillation_training.teacher_steps': 0}, 'at least 1'), ({'sampling.solver': 'ab2'}, 'plain steps'),
+    ):  # fmt: skip
+        changed = cfg.copy_and_resolve_references()
+        changed.update_from_flattened_dict(wrong)
+        with pytest.raises(schema.ConfigError, match=message):
+            checks.check(changed)
+
+
+def test_configs_are_all_tested_here():
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits', 'vae', 'ar_b', 'ar_l', 'ar_h'}
+
+
+def test_default_is_the_published_model():
+    """Sizes, optimizers and loss weights; steps, data and sampling are for a config file to set."""
+    cfg = schema.default()
+    count = lambda model: sum(
+        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
+    )
+    assert count(build.build_vae(cfg)) == 75_393_297
+    t = cfg.ar_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.warmup_steps) == (512, 3e-4, 1e-5, 20_000)
+    assert (t.ema_decay, t.weight_decay, t.b1, t.b2, t.clip_norm) == (0.9999, 0.05, 0.9, 0.95, 1.0)
+    assert (t.copies, t.label_dropout) == (4, 0.1)
+    t = cfg.tokenizer_training
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.kl_weight) == (256, 1e-4, 1e-4, 0.004)
+
+
+def test_unknown_keys_and_wrong_types_are_refused():
+    cfg = schema.default()
+    with pytest.raises(AttributeError, match='width'):
+        cfg.ar.widht = 3
+    with pytest.raises(TypeError):
+        cfg.ar.width = 'wide'
+
+
+WRONG = {
+    'ar.heads': (3, '3 heads do not divide the width 16'),
+    'ar.width': (12, 'must be a multiple of 4'),
+    'ar.head_groups': (3, '3 head_groups do not divide head_depth 2'),
+    'ar.class_tokens': (0, 'ar.class_tokens is 0'),
+    'vae.heads': (3, '3 heads do not divide'),
+    'vae.grid': ((8, 8), r'vae makes images of \(32, 32, 1\)'),
+    'vae.channels': ((4, 'x', 16), 'whole numbers'),
+    'vae.stem': (3, 'cannot be normalised'),
+    'vae.latent_dim': (1, 'too small'),
+    'dtype': ('float8', 'float32, bfloat16'),
+    'data.name': ('imagenett', 'one of digits, imagenet'),
+    'data.max_broken': (0.0, r'lie in .0, 1.'),
+    'data.workers': (-1, 'at least 0'),
+    'data.crop_until': ((375, 350), 'two epochs in order'),
+    'tokenizer_training.discriminator': ('biggan', 'patchgan, stylegan'),
+    'tokenizer_training.disc_loss': ('wasserstein', 'hinge, vanilla'),
+    'tokenizer_training.disc_weight': (-1.0, 'not be negative'),
+    'tokenizer_training.perceptual_weight': (1.0, 'LPIPS is for 3 channels, not 1'),
+    'tokenizer_training.disc_weight ': (0.5, 'at least 24×24 pixels, not 16×16; set it to 0'),
+    'tokenizer_training.accumulate': (3, 'must divide the batch size 16'),
+    'ar_training.more_ema_decays': ((0.9, 1), 'between 0 and 1'),
+    'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
+    'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
+    'watch.every': (-1, 'not be negative'),
+    'watch.fid_images': (100, 'needs watch.inception'),
+    'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
+    'seed': (-1, 'seed is -1'),
+    'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
+    'tokenizer_training.steps': (-1, 'at least 0'),
+    'ar_training.steps': (-1, 'at least 0'),
+    'distillation_training.steps': (0, 'at least 1'),
+    'tokenizer_training.learning_rate': (-1.0, 'above 0'),
+    'ar_training.ema_decay': (1.0, r'\[0, 1\)'),
+    'ar_training.warmup_steps': (7, 'more than its 6 steps'),
+    'ar_training.label_dropout': (1.5, r'\[0, 1\)'),
+    'ar_training.label_dropout ': (0.0, 'null class'),
+    'ar_training.copies': (0, 'at least 1'),
+    'sampling.solver': ('midpoint', 'euler, heun'),
+    'sampling.guidance': ('cosine', 'linear or constant'),
+    'sampling.guidance_scale': (None, 'guidance_scale'),
+    'sampling.last_step': (2.0, 'between 0 and 1'),
+    'sampling.temperature': (-1.0, 'negative'),
+    'sampling.num_images': (9, 'one for each of 10 classes'),
+}
+
+
+@pytest.mark.parametrize('key', WRONG)
+def test_impossible_values_are_one_line(key):
+    value, message = WRONG[key]
+    cfg = get_config()
+    checks.check(cfg)
+    with cfg.ignore_type():
+        cfg.update_from_flattened_dict({key.strip(): value})
+    with pytest.raises(schema.ConfigError, match=message) as caught:
+        checks.check(cfg)
+    assert '\n' not in str(caught.value)
+
+
+def test_euler_takes_no_last_step():
+    cfg = get_config()
+    cfg.sampling.update(solver='euler', last_step=0.1)
+    with pytest.raises(schema.ConfigError, match='only for the solver euler_maruyama'):
+        checks.check(cfg)
+
+
+def test_json_round_trip():
+    cfg = get_config()
+    again = checks.from_dict(json.loads(cfg.to_json_best_effort()))
+    assert again.to_dict() == cfg.to_dict() and build.build_vae(again) == build.build_vae(cfg)
+
+
+def test_differences():
+    old, new = get_config(), get_config()
+    new.ar.width, new.sampling.num_steps, new.ar_training.log_every, new.ar.unroll = 32, 7, 1, 4
+    assert schema.differences(old.to_dict(), new.to_dict()) == ['ar.width 16 → 32']

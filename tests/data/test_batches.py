@@ -1,0 +1,360 @@
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from sphere_ar_jax.data import augment, digits
+from sphere_ar_jax.data import batches as data_batches
+from tests.fake_images import Epochs, Pictures
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def _rows(batches):
+    return np.concatenate([batch['image'].reshape(len(batch['image']), -1) for batch in batches])
+
+
+class Numbered:
+    """A source whose images are their own index."""
+
+    image_shape, num_classes = (1, 1, 1), 3
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        return {'image': np.full((1, 1, 1), index, np.float32), 'label': np.int32(index % 3)}
+
+
+def test_digits_are_the_real_ones_and_the_split_is_clean():
+    train, heldout, everything = (digits.Digits(split, seed=3) for split in ('train', 'heldout', 'all'))
+    assert (len(train), len(heldout), len(everything)) == (1438, 359, 1797)
+    real = load_digits()
+    key = lambda images: sorted(map(bytes, np.ascontiguousarray(images).reshape(len(images), -1)))
+    assert key(np.concatenate([train.pixels, heldout.pixels]) * 16) == key(real.images)
+    assert sorted(train.labels.tolist() + heldout.labels.tolist()) == sorted(real.target.tolist())
+    again = digits.Digits('heldout', seed=3)
+    np.testing.assert_array_equal(again.pixels, heldout.pixels)
+    assert not np.array_equal(digits.Digits('heldout', seed=4).pixels, heldout.pixels)
+
+
+def test_digit_items():
+    source = digits.Digits('train', seed=0)
+    item = source[5]
+    chex.assert_shape(item['image'], source.image_shape)
+    assert item['image'].dtype == np.float32 and item['label'].dtype == np.int32
+    assert item['image'].min() >= -1 and item['image'].max() <= 1
+    np.testing.assert_allclose(digits.shrink((item['image'] + 1) / 2)[..., 0], source.pixels[5], atol=1e-7)
+
+
+def test_enlarge_and_shrink_are_inverse():
+    images = np.random.default_rng(0).normal(size=(3, 4, 5, 2))
+    assert digits.enlarge(images).shape == (3, 8, 10, 2)
+    np.testing.assert_allclose(digits.shrink(digits.enlarge(images)), images)
+
+
+def test_every_epoch_has_every_image_once_in_its_own_order():
+    order = _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=0), 18)).ravel().reshape(3, 48)
+    for epoch in order:
+        assert sorted(epoch) == list(range(48))
+    assert not np.array_equal(order[0], order[1]) and not np.array_equal(order[1], order[2])
+
+
+def test_a_function_of_the_seed_alone():
+    same = [_rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=5, threads=t), 9)) for t in (1, 4)]
+    np.testing.assert_array_equal(*same)
+    assert not np.array_equal(same[0], _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=6), 9)))
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
+    alone = _take(data_batches.batches(Numbered(), batch_size=8, seed=0), 9)
+    for shares in (np.arange(8).reshape(hosts, -1), np.arange(8).reshape(-1, hosts).T, [[5], [0, 1, 2, 3, 4, 6, 7]]):
+        parts = [
+            _take(data_batches.batches(Numbered(), batch_size=8, seed=0, rows=np.array(rows)), 9) for rows in shares
+        ]
+        for rows, part in zip(shares, parts, strict=True):
+            for whole, mine in zip(alone, part, strict=True):
+                np.testing.assert_array_equal(mine['image'], whole['image'][rows])
+
+
+def test_the_order_is_that_of_earlier_versions():
+    """Recorded before the position came from the step."""
+    order = _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=7), 2)).ravel().astype(int).tolist()
+    assert order == [28, 9, 0, 45, 29, 30, 17, 6, 10, 22, 36, 26, 42, 2, 47, 16]
+
+
+def _global_batches(source, steps, first_step, hosts, batch_size=16, **options):
+    """The batches of `steps` steps, loaded by so many processes, one after the other, and put together."""
+    parts = []
+    for rows in np.split(np.arange(batch_size), hosts):
+        with data_batches.batches(
+            source, batch_size=batch_size, seed=3, first_step=first_step, rows=rows, **options
+        ) as part:
+            parts.append(_take(part, steps))
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in ('image', 'label')}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def _equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert set(a) == set(b) == {'image', 'label'}
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_resume_with_other_processes_goes_on_bit_for_bit():
+    """8, 4, 1, 8 processes after another: the augmented batches of an undisturbed run; no image twice in an epoch, none
+    left out, though 50 images are no multiple of the 16 of a batch."""
+    source, transform = Pictures(50), augment.Augmentation(32, decay_from=0, decay_to=3)
+    whole = _global_batches(source, 14, 0, 1, transform=transform)
+    pieces, step = [], 0
+    for hosts, steps, threads in ((8, 3, 1), (4, 5, 3), (1, 2, 2), (8, 4, 2)):
+        pieces += _global_batches(source, steps, step, hosts, transform=transform, threads=threads)
+        step += steps
+    _equal(pieces, whole)
+    labels = np.concatenate([batch['label'] for batch in pieces])
+    for epoch in range(4):
+        assert sorted(labels[50 * epoch : 50 * epoch + 50]) == list(range(50))
+    assert whole[0]['image'].shape == (16, 32, 32, 3) and whole[0]['image'].dtype == np.float32
+    assert whole[0]['label'].dtype == np.int32
+
+
+@pytest.mark.parametrize('batch_size', [2, 24, 48, 10])
+def test_batches_of_any_size_are_pieces_of_one_stream(batch_size):
+    """What is handed over at a time (16 images or fewer) shows nowhere."""
+    ones = np.concatenate([b['image'] for b in _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())])
+    ours = _global_batches(Pictures(7), 96 // batch_size, 0, 2, batch_size, transform=Epochs())
+    ours = np.concatenate([batch['image'] for batch in ours])
+    np.testing.assert_array_equal(ours, ones[: len(ours)])
+    np.testing.assert_array_equal(ones[:, 0], np.arange(100) // 7)  # the epoch
+    assert len(set(ones[:, 1])) == 100  # draws of their own in every epoch
+
+
+def test_the_epoch_goes_on_across_a_resume():
+    batch = _global_batches(Pictures(10), 1, 1000, 1, 16, transform=Epochs())[0]
+    np.testing.assert_array_equal(batch['image'][:, 0], np.arange(16_000, 16_016) // 10)
+
+
+def test_state_is_checked():
+    iterator = data_batches.batches(Numbered(), batch_size=8, seed=0, first_step=3)
+    _take(iterator, 4)
+    state = iterator.get_state()
+    assert state == json.loads(json.dumps(state)) == {'examples': 56, 'images': 48, 'seed': 0}
+    data_batches.batches(Numbered(), batch_size=8, seed=0, first_step=7).check_state(state)
+    for options, old in (
+        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state), ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 6}, state),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 7}, {'next_index': 7}),
+        ({'batch_size': 8, 'seed': 0, 'first_step': 7}, state | {'images': 47}),
+    ):  # fmt: skip
+        with pytest.raises(data_batches.DataError, match='the checkpoint belongs to other data') as error:
+            data_batches.batches(Numbered(), **options).check_state(old)
+        assert '\n' not in str(error.value)
+
+
+BROKEN = (3, 17, 31)
+
+
+def test_broken_images_are_replaced(capfd):
+    """By hand: the attempts' indices are the first draws of (seed, position, attempt); their labels come along."""
+    whole, source = Pictures(50), Pictures(50, BROKEN)
+    transform = augment.Augmentation(32)
+    good = _global_batches(whole, 7, 0, 1, transform=transform)
+    capfd.readouterr()
+    with data_batches.batches(source, batch_size=16, seed=3, transform=transform, max_broken=0.2) as iterator:
+        ours = _take(iterator, 7)
+        expected, tried = [], 0
+        for position, label in enumerate(np.concatenate([batch['label'] for batch in good])):
+            attempt, tried = 0, tried + 1
+            while label in BROKEN:
+                attempt, tried = attempt + 1, tried + 1
+                label = np.random.default_rng((3, position, attempt)).integers(50)
+            expected.append(label)
+        labels = np.concatenate([batch['label'] for batch in ours])
+        np.testing.assert_array_equal(labels, expected)
+        assert (iterator.seen, iterator.broken) == (tried, tried - 112) and 6 <= tried - 112 <= 12
+    same = ~np.isin(np.concatenate([batch['label'] for batch in good]), BROKEN)
+    np.testing.assert_array_equal(
+        np.concatenate([b['image'] for b in ours])[same], np.concatenate([b['image'] for b in good])[same]
+    )
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(said) == [f'class/{i}.JPEG is broken: another image takes its place' for i in (17, 3, 31)]
+    _equal(_global_batches(source, 7, 0, 4, transform=transform, max_broken=0.2), ours)
+
+
+def test_too_many_broken_images_stop_the_run(capfd):
+    options = dict(batch_size=16, seed=3, transform=augment.Augmentation(32))
+    with data_batches.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
+        _take(iterator, 5)  # 80 images and their replacements, fewer than 100
+        assert iterator.seen < 100 and iterator.broken > 0.05 * iterator.seen
+        with pytest.raises(
+            data_batches.DataError, match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; '
+        ):
+            _take(iterator, 2)
+    with (
+        data_batches.batches(Pictures(5, range(5)), max_broken=1.0, **options) as iterator,
+        pytest.raises(data_batches.DataError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '),
+    ):
+        next(iterator)
+    capfd.readouterr()
+
+
+def test_an_error_of_the_source_is_one_line():
+    source = Pictures(50, missing=[3])
+    with (
+        data_batches.batches(source, batch_size=16, seed=3) as iterator,
+        pytest.raises(data_batches.DataError) as error,
+    ):
+        _take(iterator, 4)
+    assert str(error.value) == 'class/3.JPEG cannot be read: OSError: the disk is gone'
+
+
+def test_closed_is_closed():
+    with data_batches.batches(Numbered(), batch_size=8, seed=0) as iterator:
+        next(iterator)
+    iterator.close()
+    with pytest.raises(ValueError, match='closed'):
+        next(iterator)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(data_batches.DataError, match='there are no images'):
+        data_batches.batches(Pictures(0), batch_size=16, seed=3)
+
+
+def _children():
+    return {p.pid for p in multiprocessing.active_children()}
+
+
+def test_worker_processes_change_nothing(capfd):
+    """Images that are broken among the rest; errors arrive in one line; no process stays behind."""
+    source, transform, before = Pictures(50, BROKEN), augment.Augmentation(32), _children()
+    expected = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2)
+    capfd.readouterr()
+    ours = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2, workers=2)
+    _equal(ours, expected)
+    assert _children() == before
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(said) == sorted(f'class/{i}.JPEG is broken: another image takes its place' for i in BROKEN)
+    with (
+        data_batches.batches(Pictures(50, missing=[3]), batch_size=16, seed=3, workers=1) as iterator,
+        pytest.raises(data_batches.DataError, match=r'^class/3.JPEG cannot be read: OSError: the disk is gone$'),
+    ):
+        _take(iterator, 4)
+    assert _children() == before
+
+
+DRIVER = """
+import multiprocessing, os, signal, sys, threading, time
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+from sphere_ar_jax.data import augment
+from sphere_ar_jax.data import batches
+from tests.fake_images import Pictures
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    iterator = batches.batches(
+        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, threads=1
+    )
+    next(iterator)
+    workers = [p.pid for p in multiprocessing.active_children()]
+    arrived, end = [], time.monotonic() + 60
+    signal.signal(signal.SIGTERM, lambda *_: arrived.append(0))  # as training does
+    print(*workers, flush=True)
+    if sys.argv[1] == 'killed worker':
+        os.kill(workers[0], signal.SIGKILL)
+    elif sys.argv[1] == 'Ctrl-C as memory is freed':
+        free, freed = SharedMemoryArray.__del__, []
+        def interrupted(array):
+            free(array)
+            freed.append(array.shape)
+            if threading.current_thread() is threading.main_thread() or len(freed) == 50:
+                SharedMemoryArray.__del__ = free
+                signal.raise_signal(signal.SIGINT)
+        SharedMemoryArray.__del__ = interrupted
+    try:
+        while sys.argv[1] != 'end' and len(arrived) < 50 and time.monotonic() < end:
+            next(iterator)
+            arrived += arrived[:1]
+        print('the end', flush=True)
+    except batches.DataError as error:
+        print(error, flush=True)
+        iterator.close()
+"""
+
+
+@pytest.fixture(scope='module')
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp('driver') / 'driver.py'  # a file: worker processes read the main program again
+    path.write_text(DRIVER)
+    return path
+
+
+def _alive(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            return f.read().rsplit(')', 1)[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize('what', ['end', 'killed worker', 'Ctrl-C', 'Ctrl-C as memory is freed', 'SIGTERM', 'killed'])
+def test_nothing_hangs(driver, tmp_path, what):
+    """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal sends to all
+    processes, also while Grain frees an array, where Python cannot raise; no worker outlives a main process that was
+    killed. Workers leave SIGTERM to the main process, which still reads a few batches here."""
+    with open(tmp_path / 'errors', 'w') as errors_file:
+        process = subprocess.Popen(
+            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
+            env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
+        )  # fmt: skip
+        too_long = threading.Timer(150, os.killpg, (process.pid, signal.SIGKILL))
+        too_long.start()
+        try:
+            workers = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(workers) == 2
+            if what == 'Ctrl-C':
+                os.killpg(process.pid, signal.SIGINT)
+            elif what == 'SIGTERM':
+                os.killpg(process.pid, signal.SIGTERM)
+            elif what == 'killed':
+                process.kill()
+            output = process.stdout.read()
+            process.wait()
+            end = time.monotonic() + 20
+            while any(map(_alive, workers)) and time.monotonic() < end:
+                time.sleep(0.1)
+            errors = (tmp_path / 'errors').read_text()
+            assert not any(map(_alive, workers)) and not too_long.finished.is_set(), errors
+        finally:
+            too_long.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+    if what == 'killed worker':
+        assert re.fullmatch(r'reading images stopped: .*terminated unexpectedly with exit code -9.*\n', output), output
+    elif what.startswith('Ctrl-C'):
+        assert process.returncode == -signal.SIGINT and errors.rstrip().endswith('KeyboardInterrupt'), errors
+        assert errors.count('Traceback') == 1, errors  # that of the main process
+    elif what in ('end', 'SIGTERM'):
+        assert process.returncode == 0 and output == 'the end\n' and not errors, errors

@@ -1,0 +1,717 @@
+"""Sources of images: every byte as tarfile or the file system has it; what is damaged is said in one line."""
+
+import concurrent.futures
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+
+import filelock
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sphere_ar_jax.data import imagenet, sources, stand_in
+
+ROOT = pathlib.Path(__file__).parents[2]
+SYNSETS = ('n02099601', 'n01440764', 'n04243546')  # not sorted
+FORMATS = {'ustar': tarfile.USTAR_FORMAT, 'gnu': tarfile.GNU_FORMAT, 'pax': tarfile.PAX_FORMAT}
+
+
+def _tar(files, format=tarfile.USTAR_FORMAT):
+    """A tar in memory of {name: bytes}, or of (name, bytes) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w', format=format) as archive:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+SMALL = {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_2.JPEG': b'2' * 700}), 'n02.tar': _tar({'n02_1.JPEG': b''})}
+
+
+def _truth(path):
+    """[(synset, name, bytes)] of a tar of tars, as `tarfile` extracts them."""
+    found = []
+    with tarfile.open(path) as outer:
+        for member in outer:
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                synset = member.name.removesuffix('.tar')
+                found += [(synset, m.name, inner.extractfile(m).read()) for m in inner if m.isreg()]
+    return found
+
+
+def _contents(source):
+    return [(source[i]['image'], int(source[i]['label']), source.name(i)) for i in range(len(source))]
+
+
+def _refusal(make, *arguments, **options):
+    """The line that a call is refused with."""
+    with pytest.raises(sources.SourceError) as caught:
+        make(*arguments, **options)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def stand_in_tar(tmp_path_factory):
+    path = tmp_path_factory.mktemp('imagenet') / 'ILSVRC2012_img_train.tar'
+    stand_in.write_tar(path, SYNSETS, images=8, seed=0, broken=2)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a test writes a tar of its own."""
+    return tmp_path / 'train.tar'
+
+
+# ---- the stand-in
+
+
+def test_odd_files_are_what_the_json_says(stand_in_tar):
+    odd = json.loads(pathlib.Path(f'{stand_in_tar}.json').read_text())
+    assert sorted(odd.values()) == sorted([*stand_in.ODD, *stand_in.BROKEN])
+    for synset, name, content in _truth(stand_in_tar):
+        kind = odd.get(f'{synset}/{name}')
+        if kind in stand_in.BROKEN:
+            assert (kind == 'empty') == (content == b'')
+            with pytest.raises(OSError):
+                Image.open(io.BytesIO(content)).load()
+            continue
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        assert image.format == ('PNG' if kind == 'png' else 'JPEG')
+        assert image.mode == {'grey': 'L', 'cmyk': 'CMYK'}.get(kind, 'RGB')
+        assert bool(image.info.get('progressive')) == (kind == 'progressive')
+        assert (ImageOps.exif_transpose(image).size == image.size[::-1] != image.size) == (kind == 'rotated')
+        assert 60 <= min(image.size) <= max(image.size) <= 600
+
+
+def test_a_rotated_file_shows_upright():
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:20, :30] = 255
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated'))))
+    np.testing.assert_allclose(np.asarray(shown, float), upright, atol=60)  # JPEG's error at the edges
+
+
+def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
+    def write(seed, broken=2):
+        odd = stand_in.write_tar(tmp_path / 'a.tar', SYNSETS[:2], 3, seed, broken)
+        return (tmp_path / 'a.tar').read_bytes(), odd
+
+    assert write(5) == write(5)
+    assert write(5)[0] != write(6)[0]
+    assert list(write(5, broken=0)[1].values()).count('truncated') == 0
+    assert len(write(5, broken=3)[1]) == 6  # as many as there are images; the broken ones first
+    assert sorted(write(5, broken=6)[1].values()) == ['empty'] * 3 + ['truncated'] * 3
+
+
+def test_the_stand_in_by_its_command(tmp_path, capsys):
+    stand_in.main([str(tmp_path / 'new'), '--synsets=4', '--images=2', '--seed=3', '--broken=1'])
+    source = sources.ImageNetTar(tmp_path / 'new' / 'ILSVRC2012_img_train.tar')
+    assert len(source) == 8 and set(source.class_names) < {synset for synset, _ in imagenet.classes()}
+    for wrong in ('--synsets=1001', '--images=0', '--broken=61', '--seed=-1'):
+        with pytest.raises(SystemExit):
+            stand_in.main([str(tmp_path), wrong])
+        assert 'must' in capsys.readouterr().err
+
+
+# ---- ImageNet's tar
+
+
+def test_every_byte_is_what_tarfile_extracts(stand_in_tar):
+    source, truth = sources.ImageNetTar(stand_in_tar), _truth(stand_in_tar)
+    assert source.class_names == tuple(sorted(SYNSETS)) and source.num_classes == 3
+    rank = {synset: k for k, synset in enumerate(sorted(SYNSETS))}
+    assert _contents(source) == [(content, rank[synset], f'{synset}/{name}') for synset, name, content in truth]
+    assert len(source) == 24 and source[5]['label'].dtype == np.int32
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_tars_of_all_formats_and_strange_names(path, format):
+    names = ['a b\n.JPEG', 'é.JPEG', "it's\\.JPEG", '../../up.JPEG', '/root.JPEG', 'x.JPEG', 'x.JPEG', 'no_suffix']
+    names += [] if format == 'ustar' else ['long' * 60 + '.JPEG']
+    inner = _tar([(name, b'%d' % i * i * 300) for i, name in enumerate(names)], FORMATS[format])
+    path.write_bytes(_tar({'./dir/n\t7.tar': inner, 'n01440764.tar': inner}, FORMATS[format]))
+    source = sources.ImageNetTar(path)
+    assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(path)]
+    assert source.class_names == ('n01440764', 'n\\t7')
+    assert source.name(0) == 'n\\t7/a b\\n.JPEG'
+    assert source.name(1) == ('n\\t7/?.JPEG' if format == 'pax' else 'n\\t7/é.JPEG')
+    assert all(source.name(i).isprintable() for i in range(len(source)))
+
+
+def test_a_tar_that_gnu_tar_made(tmp_path):
+    if not shutil.which('tar'):
+        pytest.skip('no tar command')
+    for synset in SYNSETS:
+        folder = tmp_path / 'work' / synset
+        (folder / 'below').mkdir(parents=True)
+        for i in range(3):
+            (folder / f'{synset}_{i}.JPEG').write_bytes(os.urandom(700 * i))
+        (folder / 'below' / ('y' * 140)).write_bytes(b'deep')
+        subprocess.run(['tar', '-cf', f'../{synset}.tar', '.'], cwd=folder, check=True)
+    outer = tmp_path / 'outer.tar'
+    subprocess.run(['tar', '-cf', outer, *(f'{s}.tar' for s in SYNSETS)], cwd=tmp_path / 'work', check=True)
+    source = sources.ImageNetTar(outer)
+    assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(outer)]
+    assert len(source) == 12
+
+
+def test_all_of_imagenet_has_imagenets_ids(path):
+    tars = {f'{synset}.tar': _tar({f'{synset}_1.JPEG': synset.encode()}) for synset, _ in imagenet.classes()}
+    path.write_bytes(_tar(dict(reversed(tars.items()))))
+    source = sources.ImageNetTar(path)
+    for i in (0, 1, 500, 999):
+        assert imagenet.find(source[i]['image'].decode()) == source[i]['label'] == 999 - i
+    tars['n00000000.tar'] = tars.pop('n02099601.tar')
+    path.write_bytes(_tar(tars))
+    assert 'n00000000 is none of them' in _refusal(sources.ImageNetTar, path)
+
+
+def test_the_index_is_made_once(path):
+    path.write_bytes(_tar(SMALL))
+    told = []
+    before = _contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))
+    size = path.stat().st_size
+    assert told == sorted(told) and len(told) == 3 and told[-1] == (size, size)
+    assert sorted(os.listdir(path.parent)) == ['train.tar', 'train.tar.index.npz']
+    again = []
+    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and not again
+
+    index = pathlib.Path(f'{path}.index.npz')
+    whole = index.read_bytes()
+    with np.load(index) as file:
+        kept = dict(file)
+    flipped = bytearray(whole)
+    flipped[whole.index(kept['offsets'].tobytes())] ^= 1
+    for wrong in (whole[:300], flipped, b'', b'no', pickle.dumps([1])):
+        index.write_bytes(wrong)
+        again.clear()
+        assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and again
+    np.savez(index, **kept | {'version': 0})
+    again.clear()
+    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and again
+
+
+def test_an_interrupted_index_leaves_nothing(path):
+    path.write_bytes(_tar(SMALL))
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sources.ImageNetTar(path, progress=stop)
+    assert os.listdir(path.parent) == ['train.tar']
+
+
+def test_a_tar_that_changes_while_the_index_is_made_is_refused(path):
+    path.write_bytes(_tar(SMALL))
+    assert 'changed while it was read' in _refusal(
+        sources.ImageNetTar, path, progress=lambda *_: os.utime(path, (0, 0))
+    )
+    assert os.listdir(path.parent) == ['train.tar']
+
+
+def test_an_index_directory(path, tmp_path):
+    path.write_bytes(_tar(SMALL))
+    sources.ImageNetTar(path, index_dir=str(tmp_path / 'a' / 'b'))
+    assert os.listdir(tmp_path / 'a' / 'b') == ['train.tar.index.npz'] and not os.path.exists(f'{path}.index.npz')
+    (tmp_path / 'file').write_text('')
+    assert 'give an index_dir' in _refusal(sources.ImageNetTar, path, index_dir=str(tmp_path / 'file'))
+
+
+def test_a_changed_tar_has_a_new_index(path):
+    def rewrite(files, stat=None):
+        path.write_bytes(_tar(files))
+        if stat:
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return path.stat()
+
+    def check():
+        source = sources.ImageNetTar(path)
+        assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(path)]
+        return source.class_names
+
+    stat = rewrite(SMALL)
+    assert check() == ('n01', 'n02')
+    later = rewrite(SMALL | {'n03.tar': SMALL['n01.tar']})
+    assert later.st_size == stat.st_size or check() == ('n01', 'n02', 'n03')
+    # same size and time, other synsets: only the headers tell
+    stat = rewrite(SMALL)
+    check()
+    renamed = {name.replace('n01', 'n07'): content for name, content in SMALL.items()}
+    assert rewrite(renamed, stat).st_size == stat.st_size
+    assert check() == ('n02', 'n07')
+    # same size and synsets, other images: the time tells
+    swapped = _tar({'n01_1.JPEG': b'2' * 700, 'n01_2.JPEG': b'one'})
+    rewrite(renamed | {'n07.tar': swapped})
+    check()
+
+
+def test_a_change_while_in_use_is_noticed(path):
+    path.write_bytes(_tar(SMALL))
+    source = sources.ImageNetTar(path)
+    good = path.read_bytes()
+    renamed = _tar(SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})})  # same places and sizes
+    moved = _tar({'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}), 'n02.tar': SMALL['n02.tar']})
+    for changed in (good[: source._offsets[1] + 5], bytes(len(good)), moved, renamed):
+        path.write_bytes(changed)
+        assert 'has changed' in _refusal(lambda: source[1])
+        assert isinstance(source.name(1), str)
+    path.write_bytes(good)
+    assert source[1]['image'] == b'2' * 700
+    state = pickle.dumps(source)
+    path.unlink()
+    assert 'cannot be read' in _refusal(pickle.loads, state)
+
+
+def test_every_cut_is_noticed_or_harmless(path):
+    whole = _tar(SMALL)
+    path.write_bytes(whole)
+    truth, harmless = _contents(sources.ImageNetTar(path)), 0
+    for cut in [*range(0, len(whole), 512), *range(1, len(whole), 1013)]:
+        path.write_bytes(whole[:cut])
+        try:
+            assert _contents(sources.ImageNetTar(path)) == truth
+            harmless += 1
+        except sources.SourceError as error:
+            assert re.search('cut off|damaged', str(error))
+    zeros = len(whole) - len(whole.rstrip(b'\0'))
+    assert 0 < harmless <= zeros // 512 - 1  # cuts into what fills the last record
+
+
+def test_every_damaged_header_is_noticed(path):
+    whole = _tar(SMALL)
+    path.write_bytes(whole)
+    with tarfile.open(path) as outer:
+        headers = [m.offset for m in outer]
+    headers += [o - 512 for o in sources.ImageNetTar(path)._offsets.tolist()]
+    assert len(headers) == 5
+    for header in headers:
+        for byte in (0, 100, 124, 150, 156, 257, 511):  # name, mode, size, checksum, kind, magic, padding
+            damaged = bytearray(whole)
+            damaged[header + byte] ^= 3
+            path.write_bytes(damaged)
+            assert re.search('damaged|no uncompressed tar', _refusal(sources.ImageNetTar, path))
+
+
+def _link(name):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        archive.addfile(member)
+    return buffer.getvalue()
+
+
+def _gzip(content):
+    import gzip
+
+    return gzip.compress(content)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'does not end as an uncompressed tar'),
+        (b'text' * 1000, 'does not end as an uncompressed tar'),
+        (b'text' * 1024 + bytes(1024), 'is no uncompressed tar'),
+        (bytes(10240), 'holds no files'),
+        (_gzip(_tar(SMALL)), 'does not end as an uncompressed tar'),
+        (_tar({f'ILSVRC2012_val_{i:08d}.JPEG': b'x' for i in range(3)}), 'ILSVRC2012_img_train.tar is needed'),
+        (_tar({'README': b'x'} | SMALL), 'holds README, but must hold only tars'),
+        (_tar({'n01.tar': b'text' * 200}), r'n01.tar is no uncompressed tar'),
+        (_tar({'n01.tar': b''}), r'n01.tar is no uncompressed tar'),
+        (_tar({'n01.tar': _gzip(SMALL['n01.tar'])}), r'n01.tar is no uncompressed tar'),
+        (_tar({'n01.tar': _tar({})}), r'n01.tar holds no images'),
+        (_tar({'n01.tar': SMALL['n01.tar'][:1700]}), r'n01.tar is damaged'),
+        (_tar([('n01.tar', SMALL['n01.tar'])] * 2), 'holds n01.tar twice'),
+        (_tar({'n01.tar': _link('n01_1.JPEG')}), 'n01_1.JPEG, which is no plain file'),
+        (_link('n01.tar'), 'n01.tar, which is no plain file'),
+    ],
+)
+def test_what_is_no_tar_of_tars_is_refused(path, content, message):
+    path.write_bytes(content)
+    line = _refusal(sources.ImageNetTar, path)
+    assert re.search(message, line) and str(path) in line
+    assert os.listdir(path.parent) == ['train.tar']
+
+
+def test_what_is_not_there_is_refused(tmp_path):
+    for make, message in (
+        (sources.ImageNetTar, 'cannot be read: No such file'),
+        (sources.ImageFolder, 'cannot be read: No such file'),
+        (sources.ArrayRecords, 'has no images.json'),
+    ):
+        line = _refusal(make, tmp_path / 'nowhere')
+        assert message in line and 'nowhere' in line
+    assert 'Is a directory' in _refusal(sources.ImageNetTar, tmp_path)
+
+
+_AS_ANYONE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from sphere_ar_jax.data import sources
+sources.ImageNetTar(sys.argv[4])  # whatever is imported late is so now, as others may not read it
+if os.getuid() == 0:  # who may write anywhere
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+os.environ['XDG_CACHE_HOME'] = sys.argv[3]
+try:
+    print(len(sources.ImageNetTar(sys.argv[2])), os.path.exists(sys.argv[2] + '.index.npz'))
+except sources.SourceError as error:
+    print(error)
+"""
+
+
+def test_without_permission():
+    """Nothing can be written beside the tar: the index goes to the cache, if that can be; or the tar cannot be read."""
+
+    def run(cache):
+        pathlib.Path(f'{other}.index.npz').unlink(missing_ok=True)
+        command = [sys.executable, '-c', _AS_ANYONE, str(ROOT), str(tar), str(cache), str(other)]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    with tempfile.TemporaryDirectory() as root:
+        data, cache, tar = pathlib.Path(root, 'data'), pathlib.Path(root, 'cache'), pathlib.Path(root, 'data', 'a.tar')
+        data.mkdir()
+        cache.mkdir()
+        other = pathlib.Path(root, 'other.tar')
+        tar.write_bytes(_tar(SMALL))
+        other.write_bytes(_tar(SMALL))
+        os.chmod(root, 0o755)
+        data.chmod(0o555)
+        cache.chmod(0o777)
+        assert run(cache) == '3 False'
+        assert os.listdir(cache / 'sphere_ar_jax') == ['a.tar.index.npz']
+        assert run(data).endswith('(Permission denied): give an index_dir')
+        tar.chmod(0)
+        assert run(cache).endswith('a.tar cannot be read: Permission denied')
+        data.chmod(0o755)
+
+
+# ---- many threads and processes
+
+
+def _build_together(path, me, others):
+    """Opens a tar, but goes on only when all processes are in the midst of it."""
+
+    def wait(done, total):
+        pathlib.Path(f'{path}.{me}').touch()
+        deadline = time.monotonic() + 60
+        while not all(os.path.exists(f'{path}.{i}') for i in range(others)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    return _contents(sources.ImageNetTar(path, progress=wait))
+
+
+@pytest.fixture(scope='module')
+def spawned():
+    """Processes that share nothing with this one."""
+    with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context('spawn')) as pool:
+        yield pool
+
+
+def test_processes_may_build_the_index_at_once(path, spawned):
+    path.write_bytes(_tar(SMALL))
+    futures = [spawned.submit(_build_together, str(path), i, 3) for i in range(3)]
+    results = [future.result(timeout=120) for future in futures]
+    left = {name for name in os.listdir(path.parent) if not re.fullmatch(r'train\.tar\.\d', name)}
+    assert left == {'train.tar', 'train.tar.index.npz'}
+    told = []
+    assert results == [_contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))] * 3 and not told
+
+
+@pytest.fixture(scope='module')
+def folder(stand_in_tar, tmp_path_factory):
+    root = tmp_path_factory.mktemp('folder')
+    for synset, name, content in _truth(stand_in_tar):
+        (root / synset).mkdir(exist_ok=True)
+        (root / synset / name).write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope='module')
+def packed(stand_in_tar, tmp_path_factory):
+    directory = tmp_path_factory.mktemp('packed') / 'images'
+    sources.pack(sources.ImageNetTar(stand_in_tar), directory, shards=5)
+    return directory
+
+
+def _prepare(directory, entries, keys, supervised_keys):
+    """Prepares a TFDS data set 'stand_in' in a directory without TensorFlow; entries: [(class or −1, name, file)]."""
+    tfds = pytest.importorskip('tensorflow_datasets')
+
+    class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            kinds = tfds.features.Image(), tfds.features.ClassLabel(names=sorted(SYNSETS)), tfds.features.Image()
+            features = tfds.features.FeaturesDict(dict(zip((*keys, 'mask'), kinds, strict=True)))
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=supervised_keys)
+
+        def _split_generators(self, _):
+            return {'train': self._generate_examples()}
+
+        def _generate_examples(self):
+            for synset, name, content in entries:
+                values = io.BytesIO(content), synset, io.BytesIO(content)
+                yield name, dict(zip((*keys, 'mask'), values, strict=True))
+
+    StandIn(data_dir=directory, file_format='array_record').download_and_prepare()
+    return directory
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(stand_in_tar, tmp_path_factory):
+    """A TFDS data set of the stand-in's images, but for the empty one."""
+    entries = [entry for entry in _truth(stand_in_tar) if entry[2]]
+    return _prepare(tmp_path_factory.mktemp('tfds'), entries, ('image', 'label'), None)
+
+
+@pytest.fixture(params=sources.KINDS)
+def source(request):
+    """One of each kind, of the same images."""
+    fixture = {'imagenet': 'stand_in_tar', 'folder': 'folder', 'array_records': 'packed', 'tfds': 'tfds_dir'}
+    where = request.getfixturevalue(fixture[request.param])
+    arguments = ('stand_in', 'train', str(where)) if request.param == 'tfds' else (where,)
+    return sources.KINDS[request.param](*arguments)
+
+
+def test_every_source_is_one(source, stand_in_tar):
+    truth = {content: sorted(SYNSETS).index(synset) for synset, _, content in _truth(stand_in_tar)}
+    contents = _contents(source)
+    assert {(image, label) for image, label, _ in contents} == set(truth.items()) - (
+        {(b'', truth[b''])} if isinstance(source, sources.TFDS) else set()
+    )
+    assert len({name for *_, name in contents}) == len(source) == len(contents)
+    assert source.num_classes == 3 and source.class_names == tuple(sorted(SYNSETS))
+    assert source[0]['label'].dtype == np.int32 and source[0]['label'].shape == ()
+    assert source[np.int64(3)]['image'] == source[3]['image'] == source[3 - len(source)]['image']
+    for i in (len(source), -len(source) - 1):
+        with pytest.raises(IndexError):
+            source[i]
+
+
+def test_threads_share_a_source(source):
+    truth = _contents(source)
+    order = np.random.default_rng(0).integers(len(source), size=2000).tolist()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for i, entry in zip(order, pool.map(source.__getitem__, order), strict=True):
+            assert (entry['image'], entry['label']) == truth[i][:2]
+
+
+def test_sources_go_to_other_processes(source, spawned):
+    assert spawned.submit(_contents, source).result(timeout=120) == _contents(source)
+
+
+# ---- directories
+
+
+def test_folders_are_read_in_order(tmp_path):
+    files = ['b/2.png', 'b/10.JPG', 'b/in/deep/1.webp', 'a/x.Jpeg', 'a/é\n.bmp', 'a/.hidden.jpg', 'a/notes.txt',
+             'b/.git/1.png', '.cache/1.png', 'top.jpg']  # fmt: skip
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(file.encode())
+    os.symlink(tmp_path / 'a', tmp_path / 'c')
+    source = sources.ImageFolder(tmp_path)
+    expected = ['a/x.Jpeg', 'a/é\n.bmp', 'b/10.JPG', 'b/2.png', 'b/in/deep/1.webp']
+    images = [image.decode() for image, _, _ in _contents(source)]
+    assert images == [*expected, 'a/x.Jpeg', 'a/é\n.bmp']
+    assert [label for _, label, _ in _contents(source)] == [0, 0, 1, 1, 1, 2, 2]
+    assert source.class_names == ('a', 'b', 'c') and source.name(1) == 'a/é\\n.bmp'
+    (tmp_path / 'b/2.png').unlink()
+    assert 'b/2.png cannot be read: No such file' in _refusal(lambda: source[3])
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / 'top.jpg').write_text('')
+    assert 'must have one for each class' in _refusal(sources.ImageFolder, tmp_path)
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'notes.txt').write_text('')
+    assert 'a holds no images' in _refusal(sources.ImageFolder, tmp_path)
+    assert 'Not a directory' in _refusal(sources.ImageFolder, tmp_path / 'top.jpg')
+
+
+# ---- ArrayRecord
+
+
+class Arrays:
+    """Images that are arrays; reading entry `fails` is an error."""
+
+    num_classes, class_names = 7, None
+    fails = None
+
+    def __init__(self):
+        self.images = np.random.default_rng(0).integers(256, size=(10, 5, 4, 3), dtype=np.uint8)
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        if i == self.fails:
+            raise sources.SourceError('it fails')
+        return {'image': self.images[i], 'label': np.int32(i % 7)}
+
+    def name(self, i):
+        return f'number {i}'
+
+
+def test_packed_is_the_same(stand_in_tar, packed):
+    from array_record.python import array_record_module
+
+    assert _contents(sources.ArrayRecords(packed)) == _contents(sources.ImageNetTar(stand_in_tar))
+    files = sorted(packed.glob('*.array_record'))
+    assert len(files) == 5 and sorted(os.listdir(packed)) == [*(f.name for f in files), 'images.json']
+    readers = [array_record_module.ArrayRecordReader(str(file)) for file in files]
+    assert [reader.num_records() for reader in readers] == [4, 5, 5, 5, 5]
+    assert all('group_size:1,' in reader.writer_options_string() for reader in readers)  # else reads take a group
+
+
+def test_arrays_are_packed_as_png(tmp_path):
+    told = []
+    sources.pack(Arrays(), tmp_path / 'out', shards=100, progress=lambda *x: told.append(x))
+    source = sources.ArrayRecords(tmp_path / 'out')
+    assert len(source) == 10 and source.num_classes == 7 and source.class_names is None
+    assert told == [(i + 1, 10) for i in range(10)]
+    for i in range(10):
+        image = Image.open(io.BytesIO(source[i]['image']))
+        assert image.format == 'PNG' and source[i]['label'] == i % 7 and source.name(i) == f'number {i}'
+        np.testing.assert_array_equal(np.asarray(image), Arrays().images[i])
+
+
+def test_packing_starts_again_after_an_end(tmp_path):
+    broken = Arrays()
+    broken.fails = 6
+    assert _refusal(sources.pack, broken, tmp_path / 'out', shards=3) == 'it fails'
+    assert os.listdir(tmp_path) == ['out.partial']
+    (tmp_path / 'out.partial' / 'images-00007-of-00009.array_record').write_bytes(b'of another start')
+    for directory in ('out', 'out.partial'):
+        assert 'has no images.json: it was not packed, or not to the end' in _refusal(
+            sources.ArrayRecords, tmp_path / directory
+        )
+    sources.pack(Arrays(), tmp_path / 'out', shards=3)
+    assert os.listdir(tmp_path) == ['out'] and len(os.listdir(tmp_path / 'out')) == 4
+    assert len(sources.ArrayRecords(tmp_path / 'out')) == 10
+    assert 'out exists' in _refusal(sources.pack, Arrays(), tmp_path / 'out')
+
+
+def test_where_nothing_can_be_packed(tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot be written: Not a directory' in _refusal(sources.pack, Arrays(), tmp_path / 'file' / 'out')
+    assert 'into 0 files' in _refusal(sources.pack, Arrays(), tmp_path / 'out', shards=0)
+    (tmp_path / 'out.partial').mkdir()
+    with filelock.FileLock(tmp_path / 'out.partial' / 'lock'):
+        (tmp_path / 'out.partial' / 'theirs').write_text('')
+        assert 'another process is writing' in _refusal(sources.pack, Arrays(), tmp_path / 'out')
+    assert (tmp_path / 'out.partial' / 'theirs').exists()
+
+
+def test_damaged_records_are_refused(packed, tmp_path):
+    directory = tmp_path / 'copy'
+    shutil.copytree(packed, directory)
+    shard = sorted(directory.glob('*.array_record'))[2]
+    content = bytearray(shard.read_bytes())
+    source = sources.ArrayRecords(directory)
+    image = source[10]['image']
+    content[content.find(image[100:200])] ^= 1
+    shard.write_bytes(content)
+    assert 'record 10 is damaged' in _refusal(lambda: sources.ArrayRecords(directory)[10])
+    shard.write_bytes(content[:-1])
+    assert f'{shard.name} has not the' in _refusal(sources.ArrayRecords, directory)
+    shard.write_bytes(bytes(len(content)))
+    assert 'cannot be read' in _refusal(sources.ArrayRecords, directory)
+    shard.unlink()
+    assert 'cannot be read: No such file' in _refusal(sources.ArrayRecords, directory)
+    about = json.loads((directory / 'images.json').read_text())
+    for wrong, message in (
+        ('{', 'images.json is damaged'),
+        ('[]', 'images.json is damaged'),
+        (json.dumps({'format': 'x'}), 'images.json is damaged'),
+        (json.dumps(about | {'format': 'other'}), "is of the format 'other'"),
+    ):
+        (directory / 'images.json').write_text(wrong)
+        assert message in _refusal(sources.ArrayRecords, directory)
+
+
+# ---- TFDS
+
+
+def test_tfds_gives_the_bytes_that_went_in(tfds_dir, stand_in_tar):
+    source = sources.TFDS('stand_in', 'train', str(tfds_dir))
+    assert 'tensorflow' not in sys.modules
+    assert sorted(image for image, _, _ in _contents(source)) == sorted(c for *_, c in _truth(stand_in_tar) if c)
+    half = sources.TFDS('stand_in:1.0.0', 'train[:50%]', str(tfds_dir))
+    assert len(half) == round(len(source) / 2) and half[1]['image'] == source[1]['image']
+
+
+def test_tfds_takes_the_supervised_keys_and_wants_labels(tmp_path):
+    entries = [('n01440764', 'a', b'first'), (-1, 'b', b'second')]
+    directory = _prepare(tmp_path, entries, ('picture', 'kind'), ('picture', 'kind'))
+    source = sources.TFDS('stand_in', 'train', str(directory))
+    labelled = 0 if source._data[0]['kind'] == 0 else 1
+    assert source[labelled] == {'image': b'first', 'label': 0}
+    assert _refusal(lambda: source[1 - labelled]) == f'stand_in train [{1 - labelled}] has no label'
+
+
+def test_tfds_tells_damage(tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir, tmp_path / 'copy')
+    (file,) = (tmp_path / 'copy').glob('stand_in/1.0.0/*array_record*')
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    source = sources.TFDS('stand_in', 'train', str(tmp_path / 'copy'))
+    lines = []
+    for i in range(len(source)):
+        try:
+            source[i]
+        except sources.SourceError as error:
+            lines.append(str(error))
+    assert len(lines) == 1 and re.match(r'stand_in train \[\d+\] is damaged: ', lines[0])
+
+
+def _changed(tfds_dir, to, changes):
+    """A copy of the data set with lines of its description replaced."""
+    directory = to / 'stand_in' / '1.0.0'
+    shutil.copytree(tfds_dir / 'stand_in' / '1.0.0', directory)
+    for name, old, new in changes:
+        text = (directory / name).read_text()
+        assert old in text
+        (directory / name).write_text(text.replace(old, new))
+    return str(to)
+
+
+def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
+    refusal = lambda *a: _refusal(sources.TFDS, *a)
+    assert 'Dataset nosuch not found' in refusal('nosuch', 'train', str(tmp_path))
+    assert re.search(r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow", refusal(
+        'mnist', 'train', str(tmp_path)
+    ))  # fmt: skip
+    assert "Unknown split 'test'" in refusal('stand_in', 'test', str(tfds_dir))
+    as_tfrecord = _changed(tfds_dir, tmp_path / 'a', [('dataset_info.json', '"array_record"', '"tfrecord"')])
+    assert 'is not stored as array_record' in refusal('stand_in', 'train', as_tfrecord)
+    unlabelled = _changed(tfds_dir, tmp_path / 'b', [('features.json', '"label"', '"other"')])
+    assert 'has no uint8 image with a class label, but' in refusal('stand_in', 'train', unlabelled)
+    deep = _changed(tfds_dir, tmp_path / 'c', [('features.json', '"dtype": "uint8"', '"dtype": "uint16"')])
+    assert 'has no uint8 image' in refusal('stand_in', 'train', deep)
+
+
+def test_without_tfds(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+    assert 'TFDS cannot be imported' in _refusal(sources.TFDS, 'mnist')

@@ -1,0 +1,474 @@
+"""Compiling ahead of time: the reader of programs against programs whose numbers are known, and the job on CPUs.
+
+With libtpu installed the slow tests compile for real TPUs.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.flow import solvers
+from sphere_ar_jax.measure import compile_ahead, costs, devices, hlo, programs
+from sphere_ar_jax.models import transformer
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.tokens import sample_tokens
+from tests import tiny_config
+from tests.conftest import libraries_promote
+
+ROOT = pathlib.Path(__file__).parents[2]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+
+# Every kind of collective, in a loop of 5, at the top, in a fusion, in halves, and in two fusions; one array lies in a
+# TPU's own memory.
+HLO = """
+HloModule hand, num_partitions=8
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%scattered (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  %reduced = f32[64]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %mine = f32[16]{0} dynamic-slice(%reduced, %zero), dynamic_slice_sizes={16}
+}
+
+%begun (p.1: f32[64]) -> f32[512] {
+  %p.1 = f32[64]{0} parameter(0)
+  ROOT %early = f32[512]{0} all-gather(%p.1), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%ended (p.2: f32[64]) -> f32[512] {
+  %p.2 = f32[64]{0} parameter(0)
+  ROOT %late = f32[512]{0} all-gather(%p.2), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%turned (t: f32[64]) -> f32[8,8] {
+  %t = f32[64]{0} parameter(0)
+  ROOT %square = f32[8,8]{1,0} bitcast(%t)
+}
+
+%nested (s.2: f32[64]) -> f32[8,8] {
+  %s.2 = f32[64]{0} parameter(0)
+  %inner = f32[8,8]{1,0} fusion(%s.2), kind=kLoop, calls=%turned
+  ROOT %product = f32[8,8]{1,0} dot(%inner, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%sliced (whole: f32[5,128], i: s32[]) -> f32[128] {
+  %whole = f32[5,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,128]{1,0} dynamic-slice(%whole, %i, %zero), dynamic_slice_sizes={1,128}
+  ROOT %flat = f32[128]{0} bitcast(%row)
+}
+
+%body (state: (s32[], f32[128], f32[5,128])) -> (s32[], f32[128], f32[5,128]) {
+  %state = (s32[], f32[128]{0}, f32[5,128]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %x = f32[128]{0} get-tuple-element(%state), index=1
+  %all = f32[5,128]{1,0} get-tuple-element(%state), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %w = f32[128]{0} fusion(%all, %n), kind=kLoop, calls=%sliced
+  %y = f32[128]{0} all-reduce(%w), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  ROOT %out = (s32[], f32[128]{0}, f32[5,128]{1,0}) tuple(%next, %y, %all)
+}
+
+%condition (state.1: (s32[], f32[128], f32[5,128])) -> pred[] {
+  %state.1 = (s32[], f32[128]{0}, f32[5,128]{1,0}) parameter(0)
+  %n.1 = s32[] get-tuple-element(%state.1), index=0
+  %end = s32[] constant(5)
+  ROOT %less = pred[] compare(%n.1, %end), direction=LT
+}
+
+ENTRY %main (x.1: f32[128], all.1: f32[5,128], y.1: bf16[100], s.1: f32[64]) -> f32[128] {
+  %x.1 = f32[128]{0} parameter(0)
+  %all.1 = f32[5,128]{1,0} parameter(1)
+  %y.1 = bf16[100]{0:T(256)(128)(2,1)} parameter(2)
+  %s.1 = f32[64]{0} parameter(3)
+  %start = s32[] constant(0)
+  %state.2 = (s32[], f32[128]{0}, f32[5,128]{1,0}) tuple(%start, %x.1, %all.1)
+  %loop = (s32[], f32[128]{0}, f32[5,128]{1,0}) while(%state.2), condition=%condition, body=%body
+  %gather = (f32[128]{0}, f32[1024]{0}) all-gather-start(%x.1), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %gathered = f32[1024]{0} all-gather-done(%gather)
+  %permuted = bf16[100]{0:T(256)(128)(2,1)S(1)} collective-permute(%y.1), source_target_pairs={{0,1},{1,0}}
+  %begin = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%begun
+  %end.1 = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%ended
+  %multiplied = f32[8,8]{1,0} fusion(%s.1), kind=kOutput, calls=%nested
+  %scatter = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%scattered, metadata={op_name="all-reduce-scatter"}
+  ROOT %result = f32[128]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_collectives_by_hand():
+    """Ring algorithms: an all-reduce of n devices sends 2(n − 1)/n of its bytes, a gather (n − 1)/n of its result."""
+    program = hlo.Program(HLO)
+    assert program.devices == 8 and program.open_loops == 0
+    assert program.collectives() == {
+        'all-reduce': (5, 5 * 2 * 3 / 4 * 512),
+        'all-gather': (2, 7 / 8 * (4096 + 2048)),
+        'collective-permute': (1, 512),  # 100 numbers of 2 bytes fill a tile of 256
+        'reduce-scatter': (1, 3 / 4 * 256),
+    }
+
+
+def test_what_is_gathered_by_hand():
+    assert sorted(a.shape for a, _ in hlo.Program(HLO).gathered()) == [(512,), (1024,)]
+    program = hlo.Program(HLO.replace('f32[1024]{0}) all-gather', 'f32[512,8,128]{0,1,2}) all-gather'))
+    shapes = lambda *a: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in a]
+    work = lambda *leaves: types.SimpleNamespace(groups={'params': shapes(*leaves), 'frozen': ()})
+    ((size, text, _, _),) = compile_ahead._gathered(program, work((3, 4)))
+    assert (size, text) == (2**21, 'f32[512,8,128]')
+    assert compile_ahead._gathered(program, work((24, 128, 8, 512), (3,))) == []  # one layer's parameters
+
+
+def test_memory_traffic_by_hand():
+    """A slice reads what it takes; what lies in a chip's own memory costs nothing; loops count as often as they run."""
+    loop = 5 * ((512 + 512 + 4) + (512 + 512) + 3 * 4) + 6 * (4 + 4 + 1)
+    once = (512 + 4096) + 512 + 2 * (256 + 2048) + 2 * 256 + (256 + 64)
+    assert hlo.Program(HLO).memory_traffic() == loop + once
+
+
+def test_loops_of_open_length():
+    text = HLO.replace('direction=LT', 'direction=NE')
+    assert hlo.Program(text).open_loops == 1
+    assert hlo.Program(text).collectives()['all-reduce'].count == 1
+    assert hlo.Program(text, lengths=(11,)).collectives()['all-reduce'].count == 11
+    with pytest.raises(ValueError, match='no program'):
+        hlo.Program('nothing')
+
+
+def test_unsplit_by_hand():
+    """A batch of 2·3·7 images, of 5 numbers each, on 2 × 3 devices: a device's own array has 35 numbers."""
+    array = lambda shape: hlo.Program(HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)'))
+    find = lambda shape: hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
+    assert find('7,5') == find('35,1') == find('5,42000') == find('6,34') == find('128,1') == []
+    for shape in ('42,5', '5,42', '1,210', '21,5', '14,5'):  # whole, whole, whole, and along one axis
+        ((size, text, opcode, _),) = find(shape)
+        assert (size, text, opcode) == (4 * np.prod([int(n) for n in shape.split(',')]), f'f32[{shape}]', 'all-reduce')
+    both = {
+        (42, 5),
+        (42, 5, 6),
+    }  # 6 times as many numbers: their number does not tell whose array it is, its shape does
+    assert hlo.unsplit(array('210,1'), both, 42, 2, 3) == [] != hlo.unsplit(array('42,5'), both, 42, 2, 3)
+
+
+def _read(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return hlo.Program(compiled.as_text()), compiled.cost_analysis()
+
+
+def test_memory_traffic_is_what_xla_counts():
+    """Without loops the compiler's own count is right; with one it counts the body once."""
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    step = lambda x, w: jnp.tanh(x @ w) + x
+    program, analysis = _read(lambda x, w: step(step(x, w), w).sum(0), f32(256, 256), f32(256, 256))
+    assert program.memory_traffic() == pytest.approx(analysis['bytes accessed'], rel=0.01)
+    once, _ = _read(step, f32(256, 256), f32(256, 256))
+    loop = lambda x, w: jax.lax.scan(lambda x, _: (step(x, w), None), x, None, length=50)[0]
+    program, analysis = _read(loop, f32(256, 256), f32(256, 256))
+    assert program.memory_traffic() == pytest.approx(50 * once.memory_traffic(), rel=0.2)
+    assert analysis['bytes accessed'] < 5 * once.memory_traffic()
+
+
+def test_shapes_on_the_way():
+    def f(x):
+        y, z = jax.lax.scan(lambda c, a: (c + a.sum(), a @ a.T), 0.0, x)
+        return jax.lax.cond(y > 0, lambda: z[0].ravel(), lambda: jnp.zeros(9))
+
+    assert costs.shapes(jax.jit(f), jnp.zeros((5, 3, 4))) >= {(), (3, 3), (5, 3, 3), (4, 3), (9,)}
+    assert (7, 2) in costs.shapes(jax.checkpoint(lambda x: jnp.sin(x).T.sum()), jnp.zeros((2, 7)))
+
+
+def test_slices_have_two_names():
+    for text in ('v6e-256', 'v6e:16x16'):
+        piece = devices.find_slice(text)
+        assert (piece.name, piece.topology, piece.chips) == ('v6e-256', 'v6e:16x16', 256)
+    for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16),
+                                  ('v5litepod-16', 'v5e:4x4', 16)):  # fmt: skip
+        assert (devices.find_slice(text).topology, devices.find_slice(text).chips) == (topology, count)
+    for chip in devices.CHIPS.values():
+        assert all(count == np.prod([int(n) for n in shape.split('x')]) for count, shape in chip.shapes.items())
+    for text, known in (('v6e-255', r'there are v6e-1 \(v6e:1x1\)'), ('v5p:2x2', 'v5p-8'), ('v9', 'known are v4'),
+                        ('', 'known are v4')):  # fmt: skip
+        with pytest.raises(ValueError, match=known):
+            devices.find_slice(text)
+
+
+def test_what_does_not_fit_is_read():
+    said = (
+        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+        'temporaries (159.64G) exceeds available HBM (31.24G). HLO module: jit_step.'
+    )
+
+    def compile(**_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    lowered = types.SimpleNamespace(compile=compile)
+    work = programs.Work('x', types.SimpleNamespace(lower=lambda: lowered), (), {}, 1, 1, 1)
+    with pytest.raises(compile_ahead.OutOfMemoryError, match=r'159\.6 GiB needed, 31\.2 GiB there') as error:
+        compile_ahead.compile_work(work)
+    assert error.value.needed == pytest.approx(159.64 * 2**30)
+    said = 'RESOURCE_EXHAUSTED: no numbers'
+    with pytest.raises(compile_ahead.OutOfMemoryError, match=r'^more than there is$') as error:
+        compile_ahead.compile_work(work)
+    assert error.value.needed is None
+
+
+@libraries_promote()
+def test_operations_of_the_sampler():
+    """Counted from its parts, they are those of the whole sampler with the solver's loop written out."""
+    cfg = tiny_config.get_config()
+    cfg.ar.update(head_depth=4, head_groups=2)
+    cfg.sampling.update(num_steps=3)
+    ar, options = build.build_ar(cfg).clone(scan=False), build.build_sampler(cfg)
+    params = jax.eval_shape(lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0))
+
+    def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk):
+        state = x, jnp.zeros_like(x)
+        for i in range(len(weights)):
+            prepared = jax.tree.map(lambda a: a[0], prepare(jnp.array([i])))
+            state = solvers.step(
+                weights[i], *state, velocity(state[0], prepared), *(() if noise is None else noise[:1])
+            )
+        return state[0]
+
+    def sample(params, labels):
+        keys = jax.vmap(jax.random.key)(labels)
+        return sample_tokens(ar, params, labels, keys, options, jnp.float32(1.5))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, 'integrate', written_out)
+        whole = costs.flops(sample, params, jax.ShapeDtypeStruct((6,), jnp.int32))
+    assert programs._tokens_flops(ar, params, 6, options) == whole
+
+
+def _fake(monkeypatch):
+    monkeypatch.setattr(compile_ahead, 'devices_of', lambda piece: jax.devices()[: piece.chips])
+
+
+@libraries_promote()
+def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
+    """All of it but the TPU: one CPU device in place of a v6e-1. Its numbers are the compiler's."""
+    _fake(monkeypatch)
+    compiled, compile_work = [], compile_ahead.compile_work
+    monkeypatch.setattr(compile_ahead, 'compile_work', lambda work: compiled.append(compile_work(work)) or compiled[-1])
+    cfg = tiny_config.get_config()
+    cfg.tokenizer, cfg.ar.remat = '/somewhere', True
+    results = compile_ahead.run(cfg, 'v6e-1', output=str(tmp_path / 'all.json'))
+    assert json.loads((tmp_path / 'all.json').read_text()) == results
+    assert [r['part'] for r in results] == ['ar step', 'tokens', 'decode', 'reconstruct']
+    assert all(r['fits'] and r['slice'] == 'v6e-1' for r in results)
+    ar, _, decode, _ = results
+    analysis = compiled[0][0].memory_analysis()
+    assert ar['memory']['temporaries'] == analysis.temp_size_in_bytes
+    whole = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    assert whole <= ar['total_bytes'] <= whole + analysis.output_size_in_bytes
+    n = costs.tree_bytes(jax.eval_shape(build.build_ar(cfg).init_params, jax.random.key(0)))
+    assert ar['memory']['params'] == ar['memory']['ema'] == n and 2 * n <= ar['memory']['opt_state'] < 2 * n + 64
+    assert ar['flops_computed'] > ar['flops'] and decode['flops_computed'] == decode['flops']
+    s = ar['seconds']
+    assert s['compute'] == ar['flops_computed'] / 918e12 and s['hbm'] == ar['hbm_bytes'] / 1640e9 and s['ici'] == 0
+    assert ar['least_seconds'] == max(s.values()) and ar['days'] == ar['least_seconds'] * 6 / 86400
+    out = capsys.readouterr().out
+    assert 'ar step, v6e-1 (1 device), 16 images, float32' in out and '| ar step | v6e-1 | 16 | yes |' in out
+    assert 'more, recomputed' in out and "no device has anything of another one's images" in out
+    assert 'images a second and device at most' in out
+
+
+def test_programs_are_compiled_anew_each_time(tmp_path):
+    """From JAX's cache they would come without text; nor are they kept there, which others are again afterwards."""
+    cached = lambda: sorted(path.name for path in tmp_path.glob('*-cache'))
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    work = programs.Work('x', jax.jit(lambda x: x @ x), (jax.ShapeDtypeStruct((5, 5), jnp.float32),), {}, 1, 1, 1)
+    try:
+        jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x + 5)(jnp.ones(7)).block_until_ready()
+        kept = cached()
+        assert kept
+        texts = [compile_ahead.compile_work(work)[1] for _ in range(2)]
+        assert 'f32[5,5]' in texts[0] and texts[0] == texts[1] and cached() == kept
+        jax.jit(lambda x: x + 6)(jnp.ones(7)).block_until_ready()
+        assert len(cached()) > len(kept)
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before[0])
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', before[1])
+        compilation_cache.reset_cache()
+
+
+@libraries_promote()
+def test_a_remedy_is_tried(monkeypatch, capsys):
+    """What does not fit until it has remat and two pieces gets both."""
+    _fake(monkeypatch)
+    sizes = dict.fromkeys(('argument', 'output', 'alias', 'generated_code'), 0) | {'temp': 3 * 2**30}
+    analysis = types.SimpleNamespace(**{f'{name}_size_in_bytes': size for name, size in sizes.items()})
+    fits_at, tried = 3, []
+
+    def compile_work(work):
+        tried.append(work)
+        if len(tried) < fits_at:
+            raise compile_ahead.OutOfMemoryError(40 * 2**30, 31 * 2**30)
+        return types.SimpleNamespace(memory_analysis=lambda: analysis), HLO
+
+    monkeypatch.setattr(compile_ahead, 'compile_work', compile_work)
+    cfg = tiny_config.get_config()
+    cfg.tokenizer = '/somewhere'
+    (result,) = compile_ahead.run(cfg, 'v6e-1', ('train',))
+    assert not result['fits'] and result['needed_bytes'] == 40 * 2**30
+    flags = '--config.ar.remat=True --config.ar_training.accumulate=2'
+    assert result['remedy'] == f'fits with {flags} (3.0 GiB)'
+    assert f'DOES NOT FIT: 40.0 GiB needed, 31.0 GiB there; fits with {flags}' in capsys.readouterr().out
+    assert [work.computed > work.flops for work in tried] == [False, True, True]
+    monkeypatch.setattr(compile_ahead, '_gathered', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')])
+    fits_at, _ = 1, tried.clear()
+    compile_ahead.run(cfg, 'v6e-1', ('train',))
+    assert "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]" in capsys.readouterr().out
+    fits_at = 99
+    (result,) = compile_ahead.run(cfg, 'v6e-1', ('train',))
+    assert result['remedy'] == 'use more chips, or fewer images'
+
+
+def test_bad_input_is_one_line(monkeypatch):
+    cfg = tiny_config.get_config()
+    for topology, parts, message in (
+        ('v6e-3', tuple(programs.WORKS), '--topology: there is no slice v6e-3; there are v6e-1 '),
+        ('v6e-4,gpu', tuple(programs.WORKS), "--topology: 'gpu' names no TPU"),
+        ('v6e-4', ('train', 'cook'), '--parts: there is no cook; there are train, sample, evaluate'),
+    ):
+        with pytest.raises(UserError, match=message):
+            compile_ahead.run(cfg, topology, parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, 'find_spec', lambda name: None)
+        with pytest.raises(UserError, match=r"pip install -e '.\[tpu-compiler\]'"):
+            compile_ahead.run(cfg, 'v6e-4')
+    _fake(monkeypatch)
+    cfg.mesh.fsdp = 3
+    with pytest.raises(UserError, match='not possible with 1 device'):
+        compile_ahead.run(cfg, 'v6e-1')
+
+
+MESHES = {'data': {}, 'fsdp': {'data': 2, 'fsdp': 4}, 'tensor': {'data': 4, 'tensor': 2}}
+
+
+@libraries_promote()
+def _on_eight_devices(cases, broken):
+    """Prints what the tests below assert; in a process of its own, with 8 forced CPU devices."""
+    found, cfg, compile_work = {}, tiny_config.get_config(), compile_ahead.compile_work
+    if broken:
+        sharding.keep_rows_split = lambda mesh, function: function
+    for stage, axes in cases:
+        texts = []
+        compile_ahead.compile_work = lambda work: (None, texts.append(compile_work(work)[1]) or texts[0])
+        replicated = compile_ahead.replicated(cfg, stage, sharding.make_mesh(**MESHES[axes]))
+        found[f'{stage} {axes}'] = replicated, hlo.Program(texts[0]).collectives()
+    print(json.dumps(found))
+
+
+def _spawn(cases, broken=False):
+    env = os.environ | {
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
+    }  # fmt: skip
+    code = f'from tests.measure import test_compile_ahead; test_compile_ahead._on_eight_devices({cases}, {broken})'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('stage, axes', [
+    ('ar', 'fsdp'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('ar', 'data'), ('ar', 'tensor'), ('tokenizer', 'data'), ('tokenizer', 'fsdp'), ('tokenizer', 'tensor')
+    ))
+])  # fmt: skip
+def test_no_device_has_images_of_another(stage, axes):
+    ((replicated, sent),) = _spawn([(stage, axes)]).values()
+    assert replicated == []
+    if axes == 'data':  # gradients are summed, once, and nothing else is sent
+        cfg = tiny_config.get_config()
+        model = build.build_ar(cfg) if stage == 'ar' else build.build_vae(cfg)
+        gradients = costs.tree_bytes(jax.eval_shape(model.init_params, jax.random.key(0)))
+        assert set(sent) == {'all-reduce'}
+        assert 2 * 7 / 8 * gradients <= sent['all-reduce'][1] <= 1.1 * 2 * 7 / 8 * gradients + 4096
+
+
+def test_images_of_another_device_are_seen():
+    """Where nothing says that rows stay split, they do not."""
+    ((replicated, _),) = _spawn([('ar', 'fsdp')], broken=True).values()
+    assert len(replicated) > 10 and any('all-reduce' in opcode for _, _, opcode, _ in replicated)
+
+
+def test_the_programs_of_sampling_are_those_that_run():
+    run = tiny_config.random_run(guidance=None, guidance_scale=None)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    tokens, decode = on_mesh.sampling_programs(run.ar, run.vae, build.build_sampler(run.config), mesh)
+    draw = on_mesh.sampler(run.ar, run.vae, build.build_sampler(run.config), mesh)
+    rows = sharding.place_batch(mesh, (np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)))
+    arguments = *rows, jax.random.key(0), None, jnp.float32(1)
+    images, z = draw(run.ar_params, run.vae_params, *arguments)
+    np.testing.assert_array_equal(z, tokens(run.ar_params, *arguments))
+    np.testing.assert_array_equal(images, decode(run.vae_params, z))
+
+
+def test_inception_looks_at_colours_only():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    names = lambda cfg: [work.name for work in programs.evaluation_works(cfg, mesh)]
+    grey, colours = tiny_config.get_config(), tiny_config.get_config()
+    colours.vae.image_channels = 3
+    assert names(grey) == ['reconstruct'] and names(colours) == ['features', 'reconstruct']
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('name', ['v4-8', 'v5e-4', 'v5p-8', 'v6e-4', 'tpu7x-8'])
+def test_libtpu_knows_the_slices(name):
+    piece = devices.find_slice(name)
+    assert len(compile_ahead.devices_of(piece)) == piece.chips * piece.chip.devices
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_memory_traffic_on_tpus():
+    """Products in fusions in fusions: the compiler's own count, without a loop, is right."""
+    mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice('v6e-4')))
+    array = lambda *shape, spec: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec)
+    )
+
+    def step(x, w, v):
+        hidden = jax.nn.gelu(x @ w)
+        return (hidden @ v).astype(jnp.float32).sum(0), hidden
+
+    whole = array(4096, 16384, spec=sharding.P()), array(16384, 4096, spec=sharding.P())
+    arguments = array(65536, 4096, spec=sharding.P('data')), *whole
+    compiled, text = compile_ahead.compile_work(programs.Work('x', jax.jit(step), arguments, {}, 1, 1, 1))
+    program = hlo.Program(text)
+    assert program.memory_traffic() == pytest.approx(compiled.cost_analysis()['bytes accessed'], rel=0.01)
+    assert program.collectives() == {'all-reduce': (1, 2 * 3 / 4 * 4 * 4096)}
+
+
+@pytest.mark.slow
+@needs_libtpu
+@libraries_promote()
+def test_the_job_for_tpus(tmp_path):
+    cfg = tiny_config.get_config()
+    results = compile_ahead.run(cfg, 'v6e-4', output=str(tmp_path / 'all.json'))
+    assert len(results) == 5 and all(r['fits'] for r in results)
+    assert all(not r['replicated'] for r in results if r['steps'])

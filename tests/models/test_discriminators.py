@@ -1,0 +1,146 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.runtime import sharding
+from tests import torch_gan
+from tests.conftest import GOLDENS
+
+
+def _variables(name, side):
+    """(discriminator, parameters by formula, fresh statistics) for side × side pixels."""
+    model = discriminators.build(name, (side, side, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    modules = torch_gan.PATCHGAN if name == 'patchgan' else torch_gan.stylegan(side)
+    fresh = lambda path, s: jnp.full(s.shape, float(path[-1].key == 'var'))
+    stats = jax.tree_util.tree_map_with_path(fresh, shapes.get('batch_stats', {}))
+    return model, torch_gan.by_formula(shapes['params'], modules), stats
+
+
+@pytest.fixture(scope='module')
+def gan():
+    """Goldens of the public code; images NHWC."""
+    golden = dict(np.load(GOLDENS / 'gan.npz')) | dict(np.load(GOLDENS / 'lpips.npz'))
+    for name in ('real_nchw', 'fake_nchw', 'patchgan_hinge_gen_dfake'):
+        golden[name.removesuffix('_nchw')] = golden[name].transpose(0, 2, 3, 1)
+    return golden
+
+
+@pytest.fixture(scope='module')
+def patchgan():
+    return _variables('patchgan', 64)
+
+
+def test_patchgan(gan, patchgan):
+    """Logits, losses, the generator's gradient, and running statistics after real, then fake images."""
+    model, params, stats = patchgan
+    judge = jax.jit(lambda params, stats, images: discriminators.judge(model, params, stats, images))
+    real, stats = judge(params, stats, gan['real'])
+    fake, stats = judge(params, stats, gan['fake'])
+    np.testing.assert_allclose(real, gan['patchgan_logits_real'][:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fake, gan['patchgan_logits_fake'][:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats['norm1']['mean'], gan['patchgan_running_mean_1'], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats['norm1']['var'], gan['patchgan_running_var_1'], rtol=1e-5)
+    for name in ('hinge', 'vanilla'):
+        np.testing.assert_allclose(discriminators.ADVERSARIAL[name][0](real, fake), gan[f'd_{name}'], rtol=1e-5)
+    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](discriminators.judge(model, params, stats, images)[0])
+    value, gradient = jax.jit(jax.value_and_grad(loss))(gan['fake'])
+    np.testing.assert_allclose(value, gan['patchgan_hinge_gen'], rtol=1e-4)
+    scale = np.abs(gan['patchgan_hinge_gen_dfake']).max()
+    np.testing.assert_allclose(gradient / scale, gan['patchgan_hinge_gen_dfake'] / scale, atol=1e-4)
+
+
+def test_stylegan(gan):
+    model, params, stats = _variables('stylegan', 64)
+    assert stats == {}
+    judge = jax.jit(lambda images: discriminators.judge(model, params, stats, images))
+    for name in ('real', 'fake'):
+        logits, stats = judge(gan[name])
+        assert stats == {}
+        np.testing.assert_allclose(logits, gan[f'stylegan_logits_{name}'][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_by_hand():
+    """In training by the batch; otherwise by the running statistics, which hold the unbiased variance."""
+    x = np.random.default_rng(0).normal(3, 2, (2, 2, 3, 5)).astype(np.float32)
+    scale, bias = np.linspace(0.5, 1.5, 5, dtype=np.float32), np.arange(5, dtype=np.float32)
+    norm, params = discriminators.BatchNorm(), {'scale': scale, 'bias': bias}
+    stats = {'mean': np.arange(5, dtype=np.float32), 'var': np.arange(1, 6, dtype=np.float32)}
+    rows = x.reshape(-1, 5).astype(np.float64)
+    y, updated = norm.apply({'params': params, 'batch_stats': stats}, x, True, mutable=['batch_stats'])
+    expected = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    running = updated['batch_stats']
+    np.testing.assert_allclose(running['mean'], 0.9 * stats['mean'] + 0.1 * rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(running['var'], 0.9 * stats['var'] + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+    y = norm.apply({'params': params, 'batch_stats': stats}, x, False)
+    np.testing.assert_allclose(
+        y, (x - stats['mean']) / np.sqrt(stats['var'] + 1e-5) * scale + bias, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_statistics_of_a_sharded_batch(patchgan):
+    """Those of the whole batch (a real check only where there are several devices)."""
+    model, params, stats = patchgan
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)
+    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[:, None, None, None]  # rows unlike each other
+    judge = jax.jit(lambda images: discriminators.judge(model, params, stats, images))
+    one, every = (jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1))
+    chex.assert_trees_all_close(one, every, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16(gan, patchgan):
+    """Convolutions are rounded; logits and statistics remain float32."""
+    model, params, stats = patchgan
+    judge = lambda dtype: jax.jit(lambda x: discriminators.judge(model.clone(dtype=dtype), params, stats, x))(
+        gan['real']
+    )
+    rounded, exact = judge(jnp.bfloat16), judge(jnp.float32)
+    chex.assert_type(jax.tree.leaves(rounded), jnp.float32)
+    assert 1e-4 < np.abs(rounded[0] - exact[0]).max() < 0.05 * np.std(exact[0])
+    chex.assert_trees_all_close(rounded[1], exact[1], rtol=0.02, atol=2e-3)
+
+
+def test_initialisation():
+    """As published: sizes (counted on the public modules), distributions and their widths."""
+    for name, count in (('patchgan', 2_765_633), ('stylegan', 36_500_225)):
+        model = discriminators.build(name, (256, 256, 3))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)))['params']
+        assert sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) == count
+    init = lambda name, side: jax.jit(discriminators.build(name, (side, side, 3)).init)(
+        jax.random.key(0), jnp.zeros((1, side, side, 3))
+    )
+    variables = init('patchgan', 32)
+    for name, module in variables['params'].items():
+        if 'kernel' in module:
+            np.testing.assert_allclose(np.std(module['kernel']), 0.02, rtol=0.05)
+            assert abs(np.mean(module['kernel'])) < 1e-3
+            assert ('bias' in module) == (name in ('conv0', 'conv_out'))
+        else:
+            np.testing.assert_allclose(np.std(module['scale']), 0.02, rtol=0.2)
+            assert abs(np.mean(module['scale']) - 1) < 0.01 and not np.any(module['bias'])
+    bias = np.abs(variables['params']['conv0']['bias'])
+    assert 0.9 * 48**-0.5 < bias.max() <= 48**-0.5
+    chex.assert_trees_all_equal(variables['batch_stats']['norm1'], {'mean': np.zeros(128), 'var': np.ones(128)})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(init('stylegan', 8)['params']):
+        module = {'conv_in': 27, 'shortcut': 512, 'dense1': 8192, 'dense2': 512}
+        bound = module.get(path[-2].key, 9 * 512) ** -0.5
+        if leaf.size > 1:
+            assert 0.98 * bound < np.abs(leaf).max() <= bound, path
+            np.testing.assert_allclose(np.std(leaf), bound / 3**0.5, rtol=0.1)
+
+
+def test_what_cannot_be_judged():
+    for name, shape, message in (
+        ('gan', (64, 64, 3), "'gan', but must be one of patchgan, stylegan"),
+        ('patchgan', (16, 64, 1), '24×24 pixels, not 16×64'),
+        ('stylegan', (48, 48, 3), 'not 48×48'), ('stylegan', (64, 32, 3), 'not 64×32'),
+    ):  # fmt: skip
+        with pytest.raises(discriminators.DiscriminatorError, match=message) as error:
+            discriminators.build(name, shape)
+        assert '\n' not in str(error.value)
+    model = discriminators.build('patchgan', (24, 30, 1))
+    assert jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 24, 30, 1)))[0].shape == (2, 1, 1)

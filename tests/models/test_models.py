@@ -1,0 +1,359 @@
+import functools
+
+import chex
+import flax.traverse_util as traverse
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.models import ar, convolutions, transformer, vae
+from sphere_ar_jax.models.backbones import cnn
+from sphere_ar_jax.models.heads import flow
+from tests.conftest import libraries_promote
+
+COUNTS = {'B': 204_499_216, 'L': 476_380_176, 'H': 943_854_096}
+
+
+def _count(model):
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+
+
+def _norm(tensors):
+    return {name: np.linalg.norm(np.asarray(tensor, np.float64)) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize('variant', COUNTS)
+def test_parameter_counts(variant):
+    assert _count(ar.AR(**ar.VARIANTS[variant])) == COUNTS[variant]
+
+
+def test_vae_parameter_count_and_shapes():
+    assert _count(vae.VAE()) == 75_393_297
+    assert vae.VAE().patch_size == 16 and vae.VAE().image_shape == (256, 256, 3)
+
+
+def test_rope_table(golden):
+    angles = transformer.rope_table(4, 4, 4, 32)[:-1]
+    chex.assert_shape(angles, (19, 16))
+    np.testing.assert_allclose(np.cos(angles), golden['freqs_cis'][..., 0], atol=1e-6)
+    np.testing.assert_allclose(np.sin(angles), golden['freqs_cis'][..., 1], atol=1e-6)
+
+
+def test_encoder_and_decoder(golden, tiny_vae):
+    model, params = tiny_vae
+    hidden = model.apply({'params': params}, golden['images'], method=lambda m, x: m.encoder(x))
+    np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
+    posterior = model.apply({'params': params}, golden['images'], method='encode')
+    chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
+    np.testing.assert_allclose(posterior.mu, golden['mu'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(posterior.kappa, golden['kappa'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(posterior.kl(), golden['kl'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.mean(posterior.kl()), golden['kl_mean'], rtol=1e-4)
+    z = posterior.sample((golden['beta_draw'], golden['tangent_draw']))
+    np.testing.assert_allclose(z, golden['z'], rtol=1e-4, atol=1e-4)
+    decoded = model.apply({'params': params}, golden['z'], method='decode')
+    np.testing.assert_allclose(decoded, golden['decoded'], rtol=1e-4, atol=1e-4)
+
+
+def test_ar_and_head(golden, tiny_ar):
+    model, params = tiny_ar
+    variables = {'params': params}
+    class_id, z = golden['class_id'], golden['z']
+    embedded = model.apply(variables, class_id, z[:, :-1], method='embed')
+    np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
+    first = jax.tree.map(lambda a: a[:1], params['stack'])
+    block, _ = transformer.Stack(1, model.heads, True).apply({'params': first}, embedded, golden_angles(golden))
+    np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
+    conditions = model.apply(variables, class_id, z, method='condition')
+    np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
+    arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
+    v = model.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))
+    np.testing.assert_allclose(v, golden['head_v'], rtol=1e-4, atol=1e-4)
+
+
+def golden_angles(golden):
+    return jnp.arctan2(golden['freqs_cis'][..., 1], golden['freqs_cis'][..., 0])
+
+
+def test_causality_by_gradients(golden, tiny_ar):
+    """Condition k depends on every token before k, on none from k on, and on the class."""
+    model, params = tiny_ar
+    jacobian = jax.jacrev(
+        lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='condition')[0].sum(-1)
+    )
+    influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
+    chex.assert_shape(influence, (16, 16))
+    seen = np.tril(np.ones((16, 16)), -1)
+    np.testing.assert_array_equal(influence * (1 - seen), 0)
+    assert (influence[seen == 1] > 1e-6).all()
+    other = model.apply({'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='condition')
+    assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
+
+
+def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
+    model, params = tiny_vae
+    mu = lambda image: model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
+    assert (np.abs(jax.jit(jax.grad(mu))(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4)) > 0).all()
+
+
+def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    c, cache = model.apply(variables, golden['class_id'], method='prefill')
+    conditions = [c]
+    decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
+    for k in range(1, 16):
+        c, cache = decode(golden['z'][:, k - 1], k, cache)
+        conditions.append(c)
+    np.testing.assert_allclose(np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4)
+    for full in (tiny_ar, (model, params)):
+        full = full[0].apply({'params': full[1]}, golden['class_id'], golden['z'], method='condition')
+        np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_conv_transpose_is_the_dilated_convolution(k):
+    """Values and both gradients against the definition: a convolution over the input filled up with zeros."""
+    rng = np.random.default_rng(k)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, kernel, g = draw(2, 5, 7, 3), draw(k, k, 3, 6), draw(2, 10, 14, 6)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), ((k // 2, k // 2),) * 2, lhs_dilation=(2, 2), dimension_numbers=convolutions.NHWC
+        )
+
+    for ours, truth in zip(
+        jax.vjp(convolutions.conv_transpose, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
+    ):
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(convolutions.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'stride', 'piece', 'large'),
+    [(5, 1, 10**6, 1), (5, 1, 1, 1), (2, 1, 1, 1), (5, 2, 10**6, 1), (2, 2, 1, 1), (5, 1, 1, 49)],
+)
+def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, monkeypatch):
+    """In one piece and in many, with more channels and with fewer, and of images too small for pieces (fewer pixels
+    than `large`); XLA's own gradients are the truth."""
+    monkeypatch.setattr(convolutions, '_LARGE', large)
+    monkeypatch.setattr(convolutions, '_PATCHES', piece)
+    rng = np.random.default_rng(channels)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, kernel, g = draw(2, 8, 6, 3), draw(3, 3, 3, channels), draw(2, 8 // stride, 6 // stride, channels)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=convolutions.NHWC
+        )
+
+    ours = lambda x, kernel: convolutions.conv3(x, kernel, stride)
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
+    for mine, truth in zip(jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_patchify_is_a_convolution():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5)))
+    truth = jax.lax.conv_general_dilated(x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC)
+    np.testing.assert_allclose(convolutions.patchify(x, kernel), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('inner', 'outer'), [((6,), (2, 5)), ((2, 3), (5,))])
+def test_product_is_dot_general(inner, outer):
+    """Values and gradients, as NumPy's tensordot has them."""
+    rng = np.random.default_rng(0)
+    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((4, 3, *inner), (*inner, *outer), (4, 3, *outer)))
+    n = len(inner)
+    dimensions = ((tuple(range(2, 2 + n)), tuple(range(n))), ((), ()))
+    y, transpose = jax.vjp(lambda x, kernel: transformer.product(x, kernel, dimensions), x, kernel)
+    dx, dkernel = transpose(jnp.asarray(g))
+    np.testing.assert_allclose(y, np.tensordot(x, kernel, n), rtol=1e-5, atol=1e-5)
+    axes = (list(range(2, g.ndim)), list(range(n, kernel.ndim)))
+    np.testing.assert_allclose(dx, np.tensordot(g, kernel, axes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dkernel, np.tensordot(x, g, ([0, 1], [0, 1])), rtol=1e-5, atol=1e-5)
+
+
+def test_norm_silu_is_group_norm_and_silu():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3.0, 2.0, size=(2, 4, 6, 96)), jnp.float32)  # 24 groups of 4
+    module = cnn.NormSiLU()
+    variables = {'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}}
+    groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    scale, bias = (np.asarray(variables['params'][n], np.float64) for n in ('scale', 'bias'))
+    y = normal * scale + bias
+    np.testing.assert_allclose(module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_cache_is_read_to_where_it_is_filled():
+    """Every position of a cache of many lengths gives what plain causal attention gives; so does a few at a time."""
+    attention = transformer.Attention(heads=2, causal=True)
+    x = jax.random.normal(jax.random.key(0), (2, 700, 16))
+    angles = jax.random.uniform(jax.random.key(1), (700, 4))
+    variables = attention.init(jax.random.key(2), x[:, :2], angles[:2])
+    variables = jax.tree.map(lambda a: 10 * a, variables)  # attention that is not nearly uniform
+    full, _ = attention.apply(variables, x, angles)
+    (cache,) = transformer.empty_cache(1, 2, 700, 2, 8)
+    prefill = transformer.Attention(heads=2, causal=True, prefill=True)
+    _, cache = prefill.apply(variables, x[:, :60], angles[:60], cache, 0)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def feed(start, T, cache):
+        part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, T, axis)
+        return attention.apply(variables, part(x, 1), part(angles, 0), cache, start)
+
+    start = 60
+    for T in (*(1,) * 40, 80, 1, *(200,) * 2, 1, 118):
+        out, cache = feed(start, T, cache)
+        np.testing.assert_allclose(out, full[:, start : start + T], rtol=1e-4, atol=1e-5, err_msg=f'{T} from {start}')
+        start += T
+    assert start == 700
+
+
+def _with(model, **changes):
+    return model.clone(**changes)
+
+
+def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar, tiny_vae):
+    """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or recomputed."""
+    for (model, params), run in (
+        (
+            tiny_ar,
+            lambda m, p: m.apply(
+                {'params': p}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
+            ),
+        ),
+        (tiny_vae, lambda m, p: m.apply({'params': p}, golden['z'][:1], method='decode')),
+    ):
+        value = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(m, p) ** 2)))(params)
+        plain = value(model)
+        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+        for changed in (_with(model, unroll=2), _with(model, remat=True)):
+            chex.assert_trees_all_equal_shapes(shapes, jax.eval_shape(changed.init_params, jax.random.key(0)))
+            chex.assert_trees_all_close(value(changed), plain, rtol=1e-4, atol=1e-4)
+
+
+def _relative_error(ours, truth):
+    ours, truth = np.asarray(ours, np.float64), np.asarray(truth, np.float64)
+    return np.sqrt(np.mean((ours - truth) ** 2) / np.mean(truth**2))
+
+
+@libraries_promote()
+def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
+    """Within 1.5% root mean square of the goldens; parameters, gradients and what the spec wants so are float32."""
+    model, params = tiny_ar
+    half = _with(model, dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal_dtypes(jax.eval_shape(half.init_params, jax.random.key(0)), params)
+    variables = {'params': params}
+    conditions = jax.jit(lambda z: half.apply(variables, golden['class_id'], z, method='condition'))(golden['z'])
+    assert conditions.dtype == np.float32
+    assert 1e-5 < _relative_error(conditions, golden['ar_cond']) < 0.015
+    decoder, apart = ar.unstacked(half, params)
+    _, cache = decoder.apply({'params': apart}, golden['class_id'], method='prefill')
+    assert {a.dtype for a in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    cached, _ = decoder.apply({'params': apart}, golden['z'][:, 0], 1, cache, method='decode_step')
+    assert _relative_error(cached, golden['ar_cond'][:, 1]) < 0.015
+    arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
+    v = half.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))
+    assert v.dtype == np.float32 and 1e-5 < _relative_error(v, golden['head_v']) < 0.02
+    example = golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
+    run = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(m.apply({'params': p}, *example))))(params)
+    gradient, exact = run(half), run(model)
+    chex.assert_trees_all_equal_dtypes(gradient, params)
+    assert _relative_error(gradient['proj_in']['kernel'], exact['proj_in']['kernel']) < 0.05
+
+    model, params = tiny_vae
+    half = _with(model, dtype=jnp.bfloat16)
+    posterior = jax.jit(lambda x: half.apply({'params': params}, x, method='encode'))(golden['images'])
+    assert posterior.mu.dtype == posterior.kappa.dtype == np.float32
+    np.testing.assert_allclose(jnp.linalg.norm(posterior.mu, axis=-1), 1, rtol=1e-5)
+    assert _relative_error(posterior.mu, golden['mu']) < 0.03
+    decoded = jax.jit(lambda z: half.apply({'params': params}, z, method='decode'))(golden['z'])
+    assert decoded.dtype == np.float32 and _relative_error(decoded, golden['decoded']) < 0.03
+
+
+@libraries_promote()
+def test_norms_and_rope_compute_in_float32():
+    """With bfloat16 inputs: the float32 result, rounded once."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 8), jnp.bfloat16)
+    angles = transformer.rope_table(1, 3, 2, 8) * 100
+    rotated = transformer.apply_rope(x, angles)
+    exact = transformer.apply_rope(x.astype(jnp.float32), angles).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(rotated, np.float32), np.asarray(exact, np.float32))
+    variables = {'params': {'scale': jnp.linspace(0.5, 2, 8)}}
+    exact = transformer.RMSNorm().apply(variables, x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        np.asarray(transformer.RMSNorm(jnp.bfloat16).apply(variables, x), np.float32), np.asarray(exact, np.float32)
+    )
+
+
+def test_size_of_the_program_does_not_grow_with_depth():
+    def lines(depth):
+        model = ar.AR(depth=depth, heads=2, width=16, head_depth=depth, head_width=16, head_groups=2, grid=(2, 2))
+        params = jax.eval_shape(model.init_params, jax.random.key(0))
+        example = jnp.zeros(1, int), jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 1, 4))
+        loss = lambda p: jnp.sum(model.apply({'params': p}, *example))
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count('\n')
+
+    assert lines(2) == lines(12)
+
+
+def test_impossible_sizes_are_refused():
+    sizes = dict(depth=1, heads=2, width=16, head_depth=4, head_width=16, head_groups=2, grid=(2, 2))
+    for wrong, message in (
+        (dict(head_depth=5), '2 adaLN groups do not divide the 5 blocks'),
+        (dict(heads=3), '3 heads do not divide the width 16'),
+        (dict(heads=8), 'head dimension 16/8 = 2 must be a multiple of 4'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(ar.AR(**(sizes | wrong)).init_params, jax.random.key(0))
+
+
+def test_time_sinusoid():
+    t = jnp.asarray([0.0, 0.25])
+    features = flow.time_sinusoid(t)
+    chex.assert_shape(features, (2, 256))
+    np.testing.assert_array_equal(features[0], [1] * 128 + [0] * 128)
+    np.testing.assert_allclose(features[1, [0, 128]], [np.cos(250), np.sin(250)], atol=1e-5)
+
+
+def test_initialisation():
+    """The published initialisation, by the moments of what is drawn."""
+    model = ar.AR(depth=2, heads=4, width=128, head_depth=4, head_width=128, head_groups=2, grid=(4, 4), num_classes=50)
+    params = traverse.flatten_dict(jax.jit(model.init_params)(jax.random.key(0)), sep='/')
+    zero = {n for n, p in params.items() if not np.any(np.asarray(p))}
+    biases = {n for n in params if n.endswith('bias')}
+    assert zero == biases | {'head/res_groups/ada/kernel', 'head/final_ada/kernel', 'head/final_linear/kernel'}
+    for name in (
+        'stack/blocks/mlp/w1/kernel',
+        'stack/blocks/attention/qkv/kernel',
+        'cls_embedding',
+        'pos_for_diff',
+        'head/time1/kernel',
+        'proj_in/kernel',
+    ):
+        np.testing.assert_allclose(np.std(params[name]), 0.02, rtol=0.06)
+    w1 = np.asarray(params['head/res_groups/blocks/w1/kernel'])  # fused: fan_out counts both halves
+    bound = np.sqrt(6 / (128 + 2 * 192))
+    assert 0.97 * bound < np.abs(w1).max() <= bound
+    assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
+    params = traverse.flatten_dict(
+        jax.jit(vae.VAE(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(
+            jax.random.key(0)
+        ),
+        sep='/',
+    )
+    fan_in = {
+        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16, 'quant_proj/kernel': 128,
+        'quant_proj/bias': 128, 'post_quant_proj/kernel': 16, 'encoder/output/kernel': 128,
+    }  # fmt: skip
+    for name, fan in fan_in.items():
+        largest = np.abs(params[name]).max()
+        assert 0.8 * fan**-0.5 < largest <= fan**-0.5, name
+    np.testing.assert_allclose(np.std(params['decoder/vit/stack/blocks/mlp/w2/kernel']), 0.02, rtol=0.06)

@@ -1,0 +1,87 @@
+import json
+import sys
+from unittest import mock
+
+import numpy as np
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from tensorboardX.proto import event_pb2
+
+from sphere_ar_jax.runtime import files, hosts, metric_writer
+
+
+def _events(directory):
+    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length, crc, event, crc."""
+    found = []
+    for path in sorted(directory.glob('events.*')):
+        content = path.read_bytes()
+        while content:
+            length = int(np.frombuffer(content[:8], '<u8')[0])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return found
+
+
+def test_lines_events_and_plain_console(tmp_path, capsys):
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 0, 10)
+    writer.write(5, {'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, ('loss',))
+    writer.write(10, {'loss': 1.0, 'lr': 0.25}, ('loss',))
+    writer.close()
+    expected = [{'step': 5, 'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, {'step': 10, 'loss': 1.0, 'lr': 0.25}]
+    assert metric_writer.read_scalars(tmp_path / 'metrics.jsonl') == expected
+    assert {(5, 'loss', 2.0), (10, 'loss', 1.0), (10, 'lr', 0.25)} <= set(_events(tmp_path))
+    assert capsys.readouterr().out.splitlines() == ['stage 5/10, 15 s left: loss 2', 'stage 10/10: loss 1']
+
+
+def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps({'step': s, 'loss': s}) + '\n' for s in (2, 4, 6, 8)) + '{"step": 10, "lo')
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 5, 10)
+    writer.write(6, {'loss': 0.5}, ())
+    writer.close()
+    assert [(line['step'], line['loss']) for line in metric_writer.read_scalars(path)] == [(2, 2), (4, 4), (6, 0.5)]
+
+
+def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 0, 4)
+    for _ in range(4):
+        writer.advance()
+    writer.write(4, {'loss': 1.5}, ('loss',))
+    writer.close()
+    shown = capsys.readouterr()
+    assert '4/4 steps' in shown.err and 'left' in shown.err and 'loss 1.5' in shown.err and shown.out == ''
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert metric_writer.read_scalars(tmp_path / 'nothing.jsonl') == []
+
+
+def test_in_a_bucket(monkeypatch):
+    """Lines and files go through etils.epath and fsspec, as gs:// is, with a bucket in memory in place of Google's."""
+    store = MemoryFileSystem(skip_instance_cache=True)
+    monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
+    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())  # it knows Google's itself
+    for last in (3, 5):  # the second start drops the line of step 3
+        writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
+        writer.write(1, {'loss': 4.0}, ()) if last == 3 else None
+        writer.write(last, {'loss': 2.0}, ())
+        writer.close()
+    lines = metric_writer.read_scalars('gs://bucket/run/ar/metrics.jsonl')
+    assert lines == [{'step': 1, 'loss': 4.0}, {'step': 5, 'loss': 2.0}]
+    files.write_json('gs://bucket/run/config.json', {'seed': 1})
+    assert epath.Path('gs://bucket/run/config.json').read_text() == '{\n  "seed": 1\n}\n'
+    assert not [name for name in store.find('') if name.endswith('.tmp')]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hosts, 'is_first', lambda: False)
+    writer = metric_writer.MetricWriter(tmp_path / 'ar', 'ar', 0, 10)
+    writer.advance()
+    writer.write(1, {'loss': 4.0}, ('loss',))
+    writer.picture('samples', 1, np.zeros((2, 2, 1), np.uint8))
+    writer.close()
+    files.write_json(tmp_path / 'config.json', {})
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ''

@@ -1,0 +1,359 @@
+"""Many images to one file: the same however they are batched, killed and started again."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.models import ar
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import generation, on_mesh
+from tests import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+N = 20
+
+
+@pytest.fixture(scope='module')
+def run():
+    return tiny_config.random_run()
+
+
+@pytest.fixture(scope='module')
+def labels():
+    return generation.draw_labels('uniform', N, 10, 0)
+
+
+def _generate(run, labels, path, *, batch_size=4, seed=5, **options):
+    generation.generate(run, labels, seed, str(path), batch_size=batch_size, mesh=sharding.make_mesh(1), **options)
+    with np.load(path) as file:
+        assert sorted(file) == ['arr_0', 'arr_1']
+        return file['arr_0'], file['arr_1']
+
+
+def _process(code, *arguments, devices=1, **options):
+    """A process that runs `code` with this test's model, on so many forced host devices."""
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=env, **options)
+
+
+def _floats(run, labels, batch_size, mesh):
+    s = run.config.sampling
+    return on_mesh.sample_images(
+        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(5), build.build_sampler(run.config),
+        batch_size=batch_size, mesh=mesh, guidance_scale=s.guidance_scale, temperature=s.temperature,
+    )  # fmt: skip
+
+
+def _tokens(run, labels, mesh):
+    """Of the first 8 images, one on each device at a time."""
+    s, model = run.config.sampling, ar.unstacked(run.ar, run.ar_params)
+    draw = on_mesh.sampler(model[0], run.vae, build.build_sampler(run.config), mesh)
+    parts = []
+    for start in range(0, 8, mesh.size):
+        rows = np.arange(start, start + mesh.size, dtype=np.int32)
+        batch = sharding.place_batch(mesh, (labels[rows], rows))
+        parts.append(draw(model[1], run.vae_params, *batch, jax.random.key(5), s.guidance_scale, s.temperature)[1])
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+_EIGHT = """
+import sys
+import numpy as np
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import generation
+from tests.sampling import test_generation, tiny_config
+run, mesh = tiny_config.random_run(), sharding.make_mesh()
+assert mesh.size == 8
+labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
+generation.generate(run, labels, 5, sys.argv[1] + '.npz', batch_size=8, mesh=mesh)
+np.save(sys.argv[1], test_generation._floats(run, labels, 8, mesh))
+np.save(sys.argv[1] + '_tokens', test_generation._tokens(run, labels, mesh))
+"""
+
+
+def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp_path):
+    """Image i is a function of (seed, i, label): one row at a time, seven, or one on each of eight devices.
+
+    Bit for bit where every device has one row; other batches to a rounding, for their matrix products add otherwise."""
+    with _process(_EIGHT, tmp_path / 'eight', devices=8) as process:
+        one = _floats(run, labels, 1, sharding.make_mesh(1))
+        images, kept = _generate(run, labels, tmp_path / 'one.npz', batch_size=1)
+        other, _ = _generate(run, labels, tmp_path / 'seven.npz', batch_size=7)
+        floats = _floats(run, labels, 7, sharding.make_mesh(1))
+        assert process.wait(300) == 0
+    eight = np.load(tmp_path / 'eight.npy')
+    assert eight.dtype == np.float32
+    np.testing.assert_array_equal(eight, one)
+    tokens = _tokens(run, labels, sharding.make_mesh(1))
+    assert tokens.dtype == np.float32 and np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
+    np.testing.assert_array_equal(np.load(tmp_path / 'eight_tokens.npy'), tokens)
+    assert (tmp_path / 'one.npz').stat().st_size == (tmp_path / 'eight.npz').stat().st_size
+    with np.load(tmp_path / 'eight.npz') as file:
+        np.testing.assert_array_equal(file['arr_0'], images)
+        np.testing.assert_array_equal(file['arr_1'], labels)
+
+    assert images.dtype == np.uint8 and images.shape == (N, 16, 16, 1)
+    np.testing.assert_array_equal(kept, labels)
+    np.testing.assert_array_equal(images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8))  # spec §7
+    assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()  # else the rest would show nothing
+    np.testing.assert_allclose(floats, one, atol=1e-5)
+    assert np.abs(other.astype(int) - images).max() <= 1
+    shorter, _ = _generate(run, labels[:5], tmp_path / 'five.npz', batch_size=1)
+    np.testing.assert_array_equal(shorter, images[:5])
+    turned, _ = _generate(run, labels[::-1].copy(), tmp_path / 'turned.npz', batch_size=1)
+    np.testing.assert_array_equal((turned == images).all((1, 2, 3)), labels[::-1] == labels)
+    assert list(generation.images(tmp_path / 'one.npz'))[3].tobytes() == images[3].tobytes()
+    assert len(list(generation.images(tmp_path / 'one.npz'))) == N
+
+
+_SLOW = """
+import sys, time
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import generation
+from tests.sampling import test_generation, tiny_config
+def progress(done):
+    print(done, flush=True)
+    time.sleep(0.2)
+labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
+generation.generate(
+    tiny_config.random_run(), labels, 5, sys.argv[1], batch_size=4, mesh=sharding.make_mesh(), progress=progress
+)
+"""
+
+
+def test_goes_on_after_a_kill(run, labels, tmp_path):
+    path, parts = tmp_path / 'a.npz', tmp_path / 'a.npz.parts'
+    with _process(_SLOW, path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == '0\n'
+        while not (parts / '00000000.npy').exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        said = [int(line) for line in process.stdout]
+    assert process.returncode == -signal.SIGKILL and not path.exists()
+    before = {f: f.stat().st_mtime_ns for f in parts.glob('0*.npy')}
+    kept = sum(len(np.load(f)) for f in before)
+    assert 4 <= kept < N and kept >= max(said, default=4)  # what was said to be done is there
+    calls = []
+
+    def progress(done):
+        calls.append(done)
+        assert not path.exists()
+        assert {f: f.stat().st_mtime_ns for f in before} == before
+
+    resumed = _generate(run, labels, path, progress=progress)
+    assert calls == list(range(kept, N + 1, 4))
+    assert not parts.exists() and not list(tmp_path.glob('*.tmp'))
+    _generate(run, labels, tmp_path / 'b.npz')
+    assert path.read_bytes() == (tmp_path / 'b.npz').read_bytes()
+    np.testing.assert_array_equal(resumed[1], labels)
+
+    changed = path.stat().st_mtime_ns
+    calls.clear()
+    generation.generate(run, labels, 5, str(path), batch_size=8, mesh=sharding.make_mesh(1), progress=calls.append)
+    assert calls == [N] and path.stat().st_mtime_ns == changed  # nothing is done twice
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_at(count):
+    def progress(done):
+        if done >= count:
+            raise _Stop
+
+    return progress
+
+
+@pytest.fixture(scope='module')
+def whole(run, labels, tmp_path_factory):
+    return _generate(run, labels, tmp_path_factory.mktemp('whole') / 'a.npz')[0]
+
+
+@pytest.mark.parametrize(
+    'damage', [lambda b: b[:-1], lambda b: b[:9], lambda b: b'', lambda b: b'\0' * len(b)],
+    ids=['one byte short', 'in the header', 'empty', 'zeros'],
+)  # fmt: skip
+def test_a_part_that_is_cut_off_is_drawn_again(run, labels, whole, tmp_path, damage):
+    path, calls = tmp_path / 'a.npz', []
+    with pytest.raises(_Stop):
+        _generate(run, labels, path, progress=_stop_at(12))
+    part = tmp_path / 'a.npz.parts' / '00000004.npy'
+    part.write_bytes(damage(part.read_bytes()))
+    images, _ = _generate(run, labels, path, progress=calls.append)
+    assert calls[0] == 4
+    np.testing.assert_array_equal(images, whole)
+
+
+def test_other_batches_go_on_with_the_parts_there_are(run, labels, whole, tmp_path):
+    path, calls = tmp_path / 'a.npz', []
+    with pytest.raises(_Stop):
+        _generate(run, labels, path, progress=_stop_at(8))
+    images, _ = _generate(run, labels, path, batch_size=7, progress=calls.append)
+    assert calls == [8, 15, 20]
+    np.testing.assert_array_equal(images[:8], whole[:8])
+    assert np.abs(images.astype(int) - whole).max() <= 1
+
+
+def test_the_file_is_whole_or_not_there(run, labels, whole, tmp_path, monkeypatch):
+    path, calls = tmp_path / 'a.npz', []
+
+    write = np.lib.format.write_array
+
+    def full(file, array, **options):
+        if array.dtype == np.int32:  # the labels, after the images
+            raise OSError(28, 'No space left on device')
+        write(file, array, **options)
+
+    with monkeypatch.context() as m, pytest.raises(OSError, match='No space'):
+        m.setattr(np.lib.format, 'write_array', full)
+        _generate(run, labels, path)
+    assert not path.exists()
+    images, _ = _generate(run, labels, path, progress=calls.append)
+    assert calls == [N]  # only put together
+    np.testing.assert_array_equal(images, whole)
+
+
+def _moved(params):
+    """The parameters with one bit of one number changed."""
+    leaves, tree = jax.tree.flatten(params)
+    last = np.array(leaves[-1])
+    last.view(np.uint32).reshape(-1)[-1] ^= 1
+    return tree.unflatten([*leaves[:-1], last])
+
+
+OTHERS = {
+    'seed': lambda run, labels: (run, labels, dict(seed=6)),
+    'labels': lambda run, labels: (run, (labels + (np.arange(N) == 3)) % 10, {}),
+    'number': lambda run, labels: (run, labels[:-1], {}),
+    'guidance': lambda run, labels: (tiny_config.random_run(guidance_scale=1.6), labels, {}),
+    'temperature': lambda run, labels: (tiny_config.random_run(temperature=0.9), labels, {}),
+    'steps': lambda run, labels: (tiny_config.random_run(num_steps=3), labels, {}),
+    'AR weights': lambda run, labels: (run._replace(ar_params=_moved(run.ar_params)), labels, {}),
+    'S-VAE weights': lambda run, labels: (run._replace(vae_params=_moved(run.vae_params)), labels, {}),
+    'heads': lambda run, labels: (run._replace(ar=run.ar.clone(heads=1)), labels, {}),
+}
+
+
+@pytest.fixture(scope='module')
+def begun(run, labels, tmp_path_factory):
+    """Paths of samples that are done, and of others that broke off."""
+    directory = tmp_path_factory.mktemp('begun')
+    _generate(run, labels, directory / 'done.npz')
+    with pytest.raises(_Stop):
+        _generate(run, labels, directory / 'half.npz', progress=_stop_at(8))
+    return directory
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_samples_of_other_settings_are_refused(run, labels, begun, other):
+    changed, chosen, options = OTHERS[other](run, labels)
+    for name, where in (('done.npz', 'done.npz holds'), ('half.npz', 'half.npz.parts holds')):
+        with pytest.raises(generation.GenerationError, match=f'{where} samples of other settings: .*--output') as error:
+            _generate(changed, chosen, begun / name, **options)
+        assert '\n' not in str(error.value)
+    assert sorted(f.name for f in (begun / 'half.npz.parts').iterdir()) == [
+        '00000000.npy',
+        '00000004.npy',
+        'about.json',
+    ]
+
+
+def test_samples_of_unknown_settings_are_refused(run, labels, tmp_path):
+    np.savez(tmp_path / 'a.npz', arr_0=np.zeros(3))
+    for about in (None, '{"seed": ', '[]'):
+        if about is not None:
+            (tmp_path / 'a.npz.json').write_text(about)
+        with pytest.raises(generation.GenerationError, match='other settings'):
+            _generate(run, labels, tmp_path / 'a.npz')
+    (tmp_path / 'b.npz.parts').mkdir()
+    (tmp_path / 'b.npz.parts' / 'about.json').write_text('{"seed": ')
+    with pytest.raises(generation.GenerationError, match='other settings'):
+        _generate(run, labels, tmp_path / 'b.npz')
+
+
+def test_uniform_labels():
+    """Chi-square below its 99.9% quantile, at a fixed seed; each a function of seed and place alone."""
+    labels = generation.draw_labels('uniform', 20_000, 1000, 0)
+    assert labels.dtype == np.int32 and labels.min() == 0 and labels.max() == 999
+    counts = np.bincount(labels, minlength=1000)
+    assert np.sum((counts - 20.0) ** 2 / 20) < scipy.stats.chi2.ppf(0.999, 999)
+    assert np.sum((counts - 20.0) ** 2 / 20) > scipy.stats.chi2.ppf(0.001, 999)  # drawn, not dealt
+    np.testing.assert_array_equal(generation.draw_labels('uniform', 77, 1000, 0), labels[:77])
+    assert np.mean(generation.draw_labels('uniform', 20_000, 1000, 1) == labels) < 0.01
+
+
+def test_balanced_labels():
+    labels = generation.draw_labels('balanced', 25, 10, 3)
+    assert labels.dtype == np.int32 and labels.tolist() == [*range(10), *range(10), *range(5)]
+
+
+def test_labels_of_a_file(tmp_path):
+    expected = [3, 0, 9, 9]
+    (tmp_path / 'a.txt').write_text('3\n0\n9 # the last class\n9\n')
+    (tmp_path / 'row.txt').write_text('3 0 9 9')
+    np.save(tmp_path / 'a.npy', np.array(expected, np.uint8))
+    for name in ('a.txt', 'row.txt', 'a.npy'):
+        labels = generation.draw_labels(str(tmp_path / name), 4, 10, 0)
+        assert labels.dtype == np.int32 and labels.tolist() == expected
+    (tmp_path / 'one.txt').write_text('7')
+    assert generation.draw_labels(str(tmp_path / 'one.txt'), 1, 10, 0).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('short.txt', b'1\n2\n', 'must hold 4 whole numbers, but holds int64 (2,)'),
+        ('empty.txt', b'', 'must hold 4 whole numbers, but holds int64 (0,)'),
+        ('table.txt', b'1 2\n3 4\n', 'must hold 4 whole numbers, but holds int64 (2, 2)'),
+        ('words.txt', b'1\n2\ncat\n4\n', 'is no list of whole numbers'),
+        ('half.txt', b'1\n2\n0.5\n4\n', 'is no list of whole numbers'),
+        ('huge.txt', b'1\n2\n3\n' + b'9' * 30, 'is no list of whole numbers'),
+        ('null.txt', b'1\n2\n3\n10\n', 'labels must lie between 0 and 9'),
+        ('below.txt', b'1\n2\n3\n-1\n', 'labels must lie between 0 and 9'),
+        ('bytes.txt', b'\x89PNG\xff\xfe\0', 'is no list of whole numbers'),
+        ('floats.npy', np.zeros(4), 'must hold 4 whole numbers, but holds float64 (4,)'),
+        ('object.npy', np.array([1, 'a', None, 2], object), 'is no list of whole numbers'),
+        ('empty.npy', b'', 'is no list of whole numbers'),
+        ('text.npy', b'1 2 3 4', 'is no list of whole numbers'),
+        ('zip.npy', 'npz', 'is an npz, but must be an npy or text'),
+        ('vast.npy', 'vast', 'is no list of whole numbers'),
+        ('none.txt', None, 'there is no file'),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings('ignore:loadtxt')
+def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, np.ndarray):
+        np.save(path, content, allow_pickle=True)
+    elif content == 'npz':
+        with open(path, 'wb') as f:
+            np.savez(f, a=np.arange(4))
+    elif content == 'vast':
+        with open(path, 'wb') as f:
+            np.lib.format.write_array_header_1_0(f, {'descr': '<i8', 'fortran_order': False, 'shape': (2**50,)})
+    with pytest.raises(generation.GenerationError, match=re.escape(message)) as error:
+        generation.draw_labels(str(path), 4, 10, 0)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_what_a_file_says_of_itself(run, labels, tmp_path):
+    """Beside the samples: the settings they were drawn with, for people too."""
+    _generate(run, labels[:4], tmp_path / 'a.npz')
+    about = json.loads((tmp_path / 'a.npz.json').read_text())
+    assert about['seed'] == 5 and about['dtype'] == 'float32' and about['sampling']['guidance_scale'] == 1.5
+    assert about['sampling']['num_images'] == 4 and 'batch_size' not in about['sampling']

@@ -1,0 +1,334 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.data.pixels import to_uint8
+from sphere_ar_jax.flow import guidance, solvers
+from sphere_ar_jax.flow.plan import Options, annealed_steps
+from sphere_ar_jax.models import ar
+from sphere_ar_jax.sampling.tokens import draw_images, draw_token, sample_images, sample_tokens
+from tests.conftest import libraries_promote
+
+CASES = {'cfg1': (None, None), 'cfg_linear': ('linear', 4.5), 'cfg_const': ('constant', 3.0)}
+
+
+def _noise(golden, case):
+    """The golden's draws, with null rows for token 0 where it has none (they are not read)."""
+    first, rest = golden[f'sample/{case}/noise_token0'], golden[f'sample/{case}/noise']
+    if CASES[case][0] and first.shape[1] == 3:
+        first = np.concatenate([first, np.full_like(first, np.nan)], axis=1)
+    return first, rest
+
+
+def _sample(golden, model, params, case, noise, **options):
+    schedule, scale = CASES[case]
+    options = Options(num_steps=5, guidance=schedule, **options)
+    run = jax.jit(lambda p, n: sample_tokens(model, p, golden['class_id'], None, options, scale, noise=n))
+    return np.asarray(run(params, noise))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
+    """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from the golden."""
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    schedule, scale = CASES[case]
+    options = Options(num_steps=5, guidance=schedule)
+    first, rest = _noise(golden, case)
+    tokens = golden[f'sample/{case}/tokens']
+    t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
+    scales = guidance.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
+    guided = schedule is not None
+    double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
+    class_id = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)]) if guided else golden['class_id']
+
+    @jax.jit
+    def token(k, c, scale, noise):
+        return draw_token(model, variables, options, k, t_emb, scale, 1.0, c, noise, scale == 1)
+
+    decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
+    c, cache = model.apply(variables, class_id, method='prefill')
+    for k in range(16):
+        noise = double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
+        z = token(k, c, scales[k], noise)
+        np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4, err_msg=f'token {k}')
+        fed = np.array(double(tokens[:, k]))
+        if k == 0 and guided and scales[0] == 1:
+            fed[3:] = z[3:]  # the null stream's own first token, which the golden does not hold
+        if k < 15:
+            c, cache = decode(fed, k + 1, cache)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
+    """Sampling freely, by the one compiled program. Without guidance to 1e-4. With it, this random model amplifies a
+    difference of one rounding a thousandfold along the sequence (see the next test): tokens 0 to 6 are held to 1e-4,
+    the later ones to 5e-3."""
+    model, params = tiny_ar
+    tokens, expected = _sample(golden, model, params, case, _noise(golden, case)), golden[f'sample/{case}/tokens']
+    chex.assert_shape(tokens, (3, 16, 8))
+    np.testing.assert_allclose(tokens[:, :7], expected[:, :7], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tokens, expected, atol=1e-4 if case == 'cfg1' else 5e-3)
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
+    assert golden[f'sample/{case}/meta'].tolist() == [CASES[case][1] or 1.0, 5]
+    decode = jax.jit(lambda z: tiny_vae[0].apply({'params': tiny_vae[1]}, z, method='decode'))
+    np.testing.assert_allclose(decode(expected), golden[f'sample/{case}/images'], rtol=1e-4, atol=1e-4)
+    if case == 'cfg1':
+        np.testing.assert_allclose(decode(tokens), golden[f'sample/{case}/images'], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('case', ['cfg_linear', 'cfg_const'])
+def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
+    """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens by over 1e-4."""
+    model, params = tiny_ar
+    first, rest = _noise(golden, case)
+    moved = _sample(golden, model, params, case, (first * (1 + 1e-6), rest)) - _sample(
+        golden, model, params, case, (first, rest)
+    )
+    assert np.abs(moved[:, 0]).max() < 2e-5
+    assert np.abs(moved).max() > 1e-4
+
+
+def test_euler_against_golden(golden, tiny_ar):
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    table = solvers.table('euler', 8)
+    t_emb = model.apply(variables, jnp.asarray(table.t), method='embed_time')
+    c_emb = model.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
+    out = solvers.integrate(
+        lambda x, modulation: model.apply(variables, x, modulation, method='velocity'),
+        jnp.asarray(golden['euler_noise']), table.weights, chunk=4,
+        prepare=lambda index: model.apply(variables, t_emb[index], c_emb, method='modulation'),
+    )  # fmt: skip
+    np.testing.assert_allclose(out, golden['euler_out'], rtol=1e-4, atol=1e-4)
+
+
+def test_first_token_quirk(golden, tiny_ar):
+    """The null rows' noise for token 0 changes what follows if token 0 goes apart, and is not read if not."""
+    model, params = tiny_ar
+    first, rest = _noise(golden, 'cfg_linear')
+    other = np.concatenate([first[:, :3], first[:, 3:] + 1], axis=1)
+    apart = [_sample(golden, model, params, 'cfg_linear', (f, rest)) for f in (first, other)]
+    np.testing.assert_array_equal(apart[0][:, 0], apart[1][:, 0])
+    assert np.abs(apart[0][:, 1] - apart[1][:, 1]).max() > 1e-2
+    together = [
+        _sample(golden, model, params, 'cfg_linear', (f, rest), first_token_apart=False) for f in (first, other)
+    ]
+    np.testing.assert_array_equal(*together)
+    np.testing.assert_allclose(together[0][:, 0], apart[0][:, 0], atol=1e-4)
+
+
+def test_scale_one_is_no_guidance(golden, tiny_ar):
+    """At scale 1 the conditional rows of the guided program are the unguided program's."""
+    model, params = tiny_ar
+    keys = jax.random.split(jax.random.key(0), 3)
+    unguided = Options(num_steps=5, guidance=None)
+    run = jax.jit(sample_tokens, static_argnums=(0, 4))
+    expected = run(model, params, golden['class_id'], keys, unguided)
+    for schedule in guidance.SCHEDULES:
+        options = Options(num_steps=5, guidance=schedule)
+        guided = run(model, params, golden['class_id'], keys, options, jnp.float32(1))
+        np.testing.assert_allclose(guided, expected, atol=1e-4)
+
+
+def test_keys_are_per_image(golden, tiny_ar):
+    """An image depends on its own key and label alone, not on its place in the batch."""
+    model, params = tiny_ar
+    keys = jax.random.split(jax.random.key(0), 3)
+    options = Options(num_steps=3, guidance='linear')
+    run = jax.jit(sample_tokens, static_argnums=(0, 4))
+    whole = run(model, params, golden['class_id'], keys, options, 2.0)
+    turned = run(model, params, golden['class_id'][::-1], keys[::-1], options, 2.0)
+    np.testing.assert_allclose(turned[::-1], whole, atol=1e-4)
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
+
+
+@pytest.mark.parametrize('solver', ['euler', 'euler_maruyama'])
+def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
+    model, params = tiny_ar
+    options = Options(solver, 3, guidance=None)
+    m = options.num_draws(16)
+    assert m == {'euler': 1, 'euler_maruyama': 4}[solver]
+    rng = np.random.default_rng(0)
+    first, rest = rng.normal(size=(m, 3, 8)).astype(np.float32), rng.normal(size=(15, m, 3, 8)).astype(np.float32)
+    sample = jax.jit(lambda noise, t: sample_tokens(model, params, golden['class_id'], None, options, None, t, noise))
+    cold_first, cold_rest = first.copy(), rest.copy()
+    cold_first[0] *= 0.5
+    cold_rest[:, 0] *= 0.5
+    cold = sample((first, rest), 0.5)
+    np.testing.assert_allclose(cold, sample((cold_first, cold_rest), 1.0), atol=1e-5)
+    assert np.abs(cold - sample((first, rest), 1.0)).max() > 1e-2
+
+
+def test_one_compilation(tiny_ar, tiny_vae):
+    """One program, whatever the key, the labels, the scale or the temperature, and however they are written."""
+    (model, params), (decoder, decoder_params) = tiny_ar, tiny_vae
+    before, seen = draw_images._cache_size(), []
+    for seed, scale, temperature in ((0, 1, 1), (1, 4.5, 1.0), (2, jnp.float32(2), np.float32(0.7))):
+        images, z = sample_images(
+            model.clone(), decoder.clone(), Options(num_steps=2), params, decoder_params, [seed, 3],
+            np.arange(2), jax.random.key(seed), scale, temperature,
+        )  # fmt: skip
+        chex.assert_shape([images, z], [(2, 64, 64, 3), (2, 16, 8)])
+        chex.assert_tree_all_finite((images, z))
+        seen.append(images)
+    assert np.abs(seen[0] - seen[1]).max() > 0.1 and np.abs(seen[1] - seen[2]).max() > 0.01
+    assert draw_images._cache_size() == before + 1
+
+
+def _loops(jaxpr, outside=()):
+    """All loops of a jaxpr, each as the sequence of the loops around it and itself."""
+    for equation in jaxpr.eqns:
+        path = (*outside, equation) if equation.primitive.name in ('scan', 'while') else outside
+        if path is not outside:
+            yield path
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(inner, 'jaxpr'):
+                    yield from _loops(inner.jaxpr, path)
+
+
+def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
+    """The tokens are one scan. The solver's loop holds neither the time embedding nor the condition's, and its inner
+    loop, one evaluation of the head, none of the adaLN products either."""
+    model, params = ar.unstacked(*tiny_ar)
+    keys = jax.random.split(jax.random.key(0), 3)
+    options = Options(num_steps=7, guidance='linear')
+    traced = jax.make_jaxpr(lambda p: sample_tokens(model, p, golden['class_id'], keys, options, 2.0))(params)
+    paths = list(_loops(traced.jaxpr))
+    tokens = [path for path in paths if path[-1].params.get('length') == 16]  # L
+    assert len(tokens) == 1 and len(tokens[0]) == 1
+    M = model.head_width
+    shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
+    body = lambda equation: str(equation.params['body_jaxpr'])
+    solver = [
+        path for path in paths if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
+    ]
+    assert sorted(map(len, solver)) == [2, 3]  # once, inside the scan: a loop over chunks and in it one
+    for path in solver:
+        text = body(path[-1])
+        assert ' cos ' not in text and ' sin ' not in text
+        assert shape(model.width, M) not in text  # the kernel of cond_embed
+        assert shape(256, M) not in text  # the first of the time embedding
+        innermost = not any(path[-1] in other[:-1] for other in solver)
+        assert (shape(M, 3, M) in text) != innermost  # adaLN
+
+
+def test_noise_of_the_wrong_shape_is_refused(golden, tiny_ar):
+    model, params = tiny_ar
+    for options, draws in (
+        (Options('euler', 8, guidance=None), 6),
+        (Options(num_steps=5, guidance=None), 2),
+    ):
+        noise = jnp.zeros((draws, 3, 8)), jnp.zeros((15, draws, 3, 8))
+        with pytest.raises(ValueError, match='noise has the shapes'):
+            sample_tokens(model, params, golden['class_id'], None, options, noise=noise)
+
+
+@libraries_promote()
+def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
+    model, params = tiny_ar
+    half = model.clone(dtype=jnp.bfloat16)
+    tokens = _sample(golden, half, params, 'cfg1', _noise(golden, 'cfg1'))
+    assert tokens.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
+    error = tokens[:, 0] - golden['sample/cfg1/tokens'][:, 0]
+    assert np.sqrt(np.mean(error**2)) < 0.03  # tokens have unit mean square
+
+
+def test_options_without_use_are_errors(golden, tiny_ar):
+    for wrong in (
+        dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0),
+        dict(solver='euler', last_step=0.1), dict(last_step=1.0),
+        dict(last_step=0.0), dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
+        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0), dict(shift=0.0),
+        dict(final_steps=3), dict(annealing='linear'), dict(final_steps=0, annealing='linear'),
+        dict(final_steps=3, annealing='steps'), dict(guidance=None, guidance_interval=(0.0, 0.5)),
+        dict(guidance_interval=(0.5, 0.5)), dict(guidance_interval=(0.0, 2.0)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            Options(**wrong)
+    model, params = tiny_ar
+    keys = jax.random.split(jax.random.key(0), 3)
+    sample = lambda options, *a, **k: sample_tokens(model, params, golden['class_id'], *a, options, **k)
+    with pytest.raises(ValueError, match='guidance_scale'):
+        sample(Options(guidance=None), keys, guidance_scale=2.0)
+    with pytest.raises(ValueError, match='guidance_scale'):
+        sample(Options(guidance='linear'), keys)
+    with pytest.raises(ValueError, match='keys or noise'):
+        sample(Options(guidance=None), None)
+
+
+def test_annealed_steps():
+    np.testing.assert_array_equal(annealed_steps(10, 2, 5, 'linear'), [10, 8, 6, 4, 2])
+    np.testing.assert_array_equal(annealed_steps(9, 2, 4, 'two_stage'), [9, 9, 2, 2])
+    cosine = annealed_steps(100, 20, 257, 'cosine')
+    assert cosine[0] == 100 and cosine[128] == 60 and cosine[256] == 20 and (np.diff(cosine) <= 0).all()
+    assert 100 - cosine[64] < 64 - 40 < 100 - cosine[128]  # slower than linear at first
+    plan = Options('heun', 10, final_steps=2, annealing='linear').plan(5)
+    assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
+
+
+@pytest.mark.parametrize('solver', solvers.SOLVERS)
+def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
+    """One program with steps from 5 to 2 gives what programs of one number of steps give for their own tokens."""
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    options = Options(solver, 5, guidance='constant', final_steps=2, annealing='cosine')
+    steps, m = annealed_steps(5, 2, 16, 'cosine'), options.num_draws(16)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    noise = draw(m, 6, 8), draw(15, m, 3, 8)
+    tokens = jax.jit(
+        lambda p: sample_tokens(model, p, golden['class_id'], None, options, 1.5, noise=noise)
+    )(params)  # fmt: skip
+    rows = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
+    fed = np.concatenate([tokens, tokens])
+    conditions = model.apply(variables, rows, fed, method='condition')
+    for k in (0, 5, 8, 15):
+        alone = Options(solver, int(steps[k]), guidance='constant')
+        t_emb = model.apply(variables, jnp.asarray(alone.plan(16).tables.t), method='embed_time')
+        draws = noise[0][:, :3] if k == 0 else noise[1][k - 1]
+        draws = np.concatenate([draws, draws], axis=1)[: alone.num_draws(16)]
+        z = draw_token(
+            model, variables, alone, k, t_emb, 1.5, 1.0, conditions[:, k], jnp.asarray(draws), jnp.asarray(False)
+        )  # fmt: skip
+        np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_interval(golden, tiny_ar):
+    """The whole interval is plain guidance; an empty part of it is none; between, the velocities are exchanged where
+    the interval says, by a loop written out here."""
+    model, params = ar.unstacked(*tiny_ar)
+    variables = {'params': params}
+    c = jnp.asarray(golden['ar_cond'].reshape(48, -1)[:6])
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32))
+    noise = jnp.concatenate([noise, noise], axis=1)
+
+    def token(interval, scale, solver='euler'):
+        options = Options(solver, 6, guidance='constant', guidance_interval=interval)
+        t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
+        return draw_token(
+            model, variables, options, 0, t_emb, scale, 1.0, c, noise, jnp.asarray(False)
+        )  # fmt: skip
+
+    np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
+    np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
+    np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
+    x, scales = noise[0], [1, 1, 3, 3, 1, 1]
+    head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, *a: m.head.velocity(*a))
+    for i, scale in enumerate(scales):
+        v = head(x, i / 6)
+        guided = guidance.guide(v[:3], v[3:], scale)
+        x = x + jnp.concatenate([guided, guided]) / 6
+    expected = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * 8**0.5
+    np.testing.assert_allclose(token((0.3, 0.6), 3.0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_to_uint8():
+    x = jnp.asarray([-2.0, -1.0, -0.999, 0.0, 0.5, 0.9999, 1.0, 3.0])
+    pixels = to_uint8(x)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, [0, 0, 0, 128, 191, 255, 255, 255])

@@ -1,0 +1,122 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.sphere import geometry
+
+
+def _points(shape, dtype=np.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def test_projection_has_the_radius_and_the_direction():
+    z = _points((5, 3, 16))
+    projected = geometry.project(z)
+    chex.assert_shape(projected, (5, 3, 16))
+    np.testing.assert_allclose(np.linalg.norm(projected, axis=-1), 4.0, rtol=1e-6)
+    np.testing.assert_allclose(projected, 4 * np.asarray(z) / np.linalg.norm(z, axis=-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(geometry.project(z, 2.5), axis=-1), 2.5, rtol=1e-6)
+
+
+def test_derivative_is_the_tangent_projection():
+    """Against finite differences and against (R/‖z‖)(I − uuᵀ), in float64."""
+    with jax.enable_x64(True):
+        z, z_dot = _points((7, 16), np.float64), _points((7, 16), np.float64, 1)
+        _, tangent = jax.jvp(geometry.project, (z,), (z_dot,))
+        h = 1e-6
+        difference = (geometry.project(z + h * z_dot) - geometry.project(z - h * z_dot)) / (2 * h)
+        np.testing.assert_allclose(tangent, difference, atol=1e-8)
+        norm = np.linalg.norm(z, axis=-1)[:, None, None]
+        u = np.asarray(z)[:, :, None] / norm
+        matrix = 4 / norm * (np.eye(16) - u @ u.swapaxes(1, 2))
+        np.testing.assert_allclose(tangent, (matrix @ np.asarray(z_dot)[:, :, None])[..., 0], atol=1e-13)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize('scale', [1.0, 1e-9, 1e-30, 1e30])
+def test_radial_tangent_gives_exactly_zero(dtype, scale):
+    z = _points((200, 16), dtype) * jnp.asarray(scale, dtype)
+    for factor in (1.0, -4.0):  # powers of two, so that the tangent itself is exactly radial
+        _, tangent = jax.jit(lambda z, f: jax.jvp(geometry.project, (z,), (f * z,)))(z, jnp.asarray(factor, dtype))
+        np.testing.assert_array_equal(np.asarray(tangent, np.float32), 0)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize('scale', [0.0, 1e-30, 1e-20, 1e20, 1e30])
+def test_finite_everywhere(dtype, scale):
+    z = _points((4, 16)) * scale
+    if dtype == np.float16:
+        z = jnp.clip(z, -6e4, 6e4)
+    z = z.astype(dtype)
+    loss = lambda z: jnp.sum(geometry.project(z).astype(jnp.float32))
+    value = geometry.project(z)
+    assert value.dtype == dtype
+    chex.assert_tree_all_finite(value.astype(jnp.float32))
+    if dtype != np.float16:  # the slope R/1e-7 at 0 is beyond float16
+        chex.assert_tree_all_finite(jax.grad(loss)(z).astype(jnp.float32))
+    if scale == 1e30 and dtype != np.float16:
+        np.testing.assert_allclose(jnp.linalg.norm(value.astype(jnp.float32), axis=-1), 4, rtol=1e-2)
+
+
+def test_below_eps_the_value_is_the_clamped_quotient():
+    z = jnp.zeros((1, 4)).at[0, 0].set(1e-8)
+    np.testing.assert_allclose(geometry.l2_normalize(z)[0, 0], 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(geometry.l2_normalize(jnp.zeros((1, 4))), 0)
+
+
+def test_reverse_and_second_derivatives():
+    """Reverse mode is the transpose of forward mode, and the Hessian matches finite differences."""
+    with jax.enable_x64(True):
+        z, w = _points((8,), np.float64), _points((8,), np.float64, 1)
+        loss = lambda z: jnp.sum(w * geometry.project(z) ** 3)
+        np.testing.assert_allclose(jax.jacfwd(geometry.project)(z), jax.jacrev(geometry.project)(z), atol=1e-14)
+        hessian = jax.hessian(loss)(z)
+        h = 1e-6
+        rows = [(jax.grad(loss)(z + h * e) - jax.grad(loss)(z - h * e)) / (2 * h) for e in np.eye(8)]
+        np.testing.assert_allclose(hessian, np.stack(rows), atol=1e-6)
+        np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize('scale', [0.0, 1e-37, 1e-32, 1e-30, 1e-8, 1.0, 1e30])
+def test_second_derivatives_are_finite_everywhere(dtype, scale):
+    """Hessian-vector products along ordinary directions, also under vmap."""
+    z, direction = (_points((3, 16)) * scale).astype(dtype), _points((3, 16), dtype, 1)
+    loss = lambda z: jnp.sum(geometry.project(z).astype(jnp.float32) ** 2 * jnp.arange(16.0))
+    product = lambda z, d: jax.jvp(jax.grad(loss), (z,), (d,))[1]
+    chex.assert_tree_all_finite(jax.vmap(product)(z, direction).astype(jnp.float32))
+
+
+def test_vmap_and_jit_agree_with_the_plain_call():
+    z = _points((6, 16))
+    np.testing.assert_array_equal(jax.vmap(geometry.project)(z), geometry.project(z))
+    np.testing.assert_allclose(jax.jit(geometry.project)(z), geometry.project(z), rtol=1e-6)
+    slope = jax.grad(lambda z: jnp.sum(geometry.project(z) ** 3))
+    np.testing.assert_allclose(jax.jit(jax.vmap(slope))(z), slope(z), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_rounded_once():
+    z = _points((50, 8), jnp.bfloat16)
+    for function in (geometry.l2_normalize, geometry.project, lambda z: geometry.project(z, 2.3)):
+        exact = function(z.astype(jnp.float32)).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(function(z), np.float32), np.asarray(exact, np.float32))
+
+
+def test_householder_takes_e1_to_mu_and_keeps_lengths():
+    mu = geometry.l2_normalize(_points((20, 5)))
+    e1 = jnp.broadcast_to(jnp.eye(1, 5), (20, 5))
+    np.testing.assert_allclose(geometry.householder(e1, mu), mu, atol=1e-6)
+    y = _points((20, 5), seed=1)
+    reflected = geometry.householder(y, mu)
+    np.testing.assert_allclose(jnp.linalg.norm(reflected, axis=-1), jnp.linalg.norm(y, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(geometry.householder(reflected, mu), y, atol=1e-5)  # an involution
+
+
+def test_householder_at_the_poles():
+    e1, y = jnp.eye(1, 5), _points((1, 5))
+    np.testing.assert_array_equal(geometry.householder(y, e1), y)
+    np.testing.assert_allclose(geometry.householder(y, -e1), y * jnp.asarray([[-1.0, 1, 1, 1, 1]]), atol=1e-7)
+    gradient = jax.grad(lambda mu: jnp.sum(geometry.householder(y, mu)))
+    chex.assert_tree_all_finite((gradient(e1), gradient(-e1)))

@@ -1,0 +1,239 @@
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import schema
+from sphere_ar_jax.interop import lpips, torch_names
+from sphere_ar_jax.models import discriminators, vae
+from sphere_ar_jax.models.lpips import LPIPS
+from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.training import adversarial, loop, losses
+from sphere_ar_jax.training.state import abstract_state
+from tests import torch_gan
+from tests.conftest import GOLDENS, libraries_promote
+
+PUBLIC = dict(np.load(GOLDENS / 'adversarial.npz'))
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+
+
+@pytest.fixture
+def standard_promotion():
+    with libraries_promote():
+        yield
+
+
+def _options(**values):
+    published = dict(
+        discriminator='patchgan', disc_loss='hinge', disc_start=20_000, disc_weight=0.5, perceptual_weight=1.0,
+        l2_weight=0.0, kl_weight=0.004,
+    )  # fmt: skip
+    return ConfigDict(schema.default().tokenizer_training.to_dict() | published | values)
+
+
+class Images:
+    """48 images of 24×24 pixels with 3 channels: waves, of which each has its own length and colour."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        y, x, c = np.meshgrid(np.arange(24), np.arange(24), np.arange(3), indexing='ij')
+        wave = np.sin(x * (0.1 + index / 48) + y * 0.2 + c + index)
+        return {'image': wave.astype(np.float32), 'label': np.int32(index % 3)}
+
+
+def _moments(network, params, opt_state):
+    """The 16 elements of each tensor that the golden holds: (parameters, first moments, norms of the whole moments)."""
+    if network == 'vae':
+        tensors = lambda tree: {n.removeprefix('vae.'): a for n, a in torch_names.to_torch(tree).items()}
+    else:
+        tensors = lambda tree: torch_gan.to_torch(tree, torch_gan.PATCHGAN)
+    params, moments = tensors(params), tensors(optax.tree.get(opt_state, 'mu'))
+    chosen = lambda a: np.ravel(a)[np.linspace(0, a.size - 1, min(16, a.size)).astype(int)]
+    names = PUBLIC[f'{network}/names']
+    rows = (np.concatenate([chosen(t[n]) for n in names]) for t in (params, moments))
+    return *rows, np.array([np.linalg.norm(moments[n]) for n in names])
+
+
+def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monkeypatch):
+    """Terms, gradients' norms, both networks' parameters and first moments, and running statistics after each step.
+
+    The adversarial weight is 0 in the first step: of the discriminator only the kernels move, by decay. Adam's first
+    steps are nearly lr·sign(gradient), so that a gradient which is rounding alone moves a parameter by as much as any:
+    from the second step on the two programs are no longer at the same point. The tolerances of gradients are less than
+    half of what the public code in float64 differs by from itself in float32.
+    """
+    draws = [jnp.stack([PUBLIC[f'{i}/{name}'] for i in range(3)]) for name in ('beta', 'tangent')]
+    monkeypatch.setattr(losses, 'sample_keys', lambda key, step, batch: tuple(d[step] for d in draws))
+    monkeypatch.setattr(power_spherical, 'posterior_draws', lambda keys, posterior: keys)
+    lr = 1e-5
+    options = _options(disc_start=2, learning_rate=lr, final_learning_rate=lr, weight_decay=0.5)
+    stage = adversarial.tokenizer_stage(tiny_vae[0], options, 0, lpips.load(*lpips_files))
+    state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(stage.init, jax.random.key(0)))
+    disc_params = torch_gan.by_formula(state.disc_params, torch_gan.PATCHGAN)
+    stats = {name: stat | {'var': stat['var'] + 1} for name, stat in state.disc_stats.items()}
+    state = state.replace(params=tiny_vae[1], disc_params=disc_params, disc_stats=stats)
+    step = jax.jit(stage.step, compiler_options={'xla_backend_optimization_level': 0})  # compiled in half the time
+    certain = {'vae': True, 'disc': True}
+    for i, (tolerance, of_lr) in enumerate(((1e-4, 0.02), (5e-3, 0.1), (1e-2, 0.2))):
+        state, scalars = step(state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)})
+        public, weight = {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')}, 0.5 * (i > 0)
+        for ours, theirs in dict(kl='kl_loss', l1='recon_loss', perceptual='p_loss', loss='loss').items():
+            np.testing.assert_allclose(scalars[ours], public[theirs], rtol=3e-5, err_msg=ours)
+        np.testing.assert_allclose(weight * scalars['adversarial'], public['gen_loss'], atol=1e-5)
+        np.testing.assert_allclose(weight * scalars['discriminator'], public['disc_loss'], atol=1e-5)
+        for norm in ('grad_norm', 'disc_grad_norm'):
+            np.testing.assert_allclose(scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm)
+        for kind in ('mean', 'var'):
+            running = np.concatenate([state.disc_stats[f'norm{n}'][kind] for n in (1, 2, 3)])
+            np.testing.assert_allclose(running, public[f'running_{kind}'], rtol=1e-4, atol=1e-4)
+        for network, *trees in (
+            ('vae', state.params, state.opt_state), ('disc', state.disc_params, state.disc_opt_state)
+        ):  # fmt: skip
+            params, moments, norms = _moments(network, *trees)
+            expected, largest = public[f'{network}/m'], np.abs(public[f'{network}/m']).max()
+            np.testing.assert_allclose(moments, expected, atol=tolerance * largest)
+            np.testing.assert_allclose(norms, public[f'{network}/norms'], rtol=2 * tolerance)
+            if largest:  # else only decay moves the parameters
+                certain[network] &= np.abs(expected) > 1e-3 * largest
+            error = np.abs(params - public[f'{network}/p'])
+            assert np.mean(certain[network]) > 0.8
+            assert np.max(error[certain[network]] if largest else error) < of_lr * lr
+
+
+@pytest.fixture(scope='module')
+def small():
+    """(S-VAE, options) of a quick stage for `Images`, without LPIPS; the discriminator's weight begins at step 3."""
+    model = vae.VAE(
+        grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1, heads=2
+    )  # fmt: skip
+    options = _options(perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2)
+    return model, options
+
+
+def _stage(model, options):
+    stage = adversarial.tokenizer_stage(model, options, 0)
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+
+    def init(_):
+        """Waves for parameters: compiled in a fraction of the time that true ones take."""
+        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        wave = lambda a: 0.1 * jnp.sin(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape)
+        params, disc_params = jax.tree.map(wave, (state.params, state.disc_params))
+        return state.replace(params=params, disc_params=disc_params)
+
+    return stage._replace(init=init)
+
+
+def _train(small, directory, mesh):
+    return loop.train(_stage(*small), Images(), str(directory), seed=0, mesh=mesh)[0]
+
+
+@pytest.fixture(scope='module')
+def whole(small, tmp_path_factory):
+    """(state after four steps on all devices, the directory of that training)."""
+    directory = tmp_path_factory.mktemp('whole')
+    with libraries_promote():
+        return _train(small, directory, sharding.make_mesh()), directory
+
+
+def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
+    """Two steps, then two more from their checkpoint, are four steps: both networks, optimizers, running statistics."""
+    state, directory = whole
+    shutil.copytree(directory, tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again/checkpoints/4')
+    resumed = _train(small, tmp_path / 'again', sharding.make_mesh())
+    assert isinstance(resumed, adversarial.AdversarialState) and int(resumed.step) == 4
+    assert checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
+    assert not resumed.ema and resumed.eval_params is resumed.params
+    lines = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+    names = (
+        'loss l1 kl kappa psnr adversarial discriminator logits_real logits_fake grad_norm disc_grad_norm dead_share'
+    )
+    assert [line['step'] for line in lines] == [2, 4] and set(names.split()) <= set(lines[0])
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]['disc_grad_norm'] == 0 < lines[1]['disc_grad_norm']
+
+
+@pytest.mark.parametrize('disc_start, atol', [(100, 1e-5), (1, 5e-3)], ids=['before', 'from'])
+def test_the_same_on_many_devices(small, disc_start, atol):
+    """One step before disc_start and one from it on, to rounding, BatchNorm over the whole batch (a real check only
+    where there are several devices).
+
+    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0. BatchNorm
+    of reconstructions that are almost constant, as here, makes much of rounding (2e-3 of the largest gradient with JAX
+    0.11, 1e-6 without the discriminator); batches normalised device by device would differ by as much as they are."""
+    model, options = small
+    stage = _stage(model, ConfigDict(options.to_dict() | {'disc_start': disc_start}))
+    records = [Images()[i] for i in range(8)]
+    batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+    def step(mesh):
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
+        state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(0))
+        return jax.device_get(jax.jit(stage.step)(state, None, sharding.place_batch(mesh, batch)))
+
+    (one, scalars), (every, others) = step(sharding.make_mesh(1)), step(sharding.make_mesh())
+    assert (scalars['disc_grad_norm'] > 1e-3) == (disc_start == 1)
+    chex.assert_trees_all_close(others, scalars, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(every.disc_stats, one.disc_stats, rtol=1e-5, atol=1e-6)
+    for a, b in ((one.opt_state, every.opt_state), (one.disc_opt_state, every.disc_opt_state)):
+        a, b = (optax.tree.get(tree, 'mu') for tree in (a, b))
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(a))
+        chex.assert_trees_all_close(a, b, rtol=0, atol=atol * largest)
+
+
+@pytest.mark.parametrize('disc_loss', list(discriminators.ADVERSARIAL))
+def test_every_choice_makes_a_step(disc_loss):
+    """StyleGAN, which has no running statistics, with each of the losses, EMA and bfloat16: shapes and dtypes stay."""
+    model = vae.VAE(
+        grid=(4, 4), channels=(8, 16, 16), stem=8, encoder_depth=1, decoder_depth=1, heads=2, dtype=jnp.bfloat16
+    )
+    options = _options(discriminator='stylegan', disc_loss=disc_loss, ema_decay=0.9)
+    stage = adversarial.tokenizer_stage(model, options, 0)
+    lpips_params = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2)['params']
+    abstract = abstract_state(stage, sharding.make_mesh())
+    assert abstract.disc_stats == {}
+    batch = {'image': jnp.zeros((2, 16, 16, 3)), 'label': jnp.zeros(2, jnp.int32)}
+    state, scalars = jax.eval_shape(stage.step, abstract, lpips_params, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')} and not any(s.shape for s in scalars.values())
+
+
+def test_a_state_without_running_statistics_is_saved(tmp_path):
+    state = adversarial.AdversarialState(jnp.int32(3), {'a': jnp.ones(2)}, (), None, {'b': jnp.zeros(2)}, (), {})
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(3, state, {}, 0.0)
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    found = checkpoints.restore(like)[0]
+    checkpoints.close()
+    chex.assert_trees_all_equal(found, state)
+    assert found.disc_stats == {}
+
+
+def test_options_that_cannot_be(small):
+    model, options = small
+    make = lambda model=model, **values: adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
+    for error, message, stage in (
+        (
+            adversarial.OptionsError,
+            "'wgan', but must be one of hinge, vanilla, non_saturating",
+            lambda: make(disc_loss='wgan'),
+        ),
+        (discriminators.DiscriminatorError, 'at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            stage()
+        assert '\n' not in str(raised.value)
+    stage = make(perceptual_weight=1.0)
+    batch = {'image': jnp.zeros((2, 24, 24, 3)), 'label': jnp.zeros(2, jnp.int32)}
+    with pytest.raises(ValueError, match='no lpips_params'):
+        jax.eval_shape(stage.step, jax.eval_shape(stage.init, jax.random.key(0)), None, batch)

@@ -1,0 +1,338 @@
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.data import batches, digits
+from sphere_ar_jax.models.conditions import classes
+from sphere_ar_jax.models.heads import flow
+from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.training import loop, optimizer, signals
+from sphere_ar_jax.training.state import FrozenError
+from tests.conftest import libraries_promote
+from tests.tiny_config import LONG, get_config, long_config, stages
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def standard_promotion():
+    with libraries_promote():
+        yield
+
+
+def _train(cfg, directory, which=0, mesh=None):
+    return loop.train(
+        stages(cfg)[which],
+        digits.Digits('train', cfg.seed),
+        str(directory),
+        seed=cfg.seed,
+        mesh=mesh or sharding.make_mesh(),
+    )
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
+def test_a_stage_trains_and_logs(tmp_path, which):
+    cfg = get_config()
+    cfg.tokenizer_training.update(steps=80, log_every=20, learning_rate=3e-3)
+    cfg.ar_training.update(steps=80, log_every=20, learning_rate=1e-2)  # the head starts at zero
+    state, seconds = _train(cfg, tmp_path, which)
+    assert int(state.step) == 80 and seconds > 0
+    chex.assert_tree_all_finite(state.params)
+    assert len(state.ema) == which
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == [20, 40, 60, 80]
+    assert lines[-1]['loss'] < 0.9 * lines[0]['loss']
+    names = {'loss', 'grad_norm', 'learning_rate', 'images_per_second', 'token_norm'} | (
+        {'kappa', 'l1', 'kl'} if which == 0 else set()
+    )
+    assert names <= set(lines[0])
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert list(tmp_path.glob('events.out.tfevents.*'))
+
+
+def test_a_step_is_the_recipe():
+    """One step by hand: loss, clip, AdamW, EMA, on the keys folded by step and sample."""
+    cfg = get_config()
+    cfg.ar_training.update(warmup_steps=0, clip_norm=0.05, learning_rate=1e-2, weight_decay=0.5)
+    stage = stages(cfg)[1]
+    batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
+    state = jax.jit(stage.init)(jax.random.key(0))
+    state = state.replace(step=jnp.int32(1), ema=(jax.tree.map(lambda p: p + 1, state.params),))
+    new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
+
+    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i))(jnp.arange(16))
+    split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    posterior = jax.jit(lambda x: vae.apply({'params': stage.frozen}, x, method='encode'))(batch['image'])
+    z = posterior.sample(power_spherical.posterior_draws(split[:, 0], posterior))
+    t_normal, noise = flow.flow_draws(split[:, 1], 2, 16, 8)
+    labels = classes.drop_labels(split[:, 2], batch['label'], 10, 0.1)
+    run = lambda p: flow.flow_loss(ar, p, labels, z, t_normal, noise)
+    (loss, _), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(state.params)
+    np.testing.assert_allclose(scalars['loss'], loss, rtol=1e-5)
+    np.testing.assert_allclose(scalars['grad_norm'], optax.tree.norm(gradients), rtol=1e-4)
+    np.testing.assert_allclose(scalars['learning_rate'], optimizer.learning_rate(1e-2, 0, 6, 1e-5)(1), rtol=1e-6)
+    tx = optimizer.adamw(optimizer.learning_rate(1e-2, 0, 6, 1e-5), weight_decay=0.5, clip_norm=0.05)
+    updates, _ = tx.update(gradients, tx.init(state.params), state.params)
+    params = optax.apply_updates(state.params, updates)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), new.params, state.params)
+    assert moved['head']['final_linear']['kernel'] > 1e-3 and moved['stack']['blocks']['mlp']['w1']['kernel'] > 1e-5
+    # Adam divides by the gradient's own size: where it is nearly 0, its rounding shows
+    chex.assert_trees_all_close(new.params, params, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        new.ema[0], jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema[0], new.params), rtol=1e-5, atol=1e-6
+    )
+    assert int(new.step) == 2
+
+
+@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar'])
+def test_gradients_of_a_batch_in_pieces(which):
+    """Four pieces give the step of the whole batch, to rounding, and compute one piece at a time."""
+    batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
+    found = {}
+    for parts in (1, 4):
+        cfg = get_config()
+        for section in (cfg.tokenizer_training, cfg.ar_training):
+            section.update(accumulate=parts, warmup_steps=0)
+        stage = stages(cfg)[which]
+        state = jax.jit(stage.init)(jax.random.key(0))
+        step = jax.jit(stage.step).lower(state, stage.frozen, batch).compile()
+        new, scalars = step(state, stage.frozen, batch)
+        found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
+    ((one, scalars), memory), ((four, pieces), less) = found[1], found[4]
+    of_batches = {'psnr', 'spread_min', 'spread_mean', 'dead_share', 'mean_direction'}  # no means over images
+    for name in set(scalars) - of_batches:
+        np.testing.assert_allclose(pieces[name], scalars[name], rtol=2e-5, err_msg=name)
+    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)  # its moments are the gradients
+    assert less < 0.5 * memory
+
+
+def test_emas_of_several_rates():
+    cfg = get_config()
+    cfg.ar_training.update(more_ema_decays=(0.5, 0.99))
+    stage = stages(cfg)[1]
+    batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
+    state = jax.jit(stage.init)(jax.random.key(0))
+    expected = [state.params] * 3
+    for _ in range(3):
+        state, _ = jax.jit(stage.step)(state, stage.frozen, batch)
+        mix = lambda rate, e: jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
+        expected = [mix(rate, e) for rate, e in zip((0.9, 0.5, 0.99), expected, strict=True)]
+    chex.assert_trees_all_close(list(state.ema), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(state.eval_params, state.ema[0])
+
+
+def test_tokens_encoded_in_bfloat16():
+    """The loss moves by what bfloat16 loses; the AR model itself stays in float32."""
+    batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
+    found = []
+    for dtype in ('', 'bfloat16'):
+        cfg = get_config()
+        cfg.ar_training.encoder_dtype = dtype
+        stage = stages(cfg)[1]
+        state, scalars = jax.jit(stage.step)(jax.jit(stage.init)(jax.random.key(0)), stage.frozen, batch)
+        chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(jnp.float32, state.params))
+        found.append(float(scalars['loss']))
+    assert 0 < abs(found[1] - found[0]) < 0.02 * found[0]
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    """A checkpoint of the AR model names the tokenizer that it was trained on, by all bits of its weights."""
+    cfg = get_config()
+    stage = stages(cfg)[1]
+    source, mesh = digits.Digits('train', 0), sharding.make_mesh()
+    loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
+    leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
+    leaves[-1] = leaves[-1].copy()
+    leaves[-1].view(np.uint32).flat[0] ^= 1
+    with pytest.raises(
+        FrozenError,
+        match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
+    ):
+        loop.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
+    loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
+    other = stage._replace(model=stage.model.clone(heads=1))
+    with pytest.raises(FrozenError, match='; heads 2 → 1'):
+        loop.train(other, source, str(tmp_path), seed=0, mesh=mesh)
+    noted = json.loads((tmp_path / 'checkpoints' / '6' / 'data' / 'metadata').read_text())['frozen']
+    assert noted['model']['latent_dim'] == 8 and noted['model']['grid'] == [4, 4]
+
+
+def test_a_look_at_the_model_changes_nothing(tmp_path):
+    """It is called at its steps with the parameters to sample with; the training is the same bit for bit."""
+    cfg, calls = get_config(), []
+    stage, source, mesh = stages(cfg)[1], digits.Digits('train', 0), sharding.make_mesh()
+    plain, _ = loop.train(stage, source, str(tmp_path / 'plain'), seed=0, mesh=mesh)
+
+    def look(step, params, writer):
+        calls.append((step, jax.device_get(params)))
+        writer.write(step, {'seen': 1.0}, ('seen',))
+
+    watch = loop.Watch(3, look)
+    watched, _ = loop.train(stage, source, str(tmp_path / 'watched'), seed=0, mesh=mesh, watch=watch)
+    assert [step for step, _ in calls] == [3, 6]
+    chex.assert_trees_all_equal(jax.device_get(watched), jax.device_get(plain))
+    chex.assert_trees_all_equal(calls[1][1], jax.device_get(watched.ema[0]))
+    lines = [json.loads(line) for line in (tmp_path / 'watched' / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'seen' in line] == [3, 6]
+
+
+def test_the_same_on_many_devices(tmp_path):
+    """Losses on all devices equal those on one, to rounding (a real check only where there are several)."""
+    cfg = get_config()
+    one, _ = _train(cfg, tmp_path / 'one', 1, sharding.make_mesh(1))
+    every, _ = _train(cfg, tmp_path / 'all', 1, sharding.make_mesh(-1))
+    chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(every.params), rtol=1e-3, atol=1e-5)
+
+
+def test_a_finished_stage_is_only_read(tmp_path):
+    cfg = get_config()
+    first, seconds = _train(cfg, tmp_path)
+    before = sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*') if p.is_file())
+    again, stated = _train(cfg, tmp_path)
+    chex.assert_trees_all_equal(first.params, again.params)
+    assert sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*') if p.is_file()) == before
+    assert 0 < stated <= seconds
+
+
+def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatch):
+    cfg, wait = get_config(), checkpoint.Checkpoints.wait
+
+    def terminated(checkpoints):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, 'wait', terminated)
+    with pytest.raises(signals.Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
+        _train(cfg, tmp_path, 1)
+    assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
+
+
+def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
+    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data are refused."""
+    cfg, epochs, source = get_config(), [], digits.Digits('train', 0, holdout=0.99)
+    reading = {'transform': lambda record, epoch, rng: epochs.append(epoch) or record, 'threads': 1}
+    run = lambda: loop.train(stages(cfg)[0], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading)
+    run()
+    assert min(epochs) == 0
+    epochs.clear()
+    cfg.tokenizer_training.update(steps=8)
+    run()
+    assert min(epochs) == 6 * 16 // len(source) > 0
+    cfg.tokenizer_training.update(steps=10, batch_size=32)
+    with pytest.raises(batches.DataError, match='the checkpoint belongs to other data'):
+        run()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    """The run stops and names the last good checkpoint, which is left as it was; what came of it later is set aside.
+    The same directory then goes on with a sane learning rate."""
+    cfg = get_config()
+    good = checkpoint.fingerprint(_train(cfg, tmp_path)[0])
+    cfg.tokenizer_training.update(steps=12, learning_rate=1e30, warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(
+        loop.NonFiniteError,
+        match=r'at step \d+; the last good checkpoint, step 6, was not touched. .*learning_rate',
+    ):
+        _train(cfg, tmp_path)
+    cfg.tokenizer_training.update(steps=6)
+    assert checkpoint.fingerprint(_train(cfg, tmp_path)[0]) == good
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())[-1] == '6'
+    cfg.tokenizer_training.update(steps=12, learning_rate=1e-3)
+    state, _ = _train(cfg, tmp_path)
+    assert int(state.step) == 12
+    chex.assert_tree_all_finite(state.params)
+
+
+DRIVER = """
+import sys
+from sphere_ar_jax.data import digits
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.training import loop
+from tests.tiny_config import long_config, stages
+which, directory = int(sys.argv[1]), sys.argv[2]
+loop.train(stages(long_config())[which], digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
+"""
+
+
+def _spawn(which, directory, cache):
+    environment = os.environ | {
+        'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def _await_training(process):
+    for line in process.stdout:
+        if f'/{LONG}' in line:
+            return
+
+
+def _await_save(process, checkpoints):
+    """Waits for a checkpoint to be half written. Returns whether one was seen."""
+    _await_training(process)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        if any('orbax-checkpoint-tmp' in name for name in os.listdir(checkpoints)):
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
+    """A process that saves at every step is killed: in the middle of a save, at random moments of training, while it
+    starts, by SIGTERM too. Left alone in the end, it has the very state of the undisturbed run, and the same log."""
+    cache, checkpoints = tmp_path / 'cache', tmp_path / 'killed' / 'checkpoints'
+    whole = _spawn(which, tmp_path / 'whole', cache)
+    assert whole.wait(300) == 0, whole.stdout.read()
+    rng, in_a_save = random.Random(which), 0
+    for moment in ('save', 'training', 'start', 'term', 'save'):
+        process = _spawn(which, tmp_path / 'killed', cache)
+        if moment == 'save':
+            in_a_save += _await_save(process, checkpoints)
+        elif moment == 'start':
+            time.sleep(rng.uniform(0.5, 4))
+        else:
+            _await_training(process)
+            time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGTERM if moment == 'term' else signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode != 0, f'{moment}: the run was over before it was killed'
+    assert in_a_save >= 1
+    last = _spawn(which, tmp_path / 'killed', cache)
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output, output
+    assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
+
+    cfg = long_config()
+    states = [jax.device_get(_train(cfg, tmp_path / name, which)[0]) for name in ('whole', 'killed')]
+    assert int(states[0].step) == LONG
+    chex.assert_trees_all_equal(*states)
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if 'second' not in k}
+            for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
+        ]
+        for name in ('whole', 'killed')
+    ]
+    assert len(logs[0]) == LONG and logs[0] == logs[1]

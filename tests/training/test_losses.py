@@ -1,0 +1,221 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.flow import guidance, solvers
+from sphere_ar_jax.interop import torch_names
+from sphere_ar_jax.models import ar, discriminators
+from sphere_ar_jax.models.conditions import classes
+from sphere_ar_jax.models.heads import flow, mean_velocity
+from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.sphere import geometry
+from sphere_ar_jax.training import losses
+
+
+def _assert_gradients(gradients, golden, prefix, tolerance):
+    """Every gradient's norm, and the whole gradient where the golden has it."""
+    tensors = torch_names.to_torch(gradients)
+    norms = [name for name in golden if name.startswith(f'{prefix}gradnorm/')]
+    assert len(norms) == len(tensors)
+    for name in norms:
+        short = name.removeprefix(f'{prefix}gradnorm/')
+        tensor = tensors[short if short in tensors else f'vae.{short}']
+        np.testing.assert_allclose(np.linalg.norm(tensor), golden[name], rtol=tolerance(short), err_msg=short)
+    for name in [name for name in golden if name.startswith(f'{prefix}grad/')]:
+        short = name.removeprefix(f'{prefix}grad/')
+        ours = tensors[short if short in tensors else f'vae.{short}']
+        scale = np.abs(golden[name]).max()
+        np.testing.assert_allclose(ours / scale, golden[name] / scale, atol=tolerance(short), err_msg=short)
+
+
+def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
+    model, params = tiny_ar
+    posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
+    z = posterior.sample((golden['train_beta'], golden['train_tangent']))
+    t_normal, noise = golden['train_t_normal'].reshape(2, 3, 16), golden['train_noise'].reshape(2, 3, 16, 8)
+    loss = lambda p: flow.flow_loss(model, p, golden['class_id'], z, t_normal, noise)
+    (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
+    assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
+    _assert_gradients(gradients, golden, '', lambda _: 1e-4)
+
+
+def test_tokenizer_loss_and_gradients(golden, tiny_vae):
+    """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder gradients likewise."""
+    model, params = tiny_vae
+    draws = golden['vae_beta'], golden['vae_tangent']
+    loss = lambda p: losses.tokenizer_loss(model, p, golden['images'], draws, kl_weight=0.004, l2_weight=0.0)
+    (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
+    np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
+    np.testing.assert_allclose(value, golden['vae_l1'] + 0.004 * golden['vae_kl'], rtol=1e-5)
+    np.testing.assert_allclose(scalars['token_norm'], np.sqrt(8), rtol=1e-5)
+    recon, _ = model.apply({'params': params}, golden['images'], draws)
+    np.testing.assert_allclose(recon, golden['vae_recon'], rtol=1e-4, atol=1e-4)
+    _assert_gradients(gradients, golden, 'vae_', lambda _: 1e-4)
+
+
+def test_l2_weight(golden, tiny_vae):
+    model, params = tiny_vae
+    draws = golden['vae_beta'], golden['vae_tangent']
+    value, scalars = losses.tokenizer_loss(model, params, golden['images'], draws, kl_weight=0.0, l2_weight=2.0)
+    squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
+    np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
+    np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
+
+
+def _posterior(mu, kappa=20.0):
+    mu = geometry.l2_normalize(jnp.asarray(mu, jnp.float32))
+    return power_spherical.Posterior(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
+
+
+def test_latents_that_are_well():
+    """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean direction."""
+    posterior = _posterior(np.random.default_rng(0).normal(size=(40, 256, 16)))
+    scalars = {name: float(value) for name, value in jax.jit(power_spherical.latent_statistics)(posterior).items()}
+    assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6  # at most 1: the squares sum to d
+    np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
+    assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
+    np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
+    np.testing.assert_allclose(scalars['kl'], np.mean(posterior.kl()), rtol=1e-6)
+    assert power_spherical.collapse(scalars) is None
+
+
+@pytest.mark.parametrize('dead', [1, 4, 12])
+def test_dead_dimensions_are_counted(dead):
+    mu = np.random.default_rng(1).normal(size=(8, 64, 16))
+    mu[..., :dead] *= 1e-3
+    scalars = {name: float(value) for name, value in power_spherical.latent_statistics(_posterior(mu)).items()}
+    np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
+    assert scalars['spread_min'] < 0.01
+    assert power_spherical.collapse(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
+    mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
+    assert float(power_spherical.latent_statistics(_posterior(mu))['dead_share']) == pytest.approx((dead - 1) / 16)
+
+
+def test_latents_that_are_all_alike():
+    scalars = power_spherical.latent_statistics(_posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0))
+    scalars = {name: float(value) for name, value in scalars.items()}
+    np.testing.assert_allclose(scalars['spread_mean'], 0, atol=1e-6)
+    np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
+    assert scalars['dead_share'] == 1
+    message = power_spherical.collapse(scalars)
+    for part in ('kappa is 1.00, at its floor', 'KL is 0.0', 'norm 1.00', '100% of the dimensions are dead'):
+        assert part in message
+    assert '\n' not in message
+    well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
+    assert power_spherical.collapse(well) is None
+    for name, value, part in (
+        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'), ('mean_direction', 0.95, 'same way'),
+        ('dead_share', 0.0625, '6% of the dimensions'), ('kl', float('nan'), 'no numbers'),
+    ):  # fmt: skip
+        assert part in power_spherical.collapse(well | {name: value}) and ';' not in power_spherical.collapse(
+            well | {name: value}
+        )
+
+
+def test_adversarial_losses_in_closed_form():
+    real, fake = (np.random.default_rng(i).normal(0, 2, (2, 3, 4)).astype(np.float32) for i in range(2))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x.astype(np.float64)))
+    logistic = -(np.log(sigmoid(real)).mean() + np.log(1 - sigmoid(fake)).mean()) / 2
+    hinge = (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2
+    for name, of_discriminator, of_generator, slope in (
+        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)), ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
+        ('non_saturating', logistic, -np.log(sigmoid(fake)).mean(), sigmoid(fake) - 1),
+    ):  # fmt: skip
+        discriminator, generator = discriminators.ADVERSARIAL[name]
+        np.testing.assert_allclose(discriminator(real, fake), of_discriminator, rtol=1e-5)
+        value, gradient = jax.value_and_grad(generator)(fake)
+        np.testing.assert_allclose(value, of_generator, rtol=1e-5)
+        np.testing.assert_allclose(gradient, slope / fake.size, rtol=1e-4, atol=1e-8)
+    to_real, to_fake = jax.grad(discriminators.logistic_loss, (0, 1))(real, fake)
+    np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
+    assert np.isfinite(discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4)))  # no logarithm of 0
+
+
+def test_draws_depend_on_the_sample_not_on_the_batch():
+    """The draws of a batch are those of its rows, wherever the batch is cut."""
+    keys = losses.sample_keys(jax.random.key(0), 7, 6)
+    whole = flow.flow_draws(keys, 2, 16, 8)
+    chex.assert_shape(whole, [(2, 6, 16), (2, 6, 16, 8)])
+    parts = [flow.flow_draws(keys[i : i + 2], 2, 16, 8) for i in (0, 2, 4)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts))
+    assert not np.array_equal(
+        jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6))
+    )
+
+
+def test_label_dropout():
+    keys = losses.sample_keys(jax.random.key(0), 0, 4000)
+    labels = jnp.arange(4000) % 10
+    dropped = np.asarray(classes.drop_labels(keys, labels, 10, 0.1))
+    share = np.mean(dropped == 10)
+    assert abs(share - 0.1) < 5 * np.sqrt(0.09 / 4000)
+    np.testing.assert_array_equal(dropped[dropped != 10], np.asarray(labels)[dropped != 10])
+    np.testing.assert_array_equal(classes.drop_labels(keys, labels, 10, 0.0), labels)
+
+
+def test_mean_velocities_of_a_known_flow():
+    """Between normal distributions the flow is x_t = t·m + x₀·√((1 − t)² + t²s²), in closed form."""
+    mean, std = 0.7, 0.4
+    spread = lambda t: np.sqrt((1 - t) ** 2 + (t * std) ** 2)
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 + (t * std) ** 2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    noise = jnp.linspace(-2, 2, 5)[:, None]
+    x, t, h, u = mean_velocity.mean_velocity_targets(velocity, noise, (1, 2, 4), 64)
+    chex.assert_shape((x, u), (7, 5, 1))
+    np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(h, [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
+    for i in range(7):
+        at = lambda t: t * mean + np.asarray(noise) * spread(t)
+        start, end = float(t[i]), float(t[i] + h[i])
+        np.testing.assert_allclose(x[i], at(start), atol=1e-3)
+        np.testing.assert_allclose(u[i], (at(end) - at(start)) / (end - start), atol=3e-3)
+    with pytest.raises(ValueError, match='divide'):
+        mean_velocity.mean_velocity_targets(velocity, noise, (3,), 64)
+
+
+def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
+    """The targets by the sampler's own solver, token by token, from conditions of the golden model; the new head starts
+    as the teacher's velocity; and gradients reach the new head alone."""
+    teacher_model, teacher = tiny_ar
+    model = teacher_model.clone(average=True)
+    head = jax.jit(model.init_params)(jax.random.key(0))['head'] | teacher['head']
+    z = jnp.asarray(golden['z'])
+    noise = jax.random.normal(jax.random.key(1), z.shape)
+    scales = guidance.guidance_scales(2.0, 16, 'linear')
+    loss = lambda head, teacher: mean_velocity.distillation_loss(
+        model, head, teacher, golden['class_id'], z, noise, scales, (1, 2), 4
+    )[0]  # fmt: skip
+    value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(head, teacher)
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
+    assert all(np.any(np.asarray(gradient[name]['kernel']) != 0) for name in ('span2', 'time1', 'final_linear'))
+
+    apart, params = ar.unstacked(teacher_model, teacher)
+    null = jnp.full_like(golden['class_id'], 10)
+    conditions = apart.apply(
+        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='condition'
+    )  # fmt: skip
+    velocity = jax.jit(
+        lambda x, t, c: teacher_model.apply(
+            {'params': teacher}, x, jnp.full(len(x), t), c, method=lambda m, *a: m.head.velocity(*a)
+        )
+    )
+    errors = []
+    for k in range(16):
+        c, x, memory = conditions[:, k], noise[:, k], jnp.zeros((3, 8))
+        path, table = [x], solvers.table('ab2', 4)
+        for t, w in zip(table.t, table.weights, strict=True):
+            v = guidance.guide(velocity(x, t, c[:3]), velocity(x, t, c[3:]), scales[k])
+            x, memory = solvers.step(w, x, memory, v)
+            path.append(x)
+        for start, end in ((0, 4), (0, 2), (2, 4)):
+            u = (path[end] - path[start]) / ((end - start) / 4)
+            errors.append(jnp.square(velocity(path[start], start / 4, c[:3]) - u))
+    np.testing.assert_allclose(value, np.mean(errors), rtol=1e-4)
