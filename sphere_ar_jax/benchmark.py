@@ -66,7 +66,7 @@ def main(argv):
     if _AGAINST.value:
         if not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
             _fail(f'{_AGAINST.value} is no checkout of guolinke/SphereAR')
-        plain = build.build_sampler(cfg) == plan.Options(
+        plain = build.build_sampler(cfg).options == plan.Options(
             num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance
         )
         if not plain or cfg.sampling.guidance is None or cfg.init_from is not None:

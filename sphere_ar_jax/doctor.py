@@ -98,6 +98,7 @@ def main(argv):
         return 1
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
     try:
+        import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
         from sphere_ar_jax.runtime.console import one_line
 
         values, rest = _flags(argv)

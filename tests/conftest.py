@@ -56,7 +56,7 @@ def torch_tensors():
 def tiny_vae(torch_tensors):
     """(model, parameters) of the golden S-VAE."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
-    model = vae.VAE(
+    model = vae.s_vae(
         grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
         encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
     )  # fmt: skip
@@ -67,7 +67,7 @@ def tiny_vae(torch_tensors):
 def tiny_ar(torch_tensors):
     """(model, parameters) of the golden AR model."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
-    model = ar.AR(
+    model = ar.sphere_ar(
         depth=options['n_layer'], heads=options['n_head'], width=options['dim'], head_depth=options['diff_layers'],
         head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
         num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],

@@ -175,7 +175,7 @@ def test_what_breaks_is_said_and_the_rest_goes_on():
 def test_missing_packages():
     def version(name):
         if name in ('flax', 'libtpu'):
-            raise doctor.importlib.metadata.PackageNotFoundError(name)
+            raise commands_checks.importlib.metadata.PackageNotFoundError(name)
         return '1.2'
 
     check = commands_checks.check_versions(version)
@@ -290,7 +290,7 @@ def test_memory_of_a_distilled_head():
     parts = programs.state_bytes(stage, frozen, MESH)
     ar = build.build_ar(cfg)
     head = _bytes(lambda key: ar.init_params(key)['head'])
-    teacher = _bytes(ar.clone(average=False).init_params) + _bytes(build.build_vae(cfg).init_params)
+    teacher = _bytes(ar.clone(head=ar.head.teacher()).init_params) + _bytes(build.build_vae(cfg).init_params)
     assert name == 'distillation' and parts['params'] == head
     assert parts['frozen'] == teacher
 

@@ -18,6 +18,7 @@ from PIL import Image
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import train
 from sphere_ar_jax.config import checks
+from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import load_run
@@ -111,7 +112,8 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     assert (tmp_path / 'distilled' / 'samples.png').exists() and not (tmp_path / 'distilled' / 'ar').exists()
     run = load_run(str(tmp_path / 'distilled'))
     teacher = load_run(str(tmp_path))
-    assert run.ar.average and set(run.ar_params['head']) - set(teacher.ar_params['head']) == {'span1', 'span2'}
+    assert isinstance(run.ar.head, HEADS['mean_velocity'])
+    assert set(run.ar_params['head']) - set(teacher.ar_params['head']) == {'span1', 'span2'}
     chex.assert_trees_all_equal(run.ar_params['stack'], teacher.ar_params['stack'])
     for wrong, message in (
         ({}, 'give --config.init_from=DIR'),

@@ -45,9 +45,9 @@ def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
     run = load_run(str(runs / name))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     ar, ar_params = unstacked(run.ar, run.ar_params)
-    draw = on_mesh.sampler(ar, run.vae, build.build_sampler(run.config), mesh)
+    draw = on_mesh.program(ar, run.vae, build.build_sampler(run.config).options, mesh)
     rows = sharding.place_batch(mesh, (np.arange(6, dtype=np.int32), np.arange(6, dtype=np.int32)))
-    key = jax.random.key(run.config.seed + 1)
+    key = on_mesh.sampling_key(run.config.seed)
     s = run.config.sampling
     ar_params = jax.device_put(ar_params, sharding.whole(mesh))
     with libraries_promote():

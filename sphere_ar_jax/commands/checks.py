@@ -169,7 +169,7 @@ def run_checks(cfg, found, limit):
     """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of `programs.stages`."""
     from sphere_ar_jax.measure import costs, programs
     from sphere_ar_jax.runtime import sharding
-    from sphere_ar_jax.training import state
+    from sphere_ar_jax.training.state import abstract_state
 
     mesh = sharding.make_mesh(**cfg.mesh)
     batch_sizes = {
@@ -177,7 +177,7 @@ def run_checks(cfg, found, limit):
     }
     checks, disk = [check_mesh(mesh, batch_sizes)], 0
     for name, (stage, frozen) in found.items():
-        state = state.abstract_state(stage, mesh)
+        state = abstract_state(stage, mesh)
         if said := sharding.describe_not_split(mesh, state):
             checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))

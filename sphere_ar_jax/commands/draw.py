@@ -3,7 +3,6 @@
 import os
 import time
 
-import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -65,12 +64,16 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
     titles = [f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n) for n in numbers]
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    s = run.config.sampling
     labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))
-    images = on_mesh.sample_images(
-        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
-        build.build_sampler(run.config), batch_size=min(s.batch_size, len(labels)), mesh=mesh, index=columns,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=console.bar(len(labels), 'samples'),
-    )  # fmt: skip
+    images, _ = on_mesh.sample_images(
+        run,
+        build.build_sampler(run.config),
+        labels,
+        seed=run.config.seed,
+        index=columns,
+        batch_size=run.config.sampling.batch_size,
+        mesh=mesh,
+        progress=console.bar(len(labels), 'samples'),
+    )
     pictures.save_classes(path, images, seeds, titles)
     print(f'wrote {path}')

@@ -80,7 +80,9 @@ def _check_models(v, a):
     for key in ('latent_dim', 'image_channels', 'stem', 'encoder_depth', 'decoder_depth', 'heads', 'unroll'):
         _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
     for key in a:
-        _require(key == 'remat' or a[key] >= 1, f'ar.{key} is {a[key]}, but must be at least 1')
+        _require(
+            key == 'remat' or isinstance(a[key], str) or a[key] >= 1, f'ar.{key} is {a[key]}, but must be at least 1'
+        )
     for key in ('grid', 'channels'):
         _require(all(type(n) is int for n in v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
     _require(len(v.grid) == 2 and min(v.grid) >= 1, f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1')

@@ -7,12 +7,11 @@ types are refused by ml_collections, impossible values by `check`.
 import json
 import re
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
-from sphere_ar_jax.models import ar
+from sphere_ar_jax.models.sizes import VARIANTS
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+DTYPES = ('float32', 'bfloat16')
 
 
 class ConfigError(ValueError):
@@ -72,8 +71,9 @@ def default():
             vae=dict(
                 grid=(16, 16), latent_dim=16, image_channels=3, stem=64, channels=(64, 64, 128, 256, 512),
                 encoder_depth=6, decoder_depth=12, heads=8, remat=False, unroll=1,
+                backbone='hybrid', posterior='power_spherical',  # words of `models.backbones` and `models.posteriors`
             ),
-            ar=dict(ar.VARIANTS['B'], class_tokens=16, remat=False, unroll=1),
+            ar=dict(VARIANTS['B'], condition='classes', head='flow', class_tokens=16, remat=False, unroll=1),
             tokenizer=config_dict.placeholder(str),  # a workdir whose tokenizer is taken; none is trained then
             tokenizer_training=_training(
                 kl_weight=0.004, l2_weight=0.0, perceptual_weight=1.0,
@@ -93,7 +93,8 @@ def default():
             ),
             init_from=config_dict.placeholder(str),  # a finished workdir: distil its flow head, train nothing else
             distillation_training=_training(
-                ema_decay=0.9999, teacher_steps=16, levels=(1, 2), guidance='linear', guidance_scale=4.5
+                head='mean_velocity', ema_decay=0.9999, teacher_steps=16, levels=(1, 2), guidance='linear',
+                guidance_scale=4.5,
             ),
             sampling=dict(
                 num_images=1000, batch_size=250, solver='euler_maruyama', num_steps=100,

@@ -10,14 +10,18 @@ from matplotlib import pyplot as plt
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.runtime import files, metric_writer
 
 # (stage directory, scalar, label, logarithmic axis)
 _CURVES = (
     ('tokenizer', 'l1', 'tokenizer: mean |error|', True),
     ('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
-    ('tokenizer', 'kl', 'tokenizer: KL, nats per token', False),
-    ('tokenizer', 'kappa', 'tokenizer: mean κ', True),
+    *(
+        ('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
+        for posterior in POSTERIORS.values()
+        for name, label in posterior.labels.items()
+    ),
     ('ar', 'loss', 'AR: flow loss', True),
     ('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
     ('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
@@ -71,8 +75,7 @@ font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem
 
 _MEANING = {
     'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
-    'vae/kl': 'KL of the posterior to the uniform distribution, nats per token',
-    'vae/kappa': 'mean concentration of the posterior',
+    **{f'vae/{name}': meaning for posterior in POSTERIORS.values() for name, meaning in posterior.shown.items()},
     'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',

@@ -16,6 +16,7 @@ from sphere_ar_jax.evaluation import digits, pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.training.run import Run
 
 
 class Setting(NamedTuple):
@@ -55,7 +56,7 @@ def examples(setting, n=48):
 
 def look_at_reconstructions(setting, vae_params, images, step, writer):
     """A picture of the examples' reconstructions."""
-    recon, _, _ = on_mesh.reconstruct(setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh)
+    recon, _ = on_mesh.reconstruct(setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh)
     path = f'{setting.workdir}/tokenizer/reconstructions_{step:07d}.png'
     pictures.save_reconstructions(path, images, recon, columns=min(8, len(images)), title=f'step {step}')
     pairs = np.concatenate([images[:8], recon[:8]])
@@ -64,12 +65,18 @@ def look_at_reconstructions(setting, vae_params, images, step, writer):
 
 def _draw(setting, vae_params, ar_params, labels, index=None, progress=lambda done: None):
     """Images (n, H, W, c) for labels, by the config's sampler."""
-    s = setting.cfg.sampling
-    return on_mesh.sample_images(
-        setting.ar, setting.vae, ar_params, vae_params, labels, jax.random.key(setting.cfg.seed + 1),
-        build.build_sampler(setting.cfg), batch_size=min(s.batch_size, len(labels)), mesh=setting.mesh, index=index,
-        guidance_scale=s.guidance_scale, temperature=s.temperature, progress=progress,
-    )  # fmt: skip
+    cfg = setting.cfg
+    images, _ = on_mesh.sample_images(
+        Run(cfg, setting.vae, vae_params, setting.ar, ar_params),
+        build.build_sampler(cfg),
+        labels,
+        seed=cfg.seed,
+        index=index,
+        batch_size=cfg.sampling.batch_size,
+        mesh=setting.mesh,
+        progress=progress,
+    )
+    return images
 
 
 def _grid(setting):
@@ -111,9 +118,10 @@ def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
 def _reconstruct(setting, vae_params, images, batch_size, **picture):
     """Writes WORKDIR/reconstructions.png; returns how good they are."""
     key = jax.random.key(setting.cfg.seed + 1)
-    recon, kl, kappa = on_mesh.reconstruct(setting.vae, vae_params, images, key, batch_size, setting.mesh)
+    recon, found = on_mesh.reconstruct(setting.vae, vae_params, images, key, batch_size, setting.mesh)
     pictures.save_reconstructions(f'{setting.workdir}/reconstructions.png', images, recon, **picture)
-    return {'vae/psnr': tokenizer.psnr(recon, images), 'vae/kl': kl, 'vae/kappa': kappa}
+    scores = {f'vae/{name}': found[name] for name in setting.vae.posterior.shown}
+    return {'vae/psnr': tokenizer.psnr(recon, images), **scores}
 
 
 def score_digits(setting, vae_params, ar_params):

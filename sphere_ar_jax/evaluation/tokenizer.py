@@ -37,8 +37,9 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
         parameters, for rFID, or None. lpips: `lpips` parameters or None. seed: of the posterior samples.
       progress: called with the number of images done.
     Returns:
-      dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, mean kappa, kl in nats a
-      token. Reconstructions are rounded to bytes as samples are, but for psnr. Raises ImageSetError for another size.
+      dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, and what the posterior
+      shows. Reconstructions are rounded to bytes as samples are, but for psnr.
+    Raises ImageSetError for images of another size.
     """
     mesh, size, key = sharding.make_mesh(**run.config.mesh), run.vae.image_shape, jax.random.key(seed)
     vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
@@ -47,18 +48,19 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
         if images.shape[1:] != size:
             raise image_sets.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
         real = images.astype(np.float32) / 127.5 - 1
-        decoded, kl, kappa = on_mesh.reconstruct(run.vae, vae_params, real, key, len(images), mesh, count)
+        decoded, found = on_mesh.reconstruct(run.vae, vae_params, real, key, len(images), mesh, count)
         rounded = np.asarray(pixels.to_uint8(decoded))
         pairs = dict(zip(('image_psnr', 'ssim'), _likeness(rounded, images), strict=True))
         if lpips is not None:
             pairs['lpips'] = _lpips(lpips, rounded.astype(np.float32) / 127.5 - 1, real)
         means = {name: float(np.mean(value)) for name, value in pairs.items()}
-        means |= {'kappa': kappa, 'kl': kl, 'error': float(np.mean((decoded - real) ** 2))}
+        means |= {name: found[name] for name in run.vae.posterior.shown}
+        means |= {'error': float(np.mean((decoded - real) ** 2))}
         for name, value in means.items():
             totals[name] += value * len(images)
         if network is not None:
-            for found, x in zip(features, (images, rounded), strict=True):
-                found.append(protocol.extract([x], network, batch_size=len(images), mesh=mesh).pool)
+            for kept, x in zip(features, (images, rounded), strict=True):
+                kept.append(protocol.extract([x], network, batch_size=len(images), mesh=mesh).pool)
         count += len(images)
         progress(count)
     if not count:

@@ -13,17 +13,16 @@ import os
 import sys
 import time
 
-import jax
 import numpy as np
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from sphere_ar_jax.config import schema
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import pictures
 from sphere_ar_jax.evaluation.digits import digit_pixels, score_digits
 from sphere_ar_jax.flow import plan
-from sphere_ar_jax.runtime import checkpoint, files, metric_writer, sharding
+from sphere_ar_jax.runtime import checkpoint, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import load_run
 
@@ -79,10 +78,8 @@ def _measure(run, options, scale, num_images, batch_size):
     cfg = run.config
     train, heldout = (digits.Digits(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
     labels = np.arange(num_images) % 10
-    images = on_mesh.sample_images(
-        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(cfg.seed + 1), options,
-        batch_size=batch_size, mesh=sharding.make_mesh(), guidance_scale=scale, temperature=cfg.sampling.temperature,
-    )  # fmt: skip
+    sampler = build.Sampler(options, scale, cfg.sampling.temperature)
+    images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
     scores = score_digits(digit_pixels(images), labels, train, heldout)
     return {name: float(scores[name]) for name in SCORES} | {'evaluations': options.plan(run.ar.num_tokens).evaluations}
 
@@ -118,7 +115,7 @@ def run(workdirs, output, num_images, batch_size):
         f.writelines(json.dumps(row) + '\n' for row in rows)
     done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
     runs = {workdir: load_run(workdir) for workdir in workdirs}
-    levels = lambda run: run.config.distillation_training.levels if run.ar.average else None
+    levels = lambda run: run.config.distillation_training.levels if run.config.init_from else None
     todo = [
         (name, options, scale, workdir)
         for workdir in workdirs

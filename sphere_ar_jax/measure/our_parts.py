@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sphere_ar_jax.config import build
+from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.runtime import sharding
-from sphere_ar_jax.sampling import tokens
+from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
 from sphere_ar_jax.training.state import abstract_state, jitted_step
 
@@ -47,7 +48,7 @@ def inputs(ar, vae, batch):
     z = rng.normal(size=(batch, ar.num_tokens, ar.latent_dim)).astype(np.float32)
     return {
         'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
-        'labels': rng.integers(0, ar.num_classes, batch).astype(np.int32),
+        'labels': rng.integers(0, ar.condition.num_classes, batch).astype(np.int32),
         'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
         'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
     }  # fmt: skip
@@ -70,7 +71,7 @@ class Part:
     def __init__(self, cfg, part, batch, weights=None):
         self.weights = weights  # file of {PyTorch name: array} to use in place of random parameters
         self.part, self.batch, self.cfg = part, batch, cfg
-        self.options, self.scale = build.build_sampler(cfg), cfg.sampling.guidance_scale
+        self.options, self.scale, _ = build.build_sampler(cfg)
         self.ar, self.vae = build.build_ar(cfg), build.build_vae(cfg)
         self.inputs = {k: jnp.asarray(v) for k, v in inputs(self.ar, self.vae, batch).items()}
         self.flops = self.bytes = self.count = 0
@@ -86,7 +87,11 @@ class Part:
         """The AR model as sampling uses it, and its parameters without those named."""
         params = transformer.unstack(self._params(self.ar, 1))  # NumPy's views, if from a file: nothing to compile
         params = {name: value for name, value in params.items() if name not in without}
-        return self.ar.clone(scan=False), jax.tree.map(jnp.asarray, params)
+        return self._apart(), jax.tree.map(jnp.asarray, params)
+
+    def _apart(self):
+        """The AR model with its blocks' parameters apart."""
+        return self.ar.clone(scan=False, head=self.ar.head.clone(scan=False))
 
     @property
     def _rows(self):
@@ -101,8 +106,8 @@ class Part:
         self.bytes += times * costs.tree_bytes(weights)
 
     def _prefill(self, params=None):
-        ar, params = (self.ar.clone(scan=False), params) if params else self._sampler('head')
-        null = [ar.num_classes] if self.options.guidance else []
+        ar, params = (self._apart(), params) if params else self._sampler('head')
+        null = [ar.condition.num_classes] if self.options.guidance else []
         run = lambda p, labels: ar.apply(
             {'params': p}, jnp.append(labels, jnp.array(null, jnp.int32)), method='prefill'
         )[0]
@@ -115,12 +120,12 @@ class Part:
     def _transformer(self):
         ar, params = self._sampler('head')
         labels, z = self.inputs['labels'], self.inputs['z']
-        rows = self._double(labels).at[self.batch :].set(ar.num_classes)
+        rows = self._double(labels).at[self.batch :].set(ar.condition.num_classes)
         self.cache = jax.jit(lambda p: ar.apply({'params': p}, rows, method='prefill'))(params)[1]
         run = lambda p, z, k, cache: ar.apply({'params': p}, self._double(z), k, cache, method='decode_step')
-        where, S = positions(ar.num_tokens), ar.class_tokens + ar.num_tokens - 1
+        where, S = positions(ar.num_tokens), ar.condition.length + ar.num_tokens - 1
         self._costs(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
-        self.bytes += np.mean([costs.tree_bytes(self.cache) * (ar.class_tokens + k) / S for k in where])
+        self.bytes += np.mean([costs.tree_bytes(self.cache) * (ar.condition.length + k) / S for k in where])
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
         step = jax.jit(run, donate_argnums=3).lower(params, z[:, 0], jnp.int32(1), self.cache).compile()
         position = np.asarray(params['pos_for_diff'])[None, where]
@@ -135,30 +140,33 @@ class Part:
         return steps
 
     def _head(self, params=None):
-        kept = ('head', 'cls_embedding', 'pos_for_diff')  # all that a token's solver reads of the model
-        ar, params = (self.ar.clone(scan=False), params) if params else self._sampler()
-        variables = {'params': {name: params[name] for name in kept}}
+        ar, params = (self._apart(), params) if params else self._sampler()
+        head, params = ar.head, params['head']
         plan, R, m = self.options.plan(ar.num_tokens), self._rows, self.options.num_draws(ar.num_tokens)
         c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
-        times = tuple(map(jnp.asarray, (plan.tables.t, plan.tables.h)[: 1 + ar.average]))
-        scale = 1.0 if self.scale is None else self.scale
+        which = jnp.asarray(plan.which)
+        guidance = None
+        if self.options.guidance is not None:
+            guidance = Guidance(self.scale, jnp.asarray(False), self.options.guidance_interval)
 
-        def run(variables, c, key, k):
-            t_emb = ar.apply(variables, *times, method='embed_time')
+        def run(params, c, key, k):
+            solver = jax.tree.map(lambda a: a[which[k]], head.prepare(params, plan))
             noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(0, 1)
-            return tokens.draw_token(ar, variables, self.options, k, t_emb, scale, 1.0, c, noise, jnp.asarray(False))
+            return self.vae.posterior.project(head.draw_token(params, c, noise, solver, guidance))
 
-        apply = lambda method: lambda v, *a: ar.apply(v, *a, method=method)
+        def apply(method):
+            return lambda params, *a: head.apply({'params': params}, *a, method=method)
+
         evaluations = int(plan.count[plan.which[1]])
-        t_emb, c_emb = jnp.zeros((evaluations, ar.head_width)), jnp.zeros((R, ar.head_width))
-        modulation = jax.eval_shape(apply('modulation'), variables, t_emb, c_emb)
+        t_emb, c_emb = jnp.zeros((evaluations, head.width)), jnp.zeros((R, head.width))
+        modulation = jax.eval_shape(apply('modulation'), params, t_emb, c_emb)
         one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), modulation)
-        head = variables['params']['head']
-        blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in head.items() if 'res_groups' in n}
-        self._costs(apply('modulation'), variables, t_emb, c_emb)
-        self._costs(apply('velocity'), variables, jnp.zeros((R, ar.latent_dim)), one, weights=blocks, times=evaluations)
-        compiled = jax.jit(run).lower(variables, c, key, k).compile()
-        return lambda: np.asarray(compiled(variables, c, key, k))
+        blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in params.items() if 'res_groups' in n}
+        self._costs(apply('modulation'), params, t_emb, c_emb)
+        x = jnp.zeros((R, ar.latent_dim))
+        self._costs(apply('modulated'), params, x, one, weights=blocks, times=evaluations)
+        compiled = jax.jit(run).lower(params, c, key, k).compile()
+        return lambda: np.asarray(compiled(params, c, key, k))
 
     def _decode(self):
         params = self._params(self.vae, 2)
@@ -171,8 +179,8 @@ class Part:
         params, keys = self._params(self.vae, 2), jax.random.split(jax.random.key(0), self.batch)
 
         def run(p, x, keys):
-            z, posterior = draw_tokens(self.vae, p, x, keys)
-            return z, posterior.kl()
+            z, q = draw_tokens(self.vae, p, x, keys)
+            return z, q.kl()
 
         self._costs(run, params, self.inputs['images'], keys, weights=params['encoder'])
         compiled = jax.jit(run).lower(params, self.inputs['images'], keys).compile()
@@ -197,23 +205,25 @@ class Part:
         return self._train(stages.tokenizer_stage(self.vae, self.cfg.tokenizer_training, 0))
 
     def _train_ar(self):
-        if self.ar.average:
+        if self.cfg.init_from is not None:
             raise ValueError('the AR model of a distilled head is frozen: there is no such step')
         vae_params = self._params(self.vae, 2)
         return self._train(stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
 
     def _program(self, params):
-        """The whole sampler, compiled, and its arguments."""
-        arguments = (
-            params, self._params(self.vae, 2), self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0),
-            None if self.scale is None else jnp.float32(self.scale), jnp.float32(1),
-        )  # fmt: skip
-        ar = self.ar.clone(scan=False)
-        return tokens.draw_images.lower(ar, self.vae, self.options, *arguments).compile(), arguments
+        """A function that draws the images as every command does, by the same two programs, compiled."""
+        mesh = sharding.make_mesh(1)
+        tokens, decode = on_mesh.sampling_programs(self._apart(), self.vae, self.options, mesh)
+        scale = None if self.scale is None else jnp.float32(self.scale)
+        arguments = (params, self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0), scale, jnp.float32(1))
+        vae_params = self._params(self.vae, 2)
+        draw = tokens.lower(*arguments).compile()
+        decode = decode.lower(vae_params, self.inputs['z']).compile()
+        return lambda: decode(vae_params, draw(*arguments))
 
     def _sample(self):
-        program, arguments = self._program(self._sampler()[1])
-        return lambda: np.asarray(program(*arguments)[0])
+        program = self._program(self._sampler()[1])
+        return lambda: np.asarray(program())
 
     def _cached(self):
         return self._cold()

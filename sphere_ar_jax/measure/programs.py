@@ -15,9 +15,9 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import lpips, transformer
+from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
-from sphere_ar_jax.sampling.tokens import chunk_size
 from sphere_ar_jax.training import adversarial
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import abstract_state, jitted_step
@@ -72,7 +72,7 @@ def stages(cfg):
     """The trainings that a config asks for: {name: (`state.Stage`, its frozen parameters, as shapes)}."""
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     if cfg.init_from is not None:
-        teacher = _shapes(vae), _shapes(ar.clone(average=False))
+        teacher = _shapes(vae), _shapes(ar.clone(head=ar.head.teacher()))
         make = lambda vae_params, ar_params: distillation_stage(
             ar, vae, vae_params, ar_params, cfg.distillation_training, cfg.seed
         )
@@ -126,26 +126,42 @@ def training_works(cfg, mesh):
 def _tokens_flops(ar, params, B, options):
     """Operations of drawing B images' tokens: `costs.flops` cannot count the solver's loop, whose length is data."""
     rows, guided = (2 * B, 1) if options.guidance else (B, 0)
-    apply = lambda method: lambda params, *a: ar.apply({'params': params}, *a, method=method)
-    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    count = lambda method, *a: costs.flops(apply(method), params, *a)
+    head = ar.head
+
+    def apply(method):
+        def applied(params, *arguments):
+            if hasattr(ar, method):
+                return ar.apply({'params': params}, *arguments, method=method)
+            return head.apply({'params': params['head']}, *arguments, method=method)
+
+        return applied
+
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def count(method, *arguments):
+        return costs.flops(apply(method), params, *arguments)
+
     labels = jax.ShapeDtypeStruct((B + guided,), jnp.int32)
     c, cache = jax.eval_shape(apply('prefill'), params, jax.ShapeDtypeStruct((rows,), jnp.int32))
-    t_emb, c_emb = (jax.ShapeDtypeStruct((n, ar.head_width), ar.dtype) for n in (1, rows))
+    t_emb, c_emb = (jax.ShapeDtypeStruct((n, head.width), ar.dtype) for n in (1, rows))
     modulations = jax.eval_shape(apply('modulation'), params, t_emb, c_emb)
     modulation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), modulations)
-    evaluation = count('modulation', t_emb, c_emb) + count('velocity', f32(rows, ar.latent_dim), modulation)
+    evaluation = count('modulation', t_emb, c_emb) + count('modulated', f32(rows, ar.latent_dim), modulation)
     token = count('decode_step', f32(rows, ar.latent_dim), jnp.int32(1), cache) + count('embed_condition', c)
     plan = options.plan(ar.num_tokens)
-    times = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (plan.tables.t, plan.tables.h)[: 1 + ar.average]]
-    once = count('prefill', labels) + count('embed_time', *times)
+    prepare = costs.flops(lambda params: head.prepare(params['head'], plan), params)
+    once = count('prefill', labels) + prepare
     return once + ar.num_tokens * (token + plan.evaluations * evaluation)
 
 
 def sampling_works(cfg, mesh):
     """The sampler's two programs: tokens, of all devices together, and the decoder, of each device alone."""
-    ar, vae, options = build.build_ar(cfg).clone(scan=False), build.build_vae(cfg), build.build_sampler(cfg)
-    unstacked = jax.eval_shape(transformer.unstack, _shapes(build.build_ar(cfg)))
+    stacked = build.build_ar(cfg)
+    ar = stacked.clone(scan=False, head=stacked.head.clone(scan=False))
+    vae = build.build_vae(cfg)
+    options = build.build_sampler(cfg).options
+    unstacked = jax.eval_shape(transformer.unstack, _shapes(stacked))
     params = sharding.abstract(mesh, unstacked)
     B = -(-cfg.sampling.batch_size // mesh.size) * mesh.size
     labels, index = _rows(mesh, B, (jnp.int32, ()), (jnp.int32, ()))

@@ -46,33 +46,36 @@ def _set_heads(transformer_layers, heads):
 
 def _build_vae(torch, public, vae):
     """The public tokenizer in the sizes of ours."""
-    nn, size, D = torch.nn, vae.image_shape[0], vae.channels[-1]
+    nn, size, D = torch.nn, vae.image_shape[0], vae.backbone.channels[-1]
     if D < 64:
         raise ValueError(f'the public tokenizer has one head for every 64 of its width, which is {D} here')
     model = public.vae.VAE(
-        latent_dim=vae.latent_dim, image_size=size, patch_size=vae.patch_size, z_channels=D,
-        cnn_chs=[*vae.channels[:-1], D], encoder_vit_layers=vae.encoder_depth,
-        decoder_vit_layers=vae.decoder_depth,
+        latent_dim=vae.latent_dim, image_size=size, patch_size=vae.backbone.patch_size, z_channels=D,
+        cnn_chs=[*vae.backbone.channels[:-1], D], encoder_vit_layers=vae.backbone.encoder_depth,
+        decoder_vit_layers=vae.backbone.decoder_depth,
     )  # fmt: skip
-    if vae.channels[0] != 64 or vae.stem != 64 or vae.image_channels != 3:
-        c, first = vae.image_channels, vae.channels[0]
-        model.encoder.conv_in = nn.Conv2d(c, vae.stem, 3, 1, 1, bias=False)
+    if vae.backbone.channels[0] != 64 or vae.backbone.stem != 64 or vae.backbone.image_channels != 3:
+        c, first = vae.backbone.image_channels, vae.backbone.channels[0]
+        model.encoder.conv_in = nn.Conv2d(c, vae.backbone.stem, 3, 1, 1, bias=False)
         model.decoder.conv_out = nn.Sequential(
             nn.GroupNorm(min(32, first // 4), first, eps=1e-6), nn.SiLU(), nn.Conv2d(first, c, 3, 1, 1, bias=False)
         )
     for part in (model.encoder, model.decoder):
-        _set_heads(part.layers, vae.heads)
-        positions = public.layers.get_2d_pos(size, vae.patch_size)
-        part.freqs_cis = public.layers.precompute_freqs_cis_2d(positions, D // vae.heads, cls_token_num=4).clone()
+        _set_heads(part.layers, vae.backbone.heads)
+        positions = public.layers.get_2d_pos(size, vae.backbone.patch_size)
+        part.freqs_cis = public.layers.precompute_freqs_cis_2d(
+            positions, D // vae.backbone.heads, cls_token_num=4
+        ).clone()
     return model
 
 
 def _build(torch, public, ar, vae):
     """The public SphereAR in the sizes of ours, tokenizer included."""
     model = public.model.SphereAR(
-        dim=ar.width, n_layer=ar.depth, n_head=ar.heads, diff_layers=ar.head_depth, diff_dim=ar.head_width,
-        diff_adanln_layers=ar.head_groups, latent_dim=ar.latent_dim, patch_size=vae.patch_size,
-        resolution=vae.image_shape[0], diff_batch_mul=4, cls_token_num=ar.class_tokens, num_classes=ar.num_classes,
+        dim=ar.width, n_layer=ar.depth, n_head=ar.heads, diff_layers=ar.head.depth, diff_dim=ar.head.width,
+        diff_adanln_layers=ar.head.groups, latent_dim=ar.latent_dim, patch_size=vae.backbone.patch_size,
+        resolution=vae.image_shape[0], diff_batch_mul=4, cls_token_num=ar.condition.length,
+        num_classes=ar.condition.num_classes,
     )  # fmt: skip
     model.vae = _build_vae(torch, public, vae)
     model.freeze_vae()
@@ -156,16 +159,16 @@ def part(checkout, compiled, name, ar, vae, weights, batch, sampler, options, in
     num_steps, schedule, scale = sampler
 
     def embedded():
-        rows = torch.cat([labels, torch.full_like(labels, ar.num_classes)])
-        return model.cls_embedding(rows).view(2 * batch, ar.class_tokens, -1)
+        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
+        return model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
 
     def prefill():
-        return model.forward_model(embedded(), 0, ar.class_tokens)[:, -1]
+        return model.forward_model(embedded(), 0, ar.condition.length)[:, -1]
 
     def transformer():
         c = []
         for k in positions:
-            start = ar.class_tokens + k - 1
+            start = ar.condition.length + k - 1
             last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
             c.append(model.forward_model(last, start, start + 1)[:, 0])
         return torch.stack(c, 1)

@@ -22,8 +22,7 @@ import numpy as np
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import pixels
-from sphere_ar_jax.models.ar import unstacked
-from sphere_ar_jax.runtime import checkpoint, hosts, sharding
+from sphere_ar_jax.runtime import checkpoint, hosts
 from sphere_ar_jax.runtime.files import replace, write_json
 from sphere_ar_jax.sampling import on_mesh
 
@@ -73,8 +72,9 @@ def _identity(run, labels, seed):
     about = {
         'sampling': s,
         'seed': seed,
+        'key': np.asarray(jax.random.key_data(on_mesh.sampling_key(seed))).tolist(),
         'dtype': run.config.dtype,
-        'model': [run.vae.grid, run.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
+        'model': [run.vae.grid, run.config.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
         'labels': crc(labels, np.int32),
         'parameters': crc(params, np.uint32),
     }
@@ -169,16 +169,14 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
     Raises:
       GenerationError: there are samples of other settings at the path.
     """
-    s, n, shape = run.config.sampling, len(labels), (len(labels), *run.vae.image_shape)
+    n = len(labels)
+    shape = (n, *run.vae.image_shape)
     identity = _identity(run, labels, seed)
     parts = _begin(path, identity, shape) if hosts.is_first() else None
     done = hosts.from_first(n if parts is None else parts.done)
     progress(done)
     if done == n and parts is None:
         return
-    ar, ar_params = unstacked(run.ar, run.ar_params)
-    draw, key = on_mesh.sampler(ar, run.vae, build.build_sampler(run.config), mesh), jax.random.key(seed)
-    vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
 
     def write(images, first):
         images = hosts.gather(images)[: n - first]
@@ -186,12 +184,11 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
             parts.add(images)
         progress(first + len(images))
 
-    size, running = -(-batch_size // mesh.size) * mesh.size, None
-    mine = sharding.local_rows(mesh, size)
-    for start in range(done, n, size):
-        rows = start + mine
-        batch = sharding.place_batch(mesh, (labels[rows % n], (rows % n).astype(np.int32)))
-        images, _ = draw(ar_params, vae_params, *batch, key, s.guidance_scale, s.temperature)
+    running = None
+    sampler = build.build_sampler(run.config)
+    for start, images, _ in on_mesh.draw_batches(
+        run, sampler, labels, seed=seed, batch_size=batch_size, mesh=mesh, start=done
+    ):
         images = pixels.to_uint8(images)
         if running is not None:
             write(*running)

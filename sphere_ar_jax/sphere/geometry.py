@@ -62,6 +62,11 @@ def l2_normalize(z):
     return project(z, 1.0)
 
 
+def radius(d: int) -> float:
+    """R = √d, the radius of the sphere that tokens of d dimensions live on."""
+    return d**0.5
+
+
 def project(z, radius=None):
     """The projection N_R(z) = R · l2_normalize(z) onto the sphere of radius R.
 
@@ -73,9 +78,9 @@ def project(z, radius=None):
     Source: paper §3, spec §1.
     """
     z = jnp.asarray(z)
-    radius = z.shape[-1] ** 0.5 if radius is None else radius
+    R = z.shape[-1] ** 0.5 if radius is None else radius
     compute = jnp.float32 if jnp.finfo(z.dtype).bits < 32 else z.dtype
-    return (jnp.asarray(radius, compute) * _normalize(z.astype(compute))).astype(z.dtype)
+    return (jnp.asarray(R, compute) * _normalize(z.astype(compute))).astype(z.dtype)
 
 
 def householder(y, mu):

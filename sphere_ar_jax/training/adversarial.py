@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import optax
 
 from sphere_ar_jax.models import discriminators
-from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training import state as training_state
@@ -83,7 +82,7 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         )  # fmt: skip
 
     def generator_loss(params, state, lpips_params, images, keys, weight):
-        recon, z, posterior = autoencode(vae, params, images, lambda p: power_spherical.posterior_draws(keys, p))
+        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
         weights = stages.tokenizer_weights(vae, options, lpips_params)
         loss, scalars = losses.reconstruction_loss(images, recon, z, posterior, **weights)
         fake, stats = discriminators.judge(discriminator, state.disc_params, state.disc_stats, recon)
@@ -123,5 +122,5 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
 
     shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
     return training_state.Stage(
-        'tokenizer', options, init, step, lpips_params, shown, 'LPIPS network', power_spherical.collapse
+        'tokenizer', options, init, step, lpips_params, shown, 'LPIPS network', vae.posterior.faults
     )

@@ -7,7 +7,6 @@ Dimensions:
 import jax
 import jax.numpy as jnp
 
-from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
 
 
@@ -23,13 +22,13 @@ def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight, pe
     Args:
       distance: function of two batches of images → (B,), as `lpips.LPIPS`; not called where its weight is 0.
     Returns:
-      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, `latent_statistics` and, unless
-      its weight is 0, perceptual.
+      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, the posterior's
+      `statistics` and, unless its weight is 0, perceptual.
     Source: spec §3 and §8.
     """
     error = recon - images
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
-    scalars = power_spherical.latent_statistics(posterior) | dict(
+    scalars = posterior.statistics() | dict(
         l1=l1, l2=l2, psnr=10 * jnp.log10(4 / l2), token_norm=jnp.mean(jnp.linalg.norm(z, axis=-1))
     )
     loss = l1 + l2_weight * l2 + kl_weight * scalars['kl']

@@ -14,7 +14,7 @@ from sphere_ar_jax.training import adversarial, stages, state
 class Run(NamedTuple):
     """A training run as `load_run` reads it: the config, both models and the parameters to sample with."""
 
-    schema: Any
+    config: Any
     vae: Any
     vae_params: Any
     ar: Any
@@ -83,6 +83,6 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
 def load_teacher(workdir, mesh=None):
     """`load_run` of a run to distil from. Raises ConfigError as well where its head is a distilled one itself."""
     run = load_run(workdir, mesh)
-    if run.ar.average:
+    if run.config.init_from is not None:
         raise schema.ConfigError(f'{workdir} has a distilled head: distil from the run that trained it')
     return run

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import lpips
-from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import flow, mean_velocity
-from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.models.heads import mean_velocity
 from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.training import losses, state
 
@@ -29,29 +27,28 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     """Trains the S-VAE by `losses.tokenizer_loss`; lpips_params: of `lpips.LPIPS`, where it has a weight."""
 
     def loss(params, lpips_params, batch, keys):
-        draws = lambda posterior: power_spherical.posterior_draws(keys, posterior)
         weights = tokenizer_weights(vae, options, lpips_params)
-        return losses.tokenizer_loss(vae, params, batch['image'], draws, **weights)
+        return losses.tokenizer_loss(vae, params, batch['image'], lambda q: q.draws(keys), **weights)
 
-    shown = 'loss', 'psnr', 'kl', 'kappa'
+    shown = ('loss', 'psnr', *vae.posterior.shown)
     stage = state.make_stage('tokenizer', options, seed, vae.init_params, loss, lpips_params, shown, 'LPIPS network')
-    return stage._replace(warn=power_spherical.collapse)
+    return stage._replace(warn=vae.posterior.faults)
 
 
 def ar_stage(ar, vae, vae_params, options, seed):
-    """Trains the AR model by `flow.flow_loss` on tokens drawn afresh at each step from the frozen S-VAE.
+    """Trains the AR model by its head's loss on tokens drawn afresh at each step from the frozen S-VAE.
 
     With options.encoder_dtype the S-VAE computes in that; its tokens are float32 all the same.
     """
     if options.encoder_dtype:
-        vae = vae.clone(dtype=jnp.dtype(options.encoder_dtype))
+        vae = vae.computing_in(jnp.dtype(options.encoder_dtype))
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
         z, _ = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
-        draws = flow.flow_draws(flow_keys, options.copies, *z.shape[1:])
-        class_id = classes.drop_labels(label_keys, batch['label'], ar.num_classes, options.label_dropout)
-        return flow.flow_loss(ar, params, class_id, z, *draws)
+        draws = ar.head.draws(flow_keys, (options.copies, *z.shape[1:]))
+        labels = ar.condition.drop(label_keys, batch['label'], options.label_dropout)
+        return ar.apply({'params': params}, labels, z, draws, method='loss')
 
     shown = 'loss', 'grad_norm', 'token_norm'
     return state.make_stage('ar', options, seed, ar.init_params, loss, vae_params, shown, 'tokenizer')._replace(
@@ -62,7 +59,7 @@ def ar_stage(ar, vae, vae_params, options, seed):
 def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
     """Train a head of few evaluations by `mean_velocity.distillation_loss`, from the head of a frozen AR model.
 
-    ar: with average=True. ar_params: of the trained model, average=False. The state holds the new head alone.
+    ar: with the new head. ar_params: of the trained model, with `head.teacher()`. The state holds the new head alone.
     """
 
     def init_head(key):
@@ -72,7 +69,7 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
         vae_params, ar_params = frozen
         posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         z, _ = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(noise_keys)
+        noise = ar.head.draws(noise_keys, (1, *z.shape[1:]))
         scales = guidance.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
         return mean_velocity.distillation_loss(
             ar, head, ar_params, batch['label'], z, noise, scales, options.levels, options.teacher_steps

@@ -100,7 +100,7 @@ def make_stage(name, options, seed, init_params, loss, frozen, shown, about=''):
         return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
 
     def step(state, frozen, batch):
-        keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['label']))
+        keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['image']))
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -124,15 +124,44 @@ def update_emas(emas, params, decays):
 def frozen_identity(stage):
     """What a checkpoint notes of the parameters that a stage does not train, {} where there are none.
 
-    weights: a hash, 8 hexadecimal digits, of all their bits. model: its options, where the stage names a module.
+    weights: a hash, 8 hexadecimal digits, of all their bits. model: the options in which the stage's module,
+    if it names one, differs from the defaults.
     """
     if not jax.tree.leaves(stage.frozen):
         return {}
     weights = f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
-    how = ('parent', 'name', 'dtype', 'remat', 'unroll')  # it is computed, not what
-    fields = dataclasses.fields(stage.model) if stage.model is not None else ()
-    model = {field.name: getattr(stage.model, field.name) for field in fields if field.name not in how}
-    return json.loads(json.dumps({'weights': weights, 'model': model}))  # tuples become lists
+    return {'weights': weights, 'model': {} if stage.model is None else _differing(stage.model)}
+
+
+# Fields of a module that say how it is computed, not what.
+_HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan')
+
+
+def _options(module: Any) -> dict[str, Any]:
+    """All options of a module and of the parts in it, by name, as JSON takes them; of a part also its class."""
+    found = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name in _HOW:
+            continue
+        if dataclasses.is_dataclass(value):
+            found[field.name] = type(value).__name__
+            found |= _options(value)
+        else:
+            found[field.name] = value
+    return json.loads(json.dumps(found))  # tuples become lists
+
+
+def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Those of a module's options that differ from its defaults, so that a field that is new refuses no old run.
+
+    Args:
+      options: those of an older version of the module, which may lack some or have some that are gone; else its own.
+    """
+    defaults = _options(type(module)())
+    mine = _options(module)
+    options = mine if options is None else {name: value for name, value in options.items() if name in mine}
+    return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
 class FrozenError(ValueError):
@@ -142,10 +171,18 @@ class FrozenError(ValueError):
 def check_frozen(stage, here, data_state, directory):
     """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
     `frozen_identity` is `here`."""
+    if not here:
+        return
     trained_on = data_state.get('frozen', {})
-    if here and trained_on != here:
-        old, new = trained_on.get('model', {}), here['model']
-        changed = [f'{name} {old.get(name)} → {new[name]}' for name in new if old.get(name) != new[name]]
+    new = here['model']
+    old = {} if stage.model is None else _differing(stage.model, trained_on.get('model', {}))
+    if trained_on.get('weights') != here['weights'] or old != new:
+        defaults = {} if stage.model is None else _options(type(stage.model)())
+        changed = [
+            f'{name} {old.get(name, defaults.get(name))} → {new.get(name, defaults.get(name))}'
+            for name in {**old, **new}
+            if old.get(name) != new.get(name)
+        ]
         what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
         raise FrozenError(f'{directory} was trained on another {stage.about} than is given ({what})')
 

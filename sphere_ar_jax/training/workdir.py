@@ -1,6 +1,5 @@
 """What a workdir holds, and whether another run may go on in it."""
 
-import json
 import time
 
 from etils import epath
@@ -35,14 +34,12 @@ def claim(cfg, workdir):
     mine = schema.as_dict(cfg)
     converted = has(workdir, 'weights') and not has(workdir, 'checkpoints')
     if path.exists():
+        before = run.load_config(workdir)  # through the schema: a key that is newer than the run has its default
         if converted:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
-            changed = other_model(run.load_config(workdir), cfg, alone)
+            changed = other_model(before, cfg, alone)
         else:
-            try:
-                changed = schema.differences(json.loads(path.read_text()), mine)
-            except (ValueError, AttributeError):
-                raise UserError(f'{path} is no config of ours: use another --workdir, or move the file away') from None
+            changed = schema.differences(schema.as_dict(before), mine)
         if changed:
             raise UserError(
                 f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'

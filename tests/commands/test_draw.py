@@ -31,8 +31,6 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import vae
-from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import flow
 from sphere_ar_jax.runtime import checkpoint, console, metric_writer, sharding
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
@@ -122,7 +120,7 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
     tensors = torch_sizes.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'))
     for params in (run.vae_params, run.ar_params):
         jax.tree.map(np.testing.assert_array_equal, params, torch_names.from_torch(tensors, params))
-    assert (run.ar.num_classes, run.ar.heads, run.vae.grid) == (10, 2, (4, 4))
+    assert (run.ar.condition.num_classes, run.ar.heads, run.vae.grid) == (10, 2, (4, 4))
 
 
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
@@ -243,10 +241,12 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(expected, rel=1e-5)
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
-    decoded, kl, kappa = on_mesh.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh())
+    decoded, found = on_mesh.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh())
     scores = written['tokenizer']
     np.testing.assert_allclose(
-        [scores['psnr'], scores['kl'], scores['kappa']], [tokenizer.psnr(decoded, real), kl, kappa], rtol=1e-5
+        [scores['psnr'], scores['kl'], scores['kappa']],
+        [tokenizer.psnr(decoded, real), found['kl'], found['kappa']],
+        rtol=1e-5,
     )
     rounded = np.clip(127.5 * decoded + 128, 0, 255).astype(np.uint8).astype(np.float64)
     mse = ((rounded - images) ** 2).mean((1, 2, 3))
@@ -312,14 +312,18 @@ def test_training_goes_on_from_converted_weights(tuned):
     @jax.jit
     def loss(ar_params, vae_params, image, label):
         z, _ = vae.draw_tokens(before.vae, vae_params, image, posterior)
-        draws = flow.flow_draws(flows, 2, *z.shape[1:])
-        label = classes.drop_labels(drops, label, CLASSES, cfg.ar_training.label_dropout)
-        return flow.flow_loss(before.ar, ar_params, label, z, *draws)[0]
+        draws = before.ar.head.draws(flows, (2, *z.shape[1:]))
+        label = before.ar.condition.drop(drops, label, cfg.ar_training.label_dropout)
+        return before.ar.apply({'params': ar_params}, label, z, draws, method='loss')[0]
 
     expected = loss(before.ar_params, before.vae_params, batch['image'], batch['label'])
     np.testing.assert_allclose(lines[0]['loss'], expected, rtol=1e-5)
     run = load_run(str(workdir))
-    assert stage.name == 'ar' and run.ar.clone(remat=True) == before.ar and run.ar.num_classes == CLASSES
+    assert (
+        stage.name == 'ar'
+        and run.ar.clone(remat=True, head=run.ar.head.clone(remat=True)) == before.ar
+        and run.ar.condition.num_classes == CLASSES
+    )
     jax.tree.map(np.testing.assert_array_equal, run.vae_params, before.vae_params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ar_params, before.ar_params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
@@ -381,12 +385,8 @@ def test_samples_as_a_file_and_as_pictures(tuned, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), image[..., 0])
     assert '14 images in ' in capsys.readouterr().out
     run = load_run(str(workdir))
-    s = run.config.sampling
-    expected = on_mesh.sample_images(
-        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(run.config.seed),
-        build.build_sampler(run.config), batch_size=s.batch_size, mesh=sharding.make_mesh(),
-        guidance_scale=s.guidance_scale, temperature=s.temperature,
-    )  # fmt: skip
+    sampler = build.build_sampler(run.config)
+    expected, _ = on_mesh.sample_images(run, sampler, labels, seed=run.config.seed)
     assert np.abs(np.asarray(pixels.to_uint8(expected), int) - images).max() <= 1
     _main(
         '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced'
@@ -412,12 +412,10 @@ def test_grid(tuned, tmp_path, capsys):
         '--mode=grid', f'--workdir={workdir}', '--classes=3; 11;3', '--columns=2', f'--output={tmp_path}/new/grid.png'
     )
     run = load_run(str(workdir))
-    s = run.config.sampling
-    images = on_mesh.sample_images(
-        run.ar, run.vae, run.ar_params, run.vae_params, [3, 3, 11, 11, 3, 3], jax.random.key(run.config.seed),
-        build.build_sampler(run.config), batch_size=6, mesh=sharding.make_mesh(), index=np.array([0, 1] * 3),
-        guidance_scale=s.guidance_scale, temperature=s.temperature,
-    )  # fmt: skip
+    sampler = build.build_sampler(run.config)
+    images, _ = on_mesh.sample_images(
+        run, sampler, [3, 3, 11, 11, 3, 3], seed=run.config.seed, index=np.array([0, 1] * 3)
+    )
     images = np.asarray(pixels.to_uint8(images))[..., 0]
     np.testing.assert_array_equal(images[:2], images[4:])
     assert (images[0] != images[1]).any() and (images[0] != images[2]).any()
@@ -446,7 +444,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
     monkeypatch.setattr(
-        commands_draw.evaluation, 'sample_images', lambda *a, **k: seen.update(labels=a[4], index=k['index'])
+        on_mesh, 'sample_images', lambda *a, **k: seen.update(labels=a[2], index=k['index']) or (None, None)
     )
     monkeypatch.setattr(pictures, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))
     commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)

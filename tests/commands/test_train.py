@@ -95,7 +95,7 @@ def test_an_ar_model_on_it(tar, tokenizer, trained):
     assert not (workdir / 'tokenizer').exists()
     run, alone = load_run(str(workdir)), load_run(str(tokenizer[0]), tokenizer_only=True)
     chex.assert_trees_all_equal(run.vae_params, alone.vae_params)
-    assert run.ar.num_classes == 1000
+    assert run.ar.condition.num_classes == 1000
     page = (workdir / 'report.html').read_text()
     assert page.count('<img') == 3
     first, last = (np.asarray(Image.open(workdir / 'ar' / f'samples_{step:07d}.png')) for step in (2, 4))
@@ -180,12 +180,12 @@ def test_the_classes_of_a_folder(tmp_path):
         Image.new('RGB', (40, 50), colour).save(tmp_path / 'images' / name / '1.png')
     cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images')})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    assert setting.ar.num_classes == 2 and len(setting.source) == 2
+    assert setting.ar.condition.num_classes == 2 and len(setting.source) == 2
     assert load_config(str(tmp_path / 'w')).data.num_classes == 2
     images = snapshots.examples(setting)
     np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
     cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5})
-    assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.num_classes == 5
+    assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.condition.num_classes == 5
 
 
 def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):

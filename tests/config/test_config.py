@@ -9,6 +9,7 @@ import pytest
 
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import batches, digits
+from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.training import stages
 from tests.conftest import libraries_promote
 from tests.tiny_config import get_config
@@ -49,7 +50,7 @@ def test_the_digits_are_built_and_traced():
 def test_the_published_configs(name, argument):
     """Valid, of the published sizes, with the published sampler or the fast one; and read back the same."""
     cfg = checks.check(_load(name, argument))
-    model, sampler = build.build_ar(cfg), build.build_sampler(cfg)
+    model, sampler = build.build_ar(cfg), build.build_sampler(cfg).options
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))
     counts = {'ar_b': 204_499_216, 'ar_l': 476_380_176, 'ar_h': 943_854_096}
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == counts[name]
@@ -120,12 +121,13 @@ def test_smoke_is_small(name):
 
 def test_variants_of_the_digits():
     """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
-    assert build.build_sampler(checks.check(_load('digits', 'fast'))).plan(16).evaluations == 10
+    assert build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations == 10
     cfg = _load('digits', 'distilled')
     with pytest.raises(schema.ConfigError, match='give --config'):
         checks.check(cfg)
     cfg.init_from = '/somewhere'
-    assert build.build_ar(checks.check(cfg)).average and build.build_sampler(cfg).plan(16).evaluations == 2
+    assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
+    assert build.build_sampler(cfg).options.plan(16).evaluations == 2
     for wrong, message in (
         ({'sampling.num_steps': 3}, 'knows equal steps'), ({'distillation_training.teacher_steps': 3}, 'divisors'),
         ({'distillation_training.teacher_steps': 0}, 'at least 1'), ({'sampling.solver': 'ab2'}, 'plain steps'),

@@ -44,16 +44,16 @@ def test_full_size_names_and_sizes_are_the_published_ones(name):
         cfg.ar.update(sizes.ar)
         assert cfg.ar.to_dict() == schema.default().ar.to_dict() | ar.VARIANTS[name[-1]]
         assert (sizes.name, sizes.num_classes) == (name[-1], 1000)
-        ours |= torch_names.torch_shapes(_abstract(ar.AR(**ar.VARIANTS[name[-1]])))
+        ours |= torch_names.torch_shapes(_abstract(ar.sphere_ar(**ar.VARIANTS[name[-1]])))
     assert ours == {key: tuple(t.shape) for key, t in tensors.items() if 'freqs_cis' not in key}
 
 
 def test_sizes_of_the_golden_model(torch_tensors, tiny_ar, tiny_vae):
     args = torch_file.open_file(GOLDENS / 'tiny.pt')['args']
     sizes = torch_sizes.sizes(torch_tensors, args, heads=2)
-    assert vae.VAE(**sizes.vae) == tiny_vae[0]
+    assert vae.s_vae(**sizes.vae) == tiny_vae[0]
     shared = dict(grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'], num_classes=sizes.num_classes)
-    assert ar.AR(**sizes.ar, **shared) == tiny_ar[0] and sizes.name is None
+    assert ar.sphere_ar(**sizes.ar, **shared) == tiny_ar[0] and sizes.name is None
     assert torch_sizes.sizes(torch_tensors).ar['heads'] == 1  # 64 wide
 
 
@@ -168,7 +168,7 @@ tree = torch_file.open_file(sys.argv[1])
 tensors = torch_sizes.state_dict(tree)
 sizes = torch_sizes.sizes(tensors, tree.get('args'))
 shared = dict(num_classes=sizes.num_classes, grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'])
-models = vae.VAE(**sizes.vae), ar.AR(**sizes.ar, **shared)
+models = vae.s_vae(**sizes.vae), ar.sphere_ar(**sizes.ar, **shared)
 params = [torch_names.from_torch(tensors, jax.eval_shape(m.init_params, jax.random.key(0))) for m in models]
 peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
 last = params[1]['stack']['blocks']['mlp']['w2']['kernel'][-1]

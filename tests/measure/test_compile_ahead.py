@@ -21,6 +21,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.measure import compile_ahead, costs, devices, hlo, programs
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
@@ -238,7 +239,8 @@ def test_operations_of_the_sampler():
     cfg = tiny_config.get_config()
     cfg.ar.update(head_depth=4, head_groups=2)
     cfg.sampling.update(num_steps=3)
-    ar, options = build.build_ar(cfg).clone(scan=False), build.build_sampler(cfg)
+    ar, _ = unstacked(build.build_ar(cfg), {})
+    options = build.build_sampler(cfg).options
     params = jax.eval_shape(lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0))
 
     def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk):
@@ -418,8 +420,8 @@ def test_images_of_another_device_are_seen():
 def test_the_programs_of_sampling_are_those_that_run():
     run = tiny_config.random_run(guidance=None, guidance_scale=None)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    tokens, decode = on_mesh.sampling_programs(run.ar, run.vae, build.build_sampler(run.config), mesh)
-    draw = on_mesh.sampler(run.ar, run.vae, build.build_sampler(run.config), mesh)
+    tokens, decode = on_mesh.sampling_programs(run.ar, run.vae, build.build_sampler(run.config).options, mesh)
+    draw = on_mesh.program(run.ar, run.vae, build.build_sampler(run.config).options, mesh)
     rows = sharding.place_batch(mesh, (np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)))
     arguments = *rows, jax.random.key(0), None, jnp.float32(1)
     images, z = draw(run.ar_params, run.vae_params, *arguments)

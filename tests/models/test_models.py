@@ -26,12 +26,12 @@ def _norm(tensors):
 
 @pytest.mark.parametrize('variant', COUNTS)
 def test_parameter_counts(variant):
-    assert _count(ar.AR(**ar.VARIANTS[variant])) == COUNTS[variant]
+    assert _count(ar.sphere_ar(**ar.VARIANTS[variant])) == COUNTS[variant]
 
 
 def test_vae_parameter_count_and_shapes():
     assert _count(vae.VAE()) == 75_393_297
-    assert vae.VAE().patch_size == 16 and vae.VAE().image_shape == (256, 256, 3)
+    assert vae.VAE().backbone.patch_size == 16 and vae.VAE().image_shape == (256, 256, 3)
 
 
 def test_rope_table(golden):
@@ -43,7 +43,7 @@ def test_rope_table(golden):
 
 def test_encoder_and_decoder(golden, tiny_vae):
     model, params = tiny_vae
-    hidden = model.apply({'params': params}, golden['images'], method=lambda m, x: m.encoder(x))
+    hidden = model.apply({'params': params}, golden['images'], method=lambda m, x: m.backbone.encode(x))
     np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
     posterior = model.apply({'params': params}, golden['images'], method='encode')
     chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
@@ -66,10 +66,10 @@ def test_ar_and_head(golden, tiny_ar):
     first = jax.tree.map(lambda a: a[:1], params['stack'])
     block, _ = transformer.Stack(1, model.heads, True).apply({'params': first}, embedded, golden_angles(golden))
     np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
-    conditions = model.apply(variables, class_id, z, method='condition')
+    conditions = model.apply(variables, class_id, z, method='conditions')
     np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
     arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
-    v = model.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))
+    v = model.apply(variables, *arguments, method=lambda m, x, t, c: m.head.velocity(x, c, t))
     np.testing.assert_allclose(v, golden['head_v'], rtol=1e-4, atol=1e-4)
 
 
@@ -81,14 +81,14 @@ def test_causality_by_gradients(golden, tiny_ar):
     """Condition k depends on every token before k, on none from k on, and on the class."""
     model, params = tiny_ar
     jacobian = jax.jacrev(
-        lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='condition')[0].sum(-1)
+        lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='conditions')[0].sum(-1)
     )
     influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
     chex.assert_shape(influence, (16, 16))
     seen = np.tril(np.ones((16, 16)), -1)
     np.testing.assert_array_equal(influence * (1 - seen), 0)
     assert (influence[seen == 1] > 1e-6).all()
-    other = model.apply({'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='condition')
+    other = model.apply({'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='conditions')
     assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
 
 
@@ -109,7 +109,7 @@ def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
         conditions.append(c)
     np.testing.assert_allclose(np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4)
     for full in (tiny_ar, (model, params)):
-        full = full[0].apply({'params': full[1]}, golden['class_id'], golden['z'], method='condition')
+        full = full[0].apply({'params': full[1]}, golden['class_id'], golden['z'], method='conditions')
         np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
 
 
@@ -251,7 +251,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     half = _with(model, dtype=jnp.bfloat16)
     chex.assert_trees_all_equal_dtypes(jax.eval_shape(half.init_params, jax.random.key(0)), params)
     variables = {'params': params}
-    conditions = jax.jit(lambda z: half.apply(variables, golden['class_id'], z, method='condition'))(golden['z'])
+    conditions = jax.jit(lambda z: half.apply(variables, golden['class_id'], z, method='conditions'))(golden['z'])
     assert conditions.dtype == np.float32
     assert 1e-5 < _relative_error(conditions, golden['ar_cond']) < 0.015
     decoder, apart = ar.unstacked(half, params)
@@ -260,7 +260,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     cached, _ = decoder.apply({'params': apart}, golden['z'][:, 0], 1, cache, method='decode_step')
     assert _relative_error(cached, golden['ar_cond'][:, 1]) < 0.015
     arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
-    v = half.apply(variables, *arguments, method=lambda m, *a: m.head.velocity(*a))
+    v = half.apply(variables, *arguments, method=lambda m, x, t, c: m.head.velocity(x, c, t))
     assert v.dtype == np.float32 and 1e-5 < _relative_error(v, golden['head_v']) < 0.02
     example = golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
     run = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(m.apply({'params': p}, *example))))(params)
@@ -295,7 +295,9 @@ def test_norms_and_rope_compute_in_float32():
 
 def test_size_of_the_program_does_not_grow_with_depth():
     def lines(depth):
-        model = ar.AR(depth=depth, heads=2, width=16, head_depth=depth, head_width=16, head_groups=2, grid=(2, 2))
+        model = ar.sphere_ar(
+            depth=depth, heads=2, width=16, head_depth=depth, head_width=16, head_groups=2, grid=(2, 2)
+        )
         params = jax.eval_shape(model.init_params, jax.random.key(0))
         example = jnp.zeros(1, int), jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 1, 4))
         loss = lambda p: jnp.sum(model.apply({'params': p}, *example))
@@ -312,7 +314,7 @@ def test_impossible_sizes_are_refused():
         (dict(heads=8), 'head dimension 16/8 = 2 must be a multiple of 4'),
     ):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(ar.AR(**(sizes | wrong)).init_params, jax.random.key(0))
+            jax.eval_shape(ar.sphere_ar(**(sizes | wrong)).init_params, jax.random.key(0))
 
 
 def test_time_sinusoid():
@@ -325,7 +327,9 @@ def test_time_sinusoid():
 
 def test_initialisation():
     """The published initialisation, by the moments of what is drawn."""
-    model = ar.AR(depth=2, heads=4, width=128, head_depth=4, head_width=128, head_groups=2, grid=(4, 4), num_classes=50)
+    model = ar.sphere_ar(
+        depth=2, heads=4, width=128, head_depth=4, head_width=128, head_groups=2, grid=(4, 4), num_classes=50
+    )
     params = traverse.flatten_dict(jax.jit(model.init_params)(jax.random.key(0)), sep='/')
     zero = {n for n, p in params.items() if not np.any(np.asarray(p))}
     biases = {n for n in params if n.endswith('bias')}
@@ -344,7 +348,7 @@ def test_initialisation():
     assert 0.97 * bound < np.abs(w1).max() <= bound
     assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
     params = traverse.flatten_dict(
-        jax.jit(vae.VAE(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(
+        jax.jit(vae.s_vae(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(
             jax.random.key(0)
         ),
         sep='/',

@@ -73,7 +73,7 @@ def _mesh(*sizes):
 
 
 def test_the_layout_of_every_parameter_of_L():
-    model, key = ar.AR(**ar.VARIANTS['L']), jax.random.key(0)
+    model, key = ar.sphere_ar(**ar.VARIANTS['L']), jax.random.key(0)
     shapes = jax.eval_shape(model.init_params, key)
     found = {name: s.spec for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()}
     assert found == LAYOUT_OF_L
@@ -93,7 +93,7 @@ def test_optimizer_and_emas_lie_as_the_parameters_do():
 def test_parameters_apart_lie_as_stacked_ones():
     """The layout of what the sampler reads: the same rules, one dimension or two less."""
     shapes = jax.eval_shape(
-        transformer.unstack, jax.eval_shape(ar.AR(**ar.VARIANTS['L']).init_params, jax.random.key(0))
+        transformer.unstack, jax.eval_shape(ar.sphere_ar(**ar.VARIANTS['L']).init_params, jax.random.key(0))
     )
     found = {name: tuple(s.spec) for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()}
     for name, spec in found.items():
@@ -202,13 +202,13 @@ def _run(sizes, tokenizer):
         found |= {f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()}
     model, params = ar.unstacked(run.ar, place(run.ar_params))
     arrays = np.arange(16, dtype=np.int32) % 10, np.arange(16, dtype=np.int32)
-    draw = on_mesh.sampler(model, run.vae, build.build_sampler(cfg), mesh)
+    draw = on_mesh.program(model, run.vae, build.build_sampler(cfg).options, mesh)
     found['images'], found['tokens'] = draw(
         params, vae_params, *sharding.place_batch(mesh, arrays), jax.random.key(5), 1.5, 1.0
     )
     key, images = jax.random.key(5), batch['image']
-    recon, kl, kappa = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)
-    found |= {'reconstructions': recon, 'kl': kl, 'kappa': kappa}
+    recon, statistics = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)
+    found |= {'reconstructions': recon, **statistics}
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -293,13 +293,14 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.measure import compile_ahead
 from sphere_ar_jax.measure import programs
 from sphere_ar_jax.runtime import sharding
-from tests.runtime import test_sharding, tiny_config
+from tests import tiny_config
+from tests.runtime import test_sharding
 cfg = test_sharding.small_config()
 tokens, _ = programs.sampling_works(cfg, sharding.make_mesh(2, 2, 2))
 _, text = compile_ahead.compile_work(tokens)
 ar = build.build_ar(cfg)
-length, dim = ar.class_tokens + ar.num_tokens - 1, ar.width // ar.heads
-assert jax.device_count() == 8 and build.build_sampler(cfg).guidance
+length, dim = ar.condition.length + ar.num_tokens - 1, ar.width // ar.heads
+assert jax.device_count() == 8 and build.build_sampler(cfg).options.guidance
 caches = set(re.findall(rf'f32\\[(\\d+,\\d+),{length},{dim}\\]', text))
 print(tokens.images, *caches)
 """

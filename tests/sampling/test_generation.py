@@ -48,22 +48,22 @@ def _process(code, *arguments, devices=1, **options):
 
 
 def _floats(run, labels, batch_size, mesh):
-    s = run.config.sampling
-    return on_mesh.sample_images(
-        run.ar, run.vae, run.ar_params, run.vae_params, labels, jax.random.key(5), build.build_sampler(run.config),
-        batch_size=batch_size, mesh=mesh, guidance_scale=s.guidance_scale, temperature=s.temperature,
-    )  # fmt: skip
+    sampler = build.build_sampler(run.config)
+    images, _ = on_mesh.sample_images(run, sampler, labels, seed=5, batch_size=batch_size, mesh=mesh)
+    return images
 
 
 def _tokens(run, labels, mesh):
     """Of the first 8 images, one on each device at a time."""
     s, model = run.config.sampling, ar.unstacked(run.ar, run.ar_params)
-    draw = on_mesh.sampler(model[0], run.vae, build.build_sampler(run.config), mesh)
+    draw = on_mesh.program(model[0], run.vae, build.build_sampler(run.config).options, mesh)
     parts = []
     for start in range(0, 8, mesh.size):
         rows = np.arange(start, start + mesh.size, dtype=np.int32)
         batch = sharding.place_batch(mesh, (labels[rows], rows))
-        parts.append(draw(model[1], run.vae_params, *batch, jax.random.key(5), s.guidance_scale, s.temperature)[1])
+        parts.append(
+            draw(model[1], run.vae_params, *batch, on_mesh.sampling_key(5), s.guidance_scale, s.temperature)[1]
+        )
     return np.concatenate([np.asarray(part) for part in parts])
 
 
@@ -72,7 +72,8 @@ import sys
 import numpy as np
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import generation
-from tests.sampling import test_generation, tiny_config
+from tests import tiny_config
+from tests.sampling import test_generation
 run, mesh = tiny_config.random_run(), sharding.make_mesh()
 assert mesh.size == 8
 labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
@@ -121,7 +122,8 @@ _SLOW = """
 import sys, time
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import generation
-from tests.sampling import test_generation, tiny_config
+from tests import tiny_config
+from tests.sampling import test_generation
 def progress(done):
     print(done, flush=True)
     time.sleep(0.2)

@@ -4,11 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sphere_ar_jax.config import build
 from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.flow import guidance, solvers
 from sphere_ar_jax.flow.plan import Options, annealed_steps
 from sphere_ar_jax.models import ar
-from sphere_ar_jax.sampling.tokens import draw_images, draw_token, sample_images, sample_tokens
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.tokens import sample_tokens
+from sphere_ar_jax.sphere import geometry
+from sphere_ar_jax.training.run import Run
 from tests.conftest import libraries_promote
 
 CASES = {'cfg1': (None, None), 'cfg_linear': ('linear', 4.5), 'cfg_const': ('constant', 3.0)}
@@ -29,6 +34,16 @@ def _sample(golden, model, params, case, noise, **options):
     return np.asarray(run(params, noise))
 
 
+def draw_token(model, params, options, k, scale, c, noise, apart):
+    """Token k of every row by the head alone, projected."""
+    head = model.head
+    plan = options.plan(16)
+    which = jnp.asarray(plan.which)[k]
+    solver = jax.tree.map(lambda a: a[which], head.prepare(params['head'], plan))
+    guided = None if options.guidance is None else guidance.Guidance(scale, apart, options.guidance_interval)
+    return geometry.project(head.draw_token(params['head'], c, noise, solver, guided))
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from the golden."""
@@ -38,7 +53,6 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     options = Options(num_steps=5, guidance=schedule)
     first, rest = _noise(golden, case)
     tokens = golden[f'sample/{case}/tokens']
-    t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
     scales = guidance.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
     guided = schedule is not None
     double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
@@ -46,7 +60,7 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
 
     @jax.jit
     def token(k, c, scale, noise):
-        return draw_token(model, variables, options, k, t_emb, scale, 1.0, c, noise, scale == 1)
+        return draw_token(model, params, options, k, scale, c, noise, scale == 1)
 
     decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
     c, cache = model.apply(variables, class_id, method='prefill')
@@ -95,12 +109,13 @@ def test_euler_against_golden(golden, tiny_ar):
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     table = solvers.table('euler', 8)
-    t_emb = model.apply(variables, jnp.asarray(table.t), method='embed_time')
-    c_emb = model.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
+    head, variables = model.head, {'params': variables['params']['head']}
+    t_emb = head.apply(variables, jnp.asarray(table.t), method='embed_time')
+    c_emb = head.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
     out = solvers.integrate(
-        lambda x, modulation: model.apply(variables, x, modulation, method='velocity'),
+        lambda x, modulation: head.apply(variables, x, modulation, method='modulated'),
         jnp.asarray(golden['euler_noise']), table.weights, chunk=4,
-        prepare=lambda index: model.apply(variables, t_emb[index], c_emb, method='modulation'),
+        prepare=lambda index: head.apply(variables, t_emb[index], c_emb, method='modulation'),
     )  # fmt: skip
     np.testing.assert_allclose(out, golden['euler_out'], rtol=1e-4, atol=1e-4)
 
@@ -165,17 +180,18 @@ def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
 def test_one_compilation(tiny_ar, tiny_vae):
     """One program, whatever the key, the labels, the scale or the temperature, and however they are written."""
     (model, params), (decoder, decoder_params) = tiny_ar, tiny_vae
-    before, seen = draw_images._cache_size(), []
-    for seed, scale, temperature in ((0, 1, 1), (1, 4.5, 1.0), (2, jnp.float32(2), np.float32(0.7))):
-        images, z = sample_images(
-            model.clone(), decoder.clone(), Options(num_steps=2), params, decoder_params, [seed, 3],
-            np.arange(2), jax.random.key(seed), scale, temperature,
-        )  # fmt: skip
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    seen = []
+    before = on_mesh.program.cache_info().misses
+    for seed, scale, temperature in ((0, 1, 1), (1, 4.5, 1.0), (2, 2.0, 0.7)):
+        models = Run(None, decoder.clone(), decoder_params, model.clone(), params)
+        sampler = build.Sampler(Options(num_steps=2), scale, temperature)
+        images, z = on_mesh.sample_images(models, sampler, [seed, 3], seed=seed, mesh=mesh)
         chex.assert_shape([images, z], [(2, 64, 64, 3), (2, 16, 8)])
         chex.assert_tree_all_finite((images, z))
         seen.append(images)
     assert np.abs(seen[0] - seen[1]).max() > 0.1 and np.abs(seen[1] - seen[2]).max() > 0.01
-    assert draw_images._cache_size() == before + 1
+    assert on_mesh.program.cache_info().misses == before + 1
 
 
 def _loops(jaxpr, outside=()):
@@ -200,7 +216,7 @@ def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
     paths = list(_loops(traced.jaxpr))
     tokens = [path for path in paths if path[-1].params.get('length') == 16]  # L
     assert len(tokens) == 1 and len(tokens[0]) == 1
-    M = model.head_width
+    M = model.head.width
     shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
     body = lambda equation: str(equation.params['body_jaxpr'])
     solver = [
@@ -286,15 +302,12 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     )(params)  # fmt: skip
     rows = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
     fed = np.concatenate([tokens, tokens])
-    conditions = model.apply(variables, rows, fed, method='condition')
+    conditions = model.apply(variables, rows, fed, method='conditions')
     for k in (0, 5, 8, 15):
         alone = Options(solver, int(steps[k]), guidance='constant')
-        t_emb = model.apply(variables, jnp.asarray(alone.plan(16).tables.t), method='embed_time')
         draws = noise[0][:, :3] if k == 0 else noise[1][k - 1]
         draws = np.concatenate([draws, draws], axis=1)[: alone.num_draws(16)]
-        z = draw_token(
-            model, variables, alone, k, t_emb, 1.5, 1.0, conditions[:, k], jnp.asarray(draws), jnp.asarray(False)
-        )  # fmt: skip
+        z = draw_token(model, params, alone, k, 1.5, conditions[:, k], jnp.asarray(draws), jnp.asarray(False))
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
 
 
@@ -309,16 +322,13 @@ def test_guidance_interval(golden, tiny_ar):
 
     def token(interval, scale, solver='euler'):
         options = Options(solver, 6, guidance='constant', guidance_interval=interval)
-        t_emb = model.apply(variables, jnp.asarray(options.plan(16).tables.t), method='embed_time')
-        return draw_token(
-            model, variables, options, 0, t_emb, scale, 1.0, c, noise, jnp.asarray(False)
-        )  # fmt: skip
+        return draw_token(model, params, options, 0, scale, c, noise, jnp.asarray(False))
 
     np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
     np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
     np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
     x, scales = noise[0], [1, 1, 3, 3, 1, 1]
-    head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, *a: m.head.velocity(*a))
+    head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t))
     for i, scale in enumerate(scales):
         v = head(x, i / 6)
         guided = guidance.guide(v[:3], v[3:], scale)

@@ -73,7 +73,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     """
     draws = [jnp.stack([PUBLIC[f'{i}/{name}'] for i in range(3)]) for name in ('beta', 'tangent')]
     monkeypatch.setattr(losses, 'sample_keys', lambda key, step, batch: tuple(d[step] for d in draws))
-    monkeypatch.setattr(power_spherical, 'posterior_draws', lambda keys, posterior: keys)
+    monkeypatch.setattr(power_spherical.PowerSphericalTokens, 'draws', lambda q, keys: keys)
     lr = 1e-5
     options = _options(disc_start=2, learning_rate=lr, final_learning_rate=lr, weight_decay=0.5)
     stage = adversarial.tokenizer_stage(tiny_vae[0], options, 0, lpips.load(*lpips_files))
@@ -112,7 +112,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
 @pytest.fixture(scope='module')
 def small():
     """(S-VAE, options) of a quick stage for `Images`, without LPIPS; the discriminator's weight begins at step 3."""
-    model = vae.VAE(
+    model = vae.s_vae(
         grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1, heads=2
     )  # fmt: skip
     options = _options(perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2)
@@ -194,7 +194,7 @@ def test_the_same_on_many_devices(small, disc_start, atol):
 @pytest.mark.parametrize('disc_loss', list(discriminators.ADVERSARIAL))
 def test_every_choice_makes_a_step(disc_loss):
     """StyleGAN, which has no running statistics, with each of the losses, EMA and bfloat16: shapes and dtypes stay."""
-    model = vae.VAE(
+    model = vae.s_vae(
         grid=(4, 4), channels=(8, 16, 16), stem=8, encoder_depth=1, decoder_depth=1, heads=2, dtype=jnp.bfloat16
     )
     options = _options(discriminator='stylegan', disc_loss=disc_loss, ema_decay=0.9)

@@ -16,9 +16,6 @@ import pytest
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import batches, digits
-from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import flow
-from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.training import loop, optimizer, signals
 from sphere_ar_jax.training.state import FrozenError
@@ -79,10 +76,10 @@ def test_a_step_is_the_recipe():
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i))(jnp.arange(16))
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     posterior = jax.jit(lambda x: vae.apply({'params': stage.frozen}, x, method='encode'))(batch['image'])
-    z = posterior.sample(power_spherical.posterior_draws(split[:, 0], posterior))
-    t_normal, noise = flow.flow_draws(split[:, 1], 2, 16, 8)
-    labels = classes.drop_labels(split[:, 2], batch['label'], 10, 0.1)
-    run = lambda p: flow.flow_loss(ar, p, labels, z, t_normal, noise)
+    z = posterior.sample(posterior.draws(split[:, 0]))
+    draws = ar.head.draws(split[:, 1], (2, 16, 8))
+    labels = ar.condition.drop(split[:, 2], batch['label'], 0.1)
+    run = lambda p: ar.apply({'params': p}, labels, z, draws, method='loss')
     (loss, _), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(state.params)
     np.testing.assert_allclose(scalars['loss'], loss, rtol=1e-5)
     np.testing.assert_allclose(scalars['grad_norm'], optax.tree.norm(gradients), rtol=1e-4)

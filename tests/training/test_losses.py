@@ -8,8 +8,9 @@ from sphere_ar_jax.flow import guidance, solvers
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, discriminators
 from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import flow, mean_velocity
+from sphere_ar_jax.models.heads import HEADS, mean_velocity
 from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training import losses
 
@@ -35,7 +36,7 @@ def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
     posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
     z = posterior.sample((golden['train_beta'], golden['train_tangent']))
     t_normal, noise = golden['train_t_normal'].reshape(2, 3, 16), golden['train_noise'].reshape(2, 3, 16, 8)
-    loss = lambda p: flow.flow_loss(model, p, golden['class_id'], z, t_normal, noise)
+    loss = lambda p: model.apply({'params': p}, golden['class_id'], z, (t_normal, noise), method='loss')
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
     assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
@@ -46,13 +47,13 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder gradients likewise."""
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    loss = lambda p: losses.tokenizer_loss(model, p, golden['images'], draws, kl_weight=0.004, l2_weight=0.0)
+    loss = lambda p: losses.tokenizer_loss(model, p, golden['images'], lambda q: draws, kl_weight=0.004, l2_weight=0.0)
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
     np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
     np.testing.assert_allclose(value, golden['vae_l1'] + 0.004 * golden['vae_kl'], rtol=1e-5)
     np.testing.assert_allclose(scalars['token_norm'], np.sqrt(8), rtol=1e-5)
-    recon, _ = model.apply({'params': params}, golden['images'], draws)
+    recon, _, _ = autoencode(model, params, golden['images'], lambda q: draws)
     np.testing.assert_allclose(recon, golden['vae_recon'], rtol=1e-4, atol=1e-4)
     _assert_gradients(gradients, golden, 'vae_', lambda _: 1e-4)
 
@@ -60,7 +61,9 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
 def test_l2_weight(golden, tiny_vae):
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    value, scalars = losses.tokenizer_loss(model, params, golden['images'], draws, kl_weight=0.0, l2_weight=2.0)
+    value, scalars = losses.tokenizer_loss(
+        model, params, golden['images'], lambda q: draws, kl_weight=0.0, l2_weight=2.0
+    )
     squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
     np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
     np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
@@ -68,52 +71,51 @@ def test_l2_weight(golden, tiny_vae):
 
 def _posterior(mu, kappa=20.0):
     mu = geometry.l2_normalize(jnp.asarray(mu, jnp.float32))
-    return power_spherical.Posterior(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
+    return power_spherical.PowerSphericalTokens(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
 
 
 def test_latents_that_are_well():
     """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean direction."""
     posterior = _posterior(np.random.default_rng(0).normal(size=(40, 256, 16)))
-    scalars = {name: float(value) for name, value in jax.jit(power_spherical.latent_statistics)(posterior).items()}
+    scalars = {name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()}
     assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6  # at most 1: the squares sum to d
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
     np.testing.assert_allclose(scalars['kl'], np.mean(posterior.kl()), rtol=1e-6)
-    assert power_spherical.collapse(scalars) is None
+    assert power_spherical.PowerSpherical().faults(scalars) is None
 
 
 @pytest.mark.parametrize('dead', [1, 4, 12])
 def test_dead_dimensions_are_counted(dead):
     mu = np.random.default_rng(1).normal(size=(8, 64, 16))
     mu[..., :dead] *= 1e-3
-    scalars = {name: float(value) for name, value in power_spherical.latent_statistics(_posterior(mu)).items()}
+    scalars = {name: float(value) for name, value in _posterior(mu).statistics().items()}
     np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
     assert scalars['spread_min'] < 0.01
-    assert power_spherical.collapse(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
+    assert power_spherical.PowerSpherical().faults(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
     mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
-    assert float(power_spherical.latent_statistics(_posterior(mu))['dead_share']) == pytest.approx((dead - 1) / 16)
+    assert float(_posterior(mu).statistics()['dead_share']) == pytest.approx((dead - 1) / 16)
 
 
 def test_latents_that_are_all_alike():
-    scalars = power_spherical.latent_statistics(_posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0))
+    scalars = _posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0).statistics()
     scalars = {name: float(value) for name, value in scalars.items()}
     np.testing.assert_allclose(scalars['spread_mean'], 0, atol=1e-6)
     np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
     assert scalars['dead_share'] == 1
-    message = power_spherical.collapse(scalars)
+    message = power_spherical.PowerSpherical().faults(scalars)
     for part in ('kappa is 1.00, at its floor', 'KL is 0.0', 'norm 1.00', '100% of the dimensions are dead'):
         assert part in message
     assert '\n' not in message
     well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
-    assert power_spherical.collapse(well) is None
+    assert power_spherical.PowerSpherical().faults(well) is None
     for name, value, part in (
         ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'), ('mean_direction', 0.95, 'same way'),
         ('dead_share', 0.0625, '6% of the dimensions'), ('kl', float('nan'), 'no numbers'),
     ):  # fmt: skip
-        assert part in power_spherical.collapse(well | {name: value}) and ';' not in power_spherical.collapse(
-            well | {name: value}
-        )
+        said = power_spherical.PowerSpherical().faults(well | {name: value})
+        assert part in said and ';' not in said
 
 
 def test_adversarial_losses_in_closed_form():
@@ -139,9 +141,10 @@ def test_adversarial_losses_in_closed_form():
 def test_draws_depend_on_the_sample_not_on_the_batch():
     """The draws of a batch are those of its rows, wherever the batch is cut."""
     keys = losses.sample_keys(jax.random.key(0), 7, 6)
-    whole = flow.flow_draws(keys, 2, 16, 8)
+    head = HEADS['flow'](8, 16, 2, 1)
+    whole = head.draws(keys, (2, 16, 8))
     chex.assert_shape(whole, [(2, 6, 16), (2, 6, 16, 8)])
-    parts = [flow.flow_draws(keys[i : i + 2], 2, 16, 8) for i in (0, 2, 4)]
+    parts = [head.draws(keys[i : i + 2], (2, 16, 8)) for i in (0, 2, 4)]
     chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts))
     assert not np.array_equal(
         jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6))
@@ -151,11 +154,12 @@ def test_draws_depend_on_the_sample_not_on_the_batch():
 def test_label_dropout():
     keys = losses.sample_keys(jax.random.key(0), 0, 4000)
     labels = jnp.arange(4000) % 10
-    dropped = np.asarray(classes.drop_labels(keys, labels, 10, 0.1))
+    condition = classes.Classes(10, 4, 16)
+    dropped = np.asarray(condition.drop(keys, labels, 0.1))
     share = np.mean(dropped == 10)
     assert abs(share - 0.1) < 5 * np.sqrt(0.09 / 4000)
     np.testing.assert_array_equal(dropped[dropped != 10], np.asarray(labels)[dropped != 10])
-    np.testing.assert_array_equal(classes.drop_labels(keys, labels, 10, 0.0), labels)
+    np.testing.assert_array_equal(condition.drop(keys, labels, 0.0), labels)
 
 
 def test_mean_velocities_of_a_known_flow():
@@ -185,7 +189,10 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     """The targets by the sampler's own solver, token by token, from conditions of the golden model; the new head starts
     as the teacher's velocity; and gradients reach the new head alone."""
     teacher_model, teacher = tiny_ar
-    model = teacher_model.clone(average=True)
+    head = teacher_model.head
+    new_head = HEADS['mean_velocity'](head.latent_dim, head.width, head.depth, head.groups)
+    assert new_head.teacher() == head.clone(parent=None)
+    model = teacher_model.clone(head=new_head)
     head = jax.jit(model.init_params)(jax.random.key(0))['head'] | teacher['head']
     z = jnp.asarray(golden['z'])
     noise = jax.random.normal(jax.random.key(1), z.shape)
@@ -200,11 +207,11 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     apart, params = ar.unstacked(teacher_model, teacher)
     null = jnp.full_like(golden['class_id'], 10)
     conditions = apart.apply(
-        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='condition'
+        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='conditions'
     )  # fmt: skip
     velocity = jax.jit(
         lambda x, t, c: teacher_model.apply(
-            {'params': teacher}, x, jnp.full(len(x), t), c, method=lambda m, *a: m.head.velocity(*a)
+            {'params': teacher}, x, c, jnp.full(len(x), t), method=lambda m, *a: m.head.velocity(*a)
         )
     )
     errors = []

@@ -60,7 +60,7 @@ def test_constant_schedule():
     np.testing.assert_allclose([schedule(s) for s in (0, 1, 500, 1000, 2000)], 1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize('model', [ar.AR(**ar.VARIANTS['B']), vae.VAE()], ids=['B', 'vae'])
+@pytest.mark.parametrize('model', [ar.sphere_ar(**ar.VARIANTS['B']), vae.VAE()], ids=['B', 'vae'])
 def test_decay_mask_is_the_published_rule(model):
     """Decay exactly where the PyTorch tensor has two dimensions or more and no excluded name."""
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))

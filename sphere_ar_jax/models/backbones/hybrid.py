@@ -7,6 +7,7 @@ Dimensions:
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models import transformer
@@ -54,3 +55,48 @@ class Decoder(nn.Module):
             x = cnn.ResUp(channels, self.dtype, name=f'up{i}')(x)
         x = cnn.NormSiLU(self.dtype, name='norm_out')(x)
         return Conv(self.image_channels, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
+
+
+class Hybrid(nn.Module):
+    """The published backbone: convolutions down to the token grid, a ViT there; in the decoder the same, backwards.
+
+    Attributes:
+      image_channels: c. stem: output channels of the encoder's first convolution (channels[0] in the published model).
+      channels: of the CNN, stage by stage; the last one is the width D of both ViTs. encoder_depth, decoder_depth:
+      blocks of the ViTs. heads: of both ViTs; D/heads must be a multiple of 4 for the 2-D RoPE. remat, unroll: see
+      `transformer.Stack`. dtype: of the computation; parameters are float32.
+    """
+
+    image_channels: int = 3
+    stem: int = 64
+    channels: tuple = (64, 64, 128, 256, 512)
+    encoder_depth: int = 6
+    decoder_depth: int = 12
+    heads: int = 8
+    remat: bool = False
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        channels = tuple(self.channels)
+        vit_options = {'heads': self.heads, 'remat': self.remat, 'unroll': self.unroll, 'dtype': self.dtype}
+        self.encoder = Encoder(channels, self.stem, self.encoder_depth, **vit_options)
+        self.decoder = Decoder(channels, self.image_channels, self.decoder_depth, **vit_options)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token along each axis, p."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+        return self.channels[-1]
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images (B, H·p, W·p, c) in [−1, 1] → hidden states (B, L, D) in `dtype`."""
+        return self.encoder(images)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Hidden states (B, H, W, D) → images (B, H·p, W·p, c), float32, not clipped."""
+        return self.decoder(x)
