@@ -171,6 +171,13 @@ def test_zips_that_lie_are_refused_by_name(tmp_path):
         _refused(tmp_path, lie, message)
 
 
+def test_a_list_of_storages_that_repeats_a_long_name_is_refused_at_once(tmp_path):
+    """Sorting it would compare 10 MB a hundred thousand times, which takes minutes."""
+    keys = b'](' + w.text('x' * 10**7) + b'q\x00' + b'h\x00' * 100_000 + b'e'
+    data = w.MAGIC + w.pickle(w.number(1001)) + w.SYSTEM + w.pickle(b'}') + w.pickle(keys)
+    _refused(tmp_path, data, 'list of storages does not match')
+
+
 def test_ten_thousand_mutated_files_are_read_right_or_refused():
     count = 10_000
     memory = '/dev/shm' if os.path.isdir('/dev/shm') else None
