@@ -15,9 +15,9 @@ import argparse
 import json
 import sys
 
-from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
-from sphere_ar_jax.interop import torch_file
+from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.runtime import console
+from sphere_ar_jax.runtime.console import UserError
 
 
 def main():
@@ -37,7 +37,7 @@ def main():
             batch_size=arguments.batch_size,
             progress=console.bars(sys.stderr),
         )
-    except (OSError, image_sets.ImageSetError, inception_weights.WeightsError, torch_file.FileError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f'error: {error}')
     print(json.dumps(scores, indent=2))
 

@@ -20,31 +20,24 @@ Started as several processes, see `hosts`, training, sample, grid and evaluate a
 
 import difflib
 import os
+import pathlib
 import re
 import shlex
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sphere_ar_jax.commands import checkpoints, draw, evaluate, pack, train
-from sphere_ar_jax.config import checks, schema
-from sphere_ar_jax.data import batches, imagenet, sources
-from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights
-from sphere_ar_jax.interop import torch_file, torch_names
-from sphere_ar_jax.interop.lpips import WeightsError
-from sphere_ar_jax.measure import compile_ahead
-from sphere_ar_jax.models import discriminators
-from sphere_ar_jax.runtime import console, hosts
-from sphere_ar_jax.runtime.checkpoint import DamagedError
-from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.files import absolute, compilation_cache
-from sphere_ar_jax.sampling import generation
-from sphere_ar_jax.training import adversarial, loop, signals, state
+from sphere_ar_jax import __version__
+from sphere_ar_jax.config import schema
+from sphere_ar_jax.runtime.console import Stopped, UserError, one_line
+
+# JAX and all that needs it is imported by the command that runs: what is wrong with the flags is said before that.
 
 _STARTED = time.perf_counter()
 
@@ -89,18 +82,50 @@ _OPTIONS = (
 )
 
 
-def _parse_flags(argv):
+def _with_paths(argv: list[str]) -> list[str]:
+    """The arguments with the path of every packaged config in place of its bare word: --config=digits:smoke."""
+    package = pathlib.Path(__file__).parent
+    places = (package / 'configs', package.parent / 'configs')  # of an installed wheel, and of a checkout
+    out = []
+    for i, word in enumerate(argv):
+        flag, equals, value = (
+            ('--config', '', word) if i and argv[i - 1] in ('--config', '-config') else word.partition('=')
+        )
+        name, colon, arg = value.partition(':')
+        found = [place / f'{name}.py' for place in places if re.fullmatch(r'\w+', name)]
+        found = [path for path in found if path.exists()]
+        if flag.lstrip('-') == 'config' and found and not os.path.exists(name):
+            out.append(f'{word.removesuffix(value)}{found[0]}{colon}{arg}')
+        else:
+            out.append(word)
+    return out
+
+
+def _config_file(argv: list[str]) -> str | None:
+    """The file that --config names, without its argument."""
+    for flag, value in zip(argv, [*argv[1:], ''], strict=True):
+        if flag.lstrip('-').startswith('config='):
+            return flag.split('=', 1)[1].split(':')[0]
+        if flag.lstrip('-') == 'config':
+            return value.split(':')[0]
+    return None
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one line (UserError)."""
+    if '--version' in argv:
+        print(f'sphere_ar_jax {__version__}')
+        sys.exit(0)
+    argv = _with_paths(argv)
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
             dict(_CONFIG.value.items())  # a config file that failed to load says so only when it is read
         return rest
     except Exception as error:
-        joined = re.sub(r'(^|\n)--?(config|workdir)\n', r'\1--\2=', '\n'.join(argv[1:])).split('\n')
-        file = next((a.split('=', 1)[1] for a in joined if re.match(r'--?config=', a)), None)
-        if file is not None and not os.path.exists(file.split(':')[0]):
-            raise UserError(f'there is no config file {file.split(":")[0]}') from None
+        file = _config_file(argv)
+        if file is not None and not os.path.exists(file):
+            raise UserError(f'there is no config file {file}') from None
         given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
         names = schema.keys(schema.default())
         unknown = [name for name in given if name not in names]
@@ -109,127 +134,171 @@ def _parse_flags(argv):
             hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(schema.default())}'
             raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
         where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
-        raise UserError(f'{where}{console.one_line(error)}') from None
+        raise UserError(f'{where}{one_line(error)}') from None
 
 
-def main(argv):
-    """Runs the job of the flags; anything the user can put right ends it with one line and exit code 2."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we asked it for
-    cache = compilation_cache(os.environ)
-    if cache is not None:
-        jax.config.update('jax_compilation_cache_dir', cache)
-        jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
-    hosts.join()  # before anything asks for a device
-    mode, given = _MODE.value, {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
-    if not hosts.is_first():
-        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
-    elif mode in _ALONE and hosts.count() > 1:
-        raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
+def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
+    """Raise UserError for flags that do not go together."""
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
     for option, modes in _OPTIONS:
         if option.name in given and mode not in modes:
             raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
-    if mode == 'pack':
-        _pack(**given)
-        return
-    if mode == 'compile':
-        _compile(**given)
-        return
-    if _WORKDIR.value is None or (mode == 'train' and _CONFIG.value is None):
-        raise UserError('give --config=configs/NAME.py and --workdir=DIR' if mode == 'train' else 'give --workdir=DIR')
-    workdir = absolute(_WORKDIR.value)
+    for name, message in _NEEDED.get(mode, ()):
+        if name not in given and (name != 'config' or _CONFIG.value is None):
+            raise UserError(message)
+    if mode == 'train' and (_WORKDIR.value is None or _CONFIG.value is None):
+        raise UserError('give --config=configs/NAME.py and --workdir=DIR')
+    if mode not in ('train', 'pack', 'compile') and _WORKDIR.value is None:
+        raise UserError('give --workdir=DIR')
+    output = given.get('output')
+    if mode == 'sample' and output is not None:
+        if not output.endswith('.npz'):
+            raise UserError(f'--output is {output}, but must end in .npz')
+        if '://' in output:
+            raise UserError(f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz')
+    if mode == 'evaluate' and (('lpips' in given) != ('vgg' in given) or ('lpips' in given and 'images' not in given)):
+        raise UserError('give --lpips, --vgg and --images together')
+
+
+# What a mode cannot do without: (flag, what to say where it is missing).
+_NEEDED = {
+    'convert': (('checkpoint', 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),),
+    'pack': (('data', 'give --data=KIND:PATH and --output=DIR'), ('output', 'give --data=KIND:PATH and --output=DIR')),
+    'grid': (('classes', "give --classes='golden retriever; 388'"),),
+    'compile': (
+        ('topology', 'give --config=configs/NAME.py and --topology=v6e-256'),
+        ('config', 'give --config=configs/NAME.py and --topology=v6e-256'),
+    ),
+}
+_ALONE = ('compile', 'convert', 'export', 'pack')  # nothing in them is shared out
+
+
+def main(argv: list[str]) -> None:
+    """Run the command of the flags; anything the user can put right ends it with one line and exit code 2."""
+    mode = _MODE.value
+    given = {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
+    _check_usage(argv, mode, given)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we asked it for
+    import jax
+
+    from sphere_ar_jax.config import checks
+    from sphere_ar_jax.runtime import files, hosts
+
+    cache = files.compilation_cache(os.environ)
+    if cache is not None:
+        jax.config.update('jax_compilation_cache_dir', cache)
+        jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
+    hosts.join()  # before anything asks for a device
+    if not hosts.is_first():
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
+    elif mode in _ALONE and hosts.count() > 1:
+        raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
-    if mode == 'train':
-        command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
-        train.train(cfg, workdir, command, _STARTED)
-    else:
-        _JOBS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
+    workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
+    _COMMANDS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
 
 
-def _convert(workdir, cfg, checkpoint=None, no_ema=False, heads=None):
-    if checkpoint is None:
-        raise UserError('give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt')
+def _train(workdir, cfg):
+    from sphere_ar_jax.commands import train
+
+    train.train(cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED)
+
+
+def _convert(workdir, cfg, checkpoint, no_ema=False, heads=None):
+    from sphere_ar_jax.commands import checkpoints
+
     checkpoints.convert_checkpoint(checkpoint, workdir, ema=not no_ema, heads=heads, like=cfg)
 
 
 def _export(workdir, cfg, output=None):
+    from sphere_ar_jax.commands import checkpoints
+
     checkpoints.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
 
 
-def _pack(data=None, output=None, **options):
-    if data is None or output is None:
-        raise UserError('give --data=KIND:PATH and --output=DIR')
+def _pack(workdir, cfg, data, output, **options):
+    from sphere_ar_jax.commands import pack
+
     pack.pack(data, output, **options)
 
 
-def _compile(topology=None, **options):
-    if topology is None or _CONFIG.value is None:
-        raise UserError('give --config=configs/NAME.py and --topology=v6e-256')
-    compile_ahead.run(checks.check(_CONFIG.value), topology, **options)
+def _compile(workdir, cfg, topology, **options):
+    from sphere_ar_jax.measure import compile_ahead
+
+    compile_ahead.run(cfg, topology, **options)
 
 
 def _sample(workdir, cfg, output=None, labels='uniform', **options):
-    output = output or f'{workdir}/samples.npz'
-    if not output.endswith('.npz'):
-        raise UserError(f'--output is {output}, but must end in .npz')
-    if '://' in output:
-        raise UserError(f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz')
-    draw.sample(workdir, output, labels=labels, like=cfg, **options)
+    from sphere_ar_jax.commands import draw
+
+    draw.sample(workdir, output or f'{workdir}/samples.npz', labels=labels, like=cfg, **options)
 
 
-def _grid(workdir, cfg, classes=None, output=None, columns=4):
-    if classes is None:
-        raise UserError("give --classes='golden retriever; 388'")
+def _grid(workdir, cfg, classes, output=None, columns=4):
+    from sphere_ar_jax.commands import draw
+
     draw.grid(workdir, output or f'{workdir}/grid.png', classes=classes, seeds=columns, like=cfg)
 
 
 def _evaluate(workdir, cfg, inception=None, lpips=None, vgg=None, **files):
-    if (lpips is None) != (vgg is None) or (lpips is not None and 'images' not in files):
-        raise UserError('give --lpips, --vgg and --images together')
+    from sphere_ar_jax.commands import evaluate
+
     lpips = None if lpips is None else (lpips, vgg)
     evaluate.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
 
 
-_ALONE = 'compile', 'convert', 'export', 'pack'  # nothing in them is shared out
-_JOBS = {'convert': _convert, 'export': _export, 'sample': _sample, 'grid': _grid, 'evaluate': _evaluate}
+_COMMANDS = {
+    'train': _train,
+    'convert': _convert,
+    'export': _export,
+    'pack': _pack,
+    'sample': _sample,
+    'grid': _grid,
+    'evaluate': _evaluate,
+    'compile': _compile,
+}
 
 
-def _guarded(function):
-    """`function`, with what is no bug of ours said in one line. A signal ends with 128 + its number, as shells do.
+def _end(code: int, message: str) -> None:
+    """End this process with an exit code, and all others of its run."""
+    if 'jax' in sys.modules:
+        from sphere_ar_jax.runtime import hosts
 
-    Whatever ends one of several processes is told to the others, see `hosts.stop`."""
+        hosts.stop(code, message)
+    sys.exit(code)
+
+
+def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+    """`function`, with what is no bug said in one line. A signal ends with 128 + its number, as shells do."""
 
     def guarded(argument):
         try:
             return function(argument)
-        except (UserError, hosts.HostsError, loop.NonFiniteError, *INPUT_ERRORS) as error:
+        except (UserError, OSError) as error:
+            message = str(error)
             if isinstance(error, FileNotFoundError) and error.filename:
-                error = f'there is no file {error.filename}'
-            print(f'error: {error}', file=sys.stderr)
-            hosts.stop(2, str(error))
-        except signals.Preempted as stop:  # of all processes at the same step
-            if hosts.is_first():
+                message = f'there is no file {error.filename}'
+            print(f'error: {message}', file=sys.stderr)
+            _end(2, message)
+        except Stopped as stop:  # in all processes at the same step
+            if stop.first:
                 print(stop, file=sys.stderr)
-            sys.exit(128 + stop.number)
+            sys.exit(stop.code)
         except KeyboardInterrupt:
             print('interrupted; the same command goes on', file=sys.stderr)
-            hosts.stop(128 + signal.SIGINT, 'interrupted; the same command goes on')
+            _end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:
-            hosts.end_if_lost(error)
             traceback.print_exc()
-            hosts.stop(1, console.one_line(error))
+            _end(1, one_line(error))
 
     return guarded
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """The command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
     app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
 
-# What a job raises for input that cannot be used: each says so in its message.
-INPUT_ERRORS = (
-    OSError, schema.ConfigError, DamagedError, torch_file.FileError, torch_names.ConversionError,
-    generation.GenerationError, imagenet.ClassNameError, image_sets.ImageSetError, inception_weights.WeightsError,
-    WeightsError, sources.SourceError, batches.DataError, state.FrozenError, adversarial.OptionsError,
-    discriminators.DiscriminatorError,
-)  # fmt: skip
+
+if __name__ == '__main__':
+    run()

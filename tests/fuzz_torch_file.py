@@ -1,6 +1,6 @@
 """Reads mutated and hostile files under watch: `python -m tests.fuzz_torch_file COUNT SEED DIRECTORY`, as JSON.
 
-Every file must be read right or refused with FileError in one line: within 5 s of CPU time, within ROOM bytes of
+Every file must be read right or refused with UserError in one line: within 5 s of CPU time, within ROOM bytes of
 address space more than at the start (the largest files here have 1 MB), without an event of Python's audit hooks that
 imports, executes, starts, writes or connects.
 """
@@ -23,6 +23,7 @@ import zipfile
 import numpy as np
 
 from sphere_ar_jax.interop import torch_file
+from sphere_ar_jax.runtime.console import UserError
 from tests import torch_writer as w
 
 ROOM = 2**28
@@ -374,7 +375,7 @@ def attempt(path, watch):
     watch.on = True
     try:
         outcome = 'read', contents(path)
-    except torch_file.FileError as error:
+    except UserError as error:
         line = str(error)
         outcome = 'refused' if '\n' not in line and len(line) < 400 else 'bad', line
     except BaseException as error:

@@ -19,9 +19,9 @@ from PIL import Image
 from sphere_ar_jax import doctor
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.config import build, recipes, schema
-from sphere_ar_jax.data import sources
 from sphere_ar_jax.measure import costs, programs
 from sphere_ar_jax.runtime import console, hosts, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_json
 from tests import tiny_config
 from tests.runtime.test_hosts import free_port
@@ -407,7 +407,7 @@ def test_data(tmp_path):
     assert commands_checks.check_data('imagenet', None).status == 'FAIL'
     (tmp_path / 'dog' / '2.png').unlink()
     (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
-    with pytest.raises(sources.SourceError, match='cannot be read'):
+    with pytest.raises(UserError, match='cannot be read'):
         commands_checks.check_data('folder', str(tmp_path))
 
 

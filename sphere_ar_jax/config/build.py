@@ -14,6 +14,7 @@ from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
+from sphere_ar_jax.runtime.console import UserError
 
 # Keys of the section `vae` that are not fields of a backbone.
 _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior')
@@ -32,9 +33,9 @@ class Sampler(NamedTuple):
 
 
 def _pick(parts: dict[str, Any], key: str, word: str) -> Any:
-    """The part that a word of the config names. Raises ConfigError, one line, for a word that names none."""
+    """The part that a word of the config names. Raises UserError, one line, for a word that names none."""
     if word not in parts:
-        raise schema.ConfigError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
+        raise UserError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
     return parts[word]
 
 
@@ -56,13 +57,11 @@ def build_vae(config: ConfigDict) -> VAE:
 
 
 def build_ar(config: ConfigDict) -> AR:
-    """The AR model that the config describes. Raises ConfigError where the number of classes is not known yet."""
+    """The AR model that the config describes. Raises UserError where the number of classes is not known yet."""
     c = config.ar
     num_classes = schema.num_classes(config)
     if num_classes is None:
-        raise schema.ConfigError(
-            f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
-        )
+        raise UserError(f'data.num_classes: say how many classes the model knows ({config.data.name} does not)')
     if config.init_from is None:
         head = _pick(HEADS, 'ar.head', c.head)
     else:

@@ -4,6 +4,7 @@ from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer
+from sphere_ar_jax.runtime.console import UserError
 
 
 def from_dict(values):
@@ -16,7 +17,7 @@ def from_dict(values):
 
 def _require(condition, message):
     if not condition:
-        raise schema.ConfigError(message)
+        raise UserError(message)
 
 
 def _check_heads(where, width, heads):
@@ -24,7 +25,7 @@ def _check_heads(where, width, heads):
     try:
         transformer.head_dim(width, heads)
     except ValueError as error:
-        raise schema.ConfigError(f'{where}: {error}') from None
+        raise UserError(f'{where}: {error}') from None
 
 
 def _check_training(name, training):
@@ -68,8 +69,8 @@ def _check_tokenizer(training, image_shape):
     try:
         if training.disc_weight:
             discriminators.build(training.discriminator, image_shape)
-    except discriminators.DiscriminatorError as error:
-        raise schema.ConfigError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
+    except UserError as error:
+        raise UserError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
     _require(
         not training.disc_weight or training.accumulate == 1,
         'tokenizer_training.accumulate: a discriminator needs its whole batch at once, for its statistics',
@@ -179,11 +180,11 @@ def _check_sampling(config):
     try:
         build.build_sampler(config)
     except (ValueError, TypeError) as error:
-        raise schema.ConfigError(f'sampling: {error}') from None
+        raise UserError(f'sampling: {error}') from None
 
 
 def check(config):
-    """Raises ConfigError, one line, for values that no run can have; returns the config."""
+    """Raises UserError, one line, for values that no run can have; returns the config."""
     _require(config.dtype in schema.DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(schema.DTYPES)}')
     _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
     _require(

@@ -14,10 +14,6 @@ from sphere_ar_jax.models.sizes import VARIANTS
 DTYPES = ('float32', 'bfloat16')
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line that says what to change."""
-
-
 # Kinds of data, and how many classes each has; None: as many as are found. See `sources.open_source`.
 DATA = {'digits': 10, 'imagenet': 1000, 'folder': None, 'array_records': None, 'tfds': None}
 

@@ -20,11 +20,7 @@ import numpy as np
 from absl import flags
 
 from sphere_ar_jax.data import augment
-
-
-class DataError(ValueError):
-    """Images cannot be read on: too many are broken, the source or a process that reads failed, or it is other data."""
-
+from sphere_ar_jax.runtime.console import UserError
 
 _ENDLESS = 2**60  # rows: more than any run sees
 _ATTEMPTS = 8  # images in turn that may be broken
@@ -54,7 +50,7 @@ class _Loader:
         except (augment.BrokenImageError, MemoryError):
             raise
         except Exception as error:
-            raise DataError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
+            raise UserError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
 
     def __call__(self, i):
         step, row = divmod(i, len(self.rows))
@@ -68,7 +64,7 @@ class _Loader:
                 return self._load(index, position // len(self.source), rng) | {'broken': broken}
             except augment.BrokenImageError as error:
                 broken[attempt], reason = index, error
-        raise DataError(f'{_ATTEMPTS} images in turn are broken, the last one {self.name(index)}: {reason}')
+        raise UserError(f'{_ATTEMPTS} images in turn are broken, the last one {self.name(index)}: {reason}')
 
 
 def _start_worker(*_):
@@ -115,10 +111,10 @@ class Batches:
             raise ValueError('these batches are closed')
         try:
             batch = next(self._iterators[0])
-        except DataError as error:  # to which Grain may have added lines
-            raise DataError(str(error).splitlines()[0]) from error
+        except UserError as error:  # to which Grain may have added lines
+            raise UserError(str(error).splitlines()[0]) from error
         except Exception as error:  # of Grain, for a worker that died
-            raise DataError(f'reading images stopped: {_one_line(error)}') from error
+            raise UserError(f'reading images stopped: {_one_line(error)}') from error
         self._count(batch.pop('broken'))
         self._step += 1
         return batch
@@ -133,7 +129,7 @@ class Batches:
                 self._named.add(index)
                 print(f'{self._loader.name(index)} is broken: another image takes its place', file=sys.stderr)
         if self.seen >= _JUDGED_FROM and self.broken > self._max_broken * self.seen:
-            raise DataError(
+            raise UserError(
                 f'{self.broken} of {self.seen} images are broken, more than the share max_broken = {self._max_broken}; '
                 f'the last one is {self._loader.name(found[-1])}'
             )
@@ -144,9 +140,9 @@ class Batches:
         return {'examples': self._step * loader.batch_size, 'images': len(loader.source), 'seed': loader.seed}
 
     def check_state(self, state):
-        """Raises DataError if `state`, of a checkpoint, is not of this place in this order of these images."""
+        """Raises UserError if `state`, of a checkpoint, is not of this place in this order of these images."""
         if (ours := self.get_state()) != state:
-            raise DataError(
+            raise UserError(
                 f'the checkpoint belongs to other data: it notes {state}, the run would go on from {ours}. '
                 f'Give it the batch size, the images and the seed that it had, or start in another directory'
             )
@@ -185,13 +181,13 @@ def batches(
       max_broken: the run stops at the first batch after which ≥ 100 images were tried by this process since its start,
         replacements included, and a larger share than this was broken; also where 8 in turn are.
     Returns:
-      `Batches`, of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises DataError, one line, for
+      `Batches`, of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises UserError, one line, for
       too many broken images, for any other error of source or transform, and if a worker dies.
     Raises:
-      DataError: there are no images.
+      UserError: there are no images.
     """
     if not len(source):
-        raise DataError('there are no images to train on')
+        raise UserError('there are no images to train on')
     rows = np.arange(batch_size) if rows is None else rows
     loader = _Loader(source, transform, seed, first_step, rows, batch_size)
     part = math.gcd(len(rows), _PART)

@@ -8,9 +8,7 @@ import difflib
 import functools
 import importlib.resources
 
-
-class ClassNameError(ValueError):
-    """A text that names no class, or more than one."""
+from sphere_ar_jax.runtime.console import UserError
 
 
 @functools.cache
@@ -39,7 +37,7 @@ def find(text):
     Args:
       text: an id '207', a synset 'n02099601' or a name 'golden retriever': any one of the class's names, or all of them
         ('maillot, tank suit'); upper or lower case, spaces or underscores.
-    Raises ClassNameError, in one line: for a name that two classes share (there are 19) with both, else with names
+    Raises UserError, in one line: for a name that two classes share (there are 19) with both, else with names
     that contain it as a word, or are like it.
     """
     wanted = ' '.join(text.replace('_', ' ').split()).casefold()
@@ -48,9 +46,9 @@ def find(text):
         return found[0]
     describe = lambda k: f'{k} = {classes()[k][0]} ({classes()[k][1]})'
     if found:
-        raise ClassNameError(f'{text!r} may be class {" or ".join(map(describe, found))}: give the number')
+        raise UserError(f'{text!r} may be class {" or ".join(map(describe, found))}: give the number')
     names = {name.casefold(): name for _, names in classes() for name in names.split(', ')}
     longer = [name for name in names if wanted in name.split()]  # 'retriever': what a user would look for
     similar = [names[match] for match in (longer or difflib.get_close_matches(wanted, names))[:5]]
     hint = f'similar names are {", ".join(similar)}' if similar else 'give 0 … 999, a synset or an English name'
-    raise ClassNameError(f'ImageNet has no class {text!r}: {hint}')
+    raise UserError(f'ImageNet has no class {text!r}: {hint}')

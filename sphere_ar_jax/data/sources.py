@@ -5,7 +5,7 @@ A source is a random-access sequence: `len(source)`, and `source[i]`, a dictiona
   label   np.int32 (), 0 … num_classes − 1
 with the attributes `num_classes` and `class_names` (a tuple of str, for ImageNet the synsets, or None), and
 `name(i)`, a str to tell entry i by in messages. Threads may share a source, and processes get it by pickle, without
-its open files. What is wrong with the data is a `SourceError`, on opening wherever it shows there.
+its open files. What is wrong with the data is a `UserError`, on opening wherever it shows there.
 
   KINDS   the sources by name      pack   any source → the files of `ArrayRecords`
 
@@ -23,7 +23,8 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, SourceError, open_index, printable, reason
+from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable, reason
+from sphere_ar_jax.runtime.console import UserError
 
 
 class ImageNetTar:
@@ -41,7 +42,7 @@ class ImageNetTar:
       path: of the tar. index_dir: where to keep the index instead.
       progress: called as progress(done, total), in bytes, after each synset while the index is made.
     Raises:
-      SourceError: it is not there, cannot be read, is not of this make, or is damaged or cut off. From `source[i]`: it
+      UserError: it is not there, cannot be read, is not of this make, or is damaged or cut off. From `source[i]`: it
         has changed since.
     """
 
@@ -59,7 +60,7 @@ class ImageNetTar:
         try:
             self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise SourceError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != '_file'}
@@ -83,7 +84,7 @@ class ImageNetTar:
         except tarfile.TarError:
             seen = None
         if len(block) != BLOCK + size or seen is None or (seen.size, seen.chksum) != (size, self._checksums[i]):
-            raise SourceError(f'{self.path} has changed since it was opened: start again')
+            raise UserError(f'{self.path} has changed since it was opened: start again')
         return {'image': block[BLOCK:], 'label': self._labels[i]}
 
     def name(self, i):
@@ -102,7 +103,7 @@ class ImageFolder:
     or lower case; what begins with a dot is not looked at.
 
     Raises:
-      SourceError: there are no classes, one without images, or it cannot be read. From `source[i]`: a file is gone.
+      UserError: there are no classes, one without images, or it cannot be read. From `source[i]`: a file is gone.
     """
 
     def __init__(self, path):
@@ -111,12 +112,12 @@ class ImageFolder:
             classes = sorted(e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith('.'))
             found = [self._list(name) for name in classes]
         except OSError as error:
-            raise SourceError(f'{error.filename or self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{error.filename or self.path} cannot be read: {reason(error)}') from None
         if not classes:
-            raise SourceError(f'{self.path} has no directories, but must have one for each class')
+            raise UserError(f'{self.path} has no directories, but must have one for each class')
         for name, files in zip(classes, found, strict=True):
             if not files:
-                raise SourceError(f'{self.path}/{printable(name)} holds no images: fill it, or remove it')
+                raise UserError(f'{self.path}/{printable(name)} holds no images: fill it, or remove it')
         self._names = [name for files in found for name in files]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found])
         self.class_names, self.num_classes = tuple(map(printable, classes)), len(classes)
@@ -143,7 +144,7 @@ class ImageFolder:
             with open(os.path.join(self.path, self._names[i]), 'rb') as f:
                 return {'image': f.read(), 'label': self._labels[i]}
         except OSError as error:
-            raise SourceError(f'{self.path}/{self.name(i)} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path}/{self.name(i)} cannot be read: {reason(error)}') from None
 
     def name(self, i):
         return printable(self._names[i])
@@ -162,7 +163,7 @@ class ArrayRecords:
     A record is a msgpack of {'image': bytes, 'label': int, 'name': str}. Damage to one is noticed when it is read.
 
     Raises:
-      SourceError: it is not there, not packed to the end, or a file is missing or of another length. From `source[i]`:
+      UserError: it is not there, not packed to the end, or a file is missing or of another length. From `source[i]`:
         the record is damaged.
     """
 
@@ -175,20 +176,20 @@ class ArrayRecords:
                 about = json.load(f)
             made, files, self.num_classes, names = (about[key] for key in _METADATA_KEYS)
         except FileNotFoundError:
-            raise SourceError(f'{self.path} has no {_METADATA}: it was not packed, or not to the end') from None
+            raise UserError(f'{self.path} has no {_METADATA}: it was not packed, or not to the end') from None
         except (KeyError, TypeError, ValueError) as error:
-            raise SourceError(f'{self.path}/{_METADATA} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}/{_METADATA} is damaged: {reason(error)}') from None
         if made != _FORMAT:
-            raise SourceError(f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again')
+            raise UserError(f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again')
         self.class_names = names and tuple(names)
         try:
             for name, size in files.items():
                 if os.path.getsize(os.path.join(self.path, name)) != size:
-                    raise SourceError(f'{self.path}/{name} has not the {size:,} bytes that it was packed with')
+                    raise UserError(f'{self.path}/{name} has not the {size:,} bytes that it was packed with')
             paths = [os.path.join(self.path, name) for name in files]
             self._records = array_record_data_source.ArrayRecordDataSource(paths)
         except (OSError, RuntimeError) as error:
-            raise SourceError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
 
     def __len__(self):
         return len(self._records)
@@ -198,7 +199,7 @@ class ArrayRecords:
         try:
             return msgpack.unpackb(self._records[i])
         except (OSError, RuntimeError, ValueError) as error:
-            raise SourceError(f'{self.path}: record {i} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}: record {i} is damaged: {reason(error)}') from None
 
     def __getitem__(self, i):
         record = self._record(i)
@@ -230,16 +231,16 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
       directory: must not exist. shards: number of files (of ImageNet, with 128: 1.1 GB each), at most one each image.
       progress: called as progress(done, total), in images.
     Raises:
-      SourceError: the directory exists, cannot be written, or another process is writing it; or from the source.
+      UserError: the directory exists, cannot be written, or another process is writing it; or from the source.
     """
     from array_record.python import array_record_module
 
     directory, n = os.path.abspath(directory), len(source)
     partial, shards = f'{directory}.partial', min(shards, n)
     if os.path.exists(directory):
-        raise SourceError(f'{directory} exists: remove it, or take another')
+        raise UserError(f'{directory} exists: remove it, or take another')
     if shards < 1:
-        raise SourceError(f'{n} images cannot be packed into {shards} files')
+        raise UserError(f'{n} images cannot be packed into {shards} files')
     try:
         os.makedirs(partial, exist_ok=True)
         with filelock.FileLock(os.path.join(partial, 'lock'), timeout=0):
@@ -264,9 +265,9 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
             os.rename(partial, directory)
             os.remove(os.path.join(directory, 'lock'))
     except filelock.Timeout:
-        raise SourceError(f'another process is writing {partial}') from None
+        raise UserError(f'another process is writing {partial}') from None
     except (OSError, RuntimeError) as error:
-        raise SourceError(f'{directory} cannot be written: {reason(error)}') from None
+        raise UserError(f'{directory} cannot be written: {reason(error)}') from None
 
 
 # ---- TFDS
@@ -278,7 +279,7 @@ def _image_and_label(tfds, info):
     match [features[key] if isinstance(key, str) and key in features else None for key in keys]:
         case [tfds.features.Image(np_dtype=np.uint8), tfds.features.ClassLabel()]:
             return keys
-    raise SourceError(f'{info.full_name} has no uint8 image with a class label, but {", ".join(features)}')
+    raise UserError(f'{info.full_name} has no uint8 image with a class label, but {", ".join(features)}')
 
 
 class TFDS:
@@ -293,7 +294,7 @@ class TFDS:
     Args:
       name: as 'imagenet2012:5.1.0'. split: as 'train' or 'train[:90%]'. data_dir: ~/tensorflow_datasets if None.
     Raises:
-      SourceError: TFDS is not installed, or the data set is not prepared, stored otherwise, or of another kind. From
+      UserError: TFDS is not installed, or the data set is not prepared, stored otherwise, or of another kind. From
         `source[i]`: the entry is damaged or has no label.
     """
 
@@ -301,14 +302,14 @@ class TFDS:
         try:
             import tensorflow_datasets as tfds  # seconds to import: only where it is wanted
         except ImportError as error:
-            raise SourceError(f'TFDS cannot be imported ({error})') from None
+            raise UserError(f'TFDS cannot be imported ({error})') from None
         self._arguments = name, split, data_dir
         make = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record').download_and_prepare()"
         again = f'{make}, where TensorFlow is installed'
         try:
             builder = tfds.builder(name, data_dir=data_dir)
             if not builder.is_prepared():
-                raise SourceError(f'{name} is not prepared in {builder.data_dir}: run {again}')
+                raise UserError(f'{name} is not prepared in {builder.data_dir}: run {again}')
             self._keys = _image_and_label(tfds, builder.info)
             skip = {
                 key: tfds.decode.SkipDecoding()
@@ -318,13 +319,13 @@ class TFDS:
             self._data = builder.as_data_source(split, decoders=skip)
         except NotImplementedError:
             where = builder.data_dir
-            raise SourceError(f'{where} is not stored as array_record: move it away, and run {again}') from None
+            raise UserError(f'{where} is not stored as array_record: move it away, and run {again}') from None
         except ImportError as error:
-            raise SourceError(f'TFDS cannot read {name} ({reason(error)}): run {again}') from None
+            raise UserError(f'TFDS cannot read {name} ({reason(error)}): run {again}') from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            if isinstance(error, SourceError):
+            if isinstance(error, UserError):
                 raise
-            raise SourceError(f'TFDS cannot read {name}, split {split}: {reason(error)}') from None
+            raise UserError(f'TFDS cannot read {name}, split {split}: {reason(error)}') from None
         label = builder.info.features[self._keys[1]]
         self.num_classes, self.class_names = label.num_classes, tuple(label.names)
 
@@ -339,10 +340,10 @@ class TFDS:
         try:
             entry = self._data[i]
         except (OSError, RuntimeError, ValueError) as error:
-            raise SourceError(f'{self.name(i)} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.name(i)} is damaged: {reason(error)}') from None
         image, label = (entry[key] for key in self._keys)
         if label < 0:
-            raise SourceError(f'{self.name(i)} has no label')
+            raise UserError(f'{self.name(i)} has no label')
         return {'image': image, 'label': np.int32(label)}
 
     def name(self, i):

@@ -16,12 +16,9 @@ import zipfile
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
+from sphere_ar_jax.runtime.console import UserError
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
-
-
-class SourceError(ValueError):
-    """Data that are not there, damaged or of another make; one line that says what to do."""
 
 
 def printable(text):
@@ -55,7 +52,7 @@ def _open_tar(file, what):
     try:
         return tarfile.open(fileobj=file, mode='r:')
     except (tarfile.TarError, OSError) as error:
-        raise SourceError(f'{what} is no uncompressed tar: {reason(error)}') from None
+        raise UserError(f'{what} is no uncompressed tar: {reason(error)}') from None
 
 
 def _files(archive, what):
@@ -64,20 +61,20 @@ def _files(archive, what):
         try:
             member = archive.next()
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError) as error:
-            raise SourceError(f'{what} is damaged ({reason(error)}): fetch it again') from None
+            raise UserError(f'{what} is damaged ({reason(error)}): fetch it again') from None
         if member is None:
             return
         if member.isdir():
             continue
         if not member.isreg() or member.issparse() or member.size < 0:
-            raise SourceError(f'{what} holds {printable(member.name)}, which is no plain file')
+            raise UserError(f'{what} holds {printable(member.name)}, which is no plain file')
         yield member
 
 
 def _check_end(fd, end, what):
-    """Raises SourceError unless the mark of a tar's end lies where `tarfile` stopped: it does not tell."""
+    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped: it does not tell."""
     if os.pread(fd, BLOCK, end) != bytes(BLOCK):
-        raise SourceError(f'{what} is damaged at byte {end:,}: fetch it again')
+        raise UserError(f'{what} is damaged at byte {end:,}: fetch it again')
 
 
 def _class_tars(outer, path):
@@ -86,20 +83,20 @@ def _class_tars(outer, path):
     for member in _files(outer, path):
         synset, suffix = os.path.splitext(printable(os.path.basename(member.name)))
         if suffix.lower() in IMAGE_SUFFIXES:
-            raise SourceError(
+            raise UserError(
                 f'{path} holds images, not a tar for each class, so no labels: ILSVRC2012_img_train.tar is needed '
                 '(validation images: unpack them into a directory for each class, an ImageFolder)'
             )
         if suffix != '.tar':
-            raise SourceError(f'{path} holds {printable(member.name)}, but must hold only tars, one for each class')
+            raise UserError(f'{path} holds {printable(member.name)}, but must hold only tars, one for each class')
         if synset in found:
-            raise SourceError(f'{path} holds {synset}.tar twice')
+            raise UserError(f'{path} holds {synset}.tar twice')
         found[synset] = member
     if not found:
-        raise SourceError(f'{path} holds no files')
+        raise UserError(f'{path} holds no files')
     known = [synset for synset, _ in imagenet.classes()]
     if len(found) == len(known) and (other := sorted(set(found) - set(known))):
-        raise SourceError(f'{path} has 1,000 classes, but not those of ILSVRC2012: {other[0]} is none of them')
+        raise UserError(f'{path} has 1,000 classes, but not those of ILSVRC2012: {other[0]} is none of them')
     return found
 
 
@@ -113,7 +110,7 @@ def _build_index(path, fd, progress):
     before = os.fstat(fd)
     size = before.st_size
     if size % BLOCK or size < 2 * BLOCK or os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) != bytes(2 * BLOCK):
-        raise SourceError(f'{path} does not end as an uncompressed tar does: it is none, or cut off; fetch it again')
+        raise UserError(f'{path} does not end as an uncompressed tar does: it is none, or cut off; fetch it again')
     rows = []
     with open(fd, 'rb', closefd=False) as file, _open_tar(file, path) as outer:
         members = _class_tars(outer, path)
@@ -127,11 +124,11 @@ def _build_index(path, fd, progress):
                 if inner.offset != member.size:  # a mark is not needed where the outer tar has the length
                     _check_end(fd, start + inner.offset, what)
             if len(rows) == first:
-                raise SourceError(f'{what} holds no images')
+                raise UserError(f'{what} holds no images')
             progress(start + member.size, size)
     after = os.fstat(fd)
     if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
-        raise SourceError(f'{path} changed while it was read: start again when it is complete')
+        raise UserError(f'{path} changed while it was read: start again when it is complete')
     progress(size, size)
     offsets, sizes, labels, checksums = np.array(rows, np.int64).T
     tars = np.array([members[synset].offset for synset in synsets])
@@ -160,7 +157,7 @@ def open_index(path, fd, index_dir, progress):
         in the cache of the user where nothing can be written there.
       progress: called as progress(done, total), in bytes, after each inner tar while the index is built.
     Raises:
-      SourceError: see `sources.ImageNetTar`.
+      UserError: see `sources.ImageNetTar`.
     """
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'sphere_ar_jax')
     places = [index_dir] if index_dir else [os.path.dirname(path), cache]
@@ -183,4 +180,4 @@ def open_index(path, fd, index_dir, progress):
             why = reason(error)
             if os.path.exists(temporary):
                 os.remove(temporary)
-    raise SourceError(f'the index of {path} cannot be written to {" or ".join(places)} ({why}): give an index_dir')
+    raise UserError(f'the index of {path} cannot be written to {" or ".join(places)} ({why}): give an index_dir')

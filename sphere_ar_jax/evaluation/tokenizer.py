@@ -7,9 +7,10 @@ import numpy as np
 
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import similarity
-from sphere_ar_jax.evaluation.fidelity import image_sets, protocol, statistics
+from sphere_ar_jax.evaluation.fidelity import protocol, statistics
 from sphere_ar_jax.models.lpips import LPIPS
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 
 
@@ -39,14 +40,14 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
     Returns:
       dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, and what the posterior
       shows. Reconstructions are rounded to bytes as samples are, but for psnr.
-    Raises ImageSetError for images of another size.
+    Raises UserError for images of another size.
     """
     mesh, size, key = sharding.make_mesh(**run.config.mesh), run.vae.image_shape, jax.random.key(seed)
     vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
     count, totals, features = 0, collections.Counter(), ([], [])
     for images in batches:
         if images.shape[1:] != size:
-            raise image_sets.ImageSetError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
+            raise UserError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
         real = images.astype(np.float32) / 127.5 - 1
         decoded, found = on_mesh.reconstruct(run.vae, vae_params, real, key, len(images), mesh, count)
         rounded = np.asarray(pixels.to_uint8(decoded))
@@ -64,7 +65,7 @@ def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=
         count += len(images)
         progress(count)
     if not count:
-        raise image_sets.ImageSetError('there are no images to score')
+        raise UserError('there are no images to score')
     scores = {name: value / count for name, value in totals.items()}
     scores['psnr'] = float(10 * np.log10(4 / scores.pop('error')))
     if network is not None:

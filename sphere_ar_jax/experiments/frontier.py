@@ -17,12 +17,13 @@ import numpy as np
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import pictures
 from sphere_ar_jax.evaluation.digits import digit_pixels, score_digits
 from sphere_ar_jax.flow import plan
-from sphere_ar_jax.runtime import checkpoint, files, metric_writer
+from sphere_ar_jax.runtime import files, metric_writer
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import load_run
 
@@ -147,7 +148,7 @@ def main():
     arguments = parser.parse_args()
     try:
         run(arguments.workdir, arguments.output, arguments.num_images, arguments.batch_size)
-    except (OSError, schema.ConfigError, checkpoint.DamagedError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f'error: {error}')
 
 

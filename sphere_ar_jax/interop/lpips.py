@@ -6,15 +6,12 @@ import numpy as np
 
 from sphere_ar_jax.interop import torch_file
 from sphere_ar_jax.models import lpips
+from sphere_ar_jax.runtime.console import UserError
 
 SOURCES = (
     "taming-transformers' vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)",
     "torchvision's vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)",
 )
-
-
-class WeightsError(ValueError):
-    """The files are not LPIPS weights."""
 
 
 def load(lin_tensors, vgg_tensors):
@@ -27,7 +24,7 @@ def load(lin_tensors, vgg_tensors):
         features.<n>.bias (out,); its classifier.* are not needed.
     Returns:
       parameter tree of float32 NumPy arrays.
-    Raises WeightsError, in one line, for all missing, mis-shaped and unexpected tensors together.
+    Raises UserError, in one line, for all missing, mis-shaped and unexpected tensors together.
     """
     lins, shapes, convolutions = {}, {}, {}
     index, before = 0, 3  # torchvision's list counts ReLUs and poolings too
@@ -41,7 +38,7 @@ def load(lin_tensors, vgg_tensors):
     vgg_tensors = {name: a for name, a in vgg_tensors.items() if not str(name).startswith('classifier.')}
     faults = _faults('vgg.pth', lin_tensors, lins) + _faults('vgg16-397923af.pth', vgg_tensors, shapes)
     if faults:
-        raise WeightsError(
+        raise UserError(
             "LPIPS takes the tensors of taming-transformers' vgg.pth and of torchvision's vgg16-397923af.pth, but "
             + '; '.join(faults)
         )
@@ -55,13 +52,13 @@ def load(lin_tensors, vgg_tensors):
 
 
 def check_paths(lin_path, vgg_path):
-    """Raises WeightsError where a path is None or no file is there; it says where both files are to be had."""
+    """Raises UserError where a path is None or no file is there; it says where both files are to be had."""
     missing = [f'no file {path}' for path in (lin_path, vgg_path) if path is not None and not os.path.isfile(path)]
     missing += [
         f'no path to {s.split(" (")[0]}' for s, p in zip(SOURCES, (lin_path, vgg_path), strict=True) if p is None
     ]
     if missing:
-        raise WeightsError(
+        raise UserError(
             f'LPIPS needs {" and ".join(SOURCES)}, but there is {" and ".join(missing)}: download both '
             '(training goes without at perceptual_weight=0)'
         )
@@ -71,14 +68,13 @@ def read(lin_path, vgg_path):
     """`load` of the files `vgg.pth` and `vgg16-397923af.pth`.
 
     Raises:
-      WeightsError: of `check_paths`, or a file is of other tensors. torch_file.FileError: a file is damaged, or none of
-      PyTorch.
+      UserError: of `check_paths`; a file is of other tensors, damaged, or none of PyTorch.
     """
     check_paths(lin_path, vgg_path)
     contents = [torch_file.open_file(path) for path in (lin_path, vgg_path)]
     for path, tensors in zip((lin_path, vgg_path), contents, strict=True):
         if not isinstance(tensors, dict):
-            raise WeightsError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
+            raise UserError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
     return load(*contents)
 
 

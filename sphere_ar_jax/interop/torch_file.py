@@ -36,6 +36,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from sphere_ar_jax.runtime.console import UserError
+
 MAX_BYTES = 2**26
 MAX_STEPS = 10**6
 MAX_DEPTH = 100
@@ -48,13 +50,9 @@ _BAD = (
 )  # fmt: skip
 
 
-class FileError(ValueError):
-    """A file that cannot be read as plain tensors; the message is one line."""
-
-
 def _require(condition: Any, message: str) -> None:
     if not condition:
-        raise FileError(message)
+        raise UserError(message)
 
 
 def _short(text: str | bytes) -> str:
@@ -109,7 +107,7 @@ class Tensor:
     """A tensor that lies in a file: `shape`, NumPy `dtype`, and its numbers by `read()` or
     `np.asarray(tensor)`.
 
-    It keeps nothing: each reading opens the file anew. Raises FileError where the file has changed
+    It keeps nothing: each reading opens the file anew. Raises UserError where the file has changed
     or its checksum does not match, OSError where it cannot be opened any more.
     """
 
@@ -120,7 +118,7 @@ class Tensor:
     _strides: tuple[int, ...] = dataclasses.field(repr=False)
 
     def check(self) -> None:
-        """Raise FileError unless every element lies in the storage and there are no more of them
+        """Raise UserError unless every element lies in the storage and there are no more of them
         than it has."""
         numbers = (*self.shape, *self._strides, self._offset)
         sound = len(self.shape) == len(self._strides) <= 32
@@ -272,11 +270,11 @@ class _Opcodes:
     def __getitem__(self, code: int) -> Callable:
         self.steps += 1
         if self.steps > MAX_STEPS:
-            raise FileError(f'its pickle takes more than {MAX_STEPS} steps')
+            raise UserError(f'its pickle takes more than {MAX_STEPS} steps')
         opcode = pickletools.code2op.get(chr(code))
         _require(opcode, 'its pickle is damaged')
         if opcode.name not in _OPCODES:
-            raise FileError(f'it uses the opcode {opcode.name}, which no checkpoint needs')
+            raise UserError(f'it uses the opcode {opcode.name}, which no checkpoint needs')
         return getattr(_Unpickler, pickle._Unpickler.dispatch[code].__name__)
 
 
@@ -394,7 +392,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
-    """Raise FileError for what is no plain data, views outside their storage and nests too deep,
+    """Raise UserError for what is no plain data, views outside their storage and nests too deep,
     or endless.
 
     seen: {id: height} of what was checked before, since a pickle can name one thing many times.
@@ -514,7 +512,7 @@ def open_file(path: str | os.PathLike) -> Any:
       argparse.Namespace, str, bytes, numbers (NumPy's as Python's), None, NumPy dtype (for torch's)
       and str (for torch.device).
     Raises:
-      FileError: with the reason in one line, see the module's docstring. OSError: the file cannot
+      UserError: with the reason in one line, see the module's docstring. OSError: the file cannot
       be opened.
     """
     path = os.fspath(path)
@@ -527,11 +525,11 @@ def open_file(path: str | os.PathLike) -> Any:
             _require(start[:1] in (b'P', b'\x80'), 'it is no file of PyTorch')
             value = _open_zip(path, file) if start[:1] == b'P' else _open_stream(path, file)
             _check(value, {})
-        except FileError as error:
-            raise FileError(f'{path}: {error}') from None
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from None
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise FileError(f'{path}: it is a damaged zip file: {str(error)!a:.100}') from None
+            raise UserError(f'{path}: it is a damaged zip file: {str(error)!a:.100}') from None
         except _BAD as error:
             kind = type(error).__name__
-            raise FileError(f'{path}: its pickle or directory is damaged ({kind})') from None
+            raise UserError(f'{path}: its pickle or directory is damaged ({kind})') from None
     return value

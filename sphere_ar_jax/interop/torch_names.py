@@ -21,11 +21,7 @@ from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.backbones import vit
-
-
-class ConversionError(ValueError):
-    """A checkpoint that does not fit. The first line says what is wrong; a line for each tensor may follow."""
-
+from sphere_ar_jax.runtime.console import UserError
 
 _BLOCK = {
     'attention/qkv/kernel': 'attention.wqkv.weight',
@@ -82,7 +78,7 @@ def _rule(path):
         if match:
             name = match.expand(theirs)
             return re.sub(r'\.(kernel|scale)$', '.weight', name), stacked, kind
-    raise ConversionError(f'the parameter {path} has no PyTorch name')
+    raise UserError(f'the parameter {path} has no PyTorch name')
 
 
 def _to_theirs(a, kind):
@@ -105,7 +101,7 @@ def _to_ours(a, kind):
 def torch_shapes(params):
     """{PyTorch name: shape} of a parameter tree, abstract or not; no tensor is touched.
 
-    Raises ConversionError for a leaf that has no PyTorch name.
+    Raises UserError for a leaf that has no PyTorch name.
     """
     shapes = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
@@ -151,7 +147,7 @@ def nearest_names(name, others):
 
 
 def _require_fit(tensors, shapes):
-    """Raises ConversionError, a line for each tensor that is missing, unexpected or of another shape than `shapes`."""
+    """Raises UserError, a line for each tensor that is missing, unexpected or of another shape than `shapes`."""
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     shaped = [name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]]
     lines = [f'missing: {name}{nearest_names(name, unexpected)}' for name in missing]
@@ -159,7 +155,7 @@ def _require_fit(tensors, shapes):
     lines += [f'shape: {name} has {tuple(tensors[name].shape)}, but the model needs {shapes[name]}' for name in shaped]
     if lines:
         counts = f'{len(missing)} missing, {len(unexpected)} unexpected and {len(shaped)} mis-shaped'
-        raise ConversionError('\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines]))
+        raise UserError('\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines]))
 
 
 def _is_buffer(name):
@@ -182,7 +178,7 @@ def from_torch(tensors, like, progress=lambda done: None):
     `tensors` may hold S-VAE and AR model, as the published files do: those of the one that `like` is are read, and
     RoPE tables passed over. progress: called with the number of tensors done.
 
-    Raises ConversionError that lists every missing, unexpected and mis-shaped tensor, before any is read.
+    Raises UserError that lists every missing, unexpected and mis-shaped tensor, before any is read.
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
@@ -205,7 +201,7 @@ def from_torch(tensors, like, progress=lambda done: None):
 
 def export(path, model, vae_params, ar_params=None):
     """Writes parameters under the public names to a safetensors file, float32, as the published files have them: the
-    S-VAE `model` with its RoPE tables, and the AR model if given. Raises ConversionError for a distilled head."""
+    S-VAE `model` with its RoPE tables, and the AR model if given. Raises UserError for a distilled head."""
     tensors = to_torch(vae_params) | ({} if ar_params is None else to_torch(ar_params))
     head_dim = transformer.head_dim(model.channels[-1], model.heads)
     angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)

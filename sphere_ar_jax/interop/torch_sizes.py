@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, transformer
 from sphere_ar_jax.models.backbones import vit
+from sphere_ar_jax.runtime.console import UserError
 
 
 def state_dict(tree, ema=True):
@@ -17,7 +18,7 @@ def state_dict(tree, ema=True):
       tree: as `torch_file.open_file` returns it: a dictionary with `ema` or `model`, or a bare state_dict.
       ema: prefer `ema`, where there is one, to `model`.
     Returns:
-      a dictionary; RoPE tables are still in it, for `sizes`. Raises ConversionError where tree is none of the above.
+      a dictionary; RoPE tables are still in it, for `sizes`. Raises UserError where tree is none of the above.
     """
     entries = tree if isinstance(tree, dict) else {}
     chosen = next((name for name in ('ema', 'model')[not ema :] if entries.get(name)), None)
@@ -30,12 +31,10 @@ def state_dict(tree, ema=True):
         if isinstance(entry, dict) and entry:
             found = 'has the keys ' + ', '.join(ascii(name)[:60] for name in list(entry)[:20])
         wanted = 'ema, model or tensors alone' if ema else 'model or tensors alone'
-        raise torch_names.ConversionError(f'{where} {found}: expected {wanted if chosen is None else "tensors alone"}')
+        raise UserError(f'{where} {found}: expected {wanted if chosen is None else "tensors alone"}')
     tensors = {re.sub(r'^((module|_orig_mod)\.)+', '', name): tensor for name, tensor in entry.items()}
     if len(tensors) < len(entry):
-        raise torch_names.ConversionError(
-            'the checkpoint has tensors of the same name with and without module. or _orig_mod.'
-        )
+        raise UserError('the checkpoint has tensors of the same name with and without module. or _orig_mod.')
     return tensors
 
 
@@ -53,11 +52,11 @@ class Sizes(NamedTuple):
 def _size(tensors, name, axis):
     shape = getattr(tensors.get(name), 'shape', None)
     if shape is None:
-        raise torch_names.ConversionError(
+        raise UserError(
             f'the checkpoint is no SphereAR model: it lacks {name}{torch_names.nearest_names(name, tensors)}'
         )
     if axis >= len(shape) or shape[axis] < 1:
-        raise torch_names.ConversionError(f'the checkpoint is no SphereAR model: {name} has shape {tuple(shape)}')
+        raise UserError(f'the checkpoint is no SphereAR model: {name} has shape {tuple(shape)}')
     return shape[axis]
 
 
@@ -66,17 +65,15 @@ def _count(tensors, prefix):
     matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in tensors)
     count = 1 + max((int(match[1]) for match in matches if match), default=-1)
     if not 1 <= count <= 1000:
-        raise torch_names.ConversionError(f'the checkpoint is no SphereAR model: it has {count} modules {prefix}.…')
+        raise UserError(f'the checkpoint is no SphereAR model: it has {count} modules {prefix}.…')
     return count
 
 
 def _agree(what, values):
-    """The one value of {source: value or None}, None where no source has one. Raises ConversionError for two."""
+    """The one value of {source: value or None}, None where no source has one. Raises UserError for two."""
     known = {source: value for source, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
-        raise torch_names.ConversionError(
-            f'{what} disagree: ' + ', '.join(f'{value} by {source}' for source, value in known.items())
-        )
+        raise UserError(f'{what} disagree: ' + ', '.join(f'{value} by {source}' for source, value in known.items()))
     return next(iter(known.values()), None)
 
 
@@ -94,7 +91,7 @@ def _vae_sizes(tensors, num_tokens, args):
         | {'pos_for_diff': num_tokens, 'args.image_size': None if pixels is None else (pixels >> stages) ** 2},
     )
     if L is None or L < 1 or math.isqrt(L) ** 2 != L:
-        raise torch_names.ConversionError(
+        raise UserError(
             f'the grid of tokens cannot be told: their number is {"nowhere" if L is None else L}, it must be a square'
         )
     latent_dims = {
@@ -102,7 +99,7 @@ def _vae_sizes(tensors, num_tokens, args):
         'args.latent_dim': args.get('latent_dim'),
     }
     if width % head_dim:
-        raise torch_names.ConversionError(f"the heads' dimension {head_dim} does not divide the S-VAE's width {width}")
+        raise UserError(f"the heads' dimension {head_dim} does not divide the S-VAE's width {width}")
     return dict(
         grid=(math.isqrt(L),) * 2,
         latent_dim=_agree('latent dimensions', latent_dims),
@@ -127,12 +124,12 @@ def sizes(tensors, args=None, heads=None):
       tensors: {name: anything with a shape}, as `state_dict` returns it. args: the checkpoint's `args`, if any: what it
         says of sizes must agree with the shapes. heads: of an AR model that was not published.
     Raises:
-      ConversionError: a tensor that is needed here is missing, or two sources disagree.
+      UserError: a tensor that is needed here is missing, or two sources disagree.
     """
     args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
     args = {k: v for k, v in args.items() if type(v) is int or k == 'model'}
     if not any(name.startswith('vae.') for name in tensors):
-        raise torch_names.ConversionError(
+        raise UserError(
             f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {", ".join(list(tensors)[:5])}'
         )
     if all(name.startswith('vae.') for name in tensors):
@@ -155,7 +152,7 @@ def sizes(tensors, args=None, heads=None):
     try:
         transformer.head_dim(width, heads)
     except ValueError as error:
-        raise torch_names.ConversionError(f'the number of heads is not {heads}: {error}; give heads') from None
+        raise UserError(f'the number of heads is not {heads}: {error}; give heads') from None
     _agree('latent dimensions', {'proj_in.weight': size('proj_in.weight', 1), 'the S-VAE': vae_sizes['latent_dim']})
     classes = {'cls_embedding.weight': size('cls_embedding.weight', 0) - 1, 'args.num_classes': args.get('num_classes')}
     tokens = {

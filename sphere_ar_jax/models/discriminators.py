@@ -14,13 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models.convolutions import torch_init
+from sphere_ar_jax.runtime.console import UserError
 
 MOMENTUM, EPS = 0.1, 1e-5  # of PyTorch's BatchNorm
 SLOPE = 0.2
-
-
-class DiscriminatorError(ValueError):
-    """No discriminator of that name, or none for images of that size."""
 
 
 leaky = functools.partial(nn.leaky_relu, negative_slope=SLOPE)
@@ -89,11 +86,11 @@ class PatchGAN(nn.Module):
     dtype: Any = jnp.float32
 
     def check(self, image_shape):
-        """Raises DiscriminatorError where images (H, W, c) are too small for one logit."""
+        """Raises UserError where images (H, W, c) are too small for one logit."""
         least = 3 * 2**self.layers
         if min(image_shape[:2]) < least:
             H, W, _ = image_shape
-            raise DiscriminatorError(f'PatchGAN needs images of at least {least}×{least} pixels, not {H}×{W}')
+            raise UserError(f'PatchGAN needs images of at least {least}×{least} pixels, not {H}×{W}')
 
     @nn.compact
     def __call__(self, images, train=True):
@@ -143,10 +140,10 @@ class StyleGAN(nn.Module):
     dtype: Any = jnp.float32
 
     def check(self, image_shape):
-        """Raises DiscriminatorError for images (H, W, c) that are no squares of a power of two from 8 to 1024."""
+        """Raises UserError for images (H, W, c) that are no squares of a power of two from 8 to 1024."""
         H, W, _ = image_shape
         if H != W or H not in (8, 16, 32, 64, 128, 256, 512, 1024):
-            raise DiscriminatorError(f'stylegan judges squares of 8, 16, 32, … 1024 pixels, not {H}×{W}')
+            raise UserError(f'stylegan judges squares of 8, 16, 32, … 1024 pixels, not {H}×{W}')
 
     @nn.compact
     def __call__(self, images, train=True):
@@ -168,10 +165,10 @@ KINDS = {'patchgan': PatchGAN, 'stylegan': StyleGAN}
 def build(name, image_shape, dtype=jnp.float32):
     """The published discriminator of that name for images (H, W, c).
 
-    Raises DiscriminatorError, one line, for another name than those of `KINDS` and for images it cannot judge.
+    Raises UserError, one line, for another name than those of `KINDS` and for images it cannot judge.
     """
     if name not in KINDS:
-        raise DiscriminatorError(f'discriminator is {name!r}, but must be one of {", ".join(KINDS)}')
+        raise UserError(f'discriminator is {name!r}, but must be one of {", ".join(KINDS)}')
     discriminator = KINDS[name](dtype=dtype)
     discriminator.check(image_shape)
     return discriminator

@@ -23,11 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sphere_ar_jax.runtime import files, hosts
-
-
-class DamagedError(ValueError):
-    """No checkpoint of a run could be read."""
-
+from sphere_ar_jax.runtime.console import UserError
 
 _LARGE = 2**22  # numbers in a leaf
 
@@ -166,7 +162,7 @@ class Checkpoints:
         Returns:
           (state, data_state, seconds), or None if there is no checkpoint at all.
         Raises:
-          DamagedError: there are checkpoints, but none can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
             self.wait()  # for a save of this process
@@ -180,7 +176,7 @@ class Checkpoints:
                 self.set_aside(steps[:i])
             return found
         if steps:
-            raise DamagedError(
+            raise UserError(
                 f'none of the checkpoints in {self.directory} can be read: move the directory away to start anew'
             )
         return None

@@ -5,8 +5,21 @@ import re
 import sys
 
 
-class UserError(Exception):
-    """Something that the user can put right; one line."""
+class UserError(ValueError):
+    """Something that the user can put right; the message is one line that says how. The program ends with code 2."""
+
+
+class Stopped(Exception):
+    """A run that ended early and in order, as after a signal.
+
+    Attributes:
+      code: exit code of the program. first: whether this is the process that says so.
+    """
+
+    def __init__(self, message: str, code: int, first: bool):
+        super().__init__(message)
+        self.code = code
+        self.first = first
 
 
 def size(count):

@@ -23,14 +23,11 @@ import numpy as np
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.runtime import checkpoint, hosts
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import replace, write_json
 from sphere_ar_jax.sampling import on_mesh
 
 LABELS = ('uniform', 'balanced')
-
-
-class GenerationError(ValueError):
-    """Labels that a model does not know, or a place where other samples are; one line that says what to do."""
 
 
 def draw_labels(kind, n, num_classes, seed):
@@ -39,7 +36,7 @@ def draw_labels(kind, n, num_classes, seed):
     Args:
       kind: 'uniform', each at random by seed and i, as published; 'balanced', i mod num_classes; or the path of a file
         with n whole numbers, .npy or text.
-    Raises GenerationError for a file that is no such list, or not there; OSError where it cannot be read.
+    Raises UserError for a file that is no such list, or not there; OSError where it cannot be read.
     """
     if kind == 'balanced':
         return (np.arange(n) % num_classes).astype(np.int32)
@@ -48,18 +45,18 @@ def draw_labels(kind, n, num_classes, seed):
         one = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
         return np.asarray(jax.jit(jax.vmap(one))(np.arange(n)), np.int32)
     if not os.path.exists(kind):
-        raise GenerationError(f'there is no file {kind}; labels are uniform, balanced, or a file of whole numbers')
+        raise UserError(f'there is no file {kind}; labels are uniform, balanced, or a file of whole numbers')
     try:  # mapped: a wrong header takes no memory
         npy = kind.endswith('.npy')
         labels = np.load(kind, mmap_mode='r') if npy else np.loadtxt(kind, dtype=np.int64, ndmin=1)
     except (ValueError, EOFError, OverflowError) as error:
-        raise GenerationError(f'{kind} is no list of whole numbers: {error}') from None
+        raise UserError(f'{kind} is no list of whole numbers: {error}') from None
     if not isinstance(labels, np.ndarray):
-        raise GenerationError(f'{kind} is an npz, but must be an npy or text')
+        raise UserError(f'{kind} is an npz, but must be an npy or text')
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
-        raise GenerationError(f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}')
+        raise UserError(f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}')
     if not ((labels >= 0) & (labels < num_classes)).all():
-        raise GenerationError(f'{kind}: labels must lie between 0 and {num_classes - 1}')
+        raise UserError(f'{kind}: labels must lie between 0 and {num_classes - 1}')
     return labels.astype(np.int32)
 
 
@@ -97,7 +94,7 @@ class _Parts:
         self.directory, self.done, self.files = directory, 0, []
         about = os.path.join(directory, 'about.json')
         if os.path.exists(about) and not _is_of(about, identity):
-            raise GenerationError(f'{directory} holds samples of other settings: remove it, or take another --output')
+            raise UserError(f'{directory} holds samples of other settings: remove it, or take another --output')
         os.makedirs(directory, exist_ok=True)
         write_json(about, identity)
         while os.path.exists(self._path(self.done)):
@@ -150,7 +147,7 @@ def _begin(path, identity, shape):
     if not os.path.exists(path):
         return _Parts(f'{path}.parts', identity, shape)
     if not _is_of(f'{path}.json', identity):
-        raise GenerationError(f'{path} holds samples of other settings: move it away, or take another --output')
+        raise UserError(f'{path} holds samples of other settings: move it away, or take another --output')
     shutil.rmtree(f'{path}.parts', ignore_errors=True)  # a kill may have left it
     return None
 
@@ -167,7 +164,7 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
       batch_size: B, rounded up to a multiple of the mesh's devices.
       progress: called with the number of images done, at first with those of earlier starts.
     Raises:
-      GenerationError: there are samples of other settings at the path.
+      UserError: there are samples of other settings at the path.
     """
     n = len(labels)
     shape = (n, *run.vae.image_shape)

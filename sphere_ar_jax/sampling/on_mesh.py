@@ -163,8 +163,8 @@ def draw_batches(
     is, it is the same up to rounding. See `program`. All processes call it with the same arguments.
 
     Args:
-      labels: of n images, see `conditions`. index: (n,) ints or None.
-      batch_size: rounded up to a multiple of the mesh's devices. mesh: all devices if None. start: the first image, a multiple of the batch size.
+      labels: of n images, see `conditions`. index: (n,) ints or None. start: the first image, a multiple of the batch
+      size. batch_size: rounded up to a multiple of the mesh's devices. mesh: all devices if None.
     Yields:
       (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of each batch, which is
       computed in the background. What goes beyond n in the last one is to be left out.

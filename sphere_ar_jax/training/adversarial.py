@@ -25,12 +25,9 @@ import optax
 
 from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.models.vae import autoencode
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training import state as training_state
-
-
-class OptionsError(ValueError):
-    """Options that the training cannot have; one line."""
 
 
 class AdversarialState(training_state.TrainState):
@@ -44,7 +41,7 @@ class AdversarialState(training_state.TrainState):
 
 def _check(options):
     if options.disc_loss not in discriminators.ADVERSARIAL:
-        raise OptionsError(
+        raise UserError(
             f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(discriminators.ADVERSARIAL)}'
         )
 
@@ -63,7 +60,7 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
       and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
       clipping; learning_rate.
     Raises:
-      OptionsError, discriminators.DiscriminatorError: one line.
+      UserError: one line.
     """
     if not options.disc_weight:
         return stages.tokenizer_stage(vae, options, seed, lpips_params)

@@ -10,12 +10,13 @@ from clu import metrics as clu_metrics
 from clu import parameter_overview
 
 from sphere_ar_jax.data import batches as data_batches
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime import checkpoint, hosts, metric_writer, sharding
 from sphere_ar_jax.training import state as training_state
 from sphere_ar_jax.training.signals import Preempted, Signals
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """The loss or the gradient is no number any more."""
 
 
@@ -66,7 +67,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     Returns:
       (state, seconds it took, those of earlier starts up to their last checkpoint included).
     Raises:
-      NonFiniteError, Preempted, FrozenError, checkpoint.DamagedError, data.DataError.
+      NonFiniteError, Preempted, UserError.
     """
     options, started = stage.options, time.perf_counter()
     abstract = training_state.abstract_state(stage, mesh)

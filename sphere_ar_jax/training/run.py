@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, stages, state
 
 
@@ -22,15 +23,15 @@ class Run(NamedTuple):
 
 
 def load_config(workdir):
-    """The config of a run. Raises OSError where there is none, ConfigError for a file that is no config of ours."""
+    """The config of a run. Raises OSError where there is none, UserError for a file that is no config of ours."""
     path = os.path.join(workdir, 'config.json')
     with epath.Path(path).open() as f:
         try:
             return checks.from_dict(json.load(f))
-        except schema.ConfigError:
+        except UserError:
             raise
         except (ValueError, AttributeError, KeyError, TypeError):
-            raise schema.ConfigError(f'{path} is no config of ours: use another --workdir') from None
+            raise UserError(f'{path} is no config of ours: use another --workdir') from None
 
 
 def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
@@ -39,8 +40,8 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
     Of a workdir that was converted from a PyTorch checkpoint and not trained since, those. Of a workdir with a
     distilled head, that head, and all else from the workdir that it was distilled from. mesh: where the parameters go,
     all devices if None. tokenizer_only: leave the AR model's parameters None. cfg: in place of the run's own config, of
-    the same models. Raises OSError where there is no run, or no checkpoint of a stage yet, ConfigError for a head that
-    was distilled from a distilled one, and FrozenError where the tokenizer is another than the AR model's.
+    the same models. Raises OSError where there is no run, or no checkpoint of a stage yet, UserError for a head that
+    was distilled from a distilled one, and UserError where the tokenizer is another than the AR model's.
     """
     cfg = load_config(workdir) if cfg is None else cfg
     rates, rate = state.ema_decays(cfg.ar_training), cfg.sampling.ema_decay
@@ -63,7 +64,7 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
 
     if cfg.init_from is not None:
         if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
-            raise schema.ConfigError(f'{workdir} is distilled from itself')
+            raise UserError(f'{workdir} is distilled from itself')
         teacher = load_teacher(cfg.init_from, mesh)
         head = restore(
             stages.distillation_stage(
@@ -81,8 +82,8 @@ def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
 
 
 def load_teacher(workdir, mesh=None):
-    """`load_run` of a run to distil from. Raises ConfigError as well where its head is a distilled one itself."""
+    """`load_run` of a run to distil from. Raises UserError as well where its head is a distilled one itself."""
     run = load_run(workdir, mesh)
     if run.config.init_from is not None:
-        raise schema.ConfigError(f'{workdir} has a distilled head: distil from the run that trained it')
+        raise UserError(f'{workdir} has a distilled head: distil from the run that trained it')
     return run

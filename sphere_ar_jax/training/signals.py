@@ -3,14 +3,15 @@
 import signal
 
 from sphere_ar_jax.runtime import hosts
+from sphere_ar_jax.runtime.console import Stopped
 
 
-class Preempted(RuntimeError):
-    """A signal (number) arrived; the state has been saved."""
+class Preempted(Stopped):
+    """A signal (number) arrived; the state has been saved. The exit code is 128 + the number, as shells have it."""
 
-    def __init__(self, number, step, steps):
-        super().__init__(f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on')
-        self.number = number
+    def __init__(self, number: int, step: int, steps: int):
+        message = f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on'
+        super().__init__(message, 128 + number, hosts.is_first())
 
 
 class Signals:

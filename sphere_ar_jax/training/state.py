@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import losses, optimizer
 
 
@@ -164,12 +165,8 @@ def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, 
     return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
-class FrozenError(ValueError):
-    """A checkpoint was trained on another tokenizer (or teacher) than the one that is there now."""
-
-
 def check_frozen(stage, here, data_state, directory):
-    """Raises FrozenError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
+    """Raises UserError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
     `frozen_identity` is `here`."""
     if not here:
         return
@@ -184,7 +181,7 @@ def check_frozen(stage, here, data_state, directory):
             if old.get(name) != new.get(name)
         ]
         what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
-        raise FrozenError(f'{directory} was trained on another {stage.about} than is given ({what})')
+        raise UserError(f'{directory} was trained on another {stage.about} than is given ({what})')
 
 
 def abstract_state(stage, mesh):

@@ -32,6 +32,7 @@ from sphere_ar_jax.flow import plan
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import vae
 from sphere_ar_jax.runtime import checkpoint, console, metric_writer, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import losses, stages
@@ -453,7 +454,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     with pytest.raises(console.UserError, match="'1000' is no class"):
         commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
-        with pytest.raises(main.INPUT_ERRORS, match=f"ImageNet has no class '{wrong}'") as error:
+        with pytest.raises(UserError, match=f"ImageNet has no class '{wrong}'") as error:
             commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes=wrong)
         assert '\n' not in str(error.value)
 
@@ -527,14 +528,12 @@ def test_sampler_seed_and_mesh_are_those_of_the_config_given(tuned):
 
 
 def test_hostile_args_of_a_checkpoint(torch_tensors):
-    """`args` of any kind, and a RoPE table of too few rows: sizes, or one ConversionError."""
+    """`args` of any kind, and a RoPE table of too few rows: sizes, or one UserError."""
     for args in (3, 'text', [1], {'lr': 0.1}):
         assert torch_sizes.sizes(torch_tensors, args).ar['heads'] == 1
-    with pytest.raises(torch_names.ConversionError, match='latent dimensions disagree'):
+    with pytest.raises(UserError, match='latent dimensions disagree'):
         torch_sizes.sizes(torch_tensors, {'latent_dim': 5})
     tensors = {n: t for n, t in torch_tensors.items() if n.startswith('vae.')}
     short = {f'vae.{part}.freqs_cis': np.zeros((2, 32, 2)) for part in ('encoder', 'decoder')}
-    with pytest.raises(
-        torch_names.ConversionError, match=re.escape('the grid of tokens cannot be told: their number is -')
-    ):
+    with pytest.raises(UserError, match=re.escape('the grid of tokens cannot be told: their number is -')):
         torch_sizes.sizes(tensors | short)

@@ -20,7 +20,8 @@ from sphere_ar_jax.data import stand_in
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, statistics
 from sphere_ar_jax.runtime import console, metric_writer
-from sphere_ar_jax.training import loop, state
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training import loop
 from sphere_ar_jax.training.run import load_config, load_run
 from tests.conftest import libraries_promote
 
@@ -124,10 +125,10 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     shutil.copytree(trained[0], workdir)
     settings = json.loads((workdir / 'config.json').read_text())
     (workdir / 'config.json').write_text(json.dumps(settings | {'tokenizer': str(other)}))
-    with pytest.raises(state.FrozenError, match=f'{workdir}/ar was trained on another tokenizer'):
+    with pytest.raises(UserError, match=f'{workdir}/ar was trained on another tokenizer'):
         load_run(str(workdir))
     options = {'tokenizer_training.steps': 0, 'tokenizer': str(other), 'ar_training.log_every': 1}
-    with pytest.raises(state.FrozenError, match='was trained on another tokenizer'):
+    with pytest.raises(UserError, match='was trained on another tokenizer'):
         _train(_config(tar, **options), workdir)
 
 

@@ -10,6 +10,7 @@ import pytest
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import stages
 from tests.conftest import libraries_promote
 from tests.tiny_config import get_config
@@ -84,7 +85,7 @@ def test_arguments_of_the_published_configs(name):
     assert cfg[section].batch_size == 64 and cfg[section].steps == epochs * (1_281_167 // 64)
     assert build.build_vae(cfg).image_shape == (512, 512, 3)
     if name != 'vae':
-        with pytest.raises(schema.ConfigError, match='say how many classes'):
+        with pytest.raises(UserError, match='say how many classes'):
             build.build_ar(cfg)
         cfg.data.num_classes = 7
         model = build.build_ar(cfg)
@@ -123,7 +124,7 @@ def test_variants_of_the_digits():
     """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
     assert build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations == 10
     cfg = _load('digits', 'distilled')
-    with pytest.raises(schema.ConfigError, match='give --config'):
+    with pytest.raises(UserError, match='give --config'):
         checks.check(cfg)
     cfg.init_from = '/somewhere'
     assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
@@ -134,7 +135,7 @@ def test_variants_of_the_digits():
     ):  # fmt: skip
         changed = cfg.copy_and_resolve_references()
         changed.update_from_flattened_dict(wrong)
-        with pytest.raises(schema.ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             checks.check(changed)
 
 
@@ -219,7 +220,7 @@ def test_impossible_values_are_one_line(key):
     checks.check(cfg)
     with cfg.ignore_type():
         cfg.update_from_flattened_dict({key.strip(): value})
-    with pytest.raises(schema.ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         checks.check(cfg)
     assert '\n' not in str(caught.value)
 
@@ -227,7 +228,7 @@ def test_impossible_values_are_one_line(key):
 def test_euler_takes_no_last_step():
     cfg = get_config()
     cfg.sampling.update(solver='euler', last_step=0.1)
-    with pytest.raises(schema.ConfigError, match='only for the solver euler_maruyama'):
+    with pytest.raises(UserError, match='only for the solver euler_maruyama'):
         checks.check(cfg)
 
 

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from sphere_ar_jax.data import augment, digits
 from sphere_ar_jax.data import batches as data_batches
+from sphere_ar_jax.runtime.console import UserError
 from tests.fake_images import Epochs, Pictures
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def test_state_is_checked():
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, {'next_index': 7}),
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, state | {'images': 47}),
     ):  # fmt: skip
-        with pytest.raises(data_batches.DataError, match='the checkpoint belongs to other data') as error:
+        with pytest.raises(UserError, match='the checkpoint belongs to other data') as error:
             data_batches.batches(Numbered(), **options).check_state(old)
         assert '\n' not in str(error.value)
 
@@ -207,13 +208,11 @@ def test_too_many_broken_images_stop_the_run(capfd):
     with data_batches.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
         _take(iterator, 5)  # 80 images and their replacements, fewer than 100
         assert iterator.seen < 100 and iterator.broken > 0.05 * iterator.seen
-        with pytest.raises(
-            data_batches.DataError, match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; '
-        ):
+        with pytest.raises(UserError, match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; '):
             _take(iterator, 2)
     with (
         data_batches.batches(Pictures(5, range(5)), max_broken=1.0, **options) as iterator,
-        pytest.raises(data_batches.DataError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '),
+        pytest.raises(UserError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '),
     ):
         next(iterator)
     capfd.readouterr()
@@ -223,7 +222,7 @@ def test_an_error_of_the_source_is_one_line():
     source = Pictures(50, missing=[3])
     with (
         data_batches.batches(source, batch_size=16, seed=3) as iterator,
-        pytest.raises(data_batches.DataError) as error,
+        pytest.raises(UserError) as error,
     ):
         _take(iterator, 4)
     assert str(error.value) == 'class/3.JPEG cannot be read: OSError: the disk is gone'
@@ -238,7 +237,7 @@ def test_closed_is_closed():
 
 
 def test_no_images_are_refused():
-    with pytest.raises(data_batches.DataError, match='there are no images'):
+    with pytest.raises(UserError, match='there are no images'):
         data_batches.batches(Pictures(0), batch_size=16, seed=3)
 
 
@@ -258,7 +257,7 @@ def test_worker_processes_change_nothing(capfd):
     assert sorted(said) == sorted(f'class/{i}.JPEG is broken: another image takes its place' for i in BROKEN)
     with (
         data_batches.batches(Pictures(50, missing=[3]), batch_size=16, seed=3, workers=1) as iterator,
-        pytest.raises(data_batches.DataError, match=r'^class/3.JPEG cannot be read: OSError: the disk is gone$'),
+        pytest.raises(UserError, match=r'^class/3.JPEG cannot be read: OSError: the disk is gone$'),
     ):
         _take(iterator, 4)
     assert _children() == before
@@ -297,7 +296,7 @@ if __name__ == '__main__':
             next(iterator)
             arrived += arrived[:1]
         print('the end', flush=True)
-    except batches.DataError as error:
+    except UserError as error:
         print(error, flush=True)
         iterator.close()
 """

@@ -3,6 +3,7 @@ import hashlib
 import pytest
 
 from sphere_ar_jax.data import imagenet
+from sphere_ar_jax.runtime.console import UserError
 
 ANCHORS = {
     0: ('n01440764', 'tench'), 1: ('n01443537', 'goldfish'), 22: ('n01614925', 'bald eagle'),
@@ -20,7 +21,7 @@ def _names(k):
 
 
 def _error(text):
-    with pytest.raises(imagenet.ClassNameError) as error:
+    with pytest.raises(UserError) as error:
         imagenet.find(text)
     assert '\n' not in str(error.value)
     return str(error.value)

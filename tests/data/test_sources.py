@@ -21,6 +21,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sphere_ar_jax.data import imagenet, sources, stand_in
+from sphere_ar_jax.runtime.console import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SYNSETS = ('n02099601', 'n01440764', 'n04243546')  # not sorted
@@ -58,7 +59,7 @@ def _contents(source):
 
 def _refusal(make, *arguments, **options):
     """The line that a call is refused with."""
-    with pytest.raises(sources.SourceError) as caught:
+    with pytest.raises(UserError) as caught:
         make(*arguments, **options)
     assert '\n' not in str(caught.value)
     return str(caught.value)
@@ -287,7 +288,7 @@ def test_every_cut_is_noticed_or_harmless(path):
         try:
             assert _contents(sources.ImageNetTar(path)) == truth
             harmless += 1
-        except sources.SourceError as error:
+        except UserError as error:
             assert re.search('cut off|damaged', str(error))
     zeros = len(whole) - len(whole.rstrip(b'\0'))
     assert 0 < harmless <= zeros // 512 - 1  # cuts into what fills the last record
@@ -373,7 +374,7 @@ if os.getuid() == 0:  # who may write anywhere
 os.environ['XDG_CACHE_HOME'] = sys.argv[3]
 try:
     print(len(sources.ImageNetTar(sys.argv[2])), os.path.exists(sys.argv[2] + '.index.npz'))
-except sources.SourceError as error:
+except UserError as error:
     print(error)
 """
 
@@ -566,7 +567,7 @@ class Arrays:
 
     def __getitem__(self, i):
         if i == self.fails:
-            raise sources.SourceError('it fails')
+            raise UserError('it fails')
         return {'image': self.images[i], 'label': np.int32(i % 7)}
 
     def name(self, i):
@@ -681,7 +682,7 @@ def test_tfds_tells_damage(tfds_dir, tmp_path):
     for i in range(len(source)):
         try:
             source[i]
-        except sources.SourceError as error:
+        except UserError as error:
             lines.append(str(error))
     assert len(lines) == 1 and re.match(r'stand_in train \[\d+\] is damaged: ', lines[0])
 

@@ -9,6 +9,7 @@ import scipy.linalg
 from sphere_ar_jax import fidelity
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, protocol, statistics
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from tests.evaluation.test_inception import graph_def, image
 
 
@@ -75,11 +76,11 @@ def test_statistics_against_numpy_over_several_chunks():
 
 def test_statistics_that_do_not_belong_together():
     one, other = (np.zeros(3), np.eye(3)), (np.zeros(4), np.eye(4))
-    with pytest.raises(image_sets.ImageSetError, match=r'\(3,\), \(3, 3\), \(4,\), \(4, 4\)'):
+    with pytest.raises(UserError, match=r'\(3,\), \(3, 3\), \(4,\), \(4, 4\)'):
         statistics.frechet_distance(*one, *other)
-    with pytest.raises(image_sets.ImageSetError, match='finite'):
+    with pytest.raises(UserError, match='finite'):
         statistics.frechet_distance(*one, np.zeros(3), np.full((3, 3), np.nan))
-    with pytest.raises(image_sets.ImageSetError, match='at least 2'):
+    with pytest.raises(UserError, match='at least 2'):
         statistics.statistics(np.zeros((1, 3)))
 
 
@@ -107,7 +108,7 @@ def test_inception_score_takes_the_mean_over_splits():
     ]
     np.testing.assert_allclose(statistics.inception_score(logits, 10), np.mean(parts), rtol=1e-12)
     assert abs(np.mean(parts) - statistics.inception_score(logits)) > 0.01
-    with pytest.raises(image_sets.ImageSetError):
+    with pytest.raises(UserError):
         statistics.inception_score(logits[:0])
 
 
@@ -199,9 +200,9 @@ def test_precision_recall_extremes():
     for dtype in (np.float16, np.float32, np.float64):
         assert precision_recall.precision_recall(real, real, dtype=dtype) == (1, 1)
         assert precision_recall.precision_recall(real, real + 100, dtype=dtype) == (0, 0)
-    with pytest.raises(image_sets.ImageSetError, match='more than 3 images'):
+    with pytest.raises(UserError, match='more than 3 images'):
         precision_recall.precision_recall(real, real[:3])
-    with pytest.raises(image_sets.ImageSetError, match=r'\(50, 1\)'):
+    with pytest.raises(UserError, match=r'\(50, 1\)'):
         precision_recall.precision_recall(real, real[:, :1])
 
 
@@ -239,7 +240,7 @@ def test_files_that_hold_no_images(tmp_path):
     }
     for message, content in wrong.items():
         path.write_bytes(content)
-        with pytest.raises(image_sets.ImageSetError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             list(image_sets.read_images(path))
         assert str(path) in str(caught.value) and '\n' not in str(caught.value)
     with pytest.raises(OSError):
@@ -276,7 +277,7 @@ def test_batches_that_are_no_images():
         r'\(4, 5\) and \(5, 4\)': [images, images.transpose(0, 2, 1, 3)],
     }
     for message, batches in cases.items():
-        with pytest.raises(image_sets.ImageSetError, match=message):
+        with pytest.raises(UserError, match=message):
             protocol.extract(batches, {}, batch_size=64, mesh=sharding.make_mesh(1))
 
 
@@ -320,7 +321,7 @@ def test_statistics_that_cannot_be_used(tmp_path):
     }
     for message, content in cases.items():
         np.savez(path, **content)
-        with pytest.raises(image_sets.ImageSetError, match=message):
+        with pytest.raises(UserError, match=message):
             protocol.summarize(path, None)
 
 

@@ -6,6 +6,7 @@ import pytest
 from tensorboardX.proto import graph_pb2  # TensorFlow's own message definitions
 
 from sphere_ar_jax.evaluation.fidelity import inception, inception_weights
+from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
 ROWS = json.loads((GOLDENS / 'inception.json').read_text())  # [PyTorch name, node of the graph, PyTorch shape]
@@ -168,7 +169,7 @@ def test_all_faults_of_a_graph_are_named_at_once(tmp_path):
         fill=1.0, skip=['mixed_6/conv/batchnorm/beta', 'softmax/weights'],
         shapes=[('conv_1/conv2d_params', [3, 3, 32, 33])], extra=['mixed_11/conv/batchnorm/gamma'],
     )  # fmt: skip
-    with pytest.raises(inception_weights.WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         inception_weights.load_graph_def(write(tmp_path, graph))
     message = str(caught.value)
     assert '2 missing: mixed_6/conv/batchnorm/beta, softmax/weights' in message and '\n' not in message
@@ -180,7 +181,7 @@ def test_all_faults_of_torch_tensors_are_named_at_once():
     tensors = {name: np.broadcast_to(np.float32(1), shape) for name, _, shape in ROWS}
     tensors['AuxLogits.fc.bias'] = tensors.pop('Conv2d_2b_3x3.bn.running_var')
     tensors['Mixed_7b.branch3x3_2a.conv.weight'] = np.zeros((384, 384, 3, 1))
-    with pytest.raises(inception_weights.WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         inception_weights.from_torch(tensors)
     message = str(caught.value)
     assert 'missing: Conv2d_2b_3x3.bn.running_var' in message and 'unexpected: AuxLogits.fc.bias' in message
@@ -188,12 +189,12 @@ def test_all_faults_of_torch_tensors_are_named_at_once():
 
 
 def test_an_epsilon_of_another_network_is_refused(tmp_path):
-    with pytest.raises(inception_weights.WeightsError, match='epsilon'):
+    with pytest.raises(UserError, match='epsilon'):
         inception_weights.load_graph_def(write(tmp_path, graph_def(fill=1.0, epsilon=1e-5)))
 
 
 def test_files_that_are_no_graph(tmp_path):
-    """Cut, changed or random bytes end in WeightsError, never in an error of something inside."""
+    """Cut, changed or random bytes end in UserError, never in an error of something inside."""
     whole = graph_def(fill=1.0).SerializeToString()
     rng, path = np.random.default_rng(0), tmp_path / 'broken.pb'
     damaged = [whole[:cut] for cut in rng.integers(1, len(whole), 20)]
@@ -205,7 +206,7 @@ def test_files_that_are_no_graph(tmp_path):
         path.write_bytes(content)
         try:
             inception_weights.load_graph_def(path)  # a changed number within a constant is no fault of the file's form
-        except inception_weights.WeightsError as error:
+        except UserError as error:
             refused += 1
             assert '\n' not in str(error) and len(str(error)) < 3000
     assert refused > 100
@@ -214,11 +215,11 @@ def test_files_that_are_no_graph(tmp_path):
     value.dtype, value.tensor_content = 1, bytes(4)
     for _ in range(4):
         value.tensor_shape.dim.add(size=2**40)  # must not be believed
-    with pytest.raises(inception_weights.WeightsError, match='shape'):
+    with pytest.raises(UserError, match='shape'):
         inception_weights.load_graph_def(write(tmp_path, tensor))
     with open(path, 'wb') as f:
         f.truncate(2**30)
-    with pytest.raises(inception_weights.WeightsError, match='larger'):
+    with pytest.raises(UserError, match='larger'):
         inception_weights.load_graph_def(path)
     with pytest.raises(OSError):
         inception_weights.load_graph_def(tmp_path / 'nowhere.pb')

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.evaluation import similarity, tokenizer
-from sphere_ar_jax.interop import torch_file
-from sphere_ar_jax.interop.lpips import WeightsError, load, read
+from sphere_ar_jax.interop.lpips import load, read
 from sphere_ar_jax.models.lpips import LPIPS, _unit
+from sphere_ar_jax.runtime.console import UserError
 from tests import torch_writer
 from tests.conftest import GOLDENS
 
@@ -78,7 +78,7 @@ def test_load_lists_all_faults_at_once(lpips_files):
     lin['lin0.model.1.weight'] = np.zeros((1, 65, 1, 1))
     vgg['features.28.weight'] = {}
     lin['lin5.model.1.weight'] = vgg['features.30.weight'] = np.zeros(1)
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         load(lin, vgg)
     message = str(error.value)
     for fault in (
@@ -89,7 +89,7 @@ def test_load_lists_all_faults_at_once(lpips_files):
     ):  # fmt: skip
         assert fault in message, fault
     assert '\n' not in message and 'classifier' not in message
-    with pytest.raises(WeightsError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'):
+    with pytest.raises(UserError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'):
         load(*lpips_files[::-1])  # swapped
 
 
@@ -105,7 +105,7 @@ def _write(path, tensors):
 def test_read_gives_what_load_gives(lpips_files, params, tmp_path):
     paths = [_write(tmp_path / name, tensors) for name, tensors in zip(('vgg.pth', 'b.pth'), lpips_files, strict=True)]
     chex.assert_trees_all_equal(read(*paths), params)
-    with pytest.raises(WeightsError, match='lacks lin0'):
+    with pytest.raises(UserError, match='lacks lin0'):
         read(*paths[::-1])
 
 
@@ -119,7 +119,7 @@ def test_read_says_where_the_files_come_from(tmp_path):
         ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
         ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
     ):
-        with pytest.raises(WeightsError) as error:
+        with pytest.raises(UserError) as error:
             read(*paths)
         message = str(error.value)
         for part in (
@@ -128,9 +128,9 @@ def test_read_says_where_the_files_come_from(tmp_path):
         ):  # fmt: skip
             assert part in message
         assert '\n' not in message
-    with pytest.raises(WeightsError, match='holds a tuple, but must hold tensors by name'):
+    with pytest.raises(UserError, match='holds a tuple, but must hold tensors by name'):
         read(no_dict, there)
-    with pytest.raises(torch_file.FileError, match='no file of PyTorch'):
+    with pytest.raises(UserError, match='no file of PyTorch'):
         read(there, no_file)
 
 

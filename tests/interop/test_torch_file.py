@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.interop import torch_file
+from sphere_ar_jax.runtime.console import UserError
 from tests import fuzz_torch_file as fuzz
 from tests import torch_writer as w
 from tests.conftest import GOLDENS
@@ -27,7 +28,7 @@ def _open(tmp_path, data):
 
 
 def _refused(tmp_path, data, message):
-    with pytest.raises(torch_file.FileError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         _open(tmp_path, data)
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
 
@@ -86,7 +87,7 @@ def test_damage_of_numbers_is_told_by_the_checksum(tmp_path):
     data = w.zip_file(value, {'0': b'ABCDEFGH'})
     at = data.index(b'ABCDEFGH')
     damaged = data[:at] + b'A' + b'C' + data[at + 2 :]
-    with pytest.raises(torch_file.FileError, match=r"file\.pt is damaged: the checksum of storage '0'"):
+    with pytest.raises(UserError, match=r"file\.pt is damaged: the checksum of storage '0'"):
         np.asarray(_open(tmp_path, damaged)['a'])
     # a file written without checksums has zeros for them, and is read
     directory = damaged.index(b'PK\x01\x02')
@@ -100,7 +101,7 @@ def test_a_file_that_shrinks_is_told(tmp_path):
         tmp_path, w.stream_file(w.dictionary({'a': w.tensor(w.storage('0', 4), (4,))}), {'0': (4, b'ABCDEFGH')})
     )
     os.truncate(tmp_path / 'file.pt', 20)
-    with pytest.raises(torch_file.FileError, match='has become shorter'):
+    with pytest.raises(UserError, match='has become shorter'):
         tree['a'].read()
 
 

@@ -14,6 +14,7 @@ import safetensors.numpy
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
+from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
 KEYS = GOLDENS / 'keys'
@@ -73,17 +74,17 @@ def test_sizes_that_disagree_are_refused(torch_tensors):
         ({k: v for k, v in torch_tensors.items() if k != 'proj_in.weight'}, {}, 'it lacks proj_in.weight'),
         (torch_tensors | {'layers.5000.x': np.zeros(1)}, {}, 'it has 5001 modules layers'),
     ):
-        with pytest.raises(torch_names.ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             torch_sizes.sizes(tensors, argparse.Namespace(**args))
-    with pytest.raises(torch_names.ConversionError, match='numbers of heads disagree: 10 by heads, 12 by SphereAR-B'):
+    with pytest.raises(UserError, match='numbers of heads disagree: 10 by heads, 12 by SphereAR-B'):
         torch_sizes.sizes(_published('SphereAR_B'), heads=10)
-    with pytest.raises(torch_names.ConversionError, match='3 heads do not divide the width 64; give heads'):
+    with pytest.raises(UserError, match='3 heads do not divide the width 64; give heads'):
         torch_sizes.sizes(torch_tensors, heads=3)
 
 
 def test_a_tokenizer_alone_needs_to_say_its_grid(torch_tensors):
     tensors = {k: v for k, v in torch_tensors.items() if k.startswith('vae.') and 'freqs_cis' not in k}
-    with pytest.raises(torch_names.ConversionError, match='the grid of tokens cannot be told'):
+    with pytest.raises(UserError, match='the grid of tokens cannot be told'):
         torch_sizes.sizes(tensors)
     assert torch_sizes.sizes(tensors, argparse.Namespace(image_size=64)).vae['grid'] == (4, 4)
 
@@ -103,7 +104,7 @@ def test_state_dict_picks_and_strips(torch_tensors):
         ({}, 'the file is a dict: expected ema, model'),
         ({'module.x': a, 'x': b}, 'with and without module. or _orig_mod.'),
     ):
-        with pytest.raises(torch_names.ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             torch_sizes.state_dict(tree)
     ema = torch_sizes.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'))
     assert set(ema) == set(torch_tensors)
@@ -130,7 +131,7 @@ def test_export_is_what_was_read(torch_tensors, tiny_ar, tiny_vae, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, tiny_ar[1])
     torch_names.export(tmp_path / 'vae.safetensors', *tiny_vae)
     assert set(safetensors.numpy.load_file(tmp_path / 'vae.safetensors')) == {n for n in written if n[:4] == 'vae.'}
-    with pytest.raises(torch_names.ConversionError, match='head/span1/kernel has no PyTorch name'):
+    with pytest.raises(UserError, match='head/span1/kernel has no PyTorch name'):
         torch_names.to_torch({'head': {'span1': {'kernel': np.zeros((2, 2))}}})
 
 
@@ -140,7 +141,7 @@ def test_all_that_does_not_fit_is_listed_at_once(torch_tensors, tiny_ar, tiny_va
     wrong['layers.1.attention.wo.wieght'] = wrong.pop('layers.1.attention.wo.weight')
     del wrong['norm.weight']
     wrong |= {'proj_in.bias': np.zeros(3), 'zzz': np.zeros(1)}
-    with pytest.raises(torch_names.ConversionError) as error:
+    with pytest.raises(UserError) as error:
         torch_names.from_torch(wrong, like)
     assert str(error.value).splitlines() == [
         'the checkpoint does not fit the model: 2 missing, 2 unexpected and 1 mis-shaped tensors',
@@ -151,7 +152,7 @@ def test_all_that_does_not_fit_is_listed_at_once(torch_tensors, tiny_ar, tiny_va
         'shape: proj_in.bias has (3,), but the model needs (64,)',
     ]
     torch_names.from_torch(wrong, _abstract(tiny_vae[0]))  # the other model is whole
-    with pytest.raises(torch_names.ConversionError, match=re.escape('unexpected: vae.more')):
+    with pytest.raises(UserError, match=re.escape('unexpected: vae.more')):
         torch_names.from_torch(torch_tensors | {'vae.more': np.zeros(1)}, _abstract(tiny_vae[0]))
 
 

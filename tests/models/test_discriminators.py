@@ -6,6 +6,7 @@ import pytest
 
 from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from tests import torch_gan
 from tests.conftest import GOLDENS
 
@@ -139,7 +140,7 @@ def test_what_cannot_be_judged():
         ('patchgan', (16, 64, 1), '24×24 pixels, not 16×64'),
         ('stylegan', (48, 48, 3), 'not 48×48'), ('stylegan', (64, 32, 3), 'not 64×32'),
     ):  # fmt: skip
-        with pytest.raises(discriminators.DiscriminatorError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             discriminators.build(name, shape)
         assert '\n' not in str(error.value)
     model = discriminators.build('patchgan', (24, 30, 1))

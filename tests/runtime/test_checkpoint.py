@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime.console import UserError
 
 
 @pytest.fixture
@@ -204,6 +205,6 @@ def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path, mesh):
     _save(tmp_path, mesh, [1, 2], keep=10)
     for step in ('1', '2'):
         _truncate(tmp_path / step)
-    with pytest.raises(checkpoint.DamagedError, match='none of the checkpoints'):
+    with pytest.raises(UserError, match='none of the checkpoints'):
         _restored(tmp_path, mesh)
     assert {'1', '2'} <= set(os.listdir(tmp_path))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import batches
 from sphere_ar_jax.runtime import checkpoint, files, hosts
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import load_run
 from tests.tiny_config import get_config
 
@@ -207,7 +207,7 @@ def test_which_errors_say_that_another_is_gone(monkeypatch, error, lost):
     assert not hosts.is_lost(ValueError(error))  # alone
     monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
     assert hosts.is_lost(ValueError(error)) == hosts.is_lost(jax.errors.JaxRuntimeError(error)) == bool(lost)
-    assert not hosts.is_lost(batches.DataError(error)) and not hosts.is_lost(OSError(error))  # of this process's own
+    assert not hosts.is_lost(UserError(error)) and not hosts.is_lost(OSError(error))  # of this process's own
 
 
 ABORTED = """

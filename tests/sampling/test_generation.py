@@ -17,6 +17,7 @@ import scipy.stats
 from sphere_ar_jax.config import build
 from sphere_ar_jax.models import ar
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 from tests import tiny_config
 
@@ -263,7 +264,7 @@ def begun(run, labels, tmp_path_factory):
 def test_samples_of_other_settings_are_refused(run, labels, begun, other):
     changed, chosen, options = OTHERS[other](run, labels)
     for name, where in (('done.npz', 'done.npz holds'), ('half.npz', 'half.npz.parts holds')):
-        with pytest.raises(generation.GenerationError, match=f'{where} samples of other settings: .*--output') as error:
+        with pytest.raises(UserError, match=f'{where} samples of other settings: .*--output') as error:
             _generate(changed, chosen, begun / name, **options)
         assert '\n' not in str(error.value)
     assert sorted(f.name for f in (begun / 'half.npz.parts').iterdir()) == [
@@ -278,11 +279,11 @@ def test_samples_of_unknown_settings_are_refused(run, labels, tmp_path):
     for about in (None, '{"seed": ', '[]'):
         if about is not None:
             (tmp_path / 'a.npz.json').write_text(about)
-        with pytest.raises(generation.GenerationError, match='other settings'):
+        with pytest.raises(UserError, match='other settings'):
             _generate(run, labels, tmp_path / 'a.npz')
     (tmp_path / 'b.npz.parts').mkdir()
     (tmp_path / 'b.npz.parts' / 'about.json').write_text('{"seed": ')
-    with pytest.raises(generation.GenerationError, match='other settings'):
+    with pytest.raises(UserError, match='other settings'):
         _generate(run, labels, tmp_path / 'b.npz')
 
 
@@ -348,7 +349,7 @@ def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
     elif content == 'vast':
         with open(path, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, {'descr': '<i8', 'fortran_order': False, 'shape': (2**50,)})
-    with pytest.raises(generation.GenerationError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         generation.draw_labels(str(path), 4, 10, 0)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 

@@ -15,6 +15,7 @@ from sphere_ar_jax.models import discriminators, vae
 from sphere_ar_jax.models.lpips import LPIPS
 from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, loop, losses
 from sphere_ar_jax.training.state import abstract_state
 from tests import torch_gan
@@ -224,11 +225,11 @@ def test_options_that_cannot_be(small):
     make = lambda model=model, **values: adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
     for error, message, stage in (
         (
-            adversarial.OptionsError,
+            UserError,
             "'wgan', but must be one of hinge, vanilla, non_saturating",
             lambda: make(disc_loss='wgan'),
         ),
-        (discriminators.DiscriminatorError, 'at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
+        (UserError, 'at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
     ):
         with pytest.raises(error, match=message) as raised:
             stage()

@@ -17,8 +17,8 @@ import pytest
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop, optimizer, signals
-from sphere_ar_jax.training.state import FrozenError
 from tests.conftest import libraries_promote
 from tests.tiny_config import LONG, get_config, long_config, stages
 
@@ -158,13 +158,13 @@ def test_another_tokenizer_is_refused(tmp_path):
     leaves[-1] = leaves[-1].copy()
     leaves[-1].view(np.uint32).flat[0] ^= 1
     with pytest.raises(
-        FrozenError,
+        UserError,
         match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
     ):
         loop.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
     loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
     other = stage._replace(model=stage.model.clone(heads=1))
-    with pytest.raises(FrozenError, match='; heads 2 → 1'):
+    with pytest.raises(UserError, match='; heads 2 → 1'):
         loop.train(other, source, str(tmp_path), seed=0, mesh=mesh)
     noted = json.loads((tmp_path / 'checkpoints' / '6' / 'data' / 'metadata').read_text())['frozen']
     assert noted['model']['latent_dim'] == 8 and noted['model']['grid'] == [4, 4]
@@ -233,7 +233,7 @@ def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
     run()
     assert min(epochs) == 6 * 16 // len(source) > 0
     cfg.tokenizer_training.update(steps=10, batch_size=32)
-    with pytest.raises(batches.DataError, match='the checkpoint belongs to other data'):
+    with pytest.raises(UserError, match='the checkpoint belongs to other data'):
         run()
 
 

@@ -6,11 +6,9 @@ import zlib
 
 import numpy as np
 
+from sphere_ar_jax.runtime.console import UserError
+
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
-
-
-class ImageSetError(ValueError):
-    """Images, features or statistics that cannot be scored; the message says which and why."""
 
 
 # ---- images
@@ -18,14 +16,14 @@ class ImageSetError(ValueError):
 
 @contextlib.contextmanager
 def reading(path):
-    """The archive of an npz; damage of any kind becomes one ImageSetError."""
+    """The archive of an npz; damage of any kind becomes one UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except ImageSetError:
+    except UserError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        raise ImageSetError(f'{path} is not a whole npz file: {error}') from None
+        raise UserError(f'{path} is not a whole npz file: {error}') from None
 
 
 def array_names(archive):
@@ -36,7 +34,7 @@ def read_header(path, name, f):
     """(shape, Fortran order, dtype) of an open .npy file, which is left at its first number."""
     version = np.lib.format.read_magic(f)
     if version not in ((1, 0), (2, 0)):
-        raise ImageSetError(f'{path}: {name} has version {version} of the npy format, but must have 1.0 or 2.0')
+        raise UserError(f'{path}: {name} has version {version} of the npy format, but must have 1.0 or 2.0')
     return (np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0)(f)
 
 
@@ -45,7 +43,7 @@ def read_numbers(path, name, f, shape, dtype):
     wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
     content = f.read(wanted)
     if len(content) < wanted:
-        raise ImageSetError(f'{path} is cut off: {name} ends too early')
+        raise UserError(f'{path} is cut off: {name} ends too early')
     return np.frombuffer(content, dtype).reshape(shape)
 
 
@@ -53,19 +51,19 @@ def read_numbers(path, name, f, shape, dtype):
 def open_images(path):
     with reading(path) as archive:
         if IMAGES not in array_names(archive):
-            raise ImageSetError(f'{path} has no array {IMAGES}, only {", ".join(array_names(archive)) or "nothing"}')
+            raise UserError(f'{path} has no array {IMAGES}, only {", ".join(array_names(archive)) or "nothing"}')
         with archive.open(f'{IMAGES}.npy') as f:
             shape, fortran, dtype = read_header(path, IMAGES, f)
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
                 order = ' in Fortran order' if fortran else ''
-                raise ImageSetError(f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {dtype} {shape}{order}')
+                raise UserError(f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {dtype} {shape}{order}')
             yield f, shape
 
 
 def read_images(path, batch_size=64):
     """Yields the images `arr_0` of an npz as uint8 (≤ batch_size, H, W, 3), never more than a batch in memory.
 
-    The npz may be compressed or not. Raises OSError without a file and ImageSetError, where it is read, for a file that
+    The npz may be compressed or not. Raises OSError without a file and UserError, where it is read, for a file that
     is damaged or holds anything but uint8 (n, H, W, 3).
     """
     with open_images(path) as (f, shape):
@@ -79,9 +77,9 @@ def whole_batches(batches, size):
     for images in batches:
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ImageSetError(f'batches must be uint8 (n, H, W, 3), but one is {images.dtype} {images.shape}')
+            raise UserError(f'batches must be uint8 (n, H, W, 3), but one is {images.dtype} {images.shape}')
         if rest is not None and rest.shape[1:] != images.shape[1:]:
-            raise ImageSetError(f'images of {rest.shape[1:3]} and {images.shape[1:3]} pixels in one set')
+            raise UserError(f'images of {rest.shape[1:3]} and {images.shape[1:3]} pixels in one set')
         rest = images if rest is None else np.concatenate([rest, images])
         while len(rest) >= size:
             yield rest[:size], size

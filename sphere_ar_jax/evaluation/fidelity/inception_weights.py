@@ -12,12 +12,9 @@ import numpy as np
 
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.interop import torch_file
+from sphere_ar_jax.runtime.console import UserError
 
 MAX_FILE_BYTES = 2**29  # the published file has 95 MB
-
-
-class WeightsError(ValueError):
-    """A file or a dict of tensors that does not hold this network's weights."""
 
 
 @functools.cache
@@ -87,7 +84,7 @@ def _node_name(path):
 
 
 def _take(tensors, name_of, layout, source, unexpected):
-    """The parameter tree of named tensors. Raises WeightsError with all that is wrong with them, in one line.
+    """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in one line.
 
     layout: function of a tensor's rank → the order in which theirs has our axes.
     """
@@ -103,7 +100,7 @@ def _take(tensors, name_of, layout, source, unexpected):
             params[path] = np.array(np.asarray(tensors[name], np.float32).transpose(np.argsort(order)), order='C')
     found = '; '.join(f'{len(names)} {kind}: {_some(names)}' for kind, names in faults.items() if names)
     if found:
-        raise WeightsError(f'{source} does not hold the weights of the FID Inception ({found})')
+        raise UserError(f'{source} does not hold the weights of the FID Inception ({found})')
     return traverse.unflatten_dict(params, sep='/')
 
 
@@ -118,7 +115,7 @@ def from_torch(tensors):
       tensors: {name: array} of `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
         `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), kernels OIHW.
     Returns:
-      a tree of float32 NumPy arrays. Raises WeightsError that lists whatever is missing, unexpected or mis-shaped.
+      a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or mis-shaped.
     """
     expected = {_torch_name(path) for path in _shapes()}
     ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked')  # the evaluator's logits have no bias
@@ -130,14 +127,14 @@ def from_torch(tensors):
 def load(path):
     """The parameters from a file: TensorFlow's .pb, or the .pth of pytorch-fid or torch-fidelity.
 
-    Raises OSError where there is no file, WeightsError or `torch_file.FileError` for any other.
+    Raises OSError where there is no file, UserError for any other.
     """
     if str(path).endswith('.pb'):
         return load_graph_def(path)
     tensors = torch_file.open_file(path)
     by_name = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not (by_name and all(hasattr(tensor, 'shape') for tensor in tensors.values())):
-        raise WeightsError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
+        raise UserError(f'{path} holds a {type(tensors).__name__}, but must hold tensors by name')
     return from_torch(tensors)
 
 
@@ -147,19 +144,19 @@ def load_graph_def(path):
     `gamma` becomes 1 wherever the graph's batch norm says scale_after_normalization=false.
 
     Returns:
-      a tree of float32 NumPy arrays. Raises OSError where there is no file, WeightsError with one line where it is no
+      a tree of float32 NumPy arrays. Raises OSError where there is no file, UserError with one line where it is no
       GraphDef, or one without these constants.
     """
     if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise WeightsError(f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes')
+        raise UserError(f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes')
     with open(path, 'rb') as f:
         content = f.read()
     try:
         constants, unscaled, epsilons = _read_graph_def(memoryview(content))
     except _WireError as error:
-        raise WeightsError(f'{path} is not a GraphDef: {error}') from None
+        raise UserError(f'{path} is not a GraphDef: {error}') from None
     if any(not math.isclose(e, inception.EPSILON, rel_tol=1e-6) for e in epsilons):
-        raise WeightsError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
+        raise UserError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
     expected = {_node_name(path) for path in _shapes()}
     unexpected = [name for name in constants if name not in expected and name.endswith(tuple(_NODES.values()))]
     params = _take(constants, _node_name, range, path, unexpected)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sphere_ar_jax.evaluation.fidelity import image_sets
+from sphere_ar_jax.runtime.console import UserError
 
 BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block to float32
 
@@ -110,13 +110,11 @@ def precision_recall(real, fake, k=3, *, dtype=np.float16, block=BLOCK, progress
       progress: called after every block with how many are done, of how many.
     Returns:
       (precision, recall): the share of fake points on the real manifold, and of real ones on the fake. Raises
-      ImageSetError for sets that are too small or of different features.
+      UserError for sets that are too small or of different features.
     """
     if min(len(real), len(fake)) <= k or np.shape(real)[1:] != np.shape(fake)[1:] or np.ndim(real) != 2:
         shapes = f'{np.shape(real)} and {np.shape(fake)}'
-        raise image_sets.ImageSetError(
-            f'precision and recall need two sets (n, f), (m, f) of more than {k} images, not {shapes}'
-        )
+        raise UserError(f'precision and recall need two sets (n, f), (m, f) of more than {k} images, not {shapes}')
     real, fake = (_points(x, dtype).blocks(block) for x in (real, fake))
     total, steps = len(real) ** 2 + len(fake) ** 2 + len(real) * len(fake), itertools.count(1)
     done = lambda: progress(next(steps), total)

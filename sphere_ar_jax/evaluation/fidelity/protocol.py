@@ -10,6 +10,7 @@ import numpy as np
 
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, statistics
 from sphere_ar_jax.runtime import hosts, sharding
+from sphere_ar_jax.runtime.console import UserError
 
 
 class Summary(NamedTuple):
@@ -28,7 +29,7 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
       batch_size: images at a time, rounded up to a multiple of the mesh's devices, among which they are split.
       mesh: of `sharding.make_mesh`, all devices if None; of several processes all call it, with the same images.
       progress: called with the number of images just done.
-    Raises ImageSetError for anything but such images, and for none at all.
+    Raises UserError for anything but such images, and for none at all.
     """
     mesh = mesh or sharding.make_mesh()
     params = jax.device_put(params, sharding.whole(mesh))
@@ -45,7 +46,7 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
             fetch(*running)  # the one before, while the devices work on this one
         running = results, count
     if running is None:
-        raise image_sets.ImageSetError('there are no images to score')
+        raise UserError('there are no images to score')
     fetch(*running)
     return inception.Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -59,14 +60,14 @@ def _read_statistics(path, archive):
     arrays = []
     for name, width in widths.items():
         if name not in image_sets.array_names(archive):
-            raise image_sets.ImageSetError(f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s')
+            raise UserError(f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s')
         with archive.open(f'{name}.npy') as f:
             shape, _, dtype = image_sets.read_header(
                 path, name, f
             )  # covariances are the same in C and in Fortran order
             expected = (width,) if name.startswith('mu') else (width, width)
             if shape != expected or dtype.kind != 'f':
-                raise image_sets.ImageSetError(f'{path}: {name} must be floats {expected}, but is {dtype} {shape}')
+                raise UserError(f'{path}: {name} must be floats {expected}, but is {dtype} {shape}')
             arrays.append(image_sets.read_numbers(path, name, f, shape, dtype).astype(np.float64))
     return statistics.Statistics(*arrays[:2]), statistics.Statistics(*arrays[2:])
 
@@ -79,7 +80,7 @@ def summarize(source, params, *, batch_size=64, mesh=None, progress=lambda done,
         VIRTUAL_imagenet256_labeled.npz: then the statistics are taken from the file, although its images are fewer);
         or batches as `extract` takes them.
       params, batch_size, mesh: see `extract`. progress: called with the images done and their number, None if unknown.
-    Raises OSError, ImageSetError.
+    Raises OSError, UserError.
     """
     found, total = None, None
     if isinstance(source, str | os.PathLike):
@@ -89,7 +90,7 @@ def summarize(source, params, *, batch_size=64, mesh=None, progress=lambda done,
             found = _read_statistics(path, archive) if 'mu' in names else None
         if image_sets.IMAGES not in names:
             if found is None:
-                raise image_sets.ImageSetError(
+                raise UserError(
                     f'{path} has neither images ({image_sets.IMAGES}) nor statistics (mu, sigma, mu_s, sigma_s)'
                 )
             return Summary(None, *found)
@@ -119,7 +120,7 @@ def evaluate(samples, reference, params, *, batch_size=64, mesh=None, progress=l
         much (None if unknown): images, or blocks of distances.
     Returns:
       dict of floats `fid`, `sfid`, `inception_score`, `precision`, `recall` (the last three only where there are images
-      to take them from) and `seconds`, a dict of the parts' times. Raises OSError, ImageSetError.
+      to take them from) and `seconds`, a dict of the parts' times. Raises OSError, UserError.
     """
     seconds, scores = {}, {}
     for source in (reference, samples):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sphere_ar_jax.evaluation.fidelity import image_sets
+from sphere_ar_jax.runtime.console import UserError
 
 CHUNK = 4096  # rows at a time in float64
 
@@ -30,7 +30,7 @@ def statistics(x):
     """
     n, width = np.shape(x)
     if n < 2:
-        raise image_sets.ImageSetError(f'a covariance needs at least 2 images, but there are {n}')
+        raise UserError(f'a covariance needs at least 2 images, but there are {n}')
     chunks = [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]
     mu = sum(np.sum(x[rows], axis=0, dtype=np.float64) for rows in chunks) / n
     sigma = np.zeros((width, width))
@@ -56,17 +56,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     Args:
       mu1, mu2: (f,). sigma1, sigma2: (f, f), symmetric, positive semidefinite.
     Returns:
-      float ≥ 0 up to rounding, float64 throughout. Source: Heusel et al. 2017, eq. 6. Raises ImageSetError for shapes
+      float ≥ 0 up to rounding, float64 throughout. Source: Heusel et al. 2017, eq. 6. Raises UserError for shapes
       that do not belong together and for numbers that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape):
         shapes = ', '.join(str(a.shape) for a in (mu1, sigma1, mu2, sigma2))
-        raise image_sets.ImageSetError(
-            f'means and covariances of two sets must be (f,), (f, f), (f,), (f, f), but are {shapes}'
-        )
+        raise UserError(f'means and covariances of two sets must be (f,), (f, f), (f,), (f, f), but are {shapes}')
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise image_sets.ImageSetError('a mean or a covariance is not finite')
+        raise UserError('a mean or a covariance is not finite')
     overlap = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
 
@@ -90,5 +88,5 @@ def inception_score(logits, split_size=5000):
         log_mean = np.logaddexp.reduce(log_p, axis=0, keepdims=True) - np.log(len(log_p))
         scores.append(np.exp(np.sum(np.exp(log_p) * (log_p - log_mean), axis=1).mean()))
     if not scores:
-        raise image_sets.ImageSetError('an Inception Score needs at least one image')
+        raise UserError('an Inception Score needs at least one image')
     return float(np.mean(scores))
