@@ -309,10 +309,10 @@ def examine(cfg, workdir, data, examination, trains=True):
     training is to be looked at."""
     import jax
 
-    from sphere_ar_jax import config, hosts, programs, recipes
+    from sphere_ar_jax import config, joining, programs, recipes
 
     e = examination
-    e.run('processes', hosts.join, slow='have the other processes been started? --timeout=SECONDS waits longer')
+    e.run('processes', joining.join, slow='have the other processes been started? --timeout=SECONDS waits longer')
     if e.failed:  # a device asked for now would wait for the others without end
         return
     seen = e.run('devices', lambda: (jax.devices(), jax.local_devices()), slow='does another program hold them?')

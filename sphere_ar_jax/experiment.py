@@ -89,7 +89,6 @@ def _teacher(cfg, mesh):
     try:
         teacher = evaluation.load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(f'init_from: {error}') from None
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
     if published:  # whatever data it saw
@@ -230,7 +229,6 @@ def _tokenizer(cfg, mesh):
     try:
         run = evaluation.load_run(cfg.tokenizer, mesh, tokenizer_only=True)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(f'tokenizer: {error}') from None
     changed = other_model(run.config, cfg, tokenizer_only=True)
     if changed:
@@ -287,7 +285,6 @@ def train(cfg, workdir, command, started):
     try:
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(str(error)) from None
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform

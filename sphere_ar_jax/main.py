@@ -15,7 +15,7 @@ again in the same workdir it goes on where it stopped. What else --mode does, se
 
 With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
 
-Started as several processes, see `hosts`, training, sample, grid and evaluate are one run of all of them.
+Started as several processes, see `joining`, training, sample, grid and evaluate are one run of all of them.
 """
 
 import time
@@ -36,7 +36,17 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from sphere_ar_jax import ahead, checkpoint, config, experiment, hosts, jobs, training  # noqa: E402
+from sphere_ar_jax import (  # noqa: E402
+    ahead,
+    checkpoint,
+    config,
+    ending,
+    experiment,
+    hosts,
+    jobs,
+    joining,
+    training,
+)
 from sphere_ar_jax.console import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
@@ -138,7 +148,7 @@ def main(argv):
     if cache is not None:
         jax.config.update('jax_compilation_cache_dir', cache)
         jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
-    hosts.join()  # before anything asks for a device
+    joining.join()  # before anything asks for a device
     mode, given = _MODE.value, {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
     if not hosts.is_first():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
@@ -217,27 +227,23 @@ _JOBS = {'convert': _convert, 'export': _export, 'sample': _sample, 'grid': _gri
 def _guarded(function):
     """`function`, with what is no bug of ours said in one line. A signal ends with 128 + its number, as shells do.
 
-    Whatever ends one of several processes is told to the others, see `hosts.stop`."""
+    Whatever ends one of several processes is told to the others, see `ending`."""
 
     def guarded(argument):
         try:
             return function(argument)
-        except (UserError, hosts.HostsError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
+        except (UserError, training.NonFiniteError, *jobs.INPUT_ERRORS) as error:
             if isinstance(error, FileNotFoundError) and error.filename:
                 error = f'there is no file {error.filename}'
-            print(f'error: {error}', file=sys.stderr)
-            hosts.stop(2, str(error))
+            ending.end(2, f'error: {error}')
         except training.Preempted as stop:  # of all processes at the same step
             if hosts.is_first():
                 print(stop, file=sys.stderr)
             sys.exit(128 + stop.number)
         except KeyboardInterrupt:
-            print('interrupted; the same command goes on', file=sys.stderr)
-            hosts.stop(128 + signal.SIGINT, 'interrupted; the same command goes on')
+            ending.end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:
-            hosts.end_if_lost(error)
-            traceback.print_exc()
-            hosts.stop(1, one_line(error))
+            ending.end(1, f'error: {one_line(error)}', traceback.format_exc())
 
     return guarded
 

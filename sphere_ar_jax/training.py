@@ -402,9 +402,6 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
             checkpoints.wait()
             if arrived := signals.agreed(now=True):  # at the last step, or while its state was saved
                 raise Preempted(arrived, step, options.steps)
-    except Exception as error:
-        hosts.end_if_lost(error)
-        raise
     finally:
         batches.close()
         checkpoints.close()
