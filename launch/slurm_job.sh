@@ -8,7 +8,9 @@
 # May set: PYTHON, DOCTOR=0, MAX_RESTARTS: see launch/slurm.sh
 #
 # SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit: they save and end with 143, and
-# the job is queued again. Any other exit code is final. A job that was cancelled is left alone.
+# the job is queued again. So it is after 134, with which JAX aborts processes that have lost another one, and after 137,
+# kill -9, where SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE processes are several. Any other exit code is final. A job
+# that was cancelled is left alone.
 # Written from SLURM's and JAX's documentation, tested with stand-ins for srun and scontrol; never run on a real cluster.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -31,7 +33,11 @@ if [ -n "$dry_run" ]; then
   printf '# if that ends with 143: %s\n' "$(quote scontrol requeue "${SLURM_JOB_ID:-JOB}")"
   exit
 fi
-[ "$code" -eq 143 ] || exit "$code"
+case $code in
+  143) ;;
+  134 | 137) [ $((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1})) -gt 1 ] || exit "$code" ;;
+  *) exit "$code" ;;
+esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
   say "stopped after $most restarts"
 elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then  # cancelled: COMPLETING

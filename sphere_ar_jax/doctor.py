@@ -28,10 +28,10 @@ def examine(cfg, workdir, data, examination, trains=True):
 
     from sphere_ar_jax.config import checks, recipes
     from sphere_ar_jax.measure import programs
-    from sphere_ar_jax.runtime import hosts
+    from sphere_ar_jax.runtime import joining
 
     e = examination
-    e.run('processes', hosts.join, slow='have the other processes been started? --timeout=SECONDS waits longer')
+    e.run('processes', joining.join, slow='have the other processes been started? --timeout=SECONDS waits longer')
     if e.failed:  # a device asked for now would wait for the others without end
         return
     seen = e.run('devices', lambda: (jax.devices(), jax.local_devices()), slow='does another program hold them?')

@@ -15,7 +15,7 @@ again in the same workdir it goes on where it stopped. What else --mode does, se
 
 With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
 
-Started as several processes, see `hosts`, training, sample, grid and evaluate are one run of all of them.
+Started as several processes, see `joining`, training, sample, grid and evaluate are one run of all of them.
 """
 
 import difflib
@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -183,13 +183,13 @@ def main(argv: list[str]) -> None:
     import jax
 
     from sphere_ar_jax.config import checks
-    from sphere_ar_jax.runtime import files, hosts
+    from sphere_ar_jax.runtime import files, hosts, joining
 
     cache = files.compilation_cache(os.environ)
     if cache is not None:
         jax.config.update('jax_compilation_cache_dir', cache)
         jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
-    hosts.join()  # before anything asks for a device
+    joining.join()  # before anything asks for a device
     if not hosts.is_first():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
     elif mode in _ALONE and hosts.count() > 1:
@@ -260,12 +260,14 @@ _COMMANDS = {
 }
 
 
-def _end(code: int, message: str) -> None:
-    """End this process with an exit code, and all others of its run."""
+def _end(code: int, line: str, details: str = '') -> NoReturn:
+    """End this process with an exit code and a line on stderr, and with it all others of its run."""
     if 'jax' in sys.modules:
-        from sphere_ar_jax.runtime import hosts
+        from sphere_ar_jax.runtime import ending
 
-        hosts.stop(code, message)
+        ending.end(code, line, details)
+    sys.stderr.write(details)
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -279,18 +281,15 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
             message = str(error)
             if isinstance(error, FileNotFoundError) and error.filename:
                 message = f'there is no file {error.filename}'
-            print(f'error: {message}', file=sys.stderr)
-            _end(2, message)
+            _end(2, f'error: {message}')
         except Stopped as stop:  # in all processes at the same step
             if stop.first:
                 print(stop, file=sys.stderr)
             sys.exit(stop.code)
         except KeyboardInterrupt:
-            print('interrupted; the same command goes on', file=sys.stderr)
             _end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:
-            traceback.print_exc()
-            _end(1, one_line(error))
+            _end(1, f'error: {one_line(error)}', traceback.format_exc())
 
     return guarded
 

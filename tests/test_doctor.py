@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from sphere_ar_jax import doctor
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.measure import costs, programs
-from sphere_ar_jax.runtime import console, hosts, sharding
+from sphere_ar_jax.runtime import console, ending, joining, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_json
 from tests import tiny_config
@@ -432,7 +433,7 @@ SLURM = {'SLURM_STEP_NODELIST': 'a', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'}
     ],
 )
 def test_which_processes_belong_together(environ, expected):
-    assert hosts.arguments(environ) == expected
+    assert joining.arguments(environ) == expected
 
 
 def test_another_number_of_processes_than_expected(monkeypatch):
@@ -440,12 +441,12 @@ def test_another_number_of_processes_than_expected(monkeypatch):
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: None)
     joined = iter([False, True])
     monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: next(joined))
-    monkeypatch.setattr(hosts, '_end_together', lambda: None)
+    monkeypatch.setattr(ending, 'listen', lambda: None)
     preemption = jax.config.jax_enable_preemption_service
     slurm = {'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '16'}
     try:
-        with pytest.raises(hosts.HostsError, match=r'^1 process\(es\) joined, but SLURM_NTASKS speaks of 16$'):
-            hosts.join(slurm)
+        with pytest.raises(UserError, match=r'^1 process\(es\) joined, but SLURM_NTASKS speaks of 16$'):
+            joining.join(slurm)
     finally:
         jax.config.update('jax_enable_preemption_service', preemption)
 
@@ -460,8 +461,8 @@ def test_another_number_of_processes_than_expected(monkeypatch):
     ],
 )
 def test_processes_that_make_no_sense(wrong, said):
-    with pytest.raises(hosts.HostsError, match=said):
-        hosts.arguments(BY_HAND | wrong)
+    with pytest.raises(UserError, match=said):
+        joining.arguments(BY_HAND | wrong)
 
 
 def _processes(environs, *words):
@@ -474,9 +475,7 @@ def _processes(environs, *words):
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-JOINED = (
-    'from sphere_ar_jax.runtime import hosts; import jax; hosts.join(); print(jax.process_index(), jax.process_count())'
-)
+JOINED = 'from sphere_ar_jax.runtime import joining; import jax; joining.join(); print(jax.process_index(), jax.process_count())'
 
 
 @pytest.mark.parametrize('by', ['hand', 'slurm'])
@@ -492,15 +491,15 @@ def test_two_processes_join(by):
 
 
 @pytest.mark.parametrize('index', ['0', '1'])
-def test_a_process_that_comes_alone_ends_in_a_line(index):
+def test_a_process_that_comes_alone_says_so_and_ends(index):
     port = free_port()
     environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index}
     done = subprocess.run(
-        [sys.executable, '-c', 'from sphere_ar_jax.runtime import hosts; hosts.join(timeout=2)'], cwd=ROOT, text=True,
+        [sys.executable, '-c', 'from sphere_ar_jax.runtime import joining; joining.join(timeout=2)'], cwd=ROOT, text=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
     )  # fmt: skip
-    said = f'the processes of this run did not find each other at localhost:{port} in 2 s: was each started, once?'
-    assert (done.returncode, done.stderr) == (1, f'error: {said}\n')
+    said = f'waiting for the other processes of this run at localhost:{port}: was each of them started, once?'
+    assert done.returncode == -signal.SIGABRT and done.stderr.startswith(f'{said}\n'), done.stderr
 
 
 def test_processes_that_do_not_come_are_not_waited_for():

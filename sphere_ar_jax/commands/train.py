@@ -18,7 +18,7 @@ from sphere_ar_jax.data import augment, digits, sources
 from sphere_ar_jax.evaluation import page, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.interop.lpips import check_paths, read
-from sphere_ar_jax.runtime import console, hosts, sharding
+from sphere_ar_jax.runtime import console, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, write_json
 from sphere_ar_jax.training import adversarial, loop
@@ -32,7 +32,6 @@ def _teacher(cfg, mesh):
     try:
         teacher = load_teacher(cfg.init_from, mesh)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(f'init_from: {error}') from None
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
     if published:  # whatever data it saw
@@ -173,7 +172,6 @@ def _tokenizer(cfg, mesh):
     try:
         run = load_run(cfg.tokenizer, mesh, tokenizer_only=True)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(f'tokenizer: {error}') from None
     changed = other_model(run.config, cfg, tokenizer_only=True)
     if changed:
@@ -230,7 +228,6 @@ def train(cfg, workdir, command, started):
     try:
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
-        hosts.end_if_lost(error)
         raise UserError(str(error)) from None
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform

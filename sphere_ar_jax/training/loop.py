@@ -10,8 +10,8 @@ from clu import metrics as clu_metrics
 from clu import parameter_overview
 
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime import checkpoint, hosts, metric_writer, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import state as training_state
 from sphere_ar_jax.training.signals import Preempted, Signals
 
@@ -141,9 +141,6 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
             checkpoints.wait()
             if arrived := signals.agreed(now=True):  # at the last step, or while its state was saved
                 raise Preempted(arrived, step, options.steps)
-    except Exception as error:
-        hosts.end_if_lost(error)
-        raise
     finally:
         batches.close()
         checkpoints.close()

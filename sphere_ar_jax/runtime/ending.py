@@ -1,0 +1,83 @@
+"""How the processes of one run end together.
+
+A process that stops for a reason of its own tells the others by `end`, and all of them end with its
+exit code and its line. A process that vanishes or hangs tells nobody: JAX's coordination service
+misses its heartbeats and aborts the others, with a stack trace and the exit code 128 + SIGABRT.
+No process leaves before all are ready to, so that the exit codes 0 and 2 mean that none was lost.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+import jax
+from jax._src import distributed
+
+_KEY = 'sphere_ar_jax/end'  # the first process to stop leaves 'CODE LINE' here
+_LONG = 2**31 - 1  # milliseconds, 24 days: the longest time that the store waits for a key
+_leaving = threading.Lock()  # the thread that holds it ends this process, all others wait
+
+
+def _shut_down() -> None:
+    """Leave the run as soon as all other processes do. This process aborts if one is lost."""
+    try:
+        jax.distributed.shutdown()
+    except Exception as error:
+        print(error, file=sys.stderr)
+        os.abort()  # JAX has mostly done so itself
+
+
+def _wait_for_the_first() -> None:
+    """Wait until a process stops, then end this one too, whatever its other threads wait for."""
+    try:
+        client = distributed.global_state.client
+        code, line = client.blocking_key_value_get(_KEY, _LONG).split(' ', 1)
+    except jax.errors.JaxRuntimeError:
+        return  # the run is over, or the first process is lost
+    with _leaving:
+        try:
+            sys.stdout.flush()
+            print(line, file=sys.stderr, flush=True)
+            _shut_down()
+        finally:
+            os._exit(int(code))
+
+
+_listener = threading.Thread(target=_wait_for_the_first, daemon=True)
+
+
+def _wait_for_the_last() -> None:
+    with _leaving:
+        _shut_down()
+    _listener.join()  # Python must not end while a thread is inside JAX
+
+
+def listen() -> None:
+    """Make this process end when another one says so, and else no sooner than all others."""
+    _listener.start()
+    atexit.register(_wait_for_the_last)
+
+
+def end(code: int, line: str, details: str = '') -> NoReturn:
+    """End this process, and those that it has joined, with an exit code and a line on stderr.
+
+    Where several processes call it at the same time, the first one's code and line count.
+    details: what this process prints besides, such as a traceback.
+    """
+    with _leaving:
+        sys.stderr.write(details)
+        if not jax.distributed.is_initialized():
+            print(line, file=sys.stderr)
+            sys.exit(code)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C again would leave the others waiting
+        run = distributed.global_state
+        name = f'process {run.process_id} of {run.num_processes} ({socket.gethostname()})'
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has been faster
+            run.client.key_value_set(_KEY, f'{code} {name}: {line}')
+    _listener.join()  # it ends this process, too
+    os.abort()  # it has heard nothing, since the first process is lost
