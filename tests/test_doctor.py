@@ -475,7 +475,10 @@ def _processes(environs, *words):
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-JOINED = 'from sphere_ar_jax.runtime import joining; import jax; joining.join(); print(jax.process_index(), jax.process_count())'
+JOINED = (
+    'from sphere_ar_jax.runtime import joining; import jax; joining.join(); '
+    'print(jax.process_index(), jax.process_count())'
+)
 
 
 @pytest.mark.parametrize('by', ['hand', 'slurm'])

@@ -3,8 +3,10 @@
 Source: spec §5–§8.
 """
 
+from ml_collections import ConfigDict
+
 from sphere_ar_jax.config import schema
-from sphere_ar_jax.models import ar
+from sphere_ar_jax.models.sizes import VARIANTS
 
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer evaluations".
 FAST = dict(solver='ab2', num_steps=10, shift=1.5)
@@ -64,13 +66,33 @@ def published_vae(arg=''):
     return c
 
 
-def published_ar(size, arg=''):
-    """The published AR model of a size of `ar.VARIANTS`, its recipe and its sampler; `arg` as configs/ar_b.py says.
+def published_ar(size: str, arg: str = '') -> ConfigDict:
+    """The published AR model, its recipe and its sampler: configs/ar_b.py, ar_l.py and ar_h.py.
 
-    Raises ValueError for another arg.
+    Args:
+      size: one of `VARIANTS`. arg: words after the config file's colon, separated by commas:
+        data=…     a path of ImageNet's training tar, or KIND:PATH of folder, array_records or tfds (tfds:NAME)
+        batch=N    images a step; the number of epochs stays
+        dtype=…    bfloat16 or float32 (the default) of the computation
+        tpu        what slices of TPUs want: bfloat16, and --config.mesh.fsdp=4, so that every chip keeps a quarter of
+                   the state, where optimizer and EMA would move more memory than the model. What else a slice takes:
+                   --mode=compile. Blocks are computed again in the backward pass (remat) with or without;
+                   --config.ar.remat=False where memory is plenty: it computes a fifth less, and moves more memory.
+        512        512×512 pixels, 32×32 tokens; not a published model
+        fast       the sampler of the fewest evaluations that lost nothing on the digits (BUILD_NOTES.md, "Fewer
+                   evaluations"). It was chosen on digits: its FID on ImageNet has not been measured.
+        smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs, on a CPU, in a minute:
+                   python -m sphere_ar_jax.main --config.tokenizer=/tmp/vae_smoke --workdir=/tmp/ar_smoke \\
+                       --config=configs/ar_b.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar
+    Raises ValueError, one line, for other words.
+
+    The published weights, converted instead of trained, and 50,000 images:
+
+        python -m sphere_ar_jax.main --mode=convert --checkpoint=hf://guolinke/SphereAR/SphereAR_B.pt --workdir=DIR
+        python -m sphere_ar_jax.main --mode=sample --workdir=DIR
     """
     c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
-    c.ar.update(ar.VARIANTS[size])
+    c.ar.update(VARIANTS[size])
     c.tokenizer_training.steps = 0
     c.ar.remat = 'smoke' not in words
     c.mesh.fsdp = 4 if 'tpu' in words else 1

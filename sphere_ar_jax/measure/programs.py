@@ -24,7 +24,7 @@ from sphere_ar_jax.training.state import abstract_state, jitted_step
 
 # Fields of a training state, for people.
 NAMES = {'params': 'parameters', 'opt_state': 'optimizer', 'ema': 'EMAs', 'disc_params': 'discriminator',
-         'disc_opt_state': 'its optimizer', 'disc_stats': 'its statistics', 'frozen': 'frozen models'}  # fmt: skip
+         'disc_opt_state': 'its optimizer', 'frozen': 'frozen models'}  # fmt: skip
 
 
 class Work(NamedTuple):

@@ -6,7 +6,6 @@ Images are (B, H, W, c), float in [−1, 1]. Logits are float32, the higher the 
 """
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from sphere_ar_jax.models.convolutions import torch_init
 from sphere_ar_jax.runtime.console import UserError
 
-MOMENTUM, EPS = 0.1, 1e-5  # of PyTorch's BatchNorm
+EPS = 1e-5  # of PyTorch's BatchNorm
 SLOPE = 0.2
 
 
@@ -41,31 +40,24 @@ def _dense(x, features, dtype, name):
 class BatchNorm(nn.Module):
     """(x − mean)·scale/√(var + 1e-5) + bias over B, H and W, computed in float32. (B, H, W, c) → the same in `dtype`.
 
-    In training mean and variance (biased) are those of the whole batch, also of one that is split over devices; the
-    running ones (`batch_stats`: mean, var), used otherwise, move by a tenth towards the batch's mean and its *unbiased*
-    variance, as PyTorch's do and Flax's do not.
+    Mean and variance (biased) are those of the whole batch, also of one that is split over devices. There are no
+    running statistics: a discriminator judges in training alone.
     """
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def scale_init(key, shape):
+            return 1 + 0.02 * jax.random.normal(key, shape)
+
         shape = x.shape[-1:]
-        scale = self.param('scale', lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape), shape)
-        bias = self.param('bias', nn.initializers.zeros, shape)
-        running = [self.variable('batch_stats', *args, shape) for args in (('mean', jnp.zeros), ('var', jnp.ones))]
-        mean, var = (statistic.value for statistic in running)
-        wide = lambda a: a[None, None, None]
+        scale = self.param('scale', scale_init, shape)[None, None, None]
+        bias = self.param('bias', nn.initializers.zeros, shape)[None, None, None]
         x = x.astype(jnp.float32)
-        if train:
-            mean = jnp.mean(x, axis=(0, 1, 2))
-            var = jnp.mean(jnp.square(x - wide(mean)), axis=(0, 1, 2))
-            n = math.prod(x.shape[:-1])
-            if not self.is_initializing():
-                for statistic, new in zip(running, (mean, var * (n / (n - 1))), strict=True):
-                    statistic.value += MOMENTUM * (new - statistic.value)
-        a = scale * jax.lax.rsqrt(var + EPS)
-        return ((x - wide(mean)) * wide(a) + wide(bias)).astype(self.dtype)
+        centred = x - jnp.mean(x, axis=(0, 1, 2), keepdims=True)
+        var = jnp.mean(jnp.square(centred), axis=(0, 1, 2), keepdims=True)
+        return (centred * (scale * jax.lax.rsqrt(var + EPS)) + bias).astype(self.dtype)
 
 
 class PatchGAN(nn.Module):
@@ -93,15 +85,15 @@ class PatchGAN(nn.Module):
             raise UserError(f'PatchGAN needs images of at least {least}×{least} pixels, not {H}×{W}')
 
     @nn.compact
-    def __call__(self, images, train=True):
-        """Images (B, H, W, c) → logits (B, H/8 − 2, W/8 − 2) at the defaults. train: by the batch's statistics."""
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, c) → logits (B, H/8 − 2, W/8 − 2) at the defaults."""
 
         conv = lambda *args, **options: _conv(*args, kernel_init=nn.initializers.normal(0.02), **options)
         x = leaky(conv(images, self.width, 4, 2, self.dtype, 'conv0'))
         for i in range(1, self.layers + 1):
             stride = 2 if i < self.layers else 1
             x = conv(x, self.width * min(2**i, 8), 4, stride, self.dtype, f'conv{i}', use_bias=False)
-            x = leaky(BatchNorm(self.dtype, name=f'norm{i}')(x, train))
+            x = leaky(BatchNorm(self.dtype, name=f'norm{i}')(x))
         return conv(x, 1, 4, 1, self.dtype, 'conv_out')[..., 0].astype(jnp.float32)
 
 
@@ -146,8 +138,8 @@ class StyleGAN(nn.Module):
             raise UserError(f'stylegan judges squares of 8, 16, 32, … 1024 pixels, not {H}×{W}')
 
     @nn.compact
-    def __call__(self, images, train=True):
-        """Images (B, H, H, c) → logits (B,). train: makes no difference, there are no statistics."""
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, H, c) → logits (B,)."""
         channels = lambda side: min(512, 16384 // side)
         side = images.shape[1]
         x = leaky(_conv(images, channels(side), 3, 1, self.dtype, 'conv_in'))
@@ -172,15 +164,6 @@ def build(name, image_shape, dtype=jnp.float32):
     discriminator = KINDS[name](dtype=dtype)
     discriminator.check(image_shape)
     return discriminator
-
-
-def judge(discriminator, params, stats, images):
-    """One pass in training: (logits of images (B, H, W, c), running statistics after it).
-
-    params, stats: the discriminator's collections `params` and `batch_stats`, the latter {} where it has none.
-    """
-    logits, updated = discriminator.apply({'params': params, 'batch_stats': stats}, images, mutable=['batch_stats'])
-    return logits, updated.get('batch_stats', {})
 
 
 def hinge_loss(real, fake):

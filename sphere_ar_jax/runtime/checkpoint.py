@@ -127,7 +127,9 @@ class Checkpoints:
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=str(me))
         options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
-        restore = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        # What a state of an older version had besides is left where it is.
+        restore = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
         args = ocp.args.Composite(state=restore, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         with ocp.CheckpointManager(self.directory, options=options) as reader:
             found = reader.restore(step, args=args)
@@ -148,7 +150,9 @@ class Checkpoints:
             reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0][:160]
         if int(hosts.largest(bool(reason))):
             return None, reason or 'not by another process'
-        if _digest(*found) != noted:
+        leaves, other = _digest(*found)
+        # An older version's state may have had more leaves; they came last, and are not read.
+        if leaves != noted[0][: len(leaves)] or other != noted[1]:
             return None, 'its contents do not match their fingerprint'
         return tuple(found), ''
 

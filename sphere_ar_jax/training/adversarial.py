@@ -6,12 +6,12 @@ update.
   2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
 Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight` from step number
 `disc_start` on (the first step has number 1) and 0 before. With w = 0 the discriminator's gradient is 0, not absent:
-its AdamW counts steps and its kernels decay. The running statistics see three batches in each step, whatever w:
-reconstructions, images, reconstructions.
+its AdamW counts steps and its kernels decay.
 
-Two things differ from the public code. BatchNorm takes the statistics of the whole batch, there those of each GPU's 32
-images. LPIPS is deterministic; there the dropout of ½ before its linear weights, meant for fitting them, comes back on
-with `gan_model.train()`, which adds noise to the same mean.
+Three things differ from the public code. BatchNorm takes the statistics of the whole batch, there those of each GPU's
+32 images. It keeps no running statistics, which the public code updates and never reads. LPIPS is deterministic; there
+the dropout of ½ before its linear weights, meant for fitting them, comes back on with `gan_model.train()`, which adds
+noise to the same mean.
 
 Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
@@ -31,12 +31,10 @@ from sphere_ar_jax.training import state as training_state
 
 
 class AdversarialState(training_state.TrainState):
-    """`state.TrainState` of the S-VAE, and the discriminator's parameters, optimizer state and running statistics
-    (one {'mean', 'var'} for each BatchNorm)."""
+    """`state.TrainState` of the S-VAE, and the discriminator's parameters and optimizer state."""
 
     disc_params: Any
     disc_opt_state: Any
-    disc_stats: Any
 
 
 def _check(options):
@@ -75,23 +73,23 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         disc = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
         return AdversarialState(
             jnp.int32(0), params, tx.init(params), training_state.copies(params, decays),
-            disc['params'], tx.init(disc['params']), disc.get('batch_stats', {}),
+            disc['params'], tx.init(disc['params']),
         )  # fmt: skip
 
     def generator_loss(params, state, lpips_params, images, keys, weight):
         recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
         weights = stages.tokenizer_weights(vae, options, lpips_params)
         loss, scalars = losses.reconstruction_loss(images, recon, z, posterior, **weights)
-        fake, stats = discriminators.judge(discriminator, state.disc_params, state.disc_stats, recon)
+        fake = discriminator.apply({'params': state.disc_params}, recon)
         scalars['adversarial'] = generator_term(fake)
-        return loss + weight * scalars['adversarial'], (scalars, recon, stats)
+        return loss + weight * scalars['adversarial'], (scalars, recon)
 
-    def discriminator_loss(params, stats, images, recon, weight):
-        real, stats = discriminators.judge(discriminator, params, stats, images)
-        fake, stats = discriminators.judge(discriminator, params, stats, recon)
+    def discriminator_loss(params, images, recon, weight):
+        real = discriminator.apply({'params': params}, images)
+        fake = discriminator.apply({'params': params}, recon)
         loss = discriminator_term(real, fake)
         scalars = dict(discriminator=loss, logits_real=jnp.mean(real), logits_fake=jnp.mean(fake))
-        return weight * loss, (scalars, stats)
+        return weight * loss, scalars
 
     def update(params, opt_state, grads):
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -103,19 +101,19 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         weight = jnp.where(state.step + 1 < options.disc_start, 0.0, options.disc_weight)
 
         compute = jax.value_and_grad(generator_loss, has_aux=True)
-        (loss, (scalars, recon, stats)), grads = compute(state.params, state, lpips_params, images, keys, weight)
+        (loss, (scalars, recon)), grads = compute(state.params, state, lpips_params, images, keys, weight)
         params, opt_state = update(state.params, state.opt_state, grads)
         ema = training_state.update_emas(state.ema, params, decays)
 
         compute = jax.value_and_grad(discriminator_loss, has_aux=True)
-        (_, (more, stats)), disc_grads = compute(state.disc_params, stats, images, recon, weight)
+        (_, more), disc_grads = compute(state.disc_params, images, recon, weight)
         disc_params, disc_opt_state = update(state.disc_params, state.disc_opt_state, disc_grads)
 
         scalars |= more | dict(
             loss=loss, grad_norm=optax.tree.norm(grads), disc_grad_norm=optax.tree.norm(disc_grads),
             learning_rate=schedule(state.step),
         )  # fmt: skip
-        return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state, stats), scalars
+        return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state), scalars
 
     shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
     return training_state.Stage(

@@ -12,13 +12,11 @@ from tests.conftest import GOLDENS
 
 
 def _variables(name, side):
-    """(discriminator, parameters by formula, fresh statistics) for side × side pixels."""
+    """(discriminator, parameters by formula) for side × side pixels."""
     model = discriminators.build(name, (side, side, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
     modules = torch_gan.PATCHGAN if name == 'patchgan' else torch_gan.stylegan(side)
-    fresh = lambda path, s: jnp.full(s.shape, float(path[-1].key == 'var'))
-    stats = jax.tree_util.tree_map_with_path(fresh, shapes.get('batch_stats', {}))
-    return model, torch_gan.by_formula(shapes['params'], modules), stats
+    return model, torch_gan.by_formula(shapes['params'], modules)
 
 
 @pytest.fixture(scope='module')
@@ -36,18 +34,16 @@ def patchgan():
 
 
 def test_patchgan(gan, patchgan):
-    """Logits, losses, the generator's gradient, and running statistics after real, then fake images."""
-    model, params, stats = patchgan
-    judge = jax.jit(lambda params, stats, images: discriminators.judge(model, params, stats, images))
-    real, stats = judge(params, stats, gan['real'])
-    fake, stats = judge(params, stats, gan['fake'])
+    """Logits, losses and the generator's gradient, of real and of fake images."""
+    model, params = patchgan
+    judge = jax.jit(lambda params, images: model.apply({'params': params}, images))
+    real = judge(params, gan['real'])
+    fake = judge(params, gan['fake'])
     np.testing.assert_allclose(real, gan['patchgan_logits_real'][:, 0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(fake, gan['patchgan_logits_fake'][:, 0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(stats['norm1']['mean'], gan['patchgan_running_mean_1'], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(stats['norm1']['var'], gan['patchgan_running_var_1'], rtol=1e-5)
     for name in ('hinge', 'vanilla'):
         np.testing.assert_allclose(discriminators.ADVERSARIAL[name][0](real, fake), gan[f'd_{name}'], rtol=1e-5)
-    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](discriminators.judge(model, params, stats, images)[0])
+    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](model.apply({'params': params}, images))
     value, gradient = jax.jit(jax.value_and_grad(loss))(gan['fake'])
     np.testing.assert_allclose(value, gan['patchgan_hinge_gen'], rtol=1e-4)
     scale = np.abs(gan['patchgan_hinge_gen_dfake']).max()
@@ -55,54 +51,43 @@ def test_patchgan(gan, patchgan):
 
 
 def test_stylegan(gan):
-    model, params, stats = _variables('stylegan', 64)
-    assert stats == {}
-    judge = jax.jit(lambda images: discriminators.judge(model, params, stats, images))
+    model, params = _variables('stylegan', 64)
+    judge = jax.jit(lambda images: model.apply({'params': params}, images))
     for name in ('real', 'fake'):
-        logits, stats = judge(gan[name])
-        assert stats == {}
+        logits = judge(gan[name])
         np.testing.assert_allclose(logits, gan[f'stylegan_logits_{name}'][:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_by_hand():
-    """In training by the batch; otherwise by the running statistics, which hold the unbiased variance."""
+    """By the mean and the biased variance of the batch, in float64."""
     x = np.random.default_rng(0).normal(3, 2, (2, 2, 3, 5)).astype(np.float32)
     scale, bias = np.linspace(0.5, 1.5, 5, dtype=np.float32), np.arange(5, dtype=np.float32)
     norm, params = discriminators.BatchNorm(), {'scale': scale, 'bias': bias}
-    stats = {'mean': np.arange(5, dtype=np.float32), 'var': np.arange(1, 6, dtype=np.float32)}
     rows = x.reshape(-1, 5).astype(np.float64)
-    y, updated = norm.apply({'params': params, 'batch_stats': stats}, x, True, mutable=['batch_stats'])
+    y = norm.apply({'params': params}, x)
     expected = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) * scale + bias
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    running = updated['batch_stats']
-    np.testing.assert_allclose(running['mean'], 0.9 * stats['mean'] + 0.1 * rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(running['var'], 0.9 * stats['var'] + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
-    y = norm.apply({'params': params, 'batch_stats': stats}, x, False)
-    np.testing.assert_allclose(
-        y, (x - stats['mean']) / np.sqrt(stats['var'] + 1e-5) * scale + bias, rtol=1e-5, atol=1e-6
-    )
 
 
 def test_statistics_of_a_sharded_batch(patchgan):
     """Those of the whole batch (a real check only where there are several devices)."""
-    model, params, stats = patchgan
+    model, params = patchgan
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)
     images *= np.linspace(0.2, 1, 8, dtype=np.float32)[:, None, None, None]  # rows unlike each other
-    judge = jax.jit(lambda images: discriminators.judge(model, params, stats, images))
+    judge = jax.jit(lambda images: model.apply({'params': params}, images))
     one, every = (jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1))
     chex.assert_trees_all_close(one, every, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16(gan, patchgan):
-    """Convolutions are rounded; logits and statistics remain float32."""
-    model, params, stats = patchgan
-    judge = lambda dtype: jax.jit(lambda x: discriminators.judge(model.clone(dtype=dtype), params, stats, x))(
-        gan['real']
+    """Convolutions are rounded; logits remain float32."""
+    model, params = patchgan
+    rounded, exact = (
+        jax.jit(lambda x, m=model.clone(dtype=dtype): m.apply({'params': params}, x))(gan['real'])
+        for dtype in (jnp.bfloat16, jnp.float32)
     )
-    rounded, exact = judge(jnp.bfloat16), judge(jnp.float32)
-    chex.assert_type(jax.tree.leaves(rounded), jnp.float32)
-    assert 1e-4 < np.abs(rounded[0] - exact[0]).max() < 0.05 * np.std(exact[0])
-    chex.assert_trees_all_close(rounded[1], exact[1], rtol=0.02, atol=2e-3)
+    chex.assert_type([rounded, exact], jnp.float32)
+    assert 1e-4 < np.abs(rounded - exact).max() < 0.05 * np.std(exact)
 
 
 def test_initialisation():
@@ -125,7 +110,7 @@ def test_initialisation():
             assert abs(np.mean(module['scale']) - 1) < 0.01 and not np.any(module['bias'])
     bias = np.abs(variables['params']['conv0']['bias'])
     assert 0.9 * 48**-0.5 < bias.max() <= 48**-0.5
-    chex.assert_trees_all_equal(variables['batch_stats']['norm1'], {'mean': np.zeros(128), 'var': np.ones(128)})
+    assert set(variables) == {'params'}  # no running statistics
     for path, leaf in jax.tree_util.tree_leaves_with_path(init('stylegan', 8)['params']):
         module = {'conv_in': 27, 'shortcut': 512, 'dense1': 8192, 'dense2': 512}
         bound = module.get(path[-2].key, 9 * 512) ** -0.5
