@@ -497,8 +497,9 @@ def test_two_processes_join(by):
 def test_a_process_that_comes_alone_says_so_and_ends(index):
     port = free_port()
     environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index}
+    code = 'from sphere_ar_jax.runtime import joining; joining.join(timeout=2)'
     done = subprocess.run(
-        [sys.executable, '-c', 'from sphere_ar_jax.runtime import joining; joining.join(timeout=2)'], cwd=ROOT, text=True,
+        [sys.executable, '-c', code], cwd=ROOT, text=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
     )  # fmt: skip
     said = f'waiting for the other processes of this run at localhost:{port}: was each of them started, once?'

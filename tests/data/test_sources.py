@@ -343,6 +343,7 @@ def _gzip(content):
         (_tar({'n01.tar': _link('n01_1.JPEG')}), 'n01_1.JPEG, which is no plain file'),
         (_link('n01.tar'), 'n01.tar, which is no plain file'),
     ],
+    ids=range(15),  # the contents themselves would be the names
 )
 def test_what_is_no_tar_of_tars_is_refused(path, content, message):
     path.write_bytes(content)
