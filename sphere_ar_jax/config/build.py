@@ -41,7 +41,7 @@ def _pick(parts: dict[str, Any], key: str, word: str) -> Any:
 
 def dtype(config: ConfigDict) -> Any:
     """The dtype of the computation."""
-    return jnp.dtype(config.dtype)
+    return getattr(jnp, config.dtype)
 
 
 def build_vae(config: ConfigDict) -> VAE:

@@ -203,7 +203,7 @@ def export(path, model, vae_params, ar_params=None):
     """Writes parameters under the public names to a safetensors file, float32, as the published files have them: the
     S-VAE `model` with its RoPE tables, and the AR model if given. Raises UserError for a distilled head."""
     tensors = to_torch(vae_params) | ({} if ar_params is None else to_torch(ar_params))
-    head_dim = transformer.head_dim(model.channels[-1], model.heads)
+    head_dim = transformer.head_dim(model.backbone.width, model.backbone.heads)
     angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     tensors |= {f'vae.{part}.freqs_cis': table.copy() for part in ('encoder', 'decoder')}

@@ -71,8 +71,8 @@ class AR(nn.Module):
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
         """The joint sequence after `emb_norm`: the condition's tokens, then z (B, T, d) → (B, C + T, D) float32."""
-        front = self.condition.embed(labels)
-        return self.emb_norm(jnp.concatenate([front, self.proj_in(z).astype(jnp.float32)], axis=1))
+        past = self.proj_in(z).astype(jnp.float32)
+        return self.emb_norm(jnp.concatenate([self.condition.embed(labels), past], axis=1))
 
     def conditions(self, labels: Labels, z: jax.Array) -> jax.Array:
         """Conditions c of all tokens in one pass, each from the labels and the tokens before it.

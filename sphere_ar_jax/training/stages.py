@@ -41,7 +41,7 @@ def ar_stage(ar, vae, vae_params, options, seed):
     With options.encoder_dtype the S-VAE computes in that; its tokens are float32 all the same.
     """
     if options.encoder_dtype:
-        vae = vae.computing_in(jnp.dtype(options.encoder_dtype))
+        vae = vae.computing_in(getattr(jnp, options.encoder_dtype))
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)

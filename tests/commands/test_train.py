@@ -18,7 +18,7 @@ from sphere_ar_jax.commands import train
 from sphere_ar_jax.config import checks, schema
 from sphere_ar_jax.data import stand_in
 from sphere_ar_jax.evaluation import snapshots
-from sphere_ar_jax.evaluation.fidelity import inception, statistics
+from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
 from sphere_ar_jax.runtime import console, metric_writer
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop
@@ -142,7 +142,7 @@ def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
         return inception.Features(images[:, ::16, ::16].reshape(len(images), -1).astype(np.float32), None, None)
 
     reference = statistics.statistics(np.random.default_rng(0).uniform(0, 255, (50, 12)))
-    monkeypatch.setattr(snapshots.fidelity, 'extract', extract)
+    monkeypatch.setattr(protocol, 'extract', extract)
     monkeypatch.setattr(train, '_judge', lambda cfg: (None, reference))
     cfg = _config(tar, **{'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0])})
     cfg.watch.update(fid_images=20, inception='weights', reference='reference')

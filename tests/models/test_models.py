@@ -43,7 +43,7 @@ def test_rope_table(golden):
 
 def test_encoder_and_decoder(golden, tiny_vae):
     model, params = tiny_vae
-    hidden = model.apply({'params': params}, golden['images'], method=lambda m, x: m.backbone.encode(x))
+    hidden = model.backbone.apply({'params': params}, golden['images'], method='encode')
     np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
     posterior = model.apply({'params': params}, golden['images'], method='encode')
     chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
@@ -217,7 +217,11 @@ def test_a_long_cache_is_read_to_where_it_is_filled():
 
 
 def _with(model, **changes):
-    return model.clone(**changes)
+    """The same model with other values of dtype, remat or unroll, its parts too."""
+    if isinstance(model, vae.VAE):
+        of_both = {name: value for name, value in changes.items() if name == 'dtype'}
+        return model.clone(backbone=model.backbone.clone(**changes), **of_both)
+    return model.clone(head=model.head.clone(**changes), **changes)
 
 
 def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar, tiny_vae):

@@ -163,7 +163,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     ):
         loop.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
     loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
-    other = stage._replace(model=stage.model.clone(heads=1))
+    other = stage._replace(model=stage.model.clone(backbone=stage.model.backbone.clone(heads=1)))
     with pytest.raises(UserError, match='; heads 2 → 1'):
         loop.train(other, source, str(tmp_path), seed=0, mesh=mesh)
     noted = json.loads((tmp_path / 'checkpoints' / '6' / 'data' / 'metadata').read_text())['frozen']

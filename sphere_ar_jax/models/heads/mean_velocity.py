@@ -44,9 +44,8 @@ class MeanVelocity(FlowHead):
 
     def teacher(self) -> FlowHead:
         """The flow head of the same sizes, whose velocities this one learns the means of."""
-        return FlowHead(
-            self.latent_dim, self.width, self.depth, self.groups, self.remat, self.unroll, self.dtype, self.scan
-        )
+        fields = (self.latent_dim, self.width, self.depth, self.groups, self.remat, self.unroll, self.dtype, self.scan)
+        return FlowHead(*fields, parent=None)
 
     def embed_time(self, t: jax.Array, h: jax.Array) -> jax.Array:
         """t (...) in [0, 1] and the step's width h (...) → (..., M)."""
