@@ -1,4 +1,4 @@
-"""Runs that version 0.x at commit 996fc2c finished: they are opened, sampled, continued and exported for ever after."""
+"""Runs that an earlier version finished (see goldens/README.md): they are opened, sampled, continued and exported."""
 
 import json
 import pathlib
@@ -13,11 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from sphere_ar_jax.commands import checkpoints, train
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data.digits import Digits
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
-from sphere_ar_jax.training.run import Run, load_run
+from sphere_ar_jax.training import loop
+from sphere_ar_jax.training.run import Run, load_config, load_run
+from sphere_ar_jax.training.stages import tokenizer_stage
 from tests.conftest import GOLDENS, libraries_promote
 
 
@@ -73,20 +76,44 @@ def test_an_old_run_is_exported_as_it_was(runs, measured, tmp_path, name):
     np.testing.assert_allclose(sums, measured[f'{name}/export_sums'], rtol=1e-6, atol=1e-6)
 
 
-def _continue(directory: pathlib.Path) -> tuple[Run, Run]:
-    """The run as it was finished, and as it is finished again from its last checkpoint but one."""
+def _finish_again(directory: pathlib.Path, stage: str) -> tuple[Run, Run]:
+    """The run as it was finished, and as it is finished again from its last checkpoint but one of a stage."""
     before = load_run(str(directory))
-    for stage in ('tokenizer', 'ar', 'distillation'):
-        shutil.rmtree(directory / stage / 'checkpoints' / '6', ignore_errors=True)
+    shutil.rmtree(directory / stage / 'checkpoints' / '6')
     with libraries_promote():
         train.train(before.config, str(directory), 'the command', time.perf_counter())
     return before, load_run(str(directory))
 
 
-@pytest.mark.parametrize('name', ['digits', 'distilled'])
-def test_an_old_run_goes_on_to_the_same_end(runs, tmp_path, name):
+@pytest.mark.parametrize('name, stage', [('digits', 'ar'), ('distilled', 'distillation')])
+def test_an_old_run_goes_on_to_the_same_end(runs, tmp_path, name, stage):
     directory = tmp_path / name
     shutil.copytree(runs / name, directory)
-    before, after = _continue(directory)
-    chex.assert_trees_all_close(before.vae_params, after.vae_params, atol=1e-5)
+    before, after = _finish_again(directory, stage)
     chex.assert_trees_all_close(before.ar_params, after.ar_params, atol=1e-5)
+
+
+def test_an_old_tokenizer_goes_on_to_the_same_end(runs, tmp_path):
+    shutil.copytree(runs / 'digits' / 'tokenizer', tmp_path / 'tokenizer')
+    before = load_run(str(runs / 'digits'), tokenizer_only=True)
+    shutil.rmtree(tmp_path / 'tokenizer' / 'checkpoints' / '6')
+    cfg = before.config
+    stage = tokenizer_stage(before.vae, cfg.tokenizer_training, cfg.seed)
+    mesh = sharding.make_mesh()
+    source = Digits('train', cfg.seed, cfg.data.holdout)
+    state, _ = loop.train(stage, source, str(tmp_path / 'tokenizer'), seed=cfg.seed, mesh=mesh)
+    chex.assert_trees_all_close(before.vae_params, state.eval_params, atol=1e-5)
+
+
+def test_a_run_that_lacks_new_keys_and_fields_goes_on(runs, tmp_path):
+    """A key that config.json lacks has its default, and what a checkpoint notes is compared with the defaults, too."""
+    directory = tmp_path / 'digits'
+    shutil.copytree(runs / 'digits', directory)
+    values = json.loads((directory / 'config.json').read_text())
+    for section, key in (('ar', 'unroll'), ('sampling', 'temperature'), ('data', 'draft')):
+        del values[section][key]
+    (directory / 'config.json').write_text(json.dumps(values))
+    config = load_config(str(directory))
+    assert config.ar.unroll == 1 and config.sampling.temperature == 1.0 and config.ar.head == 'flow'
+    assert schema.differences(schema.as_dict(load_config(str(runs / 'digits'))), schema.as_dict(config)) == []
+    load_run(str(directory))

@@ -6,6 +6,7 @@ import numpy as np
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
+from sphere_ar_jax.training.state import quickly_compiled
 
 LONG = 80
 
@@ -46,7 +47,7 @@ def long_config():
 def stages(cfg):
     """The tokenizer's stage, and the AR's on an untrained tokenizer."""
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
-    vae_params = jax.jit(vae.init_params)(jax.random.key(1))
+    vae_params = jax.jit(vae.init_params, **quickly_compiled())(jax.random.key(1))
     tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 

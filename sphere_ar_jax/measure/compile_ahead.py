@@ -134,7 +134,7 @@ def _marked(cfg, name, mesh):
     shapes = jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0))) + jax.tree.leaves(frozen)
     ar, vae = build.build_ar(cfg), build.build_vae(cfg)
     sizes = {size for leaf in shapes for size in leaf.shape}
-    sizes |= {ar.num_tokens, ar.num_tokens + ar.class_tokens - 1, ar.num_tokens + 4, *vae.image_shape}
+    sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4, *vae.image_shape}
     prime = next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
     batch, key = sharding.batch_parts(mesh) * prime, f'{name}_training'
     return programs.changed(cfg, **{f'{key}__batch_size': batch * cfg[key].accumulate}), batch

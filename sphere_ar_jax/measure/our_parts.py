@@ -17,7 +17,7 @@ from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
-from sphere_ar_jax.training.state import abstract_state, jitted_step
+from sphere_ar_jax.training.state import abstract_state, jitted_step, quickly_compiled
 
 # part → what one run of it does
 PARTS = {
@@ -56,7 +56,7 @@ def inputs(ar, vae, batch):
 
 def random_params(model, seed):
     """Parameters at which nothing is zero, as in a trained model: their initial values, and noise where those are 0."""
-    params = jax.jit(model.init_params)(jax.random.key(seed))
+    params = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     noise = lambda a: jnp.asarray(0.02 * rng.normal(size=a.shape), jnp.float32)
     return jax.tree.map(lambda a: a if np.any(np.asarray(a[..., :1]) != 0) else noise(a), params)
@@ -188,7 +188,7 @@ class Part:
 
     def _train(self, stage):
         mesh = sharding.make_mesh(1)
-        state = jax.jit(stage.init)(jax.random.key(0))
+        state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
         batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
         self._costs(stage.step, state, stage.frozen, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))

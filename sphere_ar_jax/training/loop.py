@@ -78,7 +78,7 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
     restored = checkpoints.restore(abstract)
     before, frozen = 0.0, training_state.frozen_identity(stage)
     if restored is None:
-        state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(seed))
+        state = training_state.initialise(stage, shardings, seed)
         weights = training_state.converted(directory, abstract.params)
         if weights is not None:
             state = state.replace(params=weights, ema=training_state.copies(weights, state.ema))

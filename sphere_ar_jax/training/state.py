@@ -189,6 +189,21 @@ def abstract_state(stage, mesh):
     return sharding.abstract(mesh, jax.eval_shape(stage.init, jax.random.key(0)))
 
 
+def quickly_compiled() -> dict[str, Any]:
+    """Options of `jax.jit` for a program that runs once.
+
+    On CPUs LLVM then spends a sixth of the time on a tokenizer's initialisation, whose values stay the same bit for bit
+    (BUILD_NOTES.md, "Tests").
+    """
+    on_cpu = jax.default_backend() == 'cpu'
+    return {'compiler_options': {'xla_backend_optimization_level': 1}} if on_cpu else {}
+
+
+def initialise(stage: Stage, shardings: Any, seed: int) -> TrainState:
+    """The state of a stage at its start, laid out by a tree of shardings."""
+    return jax.jit(stage.init, out_shardings=shardings, **quickly_compiled())(jax.random.key(seed))
+
+
 def jitted_step(stage, mesh, state):
     """The step of a stage, to be compiled for a mesh; its result takes the place of the state that it is given.
 

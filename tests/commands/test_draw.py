@@ -126,7 +126,9 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
 
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
-    assert run.vae == tiny_vae[0] and run.ar.clone(remat=False) == tiny_ar[0]  # the recipe computes blocks again
+    assert run.vae == tiny_vae[0]
+    stored = run.ar.clone(remat=False, head=run.ar.head.clone(remat=False))  # the recipe computes blocks again
+    assert stored == tiny_ar[0]
     for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     tokens = golden['sample/cfg1/tokens']

@@ -268,6 +268,7 @@ import multiprocessing, os, signal, sys, threading, time
 from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.data import batches
+from sphere_ar_jax.runtime.console import UserError
 from tests.fake_images import Pictures
 
 if __name__ == '__main__':

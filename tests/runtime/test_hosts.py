@@ -21,6 +21,7 @@ import pytest
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.runtime import checkpoint, files, joining
 from sphere_ar_jax.training.run import load_run
+from sphere_ar_jax.training.state import quickly_compiled
 from tests.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -164,7 +165,7 @@ def words(tmp_path_factory):
     """Of a training of the AR model on a tokenizer with weights at random, which needs no training."""
     cfg, tokenizer = get_config(), tmp_path_factory.mktemp('tokenizer')
     weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
-    weights.save(0, jax.jit(build.build_vae(cfg).init_params)(jax.random.key(1)), {}, 0.0)
+    weights.save(0, jax.jit(build.build_vae(cfg).init_params, **quickly_compiled())(jax.random.key(1)), {}, 0.0)
     weights.close()
     files.write_json(f'{tokenizer}/config.json', schema.as_dict(cfg))
     return (
@@ -258,7 +259,7 @@ def test_nobody_waits_for_a_lost_process(start, capsys, tmp_path, where, how, cu
         others = [process for i, process in enumerate(run.started) if i != culprit]
         assert [process.wait(120) for process in others] == [ABORTED] * 2, run.err
         if where == 'closing':  # the main threads were inside it when JAX aborted
-            inside = re.compile(r'/sphere_ar_jax/checkpoint\.py", line \d+ in close\n')
+            inside = re.compile(r'/sphere_ar_jax/runtime/checkpoint\.py", line \d+ in close\n')
             assert all(inside.search(process.err) for process in others)
     checkpoints = checkpoint.Checkpoints(tmp_path / 'w', read_only=True)
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -23,7 +23,7 @@ from sphere_ar_jax.training.state import abstract_state
 from tests import tiny_config
 from tests.conftest import libraries_promote
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Every parameter of L on a mesh where all axes divide: the layout of published checkpoints' training is pinned here.
 LAYOUT_OF_L = {

@@ -19,6 +19,7 @@ from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop, optimizer, signals
+from sphere_ar_jax.training.state import quickly_compiled
 from tests.conftest import libraries_promote
 from tests.tiny_config import LONG, get_config, long_config, stages
 
@@ -68,7 +69,7 @@ def test_a_step_is_the_recipe():
     cfg.ar_training.update(warmup_steps=0, clip_norm=0.05, learning_rate=1e-2, weight_decay=0.5)
     stage = stages(cfg)[1]
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
-    state = jax.jit(stage.init)(jax.random.key(0))
+    state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
     state = state.replace(step=jnp.int32(1), ema=(jax.tree.map(lambda p: p + 1, state.params),))
     new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
 
@@ -107,7 +108,7 @@ def test_gradients_of_a_batch_in_pieces(which):
         for section in (cfg.tokenizer_training, cfg.ar_training):
             section.update(accumulate=parts, warmup_steps=0)
         stage = stages(cfg)[which]
-        state = jax.jit(stage.init)(jax.random.key(0))
+        state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
         step = jax.jit(stage.step).lower(state, stage.frozen, batch).compile()
         new, scalars = step(state, stage.frozen, batch)
         found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
@@ -124,7 +125,7 @@ def test_emas_of_several_rates():
     cfg.ar_training.update(more_ema_decays=(0.5, 0.99))
     stage = stages(cfg)[1]
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
-    state = jax.jit(stage.init)(jax.random.key(0))
+    state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
     expected = [state.params] * 3
     for _ in range(3):
         state, _ = jax.jit(stage.step)(state, stage.frozen, batch)
@@ -142,7 +143,9 @@ def test_tokens_encoded_in_bfloat16():
         cfg = get_config()
         cfg.ar_training.encoder_dtype = dtype
         stage = stages(cfg)[1]
-        state, scalars = jax.jit(stage.step)(jax.jit(stage.init)(jax.random.key(0)), stage.frozen, batch)
+        state, scalars = jax.jit(stage.step)(
+            jax.jit(stage.init, **quickly_compiled())(jax.random.key(0)), stage.frozen, batch
+        )
         chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(jnp.float32, state.params))
         found.append(float(scalars['loss']))
     assert 0 < abs(found[1] - found[0]) < 0.02 * found[0]

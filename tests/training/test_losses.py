@@ -13,6 +13,7 @@ from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training import losses
+from sphere_ar_jax.training.state import quickly_compiled
 
 
 def _assert_gradients(gradients, golden, prefix, tolerance):
@@ -193,7 +194,7 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     new_head = HEADS['mean_velocity'](head.latent_dim, head.width, head.depth, head.groups)
     assert new_head.teacher() == head.clone(parent=None)
     model = teacher_model.clone(head=new_head)
-    head = jax.jit(model.init_params)(jax.random.key(0))['head'] | teacher['head']
+    head = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0))['head'] | teacher['head']
     z = jnp.asarray(golden['z'])
     noise = jax.random.normal(jax.random.key(1), z.shape)
     scales = guidance.guidance_scales(2.0, 16, 'linear')
