@@ -10,7 +10,7 @@ from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.runtime import checkpoint, console, files
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.training.workdir import has, other_model
 
 
@@ -28,7 +28,7 @@ def _local(source):
     try:
         return huggingface_hub.hf_hub_download(f'{owner}/{repository}', file)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UserError(f'{source}: {(str(error).strip() or type(error).__name__).splitlines()[0]}') from None
+        raise UserError(f'{source}: {first_line(error)}') from None
 
 
 def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sphere_ar_jax.data.pixels import to_float
+from sphere_ar_jax.runtime.console import first_line
 
 
 class BrokenImageError(ValueError):
@@ -55,7 +56,7 @@ def decode(content, draft=None):
     except (BrokenImageError, MemoryError):
         raise
     except Exception as error:  # damaged files make PIL raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error, 160)
         raise BrokenImageError(reason) from None
 
 

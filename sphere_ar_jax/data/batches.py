@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from sphere_ar_jax.data import augment
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 _ENDLESS = 2**60  # rows: more than any run sees
 _ATTEMPTS = 8  # images in turn that may be broken
@@ -29,7 +29,8 @@ _PART = 16  # images that threads and processes hand over at a time: more costs 
 
 
 def _one_line(error):
-    return f'{type(error).__name__}: {(str(error).strip() or "no reason given").splitlines()[0][:300]}'
+    reason = first_line(error, 300) if str(error).strip() else 'no reason given'
+    return f'{type(error).__name__}: {reason}'
 
 
 class _Loader:
@@ -112,7 +113,7 @@ class Batches:
         try:
             batch = next(self._iterators[0])
         except UserError as error:  # to which Grain may have added lines
-            raise UserError(str(error).splitlines()[0]) from error
+            raise UserError(first_line(error, 2000)) from error
         except Exception as error:  # of Grain, for a worker that died
             raise UserError(f'reading images stopped: {_one_line(error)}') from error
         self._count(batch.pop('broken'))

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 
@@ -28,7 +28,7 @@ def printable(text):
 
 def reason(error):
     """The first line of an error."""
-    return (getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)
 
 
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks

@@ -1,4 +1,4 @@
-"""Rectified flow between noise (t = 0) and data (t = 1): path, target, score, guidance (spec §6–§7).
+"""Rectified flow between noise (t = 0) and data (t = 1): path and target (paper §3.3).
 
 Dimensions:
   N    rows, i.e. tokens that are integrated at once
@@ -15,8 +15,3 @@ def interpolate(noise, z, t):
 def target_velocity(noise, z):
     """The velocity of `interpolate`, v = z − noise, (..., d). Spec §6."""
     return z - noise
-
-
-def score(v, x, t):
-    """∇log p_t(x) = (t·v − x)/(1 − t), since t(1−t) + (1−t)² = 1 − t. v, x: (..., d); t scalar < 1. Spec §7."""
-    return (t * v - x) / (1 - t)

@@ -18,6 +18,7 @@ from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs, our_parts, public_code
 from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime.console import first_line
 
 
 def _prepare(job):
@@ -75,7 +76,7 @@ def work(job):
             rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
         say(rss=rss, device_bytes=peak())
     except Exception as error:
-        say(error=f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}')
+        say(error=f'{type(error).__name__}: {first_line(error)}')
 
 
 class _Side:

@@ -35,7 +35,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.measure import costs, hlo, programs
 from sphere_ar_jax.measure.devices import GiB, find_slice
 from sphere_ar_jax.runtime import sharding
-from sphere_ar_jax.runtime.console import UserError, size
+from sphere_ar_jax.runtime.console import UserError, first_line, size
 
 # What a program's memory holds, for people.
 NAMES = {**programs.NAMES, 'batch': 'images', 'rows': 'images', 'temporaries': 'activations and other temporaries'}
@@ -273,7 +273,7 @@ def devices_of(piece):
             platform='tpu', topology_name=piece.topology, chip_config_name=piece.chip.setting
         ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f'{piece.name}: libtpu says {str(error).splitlines()[0]}') from None
+        raise UserError(f'{piece.name}: libtpu says {first_line(error)}') from None
 
 
 def _examine(cfg, piece, mesh, work, audit, say):

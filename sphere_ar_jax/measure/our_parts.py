@@ -202,7 +202,9 @@ class Part:
         return run
 
     def _train_tokenizer(self):
-        return self._train(stages.tokenizer_stage(self.vae, self.cfg.tokenizer_training, 0))
+        options = self.cfg.tokenizer_training.copy_and_resolve_references()
+        options.perceptual_weight = 0.0  # its network comes from files
+        return self._train(stages.tokenizer_stage(self.vae, options, 0))
 
     def _train_ar(self):
         if self.cfg.init_from is not None:

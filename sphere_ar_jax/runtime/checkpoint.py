@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sphere_ar_jax.runtime import files, hosts
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 _LARGE = 2**22  # numbers in a leaf
 
@@ -147,7 +147,7 @@ class Checkpoints:
                 raise
             if number := _machine_error(causes):
                 raise OSError(number, os.strerror(number), f'{self.directory}/{step}') from error
-            reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0][:160]
+            reason = first_line(causes[-1], 160)
         if int(hosts.largest(bool(reason))):
             return None, reason or 'not by another process'
         leaves, other = _digest(*found)

@@ -22,6 +22,12 @@ class Stopped(Exception):
         self.first = first
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's message, cut to so many characters; its class's name where it has no message."""
+    lines = (getattr(error, 'strerror', None) or str(error)).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 def size(count):
     """Bytes for people, as '1.9 GiB'."""
     unit = min(int(math.log(max(count, 1), 1024)), 4)

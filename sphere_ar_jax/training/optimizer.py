@@ -18,8 +18,7 @@ def learning_rate(peak, warmup_steps, total_steps, final):
     Returns:
       schedule: step () int → learning rate () float32. Source: spec §8.
     """
-    decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1), final / peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup_steps, 1)), decay], [warmup_steps])
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), final)
 
 
 def decay_mask(params):

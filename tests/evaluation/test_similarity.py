@@ -9,7 +9,7 @@ from sphere_ar_jax.interop.lpips import load, read
 from sphere_ar_jax.models.lpips import LPIPS, _unit
 from sphere_ar_jax.runtime.console import UserError
 from tests import torch_writer
-from tests.conftest import GOLDENS
+from tests.conftest import GOLDENS, libraries_promote
 
 
 @pytest.fixture(scope='module')
@@ -158,14 +158,16 @@ def _bytes():
 ssim = jax.jit(similarity.ssim, static_argnums=2)  # op by op it takes seconds to compile
 
 
+@libraries_promote()
 def test_ssim_and_psnr_against_scikit_image(pair):
-    np.testing.assert_allclose(ssim(*pair[:2]), GOLDEN_PAIR['ssim'], rtol=1e-5)
+    np.testing.assert_allclose(ssim(*pair[:2]), GOLDEN_PAIR['ssim'], rtol=1e-4)
     np.testing.assert_allclose(similarity.image_psnr(*pair[:2]), GOLDEN_PAIR['psnr'], rtol=1e-5)
     a, b = _bytes()
-    np.testing.assert_allclose(ssim(a, b, (0, 255)), BYTES['ssim'], rtol=1e-5)
+    np.testing.assert_allclose(ssim(a, b, (0, 255)), BYTES['ssim'], rtol=1e-4)
     np.testing.assert_allclose(similarity.image_psnr(a, b, (0, 255)), BYTES['psnr'], rtol=1e-5)
 
 
+@libraries_promote()
 def test_scores_are_computed_in_float32(pair):
     halves = [jnp.asarray(x, jnp.bfloat16) for x in pair[:2]]
     singles = [x.astype(jnp.float32) for x in halves]
@@ -173,6 +175,7 @@ def test_scores_are_computed_in_float32(pair):
         np.testing.assert_array_equal(score(*halves), score(*singles))
 
 
+@libraries_promote()
 def test_ssim_against_its_definition():
     """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels most."""
     a, b = (x[:, :15, :13, :2] for x in _bytes())
@@ -187,11 +190,12 @@ def test_ssim_against_its_definition():
         vx, vy, cov = (np.sum(weights * p * q) for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
         luminance = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
         expected[k] += luminance * (2 * cov + 9e-4) / (vx + vy + 9e-4) / (5 * 3 * 2)
-    np.testing.assert_allclose(ssim(a, b, (0, 255)), expected, rtol=2e-5)
+    np.testing.assert_allclose(ssim(a, b, (0, 255)), expected, rtol=1e-4)
     scaled = [x.astype(np.float32) / 127.5 - 1 for x in (a, b)]
-    np.testing.assert_allclose(ssim(*scaled), expected, rtol=2e-5)
+    np.testing.assert_allclose(ssim(*scaled), expected, rtol=1e-4)
 
 
+@libraries_promote()
 def test_equal_images(pair):
     np.testing.assert_allclose(ssim(pair[0], pair[0]), 1, rtol=1e-6)
     assert np.all(np.isposinf(similarity.image_psnr(pair[0], pair[0])))
@@ -206,6 +210,7 @@ def test_psnr_of_each_image_and_of_all_pixels():
     assert tokenizer.psnr(a, b) < 23.1
 
 
+@libraries_promote()
 def test_shapes_are_checked():
     lpips = lambda a, b: jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
     image = lambda *shape: np.zeros(shape, np.float32)

@@ -82,10 +82,13 @@ def test_statistics_of_a_sharded_batch(patchgan):
 def test_bfloat16(gan, patchgan):
     """Convolutions are rounded; logits remain float32."""
     model, params = patchgan
-    rounded, exact = (
-        jax.jit(lambda x, m=model.clone(dtype=dtype): m.apply({'params': params}, x))(gan['real'])
-        for dtype in (jnp.bfloat16, jnp.float32)
-    )
+
+    def judge(dtype):
+        discriminator = model.clone(dtype=dtype)
+        return jax.jit(lambda x: discriminator.apply({'params': params}, x))(gan['real'])
+
+    rounded = judge(jnp.bfloat16)
+    exact = judge(jnp.float32)
     chex.assert_type([rounded, exact], jnp.float32)
     assert 1e-4 < np.abs(rounded - exact).max() < 0.05 * np.std(exact)
 

@@ -82,7 +82,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(stage.init, jax.random.key(0)))
     disc_params = torch_gan.by_formula(state.disc_params, torch_gan.PATCHGAN)
     state = state.replace(params=tiny_vae[1], disc_params=disc_params)
-    step = jax.jit(stage.step, compiler_options={'xla_backend_optimization_level': 0})  # compiled in half the time
+    step = jax.jit(stage.step)
     certain = {'vae': True, 'disc': True}
     for i, (tolerance, of_lr) in enumerate(((1e-4, 0.02), (5e-3, 0.1), (1e-2, 0.2))):
         state, scalars = step(state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)})
@@ -99,7 +99,9 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
             params, moments, norms = _moments(network, *trees)
             expected, largest = public[f'{network}/m'], np.abs(public[f'{network}/m']).max()
             np.testing.assert_allclose(moments, expected, atol=tolerance * largest)
-            np.testing.assert_allclose(norms, public[f'{network}/norms'], rtol=2 * tolerance)
+            # Processors round otherwise: the smallest tensors' norms show what the whole backward pass rounds.
+            small = 1e-5 * public[f'{network}/norms'].max()
+            np.testing.assert_allclose(norms, public[f'{network}/norms'], rtol=2 * tolerance, atol=small)
             if largest:  # else only decay moves the parameters
                 certain[network] &= np.abs(expected) > 1e-3 * largest
             error = np.abs(params - public[f'{network}/p'])
