@@ -82,20 +82,27 @@ _OPTIONS = (
 )
 
 
-def _with_paths(argv: list[str]) -> list[str]:
-    """The arguments with the path of every packaged config in place of its bare word: --config=digits:smoke."""
+def _packaged(word: str) -> str:
+    """The file of a packaged config for its bare word, as 'digits:smoke'; any other word as it is."""
+    name, colon, arg = word.partition(':')
+    if not re.fullmatch(r'\w+', name) or os.path.exists(name):
+        return word
     package = pathlib.Path(__file__).parent
-    places = (package / 'configs', package.parent / 'configs')  # of an installed wheel, and of a checkout
+    for place in (package / 'configs', package.parent / 'configs'):  # of an installed wheel, and of a checkout
+        if (place / f'{name}.py').exists():
+            return f'{place / name}.py{colon}{arg}'
+    return word
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+    """The arguments with the file of every packaged config in place of its bare word."""
     out = []
-    for i, word in enumerate(argv):
-        flag, equals, value = (
-            ('--config', '', word) if i and argv[i - 1] in ('--config', '-config') else word.partition('=')
-        )
-        name, colon, arg = value.partition(':')
-        found = [place / f'{name}.py' for place in places if re.fullmatch(r'\w+', name)]
-        found = [path for path in found if path.exists()]
-        if flag.lstrip('-') == 'config' and found and not os.path.exists(name):
-            out.append(f'{word.removesuffix(value)}{found[0]}{colon}{arg}')
+    for before, word in zip(['', *argv], argv, strict=False):
+        flag, equals, value = word.partition('=')
+        if flag in ('--config', '-config') and equals:
+            out.append(f'{flag}={_packaged(value)}')
+        elif before in ('--config', '-config'):
+            out.append(_packaged(word))
         else:
             out.append(word)
     return out
@@ -262,7 +269,7 @@ _COMMANDS = {
 
 def _end(code: int, line: str, details: str = '') -> NoReturn:
     """End this process with an exit code and a line on stderr, and with it all others of its run."""
-    if 'jax' in sys.modules:
+    if sys.modules.get('jax'):
         from sphere_ar_jax.runtime import ending
 
         ending.end(code, line, details)

@@ -1,0 +1,98 @@
+"""What a wheel holds, and how the command starts."""
+
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import sphere_ar_jax
+from sphere_ar_jax import config, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_a_wheel_has_all_that_a_user_needs(tmp_path):
+    """Unpacked in an empty directory, it finds a packaged config by its bare word, and ImageNet's classes."""
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (wheel,) = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / 'site')
+        metadata = next(name for name in archive.namelist() if name.endswith('entry_points.txt'))
+        assert 'sphere-ar = sphere_ar_jax.main:run' in archive.read(metadata).decode()
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    code = (
+        'import sys; sys.path.insert(0, sys.argv.pop(1)); '
+        'import sphere_ar_jax; assert "site" in sphere_ar_jax.__file__; '
+        'from sphere_ar_jax.data import imagenet; assert len(imagenet.classes()) == 1000; '
+        'from sphere_ar_jax import main; main.run()'
+    )
+    words = ['--config=digits:smoke', '--config.nope=1', '--workdir=w']
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'site'), *words],
+        cwd=empty,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f'error: the config has no key nope; its sections are {", ".join(config.default())}\n'
+    assert list(empty.iterdir()) == []
+
+
+def test_a_bare_word_names_a_packaged_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = str(ROOT / 'configs' / 'digits.py')
+    assert main._with_paths(['x', '--config=digits:smoke']) == ['x', f'--config={digits}:smoke']
+    assert main._with_paths(['x', '--config', 'digits']) == ['x', '--config', digits]
+    others = [
+        'x',
+        '--config=nothing',
+        '--config=configs/digits.py:fast',
+        '--workdir=digits',
+        '--config.seed=1',
+        'digits',
+    ]
+    assert main._with_paths(others) == others
+    (tmp_path / 'digits').write_text('')  # a file of that name comes first
+    assert main._with_paths(['x', '--config=digits']) == ['x', '--config=digits']
+
+
+@pytest.mark.parametrize('words', [['--version'], ['--help'], ['--nope'], ['--config=nope', '--workdir=w']])
+def test_what_needs_no_jax_does_not_import_it(words):
+    code = f'import sys; sys.modules["jax"] = None; sys.argv[1:] = {words}; from sphere_ar_jax import main; main.run()'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert 'Traceback' not in done.stderr
+    assert done.returncode == {'--version': 0, '--help': 1}.get(words[0], 2)
+    if words == ['--version']:
+        assert done.stdout == f'sphere_ar_jax {sphere_ar_jax.__version__}\n'
+
+
+def test_the_package_imports_nothing():
+    """`import sphere_ar_jax` is quick: nothing but the standard library's importlib and types comes with it."""
+    code = 'import importlib, types, sys; before = set(sys.modules); import sphere_ar_jax; '
+    code += 'print(*set(sys.modules) - before)'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert done.stdout.split() == ['sphere_ar_jax']
+
+
+def test_config_files_of_version_0_1_are_read(tmp_path):
+    """They import `config` and `recipes` from the package itself."""
+    path = tmp_path / 'old.py'
+    path.write_text(
+        'from sphere_ar_jax import config, recipes\n'
+        'def get_config(arg=""):\n'
+        '    c = config.default()\n'
+        '    c.sampling.update(recipes.FAST)\n'
+        '    return c\n'
+    )
+    words = [f'--config={path}', '--config.nope=1', '--workdir=w']
+    code = f'import sys; sys.argv[1:] = {words}; from sphere_ar_jax import main; main.run()'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and 'the config has no key nope' in done.stderr
