@@ -1,9 +1,10 @@
-"""Attention of a whole sequence to itself, by the kernel that suits the platform (spec §4).
+"""Attention of a whole sequence to itself, by the kernel that suits the platform.
 
 Dimensions:
   B    batch                       N    heads, K the head dimension
   T    positions                   S    T, rounded up to a multiple of the TPU's 128 lanes
-The platform is that which a program is lowered for: ahead of time, a machine without a TPU compiles what a TPU runs.
+The platform is the one that a program is lowered for: ahead of time, a machine without a TPU
+compiles what a TPU runs.
 """
 
 import functools
@@ -15,26 +16,32 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
+from sphere_ar_jax.models import kernels
+
 LANES = 128
-HEADS = 'tensor'  # axis of the mesh over which heads are split; rows of the batch are split over all others
+HEADS = 'tensor'  # axis of the mesh over which heads are split; all others split rows of the batch
 LONG = 512  # positions from which on a TPU's kernel pays: BUILD_NOTES.md, "Attention"
 
 
-def attend(q, k, v, causal):
-    """softmax(q·kᵀ/√K)·v, softmax in float32; causal: over a position itself and those before it only.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """softmax(q·kᵀ/√K)·v, softmax in float32; causal: over a position itself and those before it.
 
-    In bfloat16 GPUs run cuDNN's flash attention where K is a multiple of 8 up to 128 and, unless causal, T is even.
-    TPUs run splash attention where T ≥ 512, K = 64 and the program names its mesh (`jax.sharding.use_abstract_mesh`),
-    on which rows and heads are then split evenly: each device gets its own part, no other. All else is
-    `jax.nn.dot_product_attention`. Of a bfloat16 call the backward pass keeps q, k and v only, and computes the weights
-    again: no array (B, N, T, T) outlives it.
+    In bfloat16 GPUs run cuDNN's flash attention where K is a multiple of 8 up to 128 and, unless
+    causal, T is even. TPUs run splash attention where T ≥ 512, K = 64 and the program names its
+    mesh (`jax.sharding.use_abstract_mesh`), on which rows and heads are then split evenly: each
+    device gets its own part, no other. All else is `jax.nn.dot_product_attention`. The backward
+    pass of a bfloat16 call keeps q, k and v only, and computes the weights again: no array
+    (B, N, T, T) outlives it. Tangents in forward mode come from the plain attention everywhere.
 
     Args:
-      q, k, v: (B, T, N, K), of one dtype. causal: bool.
+      q, k, v: (B, T, N, K), of one dtype.
+      causal: whether a position sees those before it and itself alone.
     Returns:
-      (B, T, N, K) in that dtype. Differentiable once, in reverse.
+      (B, T, N, K) in that dtype.
     """
-    return (_by_platform if q.dtype == jnp.bfloat16 else _plain)(q, k, v, causal)
+    if q.dtype == jnp.bfloat16:
+        return _by_platform(causal)(q, k, v)
+    return _plain(q, k, v, causal)
 
 
 def _plain(q, k, v, causal):
@@ -43,9 +50,14 @@ def _plain(q, k, v, causal):
 
 def _cudnn(q, k, v, causal):
     T = q.shape[1]
-    even = lambda x: jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0)))  # JAX differentiates no other lengths
+
+    def even(x):
+        """x with an even number of positions: JAX differentiates no other lengths."""
+        return jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
+
+    attention = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
     try:
-        out = jax.nn.dot_product_attention(even(q), even(k), even(v), is_causal=causal, implementation='cudnn')
+        out = attention(even(q), even(k), even(v), is_causal=causal)
     except NotImplementedError:  # a RuntimeError too
         raise
     except RuntimeError:
@@ -59,23 +71,30 @@ def _splash(q, k, v, causal, interpret=False):
     S = -(-T // LANES) * LANES
     block = max(b for b in range(LANES, LONG + 1, LANES) if S % b == 0)
     names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-    minor = dict.fromkeys(('q_layout', 'k_layout', 'v_layout'), splash_attention.QKVLayout.SEQ_MINOR)
-    sizes = splash_attention.BlockSizes(**{f'block_{name}': block for name in names}, **minor)
+    layouts = ('q_layout', 'k_layout', 'v_layout')
+    options = {f'block_{name}': block for name in names}
+    options |= dict.fromkeys(layouts, splash_attention.QKVLayout.SEQ_MINOR)
     if causal:  # which hides what T is filled up with
         mask = splash_attention.CausalMask((S, S))
     else:
         mask = splash_attention.NumpyMask(np.broadcast_to(np.arange(S) < T, (S, S)))
-    heads = splash_attention.MultiHeadMask([mask] * N)
     kernel = splash_attention.make_splash_mha(
-        heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        splash_attention.MultiHeadMask([mask] * N),
+        block_sizes=splash_attention.BlockSizes(**options),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
     )
-    fill = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, S - T), (0, 0)))
+
+    def fill(x):
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, S - T), (0, 0)))
+
     out = jax.vmap(kernel)(fill(q * np.asarray(K**-0.5, q.dtype)), fill(k), fill(v))
     return out[:, :, :T].swapaxes(1, 2)
 
 
 def _forward(kernel):
-    """(q, k, v) → out, by the very call that `_backward` makes again: under remat XLA merges the two."""
+    """(q, k, v) → out, by the call that `_backward` makes again: under remat XLA merges the two."""
     return lambda q, k, v: jax.vjp(kernel, q, k, v)[0]
 
 
@@ -85,35 +104,44 @@ def _backward(kernel):
 
 
 def _own_part(B, N):
-    """How the mesh of the program, if it names one, splits arrays (B, T, N, K); None where there is no even split."""
+    """How the program's mesh splits arrays (B, T, N, K); None without a mesh or an even split."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
     rows = tuple(axis for axis in mesh.axis_names if axis != HEADS)
-    split = not mesh.empty and B % math.prod(mesh.shape[axis] for axis in rows) == N % mesh.shape.get(HEADS, 1) == 0
-    return PartitionSpec(rows, None, HEADS if HEADS in mesh.axis_names else None, None) if split else None
+    if B % math.prod(mesh.shape[axis] for axis in rows) or N % mesh.shape.get(HEADS, 1):
+        return None
+    return PartitionSpec(rows, None, HEADS if HEADS in mesh.axis_names else None, None)
 
 
 def _choose(direction, causal, *arrays):
     """direction(kernel) of the arrays, by the kernel of the platform."""
-    of = lambda kernel: direction(functools.partial(kernel, causal=causal))
+
+    def of(kernel):
+        return direction(functools.partial(kernel, causal=causal))
+
     B, T, N, K = arrays[0].shape
-    kernels, part = {}, _own_part(B, N)
+    chosen = {}
+    part = _own_part(B, N)
     if K % 8 == 0 and K <= 128 and (causal or T % 2 == 0):
-        kernels['cuda'] = of(_cudnn)  # XLA can split this one itself
+        chosen['cuda'] = of(_cudnn)  # XLA can split this one itself
     if T >= LONG and K == 64 and part is not None:
-        kernels['tpu'] = of(_splash)
+        chosen['tpu'] = of(_splash)
     if part is not None:
         each = functools.partial(jax.shard_map, in_specs=part, out_specs=part, check_vma=False)
-        kernels = {platform: each(kernel) for platform, kernel in kernels.items()}
-    return jax.lax.platform_dependent(*arrays, **kernels, default=of(_plain))
+        chosen = {platform: each(kernel) for platform, kernel in chosen.items()}
+    return jax.lax.platform_dependent(*arrays, **chosen, default=of(_plain))
 
 
-# Lowering comes after differentiation, which must therefore be the same on all platforms: it keeps q, k and v.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_platform(q, k, v, causal):
-    return _choose(_forward, causal, q, k, v)
+@functools.cache
+def _by_platform(causal):
+    """`_plain` by the platform's kernel, as a function of q, k and v.
 
-
-_by_platform.defvjp(
-    lambda q, k, v, causal: (_by_platform(q, k, v, causal), (q, k, v)),
-    lambda causal, qkv, g: _choose(_backward, causal, *qkv, g),
-)
+    Lowering comes after differentiation, which must therefore be the same on all platforms: it
+    keeps q, k and v.
+    """
+    return kernels.fast(
+        plain=functools.partial(_plain, causal=causal),
+        forward=lambda q, k, v: _choose(_forward, causal, q, k, v),
+        backward=lambda arrays, g: _choose(_backward, causal, *arrays, g),
+    )

@@ -1,17 +1,21 @@
-"""The transformer block shared by the S-VAE and the AR model, and a scanned stack of it (spec §4).
+"""The transformer block shared by the S-VAE and the AR model, and a scanned stack of it.
 
 Dimensions:
-  B    batch                       T    positions of the sequence (extra tokens first, then the grid)
+  B    batch                       T    positions (extra tokens first, then the grid)
   D    width                       N    heads, K = D/N the head dimension
-  F    hidden width of the SwiGLU  n    blocks in the stack (leading axis of every stacked parameter)
+  F    hidden width of the SwiGLU  n    blocks in the stack (leading axis of stacked parameters)
   S    length of the static key/value cache
-Parameters come in two layouts. Stacked (`scan=True`), for training and checkpoints: one block's program, compiled once
-and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no product waits for its weights to be sliced out of
-a stack, and every block's cache is an array of its own, updated in place.
+Parameters come in two layouts. Stacked (`scan=True`), for training and checkpoints: one block's
+program, compiled once and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no
+product waits for its weights to be sliced out of a stack, and every block's cache is an array of
+its own, updated in place.
+
+The architecture is that of SphereAR (arXiv 2509.24335): pre-norm blocks, SwiGLU, 2-D RoPE.
 """
 
 import functools
 import math
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -19,84 +23,119 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sphere_ar_jax.models import kernels
 from sphere_ar_jax.models.attention import attend
 
 INIT = nn.initializers.normal(0.02)
 EPS = 1e-6
+Cache = tuple[jax.Array, jax.Array]  # keys and values of one block
 
 
-def swiglu_width(width):
+def swiglu_width(width: int) -> int:
     """Hidden width of the SwiGLU: int(2·4D/3), rounded up to a multiple of 256."""
     return -(-int(2 * 4 * width / 3) // 256) * 256
 
 
-def head_dim(width, heads):
-    """K = D/N. Raises ValueError where N does not divide D, or K is no multiple of 4 as the 2-D RoPE needs."""
+def head_dim(width: int, heads: int) -> int:
+    """K = D/N.
+
+    Raises ValueError where N does not divide D, or K is no multiple of 4 as the 2-D RoPE needs.
+    """
     if width % heads:
         raise ValueError(f'{heads} heads do not divide the width {width}')
-    if width // heads % 4:
-        raise ValueError(
-            f'the head dimension {width}/{heads} = {width // heads} must be a multiple of 4 for the 2-D RoPE'
-        )
-    return width // heads
+    K = width // heads
+    if K % 4:
+        message = f'the head dimension {width}/{heads} = {K} must be a multiple of 4'
+        raise ValueError(f'{message} for the 2-D RoPE')
+    return K
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x, kernel, n):
-    return jax.lax.dot_general(x, kernel, ((tuple(range(1, n + 1)), tuple(range(n))), ((), ())))
+def product(
+    x: jax.Array,
+    kernel: jax.Array,
+    dimensions: tuple,
+    precision: None = None,
+    preferred_element_type: None = None,
+) -> jax.Array:
+    """Product of x (..., *in) and a kernel (*in, *out) → (..., *out), for Flax's `dot_general`.
 
+    Its numbers are those of `lax.dot_general`. But the kernel's gradient comes in the kernel's own
+    order, where CPUs would turn it round after the product (BUILD_NOTES.md, "Speed"). Only rows
+    are merged, since heads and features may be split over devices.
 
-def _product_backward(n, inputs, g):
-    x, kernel = inputs
-    outputs = tuple(range(1, g.ndim)), tuple(range(n, kernel.ndim))
-    return jax.lax.dot_general(g, kernel, (outputs, ((), ()))), jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
-
-
-_product.defvjp(lambda x, kernel, n: (_product(x, kernel, n), (x, kernel)), _product_backward)
-
-
-def product(x, kernel, dimensions, precision=None, preferred_element_type=None):
-    """`lax.dot_general` of x (..., *in) and a kernel (*in, *out) → (..., *out), differentiable once, in reverse.
-
-    The same numbers; but the kernel's gradient comes in the kernel's own order, which on CPUs is otherwise turned round
-    after the product (BUILD_NOTES.md, "Speed"). Only rows are merged: heads and features may be split over devices.
-    For Flax's `dot_general`.
+    Args:
+      x, kernel: as above, of one dtype.
+      dimensions: those of `lax.dot_general`; no others than these.
+      precision, preferred_element_type: None; Flax gives them.
     """
     n = len(dimensions[0][0])
-    assert dimensions == ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())), dimensions
+    contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    assert dimensions == (contracted, ((), ())), dimensions
     assert precision is None and preferred_element_type is None
     rows = x.shape[: x.ndim - n]
-    y = _product(x.reshape(math.prod(rows), *x.shape[x.ndim - n :]), kernel, n)
+    y = _product(n)(x.reshape(math.prod(rows), *x.shape[x.ndim - n :]), kernel)
     return y.reshape(*rows, *y.shape[1:])
 
 
-def rope_table(height, width, extra, head_dim, theta=10000.0):
+@functools.cache
+def _product(n):
+    """The product of x (rows, *in) and a kernel (*in, *out), where *in are n axes."""
+
+    def plain(x, kernel):
+        contracted = (tuple(range(1, n + 1)), tuple(range(n)))
+        return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+
+    def backward(arrays, g):
+        x, kernel = arrays
+        outputs = (tuple(range(1, g.ndim)), tuple(range(n, kernel.ndim)))
+        dx = jax.lax.dot_general(g, kernel, (outputs, ((), ())))
+        return dx, jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+
+    return kernels.fast(plain, backward)
+
+
+def rope_table(
+    height: int,
+    width: int,
+    extra: int,
+    head_dim: int,
+    theta: float = 10000.0,
+) -> np.ndarray:
     """2-D rotary angles, in raster order after `extra` tokens at position 0 (identity rotation).
 
     Token (row, col) sits at (x, y) = (col + 1½, row + 1½); its angles are [x·freqs, y·freqs] with
     freqs_i = theta^(−2i/half), half = head_dim/2.
 
     Returns:
-      (extra + height·width, head_dim/2) float32, radians. Source: spec §4.
+      (extra + height·width, head_dim/2) float32, radians.
     """
     half = head_dim // 2
     freqs = theta ** (-2 * np.arange(half // 2) / half)
     y, x = np.meshgrid(np.arange(height) + 1.5, np.arange(width) + 1.5, indexing='ij')
     grid = np.stack([x.ravel(), y.ravel()], axis=-1)  # x first
     positions = np.concatenate([np.zeros((extra, 2)), grid])
-    return (positions[:, :, None] * freqs).reshape(len(positions), half).astype(np.float32)
+    angles = positions[:, :, None] * freqs
+    return angles.reshape(len(positions), half).astype(np.float32)
 
 
-def apply_rope(x, angles):
-    """Rotates the channel pairs (0,1), (2,3), … of x (B, T, N, K) by angles (T, K/2), in float32; x's dtype out."""
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate the channel pairs (0,1), (2,3), … of x (B, T, N, K) by angles (T, K/2), in float32.
+
+    The result has x's dtype.
+    """
+    cos = jnp.cos(angles)[None, :, None, :]
+    sin = jnp.sin(angles)[None, :, None, :]
+    even = x[..., 0::2].astype(jnp.float32)
+    odd = x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32. (..., D) → (..., D) in `dtype`."""
+    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32.
+
+    (..., D) → (..., D) in `dtype`.
+    """
 
     dtype: Any = jnp.float32
 
@@ -109,42 +148,37 @@ class RMSNorm(nn.Module):
 
 
 def _attend(q, keys, values, start):
-    """softmax(q·kᵀ/√K)·v of T positions from `start` on over a cache of which start + T entries are filled.
+    """softmax(q·kᵀ/√K)·v of T positions from `start` on over a cache filled to start + T entries.
 
-    Of a cache filled to an eighth or a quarter no more is read; else all of it, since a part is copied out first, which
-    pays only while it is small. q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). With heads before
-    positions each product streams its cache as it lies in memory.
+    q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). With heads before positions each
+    product streams its cache as it lies in memory.
     """
-    T, S = q.shape[1], keys.shape[2]
-    lengths = sorted({min(S, max(64, -(-S // 8))), min(S, max(128, -(-S // 4))), S})
-
-    def over(length):
-        def attend(q, keys, values, start):
-            keys, values = keys[:, :, :length], values[:, :, :length]
-            logits = jnp.einsum('btnk,bnsk->bnts', q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-            visible = jnp.arange(length)[None] <= start + jnp.arange(T)[:, None]
-            weights = jax.nn.softmax(jnp.where(visible[None, None], logits, -jnp.inf), axis=-1)
-            return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
-
-        return attend
-
-    branch = jnp.sum(jnp.asarray(start + T) > jnp.asarray(lengths[:-1], jnp.int32), dtype=jnp.int32)
-    return jax.lax.switch(branch, [over(length) for length in lengths], q, keys, values, start)
+    T = q.shape[1]
+    S = keys.shape[2]
+    logits = jnp.einsum('btnk,bnsk->bnts', q, keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(S)[None] <= start + jnp.arange(T)[:, None]
+    logits = jnp.where(visible[None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q·kᵀ/√K)·v with 2-D RoPE on q and k, no biases; softmax in float32.
+    """Multi-head self-attention, softmax(q·kᵀ/√K)·v, with 2-D RoPE on q and k and no biases.
 
-    Without a cache all T positions attend to each other (`causal`: to themselves and what is before). With one, the
-    keys and values of the T positions are written to it from position `start` on, and position i attends to the first
-    start + i + 1 entries. `prefill` says that the cache is empty (start = 0): the T positions then attend to
-    themselves only, whatever the cache's length.
+    Without a cache all T positions attend to each other (`causal`: to themselves and what is
+    before). With one, the keys and values of the T positions are written to it from position
+    `start` on, and position i attends to the first start + i + 1 entries. `prefill` says that the
+    cache is empty (start = 0): the T positions then attend to themselves only, whatever the cache's
+    length. The softmax is float32.
 
     Args of the call:
-      x: (B, T, D). angles: (T, K/2) radians. cache: None, or (keys, values), each (B, N, S, K).
+      x: (B, T, D).
+      angles: (T, K/2) radians.
+      cache: None, or (keys, values), each (B, N, S, K).
       start: int or () int with start + T ≤ S; it is clamped, not checked.
     Returns:
-      (B, T, D) in `dtype`, and the cache. Raises ValueError where heads do not divide D. Source: spec §4.
+      (B, T, D) in `dtype`, and the cache.
+    Raises ValueError where heads do not divide D.
     """
 
     heads: int
@@ -153,28 +187,43 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, start=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
         width = x.shape[-1]
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
-        qkv = nn.DenseGeneral((3, self.heads, head_dim(width, self.heads)), name='qkv', **dense)(x)
+        features = (3, self.heads, head_dim(width, self.heads))
+        qkv = nn.DenseGeneral(features, name='qkv', **dense)(x)
         q, k, v = (part.squeeze(-3) for part in jnp.split(qkv, 3, axis=-3))
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        q = apply_rope(q, angles)
+        k = apply_rope(k, angles)
         if cache is not None:
-            cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(c, new.swapaxes(1, 2).astype(c.dtype), start, axis=2)
-                for c, new in zip(cache, (k, v), strict=True)
-            )
-        out = attend(q, k, v, self.causal) if cache is None or self.prefill else _attend(q, *cache, start)
+            cache = (_write(cache[0], k, start), _write(cache[1], v, start))
+        whole = cache is None or self.prefill
+        out = attend(q, k, v, self.causal) if whole else _attend(q, *cache, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 
+def _write(cached, new, start):
+    """A cache (B, N, S, K) with new entries (B, T, N, K) from `start` on."""
+    new = new.swapaxes(1, 2).astype(cached.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)
+
+
 class SwiGLU(nn.Module):
-    """w2(silu(gate)·up), gate and up from one fused matrix (gate first), no biases. (B, T, D) → (B, T, D)."""
+    """w2(silu(gate)·up), gate and up from one fused matrix (gate first), no biases.
+
+    (B, T, D) → (B, T, D).
+    """
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         hidden = nn.DenseGeneral((2, swiglu_width(x.shape[-1])), name='w1', **dense)(x)
         gate, up = (part.squeeze(-2) for part in jnp.split(hidden, 2, axis=-2))
@@ -182,9 +231,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)). (B, T, D) → (B, T, D), and the cache.
+    """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)).
 
-    x is float32 whatever `dtype` is: a sum over many blocks must not be rounded at each.
+    (B, T, D) → (B, T, D), and the cache. x is float32 whatever `dtype` is: a sum over many blocks
+    must not be rounded at each.
     """
 
     heads: int
@@ -193,11 +243,19 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, start=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
         attention = Attention(self.heads, self.causal, self.prefill, self.dtype, name='attention')
-        y, cache = attention(RMSNorm(self.dtype, name='attention_norm')(x), angles, cache, start)
+        y = RMSNorm(self.dtype, name='attention_norm')(x)
+        y, cache = attention(y, angles, cache, start)
         x = x + y.astype(x.dtype)
-        y = SwiGLU(self.dtype, name='mlp')(RMSNorm(self.dtype, name='mlp_norm')(x))
+        y = RMSNorm(self.dtype, name='mlp_norm')(x)
+        y = SwiGLU(self.dtype, name='mlp')(y)
         return x + y.astype(x.dtype), cache
 
 
@@ -206,9 +264,10 @@ class Stack(nn.Module):
 
     Attributes:
       remat: recompute each block's activations in the backward pass instead of keeping them.
-      unroll: blocks per iteration of the scan, up to n. Speed only: parameters and results are the same.
-      scan: whether parameters are stacked on a leading axis n, and compile time does not grow with n; a cache needs
-        them apart (scan=False).
+      unroll: blocks per iteration of the scan, up to n. It changes speed alone: parameters and
+        results are the same.
+      scan: whether parameters are stacked on a leading axis n, and compile time does not grow with
+        n; a cache needs them apart (scan=False).
     """
 
     depth: int
@@ -220,21 +279,27 @@ class Stack(nn.Module):
     scan: bool = True
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, start=None, prefill=False):
-        """x (B, T, D) → (B, T, D) float32, and the updated cache (None without one), n pairs as in `Attention`."""
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        x, angles = x.astype(jnp.float32), jnp.asarray(angles)
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array | np.ndarray,
+        cache: tuple[Cache, ...] | None = None,
+        start: jax.Array | int | None = None,
+        prefill: bool = False,
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        """x (B, T, D) → (B, T, D) float32, and the updated cache, n pairs as in `Attention`.
+
+        The cache is None where none is given. Raises ValueError for a cache with scan=True.
+        """
+        x = x.astype(jnp.float32)
+        angles = jnp.asarray(angles)
         if not self.scan:
-            caches = []
-            for i in range(self.depth):
-                layer = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')
-                x, updated = layer(x, angles, None if cache is None else cache[i], start)
-                caches.append(updated)
-            return x, None if cache is None else tuple(caches)
+            return self._apart(x, angles, cache, start, prefill)
         if cache is not None:
-            raise ValueError('a cache needs the parameters of the blocks apart: unstack them, and use scan=False')
+            message = 'a cache needs the parameters of the blocks apart'
+            raise ValueError(f'{message}: unstack them, and use scan=False')
         scanned = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=nn.broadcast,
@@ -244,22 +309,45 @@ class Stack(nn.Module):
         )
         return scanned(self.heads, self.causal, dtype=self.dtype, name='blocks')(x, angles)
 
+    def _apart(self, x, angles, cache, start, prefill):
+        """`__call__` where each block has parameters of its own."""
+        caches = []
+        for i in range(self.depth):
+            block = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')
+            x, updated = block(x, angles, None if cache is None else cache[i], start)
+            caches.append(updated)
+        return x, None if cache is None else tuple(caches)
 
-def unstack(params):
-    """Parameters of scan=True, with leading axes for blocks and groups of blocks, in the layout of scan=False.
 
-    `blocks/…` (n, …) becomes `blocks_0/…` to `blocks_{n−1}/…`, the same for `res_groups`; all else stays.
+def unstack(params: dict) -> dict:
+    """Parameters of scan=True in the layout of scan=False.
+
+    `blocks/…` (n, …) becomes `blocks_0/…` to `blocks_{n−1}/…`, and `res_groups` likewise; all else
+    stays.
     """
     out = {}
     for name, value in params.items():
         if name in ('blocks', 'res_groups'):
             n = len(jax.tree.leaves(value)[0])
-            out |= {f'{name}_{i}': unstack(jax.tree.map(lambda a, i=i: a[i], value)) for i in range(n)}
+            for i in range(n):
+                one = jax.tree.map(operator.itemgetter(i), value)
+                out[f'{name}_{i}'] = unstack(one)
         else:
             out[name] = unstack(value) if isinstance(value, dict) else value
     return out
 
 
-def empty_cache(depth, batch, length, heads, head_dim, dtype=jnp.float32):
+def empty_cache(
+    depth: int,
+    batch: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    dtype: Any = jnp.float32,
+) -> tuple[Cache, ...]:
     """A zeroed key/value cache for `Stack`: n pairs (keys, values), each (B, N, S, K)."""
-    return tuple(tuple(jnp.zeros((batch, heads, length, head_dim), dtype) for _ in range(2)) for _ in range(depth))
+
+    def zeros():
+        return jnp.zeros((batch, heads, length, head_dim), dtype)
+
+    return tuple((zeros(), zeros()) for _ in range(depth))

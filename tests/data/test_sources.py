@@ -367,6 +367,7 @@ _AS_ANYONE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from sphere_ar_jax.data import sources
+from sphere_ar_jax.runtime.console import UserError
 sources.ImageNetTar(sys.argv[4])  # whatever is imported late is so now, as others may not read it
 if os.getuid() == 0:  # who may write anywhere
     os.setgroups([])
