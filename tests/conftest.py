@@ -15,6 +15,11 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
 
+# Most of the tests' time is compilation, of which LLVM takes less at level 1. Processes that tests start inherit it.
+QUICK = '--xla_backend_optimization_level=1'
+if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
+
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])

@@ -20,6 +20,7 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 from tests import tiny_config
+from tests.conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 N = 20
@@ -44,7 +45,10 @@ def _generate(run, labels, path, *, batch_size=4, seed=5, **options):
 
 def _process(code, *arguments, devices=1, **options):
     """A process that runs `code` with this test's model, on so many forced host devices."""
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    env = os.environ | {
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': f'{QUICK} --xla_force_host_platform_device_count={devices}',
+    }
     return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=env, **options)
 
 
