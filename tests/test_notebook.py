@@ -25,9 +25,9 @@ apart = False if s.guidance == 'linear' else None
 options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, first_token_apart=apart)
 first, rest = np.asarray(noise[None, :, 0]), np.asarray(noise[:, 1:]).swapaxes(0, 1)[:, None]
 z = tokens.sample_tokens(
-    run.ar, run.ar_params, batch[0], None, options, 3.0, noise=(np.concatenate([first, first], axis=1), rest)
+    run.ar, run.ar_params, labels, None, options, 3.0, noise=(np.concatenate([first, first], axis=1), rest)
 )
-x = unprojected(run.ar_params, batch[0], z, noise, 3.0)
+x = unprojected(run.ar_params, labels, z, noise, 3.0)
 assert np.abs(np.linalg.norm(x, axis=-1) - np.sqrt(d)).max() > 0.01
 np.testing.assert_allclose(geometry.project(x), z, atol=1e-4)
 """
@@ -49,22 +49,23 @@ def test_the_file_is_clean():
     assert notebook.metadata.kernelspec.name == 'python3'
     assert all(not cell.outputs and cell.execution_count is None for cell in _code(notebook))
     tree = ast.parse('\n'.join(cell.source for cell in _code(notebook)))
-    imported = [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == 'sphere_ar_jax'
-        for alias in node.names
-    ]
-    modules = {name: importlib.import_module(f'sphere_ar_jax.{name}') for name in imported}
+    imported = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith('sphere_ar_jax'):
+            package = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(package, alias.name):
+                    importlib.import_module(f'{node.module}.{alias.name}')
+                imported[alias.name] = getattr(package, alias.name)
     used = {
         (node.value.id, node.attr)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported
     }
-    assert {('experiment', 'train'), ('jobs', 'convert_checkpoint')} <= used
-    assert {name for name, _ in used} == set(modules)
+    assert {('train', 'train'), ('checkpoints', 'convert_checkpoint')} <= used
+    assert set(imported) <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name, attribute in used:
-        assert hasattr(modules[name], attribute), f'{name}.{attribute}'
+        assert hasattr(imported[name], attribute), f'{name}.{attribute}'
         assert not attribute.startswith('_'), f'{name}.{attribute} is private'
 
 
