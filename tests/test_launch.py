@@ -445,6 +445,16 @@ def test_the_slurm_job_is_queued_again_after_sigterm(stubs, codes, state, restar
     assert stubs.words('scontrol') == ([['scontrol', 'requeue', '7']] if requeued else [])
 
 
+@pytest.mark.parametrize('code', [134, 137])
+@pytest.mark.parametrize('nodes', ['1', '2'])
+def test_the_slurm_job_is_queued_again_after_a_lost_process(stubs, code, nodes):
+    """JAX aborts those that lost another one (134), which may have been killed (137); one alone is not tried again."""
+    stubs.will_end('srun', 0, code)
+    stubs.will_end('squeue', 'RUNNING')
+    assert stubs.run('slurm_job', *PLAIN, SLURM_RESTART_COUNT='0', SLURM_JOB_NUM_NODES=nodes).returncode == code
+    assert stubs.words('scontrol') == ([['scontrol', 'requeue', '7']] if nodes == '2' else [])
+
+
 # ---- a TPU: gcloud's stand-in has one queued resource, whose host is a directory of this machine
 
 CLOUD = """
