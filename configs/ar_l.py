@@ -6,7 +6,7 @@ Hardware:  accelerators; 400 epochs are 1,000,800 steps of 512 images. With the 
            of TPUs from v5e-16 on, as their compiler lays it out (9.4 of 16 GiB a chip there, 2.9 of 32 on v6e-256). At
            half of all peak rates: 0.16 days on v6e-256, 0.87 on v4-128, 6.9 on v5e-16. No TPU has run it yet.
 Result:    1.54 FID, 295.9 IS, .80 precision, .63 recall, as the paper says (arXiv 2509.24335, table 1; 50,000
-           images, guidance 4.6). Not reproduced here: neither ImageNet nor the published weights were at hand.
+           images, guidance 4.6). Not reproduced yet.
 
 What may stand after the colon, and the published weights in place of training: `recipes.published_ar`.
 """
