@@ -7,8 +7,8 @@ and over, and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the
 alone, so that the two can be compared.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -18,22 +18,12 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
-_plain_alone = False
+_plain_alone = jax.make_user_context(default_value=False)  # `jax.jit` traces anew where it changes
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """A context in which functions made by `fast` are traced as the plain ones.
-
-    What `jax.jit` traced before keeps its program: call it on a new function in this context.
-    """
-    global _plain_alone
-    before = _plain_alone
-    _plain_alone = True
-    try:
-        yield
-    finally:
-        _plain_alone = before
+def plain() -> AbstractContextManager:
+    """A context in which the functions made by `fast` are the plain ones."""
+    return _plain_alone(True)
 
 
 def fast(plain: Callable, backward: Callable, forward: Callable | None = None) -> Callable:
@@ -68,7 +58,7 @@ def fast(plain: Callable, backward: Callable, forward: Callable | None = None) -
     quick.defjvp(jvp, symbolic_zeros=True)
 
     def function(*arrays):
-        return plain(*arrays) if _plain_alone else quick(*arrays)
+        return plain(*arrays) if _plain_alone.value else quick(*arrays)
 
     return function
 

@@ -67,7 +67,6 @@ def assert_close(a, b, tolerance):
     """Hold the distance of two trees of arrays to a share of the norm of b."""
     distance = jax.tree.map(lambda x, y: np.asarray(x, float) - np.asarray(y, float), a, b)
     assert inner(b, b) > 0
-    print('ERR', (inner(distance, distance) / inner(b, b)) ** 0.5, tolerance)
     assert inner(distance, distance) ** 0.5 < tolerance * inner(b, b) ** 0.5
 
 
@@ -84,7 +83,7 @@ def derivatives(function, arguments, tangents, cotangent):
 
 
 def check_forward(function, arguments, step, tolerance):
-    """Tangents against differences of values and against gradients."""
+    """Tangents against differences of values and against gradients; returns all derivatives."""
     tangents, cotangent = directions(function, arguments)
 
     @jax.jit
@@ -96,10 +95,12 @@ def check_forward(function, arguments, step, tolerance):
         values = jax.lax.map(along, STENCIL * np.float32(step))
         return derivatives(function, arguments, tangents, cotangent), values
 
-    (_, tangent, gradients), values = measure(arguments)
+    found, values = measure(arguments)
+    _, tangent, gradients = found
     difference = jax.tree.map(lambda v: np.tensordot(WEIGHTS / step, np.asarray(v), 1), values)
     assert_close(tangent, difference, tolerance)
     check_transposed(tangent, gradients, tangents, cotangent, 1e-5)
+    return found
 
 
 def check_transposed(tangent, gradients, tangents, cotangent, tolerance):
@@ -109,19 +110,42 @@ def check_transposed(tangent, gradients, tangents, cotangent, tolerance):
     assert abs(inner(cotangent, tangent) - inner(gradients, tangents)) < tolerance * size
 
 
-def check_twins(function, arguments, tolerance=1e-5):
-    """Value, tangent and gradients by quick kernels against those by plain ones."""
+def check_twins(function, arguments, tolerance, found=None):
+    """Value, tangent and gradients by quick kernels, if not found yet, against plain ones."""
     tangents, cotangent = directions(function, arguments)
 
     def measure(arguments):
         return derivatives(function, arguments, tangents, cotangent)
 
-    quick = jax.jit(measure)(arguments)
+    if found is None:
+        found = jax.jit(measure)(arguments)
     with kernels.plain():
-        plain = jax.jit(lambda arguments: measure(arguments))(arguments)
-    for a, b in zip(quick, plain, strict=True):
+        plain = jax.jit(measure)(arguments)
+    for a, b in zip(found, plain, strict=True):
         assert jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)
         assert_close(a, b, tolerance)
+
+
+def test_the_door():
+    """Values by `forward`, gradients by `backward`, all else by `plain`; within `plain()` all."""
+    function = kernels.fast(
+        plain=lambda x, y: x * y,
+        backward=lambda arrays, g: (2 * g, arrays[0] + 3 * g),
+        forward=lambda x, y: x + y,
+    )
+    x = jnp.float32(5)
+    y = jnp.float32(7)
+    assert function(x, y) == 12
+    assert jax.grad(function, (0, 1))(x, y) == (2, 8)
+    assert jax.grad(function, 1)(x, y) == 8
+    assert jax.jvp(function, (x, y), (x, y)) == (12, 70)
+    assert jax.jacfwd(jax.grad(function, (0, 1)), (0, 1))(x, y) == ((0, 1), (1, 0))
+    compiled = jax.jit(function)
+    assert compiled(x, y) == 12
+    with kernels.plain():
+        assert function(x, y) == compiled(x, y) == 35
+        assert jax.grad(function, (0, 1))(x, y) == (7, 5)
+    assert compiled(x, y) == 12
 
 
 @pytest.fixture
@@ -161,8 +185,8 @@ def test_kernels(name):
     """Their values are bilinear, so that differences have no error but rounding."""
     function, x, kernel = BILINEAR[name]
     arguments = normal(*x), normal(*kernel, seed=3)
-    check_forward(function, arguments, 0.5, 1e-5)
-    check_twins(function, arguments)
+    found = check_forward(function, arguments, 0.5, 1e-5)
+    check_twins(function, arguments, 1e-5, found)
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -177,7 +201,8 @@ def test_attention_in_half_precision(causal):
     half = tuple(x.astype(jnp.bfloat16) for x in exact)
     exact = tuple(x.astype(jnp.float32) for x in half)
     tangents, cotangent = directions(attend, half)
-    _, tangent, gradients = jax.jit(derivatives, static_argnums=0)(attend, half, tangents, cotangent)
+    run = jax.jit(derivatives, static_argnums=0)
+    _, tangent, gradients = run(attend, half, tangents, cotangent)
     assert tangent.dtype == jnp.bfloat16
     wide = tuple(t.astype(jnp.float32) for t in tangents)
     assert_close(tangent, jax.jvp(attend, exact, wide)[1], 2**-7)
@@ -234,8 +259,8 @@ MODELS = {
 def test_models(name):
     """In parameters and inputs, through scans and recomputed blocks."""
     function, arguments = MODELS[name]
-    check_forward(function, arguments, 1e-2, 1e-3)
-    check_twins(function, arguments, 1e-4)
+    found = check_forward(function, arguments, 3e-3, 1e-3)
+    check_twins(function, arguments, 1e-4, found)
 
 
 @pytest.mark.usefixtures('in_pieces')
@@ -265,7 +290,7 @@ def test_jacobians():
 
 
 def test_a_loss_of_tangents():
-    """The gradient of a loss of a velocity's derivative, as of mean velocities, and its tangent."""
+    """A loss of a velocity's derivative, as those of mean velocities are, has gradients."""
     params, *arguments = MODELS['velocity'][1]
 
     def loss(params):
@@ -273,22 +298,35 @@ def test_a_loss_of_tangents():
         value, tangent = jax.jvp(function, tuple(arguments), tuple(arguments))
         return jnp.sum(jnp.square(value + tangent))
 
-    check_forward(jax.grad(loss), (params,), 1e-3, 1e-2)
-    check_twins(jax.grad(loss), (params,), 1e-4)
+    check_forward(loss, (params,), 1e-3, 1e-2)
+
+
+def mapped(x, kernel):
+    kernels = jnp.stack([kernel, 2 * kernel], axis=3)
+    return jax.vmap(convolutions.conv3, (None, 3))(x, kernels)
+
+
+def scanned(x, kernel):
+    def body(x, _):
+        return jnp.tanh(convolutions.conv3(x, kernel)), x
+
+    return jax.lax.scan(body, x, length=3)
+
+
+def on_a_mesh(x, kernel):
+    rows = PartitionSpec('data')
+    whole = PartitionSpec()
+    mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    options = dict(mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False)
+    return jax.shard_map(convolutions.conv3, **options)(x, kernel)
 
 
 TRANSFORMED = {
-    'jit': jax.jit,
-    'checkpoint': jax.checkpoint,
-    'vmap': lambda f: lambda x, kernel: jax.vmap(f, (None, 3))(x, jnp.stack([kernel, -kernel], 3)),
-    'scan': lambda f: lambda x, kernel: jax.lax.scan(lambda carry, _: (jnp.tanh(f(carry, kernel)), carry), x, length=3),
-    'shard_map': lambda f: jax.shard_map(
-        f,
-        mesh=jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=(PartitionSpec('data'), PartitionSpec()),
-        out_specs=PartitionSpec('data'),
-        check_vma=False,
-    ),
+    'jit': jax.jit(convolutions.conv3),
+    'checkpoint': jax.checkpoint(convolutions.conv3),
+    'vmap': mapped,
+    'scan': scanned,
+    'shard_map': on_a_mesh,
 }
 
 
@@ -296,7 +334,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize('name', TRANSFORMED)
 def test_transformations(name):
     """Derivatives of transformed convolutions, and derivatives of their gradients."""
-    function = TRANSFORMED[name](convolutions.conv3)
+    function = TRANSFORMED[name]
     arguments = normal(2, 4, 4, 3), normal(3, 3, 3, 3, seed=3)
 
     def gradients(x, kernel):
@@ -305,5 +343,5 @@ def test_transformations(name):
 
         return jax.grad(loss, (0, 1))(x, kernel)
 
-    check_twins(function, arguments)
+    check_twins(function, arguments, 1e-5)
     check_twins(gradients, arguments, 1e-4)
