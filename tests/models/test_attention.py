@@ -168,7 +168,7 @@ def test_rows_and_heads_are_split_as_the_mesh_says():
 
 @libraries_promote()
 def test_operations_are_those_of_the_plain_one():
-    """One of the platforms' branches counts: two products over all T² pairs, and in reverse the first again and four."""
+    """One platform counts: two products over all T² pairs, and in reverse the first again and four more."""
     x = jax.ShapeDtypeStruct((2, 600, 4, 64), jnp.bfloat16)
     attend = functools.partial(attention.attend, causal=True)
     pairs = 2 * 2 * 4 * 600**2 * 64
