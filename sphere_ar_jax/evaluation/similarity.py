@@ -31,7 +31,8 @@ def ssim(a: jax.Array, b: jax.Array, pixel_range: tuple[float, float] = (-1, 1))
     """
     if a.shape != b.shape or a.ndim != 4 or min(a.shape[1:3]) < WINDOW:
         raise ValueError(f'SSIM needs two batches (B, H, W, c) of at least 11×11 pixels: {a.shape} and {b.shape}')
-    return dm_pix.ssim(_unit_range(a, pixel_range), _unit_range(b, pixel_range))
+    with jax.numpy_dtype_promotion('standard'):  # dm-pix mixes types
+        return dm_pix.ssim(_unit_range(a, pixel_range), _unit_range(b, pixel_range))
 
 
 def image_psnr(a: jax.Array, b: jax.Array, pixel_range: tuple[float, float] = (-1, 1)) -> jax.Array:
@@ -44,4 +45,5 @@ def image_psnr(a: jax.Array, b: jax.Array, pixel_range: tuple[float, float] = (-
     """
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f'PSNR needs two batches (B, H, W, c): {a.shape} and {b.shape}')
-    return dm_pix.psnr(_unit_range(a, pixel_range), _unit_range(b, pixel_range))
+    with jax.numpy_dtype_promotion('standard'):
+        return dm_pix.psnr(_unit_range(a, pixel_range), _unit_range(b, pixel_range))
