@@ -169,7 +169,7 @@ class Checkpoints:
           UserError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
-            self.wait()  # for a save of this process
+            self._manager.wait_until_finished()  # a save of this process
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
             found, reason = self._judge(step, like)
