@@ -16,6 +16,7 @@ The architecture is that of SphereAR (arXiv 2509.24335): pre-norm blocks, SwiGLU
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -259,6 +260,24 @@ class Block(nn.Module):
         return x + y.astype(x.dtype), cache
 
 
+def scanned(module: type[nn.Module], length: int, unroll: int, axis: str) -> Callable:
+    """A module `length` times, one after the other, compiled once.
+
+    It is called as (carry, *inputs) → (carry, outputs); every repetition gets the same inputs.
+    Parameters have a leading axis `length`, by the name of `axis`. `unroll` repetitions, up to
+    `length`, form one iteration of the loop.
+    """
+    return nn.scan(
+        module,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=nn.broadcast,
+        length=length,
+        unroll=min(unroll, length),
+        metadata_params={nn.PARTITION_NAME: axis},
+    )
+
+
 class Stack(nn.Module):
     """n blocks, one after the other.
 
@@ -298,16 +317,9 @@ class Stack(nn.Module):
         if cache is not None:
             message = 'a cache needs the parameters of the blocks apart'
             raise ValueError(f'{message}: unstack them, and use scan=False')
-        scanned = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
-            variable_axes={'params': 0},
-            split_rngs={'params': True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=min(self.unroll, self.depth),
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )
-        return scanned(self.heads, self.causal, dtype=self.dtype, name='blocks')(x, angles)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        blocks = scanned(block, self.depth, self.unroll, 'layers')
+        return blocks(self.heads, self.causal, dtype=self.dtype, name='blocks')(x, angles)
 
     def _apart(self, x, angles, cache, start, prefill):
         """`__call__` where each block has parameters of its own."""

@@ -70,10 +70,7 @@ class Group(nn.Module):
     def setup(self):
         self.ada = nn.DenseGeneral((3, self.width), kernel_init=ZERO, dtype=self.dtype, dot_general=transformer.product)
         if self.scan:
-            self.blocks = nn.scan(
-                ResBlock, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=nn.broadcast,
-                length=self.depth, unroll=min(self.unroll, self.depth), metadata_params={nn.PARTITION_NAME: 'layers'},
-            )(self.dtype)  # fmt: skip
+            self.blocks = transformer.scanned(ResBlock, self.depth, self.unroll, 'layers')(self.dtype)
         else:
             self.blocks = [ResBlock(self.dtype) for _ in range(self.depth)]
 
@@ -142,15 +139,7 @@ class FlowHead(nn.Module):
         group = nn.remat(Group, prevent_cse=False) if self.remat else Group
         arguments = (self.width, self.depth // self.groups, self.unroll, self.dtype, self.scan)
         if self.scan:
-            self.res_groups = nn.scan(
-                group,
-                variable_axes={'params': 0},
-                split_rngs={'params': True},
-                in_axes=nn.broadcast,
-                length=self.groups,
-                unroll=min(self.unroll, self.groups),
-                metadata_params={nn.PARTITION_NAME: 'groups'},
-            )(*arguments)
+            self.res_groups = transformer.scanned(group, self.groups, self.unroll, 'groups')(*arguments)
         else:
             self.res_groups = [Group(*arguments) for _ in range(self.groups)]
         self.final_ada = nn.DenseGeneral((2, self.width), kernel_init=ZERO, dtype=self.dtype)
