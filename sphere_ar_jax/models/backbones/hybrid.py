@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.backbones import cnn, vit
+from sphere_ar_jax.models.backbones import cnn
+from sphere_ar_jax.models.backbones.vit import ViT
 from sphere_ar_jax.models.convolutions import Conv, torch_init
 
 
@@ -20,10 +21,7 @@ class Encoder(nn.Module):
 
     channels: tuple
     stem: int
-    depth: int
-    heads: int
-    remat: bool
-    unroll: int
+    vit: ViT
     dtype: Any
 
     @nn.compact
@@ -31,7 +29,7 @@ class Encoder(nn.Module):
         x = Conv(self.stem, dtype=self.dtype, name='conv_in')(images.astype(self.dtype))
         for i, channels in enumerate(self.channels[1:]):
             x = cnn.ResDown(channels, self.dtype, name=f'down{i}')(x)
-        x = vit.ViT(self.depth, self.heads, self.remat, self.unroll, self.dtype, name='vit')(x)
+        x = self.vit(x)
         x = transformer.RMSNorm(self.dtype, name='norm')(x.reshape(x.shape[0], -1, x.shape[-1]))
         return nn.Dense(x.shape[-1], use_bias=False, kernel_init=torch_init(), dtype=self.dtype, name='output')(x)
 
@@ -41,16 +39,13 @@ class Decoder(nn.Module):
 
     channels: tuple
     image_channels: int
-    depth: int
-    heads: int
-    remat: bool
-    unroll: int
+    vit: ViT
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
         x = Conv(x.shape[-1], dtype=self.dtype, name='conv_in')(x)
-        x = vit.ViT(self.depth, self.heads, self.remat, self.unroll, self.dtype, name='vit')(x)
+        x = self.vit(x)
         for i, channels in enumerate(self.channels[-2::-1]):
             x = cnn.ResUp(channels, self.dtype, name=f'up{i}')(x)
         x = cnn.NormSiLU(self.dtype, name='norm_out')(x)
@@ -79,9 +74,12 @@ class Hybrid(nn.Module):
 
     def setup(self):
         channels = tuple(self.channels)
-        vit_options = {'heads': self.heads, 'remat': self.remat, 'unroll': self.unroll, 'dtype': self.dtype}
-        self.encoder = Encoder(channels, self.stem, self.encoder_depth, **vit_options)
-        self.decoder = Decoder(channels, self.image_channels, self.decoder_depth, **vit_options)
+        self.encoder = Encoder(channels, self.stem, self._vit(self.encoder_depth), self.dtype)
+        self.decoder = Decoder(channels, self.image_channels, self._vit(self.decoder_depth), self.dtype)
+
+    def _vit(self, depth):
+        """A ViT that becomes a part of the module which is given it."""
+        return ViT(depth, self.heads, self.remat, self.unroll, self.dtype, parent=None)
 
     @property
     def patch_size(self) -> int:
