@@ -46,9 +46,7 @@ def evaluate(workdir, *, samples=None, reference=None, network=None, images=None
             raise UserError(
                 'give --samples, --reference and --inception, or --images: only digits have scores of their own'
             )
-        train, heldout = (
-            digits.Digits(split, run.config.seed, run.config.data.holdout) for split in ('train', 'heldout')
-        )
+        train, heldout = digits.splits(run.config.seed, run.config.data.holdout)
         setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
         scores, _ = snapshots.score_digits(setting, run.vae_params, run.ar_params)
     path = f'{workdir}/evaluation.json'

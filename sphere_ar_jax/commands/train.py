@@ -50,8 +50,7 @@ def _open_data(cfg):
     """(training source, held-out source or None, what else `loop.train` needs to read it)."""
     d = cfg.data
     if d.name == 'digits':
-        train, heldout = (digits.Digits(split, cfg.seed, d.holdout) for split in ('train', 'heldout'))
-        return train, heldout, {}
+        return *digits.splits(cfg.seed, d.holdout), {}
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')

@@ -46,3 +46,8 @@ class Digits:
 
     def name(self, index):
         return f'digit {index}'
+
+
+def splits(seed: int, holdout: float) -> tuple[Digits, Digits]:
+    """The digits to train on and those held out; see `Digits`."""
+    return Digits('train', seed, holdout), Digits('heldout', seed, holdout)

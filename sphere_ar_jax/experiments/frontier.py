@@ -77,7 +77,7 @@ def settings(levels=None):
 def _measure(run, options, scale, num_images, batch_size):
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
-    train, heldout = (digits.Digits(split, cfg.seed, cfg.data.holdout) for split in ('train', 'heldout'))
+    train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
     labels = np.arange(num_images) % 10
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
