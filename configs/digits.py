@@ -13,9 +13,10 @@ Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (B
                --config.init_from=/tmp/digits --workdir=/tmp/digits_distilled
 
 Images are 8×8 scans enlarged to 16×16, 4×4 tokens of d = 8 on a sphere of radius √8. Against the ImageNet recipe
-(spec §8): smaller models, larger learning rates with warm-up and cosine in both stages, an L2 term in the tokenizer's
-loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy copies of each token instead of 4, and
-constant guidance: with 16 tokens the first one, which the linear schedule leaves unguided, is much of the digit.
+(configs/vae.py, configs/ar_b.py): smaller models, larger learning rates with warm-up and cosine in both stages, an L2
+term in the tokenizer's loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy copies of each
+token instead of 4, and constant guidance: with 16 tokens the first one, which the linear schedule leaves unguided, is
+much of the digit.
 """
 
 from sphere_ar_jax import config

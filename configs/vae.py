@@ -1,4 +1,4 @@
-"""The S-VAE at 256×256: the published tokenizer and its adversarial recipe (spec §3, §8; 75,393,297 parameters).
+"""The S-VAE at 256×256: the published tokenizer and its adversarial recipe (75,393,297 parameters).
 
 Command:   python -m sphere_ar_jax.main --config=configs/vae.py:data=/data/ILSVRC2012_img_train.tar --workdir=DIR \\
                --config.tokenizer_training.lpips=vgg.pth --config.tokenizer_training.vgg=vgg16-397923af.pth

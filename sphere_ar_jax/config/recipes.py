@@ -1,6 +1,6 @@
 """The published models and their training on ImageNet, as configs, and what those of configs/ take after the colon.
 
-Source: spec §5–§8.
+Source: the paper (arXiv 2509.24335) and the public SphereAR code.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from sphere_ar_jax.models.sizes import VARIANTS
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer evaluations".
 FAST = dict(solver='ab2', num_steps=10, shift=1.5)
 
-# Guidance at which the published models were scored (spec §7).
+# Guidance at which the published models were scored.
 PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}
 
 # Images of ImageNet's training set.

@@ -1,4 +1,4 @@
-"""Decoding, cropping and flipping of training images, on the CPU (spec §8; the crops are those of ADM).
+"""Decoding, cropping and flipping of training images, on the CPU (the crops are those of ADM).
 
 Every random draw is a call draw(low, high) → integer in [low, high), so that a crop is a function of its draws.
 `Augmentation` documents their order.

@@ -1,4 +1,4 @@
-"""Data sources and the Grain pipeline (spec §8).
+"""Data sources and the Grain pipeline.
 
 A source is a random-access sequence of {'image', 'label': int32 ()} with the attribute `num_classes` and, if its images
 can be broken, a method `name(index)`. An image is float32 (H, W, c) in [−1, 1], or whatever the transform takes.

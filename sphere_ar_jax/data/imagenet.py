@@ -1,7 +1,7 @@
 """The classes of ImageNet (ILSVRC2012) by id, synset and name.
 
 Dimensions:
-  k  class id, 0 … 999: the place of the class's synset among all of them, sorted (spec §8)
+  k  class id, 0 … 999: the place of the class's synset among all of them, sorted
 """
 
 import difflib

@@ -14,5 +14,5 @@ def to_float(pixels):
 
 
 def to_uint8(images):
-    """Images in [−1, 1] → uint8: clip(127.5·x + 128, 0, 255), truncated. Spec §7."""
+    """Images in [−1, 1] → uint8: clip(127.5·x + 128, 0, 255), truncated, as published."""
     return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)

@@ -86,8 +86,8 @@ def write_tar(path, synsets, images, seed=0, broken=2):
 
     Args:
       synsets: names of the classes, the order of their tars. images: number in each. seed: of all that is drawn.
-      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. Of the others, one each is as `ODD`
-        says, as far as there are any.
+      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. Among the others is one of
+        each kind in `ODD`, as far as there are enough.
     Returns:
       {'n01440764/n01440764_3.JPEG': 'grey', …}, the odd ones, which the JSON holds too.
     """

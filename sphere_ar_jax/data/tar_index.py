@@ -103,9 +103,9 @@ def _class_tars(outer, path):
 def _build_index(path, fd, progress):
     """The index of a tar of tars, by a walk over all headers.
 
-    identity: see `_identity`. tars: (k,) int64, offsets of the inner tars' headers. synsets: (k,) str, sorted. Of every
-    image: offsets, sizes: (n,) int64, of its data in the outer tar. labels: (n,) int32, the places of their synsets.
-    checksums: (n,) int32, that its header holds.
+    identity: see `_identity`. tars: (k,) int64, offsets of the inner tars' headers. synsets: (k,) str, sorted. Every
+    image has an entry in the others. offsets, sizes: (n,) int64, of its data in the outer tar. labels: (n,) int32, the
+    place of its synset. checksums: (n,) int32, that its header holds.
     """
     before = os.fstat(fd)
     size = before.st_size

@@ -7,11 +7,11 @@ Dimensions:
 
 
 def interpolate(noise, z, t):
-    """x_t = (1 − t)·noise + t·z, the straight path of spec §6. noise, z: (..., d); t: (...) in [0, 1]. → (..., d)."""
+    """x_t = (1 − t)·noise + t·z, the straight path. noise, z: (..., d); t: (...) in [0, 1]. → (..., d)."""
     t = t[..., None]
     return (1 - t) * noise + t * z
 
 
 def target_velocity(noise, z):
-    """The velocity of `interpolate`, v = z − noise, (..., d). Spec §6."""
+    """The velocity of `interpolate`, v = z − noise, (..., d)."""
     return z - noise

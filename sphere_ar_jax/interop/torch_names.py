@@ -1,4 +1,4 @@
-"""Our parameter trees ↔ the tensors of the public PyTorch checkpoints (spec §9): names, layouts, sizes.
+"""Our parameter trees ↔ the tensors of the public PyTorch checkpoints: names, layouts, sizes.
 
 In: `torch_file.open_file(path)` → `state_dict` → `sizes`, which the models are built with → `from_torch` for each of
 them, which reads one tensor at a time. Out: `export`.

@@ -71,7 +71,7 @@ def shapes(function, *arguments):
 def flops(function, *arguments):
     """Floating-point operations of function(*arguments) in products and convolutions; arguments may be abstract.
 
-    Of the branches of a conditional the mean is taken, of kernels for several platforms the plain one. Raises
+    A conditional counts as the mean of its branches, kernels for several platforms as the plain one. Raises
     ValueError for products in a loop whose length is data.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)

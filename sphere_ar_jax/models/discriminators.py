@@ -1,4 +1,4 @@
-"""Discriminators for the tokenizer's adversarial loss: PatchGAN, and the one of StyleGAN2 as MaskGIT has it (spec §8).
+"""Discriminators for the tokenizer's adversarial loss: PatchGAN, and the one of StyleGAN2 as MaskGIT has it.
 
 Dimensions:
   B  images of the batch     H, W  pixels     c  image channels

@@ -33,7 +33,7 @@ def _fingerprints(tree):
     """A uint32 per leaf: Σ word·weight mod 2³², weights odd and position-dependent. Exact on any mesh."""
 
     def part(a, first):
-        """Of a piece of a leaf, the first word of which has the position `first`."""
+        """The sum over a piece of a leaf; its first word has the position `first`."""
         width = a.dtype.itemsize
         words = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
         words = words.astype(jnp.uint32).ravel()

@@ -4,7 +4,7 @@ Image i is drawn from the key folded by i, so that it is the same whatever the b
 that it took. With as many rows on each device its tokens are so bit for bit, and its pixels to a rounding before they
 become bytes; otherwise products of other shapes round otherwise. See `on_mesh.sampler`.
 
-Of several processes all draw, and the first one alone reads and writes files.
+All processes of a run draw; the first one alone reads and writes files.
 
 Dimensions:
   n  images in all      B  images of a batch      images are uint8 (n, H, W, c)

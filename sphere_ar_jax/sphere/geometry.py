@@ -1,4 +1,4 @@
-"""The sphere of radius R = √d on which every token lives (spec §1).
+"""The sphere of radius R = √d on which every token lives (paper §3).
 
 Dimensions:
   d  ambient (latent) dimension; points lie on S^{d-1} ⊂ ℝ^d, always the last axis
@@ -57,7 +57,7 @@ def l2_normalize(z):
     Args:
       z: (..., d), any float type; half precision is computed in float32 and rounded once.
     Returns:
-      (..., d) of z's dtype. Source: spec §1.
+      (..., d) of z's dtype. Source: paper §3.
     """
     return project(z, 1.0)
 
@@ -75,7 +75,7 @@ def project(z, radius=None):
       radius: R > 0; √d if not given, as in the paper.
     Returns:
       (..., d) of z's dtype with ‖·‖ = R where ‖z‖ ≥ 1e-7; rounded once. Derivatives: see `l2_normalize`.
-    Source: paper §3, spec §1.
+    Source: paper §3.
     """
     z = jnp.asarray(z)
     R = z.shape[-1] ** 0.5 if radius is None else radius
@@ -91,7 +91,7 @@ def householder(y, mu):
     Args:
       y: (..., d) points. mu: (..., d) unit vectors of the same dtype.
     Returns:
-      (..., d). Source: De Cao & Aziz 2020, alg. 1; spec §2.
+      (..., d). Source: De Cao & Aziz 2020 (arXiv 2006.04437), alg. 1.
     """
     difference = jax.nn.one_hot(jnp.zeros(mu.shape[:-1], int), mu.shape[-1], dtype=mu.dtype) - mu
     u = l2_normalize(difference)

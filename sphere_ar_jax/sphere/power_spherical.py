@@ -1,4 +1,4 @@
-"""The power-spherical distribution on S^{d-1} and its reparameterised samples (spec §2).
+"""The power-spherical distribution on S^{d-1} and its reparameterised samples.
 
 p(x) ∝ (1 + ⟨mu, x⟩)^kappa, De Cao & Aziz 2020 (arXiv 2006.04437). With b = (d−1)/2, alpha = kappa + b, beta = b.
 
@@ -57,7 +57,7 @@ def log_prob(x, mu, kappa):
     Args:
       x, mu: (..., d) unit vectors. kappa: (...) concentration ≥ 0; all float32 (or all float64).
     Returns:
-      (...) of their dtype, nats, with respect to the sphere's area. Source: spec §2.
+      (...) of their dtype, nats, with respect to the sphere's area. Source: De Cao & Aziz 2020.
     """
     cosine = jnp.clip(jnp.sum(mu * x, axis=-1), -1, 1)
     return _log_peak(kappa, x.shape[-1]) + xlog1py(kappa, (cosine - 1) / 2)
@@ -69,14 +69,14 @@ def entropy(kappa, d):
     Args:
       kappa: (...) ≥ 0, float32 or float64. d: ambient dimension, a Python int ≥ 2.
     Returns:
-      (...) of kappa's dtype, nats. Source: spec §2.
+      (...) of kappa's dtype, nats. Source: De Cao & Aziz 2020.
     """
     b = (d - 1) / 2
     return kappa * _digamma_difference(kappa + b, b) - _log_peak(kappa, d)
 
 
 def kl_to_uniform(kappa, d):
-    """KL(q ‖ uniform on S^{d-1}) = −H(q) + log|S^{d-1}|, (...) in nats, ≥ 0 up to rounding. Source: spec §2."""
+    """KL(q ‖ uniform on S^{d-1}) = −H(q) + log|S^{d-1}|, (...) in nats, ≥ 0 up to rounding."""
     return log_surface(d) - entropy(kappa, d)
 
 
@@ -148,7 +148,7 @@ def sample_from_draws(mu, kappa, s, normal):
       mu: (..., d) unit vectors. kappa: (...) ≥ 0. s: (...) draws of Beta(kappa + b, b). normal: (..., d−1)
       standard normal draws, all float32 (or all float64).
     Returns:
-      (..., d) unit vectors. Source: spec §2.
+      (..., d) unit vectors. Source: De Cao & Aziz 2020.
     """
     b = (mu.shape[-1] - 1) / 2
     s = implicit_beta(s, kappa + b, b)
@@ -177,6 +177,6 @@ def sample(key, mu, kappa):
     Args:
       key: PRNG key. mu: (..., d) unit vectors. kappa: (...) ≥ 0 of the same dtype, float32 or float64.
     Returns:
-      (..., d) unit vectors of that dtype. Source: spec §2.
+      (..., d) unit vectors of that dtype. Source: De Cao & Aziz 2020.
     """
     return sample_from_draws(mu, kappa, *draw(key, kappa, mu.shape[-1]))

@@ -1,4 +1,4 @@
-"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained along (spec §8).
+"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained along.
 
 One step, in the public code's order: both networks see the reconstructions of one pass of the S-VAE, made before its
 update.
@@ -49,8 +49,8 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
 
     Args:
       vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
-      options: the stage's section of the config. Of its own, discriminator: one of `discriminators.KINDS`; disc_loss:
-        one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight, kl_weight.
+      options: the stage's section of the config. It has besides: discriminator, one of `discriminators.KINDS`;
+        disc_loss, one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight, kl_weight.
       seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where perceptual_weight
         is 0, or for a stage whose state is to be read and not trained.
     Returns:

@@ -24,7 +24,7 @@ def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight, pe
     Returns:
       (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, the posterior's
       `statistics` and, unless its weight is 0, perceptual.
-    Source: spec §3 and §8.
+    Source: paper §3, and the public SphereAR code for the weights.
     """
     error = recon - images
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))

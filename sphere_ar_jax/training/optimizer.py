@@ -1,6 +1,7 @@
-"""The optimizer of both stages: clipped AdamW with a decay mask, its schedules, and the EMA (spec §8).
+"""The optimizer of both stages: clipped AdamW with a decay mask, its schedules, and the EMA.
 
 Trees of parameters have any shapes; leading axes of stacked layers do not make a vector a matrix here.
+Source: the public SphereAR code.
 """
 
 import jax
@@ -16,7 +17,7 @@ def learning_rate(peak, warmup_steps, total_steps, final):
     With warmup_steps = 0 and final = peak the rate is constant (the S-VAE's recipe).
 
     Returns:
-      schedule: step () int → learning rate () float32. Source: spec §8.
+      schedule: step () int → learning rate () float32.
     """
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), final)
 
@@ -36,7 +37,7 @@ def decay_mask(params):
 
 
 def adamw(schedule, *, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0):
-    """Global-norm clip, then AdamW with decoupled decay on `decay_mask`; the rate is schedule(step). Spec §8."""
+    """Global-norm clip, then AdamW with decoupled decay on `decay_mask`; the rate is schedule(step)."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask),

@@ -37,11 +37,15 @@ def load_config(workdir):
 def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
     """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA where there is one.
 
-    Of a workdir that was converted from a PyTorch checkpoint and not trained since, those. Of a workdir with a
-    distilled head, that head, and all else from the workdir that it was distilled from. mesh: where the parameters go,
-    all devices if None. tokenizer_only: leave the AR model's parameters None. cfg: in place of the run's own config, of
-    the same models. Raises OSError where there is no run, or no checkpoint of a stage yet, UserError for a head that
-    was distilled from a distilled one, and UserError where the tokenizer is another than the AR model's.
+    A workdir that was converted from a PyTorch checkpoint and not trained since gives those parameters. One with a
+    distilled head gives that head, and all else comes from the workdir that it was distilled from.
+
+    Args:
+      mesh: where the parameters go, all devices if None. tokenizer_only: leave the AR model's parameters None.
+      cfg: in place of the run's own config, of the same models.
+    Raises:
+      OSError: there is no run, or no checkpoint of a stage yet. UserError: the head was distilled from a distilled one,
+      or the tokenizer is another than the AR model's.
     """
     cfg = load_config(workdir) if cfg is None else cfg
     rates, rate = state.ema_decays(cfg.ar_training), cfg.sampling.ema_decay

@@ -133,7 +133,7 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
 
 
 def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
-    """Of as many samples as wished, with the EMA; the network is replaced by the colours of four places."""
+    """It is that of as many samples as wished, with the EMA; the network is replaced by the colours of four places."""
     seen = []
 
     def extract(batches, network, *, batch_size, mesh):

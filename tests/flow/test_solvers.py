@@ -157,7 +157,7 @@ def test_euler_maruyama_has_the_law_of_a_mixture(shift):
 
 
 def test_published_euler_maruyama():
-    """One noisy step and the last one against the formulas of spec §7, and the times of the published sampler."""
+    """One noisy step and the last one against the published formulas, and the times of the published sampler."""
     table = solvers.table('euler_maruyama', 100)
     chex.assert_shape(table.weights, (101, 2, 4))
     np.testing.assert_allclose(table.t[:-1], np.arange(100) * 0.0096, atol=1e-6)

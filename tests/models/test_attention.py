@@ -114,7 +114,7 @@ def test_on_a_cpu_nothing_changes(causal):
 
 @libraries_promote()
 def test_no_weights_are_kept():
-    """Of a bfloat16 call nothing larger than q lives until the backward pass; of the plain one the weights do."""
+    """Nothing larger than q outlives a bfloat16 call until the backward pass; the plain one keeps the weights."""
     q, k, v = arrays(600, jnp.bfloat16, 3)
     largest = lambda f: max(x.size for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v)))
     assert largest(functools.partial(attention.attend, causal=True)) == q.size

@@ -239,7 +239,7 @@ def condition(params, z):
 
 
 def velocity(params, x, t, h, c):
-    """Of t and h in thousandths, by which the embeddings of time turn by one radian."""
+    """The head's velocity at t and h in thousandths, by which the embeddings of time turn by one radian."""
     return AR.head.apply({'params': params['head']}, x, c, t / 1000, h / 1000, method='velocity')
 
 

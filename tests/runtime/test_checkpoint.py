@@ -184,7 +184,7 @@ def _many(mesh):
 
 
 def test_damage_is_said_in_a_line_each(tmp_path, mesh):
-    """Of a process of its own: what Python, asyncio and Orbax have to say of it goes past the tests' own hooks."""
+    """The process is one of its own: what Python, asyncio and Orbax say goes past the tests' own hooks."""
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
     for step in range(1, 5):
         checkpoints.save(step, _many(mesh), {}, 0.0)

@@ -162,7 +162,7 @@ def start(server):
 
 @pytest.fixture(scope='module')
 def words(tmp_path_factory):
-    """Of a training of the AR model on a tokenizer with weights at random, which needs no training."""
+    """The words of a training of the AR model on a tokenizer with weights at random, which needs no training."""
     cfg, tokenizer = get_config(), tmp_path_factory.mktemp('tokenizer')
     weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
     weights.save(0, jax.jit(build.build_vae(cfg).init_params, **quickly_compiled())(jax.random.key(1)), {}, 0.0)
@@ -176,7 +176,7 @@ def words(tmp_path_factory):
 
 
 def _fingerprint(workdir, stage='ar', step=STEPS):
-    """Of every bit of the state."""
+    """The fingerprint of every bit of the state."""
     return json.loads((workdir / stage / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())['fingerprint']
 
 

@@ -59,7 +59,7 @@ def _floats(run, labels, batch_size, mesh):
 
 
 def _tokens(run, labels, mesh):
-    """Of the first 8 images, one on each device at a time."""
+    """The tokens of the first 8 images, one on each device at a time."""
     s, model = run.config.sampling, ar.unstacked(run.ar, run.ar_params)
     draw = on_mesh.program(model[0], run.vae, build.build_sampler(run.config).options, mesh)
     parts = []
@@ -111,7 +111,7 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
 
     assert images.dtype == np.uint8 and images.shape == (N, 16, 16, 1)
     np.testing.assert_array_equal(kept, labels)
-    np.testing.assert_array_equal(images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8))  # spec §7
+    np.testing.assert_array_equal(images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8))
     assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()  # else the rest would show nothing
     np.testing.assert_allclose(floats, one, atol=1e-5)
     assert np.abs(other.astype(int) - images).max() <= 1

@@ -7,11 +7,11 @@ from scipy import integrate, special, stats
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-KL_TABLE = {1.0: 0.0322247, 10.0: 1.3929067, 100.0: 10.8717478, 1000.0: 26.8112195}  # d = 16, spec §2
+KL_TABLE = {1.0: 0.0322247, 10.0: 1.3929067, 100.0: 10.8717478, 1000.0: 26.8112195}  # d = 16, from the closed form
 
 
 def _log_normalizer(kappa, d):
-    """log N by SciPy, from the spec's formula."""
+    """log N by SciPy, from the paper's formula."""
     b = (d - 1) / 2
     alpha = kappa + b
     return -((alpha + b) * np.log(2) + b * np.log(np.pi) + special.gammaln(alpha) - special.gammaln(alpha + b))

@@ -30,7 +30,7 @@ TIME_DIM = 256
 
 
 def time_sinusoid(t, dim=TIME_DIM, period=10000.0):
-    """[cos, sin] of t·1000 at the dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32. Spec §6."""
+    """[cos, sin] of t·1000 at the dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32."""
     # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its rounding shows
     freqs = np.exp(np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
     angles = 1000 * t.astype(jnp.float32)[..., None] * freqs.reshape(*(1,) * t.ndim, -1)
