@@ -13,7 +13,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.config import build, checks, packaged
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.measure import compare, our_parts
 from sphere_ar_jax.runtime.console import one_line
@@ -48,7 +48,7 @@ def main(argv):
     if '--help' in argv:
         return print(f'{__doc__}\n{_FLAGS.main_module_help()}')
     try:
-        rest = _FLAGS(argv)[1:]
+        rest = _FLAGS(packaged.with_paths(argv))[1:]
         cfg = None if _WORKER.value or _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # also whatever a config file raises
         _fail(one_line(error))

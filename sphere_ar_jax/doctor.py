@@ -44,8 +44,8 @@ def examine(cfg, workdir, data, examination, trains=True):
     disk = 0
     trainings = None if cfg is None else e.run('config', lambda: programs.stages(checks.check(cfg)))
     if trainings is not None and trains:
-        checks, disk = e.run('mesh', lambda: commands_checks.run_checks(cfg, trainings, limit)) or ((), 0)
-        for check in checks:
+        found, disk = e.run('mesh', lambda: commands_checks.run_checks(cfg, trainings, limit)) or ((), 0)
+        for check in found:
             e.say(check)
     if workdir is not None:
         e.check(
@@ -54,14 +54,14 @@ def examine(cfg, workdir, data, examination, trains=True):
             slow='is the storage there, and are you logged in?',
         )
     if data is not None:
-        found = recipes.data_set(data)
+        source = recipes.data_set(data)
     elif cfg is not None and trains:
-        found = cfg.data.name, cfg.data.path, cfg.data.split, cfg.data.data_dir
+        source = cfg.data.name, cfg.data.path, cfg.data.split, cfg.data.data_dir
     else:
-        found = None
-    if found is not None:
+        source = None
+    if source is not None:
         slow = "a large tar's index takes minutes, once: --timeout=1800"
-        e.check('data', lambda: commands_checks.check_data(*found), slow=slow)
+        e.check('data', lambda: commands_checks.check_data(*source), slow=slow)
     if trainings is not None and trains:
         e.check(
             'inputs',
@@ -99,9 +99,10 @@ def main(argv):
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
+        from sphere_ar_jax.config import packaged
         from sphere_ar_jax.runtime.console import one_line
 
-        values, rest = _flags(argv)
+        values, rest = _flags(packaged.with_paths(argv))
         cfg = values.config
         if cfg is not None:
             dict(cfg.items())  # a config file that failed to load says so only when it is read

@@ -20,8 +20,6 @@ Started as several processes, see `joining`, training, sample, grid and evaluate
 
 import difflib
 import os
-import pathlib
-import re
 import shlex
 import signal
 import sys
@@ -34,7 +32,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sphere_ar_jax import __version__
-from sphere_ar_jax.config import schema
+from sphere_ar_jax.config import packaged, schema
 from sphere_ar_jax.runtime.console import Stopped, UserError, one_line
 
 # JAX and all that needs it is imported by the command that runs: what is wrong with the flags is said before that.
@@ -82,32 +80,6 @@ _OPTIONS = (
 )
 
 
-def _packaged(word: str) -> str:
-    """The file of a packaged config for its bare word, as 'digits:smoke'; any other word as it is."""
-    name, colon, arg = word.partition(':')
-    if not re.fullmatch(r'\w+', name) or os.path.exists(name):
-        return word
-    package = pathlib.Path(__file__).parent
-    for place in (package / 'configs', package.parent / 'configs'):  # of an installed wheel, and of a checkout
-        if (place / f'{name}.py').exists():
-            return f'{place / name}.py{colon}{arg}'
-    return word
-
-
-def _with_paths(argv: list[str]) -> list[str]:
-    """The arguments with the file of every packaged config in place of its bare word."""
-    out = []
-    for before, word in zip(['', *argv], argv, strict=False):
-        flag, equals, value = word.partition('=')
-        if flag in ('--config', '-config') and equals:
-            out.append(f'{flag}={_packaged(value)}')
-        elif before in ('--config', '-config'):
-            out.append(_packaged(word))
-        else:
-            out.append(word)
-    return out
-
-
 def _config_file(argv: list[str]) -> str | None:
     """The file that --config names, without its argument."""
     for flag, value in zip(argv, [*argv[1:], ''], strict=True):
@@ -123,7 +95,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if '--version' in argv:
         print(f'sphere_ar_jax {__version__}')
         sys.exit(0)
-    argv = _with_paths(argv)
+    argv = packaged.with_paths(argv)
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:

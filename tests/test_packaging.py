@@ -8,7 +8,8 @@ import zipfile
 import pytest
 
 import sphere_ar_jax
-from sphere_ar_jax import config, main
+from sphere_ar_jax import benchmark, config, doctor
+from sphere_ar_jax.config import packaged
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -47,8 +48,8 @@ def test_a_wheel_has_all_that_a_user_needs(tmp_path):
 def test_a_bare_word_names_a_packaged_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = str(ROOT / 'configs' / 'digits.py')
-    assert main._with_paths(['x', '--config=digits:smoke']) == ['x', f'--config={digits}:smoke']
-    assert main._with_paths(['x', '--config', 'digits']) == ['x', '--config', digits]
+    assert packaged.with_paths(['x', '--config=digits:smoke']) == ['x', f'--config={digits}:smoke']
+    assert packaged.with_paths(['x', '--config', 'digits']) == ['x', '--config', digits]
     others = [
         'x',
         '--config=nothing',
@@ -57,9 +58,17 @@ def test_a_bare_word_names_a_packaged_config(tmp_path, monkeypatch):
         '--config.seed=1',
         'digits',
     ]
-    assert main._with_paths(others) == others
+    assert packaged.with_paths(others) == others
     (tmp_path / 'digits').write_text('')  # a file of that name comes first
-    assert main._with_paths(['x', '--config=digits']) == ['x', '--config=digits']
+    assert packaged.with_paths(['x', '--config=digits']) == ['x', '--config=digits']
+
+
+def test_every_command_knows_the_bare_words(capsys):
+    """They find the file, which then says what is wrong with the word after the colon."""
+    assert doctor.main(['doctor', '--config=digits:huge']) == 2
+    assert "no variant 'huge'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no variant 'huge'"):
+        benchmark.main(['benchmark', '--config=digits:huge'])
 
 
 @pytest.mark.parametrize('words', [['--version'], ['--help'], ['--nope'], ['--config=nope', '--workdir=w']])
