@@ -6,6 +6,7 @@ types are refused by ml_collections, impossible values by `check`.
 
 import json
 import re
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -43,7 +44,7 @@ def _training(**values):
 def default():
     """A locked ConfigDict with every key there is.
 
-    Models, optimizers and losses have the published values of SphereAR-B at 256×256 (spec §3–§8). The numbers of steps,
+    Models, optimizers and losses have the published values of SphereAR-B at 256×256. The numbers of steps,
     the data and the sampling are stand-ins, for a config file to set.
     """
     config = ConfigDict(
@@ -109,6 +110,13 @@ def default():
 def num_classes(config):
     """Classes that the AR model knows, the null class apart; None where only the data, once opened, could say."""
     return config.data.num_classes or DATA[config.data.name]
+
+
+def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with other values, {dotted key: value}; the config itself stays as it is."""
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(values)
+    return other
 
 
 def keys(tree, prefix=''):

@@ -281,16 +281,14 @@ def curves(cfg, batch, repeats):
             'peak MB': max(part['peak_bytes'] for part in r.values()) / 2**20,
         }  # fmt: skip
 
-    def changed(**values):
-        other = cfg.copy_and_resolve_references()
-        other.update_from_flattened_dict(values)
-        return other
+    def changed(key, value):
+        return schema.changed(cfg, {key: value})
 
     return {
         'batch': [row('images', b, cfg, b) for b in (1, 4, 16, 64)],
-        'tokens': [row('tokens', g * g, changed(**{'vae.grid': (g, g)}), batch) for g in (4, 8, 16, 32)],
-        'depth': [row('blocks', d, changed(**{'ar.depth': d}), batch) for d in (6, 12, 24, 48)],
-        'steps': [row('steps', n, changed(**{'sampling.num_steps': n}), batch) for n in (10, 25, 50, 100, 200)],
+        'tokens': [row('tokens', g * g, changed('vae.grid', (g, g)), batch) for g in (4, 8, 16, 32)],
+        'depth': [row('blocks', d, changed('ar.depth', d), batch) for d in (6, 12, 24, 48)],
+        'steps': [row('steps', n, changed('sampling.num_steps', n), batch) for n in (10, 25, 50, 100, 200)],
     }
 
 

@@ -31,7 +31,7 @@ import time
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.measure import costs, hlo, programs
 from sphere_ar_jax.measure.devices import GiB, find_slice
 from sphere_ar_jax.runtime import sharding
@@ -137,7 +137,7 @@ def _marked(cfg, name, mesh):
     sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4, *vae.image_shape}
     prime = next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
     batch, key = sharding.batch_parts(mesh) * prime, f'{name}_training'
-    return programs.changed(cfg, **{f'{key}__batch_size': batch * cfg[key].accumulate}), batch
+    return schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), batch
 
 
 def _gathered(program, work):
@@ -172,28 +172,28 @@ def replicated(cfg, name, mesh):
 def _remedies(cfg, name, mesh):
     """[{key: value}] of changes that may make a training step fit, the cheapest first."""
     model, key = {'tokenizer': 'vae'}.get(name, 'ar'), f'{name}_training'
-    remat = {} if cfg[model].remat else {f'{model}__remat': True}
+    remat = {} if cfg[model].remat else {f'{model}.remat': True}
     splits = [n for n in (4, 16) if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1]
-    splits = [{'mesh__data': -1, 'mesh__fsdp': n} for n in splits]
+    splits = [{'mesh.data': -1, 'mesh.fsdp': n} for n in splits]
     found = [remat, *splits, *(remat | split for split in splits)]
     options, parts = cfg[key], mesh.size
     whole = name == 'tokenizer' and options.disc_weight  # a discriminator needs its whole batch at once
     divisors = [n for n in (2, 4, 8, 16) if options.batch_size % (parts * n) == 0]
     pieces = [] if whole else [n for n in divisors if n > options.accumulate]
-    found += [remat | {f'{key}__accumulate': n} for n in pieces]
-    found += [remat | split | {f'{key}__accumulate': n} for split in splits for n in pieces[-1:]]
-    found += [remat | {f'{key}__batch_size': options.batch_size // n} for n in divisors] if whole else []
+    found += [remat | {f'{key}.accumulate': n} for n in pieces]
+    found += [remat | split | {f'{key}.accumulate': n} for split in splits for n in pieces[-1:]]
+    found += [remat | {f'{key}.batch_size': options.batch_size // n} for n in divisors] if whole else []
     return [change for i, change in enumerate(found) if change and change not in found[:i]]
 
 
 def _flags(change):
-    return ' '.join(f'--config.{key.replace("__", ".")}={value}' for key, value in change.items())
+    return ' '.join(f'--config.{key}={value}' for key, value in change.items())
 
 
 def _remedy(cfg, name, mesh, say):
     """(the flags of the first change that makes a training step fit, bytes of a device), or None."""
     for change in _remedies(cfg, name, mesh):
-        other = programs.changed(cfg, **change)
+        other = schema.changed(cfg, change)
         try:
             devices = list(mesh.devices.flat)
             works = programs.training_works(other, sharding.make_mesh(**other.mesh, devices=devices))

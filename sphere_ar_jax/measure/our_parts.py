@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
@@ -87,11 +87,7 @@ class Part:
         """The AR model as sampling uses it, and its parameters without those named."""
         params = transformer.unstack(self._params(self.ar, 1))  # NumPy's views, if from a file: nothing to compile
         params = {name: value for name, value in params.items() if name not in without}
-        return self._apart(), jax.tree.map(jnp.asarray, params)
-
-    def _apart(self):
-        """The AR model with its blocks' parameters apart."""
-        return self.ar.clone(scan=False, head=self.ar.head.clone(scan=False))
+        return self.ar.apart(), jax.tree.map(jnp.asarray, params)
 
     @property
     def _rows(self):
@@ -106,7 +102,7 @@ class Part:
         self.bytes += times * costs.tree_bytes(weights)
 
     def _prefill(self, params=None):
-        ar, params = (self._apart(), params) if params else self._sampler('head')
+        ar, params = (self.ar.apart(), params) if params else self._sampler('head')
         null = [ar.condition.num_classes] if self.options.guidance else []
         run = lambda p, labels: ar.apply(
             {'params': p}, jnp.append(labels, jnp.array(null, jnp.int32)), method='prefill'
@@ -140,7 +136,7 @@ class Part:
         return steps
 
     def _head(self, params=None):
-        ar, params = (self._apart(), params) if params else self._sampler()
+        ar, params = (self.ar.apart(), params) if params else self._sampler()
         head, params = ar.head, params['head']
         plan, R, m = self.options.plan(ar.num_tokens), self._rows, self.options.num_draws(ar.num_tokens)
         c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
@@ -202,9 +198,9 @@ class Part:
         return run
 
     def _train_tokenizer(self):
-        options = self.cfg.tokenizer_training.copy_and_resolve_references()
-        options.perceptual_weight = 0.0  # its network comes from files
-        return self._train(stages.tokenizer_stage(self.vae, options, 0))
+        # LPIPS' network comes from files.
+        cfg = schema.changed(self.cfg, {'tokenizer_training.perceptual_weight': 0.0})
+        return self._train(stages.tokenizer_stage(self.vae, cfg.tokenizer_training, 0))
 
     def _train_ar(self):
         if self.cfg.init_from is not None:
@@ -215,7 +211,7 @@ class Part:
     def _program(self, params):
         """A function that draws the images as every command does, by the same two programs, compiled."""
         mesh = sharding.make_mesh(1)
-        tokens, decode = on_mesh.sampling_programs(self._apart(), self.vae, self.options, mesh)
+        tokens, decode = on_mesh.sampling_programs(self.ar.apart(), self.vae, self.options, mesh)
         scale = None if self.scale is None else jnp.float32(self.scale)
         arguments = (params, self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0), scale, jnp.float32(1))
         vae_params = self._params(self.vae, 2)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import lpips, transformer
@@ -47,13 +47,6 @@ class Work(NamedTuple):
     steps: int | None = None
     lengths: tuple = ()
     devices: int = 1
-
-
-def changed(cfg, **values):
-    """A config with other values; a key's dots are written as two underscores."""
-    other = cfg.copy_and_resolve_references()
-    other.update_from_flattened_dict({name.replace('__', '.'): value for name, value in values.items()})
-    return other
 
 
 def _shapes(model):
@@ -109,7 +102,9 @@ def _on_one(mesh, tree):
 
 def training_works(cfg, mesh):
     """The steps of the trainings that the config asks for, as `loop.train` compiles them."""
-    found, plain, shape = [], stages(changed(cfg, vae__remat=False, ar__remat=False)), build.build_vae(cfg).image_shape
+    plain = stages(schema.changed(cfg, {'vae.remat': False, 'ar.remat': False}))
+    shape = build.build_vae(cfg).image_shape
+    found = []
     for name, (stage, frozen) in stages(cfg).items():
         state, frozen = abstract_state(stage, mesh), sharding.abstract(mesh, frozen)
         B, steps = stage.options.batch_size, stage.options.steps
@@ -158,12 +153,12 @@ def _tokens_flops(ar, params, B, options):
 def sampling_works(cfg, mesh):
     """The sampler's two programs: tokens, of all devices together, and the decoder, of each device alone."""
     stacked = build.build_ar(cfg)
-    ar = stacked.clone(scan=False, head=stacked.head.clone(scan=False))
+    ar = stacked.apart()
     vae = build.build_vae(cfg)
     options = build.build_sampler(cfg).options
     unstacked = jax.eval_shape(transformer.unstack, _shapes(stacked))
     params = sharding.abstract(mesh, unstacked)
-    B = -(-cfg.sampling.batch_size // mesh.size) * mesh.size
+    B = sharding.whole_rows(mesh, cfg.sampling.batch_size)
     labels, index = _rows(mesh, B, (jnp.int32, ()), (jnp.int32, ()))
     whole = sharding.whole(mesh)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
@@ -187,7 +182,8 @@ def sampling_works(cfg, mesh):
 def evaluation_works(cfg, mesh):
     """The evaluator's programs: Inception's features, of colour images, and the tokenizer's reconstructions."""
     vae, whole, found = build.build_vae(cfg), sharding.whole(mesh), []
-    B, shape = -(-cfg.sampling.batch_size // mesh.size) * mesh.size, vae.image_shape
+    B = sharding.whole_rows(mesh, cfg.sampling.batch_size)
+    shape = vae.image_shape
     if shape[-1] == 3:
         image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
         params = jax.eval_shape(inception.Inception().init, jax.random.key(0), image)['params']

@@ -120,6 +120,10 @@ class AR(nn.Module):
         """
         return self.head.velocities(x_t, self.conditions(labels, z), *times)
 
+    def apart(self) -> 'AR':
+        """The same model with scan=False, as sampling needs it."""
+        return self.clone(scan=False, head=self.head.clone(scan=False))
+
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters from a PRNG key."""
         z = jnp.zeros((1, self.num_tokens, self.latent_dim))
@@ -157,4 +161,4 @@ def unstacked(ar: AR, params: Any) -> tuple[AR, Any]:
     """
     if not ar.scan:
         return ar, params
-    return ar.clone(scan=False, head=ar.head.clone(scan=False)), jax.jit(transformer.unstack)(params)
+    return ar.apart(), jax.jit(transformer.unstack)(params)

@@ -80,6 +80,11 @@ def misfit(mesh, images, pieces=1):
     )
 
 
+def whole_rows(mesh: Mesh, rows: int) -> int:
+    """The number of rows, rounded up so that every device of the mesh has equally many."""
+    return -(-rows // mesh.size) * mesh.size
+
+
 def whole(mesh):
     """The layout of what every device has whole."""
     return NamedSharding(mesh, P())

@@ -45,11 +45,6 @@ def _count(labels: Any) -> int:
     return len(jax.tree.leaves(labels)[0])
 
 
-def _whole_batches(batch_size: int, mesh: Mesh) -> int:
-    """The batch size, rounded up to a multiple of the mesh's devices."""
-    return -(-batch_size // mesh.size) * mesh.size
-
-
 def _rows_of_process(start: int, size: int, n: int, mesh: Mesh) -> np.ndarray:
     """The rows of a batch that this process loads. The last batch begins anew: so one compilation serves them all."""
     return (start + sharding.local_rows(mesh, size)) % n
@@ -82,7 +77,7 @@ def reconstruct(
     key = np.asarray(jax.random.key_data(key))  # keys themselves cannot be put on other processes' devices
     frozen = jax.device_put((params, key), sharding.whole(mesh))  # once for all batches
     n = len(images)
-    size = _whole_batches(batch_size, mesh)
+    size = sharding.whole_rows(mesh, batch_size)
     index = first + np.arange(n)
     parts = []
     for start in range(0, n, size):
@@ -179,7 +174,7 @@ def draw_batches(
     n = _count(labels)
     index = np.arange(n, dtype=np.int32) if index is None else _arrays(index)
     key = sampling_key(seed)
-    size = _whole_batches(batch_size, mesh)
+    size = sharding.whole_rows(mesh, batch_size)
     for first in range(start, n, size):
         rows = _rows_of_process(first, size, n, mesh)
         batch = sharding.place_batch(mesh, jax.tree.map(lambda a, rows=rows: a[rows], (labels, index)))

@@ -33,7 +33,9 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
     """
     mesh = mesh or sharding.make_mesh()
     params = jax.device_put(params, sharding.whole(mesh))
-    size, parts, running = -(-batch_size // mesh.size) * mesh.size, [], None
+    size = sharding.whole_rows(mesh, batch_size)
+    parts = []
+    running = None
     mine = sharding.local_rows(mesh, size, sharding.ROWS)
 
     def fetch(results, count):
