@@ -50,7 +50,8 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     Args:
       vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
       options: the stage's section of the config. It has besides: discriminator, one of `discriminators.KINDS`;
-        disc_loss, one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight, kl_weight.
+        disc_loss, one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight and
+        kl_weight.
       seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where perceptual_weight
         is 0, or for a stage whose state is to be read and not trained.
     Returns:
