@@ -14,7 +14,7 @@ from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels
 from sphere_ar_jax.evaluation import digits, pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
-from sphere_ar_jax.runtime import console
+from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
 
@@ -63,20 +63,34 @@ def look_at_reconstructions(setting, vae_params, images, step, writer):
     writer.picture('reconstructions', step, pictures.tile(pairs, len(images[:8]), 1))
 
 
-def _draw(setting, vae_params, ar_params, labels, index=None, progress=lambda done: None):
-    """Images (n, H, W, c) for labels, by the config's sampler."""
+def _drawing(setting, vae_params, ar_params):
+    """What `on_mesh.sample_images` and `on_mesh.draw_batches` need to draw by the config: (arguments, options)."""
     cfg = setting.cfg
-    images, _ = on_mesh.sample_images(
-        Run(cfg, setting.vae, vae_params, setting.ar, ar_params),
-        build.build_sampler(cfg),
-        labels,
-        seed=cfg.seed,
-        index=index,
-        batch_size=cfg.sampling.batch_size,
-        mesh=setting.mesh,
-        progress=progress,
-    )
+    run = Run(cfg, setting.vae, vae_params, setting.ar, ar_params)
+    options = {'seed': cfg.seed, 'batch_size': cfg.sampling.batch_size, 'mesh': setting.mesh}
+    return (run, build.build_sampler(cfg)), options
+
+
+def _draw(setting, vae_params, ar_params, labels, **options):
+    """Images (n, H, W, c) for labels; options: further ones of `on_mesh.sample_images`."""
+    arguments, common = _drawing(setting, vae_params, ar_params)
+    images, _ = on_mesh.sample_images(*arguments, labels, **common, **options)
     return images
+
+
+def _fid(setting, vae_params, ar_params):
+    """The FID of so many samples as the config says, class by class in turn, to the judge's reference."""
+    network, reference = setting.judge
+    arguments, options = _drawing(setting, vae_params, ar_params)
+    n = setting.cfg.watch.fid_images
+    labels = np.arange(n) % schema.num_classes(setting.cfg)
+
+    def batches():
+        for first, images, _ in on_mesh.draw_batches(*arguments, labels, **options):
+            yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
+
+    features = protocol.extract(batches(), network, batch_size=options['batch_size'], mesh=setting.mesh)
+    return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
 def _grid(setting):
@@ -98,21 +112,11 @@ def _save_grid(setting, path, images):
 def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
     """A picture of the same classes from the same noise at every look, and the FID of as many samples as wished."""
     _, labels, index = _grid(setting)
-    images = _draw(setting, vae_params, ar_params, labels, index)
+    images = _draw(setting, vae_params, ar_params, labels, index=index)
     _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
     writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
     if setting.judge is not None:
-        n, size = setting.cfg.watch.fid_images, setting.cfg.sampling.batch_size
-        labels = np.arange(n) % schema.num_classes(setting.cfg)
-
-        def batches():
-            for start in range(0, n, size):
-                rows = np.arange(start, min(start + size, n))
-                yield np.asarray(pixels.to_uint8(_draw(setting, vae_params, ar_params, labels[rows], rows)))
-
-        network, reference = setting.judge
-        found = statistics.statistics(protocol.extract(batches(), network, batch_size=size, mesh=setting.mesh).pool)
-        writer.write(step, {'fid': statistics.frechet_distance(*found, *reference)}, ('fid',))
+        writer.write(step, {'fid': _fid(setting, vae_params, ar_params)}, ('fid',))
 
 
 def _reconstruct(setting, vae_params, images, batch_size, **picture):
@@ -157,7 +161,8 @@ def show(setting, vae_params, ar_params):
     seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
     if ar_params is not None:
         _, labels, index = _grid(setting)
-        images = _draw(setting, vae_params, ar_params, labels, index, console.bar(len(labels), 'samples'))
+        bar = console.bar(len(labels), 'samples')
+        images = _draw(setting, vae_params, ar_params, labels, index=index, progress=bar)
         _save_grid(setting, f'{setting.workdir}/samples.png', images)
         seconds['sampling'] = time.perf_counter() - mark
     return metrics, seconds

@@ -159,7 +159,7 @@ def draw_batches(
 
     Args:
       labels: of n images, see `conditions`. index: (n,) ints or None. start: the first image, a multiple of the batch
-      size. batch_size: rounded up to a multiple of the mesh's devices. mesh: all devices if None.
+      size. batch_size: n if that is less, rounded up to a multiple of the mesh's devices. mesh: all devices if None.
     Yields:
       (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of each batch, which is
       computed in the background. What goes beyond n in the last one is to be left out.
@@ -174,7 +174,7 @@ def draw_batches(
     n = _count(labels)
     index = np.arange(n, dtype=np.int32) if index is None else _arrays(index)
     key = sampling_key(seed)
-    size = sharding.whole_rows(mesh, batch_size)
+    size = sharding.whole_rows(mesh, min(batch_size, n))
     for first in range(start, n, size):
         rows = _rows_of_process(first, size, n, mesh)
         batch = sharding.place_batch(mesh, jax.tree.map(lambda a, rows=rows: a[rows], (labels, index)))
@@ -201,7 +201,7 @@ def sample_images(
       (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)), whole in each process.
     """
     n = _count(_arrays(labels))
-    batches = draw_batches(models, sampler, labels, seed=seed, index=index, batch_size=min(batch_size, n), mesh=mesh)
+    batches = draw_batches(models, sampler, labels, seed=seed, index=index, batch_size=batch_size, mesh=mesh)
     images = []
     tokens = []
     for first, drawn, z in batches:
