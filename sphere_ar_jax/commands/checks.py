@@ -122,6 +122,7 @@ def check_cache(place, files=None):
 
 
 def examine_cache(environ):
+    """`check_cache` of the place that the environment variables name."""
     from sphere_ar_jax.runtime import files
 
     place = environ.get('JAX_COMPILATION_CACHE_DIR') or files.compilation_cache(environ)
@@ -265,6 +266,7 @@ class Examination:
         self._seconds, self._show, self.failed, self.warned, self.stuck = seconds, show, 0, 0, False
 
     def say(self, check):
+        """Print a check and count it."""
         self.failed += check.status == 'FAIL'
         self.warned += check.status == 'WARN'
         for line in lines(check):

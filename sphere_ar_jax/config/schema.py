@@ -130,6 +130,7 @@ def keys(tree, prefix=''):
 
 
 def leaves(tree, prefix=''):
+    """The values of a nested dictionary, {dotted name: value}."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     return {name: leaf for key, value in tree.items() for name, leaf in leaves(value, f'{prefix}{key}.').items()}

@@ -45,6 +45,7 @@ class Digits:
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
 
     def name(self, index):
+        """What messages call an image."""
         return f'digit {index}'
 
 

@@ -147,6 +147,7 @@ class ImageFolder:
             raise UserError(f'{self.path}/{self.name(i)} cannot be read: {reason(error)}') from None
 
     def name(self, i):
+        """The path of an image file below PATH."""
         return printable(self._names[i])
 
 
@@ -347,6 +348,7 @@ class TFDS:
         return {'image': image, 'label': np.int32(label)}
 
     def name(self, i):
+        """The data set, the split and the number of an entry."""
         name, split, _ = self._arguments
         return f'{name} {split} [{range(len(self))[i]}]'
 

@@ -111,6 +111,7 @@ def write_tar(path, synsets, images, seed=0, broken=2):
 
 
 def main(arguments):
+    """Write a stand-in for the words of a command line."""
     parser = argparse.ArgumentParser(
         prog='python -m sphere_ar_jax.data.stand_in', description='A small ImageNet to try on.'
     )

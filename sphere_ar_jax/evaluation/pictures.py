@@ -30,6 +30,7 @@ def tile(images, columns, scale=3, gap=4):
 
 
 def save_figure(figure, path):
+    """Write a figure as PNG, at once, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
     plt.close(figure)

@@ -140,6 +140,7 @@ def to_torch(params):
 
 
 def nearest_names(name, others):
+    """' (nearest: NAME)' for the name most like this one, '' where none is like it."""
     parts = set(name.split('.'))  # first by common parts, since difflib is slow
     alike = sorted(others, key=lambda other: len(parts & set(other.split('.'))), reverse=True)[:20]
     near = difflib.get_close_matches(name, alike, 1)

@@ -69,6 +69,7 @@ class MetricWriter:
             self._events.add_image(name, pixels, step, dataformats='HWC')
 
     def close(self):
+        """Close the files and the progress bar."""
         if not self._silent:
             self._bar.close()
             self._events.close()

@@ -27,6 +27,7 @@ def reading(path):
 
 
 def array_names(archive):
+    """The names of the arrays in an open npz."""
     return [name.removesuffix('.npy') for name in archive.namelist()]
 
 
@@ -49,6 +50,7 @@ def read_numbers(path, name, f, shape, dtype):
 
 @contextlib.contextmanager
 def open_images(path):
+    """Context of (open file, shape (n, H, W, 3)) of the images in an npz; the file stands at the first number."""
     with reading(path) as archive:
         if IMAGES not in array_names(archive):
             raise UserError(f'{path} has no array {IMAGES}, only {", ".join(array_names(archive)) or "nothing"}')
