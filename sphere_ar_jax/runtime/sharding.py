@@ -115,7 +115,7 @@ def abstract(mesh, tree):
 
 
 def keep_rows_split(mesh, function):
-    """`function`, with the first dimension of what any Flax module in it returns split as `BATCH` says.
+    """`function`, with the first dimension of what any Flax module in it makes of its inputs split as `BATCH` says.
 
     Without that word the compiler may as well gather a batch as a split parameter. Other dimensions are its choice.
     In it the mesh has its name, by which `attention.attend` finds it.
@@ -130,7 +130,8 @@ def keep_rows_split(mesh, function):
 
     def interceptor(method, arguments, options, context):
         out = method(*arguments, **options)
-        return jax.tree.map(constrain, out) if context.method_name == '__call__' else out
+        of_a_batch = context.method_name == '__call__' and arguments  # without inputs it returns parameters
+        return jax.tree.map(constrain, out) if of_a_batch else out
 
     def kept(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(interceptor):
