@@ -15,14 +15,16 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
 
-# Most of the tests' time is compilation, of which LLVM takes less at level 1. Processes that tests start inherit it.
-QUICK = '--xla_backend_optimization_level=1'
+# Most of the tests' time is compilation, of which LLVM takes less at level 0. Processes that tests start inherit it.
+QUICK = '--xla_backend_optimization_level=0'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # What tests start hears Ctrl-C, even where a shell's `&` started the tests, which ignores it for all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +34,12 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 # For tests of what optax and jax.nn.dot_product_attention (in bfloat16) promote inside themselves.
 libraries_promote = functools.partial(jax.numpy_dtype_promotion, 'standard')
+
+
+def forced_devices(count: int) -> str:
+    """XLA's flags for a process that a test starts with so many forced host devices."""
+    return f'{QUICK} --xla_force_host_platform_device_count={count}'
+
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 # (number in torchvision's list, input channels, output channels) of VGG16's convolutions

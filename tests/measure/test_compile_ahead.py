@@ -27,7 +27,7 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from tests import tiny_config
-from tests.conftest import libraries_promote
+from tests.conftest import forced_devices, libraries_promote
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
@@ -387,7 +387,7 @@ def _on_eight_devices(cases, broken):
 
 def _spawn(cases, broken=False):
     env = os.environ | {
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
+        'XLA_FLAGS': forced_devices(8), 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
     }  # fmt: skip
     code = f'from tests.measure import test_compile_ahead; test_compile_ahead._on_eight_devices({cases}, {broken})'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)

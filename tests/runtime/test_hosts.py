@@ -22,6 +22,7 @@ from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.runtime import checkpoint, files, joining
 from sphere_ar_jax.training.run import load_run
 from sphere_ar_jax.training.state import quickly_compiled
+from tests.conftest import forced_devices
 from tests.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -111,7 +112,7 @@ class Processes:
         port = free_port()
         self.started = []
         for i in range(count):
-            environ = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+            environ = {'XLA_FLAGS': forced_devices(devices)}
             if count > 1:
                 environ |= {
                     'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': str(count),

@@ -21,7 +21,7 @@ from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 from sphere_ar_jax.training.state import abstract_state
 from tests import tiny_config
-from tests.conftest import libraries_promote
+from tests.conftest import forced_devices, libraries_promote
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -226,7 +226,7 @@ for name in names:
 def _eight_devices(code, *words):
     """A finished process that ran `code` on 8 forced host devices."""
     # More threads than devices: with as many as this machine has cores, collectives wait for each other for ever
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'NPROC': '16'}
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': forced_devices(8), 'NPROC': '16'}
     command = [sys.executable, '-c', code, *map(str, words)]
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=900)
     assert process.returncode == 0, process.stderr.decode()[-2000:]

@@ -20,7 +20,7 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 from tests import tiny_config
-from tests.conftest import QUICK
+from tests.conftest import forced_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 N = 20
@@ -47,7 +47,7 @@ def _process(code, *arguments, devices=1, **options):
     """A process that runs `code` with this test's model, on so many forced host devices."""
     env = os.environ | {
         'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': f'{QUICK} --xla_force_host_platform_device_count={devices}',
+        'XLA_FLAGS': forced_devices(devices),
     }
     return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=env, **options)
 
