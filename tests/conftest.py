@@ -15,8 +15,8 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
 
-# Most of the tests' time is compilation, of which LLVM takes less at level 0. Processes that tests start inherit it.
-QUICK = '--xla_backend_optimization_level=0'
+# Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests start inherit them.
+QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
