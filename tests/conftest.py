@@ -16,7 +16,10 @@ from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
 
 # Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests start inherit them.
-QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+QUICK = '--xla_backend_optimization_level=0'
+HAS_OTHER_EMITTERS = jax.__version_info__ < (0, 11)  # the XLA of later versions refuses the flag
+if HAS_OTHER_EMITTERS:
+    QUICK += ' --xla_cpu_use_fusion_emitters=false'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
@@ -39,6 +42,16 @@ libraries_promote = functools.partial(jax.numpy_dtype_promotion, 'standard')
 def forced_devices(count: int) -> str:
     """XLA's flags for a process that a test starts with so many forced host devices."""
     return f'{QUICK} --xla_force_host_platform_device_count={count}'
+
+
+def accurate() -> dict[str, int | bool] | None:
+    """Options of `jax.jit` that undo `QUICK`, for a test whose tolerances need the default's order of sums."""
+    if jax.default_backend() != 'cpu':
+        return None
+    options = {'xla_backend_optimization_level': 3}
+    if HAS_OTHER_EMITTERS:
+        options['xla_cpu_use_fusion_emitters'] = True
+    return options
 
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'

@@ -79,11 +79,18 @@ def test_bad_input_is_one_line(environment, tmp_path, arguments):
     assert 'Traceback' not in result.stderr and result.stdout == ''
 
 
-def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
-    """Trains, samples, scores and reports; a second run only evaluates; a changed model is refused."""
-    result = _run(environment, TINY, f'--workdir={tmp_path}')
+@pytest.fixture(scope='module')
+def finished(environment, tmp_path_factory):
+    """The workdir of the tiny job, run whole, and its metrics."""
+    workdir = tmp_path_factory.mktemp('finished')
+    result = _run(environment, TINY, f'--workdir={workdir}')
     assert result.returncode == 0, result.stderr
-    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    return workdir, json.loads((workdir / 'metrics.json').read_text())
+
+
+def test_the_whole_job(finished):
+    """Trains, samples, scores and reports."""
+    workdir, metrics = finished
     assert {
         'vae/psnr', 'vae/kl', 'samples/accuracy', 'classifier/accuracy', 'samples/frechet', 'samples/frechet_heldout',
         'real/frechet', 'samples/precision', 'samples/recall', 'memorisation/samples_to_train',
@@ -92,39 +99,44 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics['classifier/accuracy'] > 0.97
     for name in ('samples', 'reconstructions', 'curves'):
-        picture = np.asarray(Image.open(tmp_path / f'{name}.png').convert('L'))
+        picture = np.asarray(Image.open(workdir / f'{name}.png').convert('L'))
         assert picture.shape[0] > 100 and picture.shape[1] > 100 and picture.std() > 10
-    page = (tmp_path / 'report.html').read_text()
+    page = (workdir / 'report.html').read_text()
     assert page.count('data:image/png;base64,') == 3 and 'src="http' not in page
     assert 'tests/tiny_config.py' in page and 'samples/frechet' in page and 'latent_dim: 8' in page
 
     # the README's ten lines, as they stand there
     snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(1)
     seen = {}
-    exec(snippet.replace('/tmp/digits', str(tmp_path)), seen)
+    exec(snippet.replace('/tmp/digits', str(workdir)), seen)
     chex.assert_shape([seen['images'], seen['tokens']], [(6, 16, 16, 1), (6, 16, 8)])
     np.testing.assert_allclose(jnp.linalg.norm(seen['tokens'], axis=-1), np.sqrt(8), rtol=1e-5)
 
-    again = _run(environment, TINY, f'--workdir={tmp_path}')
+
+@pytest.mark.slow
+def test_the_job_again_distilled_and_with_another_config(environment, finished, tmp_path):
+    """A second run only evaluates; a head is distilled from it; a changed model is refused."""
+    workdir, metrics = finished
+    again = _run(environment, TINY, f'--workdir={workdir}')
     assert again.returncode == 0, again.stderr
-    second = json.loads((tmp_path / 'metrics.json').read_text())
+    second = json.loads((workdir / 'metrics.json').read_text())
     same = [name for name in metrics if not name.startswith(('wall_s', 'peak'))]
     assert {name: metrics[name] for name in same} == {name: second[name] for name in same}
 
     distil = (f'{TINY}:distilled', f'--workdir={tmp_path}/distilled')
-    result = _run(environment, *distil, f'--config.init_from={tmp_path}')
+    result = _run(environment, *distil, f'--config.init_from={workdir}')
     assert result.returncode == 0, result.stderr
     assert (tmp_path / 'distilled' / 'samples.png').exists() and not (tmp_path / 'distilled' / 'ar').exists()
     run = load_run(str(tmp_path / 'distilled'))
-    teacher = load_run(str(tmp_path))
+    teacher = load_run(str(workdir))
     assert isinstance(run.ar.head, HEADS['mean_velocity'])
     assert set(run.ar_params['head']) - set(teacher.ar_params['head']) == {'span1', 'span2'}
     chex.assert_trees_all_equal(run.ar_params['stack'], teacher.ar_params['stack'])
     for wrong, message in (
         ({}, 'give --config.init_from=DIR'),
-        ({'init_from': f'{tmp_path}/none'}, 'init_from: there is no run in '),
-        ({'init_from': f'{tmp_path}', 'ar.width': 32}, 'ar.width 16 → 32'),
-        ({'init_from': f'{tmp_path}', 'sampling.num_steps': 3}, r'knows equal steps of \(1, 2\)'),
+        ({'init_from': f'{workdir}/none'}, 'init_from: there is no run in '),
+        ({'init_from': f'{workdir}', 'ar.width': 32}, 'ar.width 16 → 32'),
+        ({'init_from': f'{workdir}', 'sampling.num_steps': 3}, r'knows equal steps of \(1, 2\)'),
         ({'init_from': f'{tmp_path}/distilled'}, 'has a distilled head'),
     ):
         cfg = get_config('distilled')
@@ -134,9 +146,9 @@ def test_the_whole_job_then_again_then_another_config(environment, tmp_path):
         assert '\n' not in str(refused.value)
         assert not (tmp_path / 'other' / 'config.json').exists()  # the workdir is still free
 
-    other = _run(environment, TINY, f'--workdir={tmp_path}', '--config.ar.width=32')
+    other = _run(environment, TINY, f'--workdir={workdir}', '--config.ar.width=32')
     assert other.returncode == 2 and 'ar.width 16 → 32' in other.stderr
-    assert json.loads((tmp_path / 'metrics.json').read_text()) == second
+    assert json.loads((workdir / 'metrics.json').read_text()) == second
 
 
 def test_compiled_programs_are_kept_for_each_processor(tmp_path):

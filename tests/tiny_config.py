@@ -1,5 +1,7 @@
 """The smallest digits run there is, for tests: --config=tests/tiny_config.py."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -44,10 +46,17 @@ def long_config():
     return c
 
 
+@functools.cache
+def _untrained(vae):
+    """Fresh parameters of a tokenizer, compiled once for all tests of a process."""
+    return jax.jit(vae.init_params, **quickly_compiled())(jax.random.key(1))
+
+
 def stages(cfg):
     """The tokenizer's stage, and the AR's on an untrained tokenizer."""
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
-    vae_params = jax.jit(vae.init_params, **quickly_compiled())(jax.random.key(1))
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
+    vae_params = _untrained(vae)
     tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 

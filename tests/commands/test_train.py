@@ -1,4 +1,7 @@
-"""Training on image files, from the tar to the report, with the smallest models; and what is refused."""
+"""Training on image files, from the tar to the report, with the smallest models; and what is refused.
+
+What trains on the tar is slow: each run compiles the tokenizer, the discriminator and the sampler.
+"""
 
 import json
 import os
@@ -75,6 +78,7 @@ def _size(path):
     return Image.open(path).size
 
 
+@pytest.mark.slow
 def test_a_tokenizer_alone(tokenizer):
     workdir, metrics = tokenizer
     lines = metric_writer.read_scalars(f'{workdir}/tokenizer/metrics.jsonl')
@@ -91,6 +95,7 @@ def test_a_tokenizer_alone(tokenizer):
     assert not (workdir / 'ar').exists()
 
 
+@pytest.mark.slow
 def test_an_ar_model_on_it(tar, tokenizer, trained):
     workdir, _ = trained
     assert not (workdir / 'tokenizer').exists()
@@ -105,6 +110,7 @@ def test_an_ar_model_on_it(tar, tokenizer, trained):
     assert list((workdir / 'ar').glob('events.out.tfevents.*'))
 
 
+@pytest.mark.slow
 def test_the_ema_to_sample_with(trained):
     workdir, _ = trained
     cfg = load_config(str(workdir))
@@ -132,6 +138,7 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
         _train(_config(tar, **options), workdir)
 
 
+@pytest.mark.slow
 def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
     """It is that of as many samples as wished, with the EMA; the network is replaced by the colours of four places."""
     seen = []
@@ -189,6 +196,7 @@ def test_the_classes_of_a_folder(tmp_path):
     assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.condition.num_classes == 5
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
     options = {'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0]), 'vae.latent_dim': 4}
     with pytest.raises(console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'):
