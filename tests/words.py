@@ -22,9 +22,9 @@ def faults(text: str) -> list[str]:
     return [words for words in DIARY if words in plain]
 
 
-def fragments(docstring: str) -> list[str]:
-    """The beginnings of the sentences of a docstring that begin with "Of"."""
-    return FRAGMENT.findall(docstring)
+def fragments(text: str) -> list[str]:
+    """The beginnings of those sentences of a text that begin with "Of"."""
+    return FRAGMENT.findall(text)
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -51,13 +51,11 @@ def docstrings() -> Iterator[tuple[str, str]]:
 def check() -> list[str]:
     """One line, 'PLACE: words', for each fault in the documents and docstrings."""
     found = []
-    for place, text in documents():
-        found += [f'{place}: {words!r} does not belong here' for words in faults(text)]
-    for place, text in docstrings():
+    for place, text in (*documents(), *docstrings()):
         found += [f'{place}: {words!r} does not belong here' for words in faults(text)]
         found += [f'{place}: a sentence begins with {words!r}' for words in fragments(text)]
     return found
 
 
 if __name__ == '__main__':
-    sys.exit('\n'.join(check()))
+    sys.exit('\n'.join(check()) or 0)
