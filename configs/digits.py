@@ -2,7 +2,7 @@
 
 Command:   python -m sphere_ar_jax.main --config=configs/digits.py --workdir=/tmp/digits
 Hardware:  2 CPU cores, 1.6 GB; 4 minutes, all compilation included
-Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (BUILD_NOTES.md)
+Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (docs/evaluation.md)
 
 :smoke     the same path in under a minute, to see that everything runs; its pictures are no digits yet:
            python -m sphere_ar_jax.main --config=configs/digits.py:smoke --workdir=/tmp/digits_smoke

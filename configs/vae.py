@@ -5,8 +5,8 @@ Command:   python -m sphere_ar_jax.main --config=configs/vae.py:data=/data/ILSVR
 Hardware:  accelerators; 100 epochs are 500,400 steps of 256 images. With the argument tpu that batch fits every slice
            of TPUs from v5e-16 on, as their compiler lays it out (9.0 of 16 GiB a chip there, 1.7 of 32 on v6e-256); at
            half of all peak rates it would take 0.04 days on v6e-256, 0.24 on v4-128, 0.86 on v5e-16. No TPU has run it
-           yet: BUILD_NOTES.md, "The TPU compiler". The step on two CPU cores, and how many cores feed an accelerator:
-           there, too.
+           yet: docs/speed.md, "Compile ahead for TPU slices". The step on two CPU cores, and how many cores feed an
+           accelerator: there, too.
 Result:    reconstructions. No published rFID is known to us. Nothing was trained on ImageNet here.
 
 The two files are LPIPS' weights, of taming-transformers and of torchvision; without them:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks a machine with an NVIDIA GPU in one go: installs with CUDA, runs the tests on the GPU, runs the digits job on it.
 # Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip. Takes about 15 minutes.
-# Type: bash launch/gpu_check.sh [cuda12|cuda13]     (from the checkout; prints what to copy into BUILD_NOTES.md)
+# Type: bash launch/gpu_check.sh [cuda12|cuda13]     (from the checkout; prints the numbers for BUILD_NOTES.md)
 set -euo pipefail
 cuda=${1:-cuda12}
 cd "$(dirname "$0")/.."

@@ -178,7 +178,7 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
 
 @pytest.mark.slow
 def test_digits_smoke(optimised, tmp_path):
-    """configs/digits.py:smoke runs through (its time is measured in BUILD_NOTES.md, not asserted)."""
+    """configs/digits.py:smoke runs through (its time stands in docs/speed.md and is not asserted)."""
     result = _run(optimised, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / 'metrics.json').read_text())['samples/classes_drawn'] >= 5
@@ -186,8 +186,7 @@ def test_digits_smoke(optimised, tmp_path):
 
 @pytest.mark.slow
 def test_digits_quality(optimised, tmp_path):
-    """The main job reaches its quality, within the spread of one seed (the goal, 0.985 and 0.25, is for the mean of
-    three, measured in BUILD_NOTES.md)."""
+    """The main job reaches its quality, within the spread of one seed (docs/evaluation.md has the mean of three)."""
     result = _run(optimised, '--config=configs/digits.py', f'--workdir={tmp_path}', timeout=1800)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / 'metrics.json').read_text())

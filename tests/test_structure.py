@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import sphere_ar_jax
+from tests import words
 
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 ROOT = PACKAGE.parent
@@ -132,8 +133,30 @@ def test_no_pmap():
 
 def test_the_documents_hold_together():
     """No placeholder is left, and every link to a file has one behind it."""
-    for path in [ROOT / 'README.md', ROOT / 'BUILD_NOTES.md', *(ROOT / 'docs').rglob('*.md')]:
+    for path in [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]:
         text = path.read_text()
         assert not re.search(r'@[A-Z]+@', text), path
         for target in re.findall(r'\]\((?!http)([^)#]+)\)', text):
             assert (path.parent / target).exists(), f'{path}: {target}'
+
+
+def test_words_that_do_not_belong():
+    assert words.check() == []
+
+
+@pytest.mark.parametrize(
+    ('text', 'found'),
+    [
+        ('Of images: their number.', ['Of images: their number']),
+        ('Draws tokens. Of one image.', ['Of one image']),
+        ('Draws tokens.\n\nOf one image', ['Of one image']),
+        ('The share of images.\n\nArgs:\n  seed: of the draws. Offsets come first.', []),
+    ],
+)
+def test_sentences_that_begin_with_of(text, found):
+    assert words.fragments(text) == found
+
+
+def test_diary():
+    assert words.faults('Measured a session\n  later.') == ['a session later']
+    assert words.faults('Measured by one command.') == []
