@@ -274,21 +274,26 @@ def _tuning(**options):
 
 
 @pytest.fixture(scope='module')
-def tuned(tmp_path_factory):
-    """(workdir of a converted digits model, trained on; the model as it was converted; metrics; refusals)."""
-    workdir = tmp_path_factory.mktemp('tuned') / 'w'
+def digits_run(tmp_path_factory):
+    """Workdir of a digits model that was converted from a file."""
+    workdir = tmp_path_factory.mktemp('digits') / 'w'
     first = tiny_config.random_run()
-    cfg = _tuning()
-    ar = build.build_ar(cfg)
+    ar = build.build_ar(_tuning())
     shapes = jax.eval_shape(ar.init_params, jax.random.key(0))
     draw = np.random.default_rng(7).standard_normal
     params = jax.tree.map(lambda x: (0.2 * draw(x.shape)).astype(np.float32), shapes)
     torch_names.export(f'{workdir}.safetensors', first.vae, first.vae_params, params)
     _checkpoint(pathlib.Path(f'{workdir}.pt'), safetensors.numpy.load_file(f'{workdir}.safetensors'))
     checkpoints.convert_checkpoint(f'{workdir}.pt', str(workdir), heads=2)
-    before = load_run(str(workdir))
-    jax.tree.map(np.testing.assert_array_equal, before.ar_params, params)
-    shutil.copytree(workdir, f'{workdir}.converted')
+    jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir)).ar_params, params)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def tuned(digits_run, tmp_path_factory):
+    """(workdir of that model, trained on; the model as it was converted; metrics)."""
+    workdir = tmp_path_factory.mktemp('tuned') / 'w'
+    shutil.copytree(digits_run, workdir)
     settings = (workdir / 'config.json').read_text()
     for wrong, message in (
         ({'data.num_classes': 10}, 'data.num_classes 12 → 10'),
@@ -298,10 +303,11 @@ def tuned(tmp_path_factory):
             train.train(_tuning(**wrong), str(workdir), '', time.perf_counter())
         assert (workdir / 'config.json').read_text() == settings
     with libraries_promote():
-        metrics = train.train(cfg, str(workdir), 'the command', time.perf_counter())
-    return workdir, before, metrics
+        metrics = train.train(_tuning(), str(workdir), 'the command', time.perf_counter())
+    return workdir, load_run(str(digits_run)), metrics
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_converted_weights(tuned):
     workdir, before, _ = tuned
     cfg = _tuning()
@@ -332,11 +338,12 @@ def test_training_goes_on_from_converted_weights(tuned):
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
 
 
-def test_a_head_is_distilled_from_converted_weights(tuned, tmp_path):
+@pytest.mark.slow
+def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
     """A published model, whatever it was trained on, teaches a head; all else stays as it was converted."""
-    workdir, before, _ = tuned
+    before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')
-    cfg.data.num_classes, cfg.init_from = CLASSES, f'{workdir}.converted'
+    cfg.data.num_classes, cfg.init_from = CLASSES, str(digits_run)
     with libraries_promote():
         metrics = train.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
     assert np.isfinite(metrics['samples/frechet'])
@@ -363,6 +370,7 @@ def test_no_tokenizer_to_keep(tmp_path, capsys):
     assert os.listdir(tmp_path / 'w') == []
 
 
+@pytest.mark.slow
 def test_digits_are_scored_again(tuned, capsys):
     """--mode=evaluate repeats the scores of the training's own end."""
     workdir, _, metrics = tuned
@@ -374,8 +382,8 @@ def test_digits_are_scored_again(tuned, capsys):
     assert 'samples/frechet' in capsys.readouterr().out
 
 
-def test_samples_as_a_file_and_as_pictures(tuned, tmp_path, capsys):
-    workdir, _, _ = tuned
+def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
+    workdir = digits_run
     _main(
         '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced',
         f'--png={tmp_path}/png',
@@ -408,9 +416,9 @@ def _place(picture, part):
     return None
 
 
-def test_grid(tuned, tmp_path, capsys):
+def test_grid(digits_run, tmp_path, capsys):
     """Every image is in the picture, pixel for pixel: rows are classes, columns keys, alike in all rows."""
-    workdir, _, _ = tuned
+    workdir = digits_run
     _main(
         '--mode=grid', f'--workdir={workdir}', '--classes=3; 11;3', '--columns=2', f'--output={tmp_path}/new/grid.png'
     )
@@ -481,7 +489,7 @@ def test_samples_are_scored(tmp_path, monkeypatch, capsys):
     assert 'samples: 2 of 2' in capsys.readouterr().out
 
 
-def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
+def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
     workdir = f'--workdir={converted}'
     (tmp_path / 'bad').mkdir()
     (tmp_path / 'bad' / 'config.json').write_text('{"vae": 3')
@@ -515,13 +523,13 @@ def test_one_plain_line_each(converted, tuned, tmp_path, capsys):
     assert not (converted / 'samples.npz').exists()
     meshed = _tuning(**{'mesh.data': 999})
     with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
-        commands_draw.sample(str(tuned[0]), f'{tmp_path}/a.npz', like=meshed)
+        commands_draw.sample(str(digits_run), f'{tmp_path}/a.npz', like=meshed)
 
 
 @libraries_promote()
-def test_sampler_seed_and_mesh_are_those_of_the_config_given(tuned):
+def test_sampler_seed_and_mesh_are_those_of_the_config_given(digits_run):
     """`like` changes how is drawn, never what was trained."""
-    workdir, _, _ = tuned
+    workdir = digits_run
     like = _tuning(**{'sampling.num_steps': 7, 'seed': 3, 'data.holdout': 0.5, 'dtype': 'bfloat16', 'mesh.data': 1})
     run, mesh = open_run.open_run(str(workdir), like)
     assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)

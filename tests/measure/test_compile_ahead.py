@@ -317,6 +317,7 @@ def test_programs_are_compiled_anew_each_time(tmp_path):
         compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 @libraries_promote()
 def test_a_remedy_is_tried(monkeypatch, capsys):
     """What does not fit until it has remat and two pieces gets both."""
@@ -411,6 +412,7 @@ def test_no_device_has_images_of_another(stage, axes):
         assert 2 * 7 / 8 * gradients <= sent['all-reduce'][1] <= 1.1 * 2 * 7 / 8 * gradients + 4096
 
 
+@pytest.mark.slow
 def test_images_of_another_device_are_seen():
     """Where nothing says that rows stay split, they do not."""
     ((replicated, _),) = _spawn([('ar', 'fsdp')], broken=True).values()
