@@ -23,8 +23,8 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable, reason
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 
 class ImageNetTar:
@@ -39,17 +39,17 @@ class ImageNetTar:
     taken as they are.
 
     Args:
-      path: of the tar. index_dir: where to keep the index instead.
+      path: of the tar.
       progress: called as progress(done, total), in bytes, after each synset while the index is made.
     Raises:
       UserError: it is not there, cannot be read, is not of this make, or is damaged or cut off. From `source[i]`: it
         has changed since.
     """
 
-    def __init__(self, path, index_dir=None, progress=lambda done, total: None):
+    def __init__(self, path, progress=lambda done, total: None):
         self.path = os.path.abspath(path)
         self._open()
-        index = open_index(self.path, self._file.fileno(), index_dir, progress)
+        index = open_index(self.path, self._file.fileno(), progress)
         self._offsets, self._sizes, self._labels, self._checksums = (
             index[key] for key in ('offsets', 'sizes', 'labels', 'checksums')
         )
@@ -60,7 +60,7 @@ class ImageNetTar:
         try:
             self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != '_file'}
@@ -112,7 +112,7 @@ class ImageFolder:
             classes = sorted(e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith('.'))
             found = [self._list(name) for name in classes]
         except OSError as error:
-            raise UserError(f'{error.filename or self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{error.filename or self.path} cannot be read: {first_line(error)}') from None
         if not classes:
             raise UserError(f'{self.path} has no directories, but must have one for each class')
         for name, files in zip(classes, found, strict=True):
@@ -144,7 +144,7 @@ class ImageFolder:
             with open(os.path.join(self.path, self._names[i]), 'rb') as f:
                 return {'image': f.read(), 'label': self._labels[i]}
         except OSError as error:
-            raise UserError(f'{self.path}/{self.name(i)} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path}/{self.name(i)} cannot be read: {first_line(error)}') from None
 
     def name(self, i):
         """The path of an image file below PATH."""
@@ -179,7 +179,7 @@ class ArrayRecords:
         except FileNotFoundError:
             raise UserError(f'{self.path} has no {_METADATA}: it was not packed, or not to the end') from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{self.path}/{_METADATA} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}/{_METADATA} is damaged: {first_line(error)}') from None
         if made != _FORMAT:
             raise UserError(f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again')
         self.class_names = names and tuple(names)
@@ -190,7 +190,7 @@ class ArrayRecords:
             paths = [os.path.join(self.path, name) for name in files]
             self._records = array_record_data_source.ArrayRecordDataSource(paths)
         except (OSError, RuntimeError) as error:
-            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
     def __len__(self):
         return len(self._records)
@@ -200,7 +200,7 @@ class ArrayRecords:
         try:
             return msgpack.unpackb(self._records[i])
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f'{self.path}: record {i} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}: record {i} is damaged: {first_line(error)}') from None
 
     def __getitem__(self, i):
         record = self._record(i)
@@ -268,7 +268,7 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
     except filelock.Timeout:
         raise UserError(f'another process is writing {partial}') from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f'{directory} cannot be written: {reason(error)}') from None
+        raise UserError(f'{directory} cannot be written: {first_line(error)}') from None
 
 
 # ---- TFDS
@@ -322,11 +322,11 @@ class TFDS:
             where = builder.data_dir
             raise UserError(f'{where} is not stored as array_record: move it away, and run {again}') from None
         except ImportError as error:
-            raise UserError(f'TFDS cannot read {name} ({reason(error)}): run {again}') from None
+            raise UserError(f'TFDS cannot read {name} ({first_line(error)}): run {again}') from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f'TFDS cannot read {name}, split {split}: {reason(error)}') from None
+            raise UserError(f'TFDS cannot read {name}, split {split}: {first_line(error)}') from None
         label = builder.info.features[self._keys[1]]
         self.num_classes, self.class_names = label.num_classes, tuple(label.names)
 
@@ -341,7 +341,7 @@ class TFDS:
         try:
             entry = self._data[i]
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f'{self.name(i)} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.name(i)} is damaged: {first_line(error)}') from None
         image, label = (entry[key] for key in self._keys)
         if label < 0:
             raise UserError(f'{self.name(i)} has no label')
