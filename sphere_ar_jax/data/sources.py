@@ -1,7 +1,7 @@
 """Labelled images, as their files hold them: the tar of ImageNet, directories, ArrayRecord, TFDS.
 
 A source is a random-access sequence: `len(source)`, and `source[i]`, a dictionary of
-  image   bytes of one encoded image file (JPEG, PNG, …; it may be broken), or uint8 (H, W, 3)
+  image   bytes of one encoded image file (JPEG, PNG, …; it may be broken)
   label   np.int32 (), 0 … num_classes − 1
 with the attributes `num_classes` and `class_names` (a tuple of str, for ImageNet the synsets, or None), and
 `name(i)`, a str to tell entry i by in messages. Threads may share a source, and processes get it by pickle, without
@@ -13,7 +13,6 @@ Dimensions:
   n  entries      k  classes      H, W  height and width of an image
 """
 
-import io
 import json
 import os
 import tarfile
@@ -21,7 +20,6 @@ import tarfile
 import filelock
 import msgpack
 import numpy as np
-from PIL import Image
 
 from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable
 from sphere_ar_jax.runtime.console import UserError, first_line
@@ -211,19 +209,8 @@ class ArrayRecords:
         return self._record(i)['name']
 
 
-def _encoded(image):
-    """The bytes of a file as they are; an array as PNG: uint8 (H, W, 3), or float (H, W, c) in [−1, 1], rounded."""
-    if isinstance(image, bytes):
-        return image
-    if image.dtype != np.uint8:
-        image = np.rint((image + 1) * 127.5).astype(np.uint8).repeat(3 // image.shape[-1], axis=-1)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, 'PNG')
-    return file.getvalue()
-
-
 def pack(source, directory, shards=128, progress=lambda done, total: None):
-    """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes; arrays become PNG.
+    """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes.
 
     All is written to DIRECTORY.partial, which becomes the directory when it is whole; what a run that was killed has
     left there is written anew.
@@ -255,7 +242,7 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
                 writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
                 for i in range(n * shard // shards, n * (shard + 1) // shards):
                     entry = source[i]
-                    record = {'image': _encoded(entry['image']), 'label': int(entry['label']), 'name': source.name(i)}
+                    record = {'image': entry['image'], 'label': int(entry['label']), 'name': source.name(i)}
                     writer.write(msgpack.packb(record))
                     progress(i + 1, n)
                 writer.close()
