@@ -85,14 +85,17 @@ def _node_name(path):
     return f'{parent}/{_NODES[leaf]}'
 
 
-def _take(tensors, name_of, layout, source, unexpected):
+def _take(tensors, name_of, layout, source, ignored):
     """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in one line.
 
-    layout: function of a tensor's rank → the order in which theirs has our axes.
+    layout: function of a tensor's rank → the order in which theirs has our axes. ignored: function of a name, whether
+    a tensor of it may be there too.
     """
+    names = {path: name_of(path) for path in _shapes()}
+    unexpected = [name for name in tensors if name not in names.values() and not ignored(name)]
     params, faults = {}, {'missing': [], 'misshapen': [], 'unexpected': unexpected}
     for path, shape in _shapes().items():
-        name, order = name_of(path), layout(len(shape))
+        name, order = names[path], layout(len(shape))
         expected = tuple(shape[axis] for axis in order)
         if name not in tensors:
             faults['missing'].append(name)
@@ -119,11 +122,9 @@ def from_torch(tensors):
     Returns:
       a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or mis-shaped.
     """
-    expected = {_torch_name(path) for path in _shapes()}
-    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked')  # the evaluator's logits have no bias
-    unexpected = [name for name in tensors if name not in expected and not ignored.fullmatch(name)]
+    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked').fullmatch  # the evaluator's logits have no bias
     layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
-    return _take(tensors, _torch_name, layout, 'the dict of tensors', unexpected)
+    return _take(tensors, _torch_name, layout, 'the dict of tensors', ignored)
 
 
 def load(path):
@@ -166,9 +167,7 @@ def load_graph_def(path):
     epsilons = [node.attr['variance_epsilon'].f for node in norms if 'variance_epsilon' in node.attr]
     if any(not math.isclose(e, inception.EPSILON, rel_tol=1e-6) for e in epsilons):
         raise UserError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
-    expected = {_node_name(path) for path in _shapes()}
-    unexpected = [name for name in constants if name not in expected and name.endswith(tuple(_NODES.values()))]
-    params = _take(constants, _node_name, range, path, unexpected)
+    params = _take(constants, _node_name, range, path, lambda name: not name.endswith(tuple(_NODES.values())))
     flat = traverse.flatten_dict(params, sep='/')
     for node in norms:
         if not node.attr['scale_after_normalization'].b:
