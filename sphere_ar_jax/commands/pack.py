@@ -1,8 +1,9 @@
 """--mode=pack: copies a data set to ArrayRecord files."""
 
 from sphere_ar_jax.config import recipes
-from sphere_ar_jax.data import digits, sources
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.runtime import console
+from sphere_ar_jax.runtime.console import UserError
 
 
 def pack(data_set, directory, *, shards=128, split='train', data_dir=None):
@@ -12,7 +13,8 @@ def pack(data_set, directory, *, shards=128, split='train', data_dir=None):
       data_set: KIND:PATH, see `recipes.data_set`. split, data_dir: of tfds.
     """
     kind, path = recipes.data_set(data_set)
-    show = console.bar(None, 'reading the tar', 'byte')
-    source = digits.Digits('all', 0) if kind == 'digits' else sources.open_source(kind, path, split, data_dir, show)
+    if kind == 'digits':
+        raise UserError('the digits are part of scikit-learn: there is nothing to pack')
+    source = sources.open_source(kind, path, split, data_dir, console.bar(None, 'reading the tar', 'byte'))
     sources.pack(source, directory, shards, console.bar(len(source), 'packed'))
     print(f'{directory}: {len(source)} images of {source.num_classes} classes')

@@ -56,8 +56,7 @@ def decode(content, draft=None):
     except (BrokenImageError, MemoryError):
         raise
     except Exception as error:  # damaged files make PIL raise many kinds
-        reason = first_line(error, 160)
-        raise BrokenImageError(reason) from None
+        raise BrokenImageError(first_line(error, 160)) from None
 
 
 def _resized_crop(image, width, height, y, x, size):
@@ -76,8 +75,12 @@ def _resized_crop(image, width, height, y, x, size):
     return columns.resize((size, height), bicubic).crop((0, y, size, y + size))
 
 
-def _crop(image, size, shorter, draw):
-    """The shorter side resized to s (halved by BOX while ≥ 2·s, then bicubic), then S × S at a drawn (y, x)."""
+def crop(image, size, shorter, draw):
+    """ADM's crop: the shorter side resized to s (halved by BOX while ≥ 2·s, then bicubic), then S × S at a drawn y, x.
+
+    PIL RGB image → (S, S, 3) uint8. Raises BrokenImageError for an image so long and thin that it would be resized
+    beyond MAX_PIXELS.
+    """
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = shorter / min(image.size)
@@ -94,29 +97,13 @@ def _middle(low, high):
 
 
 def center_crop(image, size):
-    """ADM's centre crop: the shorter side resized to S, then the middle S × S. PIL RGB image → (S, S, 3) uint8.
-
-    Raises BrokenImageError for an image so long and thin that it would be resized beyond MAX_PIXELS.
-    """
-    return _crop(image, size, size, _middle)
+    """`crop` of the middle, the shorter side resized to S."""
+    return crop(image, size, size, _middle)
 
 
 def draw_shorter_side(size, draw):
-    """s, uniform from S to ⌈S/0.8⌉."""
+    """s of a random crop, uniform from S to ⌈S/0.8⌉."""
     return draw(size, math.ceil(size / SMALLEST_SHARE) + 1)
-
-
-def random_crop(image, size, draw):
-    """ADM's random crop: S × S anywhere in the image with its shorter side resized to a drawn s.
-
-    Args:
-      image: PIL RGB image. size: S. draw: function (low, high) → integer in [low, high); called for s, then y, then x.
-    Returns:
-      (S, S, 3) uint8.
-    Raises:
-      BrokenImageError: as `center_crop`.
-    """
-    return _crop(image, size, draw_shorter_side(size, draw), draw)
 
 
 def aug_ratio(epoch, decay_from=350, decay_to=375):
@@ -134,7 +121,7 @@ class Augmentation:
     """The transform of `batches.batches` for training on encoded images.
 
     Draws, in this order, all from the rng of one image: a float in [0, 1), below `aug_ratio` of the epoch for a random
-    crop; for one of those s, y, x as in `random_crop`; 0 or 1, where 1 flips left and right.
+    crop; for one of those s, y, x; 0 or 1, where 1 flips left and right.
 
     Attributes:
       size: S. decay_from, decay_to: epochs, see `aug_ratio`. draft: see `decode`; not exact.
@@ -146,19 +133,15 @@ class Augmentation:
     draft: bool = False
 
     def __call__(self, record, epoch, rng):
-        """{'image': bytes of a file or (H, W, 3) uint8, 'label'} → {'image': (S, S, 3) float32 in [−1, 1], 'label'}.
+        """{'image': bytes of a file, 'label'} → {'image': (S, S, 3) float32 in [−1, 1], 'label'}.
 
         Raises BrokenImageError.
         """
         draw = lambda low, high: int(rng.integers(low, high))
         is_random = rng.random() < aug_ratio(epoch, self.decay_from, self.decay_to)
         shorter = draw_shorter_side(self.size, draw) if is_random else self.size
-        content = record['image']
-        if isinstance(content, np.ndarray):
-            image = Image.fromarray(content)
-        else:
-            image = decode(content, shorter if self.draft else None)
-        pixels = _crop(image, self.size, shorter, draw if is_random else _middle)
+        image = decode(record['image'], shorter if self.draft else None)
+        pixels = crop(image, self.size, shorter, draw if is_random else _middle)
         if draw(0, 2):
             pixels = pixels[:, ::-1]
         return {'image': to_float(pixels), 'label': record['label']}

@@ -29,8 +29,7 @@ _PART = 16  # images that threads and processes hand over at a time: more costs 
 
 
 def _one_line(error):
-    reason = first_line(error, 300) if str(error).strip() else 'no reason given'
-    return f'{type(error).__name__}: {reason}'
+    return f'{type(error).__name__}: {first_line(error, 300)}'
 
 
 class _Loader:

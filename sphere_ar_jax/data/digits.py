@@ -28,13 +28,13 @@ class Digits:
     class_names = tuple('0123456789')
 
     def __init__(self, split, seed, holdout=0.2):
-        """split: 'train', 'heldout' or 'all'; `holdout` is the held-out share, drawn by `seed`."""
+        """split: 'train' or 'heldout'; `holdout` is the held-out share, drawn by `seed`."""
         from sklearn.datasets import load_digits  # a second to import: only where digits are wanted
 
         digits = load_digits()
         order = np.random.default_rng(seed).permutation(len(digits.target))
         cut = round(len(order) * (1 - holdout))
-        chosen = {'train': order[:cut], 'heldout': order[cut:], 'all': order}[split]
+        chosen = {'train': order[:cut], 'heldout': order[cut:]}[split]
         self.pixels, self.labels = digits.images[chosen] / 16, digits.target[chosen]
         self.images = (enlarge(self.pixels[..., None]) * 2 - 1).astype(np.float32)
 
@@ -43,10 +43,6 @@ class Digits:
 
     def __getitem__(self, index):
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
-
-    def name(self, index):
-        """What messages call an image."""
-        return f'digit {index}'
 
 
 def splits(seed: int, holdout: float) -> tuple[Digits, Digits]:

@@ -1,7 +1,7 @@
 """Labelled images, as their files hold them: the tar of ImageNet, directories, ArrayRecord, TFDS.
 
 A source is a random-access sequence: `len(source)`, and `source[i]`, a dictionary of
-  image   bytes of one encoded image file (JPEG, PNG, …; it may be broken), or uint8 (H, W, 3)
+  image   bytes of one encoded image file (JPEG, PNG, …; it may be broken)
   label   np.int32 (), 0 … num_classes − 1
 with the attributes `num_classes` and `class_names` (a tuple of str, for ImageNet the synsets, or None), and
 `name(i)`, a str to tell entry i by in messages. Threads may share a source, and processes get it by pickle, without
@@ -13,7 +13,6 @@ Dimensions:
   n  entries      k  classes      H, W  height and width of an image
 """
 
-import io
 import json
 import os
 import tarfile
@@ -21,10 +20,9 @@ import tarfile
 import filelock
 import msgpack
 import numpy as np
-from PIL import Image
 
-from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable, reason
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 
 class ImageNetTar:
@@ -39,17 +37,17 @@ class ImageNetTar:
     taken as they are.
 
     Args:
-      path: of the tar. index_dir: where to keep the index instead.
+      path: of the tar.
       progress: called as progress(done, total), in bytes, after each synset while the index is made.
     Raises:
       UserError: it is not there, cannot be read, is not of this make, or is damaged or cut off. From `source[i]`: it
         has changed since.
     """
 
-    def __init__(self, path, index_dir=None, progress=lambda done, total: None):
+    def __init__(self, path, progress=lambda done, total: None):
         self.path = os.path.abspath(path)
         self._open()
-        index = open_index(self.path, self._file.fileno(), index_dir, progress)
+        index = open_index(self.path, self._file.fileno(), progress)
         self._offsets, self._sizes, self._labels, self._checksums = (
             index[key] for key in ('offsets', 'sizes', 'labels', 'checksums')
         )
@@ -60,7 +58,7 @@ class ImageNetTar:
         try:
             self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != '_file'}
@@ -112,7 +110,7 @@ class ImageFolder:
             classes = sorted(e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith('.'))
             found = [self._list(name) for name in classes]
         except OSError as error:
-            raise UserError(f'{error.filename or self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{error.filename or self.path} cannot be read: {first_line(error)}') from None
         if not classes:
             raise UserError(f'{self.path} has no directories, but must have one for each class')
         for name, files in zip(classes, found, strict=True):
@@ -144,7 +142,7 @@ class ImageFolder:
             with open(os.path.join(self.path, self._names[i]), 'rb') as f:
                 return {'image': f.read(), 'label': self._labels[i]}
         except OSError as error:
-            raise UserError(f'{self.path}/{self.name(i)} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path}/{self.name(i)} cannot be read: {first_line(error)}') from None
 
     def name(self, i):
         """The path of an image file below PATH."""
@@ -179,7 +177,7 @@ class ArrayRecords:
         except FileNotFoundError:
             raise UserError(f'{self.path} has no {_METADATA}: it was not packed, or not to the end') from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{self.path}/{_METADATA} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}/{_METADATA} is damaged: {first_line(error)}') from None
         if made != _FORMAT:
             raise UserError(f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again')
         self.class_names = names and tuple(names)
@@ -190,7 +188,7 @@ class ArrayRecords:
             paths = [os.path.join(self.path, name) for name in files]
             self._records = array_record_data_source.ArrayRecordDataSource(paths)
         except (OSError, RuntimeError) as error:
-            raise UserError(f'{self.path} cannot be read: {reason(error)}') from None
+            raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
     def __len__(self):
         return len(self._records)
@@ -200,7 +198,7 @@ class ArrayRecords:
         try:
             return msgpack.unpackb(self._records[i])
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f'{self.path}: record {i} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.path}: record {i} is damaged: {first_line(error)}') from None
 
     def __getitem__(self, i):
         record = self._record(i)
@@ -211,19 +209,8 @@ class ArrayRecords:
         return self._record(i)['name']
 
 
-def _encoded(image):
-    """The bytes of a file as they are; an array as PNG: uint8 (H, W, 3), or float (H, W, c) in [−1, 1], rounded."""
-    if isinstance(image, bytes):
-        return image
-    if image.dtype != np.uint8:
-        image = np.rint((image + 1) * 127.5).astype(np.uint8).repeat(3 // image.shape[-1], axis=-1)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, 'PNG')
-    return file.getvalue()
-
-
 def pack(source, directory, shards=128, progress=lambda done, total: None):
-    """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes; arrays become PNG.
+    """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes.
 
     All is written to DIRECTORY.partial, which becomes the directory when it is whole; what a run that was killed has
     left there is written anew.
@@ -255,7 +242,7 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
                 writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
                 for i in range(n * shard // shards, n * (shard + 1) // shards):
                     entry = source[i]
-                    record = {'image': _encoded(entry['image']), 'label': int(entry['label']), 'name': source.name(i)}
+                    record = {'image': entry['image'], 'label': int(entry['label']), 'name': source.name(i)}
                     writer.write(msgpack.packb(record))
                     progress(i + 1, n)
                 writer.close()
@@ -268,7 +255,7 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
     except filelock.Timeout:
         raise UserError(f'another process is writing {partial}') from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f'{directory} cannot be written: {reason(error)}') from None
+        raise UserError(f'{directory} cannot be written: {first_line(error)}') from None
 
 
 # ---- TFDS
@@ -322,11 +309,11 @@ class TFDS:
             where = builder.data_dir
             raise UserError(f'{where} is not stored as array_record: move it away, and run {again}') from None
         except ImportError as error:
-            raise UserError(f'TFDS cannot read {name} ({reason(error)}): run {again}') from None
+            raise UserError(f'TFDS cannot read {name} ({first_line(error)}): run {again}') from None
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f'TFDS cannot read {name}, split {split}: {reason(error)}') from None
+            raise UserError(f'TFDS cannot read {name}, split {split}: {first_line(error)}') from None
         label = builder.info.features[self._keys[1]]
         self.num_classes, self.class_names = label.num_classes, tuple(label.names)
 
@@ -341,7 +328,7 @@ class TFDS:
         try:
             entry = self._data[i]
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f'{self.name(i)} is damaged: {reason(error)}') from None
+            raise UserError(f'{self.name(i)} is damaged: {first_line(error)}') from None
         image, label = (entry[key] for key in self._keys)
         if label < 0:
             raise UserError(f'{self.name(i)} has no label')

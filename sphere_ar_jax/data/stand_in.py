@@ -2,7 +2,7 @@
 
   python -m sphere_ar_jax.data.stand_in DIR [--synsets 5 --images 12 --seed 0 --broken 2]
 
-A tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The shape and the colours of an image
+A tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon and the colours of an image
 tell its class, so that there is something to learn; the rest is random. As in ImageNet some files are odd: grey, CMYK
 or progressive JPEG, PNG in a file named .JPEG, JPEG that an EXIF tag rotates; `broken` ones are cut off or empty, which
 ImageNet's are not. The same seed gives the same bytes (with the same Pillow). What is odd stands in TAR.json.
@@ -26,13 +26,12 @@ from sphere_ar_jax.data import imagenet
 
 ODD = ('grey', 'cmyk', 'progressive', 'png', 'rotated')
 BROKEN = ('truncated', 'empty')
-_SHAPES = ('disc', 'square', 'ring', 'cross', 'stripes')
 _ROTATED = 6  # EXIF: turn by 90° clockwise to show
 _ORIENTATION = 0x0112  # the EXIF tag that says so
 
 
 def _draw(rng, k):
-    """A random image of class k, RGB: a smooth background and a shape, with the class's hues."""
+    """A random image of class k, RGB: a smooth background and a polygon, with the class's hues and corners."""
     w, h = (round(60 * 10**x) for x in rng.uniform(0, 1, 2).tolist())
     hue = k * 0.618034  # golden ratio: neighbours differ
     colour = lambda offset, value: [round(255 * c) for c in colorsys.hsv_to_rgb((hue + offset) % 1, 0.8, value)]
@@ -41,19 +40,7 @@ def _draw(rng, k):
     pen, fill = ImageDraw.Draw(image), tuple(colour(0.4, rng.uniform(0.75, 1)))
     r = rng.uniform(0.2, 0.35) * min(w, h)
     x, y = rng.uniform(r, w - r), rng.uniform(r, h - r)
-    box, kind = (x - r, y - r, x + r, y + r), _SHAPES[k % len(_SHAPES)]
-    if kind == 'disc':
-        pen.ellipse(box, fill)
-    elif kind == 'square':
-        pen.rectangle(box, fill)
-    elif kind == 'ring':
-        pen.ellipse(box, outline=fill, width=max(2, int(r / 3)))
-    elif kind == 'cross':
-        pen.line((x - r, y, x + r, y), fill, int(r / 2))
-        pen.line((x, y - r, x, y + r), fill, int(r / 2))
-    else:
-        for offset in (-0.8, 0, 0.8):
-            pen.line((x - r, y + offset * r, x + r, y + offset * r), fill, max(2, int(r / 3)))
+    pen.regular_polygon((x, y, r), 3 + k % 5, fill=fill)
     return image
 
 

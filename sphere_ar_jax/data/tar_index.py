@@ -7,6 +7,7 @@ Dimensions:
   n  images      k  classes, an inner tar each, which a synset names
 """
 
+import contextlib
 import hashlib
 import os
 import tarfile
@@ -26,14 +27,8 @@ def printable(text):
     return repr(text)[1:-1]
 
 
-def reason(error):
-    """The first line of an error."""
-    return first_line(error)
-
-
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks
 _INDEX_VERSION = 1
-_INDEX_KEYS = ('version', 'identity', 'tars', 'synsets', 'offsets', 'sizes', 'labels', 'checksums')
 
 
 def _identity(fd, tars):
@@ -52,7 +47,7 @@ def _open_tar(file, what):
     try:
         return tarfile.open(fileobj=file, mode='r:')
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f'{what} is no uncompressed tar: {reason(error)}') from None
+        raise UserError(f'{what} is no uncompressed tar: {first_line(error)}') from None
 
 
 def _files(archive, what):
@@ -61,7 +56,7 @@ def _files(archive, what):
         try:
             member = archive.next()
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError) as error:
-            raise UserError(f'{what} is damaged ({reason(error)}): fetch it again') from None
+            raise UserError(f'{what} is damaged ({first_line(error)}): fetch it again') from None
         if member is None:
             return
         if member.isdir():
@@ -140,27 +135,24 @@ def _build_index(path, fd, progress):
 
 def _load_index(index_path, fd):
     """The index at a path, or None if there is none, or it is another tar's or damaged."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(index_path, allow_pickle=False) as file:
-            index = {key: file[key] for key in _INDEX_KEYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    fits = index['version'] == _INDEX_VERSION and str(index['identity']) == _identity(fd, index['tars'])
-    return index if fits else None
+            index = dict(file)
+        if index['version'] == _INDEX_VERSION and str(index['identity']) == _identity(fd, index['tars']):
+            return index
+    return None
 
 
-def open_index(path, fd, index_dir, progress):
+def open_index(path, fd, progress):
     """The index of a tar, a dictionary of arrays (see `_build_index`): loaded from where it is kept, or built and kept.
 
+    That is beside the tar, or in the user's cache where nothing can be written there.
+
     Args:
-      path: of the tar, absolute. fd: the tar, open. index_dir: where to keep the index, or None for beside the tar, or
-        in the cache of the user where nothing can be written there.
-      progress: called as progress(done, total), in bytes, after each inner tar while the index is built.
-    Raises:
-      UserError: see `sources.ImageNetTar`.
+      path: of the tar, absolute. fd: the tar, open. progress, and what is raised: see `sources.ImageNetTar`.
     """
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'sphere_ar_jax')
-    places = [index_dir] if index_dir else [os.path.dirname(path), cache]
+    places = [os.path.dirname(path), cache]
     name = f'{os.path.basename(path)}.index.npz'
     for place in places:
         index = _load_index(os.path.join(place, name), fd)
@@ -177,7 +169,7 @@ def open_index(path, fd, index_dir, progress):
             os.replace(temporary, target)
             return index
         except OSError as error:
-            why = reason(error)
+            why = first_line(error)
             if os.path.exists(temporary):
                 os.remove(temporary)
-    raise UserError(f'the index of {path} cannot be written to {" or ".join(places)} ({why}): give an index_dir')
+    raise UserError(f'the index of {path} cannot be written to {" or ".join(places)} ({why})')

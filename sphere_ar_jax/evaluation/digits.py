@@ -1,20 +1,13 @@
 """The digits' own protocol of scores.
 
 Dimensions:
-  n, m  images of a set     f  features of an image (64 pixels for digits at 8×8)
+  n  images of a set     f  features of an image (64 pixels for digits at 8×8)
 """
 
 import numpy as np
 
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation.fidelity import precision_recall, statistics
-
-
-def distances(a, b):
-    """Euclidean distances (n, m) between the rows of a (n, f) and b (m, f), float64."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.sqrt(square.clip(0))
 
 
 def memorisation(samples, train, heldout):
@@ -26,7 +19,9 @@ def memorisation(samples, train, heldout):
       dict: median nearest-training distance of samples and of held-out images, and the share of samples nearer to a
       training image than the nearest 5% of held-out images are (0.05 where samples are as new as real images).
     """
-    of_samples, of_heldout = distances(samples, train).min(1), distances(heldout, train).min(1)
+    from sklearn.metrics import pairwise_distances_argmin_min  # slow to import: only where digits are scored
+
+    of_samples, of_heldout = (pairwise_distances_argmin_min(images, train)[1] for images in (samples, heldout))
     return {
         'memorisation/samples_to_train': float(np.median(of_samples)),
         'memorisation/heldout_to_train': float(np.median(of_heldout)),
@@ -48,7 +43,7 @@ def score_digits(samples, labels, train, heldout):
       dict of floats: accuracy with which an SVC trained on `train` reads the labels back (and its own on `heldout`),
       Fréchet distances, precision, recall, memorisation.
     """
-    from sklearn.svm import SVC  # slow to import: only where digits are scored
+    from sklearn.svm import SVC
 
     flat = lambda source: source.pixels.reshape(len(source), 64)
     real = np.concatenate([flat(train), flat(heldout)])

@@ -96,8 +96,7 @@ class _Storage:
             for at in range(0, self.size, _CHUNK):
                 length = min(_CHUNK, self.size - at)
                 crc = zlib.crc32(_read(self.path, self.start + at, length), crc)
-            same = crc == self.crc
-            _require(same, f'{self.path} is damaged: the checksum of {self} does not match')
+            _require(crc == self.crc, f'{self.path} is damaged: the checksum of {self} does not match')
             self.crc = 0
         return _read(self.path, self.start + start, stop - start)
 
@@ -182,8 +181,7 @@ def _plain(value: Any) -> Any:
     plain = type(value) in (str, bytes, int, float, bool, type(None))
     _require(plain, 'a key or a member of a set is no plain value')
     # Python's hash of an integer n is n mod 2⁶¹ − 1. 40,000 keys of one hash take half a minute.
-    small = type(value) is not int or abs(value) < 2**60
-    _require(small, 'a key or a member of a set is a huge number')
+    _require(type(value) is not int or abs(value) < 2**60, 'a key or a member of a set is a huge number')
     return value
 
 
@@ -307,8 +305,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> np.dtype | _Call:
         _require(len(module) + len(name) < 200, 'it asks for a name without end')
         name = f'{module}.{name}'
-        known = name in _NAMES
-        _require(known, f'it asks for {_short(name)}, which is not among the names it may use')
+        _require(name in _NAMES, f'it asks for {_short(name)}, which is not among the names it may use')
         return _NAMES[name]
 
     def persistent_load(self, description: Any) -> _Storage:
@@ -368,8 +365,7 @@ class _Unpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self._pop_argument()
         call = self.stack.pop()
-        sound = type(call) is _Call and type(arguments) is tuple
-        _require(sound, 'it calls something that is no function')
+        _require(type(call) is _Call and type(arguments) is tuple, 'it calls something that is no function')
         self.append(call.function(*arguments))
 
     load_newobj = load_reduce
@@ -387,8 +383,7 @@ class _Unpickler(pickle._Unpickler):
             native = type(state) is tuple and len(state) > 1 and state[1] in ('<', '|', '=')
             _require(native, 'a NumPy dtype is unknown')
         else:
-            stateful = type(target) in (dict, Tensor)
-            _require(stateful, f'it sets the state of a {type(target).__name__}')
+            _require(type(target) in (dict, Tensor), f'it sets the state of a {type(target).__name__}')
 
 
 def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
@@ -408,8 +403,7 @@ def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
         elif type(inner) not in (list, tuple, set, frozenset):
             plain = (Tensor, str, bytes, int, float, complex, np.dtype, type(None))
             _require(isinstance(node, plain), 'a storage or a function stands where a value should')
-            short = type(node) is not int or node.bit_length() <= 512
-            _require(short, 'it has an endless number')
+            _require(type(node) is not int or node.bit_length() <= 512, 'it has an endless number')
             inner = ()
         seen[id(node)] = 1 + max((_check(child, seen, depth + 1) for child in inner), default=0)
     _require(depth + seen[id(node)] <= MAX_DEPTH, f'it nests more than {MAX_DEPTH} levels deep')
@@ -423,8 +417,7 @@ def _members(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, i
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = _short(info.filename)
-        stored = not info.flag_bits & 1 and info.compress_type == 0
-        _require(stored, f'member {name} is compressed')
+        _require(not info.flag_bits & 1 and info.compress_type == 0, f'member {name} is compressed')
         inside = end <= info.header_offset < archive.start_dir
         _require(inside, f'member {name} overlaps another or the directory')
         file.seek(info.header_offset)
@@ -455,20 +448,17 @@ def _open_zip(path: str, file: BinaryIO) -> Any:
         start, size, crc = members[root + name]
         _require(size <= MAX_BYTES, f'its {name} has more than {MAX_BYTES} bytes')
         data = _read(path, start, size).tobytes()
-        same = crc in (0, zlib.crc32(data))
-        _require(same, f'it is damaged: the checksum of {name} does not match')
+        _require(crc in (0, zlib.crc32(data)), f'it is damaged: the checksum of {name} does not match')
         return data
 
     order = small('byteorder') if f'{root}byteorder' in members else b'little'
-    little = order == b'little'
-    _require(little, f'its byte order is {_short(order)}: only little-endian files can be read')
+    _require(order == b'little', f'its byte order is {_short(order)}: only little-endian files can be read')
     unpickler = _Unpickler(io.BytesIO(small('data.pkl')), path, parts=5)
     value = unpickler.load()
     for key, storage in unpickler.storages.items():
         _require(f'{root}data/{key}' in members, f'it lacks {storage}')
         storage.start, size, storage.crc = members[f'{root}data/{key}']
-        right = size == storage.size
-        _require(right, f'{storage} does not have the size that the pickle says')
+        _require(size == storage.size, f'{storage} does not have the size that the pickle says')
     return value
 
 
@@ -485,15 +475,13 @@ def _open_stream(path: str, file: BinaryIO) -> Any:
     value = unpickler.load()
     storages = unpickler.storages
     keys = _Unpickler(stream, path).load()
-    sound = type(keys) is list and all(type(key) is str for key in keys)
-    _require(sound, 'its list of storages is damaged')
+    _require(type(keys) is list and all(type(key) is str for key in keys), 'its list of storages is damaged')
     same = len(keys) == len(storages) and set(keys) == set(storages)
     _require(same, 'its list of storages does not match its pickle')
     at = stream.tell()
     for storage in (storages[key] for key in keys):
         (count,) = struct.unpack('<q', _read(path, at, 8)) if at + 8 <= end else (None,)
-        right = count == storage.count
-        _require(right, f'{storage} does not have the size that the pickle says')
+        _require(count == storage.count, f'{storage} does not have the size that the pickle says')
         storage.start = at + 8
         at = storage.start + storage.size
         _require(at <= end, f'it is cut off within {storage}')

@@ -12,10 +12,12 @@ Dimensions:
 """
 
 import difflib
+import functools
 import math
 import re
 
 import flax.traverse_util as traverse
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -81,21 +83,28 @@ def _rule(path):
     raise UserError(f'the parameter {path} has no PyTorch name')
 
 
-def _to_theirs(a, kind):
-    """One unstacked convolution kernel in PyTorch's layout."""
+def _to_theirs(a, path, kind):
+    """One layer's tensor in PyTorch's layout."""
     if kind == 'conv':
         return a.transpose(3, 2, 0, 1)
     if kind == 'transposed':
         return a[::-1, ::-1].transpose(2, 3, 0, 1)
-    return a
+    if path.endswith('out/kernel'):
+        return a.reshape(-1, a.shape[-1]).T
+    if path.endswith('kernel'):
+        return a.reshape(len(a), -1).T
+    if path == 'cls_embedding':
+        return a.reshape(len(a), -1)
+    return a.ravel() if path.endswith('bias') else a
 
 
-def _to_ours(a, kind):
+def _to_ours(a, path, kind):
+    """The inverse of `_to_theirs`, but for axes that stay joined."""
     if kind == 'conv':
         return a.transpose(2, 3, 1, 0)
     if kind == 'transposed':
         return a.transpose(2, 3, 0, 1)[::-1, ::-1]
-    return a
+    return a.T if path.endswith('kernel') else a
 
 
 def torch_shapes(params):
@@ -106,36 +115,19 @@ def torch_shapes(params):
     shapes = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
         name, stacked, kind = _rule(path)
-        inner = leaf.shape[stacked:]
-        if kind == 'conv':
-            inner = (inner[3], inner[2], *inner[:2])
-        elif kind == 'transposed':
-            inner = (inner[2], inner[3], *inner[:2])
-        elif path.endswith('out/kernel'):
-            inner = (inner[-1], inner[0] * inner[1])
-        elif path.endswith('kernel'):
-            inner = (int(np.prod(inner[1:])), inner[0])
-        elif path == 'cls_embedding':
-            inner = (inner[0], inner[1] * inner[2])
-        elif path.endswith('bias'):
-            inner = (int(np.prod(inner)),)
-        for i in range(int(np.prod(leaf.shape[:stacked]))):
-            shapes[name.format(i)] = tuple(inner)
+        layer = jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype)
+        shape = jax.eval_shape(functools.partial(_to_theirs, path=path, kind=kind), layer).shape
+        shapes |= {name.format(i): shape for i in range(math.prod(leaf.shape[:stacked]))}
     return shapes
 
 
 def to_torch(params):
     """{PyTorch name: array in PyTorch's layout} of a parameter tree (AR or S-VAE) of arrays."""
-    shapes = torch_shapes(params)
     tensors = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
         name, stacked, kind = _rule(path)
-        leaf = np.asarray(leaf)
-        for i, a in enumerate(leaf.reshape(-1, *leaf.shape[stacked:])):
-            shape = shapes[name.format(i)]
-            if path.endswith('kernel') and kind == 'linear':
-                a = a.reshape(shape[::-1]).T
-            tensors[name.format(i)] = np.ascontiguousarray(_to_theirs(a, kind).reshape(shape))
+        for i, a in enumerate(np.asarray(leaf).reshape(-1, *leaf.shape[stacked:])):
+            tensors[name.format(i)] = np.ascontiguousarray(_to_theirs(a, path, kind))
     return tensors
 
 
@@ -159,11 +151,6 @@ def _require_fit(tensors, shapes):
         raise UserError('\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines]))
 
 
-def _is_buffer(name):
-    """Whether a tensor is a RoPE table: those are computed, never read."""
-    return name.split('.')[-1] == 'freqs_cis'
-
-
 def _empty(shape):
     """float32 array at an address that JAX on a CPU takes over as it is: no copy."""
     size = 4 * math.prod(shape)
@@ -183,7 +170,8 @@ def from_torch(tensors, like, progress=lambda done: None):
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
-    tensors = {n: t for n, t in tensors.items() if n.startswith('vae.') == of_vae and not _is_buffer(n)}
+    is_table = lambda name: name.split('.')[-1] == 'freqs_cis'
+    tensors = {n: t for n, t in tensors.items() if n.startswith('vae.') == of_vae and not is_table(n)}
     _require_fit(tensors, shapes)
     params, done = {}, 0
     for path, leaf in traverse.flatten_dict(like, sep='/').items():
@@ -191,10 +179,7 @@ def from_torch(tensors, like, progress=lambda done: None):
         inner = leaf.shape[stacked:]
         params[path] = _empty(leaf.shape)
         for i, part in enumerate(params[path].reshape(-1, *inner)):
-            a = np.asarray(tensors[name.format(i)])
-            if path.endswith('kernel') and kind == 'linear':
-                a = a.T
-            part[...] = _to_ours(a, kind).reshape(inner)
+            part[...] = _to_ours(np.asarray(tensors[name.format(i)]), path, kind).reshape(inner)
             done += 1
             progress(done)
     return traverse.unflatten_dict(params, sep='/')

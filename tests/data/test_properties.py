@@ -25,7 +25,7 @@ def test_a_crop_is_a_part_of_the_resized_image(width, height, size, seed):
         drawn.append(int(rng.integers(low, high)))
         return drawn[-1]
 
-    crop = augment.random_crop(image, size, draw)
+    crop = augment.crop(image, size, augment.draw_shorter_side(size, draw), draw)
     assert crop.shape == (size, size, 3) and crop.dtype == np.uint8
     shorter, y, x = drawn
     while min(image.size) >= 2 * shorter:

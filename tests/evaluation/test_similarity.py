@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax.evaluation import similarity, tokenizer
+from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.interop.lpips import load, read
 from sphere_ar_jax.models.lpips import LPIPS, _unit
 from sphere_ar_jax.runtime.console import UserError
@@ -134,10 +134,9 @@ def test_read_says_where_the_files_come_from(tmp_path):
         read(there, no_file)
 
 
-# Made once with scikit-image 0.26.0, for images as (…, 3) float64 with pixels in [0, range]:
-# structural_similarity(a, b, data_range=range, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-# channel_axis=-1) and peak_signal_noise_ratio(a, b, data_range=range)
-GOLDEN_PAIR = dict(ssim=(0.8852854424299831, 0.8880285757390709), psnr=(17.1150113919234, 17.19343658175431))
+# Made once with scikit-image 0.26.0, for images as (…, 3) float64 with pixels in [0, 255]:
+# structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+# channel_axis=-1) and peak_signal_noise_ratio(a, b, data_range=255)
 BYTES = dict(ssim=(0.8572083717560033, 0.29671012372468325), psnr=(19.6777556318162, 13.324697067515723))
 
 
@@ -155,27 +154,13 @@ def _bytes():
     return a.clip(0, 255).astype(np.uint8), b.clip(0, 255).astype(np.uint8)
 
 
-ssim = jax.jit(similarity.ssim, static_argnums=2)  # op by op it takes seconds to compile
+def test_ssim_and_psnr_against_scikit_image():
+    psnr, ssim = tokenizer.likeness(*_bytes())
+    assert psnr.dtype == ssim.dtype == jnp.float32
+    np.testing.assert_allclose(ssim, BYTES['ssim'], rtol=1e-4)
+    np.testing.assert_allclose(psnr, BYTES['psnr'], rtol=1e-5)
 
 
-@libraries_promote()
-def test_ssim_and_psnr_against_scikit_image(pair):
-    np.testing.assert_allclose(ssim(*pair[:2]), GOLDEN_PAIR['ssim'], rtol=1e-4)
-    np.testing.assert_allclose(similarity.image_psnr(*pair[:2]), GOLDEN_PAIR['psnr'], rtol=1e-5)
-    a, b = _bytes()
-    np.testing.assert_allclose(ssim(a, b, (0, 255)), BYTES['ssim'], rtol=1e-4)
-    np.testing.assert_allclose(similarity.image_psnr(a, b, (0, 255)), BYTES['psnr'], rtol=1e-5)
-
-
-@libraries_promote()
-def test_scores_are_computed_in_float32(pair):
-    halves = [jnp.asarray(x, jnp.bfloat16) for x in pair[:2]]
-    singles = [x.astype(jnp.float32) for x in halves]
-    for score in (ssim, similarity.image_psnr):
-        np.testing.assert_array_equal(score(*halves), score(*singles))
-
-
-@libraries_promote()
 def test_ssim_against_its_definition():
     """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels most."""
     a, b = (x[:, :15, :13, :2] for x in _bytes())
@@ -190,38 +175,33 @@ def test_ssim_against_its_definition():
         vx, vy, cov = (np.sum(weights * p * q) for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
         luminance = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
         expected[k] += luminance * (2 * cov + 9e-4) / (vx + vy + 9e-4) / (5 * 3 * 2)
-    np.testing.assert_allclose(ssim(a, b, (0, 255)), expected, rtol=1e-4)
-    scaled = [x.astype(np.float32) / 127.5 - 1 for x in (a, b)]
-    np.testing.assert_allclose(ssim(*scaled), expected, rtol=1e-4)
+    np.testing.assert_allclose(tokenizer.likeness(a, b)[1], expected, rtol=1e-4)
 
 
-@libraries_promote()
-def test_equal_images(pair):
-    np.testing.assert_allclose(ssim(pair[0], pair[0]), 1, rtol=1e-6)
-    assert np.all(np.isposinf(similarity.image_psnr(pair[0], pair[0])))
+def test_equal_images():
+    psnr, ssim = tokenizer.likeness(_bytes()[0], _bytes()[0])
+    np.testing.assert_allclose(ssim, 1, rtol=1e-6)
+    assert np.all(np.isposinf(psnr))
 
 
 def test_psnr_of_each_image_and_of_all_pixels():
-    """0.2 off is 20 dB, 0.02 off is 40: the mean is 30; all pixels together are below it."""
-    a = np.zeros((2, 4, 4, 1), np.float32)
-    b = a + np.array([0.2, 0.02], np.float32)[:, None, None, None]
-    np.testing.assert_allclose(similarity.image_psnr(a, b), (20, 40), rtol=1e-5)
-    np.testing.assert_allclose(tokenizer.psnr(a, b), 10 * np.log10(4 / np.mean([0.2**2, 0.02**2])), rtol=1e-5)
-    assert tokenizer.psnr(a, b) < 23.1
+    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07; all pixels together are below it."""
+    a = np.zeros((2, 11, 11, 1), np.uint8)
+    b = a + np.array([51, 5], np.uint8)[:, None, None, None]
+    np.testing.assert_allclose(tokenizer.likeness(a, b)[0], (13.9794, 34.1514), rtol=1e-5)
+    of_all = tokenizer.psnr(a / 127.5 - 1, b / 127.5 - 1)
+    np.testing.assert_allclose(of_all, 10 * np.log10(4 / np.mean([0.4**2, (10 / 255) ** 2])), rtol=1e-5)
+    assert of_all < 17
 
 
 @libraries_promote()
 def test_shapes_are_checked():
     lpips = lambda a, b: jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
-    image = lambda *shape: np.zeros(shape, np.float32)
-    for function, size, channels in ((lpips, 16, 3), (similarity.ssim, 11, 2), (similarity.image_psnr, 1, 2)):
-        good = image(2, size, size + 1, channels)
-        function(good, good)
-        faults = [(good, good[:, :, 1:]), (good, good[:1]), (good[0], good[0])]
-        if size > 1:
-            faults += [(good[:, 1:], good[:, 1:]), (good[:, :, 2:], good[:, :, 2:])]
-        if channels == 3:
-            faults.append((good[..., :1], good[..., :1]))
-        for a, b in faults:
-            with pytest.raises(ValueError, match=r'needs two batches \(B, H, W, '):
-                function(a, b)
+    good = np.zeros((2, 16, 17, 3), np.float32)
+    lpips(good, good)
+    for a, b in (
+        (good, good[:, :, 1:]), (good, good[:1]), (good[0], good[0]), (good[:, 1:], good[:, 1:]),
+        (good[:, :, 2:], good[:, :, 2:]), (good[..., :1], good[..., :1]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r'needs two batches \(B, H, W, '):
+            lpips(a, b)

@@ -1,6 +1,7 @@
 """Sets of images in npz files, read batch by batch."""
 
 import contextlib
+import math
 import zipfile
 import zlib
 
@@ -9,9 +10,6 @@ import numpy as np
 from sphere_ar_jax.runtime.console import UserError
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
-
-
-# ---- images
 
 
 @contextlib.contextmanager
@@ -31,23 +29,6 @@ def array_names(archive):
     return [name.removesuffix('.npy') for name in archive.namelist()]
 
 
-def read_header(path, name, f):
-    """(shape, Fortran order, dtype) of an open .npy file, which is left at its first number."""
-    version = np.lib.format.read_magic(f)
-    if version not in ((1, 0), (2, 0)):
-        raise UserError(f'{path}: {name} has version {version} of the npy format, but must have 1.0 or 2.0')
-    return (np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0)(f)
-
-
-def read_numbers(path, name, f, shape, dtype):
-    """The next numbers of an open .npy file."""
-    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    content = f.read(wanted)
-    if len(content) < wanted:
-        raise UserError(f'{path} is cut off: {name} ends too early')
-    return np.frombuffer(content, dtype).reshape(shape)
-
-
 @contextlib.contextmanager
 def open_images(path):
     """Context of (open file, shape (n, H, W, 3)) of the images in an npz; the file stands at the first number."""
@@ -55,7 +36,8 @@ def open_images(path):
         if IMAGES not in array_names(archive):
             raise UserError(f'{path} has no array {IMAGES}, only {", ".join(array_names(archive)) or "nothing"}')
         with archive.open(f'{IMAGES}.npy') as f:
-            shape, fortran, dtype = read_header(path, IMAGES, f)
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # of any array of numbers, as NumPy writes
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
                 order = ' in Fortran order' if fortran else ''
                 raise UserError(f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {dtype} {shape}{order}')
@@ -70,7 +52,11 @@ def read_images(path, batch_size=64):
     """
     with open_images(path) as (f, shape):
         for start in range(0, shape[0], batch_size):
-            yield read_numbers(path, IMAGES, f, (min(batch_size, shape[0] - start), *shape[1:]), np.dtype(np.uint8))
+            wanted = (min(batch_size, shape[0] - start), *shape[1:])
+            content = f.read(math.prod(wanted))
+            if len(content) < math.prod(wanted):
+                raise UserError(f'{path} is cut off: {IMAGES} ends too early')
+            yield np.frombuffer(content, np.uint8).reshape(wanted)
 
 
 def whole_batches(batches, size):

@@ -9,10 +9,12 @@ import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 import numpy as np
+from google.protobuf import message
+from tensorboardX.proto import graph_pb2, types_pb2  # TensorFlow's own message definitions
 
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.interop import torch_file
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 MAX_FILE_BYTES = 2**29  # the published file has 95 MB
 
@@ -83,14 +85,17 @@ def _node_name(path):
     return f'{parent}/{_NODES[leaf]}'
 
 
-def _take(tensors, name_of, layout, source, unexpected):
+def _take(tensors, name_of, layout, source, ignored):
     """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in one line.
 
-    layout: function of a tensor's rank → the order in which theirs has our axes.
+    layout: function of a tensor's rank → the order in which theirs has our axes. ignored: function of a name, whether
+    a tensor of it may be there too.
     """
+    names = {path: name_of(path) for path in _shapes()}
+    unexpected = [name for name in tensors if name not in names.values() and not ignored(name)]
     params, faults = {}, {'missing': [], 'misshapen': [], 'unexpected': unexpected}
     for path, shape in _shapes().items():
-        name, order = name_of(path), layout(len(shape))
+        name, order = names[path], layout(len(shape))
         expected = tuple(shape[axis] for axis in order)
         if name not in tensors:
             faults['missing'].append(name)
@@ -117,11 +122,9 @@ def from_torch(tensors):
     Returns:
       a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or mis-shaped.
     """
-    expected = {_torch_name(path) for path in _shapes()}
-    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked')  # the evaluator's logits have no bias
-    unexpected = [name for name in tensors if name not in expected and not ignored.fullmatch(name)]
+    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked').fullmatch  # the evaluator's logits have no bias
     layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
-    return _take(tensors, _torch_name, layout, 'the dict of tensors', unexpected)
+    return _take(tensors, _torch_name, layout, 'the dict of tensors', ignored)
 
 
 def load(path):
@@ -149,123 +152,35 @@ def load_graph_def(path):
     """
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise UserError(f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes')
-    with open(path, 'rb') as f:
-        content = f.read()
+    graph = graph_pb2.GraphDef()
     try:
-        constants, unscaled, epsilons = _read_graph_def(memoryview(content))
-    except _WireError as error:
-        raise UserError(f'{path} is not a GraphDef: {error}') from None
+        with open(path, 'rb') as f:
+            graph.ParseFromString(f.read())
+    except message.DecodeError as error:
+        raise UserError(f'{path} is not a GraphDef: {first_line(error)}') from None
+    constants = {
+        node.name: _array(path, node.attr['value'].tensor)
+        for node in graph.node
+        if node.op == 'Const' and node.attr['value'].tensor.dtype == types_pb2.DT_FLOAT
+    }
+    norms = [node for node in graph.node if node.op == 'BatchNormWithGlobalNormalization']
+    epsilons = [node.attr['variance_epsilon'].f for node in norms if 'variance_epsilon' in node.attr]
     if any(not math.isclose(e, inception.EPSILON, rel_tol=1e-6) for e in epsilons):
         raise UserError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
-    expected = {_node_name(path) for path in _shapes()}
-    unexpected = [name for name in constants if name not in expected and name.endswith(tuple(_NODES.values()))]
-    params = _take(constants, _node_name, range, path, unexpected)
+    params = _take(constants, _node_name, range, path, lambda name: not name.endswith(tuple(_NODES.values())))
     flat = traverse.flatten_dict(params, sep='/')
-    for name in unscaled:
-        flat[f'{name.removesuffix("/batchnorm")}/gamma'][:] = 1
+    for node in norms:
+        if not node.attr['scale_after_normalization'].b:
+            flat[f'{node.name.removesuffix("/batchnorm")}/gamma'][:] = 1
     return params
 
 
-class _WireError(ValueError):
-    pass
-
-
-def _varint(view, at):
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(view):
-            raise _WireError('it ends in the middle of a number')
-        byte = view[at]
-        at, value = at + 1, value | (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise _WireError('it has a number of more than 10 bytes')
-
-
-def _message(view):
-    """Yields (field number, value) of a protobuf message: an int for varints, a view of the bytes for all else.
-
-    https://protobuf.dev/programming-guides/encoding
-    """
-    at = 0
-    while at < len(view):
-        tag, at = _varint(view, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(view, at)
-            yield tag >> 3, value
-            continue
-        if kind not in (1, 2, 5):
-            raise _WireError(f'it has a field of the unknown wire type {kind}')
-        length, at = _varint(view, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-        if length > len(view) - at:
-            raise _WireError('it is cut off')
-        yield tag >> 3, view[at : at + length]
-        at += length
-
-
-def _submessage(value):
-    if isinstance(value, int):
-        raise _WireError('it has a number where a message belongs')
-    return value
-
-
-def _text(value):
-    try:
-        return str(_submessage(value), 'utf-8')
-    except UnicodeDecodeError:
-        raise _WireError('it has a name that is no text') from None
-
-
-def _tensor(view):
-    """A TensorProto of floats as a read-only array that takes no memory of its own; None for other types."""
-    dtype, shape, content, values = 0, [], b'', []
-    for field, value in _message(view):
-        if field == 1:
-            dtype = value
-        elif field == 2:
-            for kind, dim in _message(_submessage(value)):
-                if kind == 2:
-                    shape.append(next((size for inner, size in _message(_submessage(dim)) if inner == 1), 0))
-        elif field == 4:
-            content = _submessage(value)
-        elif field == 5:
-            values.append(_submessage(value))
-    if dtype != 1:  # DT_FLOAT
-        return None
-    content = content or b''.join(values)
-    count = math.prod(shape) if all(isinstance(size, int) for size in shape) else -1
-    if len(shape) > 8 or not (len(content) in (4, 4 * count) and 1 <= count <= 2**28):
-        raise _WireError(f'it has a tensor of shape {shape} with {len(content)} bytes')
-    return np.broadcast_to(np.frombuffer(content, '<f4').reshape(shape if len(content) == 4 * count else ()), shape)
-
-
-def _read_graph_def(view):
-    """({name: array} of float constants, names of batch norms without scale, epsilons of batch norms)."""
-    constants, unscaled, epsilons = {}, [], []
-    for field, node in _message(view):
-        if field != 1:
-            continue
-        name, op, attributes = '', '', {}
-        for kind, value in _message(_submessage(node)):
-            if kind == 1:
-                name = _text(value)
-            elif kind == 2:
-                op = _text(value)
-            elif kind == 5:
-                entry = dict(_message(_submessage(value)))
-                if 1 in entry and 2 in entry:
-                    attributes[_text(entry[1])] = _submessage(entry[2])
-        if op == 'Const' and 'value' in attributes:
-            for kind, value in _message(attributes['value']):
-                array = _tensor(_submessage(value)) if kind == 8 else None
-                if array is not None:
-                    constants[name] = array
-        elif op == 'BatchNormWithGlobalNormalization':
-            # protobuf may leave out a field that is false
-            if not dict(_message(attributes.get('scale_after_normalization', b''))).get(5, 0):
-                unscaled.append(name)
-            for kind, value in _message(attributes.get('variance_epsilon', b'')):
-                if kind == 4 and len(_submessage(value)) == 4:
-                    epsilons.append(float(np.frombuffer(value, '<f4')[0]))
-    return constants, unscaled, epsilons
+def _array(path, tensor):
+    """A TensorProto of floats as a read-only array; one number that is repeated takes no memory."""
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    content = tensor.tensor_content or np.array(tensor.float_val, '<f4').tobytes()
+    count = math.prod(shape) if all(size > 0 for size in shape) else 0
+    if len(shape) > 8 or len(content) not in (4, 4 * count) or not 1 <= count <= 2**28:
+        raise UserError(f'{path} is not a GraphDef: it has a tensor of shape {shape} with {len(content)} bytes')
+    values = np.frombuffer(content, '<f4')
+    return np.broadcast_to(values.reshape(shape if len(values) == count else ()), shape)

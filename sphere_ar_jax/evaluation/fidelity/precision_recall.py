@@ -4,7 +4,6 @@ Dimensions:
   n  images     f  features of an image
 """
 
-import contextlib
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -16,9 +15,6 @@ import numpy as np
 from sphere_ar_jax.runtime.console import UserError
 
 BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block to float32
-
-
-# ---- precision and recall
 
 
 class _Points(NamedTuple):
@@ -86,15 +82,6 @@ def _radii(blocks, k, done):
     return radii
 
 
-def _device_with(dtype):
-    """A context in which `dtype` can be computed with: float64 on the host, accelerators may have none."""
-    context = contextlib.ExitStack()
-    if dtype == np.float64:
-        context.enter_context(jax.enable_x64(True))
-        context.enter_context(jax.default_device(jax.local_devices(backend='cpu')[0]))
-    return context
-
-
 def precision_recall(real, fake, k=3, *, dtype=np.float16, block=BLOCK, progress=lambda done, total: None):
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
@@ -118,7 +105,8 @@ def precision_recall(real, fake, k=3, *, dtype=np.float16, block=BLOCK, progress
     real, fake = (_points(x, dtype).blocks(block) for x in (real, fake))
     total, steps = len(real) ** 2 + len(fake) ** 2 + len(real) * len(fake), itertools.count(1)
     done = lambda: progress(next(steps), total)
-    with _device_with(dtype):
+    double = dtype == np.float64  # on the host: accelerators may have none
+    with jax.enable_x64(double), jax.default_device(jax.local_devices(backend='cpu')[0] if double else None):
         real_radii, fake_radii = _radii(real, k, done), _radii(fake, k, done)
         real_hit, fake_hit = ([np.zeros(len(u.rows), bool) for u in blocks] for blocks in (real, fake))
         for i, u in enumerate(real):

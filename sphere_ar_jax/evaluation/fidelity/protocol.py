@@ -1,7 +1,6 @@
-"""TODO evaluation.fidelity.protocol"""
+"""The ADM protocol: images → features → statistics → scores."""
 
 import functools
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -21,14 +20,14 @@ class Summary(NamedTuple):
     spatial: statistics.Statistics
 
 
-def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: None):
+def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda done: None):
     """`inception.Features` of a set of images, NumPy float32: 4 · (2048 + 2023 + 1008) bytes an image.
 
     Args:
       batches: iterable of uint8 (b, H, W, 3), any b, one H × W. params: of `inception_weights.load`.
       batch_size: images at a time, rounded up to a multiple of the mesh's devices, among which they are split.
       mesh: of `sharding.make_mesh`, all devices if None; of several processes all call it, with the same images.
-      progress: called with the number of images just done.
+      progress: called with the number of images done.
     Raises UserError for anything but such images, and for none at all.
     """
     mesh = mesh or sharding.make_mesh()
@@ -40,7 +39,7 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
 
     def fetch(results, count):
         parts.append([hosts.gather(a)[:count] for a in results])
-        progress(count)
+        progress(sum(len(part[0]) for part in parts))
 
     for images, count in image_sets.whole_batches(batches, size):
         results = inception.features(params, sharding.place_batch(mesh, images[mine], sharding.ROWS))
@@ -53,80 +52,64 @@ def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda n: Non
     return inception.Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-# ---- all of it
-
-
-def _read_statistics(path, archive):
+def _read_statistics(path):
     """The two `Statistics` of an npz that has `mu`."""
     widths = {'mu': inception.POOL, 'sigma': inception.POOL, 'mu_s': inception.SPATIAL, 'sigma_s': inception.SPATIAL}
     arrays = []
-    for name, width in widths.items():
-        if name not in image_sets.array_names(archive):
-            raise UserError(f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s')
-        with archive.open(f'{name}.npy') as f:
-            shape, _, dtype = image_sets.read_header(
-                path, name, f
-            )  # covariances are the same in C and in Fortran order
+    with image_sets.reading(path), np.load(path) as archive:
+        for name, width in widths.items():
+            if name not in archive:
+                raise UserError(f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s')
+            array = archive[name]
             expected = (width,) if name.startswith('mu') else (width, width)
-            if shape != expected or dtype.kind != 'f':
-                raise UserError(f'{path}: {name} must be floats {expected}, but is {dtype} {shape}')
-            arrays.append(image_sets.read_numbers(path, name, f, shape, dtype).astype(np.float64))
+            if array.shape != expected or array.dtype.kind != 'f':
+                raise UserError(f'{path}: {name} must be floats {expected}, but is {array.dtype} {array.shape}')
+            arrays.append(array.astype(np.float64))
     return statistics.Statistics(*arrays[:2]), statistics.Statistics(*arrays[2:])
 
 
-def summarize(source, params, *, batch_size=64, mesh=None, progress=lambda done, total: None):
-    """The `Summary` of a set of images.
+def summarize(path, params, *, batch_size=64, progress=lambda done, total: None):
+    """The `Summary` of an npz with `arr_0`, uint8 images, or `mu`, `sigma`, `mu_s`, `sigma_s`, or both.
+
+    Where it has both, as ADM's VIRTUAL_imagenet256_labeled.npz, the statistics are taken from the file, although its
+    images are fewer.
 
     Args:
-      source: path of an npz with `arr_0`, uint8 images, or `mu`, `sigma`, `mu_s`, `sigma_s`, or both (as ADM's
-        VIRTUAL_imagenet256_labeled.npz: then the statistics are taken from the file, although its images are fewer);
-        or batches as `extract` takes them.
-      params, batch_size, mesh: see `extract`. progress: called with the images done and their number, None if unknown.
+      params, batch_size: see `extract`. progress: called with the images done and their number.
     Raises OSError, UserError.
     """
-    found, total = None, None
-    if isinstance(source, str | os.PathLike):
-        path = source
-        with image_sets.reading(path) as archive:
-            names = image_sets.array_names(archive)
-            found = _read_statistics(path, archive) if 'mu' in names else None
-        if image_sets.IMAGES not in names:
-            if found is None:
-                raise UserError(
-                    f'{path} has neither images ({image_sets.IMAGES}) nor statistics (mu, sigma, mu_s, sigma_s)'
-                )
-            return Summary(None, *found)
-        with image_sets.open_images(path) as (_, shape):
-            total = shape[0]
-        source = image_sets.read_images(path, batch_size)
-    count = 0
-
-    def advance(n):
-        nonlocal count
-        count += n
-        progress(count, total)
-
-    features = extract(source, params, batch_size=batch_size, mesh=mesh, progress=advance)
+    with image_sets.reading(path) as archive:
+        names = image_sets.array_names(archive)
+    found = _read_statistics(path) if 'mu' in names else None
+    if image_sets.IMAGES not in names:
+        if found is None:
+            raise UserError(
+                f'{path} has neither images ({image_sets.IMAGES}) nor statistics (mu, sigma, mu_s, sigma_s)'
+            )
+        return Summary(None, *found)
+    with image_sets.open_images(path) as (_, shape):
+        report = lambda done: progress(done, shape[0])
+    features = extract(image_sets.read_images(path, batch_size), params, batch_size=batch_size, progress=report)
     return Summary(
         features, *(found or (statistics.statistics(features.pool), statistics.statistics(features.spatial)))
     )
 
 
-def evaluate(samples, reference, params, *, batch_size=64, mesh=None, progress=lambda part, done, total: None):
+def evaluate(samples, reference, params, *, batch_size=64, progress=lambda part, done, total: None):
     """The ADM scores of `samples` against `reference`.
 
     Args:
-      samples, reference: each a `Summary`, or what `summarize` takes. Published ImageNet numbers are those of 50,000
-        samples against VIRTUAL_imagenet256_labeled.npz. params, batch_size, mesh: see `extract`.
+      samples, reference: each a `Summary`, or an npz that `summarize` takes. Published ImageNet numbers are those of
+        50,000 samples against VIRTUAL_imagenet256_labeled.npz. params, batch_size: see `extract`.
       progress: called with the part ('samples', 'reference', 'precision_recall'), how much of it is done and of how
-        much (None if unknown): images, or blocks of distances.
+        much: images, or blocks of distances.
     Returns:
       dict of floats `fid`, `sfid`, `inception_score`, `precision`, `recall` (the last three only where there are images
       to take them from) and `seconds`, a dict of the parts' times. Raises OSError, UserError.
     """
     seconds, scores = {}, {}
     for source in (reference, samples):
-        if isinstance(source, str | os.PathLike):
+        if not isinstance(source, Summary):
             open(source, 'rb').close()  # not there: said before hours of work, not after
 
     def timed(name, run, *args, **kwargs):
@@ -139,7 +122,7 @@ def evaluate(samples, reference, params, *, batch_size=64, mesh=None, progress=l
         if isinstance(source, Summary):
             return source
         report = functools.partial(progress, name)
-        return timed(name, summarize, source, params, batch_size=batch_size, mesh=mesh, progress=report)
+        return timed(name, summarize, source, params, batch_size=batch_size, progress=report)
 
     reference, samples = summary('reference', reference), summary('samples', samples)
     scores['fid'] = timed('fid', statistics.frechet_distance, *samples.pool, *reference.pool)
