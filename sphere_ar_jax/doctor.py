@@ -39,7 +39,8 @@ def examine(cfg, workdir, data, examination, trains=True):
         return
     devices, local = seen
     limit = commands_checks.memory_limit(local[0], len(local))
-    e.say(commands_checks.check_processes(jax.process_index(), jax.process_count(), len(local)))
+    text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
+    e.say(commands_checks.Check('processes', 'ok', text))
     e.say(commands_checks.check_devices(devices, local, limit, commands_checks.device_files()))
     disk = 0
     trainings = None if cfg is None else e.run('config', lambda: programs.stages(checks.check(cfg)))
@@ -68,8 +69,7 @@ def examine(cfg, workdir, data, examination, trains=True):
             lambda: commands_checks.check_inputs(cfg, workdir),
             slow='is the storage there, and are you logged in?',
         )
-    e.check('cache', lambda: commands_checks.examine_cache(os.environ))
-    e.say(commands_checks.check_frameworks(sys.modules))
+    e.check('cache', lambda: commands_checks.check_cache(os.environ))
 
 
 def _flags(argv):
