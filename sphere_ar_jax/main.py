@@ -33,7 +33,7 @@ from ml_collections import config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
-from sphere_ar_jax.runtime.console import Stopped, UserError, one_line
+from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
 # JAX and all that needs it is imported by the command that runs: what is wrong with the flags is said before that.
 
@@ -231,10 +231,12 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
             if isinstance(error, FileNotFoundError) and error.filename:
                 message = f'there is no file {error.filename}'
             _end(2, f'error: {message}')
-        except Stopped as stop:  # in all processes at the same step
-            if stop.first:
+        except Preempted as stop:  # in all processes at the same step
+            from sphere_ar_jax.runtime import hosts
+
+            if hosts.is_first():
                 print(stop, file=sys.stderr)
-            sys.exit(stop.code)
+            sys.exit(128 + stop.number)
         except KeyboardInterrupt:
             _end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:

@@ -171,15 +171,13 @@ def check_frozen(stage, here, data_state, directory):
     if not here:
         return
     trained_on = data_state.get('frozen', {})
-    new = here['model']
-    old = {} if stage.model is None else _differing(stage.model, trained_on.get('model', {}))
-    if trained_on.get('weights') != here['weights'] or old != new:
-        defaults = {} if stage.model is None else _options(type(stage.model)())
-        changed = [
-            f'{name} {old.get(name, defaults.get(name))} → {new.get(name, defaults.get(name))}'
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
-        ]
+    old, new = {}, {}
+    if stage.model is not None:
+        defaults = _options(type(stage.model)())
+        old = defaults | _differing(stage.model, trained_on.get('model', {}))
+        new = defaults | here['model']
+    changed = [f'{name} {old.get(name)} → {new.get(name)}' for name in old | new if old.get(name) != new.get(name)]
+    if trained_on.get('weights') != here['weights'] or changed:
         what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
         raise UserError(f'{directory} was trained on another {stage.about} than is given ({what})')
 
