@@ -92,10 +92,6 @@ def main(argv):
         print(__doc__.split('\n\nEvery check is')[0])
         return 0
     started = time.perf_counter()
-    versions = commands_checks.check_versions()
-    if versions.status == 'FAIL':
-        print('\n'.join(commands_checks.lines(versions)))
-        return 1
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
@@ -107,29 +103,21 @@ def main(argv):
         if cfg is not None:
             dict(cfg.items())  # a config file that failed to load says so only when it is read
     except ImportError as error:
-        print(
-            '\n'.join(
-                commands_checks.lines(
-                    commands_checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .')
-                )
-            )
-        )
+        text = f'cannot be imported: {error}; pip install -e .'
+        print('\n'.join(commands_checks.lines(commands_checks.Check('package', 'FAIL', text))))
         return 1
     except Exception as error:  # also whatever a config file raises
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
     examination = commands_checks.Examination(values.timeout)
     print(f'{platform.node()}, {platform.platform(terse=True)}, {os.cpu_count()} CPUs')
-    examination.say(versions)
+    examination.say(commands_checks.check_versions())
     if rest:
         examination.say(commands_checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
     trains = values.mode == 'train'
     if not trains:
-        examination.say(
-            commands_checks.Check(
-                'flags', 'ok', f'of --mode={values.mode} only the machine and the workdir are looked at'
-            )
-        )
+        text = f'of --mode={values.mode} only the machine and the workdir are looked at'
+        examination.say(commands_checks.Check('flags', 'ok', text))
     examine(cfg, values.workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')
