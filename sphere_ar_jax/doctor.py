@@ -39,7 +39,8 @@ def examine(cfg, workdir, data, examination, trains=True):
         return
     devices, local = seen
     limit = commands_checks.memory_limit(local[0], len(local))
-    e.say(commands_checks.check_processes(jax.process_index(), jax.process_count(), len(local)))
+    text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
+    e.say(commands_checks.Check('processes', 'ok', text))
     e.say(commands_checks.check_devices(devices, local, limit, commands_checks.device_files()))
     disk = 0
     trainings = None if cfg is None else e.run('config', lambda: programs.stages(checks.check(cfg)))
@@ -68,8 +69,7 @@ def examine(cfg, workdir, data, examination, trains=True):
             lambda: commands_checks.check_inputs(cfg, workdir),
             slow='is the storage there, and are you logged in?',
         )
-    e.check('cache', lambda: commands_checks.examine_cache(os.environ))
-    e.say(commands_checks.check_frameworks(sys.modules))
+    e.check('cache', lambda: commands_checks.check_cache(os.environ))
 
 
 def _flags(argv):
@@ -92,10 +92,6 @@ def main(argv):
         print(__doc__.split('\n\nEvery check is')[0])
         return 0
     started = time.perf_counter()
-    versions = commands_checks.check_versions()
-    if versions.status == 'FAIL':
-        print('\n'.join(commands_checks.lines(versions)))
-        return 1
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
@@ -107,29 +103,21 @@ def main(argv):
         if cfg is not None:
             dict(cfg.items())  # a config file that failed to load says so only when it is read
     except ImportError as error:
-        print(
-            '\n'.join(
-                commands_checks.lines(
-                    commands_checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .')
-                )
-            )
-        )
+        text = f'cannot be imported: {error}; pip install -e .'
+        print('\n'.join(commands_checks.lines(commands_checks.Check('package', 'FAIL', text))))
         return 1
     except Exception as error:  # also whatever a config file raises
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
     examination = commands_checks.Examination(values.timeout)
     print(f'{platform.node()}, {platform.platform(terse=True)}, {os.cpu_count()} CPUs')
-    examination.say(versions)
+    examination.say(commands_checks.check_versions())
     if rest:
         examination.say(commands_checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
     trains = values.mode == 'train'
     if not trains:
-        examination.say(
-            commands_checks.Check(
-                'flags', 'ok', f'of --mode={values.mode} only the machine and the workdir are looked at'
-            )
-        )
+        text = f'of --mode={values.mode} only the machine and the workdir are looked at'
+        examination.say(commands_checks.Check('flags', 'ok', text))
     examine(cfg, values.workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')

@@ -3,12 +3,7 @@
     python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz --weights=classify_image_graph_def.pb
 
 The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol 2021, arXiv
-2105.05233), to which published numbers on ImageNet refer. Each step is a function of its own: images → features
-(`extract`) → statistics (`statistics`) → scores; `evaluate` does all.
-
-Dimensions:
-  n, m  images of a set, uint8 (n, H, W, 3)     f  features of an image (2048 of FID, 2023 of sFID)
-  r, c  rows and columns of a block of distances
+2105.05233), to which published numbers on ImageNet refer; see `protocol`.
 """
 
 import argparse

@@ -33,7 +33,7 @@ from ml_collections import config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
-from sphere_ar_jax.runtime.console import Stopped, UserError, one_line
+from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
 # JAX and all that needs it is imported by the command that runs: what is wrong with the flags is said before that.
 
@@ -106,7 +106,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if file is not None and not os.path.exists(file):
             raise UserError(f'there is no config file {file}') from None
         given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
-        names = schema.keys(schema.default())
+        names = list(schema.leaves(schema.default().to_dict()))
         unknown = [name for name in given if name not in names]
         if isinstance(error, AttributeError | KeyError) and unknown:
             close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
@@ -123,12 +123,11 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
     for option, modes in _OPTIONS:
         if option.name in given and mode not in modes:
             raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
-    for name, message in _NEEDED.get(mode, ()):
-        if name not in given and (name != 'config' or _CONFIG.value is None):
-            raise UserError(message)
-    if mode == 'train' and (_WORKDIR.value is None or _CONFIG.value is None):
-        raise UserError('give --config=configs/NAME.py and --workdir=DIR')
-    if mode not in ('train', 'pack', 'compile') and _WORKDIR.value is None:
+    there = {*given, *(flag.name for flag in (_CONFIG, _WORKDIR) if flag.value is not None)}
+    needed, message = _NEEDED.get(mode, ((), ''))
+    if not there.issuperset(needed):
+        raise UserError(message)
+    if mode not in ('pack', 'compile') and 'workdir' not in there:
         raise UserError('give --workdir=DIR')
     output = given.get('output')
     if mode == 'sample' and output is not None:
@@ -140,15 +139,13 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         raise UserError('give --lpips, --vgg and --images together')
 
 
-# What a mode cannot do without: (flag, what to say where it is missing).
+# What a mode cannot do without: (flags, what to say where one is missing).
 _NEEDED = {
-    'convert': (('checkpoint', 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),),
-    'pack': (('data', 'give --data=KIND:PATH and --output=DIR'), ('output', 'give --data=KIND:PATH and --output=DIR')),
-    'grid': (('classes', "give --classes='golden retriever; 388'"),),
-    'compile': (
-        ('topology', 'give --config=configs/NAME.py and --topology=v6e-256'),
-        ('config', 'give --config=configs/NAME.py and --topology=v6e-256'),
-    ),
+    'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
+    'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
+    'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
+    'grid': (('classes',), "give --classes='golden retriever; 388'"),
+    'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 _ALONE = ('compile', 'convert', 'export', 'pack')  # nothing in them is shared out
 
@@ -175,68 +172,41 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
-    _COMMANDS[mode](workdir, cfg, **{name.replace('-', '_'): value for name, value in given.items()})
+    _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
-def _train(workdir, cfg):
-    from sphere_ar_jax.commands import train
+def _run(mode: str, workdir: str | None, cfg: Any, given: dict[str, Any]) -> None:
+    """Call the command of a mode with the flags given."""
+    if mode == 'train':
+        from sphere_ar_jax.commands import train
 
-    train.train(cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED)
+        train.train(cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED)
+    elif mode == 'compile':
+        from sphere_ar_jax.measure import compile_ahead
 
+        compile_ahead.run(cfg, **given)
+    elif mode == 'pack':
+        from sphere_ar_jax.commands import pack
 
-def _convert(workdir, cfg, checkpoint, no_ema=False, heads=None):
-    from sphere_ar_jax.commands import checkpoints
+        pack.pack(**given)
+    elif mode == 'convert':
+        from sphere_ar_jax.commands import checkpoints
 
-    checkpoints.convert_checkpoint(checkpoint, workdir, ema=not no_ema, heads=heads, like=cfg)
+        ema = not given.pop('no_ema', False)
+        checkpoints.convert_checkpoint(given.pop('checkpoint'), workdir, ema=ema, like=cfg, **given)
+    elif mode == 'export':
+        from sphere_ar_jax.commands import checkpoints
 
+        checkpoints.export_checkpoint(workdir, **given)
+    elif mode == 'evaluate':
+        from sphere_ar_jax.commands import evaluate
 
-def _export(workdir, cfg, output=None):
-    from sphere_ar_jax.commands import checkpoints
+        evaluate.evaluate(workdir, like=cfg, **given)
+    else:
+        from sphere_ar_jax.commands import draw
 
-    checkpoints.export_checkpoint(workdir, output or f'{workdir}/model.safetensors')
-
-
-def _pack(workdir, cfg, data, output, **options):
-    from sphere_ar_jax.commands import pack
-
-    pack.pack(data, output, **options)
-
-
-def _compile(workdir, cfg, topology, **options):
-    from sphere_ar_jax.measure import compile_ahead
-
-    compile_ahead.run(cfg, topology, **options)
-
-
-def _sample(workdir, cfg, output=None, labels='uniform', **options):
-    from sphere_ar_jax.commands import draw
-
-    draw.sample(workdir, output or f'{workdir}/samples.npz', labels=labels, like=cfg, **options)
-
-
-def _grid(workdir, cfg, classes, output=None, columns=4):
-    from sphere_ar_jax.commands import draw
-
-    draw.grid(workdir, output or f'{workdir}/grid.png', classes=classes, seeds=columns, like=cfg)
-
-
-def _evaluate(workdir, cfg, inception=None, lpips=None, vgg=None, **files):
-    from sphere_ar_jax.commands import evaluate
-
-    lpips = None if lpips is None else (lpips, vgg)
-    evaluate.evaluate(workdir, network=inception, lpips=lpips, like=cfg, **files)
-
-
-_COMMANDS = {
-    'train': _train,
-    'convert': _convert,
-    'export': _export,
-    'pack': _pack,
-    'sample': _sample,
-    'grid': _grid,
-    'evaluate': _evaluate,
-    'compile': _compile,
-}
+        command = {'sample': draw.sample, 'grid': draw.grid}[mode]
+        command(workdir, like=cfg, **given)
 
 
 def _end(code: int, line: str, details: str = '') -> NoReturn:
@@ -261,10 +231,12 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
             if isinstance(error, FileNotFoundError) and error.filename:
                 message = f'there is no file {error.filename}'
             _end(2, f'error: {message}')
-        except Stopped as stop:  # in all processes at the same step
-            if stop.first:
+        except Preempted as stop:  # in all processes at the same step
+            from sphere_ar_jax.runtime import hosts
+
+            if hosts.is_first():
                 print(stop, file=sys.stderr)
-            sys.exit(stop.code)
+            sys.exit(128 + stop.number)
         except KeyboardInterrupt:
             _end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:

@@ -180,9 +180,7 @@ def test_missing_packages():
         return '1.2'
 
     check = commands_checks.check_versions(version)
-    assert check.status == 'FAIL' and 'not installed: flax; pip install' in check.text
-    assert 'libtpu –' in check.text and 'grain 1.2' in check.text
-    assert commands_checks.check_versions(lambda name: '1.2').status == 'ok'
+    assert 'flax –' in check.text and 'libtpu –' in check.text and 'grain 1.2' in check.text
 
 
 def test_a_package_that_is_missing_is_no_traceback():
@@ -190,12 +188,6 @@ def test_a_package_that_is_missing_is_no_traceback():
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert done.returncode == 1 and done.stderr == ''
     assert done.stdout.startswith('FAIL  package     cannot be imported: ') and 'optax' in done.stdout
-
-
-def test_frameworks():
-    assert commands_checks.check_frameworks({'tensorflow': None, 'jax': jax}).status == 'ok'
-    assert commands_checks.check_frameworks({'torch': types}).status == 'ok'
-    assert commands_checks.check_frameworks({'tensorflow': types, 'torch': types}).status == 'WARN'
 
 
 def _device(platform, kind, stats=None):
@@ -227,17 +219,16 @@ def test_the_memory_of_cpus():
     assert abs(commands_checks.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
 
 
-def test_the_compilation_cache():
-    files = {'a-cache': 2**20, 'a-atime': 8, 'b-cache': 2**20}
-    assert commands_checks.check_cache('/c', files) == commands_checks.Check(
-        'cache', 'ok', '/c: 2 compiled program(s), 2.0 MiB'
-    )
-    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': 'gs://b/c'}).text == 'gs://b/c'
-    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': '/no/where'}).text.startswith(
-        '/no/where: 0 compiled'
-    )
-    assert commands_checks.examine_cache({'JAX_COMPILATION_CACHE_DIR': ''}).status == 'WARN'
-    assert commands_checks.examine_cache({'XDG_CACHE_HOME': '/no/where'}).text.startswith('/no/where/sphere_ar_jax/')
+def test_the_compilation_cache(tmp_path):
+    for name, count in {'a-cache': 2**20, 'a-atime': 8, 'b-cache': 2**20}.items():
+        (tmp_path / name).write_bytes(bytes(count))
+    cache = lambda name, place: commands_checks.check_cache({name: place})
+    check = cache('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
+    assert check == commands_checks.Check('cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB')
+    assert cache('JAX_COMPILATION_CACHE_DIR', 'gs://b/c').text == 'gs://b/c'
+    assert cache('JAX_COMPILATION_CACHE_DIR', '/no/where').text.startswith('/no/where: 0 compiled')
+    assert cache('JAX_COMPILATION_CACHE_DIR', '').status == 'WARN'
+    assert cache('XDG_CACHE_HOME', '/no/where').text.startswith('/no/where/sphere_ar_jax/')
 
 
 # ---- the run

@@ -70,8 +70,9 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
     print(f'converted to {workdir}: --mode=sample, grid, evaluate and train take it')
 
 
-def export_checkpoint(workdir, path):
+def export_checkpoint(workdir, output=None):
     """The weights of a run → a safetensors file with the public names, S-VAE and AR model as published."""
+    path = output or f'{workdir}/model.safetensors'
     run, _ = open_run.open_run(workdir, tokenizer_only=not epath.Path(workdir, 'ar').is_dir())
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch_names.export(f'{path}.tmp', run.vae, run.vae_params, run.ar_params)

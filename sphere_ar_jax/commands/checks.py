@@ -1,21 +1,21 @@
 """The checks that the doctor makes: what this host has and lacks for a run."""
 
 import collections
+import concurrent.futures
 import importlib.metadata
 import os
+import pathlib
 import platform
-import queue
 import shutil
 import textwrap
 import threading
 import uuid
 from typing import NamedTuple
 
-from sphere_ar_jax.runtime.console import size
+from sphere_ar_jax.runtime.console import first_line, size
 
 WIDTH = 100  # of the screen, characters
-REQUIRED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-OPTIONAL = ('libtpu', 'gcsfs')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'libtpu', 'gcsfs')
 
 
 class Check(NamedTuple):
@@ -28,22 +28,16 @@ class Check(NamedTuple):
 
 def limited(function, seconds):
     """function(), or TimeoutError where it has not returned after so many seconds; it is left alone then."""
-    answers = queue.Queue()
+    answer = concurrent.futures.Future()
 
     def call():
         try:
-            answers.put((function(), None))
+            answer.set_result(function())
         except BaseException as error:
-            answers.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f'no answer in {seconds:g} s') from None
-    if error is not None:
-        raise error
-    return answer
+    return answer.result(seconds)
 
 
 # ---- the machine
@@ -51,30 +45,13 @@ def limited(function, seconds):
 
 def check_versions(version=importlib.metadata.version):
     """The versions of Python and of the packages that matter; version: name → str, or PackageNotFoundError."""
-    found = {}
-    for name in REQUIRED + OPTIONAL:
+    found = {'python': platform.python_version()}
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    text = ', '.join(
-        f'{name} {number or "–"}' for name, number in {'python': platform.python_version(), **found}.items()
-    )
-    missing = [name for name in REQUIRED if found[name] is None]
-    if missing:
-        return Check('versions', 'FAIL', f'{text}\nnot installed: {", ".join(missing)}; pip install -e .')
-    return Check('versions', 'ok', text)
-
-
-def check_frameworks(modules):
-    """Whether TensorFlow or PyTorch got imported (modules: as `sys.modules`), which nothing here needs."""
-    if modules.get('tensorflow') is not None:
-        return Check('frameworks', 'WARN', 'TensorFlow got imported: it may take memory of the GPU, and is not needed')
-    if modules.get('torch') is not None:
-        return Check(
-            'frameworks', 'ok', 'PyTorch is imported, as tensorboardX does where there is one: it costs seconds'
-        )
-    return Check('frameworks', 'ok', 'neither TensorFlow nor PyTorch is imported')
+            found[name] = '–'
+    return Check('versions', 'ok', ', '.join(f'{name} {number}' for name, number in found.items()))
 
 
 def device_files(exists=os.path.exists):
@@ -102,36 +79,22 @@ def check_devices(devices, local, limit, files):
     text += f'; {size(limit)} each' if limit else '; memory unknown'
     if local[0].platform == 'cpu' and files is not None:
         name, extra = files
-        return Check(
-            'devices', 'WARN', f"{text}\nthe machine has {name}, but JAX does not use it: pip install -e '.[{extra}]'"
-        )
+        text += f"\nthe machine has {name}, but JAX does not use it: pip install -e '.[{extra}]'"
+        return Check('devices', 'WARN', text)
     return Check('devices', 'ok', text)
 
 
-def check_processes(index, count, local):
-    """Which process this is, of how many; local: its devices."""
-    return Check('processes', 'ok', f'process {index} of {count}, with {local} device(s)')
-
-
-def check_cache(place, files=None):
-    """Where compiled programs are kept. place: a path or URL; files: {name: bytes} found there, None if not local."""
-    if files is None:
-        return Check('cache', 'ok', place)
-    programs = [count for name, count in files.items() if name.endswith('-cache')]
-    return Check('cache', 'ok', f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}')
-
-
-def examine_cache(environ):
-    """`check_cache` of the place that the environment variables name."""
+def check_cache(environ):
+    """Where compiled programs are kept, as the environment variables say, and what is there if it is local."""
     from sphere_ar_jax.runtime import files
 
     place = environ.get('JAX_COMPILATION_CACHE_DIR') or files.compilation_cache(environ)
     if place is None:
         return Check('cache', 'WARN', 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew')
     if '://' in place:
-        return check_cache(place)
-    found = os.scandir(place) if os.path.isdir(place) else ()
-    return check_cache(place, {entry.name: entry.stat().st_size for entry in found if entry.is_file()})
+        return Check('cache', 'ok', place)
+    programs = [path.stat().st_size for path in pathlib.Path(place).glob('*-cache')]
+    return Check('cache', 'ok', f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}')
 
 
 # ---- the run
@@ -145,13 +108,11 @@ def check_memory(name, parts, limit):
     text = ', '.join(f'{programs.NAMES.get(part, part)} {size(count)}' for part, count in parts.items() if count)
     text = f'{name}: {size(total)} on each device, without activations ({text})'
     if limit and total > limit:
-        return Check(
-            'memory', 'FAIL', f'{text}\nmore than the {size(limit)} there are: more devices, or a smaller model'
-        )
+        text += f'\nmore than the {size(limit)} there are: more devices, or a smaller model'
+        return Check('memory', 'FAIL', text)
     if limit and total > limit / 2:
-        return Check(
-            'memory', 'WARN', f'{text}\nmore than half of {size(limit)}: activations may not fit, see ….accumulate'
-        )
+        text += f'\nmore than half of {size(limit)}: activations may not fit, see ….accumulate'
+        return Check('memory', 'WARN', text)
     return Check('memory', 'ok', text)
 
 
@@ -210,7 +171,7 @@ def check_workdir(workdir, needed=0):
     except ImportError as error:
         return Check('workdir', 'FAIL', f"{workdir}: {error}; pip install -e '.[gcs]'")
     except Exception as error:  # whatever the storage's library raises
-        reason = getattr(error, 'strerror', None) or next(iter(str(error).splitlines()), '') or type(error).__name__
+        reason = first_line(error)
         hint = '; logged in? gcloud auth application-default login' if remote else ''
         return Check('workdir', 'FAIL', f'{workdir} cannot be written: {reason}{hint}')
     if not same:
@@ -220,9 +181,8 @@ def check_workdir(workdir, needed=0):
         return Check('workdir', 'ok', text)
     free = shutil.disk_usage(place).free
     if free < needed:
-        return Check(
-            'workdir', 'FAIL', f'{text}\nbut only {size(free)} are free: make room, or set ….keep, ….keep_every'
-        )
+        text += f'\nbut only {size(free)} are free: make room, or set ….keep, ….keep_every'
+        return Check('workdir', 'FAIL', text)
     return Check('workdir', 'WARN' if free < 2**30 else 'ok', f'{text}; {size(free)} free')
 
 
@@ -277,9 +237,9 @@ class Examination:
         where it does not answer."""
         try:
             return limited(function, self._seconds)
-        except TimeoutError as error:
+        except TimeoutError:
             self.stuck = True
-            text = f'{error}: {slow}'
+            text = f'no answer in {self._seconds:g} s: {slow}'
         except Exception as error:  # the doctor must go on
             text = ' '.join(str(error).split()) or type(error).__name__
             if isinstance(error, AssertionError | AttributeError | KeyError | TypeError | ImportError):

@@ -16,8 +16,9 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 
 
-def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=None):
+def sample(workdir, *, output=None, labels='uniform', png=None, num_images=None, like=None):
     """Draws images of a run to an npz, see `generation.generate`, and as PNG files to a directory `png`."""
+    path = output or f'{workdir}/samples.npz'
     run, mesh = open_run.open_run(workdir, like)
     s = run.config.sampling
     n = num_images or s.num_images
@@ -46,15 +47,15 @@ def sample(workdir, path, *, labels='uniform', png=None, num_images=None, like=N
         print(f'{png}: {n} PNG files')
 
 
-def grid(workdir, path, *, classes, seeds=4, like=None):
-    """A PNG for people: a row for each class, a column for each seed.
+def grid(workdir, *, classes, columns=4, output=None, like=None):
+    """A PNG for people: a row for each class; its images are drawn from key `seed` folded by the column alone.
 
     Args:
       classes: names, synsets or numbers, separated by semicolons; of a data set other than ImageNet, numbers.
-      seeds: columns; image (class, column) is drawn from key `seed` folded by the column alone.
     """
+    path = output or f'{workdir}/grid.png'
     wanted = [name.strip() for name in classes.split(';') if name.strip()]
-    if not wanted or seeds < 1:
+    if not wanted:
         raise UserError("give --classes='golden retriever; 388; n02099601' and at least 1 for --columns")
     numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
     run, mesh = open_run.open_run(workdir, like)
@@ -64,16 +65,16 @@ def grid(workdir, path, *, classes, seeds=4, like=None):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
     titles = [f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n) for n in numbers]
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    labels, columns = np.repeat(numbers, seeds), np.tile(np.arange(seeds), len(numbers))
+    labels = np.repeat(numbers, columns)
     images, _ = on_mesh.sample_images(
         run,
         build.build_sampler(run.config),
         labels,
         seed=run.config.seed,
-        index=columns,
+        index=np.tile(np.arange(columns), len(numbers)),
         batch_size=run.config.sampling.batch_size,
         mesh=mesh,
         progress=console.bar(len(labels), 'samples'),
     )
-    pictures.save_classes(path, images, seeds, titles)
+    pictures.save_classes(path, images, columns, titles)
     print(f'wrote {path}')

@@ -25,10 +25,7 @@ def open_run(workdir, like=None, tokenizer_only=False):
             cfg.tokenizer = files.absolute(like.tokenizer)
         cfg.mesh.update(like.mesh)
         checks.check(cfg)
-    try:
-        mesh = sharding.make_mesh(**cfg.mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    mesh = sharding.make_mesh(**cfg.mesh)
     run = load_run(workdir, mesh, tokenizer_only, cfg)
     if said := sharding.describe_not_split(mesh, {'ar': run.ar_params, 'tokenizer': run.vae_params}):
         print(said, flush=True)

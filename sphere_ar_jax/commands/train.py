@@ -27,12 +27,17 @@ from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.workdir import claim, has, other_model
 
 
+def _opened(key, read, *arguments, **options):
+    """What `read` finds in the workdir that a key of the config names; what is wrong there is said with the key."""
+    try:
+        return read(*arguments, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{key}: {error}') from None
+
+
 def _teacher(cfg, mesh):
     """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
-    try:
-        teacher = load_teacher(cfg.init_from, mesh)
-    except (OSError, ValueError) as error:
-        raise UserError(f'init_from: {error}') from None
+    teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
     if published:  # whatever data it saw
         changed = other_model(teacher.config, cfg)
@@ -143,12 +148,7 @@ def check_inputs(cfg, workdir):
         )
     runs = {name: cfg[name] for name in ('tokenizer', 'init_from') if cfg[name] is not None}
     for name, directory in runs.items():
-        try:
-            load_config(directory)
-        except FileNotFoundError:
-            raise UserError(f'{name}: there is no run in {directory}') from None
-        except (OSError, ValueError) as error:
-            raise UserError(f'{name}: {error}') from None
+        _opened(name, load_config, directory)
     files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg) if _with_lpips(cfg) else ()
     if files:
         check_paths(*files)
@@ -156,7 +156,7 @@ def check_inputs(cfg, workdir):
 
 
 def _check_parts(cfg, workdir, mesh):
-    """Raises UserError for trainings that cannot be run with these devices, or of `check_inputs`."""
+    """Raises UserError for trainings that cannot be run with these devices, and as `check_inputs` does."""
     names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
     for name in names:
         if cfg[name].steps and (why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)):
@@ -168,10 +168,7 @@ def _tokenizer(cfg, mesh):
     """The parameters of the tokenizer in cfg.tokenizer, which must be cfg's own model; None without one."""
     if cfg.tokenizer is None:
         return None
-    try:
-        run = load_run(cfg.tokenizer, mesh, tokenizer_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f'tokenizer: {error}') from None
+    run = _opened('tokenizer', load_run, cfg.tokenizer, mesh, tokenizer_only=True)
     changed = other_model(run.config, cfg, tokenizer_only=True)
     if changed:
         raise UserError(f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config')

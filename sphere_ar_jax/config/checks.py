@@ -1,10 +1,39 @@
 """Refuses values that no run can have, each in one line that says what to change."""
 
+import re
+
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer
 from sphere_ar_jax.runtime.console import UserError
+
+# What numbers must be: (keys, the rule in words and as a function).
+_NUMBERS = (
+    (r'vae\.latent_dim', 'be at least 2', lambda n: n >= 2),
+    (r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads', 'be at least 1', lambda n: n >= 1),
+    (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', lambda n: n >= 1),
+    (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', lambda n: n >= 1),
+    (r'(tokenizer|ar)_training\.steps|data\.workers', 'be at least 0', lambda n: n >= 0),  # 0 steps: not trained
+    (r'.*\.(learning_rate|final_learning_rate|clip_norm)', 'be above 0', lambda n: n > 0),
+    (r'.*\.(warmup_steps|keep_every|\w+_weight|weight_decay|disc_start)', 'not be negative', lambda n: n >= 0),
+    (r'watch\.(every|fid_images)|sampling\.temperature', 'not be negative', lambda n: n >= 0),
+    (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
+    (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
+    (r'data\.holdout', 'lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9),
+    (r'seed', 'lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31),
+)
+
+# What words must be: {key: (those there are, what to say of others)}.
+_WORDS = {
+    'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
+    'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
+    'tokenizer_training.discriminator': (discriminators.KINDS, f': use {", ".join(discriminators.KINDS)}'),
+    'tokenizer_training.disc_loss': (discriminators.ADVERSARIAL, f': use {", ".join(discriminators.ADVERSARIAL)}'),
+    'ar_training.encoder_dtype': (('', *schema.DTYPES), f': use {", ".join(schema.DTYPES)}'),
+    'distillation_training.guidance': (guidance.SCHEDULES, ': use linear or constant'),
+    'sampling.guidance': ((None, *guidance.SCHEDULES), ': use linear or constant'),
+}
 
 
 def from_dict(values):
@@ -20,33 +49,27 @@ def _require(condition, message):
         raise UserError(message)
 
 
-def _check_heads(where, width, heads):
-    _require(heads >= 1, f'{where}.heads is {heads}, but must be at least 1')
-    try:
-        transformer.head_dim(width, heads)
-    except ValueError as error:
-        raise UserError(f'{where}: {error}') from None
+def _check_values(config):
+    """Every number and every word by itself."""
+    for name, value in schema.leaves(config.to_dict()).items():
+        if name in _WORDS:
+            known, otherwise = _WORDS[name]
+            _require(value in known, f'{name} is {value!r}{otherwise}')
+        if type(value) in (int, float):
+            for keys, rule, holds in _NUMBERS:
+                _require(not re.fullmatch(keys, name) or holds(value), f'{name} is {value}, but must {rule}')
 
 
 def _check_training(name, training):
-    for key in ('steps', 'batch_size', 'log_every', 'checkpoint_every', 'keep'):
-        least = 0 if key == 'steps' and name != 'distillation_training' else 1  # 0: not trained
-        _require(training[key] >= least, f'{name}.{key} is {training[key]}, but must be at least {least}')
-    for key in ('learning_rate', 'final_learning_rate', 'clip_norm'):
-        _require(training[key] > 0, f'{name}.{key} is {training[key]}, but must be above 0')
-    for key in ('b1', 'b2', 'ema_decay'):
-        _require(0 <= training[key] < 1, f'{name}.{key} is {training[key]}, but must lie in [0, 1)')
     rates = tuple(training.more_ema_decays)
     _require(
         all(isinstance(rate, float) and 0 < rate < 1 for rate in rates) and (training.ema_decay or not rates),
         f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, beside an ema_decay',
     )
     _require(
-        training.accumulate >= 1 and training.batch_size % training.accumulate == 0,
+        training.batch_size % training.accumulate == 0,
         f'{name}.accumulate is {training.accumulate}, but must divide the batch size {training.batch_size}',
     )
-    for key in ('warmup_steps', 'keep_every', 'weight_decay'):
-        _require(training[key] >= 0, f'{name}.{key} is {training[key]}, but must not be negative')
     _require(
         training.warmup_steps <= training.steps or not training.steps,
         f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
@@ -54,10 +77,6 @@ def _check_training(name, training):
 
 
 def _check_tokenizer(training, image_shape):
-    for key in ('kl_weight', 'l2_weight', 'perceptual_weight', 'disc_weight', 'disc_start'):
-        _require(training[key] >= 0, f'tokenizer_training.{key} is {training[key]}, but must not be negative')
-    for key, known in (('discriminator', discriminators.KINDS), ('disc_loss', discriminators.ADVERSARIAL)):
-        _require(training[key] in known, f'tokenizer_training.{key} is {training[key]!r}: use {", ".join(known)}')
     _require(
         not training.perceptual_weight or image_shape[-1] == 3,
         f'tokenizer_training.perceptual_weight: LPIPS is for 3 channels, not {image_shape[-1]}; set it to 0',
@@ -78,12 +97,6 @@ def _check_tokenizer(training, image_shape):
 
 
 def _check_models(v, a):
-    for key in ('latent_dim', 'image_channels', 'stem', 'encoder_depth', 'decoder_depth', 'heads', 'unroll'):
-        _require(v[key] >= (2 if key == 'latent_dim' else 1), f'vae.{key} is {v[key]}: too small')
-    for key in a:
-        _require(
-            key == 'remat' or isinstance(a[key], str) or a[key] >= 1, f'ar.{key} is {a[key]}, but must be at least 1'
-        )
     for key in ('grid', 'channels'):
         _require(all(type(n) is int for n in v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
     _require(len(v.grid) == 2 and min(v.grid) >= 1, f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1')
@@ -94,8 +107,11 @@ def _check_models(v, a):
             groups >= 1 and channels % groups == 0,
             f'vae: {channels} channels cannot be normalised in {groups} groups: use a multiple of 4 up to 128 or of 32',
         )
-    _check_heads('vae', v.channels[-1], v.heads)
-    _check_heads('ar', a.width, a.heads)
+    for where, width, heads in (('vae', v.channels[-1], v.heads), ('ar', a.width, a.heads)):
+        try:
+            transformer.head_dim(width, heads)
+        except ValueError as error:
+            raise UserError(f'{where}: {error}') from None
     _require(
         a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
     )
@@ -105,39 +121,15 @@ def _check_data(d, image_shape):
     height, _, channels = image_shape
     want = digits.Digits.image_shape if d.name == 'digits' else (height, height, channels)
     _require(want == image_shape, f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}')
-    _require(0.01 <= d.holdout <= 0.9, f'data.holdout is {d.holdout}, but must lie between 0.01 and 0.9')
-    _require(0 < d.max_broken <= 1, f'data.max_broken is {d.max_broken}, but must lie in (0, 1]')
-    _require(d.workers >= 0 and d.threads >= 1, 'data.workers must be at least 0, data.threads at least 1')
     _require(
         len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
         f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
     )
 
 
-def _check_ar(t):
-    _require(t.copies >= 1, f'ar_training.copies is {t.copies}, but must be at least 1')
-    _require(0 <= t.label_dropout < 1, f'ar_training.label_dropout is {t.label_dropout}, but must lie in [0, 1)')
-    _require(
-        t.encoder_dtype in ('', *schema.DTYPES),
-        f'ar_training.encoder_dtype is {t.encoder_dtype!r}: use {", ".join(schema.DTYPES)}',
-    )
-
-
-def _check_watch(w):
-    _require(min(w.every, w.fid_images) >= 0 and min(w.classes, w.columns) >= 1, 'watch: numbers must not be negative')
-    _require(
-        not w.fid_images or (w.inception is not None and w.reference is not None),
-        'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
-    )
-
-
 def _check_distillation(init_from, t, s):
     """t: options of the training; s: those of sampling."""
     _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
-    _require(
-        t.guidance in guidance.SCHEDULES, f'distillation_training.guidance is {t.guidance!r}: use linear or constant'
-    )
-    _require(t.teacher_steps >= 1, f'distillation_training.teacher_steps is {t.teacher_steps}, but must be at least 1')
     _require(
         len(t.levels) > 0 and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
         f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',
@@ -158,7 +150,6 @@ def _check_sampling(config):
         s.guidance is None or t.label_dropout > 0,
         'ar_training.label_dropout is 0: the null class, which guidance needs, would never be trained',
     )
-    _require(s.guidance in (None, *guidance.SCHEDULES), f'sampling.guidance is {s.guidance!r}: use linear or constant')
     _require(
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
@@ -173,8 +164,6 @@ def _check_sampling(config):
         s.num_images >= least,
         f'sampling.num_images is {s.num_images}, but must be at least one for each of {least} classes',
     )
-    _require(s.batch_size >= 1, f'sampling.batch_size is {s.batch_size}, but must be at least 1')
-    _require(s.temperature >= 0, f'sampling.temperature is {s.temperature}, but must not be negative')
     rates = [r for r in (t.ema_decay, *t.more_ema_decays) if r]
     _require(s.ema_decay in (None, *rates), f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}')
     try:
@@ -185,20 +174,18 @@ def _check_sampling(config):
 
 def check(config):
     """Raises UserError, one line, for values that no run can have; returns the config."""
-    _require(config.dtype in schema.DTYPES, f'dtype is {config.dtype!r}, but must be one of {", ".join(schema.DTYPES)}')
-    _require(0 <= config.seed < 2**31, f'seed is {config.seed}, but must lie between 0 and 2³¹ − 1')
-    _require(
-        config.data.name in schema.DATA,
-        f'data.name is {config.data.name!r}, but must be one of {", ".join(schema.DATA)}',
-    )
+    _check_values(config)
     _check_models(config.vae, config.ar)
     image_shape = build.build_vae(config).image_shape
     _check_data(config.data, image_shape)
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
-    _check_ar(config.ar_training)
-    _check_watch(config.watch)
+    w = config.watch
+    _require(
+        not w.fid_images or (w.inception is not None and w.reference is not None),
+        'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
+    )
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_sampling(config)
     return config

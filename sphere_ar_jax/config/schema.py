@@ -119,16 +119,6 @@ def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
     return other
 
 
-def keys(tree, prefix=''):
-    """All dotted names of a (nested) config, sections included."""
-    names = []
-    for name, value in tree.items():
-        names.append(prefix + name)
-        if hasattr(value, 'items'):
-            names += keys(value, f'{prefix}{name}.')
-    return names
-
-
 def leaves(tree, prefix=''):
     """The values of a nested dictionary, {dotted name: value}."""
     if not isinstance(tree, dict):

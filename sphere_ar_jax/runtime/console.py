@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 import sys
 
 
@@ -9,17 +10,12 @@ class UserError(ValueError):
     """Something that the user can put right; the message is one line that says how. The program ends with code 2."""
 
 
-class Stopped(Exception):
-    """A run that ended early and in order, as after a signal.
+class Preempted(Exception):
+    """A signal (number) arrived; the state of the training has been saved."""
 
-    Attributes:
-      code: exit code of the program. first: whether this is the process that says so.
-    """
-
-    def __init__(self, message: str, code: int, first: bool):
-        super().__init__(message)
-        self.code = code
-        self.first = first
+    def __init__(self, number: int, step: int, steps: int):
+        super().__init__(f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on')
+        self.number = number
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

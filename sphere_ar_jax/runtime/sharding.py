@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sphere_ar_jax.runtime.console import UserError
+
 P = PartitionSpec
 AXES = 'data', 'fsdp', 'tensor'
 
@@ -40,19 +42,19 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
 
     devices: all of the run if None. On TPUs neighbours on the mesh are neighbours on the torus; of several slices (of
     GPUs: nodes) each has a part of the axis 'data', where that divides.
-    Raises ValueError, one line, for sizes that these devices cannot have.
+    Raises UserError for sizes that these devices cannot have.
     """
     devices, sizes = jax.devices() if devices is None else list(devices), [data, fsdp, tensor]
     text = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are')
+        raise UserError(f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are')
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if not 0 < math.prod(sizes) <= len(devices):
-        raise ValueError(f'{text}: not possible with {len(devices)} device(s)')
+        raise UserError(f'{text}: not possible with {len(devices)} device(s)')
     processes = lambda devices: {device.process_index for device in devices}
     if left_out := processes(devices) - processes(devices[: math.prod(sizes)]):
-        raise ValueError(f'{text}: leaves out all devices of {len(left_out)} process(es), start fewer of them')
+        raise UserError(f'{text}: leaves out all devices of {len(left_out)} process(es), start fewer of them')
     devices = devices[: math.prod(sizes)]
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if slices == 1:
@@ -140,19 +142,14 @@ def keep_rows_split(mesh, function):
     return kept
 
 
-def not_split(mesh, tree):
-    """[(path, axes, bytes)] of the leaves of `tree` that `RULES` would split along axes that their shapes forbid."""
-    found = [(path, a, _split(path, a.shape, mesh)[1]) for path, a in jax.tree_util.tree_leaves_with_path(tree)]
-    return [(_name(path), axes, a.size * a.dtype.itemsize) for path, a, axes in found if axes]
-
-
 def describe_not_split(mesh, tree):
-    """`not_split` in a line, or '' where it is empty."""
-    found = not_split(mesh, tree)
+    """The leaves of `tree` that `RULES` would split along axes that their shapes forbid, in a line; '' without any."""
+    found = [(path, a, _split(path, a.shape, mesh)[1]) for path, a in jax.tree_util.tree_leaves_with_path(tree)]
+    found = [(a.size * a.dtype.itemsize, _name(path), axes) for path, a, axes in found if axes]
     if not found:
         return ''
-    name, axes, _ = max(found, key=lambda leaf: leaf[2])
-    what = f'{len(found)} array(s) of {sum(leaf[2] for leaf in found) / 1e6:.1f} MB, as {name}'
+    _, name, axes = max(found, key=lambda leaf: leaf[0])
+    what = f'{len(found)} array(s) of {sum(leaf[0] for leaf in found) / 1e6:.1f} MB, as {name}'
     return f'not split by mesh.{" and mesh.".join(axes)}, which does not divide: {what}'
 
 
@@ -164,17 +161,7 @@ def local_rows(mesh, rows, spec=BATCH):
 
 def place_batch(mesh, batch, spec=BATCH):
     """This process's `local_rows` of a batch, a tree of NumPy arrays, as one global array each, split by `spec`."""
-    sharding, parts = NamedSharding(mesh, spec), math.prod(mesh.shape[axis] for axis in spec[0])
-    mine = len(local_rows(mesh, parts, spec))
-
-    def place(a):
-        a = np.asarray(a)
-        rows = len(a) * parts // mine
-        numbers = local_rows(mesh, rows, spec)
-        piece = lambda index: a[np.searchsorted(numbers, np.arange(rows)[index[0]])]
-        return jax.make_array_from_callback((rows, *a.shape[1:]), sharding, piece)
-
-    return jax.tree.map(place, batch)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), batch)
 
 
 def on_each_device(function, mesh, params, rows):

@@ -25,7 +25,6 @@ import optax
 
 from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.models.vae import autoencode
-from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training import state as training_state
 
@@ -35,13 +34,6 @@ class AdversarialState(training_state.TrainState):
 
     disc_params: Any
     disc_opt_state: Any
-
-
-def _check(options):
-    if options.disc_loss not in discriminators.ADVERSARIAL:
-        raise UserError(
-            f'disc_loss is {options.disc_loss!r}, but must be one of {", ".join(discriminators.ADVERSARIAL)}'
-        )
 
 
 def tokenizer_stage(vae, options, seed, lpips_params=None):
@@ -59,11 +51,10 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
       and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
       clipping; learning_rate.
     Raises:
-      UserError: one line.
+      UserError: the images cannot be judged.
     """
     if not options.disc_weight:
         return stages.tokenizer_stage(vae, options, seed, lpips_params)
-    _check(options)
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
     discriminator_term, generator_term = discriminators.ADVERSARIAL[options.disc_loss]
     decays = training_state.ema_decays(options)

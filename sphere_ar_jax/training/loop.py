@@ -1,6 +1,7 @@
 """The one training loop."""
 
 import math
+import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -11,13 +12,36 @@ from clu import parameter_overview
 
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.runtime import checkpoint, hosts, metric_writer, sharding
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import Preempted, UserError
 from sphere_ar_jax.training import state as training_state
-from sphere_ar_jax.training.signals import Preempted, Signals
 
 
 class NonFiniteError(UserError):
     """The loss or the gradient is no number any more."""
+
+
+class Signals:
+    """While open, SIGTERM and SIGINT are noted in `arrived` instead of ending the process; a second one ends it."""
+
+    def __enter__(self):
+        self.arrived = self._last = 0
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _):
+        self.arrived = number
+        signal.signal(number, self._previous[number])
+
+    def agreed(self, now=False):
+        """The number of a signal that reached any process, 0 for none: the same in all, which call it at each step.
+
+        It is one call late, so that the device is never idle, but for `now`."""
+        before, self._last = self._last, hosts.largest(self.arrived)
+        return int(self._last if now else before)
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class Watch(NamedTuple):

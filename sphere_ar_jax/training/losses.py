@@ -7,8 +7,6 @@ Dimensions:
 import jax
 import jax.numpy as jnp
 
-from sphere_ar_jax.models.vae import autoencode
-
 
 def sample_keys(key, step, batch):
     """One PRNG key per image, folded by step and by global sample index: independent of how the batch is sharded."""
@@ -36,15 +34,3 @@ def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight, pe
         scalars['perceptual'] = jnp.mean(distance(recon, images))
         loss += perceptual_weight * scalars['perceptual']
     return loss, scalars
-
-
-def tokenizer_loss(vae, params, images, draws, **weights):
-    """`reconstruction_loss` of the S-VAE with these parameters.
-
-    Args:
-      vae: `vae.VAE`. params: its parameters. images: (B, H, W, c) float32 in [−1, 1]. draws: see `autoencode`.
-      weights: kl_weight, l2_weight, perceptual_weight and distance, as there.
-    Returns:
-      (loss, scalars) as there.
-    """
-    return reconstruction_loss(images, *autoencode(vae, params, images, draws), **weights)

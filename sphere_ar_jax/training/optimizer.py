@@ -42,8 +42,3 @@ def adamw(schedule, *, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask),
     )
-
-
-def update_ema(ema, params, decay):
-    """decay·ema + (1 − decay)·params, leaf by leaf."""
-    return optax.incremental_update(params, ema, 1 - decay)

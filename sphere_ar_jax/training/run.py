@@ -24,14 +24,15 @@ class Run(NamedTuple):
 
 def load_config(workdir):
     """The config of a run. Raises OSError where there is none, UserError for a file that is no config of ours."""
-    path = os.path.join(workdir, 'config.json')
-    with epath.Path(path).open() as f:
-        try:
-            return checks.from_dict(json.load(f))
-        except UserError:
-            raise
-        except (ValueError, AttributeError, KeyError, TypeError):
-            raise UserError(f'{path} is no config of ours: use another --workdir') from None
+    path = epath.Path(workdir, 'config.json')
+    if not path.exists():
+        raise FileNotFoundError(f'there is no run in {workdir}')
+    try:
+        return checks.from_dict(json.loads(path.read_text()))
+    except UserError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f'{path} is no config of ours: use another --workdir') from None
 
 
 def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import lpips
 from sphere_ar_jax.models.heads import mean_velocity
-from sphere_ar_jax.models.vae import draw_tokens
+from sphere_ar_jax.models.vae import autoencode, draw_tokens
 from sphere_ar_jax.training import losses, state
 
 
@@ -24,15 +24,17 @@ def tokenizer_weights(vae, options, lpips_params):
 
 
 def tokenizer_stage(vae, options, seed, lpips_params=None):
-    """Trains the S-VAE by `losses.tokenizer_loss`; lpips_params: of `lpips.LPIPS`, where it has a weight."""
+    """Trains the S-VAE by `losses.reconstruction_loss`; lpips_params: of `lpips.LPIPS`, where it has a weight."""
 
     def loss(params, lpips_params, batch, keys):
         weights = tokenizer_weights(vae, options, lpips_params)
-        return losses.tokenizer_loss(vae, params, batch['image'], lambda q: q.draws(keys), **weights)
+        images = batch['image']
+        return losses.reconstruction_loss(images, *autoencode(vae, params, images, lambda q: q.draws(keys)), **weights)
 
-    shown = ('loss', 'psnr', *vae.posterior.shown)
-    stage = state.make_stage('tokenizer', options, seed, vae.init_params, loss, lpips_params, shown, 'LPIPS network')
-    return stage._replace(warn=vae.posterior.faults)
+    return state.make_stage(
+        'tokenizer', options, seed, vae.init_params, loss, lpips_params, ('loss', 'psnr', *vae.posterior.shown),
+        about='LPIPS network', warn=vae.posterior.faults,
+    )  # fmt: skip
 
 
 def ar_stage(ar, vae, vae_params, options, seed):
@@ -51,9 +53,7 @@ def ar_stage(ar, vae, vae_params, options, seed):
         return ar.apply({'params': params}, labels, z, draws, method='loss')
 
     shown = 'loss', 'grad_norm', 'token_norm'
-    return state.make_stage('ar', options, seed, ar.init_params, loss, vae_params, shown, 'tokenizer')._replace(
-        model=vae
-    )
+    return state.make_stage('ar', options, seed, ar.init_params, loss, vae_params, shown, about='tokenizer', model=vae)
 
 
 def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
@@ -75,7 +75,5 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
             ar, head, ar_params, batch['label'], z, noise, scales, options.levels, options.teacher_steps
         )
 
-    frozen = vae_params, ar_params
-    return state.make_stage(
-        'distillation', options, seed, init_head, loss, frozen, ('loss', 'one_step'), 'tokenizer or teacher'
-    )
+    frozen, shown = (vae_params, ar_params), ('loss', 'one_step')
+    return state.make_stage('distillation', options, seed, init_head, loss, frozen, shown, about='tokenizer or teacher')

@@ -91,8 +91,8 @@ def build_optimizer(options):
     return schedule, tx
 
 
-def make_stage(name, options, seed, init_params, loss, frozen, shown, about=''):
-    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars)."""
+def make_stage(name, options, seed, init_params, loss, frozen, shown, **fields):
+    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars); fields: what else it has."""
     schedule, tx = build_optimizer(options)
     decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
 
@@ -109,7 +109,7 @@ def make_stage(name, options, seed, init_params, loss, frozen, shown, about=''):
         scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
-    return Stage(name, options, init, step, frozen, shown, about)
+    return Stage(name, options, init, step, frozen, shown, **fields)
 
 
 def copies(params, decays):
@@ -118,8 +118,8 @@ def copies(params, decays):
 
 
 def update_emas(emas, params, decays):
-    """Each EMA by its rate, see `optimizer.update_ema`."""
-    return tuple(optimizer.update_ema(ema, params, decay) for ema, decay in zip(emas, decays, strict=True))
+    """decay·ema + (1 − decay)·params for each EMA and its rate."""
+    return tuple(optax.incremental_update(params, ema, 1 - decay) for ema, decay in zip(emas, decays, strict=True))
 
 
 def frozen_identity(stage):
@@ -171,15 +171,13 @@ def check_frozen(stage, here, data_state, directory):
     if not here:
         return
     trained_on = data_state.get('frozen', {})
-    new = here['model']
-    old = {} if stage.model is None else _differing(stage.model, trained_on.get('model', {}))
-    if trained_on.get('weights') != here['weights'] or old != new:
-        defaults = {} if stage.model is None else _options(type(stage.model)())
-        changed = [
-            f'{name} {old.get(name, defaults.get(name))} → {new.get(name, defaults.get(name))}'
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
-        ]
+    old, new = {}, {}
+    if stage.model is not None:
+        defaults = _options(type(stage.model)())
+        old = defaults | _differing(stage.model, trained_on.get('model', {}))
+        new = defaults | here['model']
+    changed = [f'{name} {old.get(name)} → {new.get(name)}' for name in old | new if old.get(name) != new.get(name)]
+    if trained_on.get('weights') != here['weights'] or changed:
         what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
         raise UserError(f'{directory} was trained on another {stage.about} than is given ({what})')
 

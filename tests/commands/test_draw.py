@@ -458,14 +458,14 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
         on_mesh, 'sample_images', lambda *a, **k: seen.update(labels=a[2], index=k['index']) or (None, None)
     )
     monkeypatch.setattr(pictures, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))
-    commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', seeds=2)
+    commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', columns=2)
     assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
     assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
     with pytest.raises(console.UserError, match="'1000' is no class"):
-        commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes='1000')
+        commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
         with pytest.raises(UserError, match=f"ImageNet has no class '{wrong}'") as error:
-            commands_draw.grid(str(tmp_path), f'{tmp_path}/a.png', classes=wrong)
+            commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes=wrong)
         assert '\n' not in str(error.value)
 
 
@@ -523,7 +523,7 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
     assert not (converted / 'samples.npz').exists()
     meshed = _tuning(**{'mesh.data': 999})
     with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
-        commands_draw.sample(str(digits_run), f'{tmp_path}/a.npz', like=meshed)
+        commands_draw.sample(str(digits_run), output=f'{tmp_path}/a.npz', like=meshed)
 
 
 @libraries_promote()

@@ -175,7 +175,7 @@ WRONG = {
     'vae.grid': ((8, 8), r'vae makes images of \(32, 32, 1\)'),
     'vae.channels': ((4, 'x', 16), 'whole numbers'),
     'vae.stem': (3, 'cannot be normalised'),
-    'vae.latent_dim': (1, 'too small'),
+    'vae.latent_dim': (1, 'must be at least 2'),
     'dtype': ('float8', 'float32, bfloat16'),
     'data.name': ('imagenett', 'one of digits, imagenet'),
     'data.max_broken': (0.0, r'lie in .0, 1.'),

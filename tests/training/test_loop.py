@@ -17,8 +17,8 @@ import pytest
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.runtime import checkpoint, sharding
-from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.training import loop, optimizer, signals
+from sphere_ar_jax.runtime.console import Preempted, UserError
+from sphere_ar_jax.training import loop, optimizer
 from sphere_ar_jax.training.state import quickly_compiled
 from tests.conftest import libraries_promote
 from tests.tiny_config import LONG, get_config, long_config, stages
@@ -226,7 +226,7 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
         wait(checkpoints)
 
     monkeypatch.setattr(checkpoint.Checkpoints, 'wait', terminated)
-    with pytest.raises(signals.Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
+    with pytest.raises(Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
         _train(cfg, tmp_path, 1)
     assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
 

@@ -48,7 +48,8 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder gradients likewise."""
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    loss = lambda p: losses.tokenizer_loss(model, p, golden['images'], lambda q: draws, kl_weight=0.004, l2_weight=0.0)
+    images, weights = golden['images'], {'kl_weight': 0.004, 'l2_weight': 0.0}
+    loss = lambda p: losses.reconstruction_loss(images, *autoencode(model, p, images, lambda q: draws), **weights)
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
     np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
@@ -62,9 +63,8 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
 def test_l2_weight(golden, tiny_vae):
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    value, scalars = losses.tokenizer_loss(
-        model, params, golden['images'], lambda q: draws, kl_weight=0.0, l2_weight=2.0
-    )
+    results = autoencode(model, params, golden['images'], lambda q: draws)
+    value, scalars = losses.reconstruction_loss(golden['images'], *results, kl_weight=0.0, l2_weight=2.0)
     squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
     np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
     np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)

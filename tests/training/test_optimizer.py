@@ -7,6 +7,7 @@ import pytest
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, vae
 from sphere_ar_jax.training import optimizer
+from sphere_ar_jax.training.state import update_emas
 from tests.conftest import GOLDENS, libraries_promote
 
 OURS = {
@@ -40,7 +41,7 @@ def test_six_steps_of_adamw_and_ema(recipe):
         np.testing.assert_allclose(schedule(s), recipe['lr'][s], rtol=1e-6)
         updates, state = tx.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        ema = optimizer.update_ema(ema, params, 0.9)
+        ema = update_emas((ema,), params, (0.9,))[0]
         for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(_tree(recipe, f'p{s + 1}')), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(jax.tree.leaves(ema), jax.tree.leaves(_tree(recipe, 'ema6')), strict=True):
