@@ -16,7 +16,7 @@ import numpy as np
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs, our_parts, public_code
-from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import first_line
 
 
@@ -165,43 +165,41 @@ def sampling_seconds(seconds, num_tokens):
     return sum(seconds[part] * n for part, n in _uses(num_tokens).items())
 
 
+def _cells(side, sides):
+    """The columns from 'seconds' on, of one side of a part."""
+    r, ours, machine = sides[side], sides['ours'], sides['machine']
+    if 'error' in r:
+        return [f'failed: {r["error"]}', *[''] * 10]
+    cells = [
+        f'{r["seconds"]:.4g}', f'{r["spread"]:.2g}', f'{r["start_seconds"]:.1f}',
+        f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '', f'{r["peak_bytes"] / 2**20:.0f}',
+    ]  # fmt: skip
+    if side == 'ours' and r['flops']:
+        floor = floor_seconds(r, machine)
+        share = r['flops'] / r['seconds'] / machine['matrix_flops']
+        cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
+    else:
+        cells += [''] * 4
+    cells.append(f'{r["seconds"] / ours["seconds"]:.2f}' if side != 'ours' and 'seconds' in ours else '')
+    cells.append(f'{r["difference"]:.1e}' if 'difference' in r else '')
+    return cells
+
+
 def markdown(results):
     """Results as tables."""
-    lines = [
-        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
-        '',
-        f'| {" | ".join(COLUMNS)} |',
-        '|' + '---|' * len(COLUMNS),
-    ]
-    rates = []
+    rows, rates = [], []
     for part, sides in results['parts'].items():
-        ours, m = sides['ours'], sides['machine']
+        m = sides['machine']
         rates.append(
             f'{part} {m["matrix_flops"] / 1e9:.0f} ({m["matrix_flops_rows"] / 1e9:.0f}), '
             f'{m["bytes_per_second"] / 1e9:.0f}'
         )
-        for side, r in sides.items():
-            if side == 'machine':
-                continue
-            if 'error' in r:
-                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 10)
-                continue
-            cells = [
-                f'{r["seconds"]:.4g}',
-                f'{r["spread"]:.2g}',
-                f'{r["start_seconds"]:.1f}',
-                f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '',
-                f'{r["peak_bytes"] / 2**20:.0f}',
-            ]
-            if side == 'ours' and r['flops']:
-                floor = floor_seconds(r, m)
-                share = r['flops'] / r['seconds'] / m['matrix_flops']
-                cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
-            else:
-                cells += [''] * 4
-            ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
-            cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
-            lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
+        rows += [[part, side, *_cells(side, sides)] for side in sides if side != 'machine']
+    lines = [
+        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
+        '',
+        *console.markdown(COLUMNS, rows),
+    ]
     for side in ('ours', 'compiled', 'eager'):
         seconds = {p: results['parts'].get(p, {}).get(side, {}).get('seconds') for p in SAMPLING}
         if all(seconds.values()):
@@ -210,9 +208,7 @@ def markdown(results):
             lines += ['', f'Sampling, {side}: {results["batch"] / whole:.4g} images/s ({split})']
     lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
     for rows in results.get('curves', {}).values():
-        columns = list(rows[0])
-        lines += ['', f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
-        lines += ['| ' + ' | '.join(f'{row[c]:.4g}' for c in columns) + ' |' for row in rows]
+        lines += ['', *console.markdown(rows[0], [[f'{value:.4g}' for value in row.values()] for row in rows])]
     return '\n'.join(lines) + '\n'
 
 

@@ -36,9 +36,9 @@ def _import(checkout, compiled):
         stand_in.flash_attn_func = flash_attn_func
         sys.modules['flash_attn'] = stand_in
     sys.path.insert(0, checkout)
-    from SphereAR import diff_head, layers, model, vae
+    from SphereAR import layers, model, vae
 
-    return torch, types.SimpleNamespace(diff_head=diff_head, layers=layers, model=model, vae=vae)
+    return torch, types.SimpleNamespace(layers=layers, model=model, vae=vae)
 
 
 def _set_heads(transformer_layers, heads):
@@ -65,10 +65,8 @@ def _build_vae(torch, public, vae):
         )
     for part in (model.encoder, model.decoder):
         _set_heads(part.layers, vae.backbone.heads)
-        positions = public.layers.get_2d_pos(size, vae.backbone.patch_size)
-        part.freqs_cis = public.layers.precompute_freqs_cis_2d(
-            positions, D // vae.backbone.heads, cls_token_num=4
-        ).clone()
+        positions, width = public.layers.get_2d_pos(size, vae.backbone.patch_size), D // vae.backbone.heads
+        part.freqs_cis = public.layers.precompute_freqs_cis_2d(positions, width, cls_token_num=4).clone()
     return model
 
 
@@ -163,12 +161,10 @@ def part(checkout, compiled, cfg, name, batch, weights):
     labels = labels.long()
     steps, schedule, scale = cfg.sampling.num_steps, cfg.sampling.guidance, cfg.sampling.guidance_scale
 
-    def embedded():
-        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
-        return model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
-
     def prefill():
-        return model.forward_model(embedded(), 0, ar.condition.length)[:, -1]
+        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
+        embedded = model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
+        return model.forward_model(embedded, 0, ar.condition.length)[:, -1]
 
     def transformer():
         c = []
