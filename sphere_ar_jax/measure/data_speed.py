@@ -18,7 +18,6 @@ import functools
 import io
 import math
 import os
-import statistics
 import sys
 import time
 
@@ -80,33 +79,28 @@ def public(size, record, epoch, rng):
     return {'image': (pixels / 255.0 - 0.5) * 2.0, 'label': record['label']}
 
 
-def _round(way, files):
-    """Images per second of processor time, of one way over all files; epoch 360, where 6 of 10 crops are random."""
-    start = time.process_time()
+def _read(way, files, epoch):
+    """What a way makes of each file, one after the other."""
     for number, content in enumerate(files):
-        way({'image': content, 'label': np.int32(0)}, 360, np.random.default_rng((0, number)))
-    return len(files) / (time.process_time() - start)
+        yield way({'image': content, 'label': np.int32(0)}, epoch, np.random.default_rng(number))['image']
 
 
 def compare(files, ways, repeats):
-    """{way: median images per second and core}, the ways taking turns."""
+    """{way: median images per second and core}, the ways taking turns; at epoch 360, where 6 of 10 crops are random."""
     rates = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            rates[name].append(_round(way, files))
-    return {name: statistics.median(values) for name, values in rates.items()}
+            start = time.process_time()
+            for _ in _read(way, files, 360):
+                pass
+            rates[name].append(len(files) / (time.process_time() - start))
+    return {name: np.median(values) for name, values in rates.items()}
 
 
 def difference(files, one, other):
     """(mean, largest absolute difference, PSNR in dB) in 8-bit levels between two ways, on images of equal crops."""
-    levels = []
-    for number, content in enumerate(files):
-        images = [
-            way({'image': content, 'label': np.int32(0)}, 399, np.random.default_rng(number))['image']
-            for way in (one, other)
-        ]
-        levels.append((images[0] - images[1]) * 127.5)
-    levels = np.abs(np.stack(levels, dtype=np.float64))
+    pairs = zip(_read(one, files, 399), _read(other, files, 399), strict=True)
+    levels = np.abs([(a - b) * 127.5 for a, b in pairs]).astype(np.float64)
     square = np.mean(levels**2)
     return levels.mean(), levels.max(), 10 * math.log10(255**2 / square) if square else math.inf
 
@@ -131,18 +125,16 @@ def pipeline(files, size, images, repeats, threads, workers):
 
     Returns (by the clock, per second of this process's processor time: of its threads, without its workers).
     """
-    transform, rates, core_rates = augment.Augmentation(size), [], []
-    with data_batches.batches(
-        _Files(files), batch_size=64, seed=0, transform=transform, threads=threads, workers=workers
-    ) as batches:
+    rates, count = [], max(1, images // 64)
+    options = dict(batch_size=64, seed=0, transform=augment.Augmentation(size), threads=threads, workers=workers)
+    with data_batches.batches(_Files(files), **options) as batches:
         next(batches)
         for _ in range(repeats):
-            start, core_start, count = time.perf_counter(), time.process_time(), max(1, images // 64)
+            start = np.array([time.perf_counter(), time.process_time()])
             for _ in range(count):
                 next(batches)
-            rates.append(64 * count / (time.perf_counter() - start))
-            core_rates.append(64 * count / (time.process_time() - core_start))
-    return statistics.median(rates), statistics.median(core_rates)
+            rates.append(64 * count / (np.array([time.perf_counter(), time.process_time()]) - start))
+    return np.median(rates, axis=0)
 
 
 def main():
@@ -158,12 +150,9 @@ def main():
         rates = compare(some, ways, repeats)
         for way, rate in rates.items():
             print(f'  {way:8}{rate:8.0f} images/s per core   {rate / rates["public"]:.2f}×', flush=True)
-        print(
-            '  ours − public: mean {:.4f}, largest {:.4f}, PSNR {:.1f} dB'.format(
-                *difference(some, exact, channels_last)
-            )
-        )
-        print('  draft − ours:  mean {:.4f}, largest {:.4f}, PSNR {:.1f} dB'.format(*difference(some, draft, exact)))
+        for pair, way, other in (('ours − public:', exact, channels_last), ('draft − ours: ', draft, exact)):
+            mean, largest, psnr = difference(some, way, other)
+            print(f'  {pair} mean {mean:.4f}, largest {largest:.4f}, PSNR {psnr:.1f} dB')
     print(f'pipeline on {os.cpu_count()} cores, batches of 64:')
     for threads, workers in [(1, 0), (2, 0), (4, 0)] + [(1, int(w)) for w in _WORKERS.value]:
         rate, core_rate = pipeline(files, size, 4 * _IMAGES.value, repeats, threads, workers)
