@@ -19,6 +19,8 @@ from sphere_ar_jax.measure import costs, our_parts, public_code
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import first_line
 
+_prepared = {}  # in the process of a side: its part, to be run again
+
 
 def _first_run(config, part, side, batch, weights, checkout, directory, spawned):
     """Prepares a part in a process of its own and runs it once: (what it says of itself, its result)."""
@@ -48,9 +50,6 @@ def _first_run(config, part, side, batch, weights, checkout, directory, spawned)
             f.write('5')
     _prepared.update(run=run, peak=peak)
     return about, result
-
-
-_prepared = {}  # in the process of a side: its part, to be run again
 
 
 def _timed_run():
