@@ -36,7 +36,6 @@ _SIDES = flags.DEFINE_multi_enum(
     'side', ['compiled', 'eager'], ['compiled', 'eager'], 'How the public code is run.', flag_values=_FLAGS
 )
 _CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.', flag_values=_FLAGS)
-_WORKER = flags.DEFINE_string('worker', None, 'For the program itself: a job file.', flag_values=_FLAGS)
 
 
 def _fail(message):
@@ -49,12 +48,10 @@ def main(argv):
         return print(f'{__doc__}\n{_FLAGS.main_module_help()}')
     try:
         rest = _FLAGS(packaged.with_paths(argv))[1:]
-        cfg = None if _WORKER.value or _CONFIG.value is None else checks.check(_CONFIG.value)
+        cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # also whatever a config file raises
         _fail(one_line(error))
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # processes share the accelerator
-    if _WORKER.value:
-        return compare.work(_WORKER.value)
     if rest:
         _fail(f'{rest[0]} is no flag')
     if cfg is None or _OUTPUT.value is None:

@@ -4,9 +4,9 @@
                                  [--data=KIND:PATH] [--timeout=SECONDS]
 
 Takes the words of `main` as well, and says which it does not look at; with another --mode than train it looks at no
-training. Every check ends with ok, WARN (it will run, but
-perhaps not as meant) or FAIL (it will not), and with what to do. Exit code 1 if anything failed, 2 for wrong flags.
-A check that has not answered after 60 s (--timeout), as storage and drivers may, has failed too.
+training. Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (it will not), and with what to
+do. Exit code 1 if anything failed, 2 for wrong flags. A check that has not answered after 60 s (--timeout), as storage
+and drivers may, has failed too.
 
 Every check is a function of plain arguments that returns a `Check`. Sizes are bytes. What a check needs is imported in
 it, for that a package is missing or broken is what the doctor is there to say.
@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 
-from sphere_ar_jax.commands import checks as commands_checks
+from sphere_ar_jax.commands import checks
 
 
 def examine(cfg, workdir, data, examination, trains=True):
@@ -26,7 +26,8 @@ def examine(cfg, workdir, data, examination, trains=True):
     training is to be looked at."""
     import jax
 
-    from sphere_ar_jax.config import checks, recipes
+    from sphere_ar_jax.config import recipes
+    from sphere_ar_jax.config.checks import check
     from sphere_ar_jax.measure import programs
     from sphere_ar_jax.runtime import joining
 
@@ -38,38 +39,30 @@ def examine(cfg, workdir, data, examination, trains=True):
     if seen is None:
         return
     devices, local = seen
-    limit = commands_checks.memory_limit(local[0], len(local))
+    limit = checks.memory_limit(local[0], len(local))
     text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
-    e.say(commands_checks.Check('processes', 'ok', text))
-    e.say(commands_checks.check_devices(devices, local, limit, commands_checks.device_files()))
+    e.say(checks.Check('processes', 'ok', text))
+    e.say(checks.check_devices(devices, local, limit, checks.device_files()))
     disk = 0
-    trainings = None if cfg is None else e.run('config', lambda: programs.stages(checks.check(cfg)))
+    trainings = None if cfg is None else e.run('config', lambda: programs.stages(check(cfg)))
     if trainings is not None and trains:
-        found, disk = e.run('mesh', lambda: commands_checks.run_checks(cfg, trainings, limit)) or ((), 0)
-        for check in found:
-            e.say(check)
+        found, disk = e.run('mesh', lambda: checks.run_checks(cfg, trainings, limit)) or ((), 0)
+        for one in found:
+            e.say(one)
+    storage = 'is the storage there, and are you logged in?'
     if workdir is not None:
-        e.check(
-            'workdir',
-            lambda: commands_checks.check_workdir(workdir, disk),
-            slow='is the storage there, and are you logged in?',
-        )
+        e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=storage)
+    source = None
     if data is not None:
         source = recipes.data_set(data)
     elif cfg is not None and trains:
         source = cfg.data.name, cfg.data.path, cfg.data.split, cfg.data.data_dir
-    else:
-        source = None
     if source is not None:
         slow = "a large tar's index takes minutes, once: --timeout=1800"
-        e.check('data', lambda: commands_checks.check_data(*source), slow=slow)
+        e.check('data', lambda: checks.check_data(*source), slow=slow)
     if trainings is not None and trains:
-        e.check(
-            'inputs',
-            lambda: commands_checks.check_inputs(cfg, workdir),
-            slow='is the storage there, and are you logged in?',
-        )
-    e.check('cache', lambda: commands_checks.check_cache(os.environ))
+        e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=storage)
+    e.check('cache', lambda: checks.check_cache(os.environ))
 
 
 def _flags(argv):
@@ -84,6 +77,12 @@ def _flags(argv):
     flags.DEFINE_string('data', None, 'KIND:PATH, in place of the data of the config.', flag_values=values)
     flags.DEFINE_float('timeout', 60, 'Seconds that a check may take.', 1e-3, flag_values=values)
     return values, values(argv, known_only=True)[1:]
+
+
+def _ended(check):
+    """Says the check after which nothing more can be looked at. Returns the exit code."""
+    print('\n'.join(checks.lines(check)))
+    return 1
 
 
 def main(argv):
@@ -103,21 +102,19 @@ def main(argv):
         if cfg is not None:
             dict(cfg.items())  # a config file that failed to load says so only when it is read
     except ImportError as error:
-        text = f'cannot be imported: {error}; pip install -e .'
-        print('\n'.join(commands_checks.lines(commands_checks.Check('package', 'FAIL', text))))
-        return 1
+        return _ended(checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .'))
     except Exception as error:  # also whatever a config file raises
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
-    examination = commands_checks.Examination(values.timeout)
+    examination = checks.Examination(values.timeout)
     print(f'{platform.node()}, {platform.platform(terse=True)}, {os.cpu_count()} CPUs')
-    examination.say(commands_checks.check_versions())
+    examination.say(checks.check_versions())
     if rest:
-        examination.say(commands_checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
+        examination.say(checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
     trains = values.mode == 'train'
     if not trains:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
-        examination.say(commands_checks.Check('flags', 'ok', text))
+        examination.say(checks.Check('flags', 'ok', text))
     examine(cfg, values.workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')

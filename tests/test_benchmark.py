@@ -51,7 +51,7 @@ def test_every_part_runs_and_is_counted():
 
 
 def test_a_token_costs_what_its_matrices_cost():
-    """Operations of the head's part by hand: two for every weight that x or its modulation meets."""
+    """Operations of the head's part by hand: two for every weight that x, its modulation, c or t meets."""
     part = our_parts.Part(checks.check(get_config()), 'head', 4)
     head = jax.eval_shape(part.ar.init_params, jax.random.key(0))['head']
     kernels = {
@@ -59,7 +59,8 @@ def test_a_token_costs_what_its_matrices_cost():
     }
     met = sum(size for path, size in kernels.items() if not path.startswith(('time', 'cond_embed')))
     rows, evaluations = 8, 3
-    assert part.flops == 2 * rows * evaluations * met
+    time = sum(size for path, size in kernels.items() if path.startswith('time'))
+    assert part.flops == 2 * rows * (evaluations * met + kernels['cond_embed/kernel']) + 2 * evaluations * time
     blocks = sum(leaf.size for path, leaf in traverse.flatten_dict(head['res_groups']['blocks']).items())
     assert part.bytes == 4 * evaluations * blocks
 

@@ -22,8 +22,7 @@ from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import pictures
 from sphere_ar_jax.evaluation.digits import digit_pixels, score_digits
 from sphere_ar_jax.flow import plan
-from sphere_ar_jax.runtime import files, metric_writer
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import load_run
 
@@ -42,26 +41,23 @@ def settings(levels=None):
 
     def add(scale, solver, num_steps, **options):
         extra = ''.join(f', {name} {value}' for name, value in options.items())
-        found[f'{solver} {num_steps}, guidance {scale}{extra}'] = (
-            dict(solver=solver, num_steps=num_steps, guidance='constant', **options), scale,
-        )  # fmt: skip
+        options |= dict(solver=solver, num_steps=num_steps, guidance='constant')
+        found[f'{solver} {num_steps}, guidance {scale}{extra}'] = options, scale
+
+    def add_all(scale, evaluations, last=None, **options):
+        """Every solver, with steps for so many evaluations; last: of the last token."""
+        for solver in ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama'):
+            steps = {'heun': lambda n: n // 2, 'euler_maruyama': lambda n: max(n - 1, 1)}.get(solver, lambda n: n)
+            final = {} if last is None else {'final_steps': steps(last)}
+            add(scale, solver, steps(evaluations), **final, **options)
 
     for scale in (1.5, 1.0, 2.0, 3.0, 4.5):
         add(scale, 'euler_maruyama', 100)
-        for solver in ('euler', 'ab2', 'dpmpp_2m'):
-            add(scale, solver, 10)
-        add(scale, 'heun', 5)
-        add(scale, 'euler_maruyama', 9)
-    for steps in (2, 4, 6, 8, 16, 32):
-        for solver in ('euler', 'ab2', 'dpmpp_2m'):
-            add(1.5, solver, steps)
-        add(1.5, 'heun', steps // 2)
-        add(1.5, 'euler_maruyama', max(steps - 1, 1))
+        add_all(scale, 10)
+    for evaluations in (2, 4, 6, 8, 16, 32):
+        add_all(1.5, evaluations)
     for first, last, shape in ((12, 4, 'linear'), (16, 4, 'linear'), (12, 4, 'cosine'), (12, 4, 'two_stage')):
-        for solver in ('euler', 'ab2', 'dpmpp_2m'):
-            add(1.5, solver, first, final_steps=last, annealing=shape)
-        add(1.5, 'heun', first // 2, final_steps=last // 2, annealing=shape)
-        add(1.5, 'euler_maruyama', first - 1, final_steps=last - 1, annealing=shape)
+        add_all(1.5, first, last, annealing=shape)
     for shift in (0.5, 0.7, 1.5, 2.0):
         for solver in ('ab2', 'dpmpp_2m'):
             add(1.5, solver, 10, shift=shift)
@@ -100,11 +96,60 @@ def summarize(rows):
 
 def markdown(summary):
     """The summary as a table, sorted by evaluations and Fréchet distance."""
-    lines = ['| setting | evaluations | accuracy | Fréchet | precision | recall |', '|---|---|---|---|---|---|']
+    rows = []
     for name, row in sorted(summary.items(), key=lambda kv: (kv[1]['evaluations'], kv[1]['samples/frechet']['mean'])):
-        cells = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
-        lines.append(f'| {name} | {row["evaluations"]:g} | {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+        scores = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
+        rows.append([name, f'{row["evaluations"]:g}', *scores])
+    columns = ('setting', 'evaluations', 'accuracy', 'Fréchet', 'precision', 'recall')
+    return '\n'.join(console.markdown(columns, rows)) + '\n'
+
+
+def save_frontier(path, summary):
+    """Scores, a column each: above against evaluations per token at guidance 1.5, below against guidance.
+
+    summary: of `summarize`. The mean ± standard deviation of `REFERENCE` is drawn as a band.
+    """
+    figure, axes = plt.subplots(2, len(SCORES), figsize=(4.6 * len(SCORES), 9))
+    parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
+    plain = {name: key[0].split() for name, key in parts.items() if len(key) == 1}  # solver, steps, 'guidance', scale
+    evaluations = lambda name: summary[name]['evaluations']
+    scale = lambda name: float(plain[name][3])
+
+    def draw(axis, score, names, x, **style):
+        names = sorted(names, key=x)
+        mean, std = ([summary[n][score][k] for n in names] for k in ('mean', 'std'))
+        axis.errorbar([x(n) for n in names], mean, std, capsize=2, **style)
+
+    for score, above, below in zip(SCORES, *axes, strict=True):
+        for i, solver in enumerate(dict.fromkeys(words[0] for words in plain.values())):
+            mine = [name for name, words in plain.items() if words[0] == solver]
+            style = dict(color=f'C{i}', marker='*' if solver == 'distilled' else 'o')
+            at = [n for n in mine if n.endswith('guidance 1.5') or solver == 'distilled']
+            draw(above, score, at, evaluations, label=solver, **style)
+            annealed = [n for n, key in parts.items() if key[0].startswith(f'{solver} ') and 'annealing' in n]
+            y = [summary[n][score]['mean'] for n in annealed]
+            above.plot([evaluations(n) for n in annealed], y, '+', color=f'C{i}', markersize=9)
+            for count, line in ((10, '-'), (101, '--')):
+                at = [n for n in mine if evaluations(n) == count and len(plain[n]) == 4]
+                if at:
+                    label = f'{solver}, {count} evaluations'
+                    draw(below, score, at, scale, linestyle=line, label=label, **style)
+        if REFERENCE in summary:
+            mean, std = (summary[REFERENCE][score][k] for k in ('mean', 'std'))
+            above.axhspan(mean - std, mean + std, color='0.85', label=f'{REFERENCE},\nmean ± std of the runs')
+            limits = (0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12))
+            above.set_ylim(*limits)
+        above.set_xscale('log', base=2)
+        above.xaxis.set_major_formatter('{x:g}')
+        above.set_title(score.removeprefix('samples/'))
+        above.set_xlabel('evaluations of the flow head per token (+: annealed)')
+        below.set_xlabel('guidance scale')
+        above.grid(alpha=0.3)
+        below.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    pictures.save_figure(figure, path)
 
 
 def run(workdirs, output, num_images, batch_size):
@@ -134,7 +179,7 @@ def run(workdirs, output, num_images, batch_size):
     files.write_json(os.path.join(output, 'frontier.json'), summary)
     with open(os.path.join(output, 'frontier.md'), 'w') as f:
         f.write(markdown(summary))
-    save_frontier(os.path.join(output, 'frontier.png'), summary, SCORES, REFERENCE)
+    save_frontier(os.path.join(output, 'frontier.png'), summary)
     return summary
 
 
@@ -148,72 +193,9 @@ def main():
     arguments = parser.parse_args()
     try:
         run(arguments.workdir, arguments.output, arguments.num_images, arguments.batch_size)
-    except (OSError, UserError) as error:
+    except (OSError, console.UserError) as error:
         sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
     main()
-
-
-def save_frontier(path, summary, scores, reference):
-    """Scores, a column each: above against evaluations per token at guidance 1.5, below against guidance.
-
-    summary: of `summarize`. reference: the setting whose mean ± standard deviation is drawn as a band.
-    """
-    figure, axes = plt.subplots(2, len(scores), figsize=(4.6 * len(scores), 9))
-    parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
-    plain = {name: key[0].split() for name, key in parts.items() if len(key) == 1}  # solver, steps, 'guidance', scale
-    solvers = list(dict.fromkeys(words[0] for words in plain.values()))
-
-    def draw(axis, score, names, x, **style):
-        names = sorted(names, key=x)
-        mean, std = ([summary[n][score][k] for n in names] for k in ('mean', 'std'))
-        axis.errorbar([x(n) for n in names], mean, std, capsize=2, **style)
-
-    evaluations = lambda name: summary[name]['evaluations']
-    for score, above, below in zip(scores, *axes, strict=True):
-        for i, solver in enumerate(solvers):
-            mine = [name for name, words in plain.items() if words[0] == solver]
-            style = dict(color=f'C{i}', marker='*' if solver == 'distilled' else 'o', label=solver)
-            draw(
-                above,
-                score,
-                [n for n in mine if n.endswith('guidance 1.5') or solver == 'distilled'],
-                evaluations,
-                **style,
-            )
-            annealed = [n for n, key in parts.items() if key[0].startswith(f'{solver} ') and 'annealing' in n]
-            y = [summary[n][score]['mean'] for n in annealed]
-            above.plot([evaluations(n) for n in annealed], y, '+', color=f'C{i}', markersize=9)
-            for count, line in ((10, '-'), (101, '--')):
-                at = [n for n in mine if evaluations(n) == count and len(plain[n]) == 4]
-                label = f'{solver}, {count} evaluations'
-                if at:
-                    draw(
-                        below,
-                        score,
-                        at,
-                        lambda n: float(plain[n][3]),
-                        color=f'C{i}',
-                        marker='o',
-                        linestyle=line,
-                        label=label,
-                    )
-        if reference in summary:
-            mean, std = (summary[reference][score][k] for k in ('mean', 'std'))
-            above.axhspan(mean - std, mean + std, color='0.85', label=f'{reference},\nmean ± std of the runs')
-            above.set_ylim(
-                *((0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12)))
-            )
-        above.set_xscale('log', base=2)
-        above.xaxis.set_major_formatter('{x:g}')
-        above.set_title(score.removeprefix('samples/'))
-        above.set_xlabel('evaluations of the flow head per token (+: annealed)')
-        below.set_xlabel('guidance scale')
-        for axis in (above, below):
-            axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    pictures.save_figure(figure, path)

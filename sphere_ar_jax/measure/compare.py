@@ -2,14 +2,13 @@
 
 import ctypes
 import gc
-import json
 import math
+import multiprocessing
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -17,111 +16,76 @@ import numpy as np
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs, our_parts, public_code
-from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import first_line
 
-
-def _prepare(job):
-    """One part and side in this process: (function that runs it once, what it says of itself, peak device memory)."""
-    cfg = checks.from_dict(job['config'])
-    if job['side'] == 'ours':
-        side = our_parts.Part(cfg, job['part'], job['batch'], job['weights'])
-        device = jax.devices()[0]
-        peak = lambda: (device.memory_stats() or {}).get('peak_bytes_in_use')
-        return side.run, {'flops': side.flops, 'bytes': float(side.bytes)}, peak
-    ar, vae, s = build.build_ar(cfg), build.build_vae(cfg), cfg.sampling
-    training = cfg.ar_training if job['part'] == 'train_ar' else cfg.tokenizer_training
-    options = {
-        'ema_decay': training.ema_decay, 'copies': cfg.ar_training.copies,
-        'l2_weight': cfg.tokenizer_training.l2_weight, 'bfloat16': cfg.dtype == 'bfloat16',
-    }  # fmt: skip
-    inputs, where = our_parts.inputs(ar, vae, job['batch']), our_parts.positions(ar.num_tokens)
-    name = 'cold' if job['part'] == 'cached' else job['part']
-    ours_alone = time.time() - job['spawned']  # our imports are no part of their start
-    sampler = s.num_steps, s.guidance, s.guidance_scale
-    run, peak = public_code.part(
-        job['against'], job['side'] == 'compiled', name, ar, vae, job['weights'], job['batch'], sampler, options,
-        inputs, where,
-    )  # fmt: skip
-    return run, {'not_theirs': ours_alone}, peak
+_prepared = {}  # in the process of a side: its part, to be run again
 
 
-def work(job):
-    """A process of one part and side: prepares it, says so, then runs it once for every line on its standard input."""
-    with open(job) as f:
-        job = json.load(f)
-    say = lambda **values: print('\t' + json.dumps(values), flush=True)
+def _first_run(config, part, side, batch, weights, checkout, directory, spawned):
+    """Prepares a part in a process of its own and runs it once: (what it says of itself, its result)."""
+    # Caches of this part alone: empty for the first start of a side, full for the second.
+    jax.config.update('jax_compilation_cache_dir', os.path.join(directory, 'jax'))
+    for name in ('TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'):
+        os.environ[name] = os.path.join(directory, name)
     compiling = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiling.append(seconds) if event.endswith('backend_compile_duration') else None
     )
-    try:
-        run, about, peak = _prepare(job)
-        out = run()
-        if job['side'] == 'ours':
-            about['compile_seconds'] = sum(compiling)
-        if job['result']:
-            np.save(job['result'], out)
-        if job['part'] not in our_parts.STARTS:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed, compilers above all, goes back to the system
-            with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
-                f.write('5')
-        say(ready=True, **about)
-        for _ in sys.stdin:
-            started = time.perf_counter()
-            run()
-            say(seconds=time.perf_counter() - started)
-        with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
-            rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-        say(rss=rss, device_bytes=peak())
-    except Exception as error:
-        say(error=f'{type(error).__name__}: {first_line(error)}')
+    cfg = checks.from_dict(config)
+    if side == 'ours':
+        ours = our_parts.Part(cfg, part, batch, weights)
+        run, about = ours.run, {'flops': ours.flops, 'bytes': float(ours.bytes)}
+        peak = lambda: (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+    else:
+        about = {'not_theirs': time.time() - spawned}  # our imports are no part of their start
+        run, peak = public_code.part(checkout, side == 'compiled', cfg, part, batch, weights)
+    result = run()
+    if side == 'ours':
+        about['compile_seconds'] = sum(compiling)
+    if part not in our_parts.STARTS:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed, compilers above all, goes back to the system
+        with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
+            f.write('5')
+    _prepared.update(run=run, peak=peak)
+    return about, result
+
+
+def _timed_run():
+    """Seconds of one run of the part that this process has prepared."""
+    started = time.perf_counter()
+    _prepared['run']()
+    return time.perf_counter() - started
+
+
+def _peak_bytes():
+    """The most memory that this process has taken, of the accelerator if there is one."""
+    with open('/proc/self/status') as f:  # ru_maxrss would count what the starting process had
+        rss = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+    return _prepared['peak']() or rss
 
 
 class _Side:
-    """A running worker: start to ready in `start_seconds`, then one `run()` after the other."""
+    """A part of one side in a process of its own: start to the first result in `start_seconds`, then more runs."""
 
-    def __init__(self, job, directory):
-        path = os.path.join(directory, f'{job["side"]}.json')
-        job = job | {'spawned': time.time()}
-        with open(path, 'w') as f:
-            json.dump(job, f)
+    def __init__(self, *job):
+        self._pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
         started = time.perf_counter()
-        command = [sys.executable, '-m', 'sphere_ar_jax.benchmark', f'--worker={path}']
-        # caches of this part alone: empty for the first start of a side, full for the second
-        environment = os.environ | {
-            name: os.path.join(directory, name)
-            for name in ('JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')
-        }
-        self.log = open(os.path.join(directory, f'{job["side"]}.log'), 'w+')  # noqa: SIM115, closed in `close`
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
-            env=environment,
-        )  # fmt: skip
-        self.about = self._read()
+        self.about, self.result = self.call(_first_run, *job, time.time())
         self.start_seconds = time.perf_counter() - started - self.about.pop('not_theirs', 0)
 
-    def _read(self):
-        for line in self.process.stdout:
-            if line.startswith('\t{'):
-                values = json.loads(line)
-                if 'error' in values:
-                    raise RuntimeError(values['error'])
-                return values
-        self.log.seek(0)
-        raise RuntimeError((self.log.read().strip().splitlines() or ['ended without a word'])[-1])
-
-    def run(self):
-        self.process.stdin.write('\n')
-        return self._read()['seconds']
+    def call(self, function, *arguments):
+        """What a function returns in that process. Raises RuntimeError, one line, where it fails."""
+        try:
+            return self._pool.submit(function, *arguments).result()
+        except Exception as error:  # whatever the part raises
+            self.close()
+            raise RuntimeError(f'{type(error).__name__}: {first_line(error)}') from None
 
     def close(self):
-        self.process.stdin.close()
-        last = self._read()
-        self.process.wait()
-        self.log.close()
-        return last
+        """Ends the process."""
+        self._pool.shutdown()
 
 
 def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
@@ -132,54 +96,46 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
       'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes` of ours and, for what both compute from the
       same inputs, `difference`, the largest to ours relative to its scale.
     """
-    comparable = part in ('prefill', 'transformer', 'decode')
-    found, running, times = {}, {}, {}
+    found, running, times = {}, {}, {side: [] for side in sides}
+
+    def start(side, directory):
+        return _Side(schema.as_dict(cfg), part, side, batch, weights, checkout, directory)
+
+    def guarded(side, action, *arguments):
+        """Its result, or None where the side failed: that is noted, and the side is left out from then on."""
+        try:
+            return action(*arguments)
+        except RuntimeError as error:
+            found[side] = {'error': str(error)}
+            running.pop(side, None)
+
     with tempfile.TemporaryDirectory() as directory:
-
-        def guarded(side, action):
-            """Its result, or None where the side failed: that is noted, and the side is left out from then on."""
-            try:
-                return action()
-            except (RuntimeError, OSError) as error:
-                found[side] = {'error': str(error)}
-                if side in running:
-                    running.pop(side).process.kill()
-
-        def start(side):
-            job = dict(
-                config=schema.as_dict(cfg), part=part, batch=batch, side=side, weights=weights,
-                against=checkout, result=os.path.join(directory, f'{side}.npy') if comparable else None,
-            )  # fmt: skip
-            if part == 'cached':
-                _Side(job, directory).close()
-            return _Side(job, directory)
-
         for side in sides:
-            times[side] = []
-            worker = guarded(side, lambda side=side: start(side))
-            if worker is not None:
+            if part == 'cached' and (first := guarded(side, start, side, directory)):
+                first.close()
+            if side not in found and (worker := guarded(side, start, side, directory)):
                 running[side] = worker
         rates = [costs.machine(2 * batch, build.dtype(cfg))]
         for _ in range(0 if part in our_parts.STARTS else repeats):
             for side, worker in list(running.items()):
-                times[side].append(guarded(side, worker.run))
+                times[side].append(guarded(side, worker.call, _timed_run))
             rates.append(costs.machine(2 * batch, build.dtype(cfg)))
         found['machine'] = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
         count = len(our_parts.positions(build.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
         for side, worker in list(running.items()):
-            last = guarded(side, worker.close)
-            if last is None:
+            peak = guarded(side, worker.call, _peak_bytes)
+            if peak is None:
                 continue
+            worker.close()
             t = np.array(times[side] or [worker.start_seconds]) / count
             found[side] = {
                 'start_seconds': worker.start_seconds, 'seconds': float(np.median(t)),
                 'spread': float(np.subtract(*np.percentile(t, [75, 25]))), 'repeats': len(t),
-                'peak_bytes': last['device_bytes'] or last['rss'],
-                **{k: v for k, v in worker.about.items() if k != 'ready'},
+                'peak_bytes': peak, **worker.about,
             }  # fmt: skip
-            if comparable and side != 'ours' and 'ours' in running:
-                a, b = (np.load(os.path.join(directory, f'{s}.npy')) for s in ('ours', side))
-                found[side]['difference'] = float(np.abs(a - b).max() / np.abs(a).max())
+            if part in ('prefill', 'transformer', 'decode') and side != 'ours' and 'ours' in running:
+                ours = running['ours'].result
+                found[side]['difference'] = float(np.abs(ours - worker.result).max() / np.abs(ours).max())
     return found
 
 
@@ -208,43 +164,41 @@ def sampling_seconds(seconds, num_tokens):
     return sum(seconds[part] * n for part, n in _uses(num_tokens).items())
 
 
+def _cells(side, sides):
+    """The columns from 'seconds' on, of one side of a part."""
+    r, ours, machine = sides[side], sides['ours'], sides['machine']
+    if 'error' in r:
+        return [f'failed: {r["error"]}', *[''] * 10]
+    cells = [
+        f'{r["seconds"]:.4g}', f'{r["spread"]:.2g}', f'{r["start_seconds"]:.1f}',
+        f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '', f'{r["peak_bytes"] / 2**20:.0f}',
+    ]  # fmt: skip
+    if side == 'ours' and r['flops']:
+        floor = floor_seconds(r, machine)
+        share = r['flops'] / r['seconds'] / machine['matrix_flops']
+        cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
+    else:
+        cells += [''] * 4
+    cells.append(f'{r["seconds"] / ours["seconds"]:.2f}' if side != 'ours' and 'seconds' in ours else '')
+    cells.append(f'{r["difference"]:.1e}' if 'difference' in r else '')
+    return cells
+
+
 def markdown(results):
     """Results as tables."""
-    lines = [
-        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
-        '',
-        f'| {" | ".join(COLUMNS)} |',
-        '|' + '---|' * len(COLUMNS),
-    ]
-    rates = []
+    rows, rates = [], []
     for part, sides in results['parts'].items():
-        ours, m = sides['ours'], sides['machine']
+        m = sides['machine']
         rates.append(
             f'{part} {m["matrix_flops"] / 1e9:.0f} ({m["matrix_flops_rows"] / 1e9:.0f}), '
             f'{m["bytes_per_second"] / 1e9:.0f}'
         )
-        for side, r in sides.items():
-            if side == 'machine':
-                continue
-            if 'error' in r:
-                lines.append(f'| {part} | {side} | failed: {r["error"]} |' + ' |' * 10)
-                continue
-            cells = [
-                f'{r["seconds"]:.4g}',
-                f'{r["spread"]:.2g}',
-                f'{r["start_seconds"]:.1f}',
-                f'{r["compile_seconds"]:.1f}' if 'compile_seconds' in r else '',
-                f'{r["peak_bytes"] / 2**20:.0f}',
-            ]
-            if side == 'ours' and r['flops']:
-                floor = floor_seconds(r, m)
-                share = r['flops'] / r['seconds'] / m['matrix_flops']
-                cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
-            else:
-                cells += [''] * 4
-            ratio = r['seconds'] / ours['seconds'] if side != 'ours' and 'seconds' in ours else None
-            cells += [f'{ratio:.2f}' if ratio else '', f'{r["difference"]:.1e}' if 'difference' in r else '']
-            lines.append(f'| {part} | {side} | {" | ".join(cells)} |')
+        rows += [[part, side, *_cells(side, sides)] for side in sides if side != 'machine']
+    lines = [
+        f'{results["config"]}, {results["machine"]}, {results["batch"]} images, {results["train_batch"]} in training.',
+        '',
+        *console.markdown(COLUMNS, rows),
+    ]
     for side in ('ours', 'compiled', 'eager'):
         seconds = {p: results['parts'].get(p, {}).get(side, {}).get('seconds') for p in SAMPLING}
         if all(seconds.values()):
@@ -253,9 +207,7 @@ def markdown(results):
             lines += ['', f'Sampling, {side}: {results["batch"] / whole:.4g} images/s ({split})']
     lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
     for rows in results.get('curves', {}).values():
-        columns = list(rows[0])
-        lines += ['', f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
-        lines += ['| ' + ' | '.join(f'{row[c]:.4g}' for c in columns) + ' |' for row in rows]
+        lines += ['', *console.markdown(rows[0], [[f'{value:.4g}' for value in row.values()] for row in rows])]
     return '\n'.join(lines) + '\n'
 
 
@@ -302,13 +254,9 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
     """Measures the parts, writes the tables; returns the results."""
     os.makedirs(output, exist_ok=True)
     results = {
-        'config': name,
-        'tokens': build.build_ar(cfg).num_tokens,
-        'batch': batch,
-        'train_batch': train_batch,
-        'machine': _describe(cfg),
-        'parts': {},
-    }
+        'config': name, 'tokens': build.build_ar(cfg).num_tokens, 'batch': batch, 'train_batch': train_batch,
+        'machine': _describe(cfg), 'parts': {},
+    }  # fmt: skip
     sides = ['ours', *(sides if checkout else [])]
     with tempfile.TemporaryDirectory() as directory:
         weights = None

@@ -18,11 +18,10 @@ Dimensions:
 """
 
 import contextlib
-import glob
 import importlib.util
-import json
 import math
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -34,8 +33,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.measure import costs, hlo, programs
 from sphere_ar_jax.measure.devices import GiB, find_slice
-from sphere_ar_jax.runtime import sharding
-from sphere_ar_jax.runtime.console import UserError, first_line, size
+from sphere_ar_jax.runtime import files, sharding
+from sphere_ar_jax.runtime.console import UserError, first_line, markdown, size
 
 # What a program's memory holds, for people.
 NAMES = {**programs.NAMES, 'batch': 'images', 'rows': 'images', 'temporaries': 'activations and other temporaries'}
@@ -43,6 +42,7 @@ NAMES = {**programs.NAMES, 'batch': 'images', 'rows': 'images', 'temporaries': '
 # Elements for each image from which on an array is an activation: keys, labels, draws of one number are smaller.
 ACTIVATION = 64
 
+NO_REMEDY = 'use more chips, or fewer images'
 
 ASSUMED = (
     "The least time assumes the chips' published peak rates, bfloat16 products, ring algorithms over all links of a "
@@ -83,19 +83,20 @@ def compile_work(work):
             found = re.findall(r'([\d.]+)([KMGT])\b', str(error))
             sizes = [float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in found]
             raise OutOfMemoryError(*(sizes[:2] if len(sizes) > 1 else ())) from None
-        (file,) = glob.glob(f'{directory}/*after_optimizations.txt')
-        with open(file) as f:
-            return compiled, f.read()
+        (file,) = pathlib.Path(directory).glob('*after_optimizations.txt')
+        return compiled, file.read_text()
 
 
 def memory(compiled, groups):
     """{what: bytes of one device}: `groups` of the arguments, results that are kept beside them, temporaries, code."""
     m = compiled.memory_analysis()
     found = {name: costs.device_bytes(tree) for name, tree in groups.items()}
-    found['padding'] = max(0, m.argument_size_in_bytes - sum(found.values()))
-    found['results'] = m.output_size_in_bytes - m.alias_size_in_bytes
-    found['temporaries'] = m.temp_size_in_bytes
-    found['code'] = m.generated_code_size_in_bytes
+    found |= {
+        'padding': max(0, m.argument_size_in_bytes - sum(found.values())),
+        'results': m.output_size_in_bytes - m.alias_size_in_bytes,
+        'temporaries': m.temp_size_in_bytes,
+        'code': m.generated_code_size_in_bytes,
+    }
     return {name: int(size) for name, size in found.items() if size}
 
 
@@ -121,46 +122,35 @@ def measure(work, chip):
         'intensity': work.computed / work.devices / moved,
         'collectives': {kind: {'count': t.count, 'sent_bytes': t.sent} for kind, t in sorted(sent.items())},
         'open_loops': program.open_loops,
-        'replicated': _gathered(program, work) if work.steps else [],
         'seconds': seconds,
         'least_seconds': max(seconds.values()),
         'bound': max(seconds, key=seconds.get),
     }
 
 
-def _marked(cfg, name, mesh):
-    """The config with a batch that can be told from all sizes of the model, and the images of each piece of it."""
-    stage, frozen = programs.stages(cfg)[name]
-    shapes = jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0))) + jax.tree.leaves(frozen)
-    ar, vae = build.build_ar(cfg), build.build_vae(cfg)
-    sizes = {size for leaf in shapes for size in leaf.shape}
-    sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4, *vae.image_shape}
-    prime = next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
-    batch, key = sharding.batch_parts(mesh) * prime, f'{name}_training'
-    return schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), batch
-
-
-def _gathered(program, work):
-    """Arrays of a training step, 1 MiB or more, that are gathered from several devices and are no parameters."""
-    leaves = jax.tree.leaves((work.groups['params'], work.groups['frozen']))
-    parameters = {hlo.sizes(leaf.shape[k:]) for leaf in leaves for k in range(leaf.ndim)}  # one layer's, of a stack
-    return [
-        (a.bytes, f'{a.dtype}[{",".join(map(str, a.shape))}]', 'all-gather', place)
-        for a, place in program.gathered()
-        if a.bytes >= 2**20 and hlo.sizes(a.shape) not in parameters
-    ]
+def _step(cfg, name, mesh):
+    """The program of a training step."""
+    return next(work for work in programs.training_works(cfg, mesh) if work.name == f'{name} step')
 
 
 def replicated(cfg, name, mesh):
     """What a training step has on one device of other devices' images: `hlo.unsplit` of the step with another batch.
 
-    [] as it should be. A batch of any number of images is split in the same way; this one can be told from the sizes of
-    the model. On a mesh that does not split a batch there is nothing to find.
+    [] as it should be. A batch of any number of images is split in the same way; this one, of a prime number of images
+    for each part of the mesh, can be told from all sizes of the model. On a mesh that does not split a batch there is
+    nothing to find.
     """
-    if sharding.batch_parts(mesh) == 1:
+    parts = sharding.batch_parts(mesh)
+    if parts == 1:
         return []
-    marked, batch = _marked(cfg, name, mesh)
-    work = next(w for w in programs.training_works(marked, mesh) if w.name == f'{name} step')
+    stage, frozen = programs.stages(cfg)[name]
+    ar, vae = build.build_ar(cfg), build.build_vae(cfg)
+    params = jax.tree.leaves((jax.eval_shape(stage.init, jax.random.key(0)), frozen))
+    sizes = {size for leaf in params for size in leaf.shape} | {*vae.image_shape}
+    sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4}
+    batch = parts * next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
+    key = f'{name}_training'
+    work = _step(schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), name, mesh)
     shapes = {
         shape
         for shape in costs.shapes(work.function, *work.arguments)
@@ -186,22 +176,18 @@ def _remedies(cfg, name, mesh):
     return [change for i, change in enumerate(found) if change and change not in found[:i]]
 
 
-def _flags(change):
-    return ' '.join(f'--config.{key}={value}' for key, value in change.items())
-
-
 def _remedy(cfg, name, mesh, say):
-    """(the flags of the first change that makes a training step fit, bytes of a device), or None."""
+    """What makes a training step fit, for people: flags, and the bytes of a device with them."""
     for change in _remedies(cfg, name, mesh):
+        flags = ' '.join(f'--config.{key}={value}' for key, value in change.items())
         other = schema.changed(cfg, change)
         try:
-            devices = list(mesh.devices.flat)
-            works = programs.training_works(other, sharding.make_mesh(**other.mesh, devices=devices))
-            work = next(w for w in works if w.name == f'{name} step')
-            return _flags(change), sum(memory(compile_work(work)[0], work.groups).values())
+            work = _step(other, name, sharding.make_mesh(**other.mesh, devices=list(mesh.devices.flat)))
+            needed = sum(memory(compile_work(work)[0], work.groups).values())
+            return f'fits with {flags} ({size(needed)})'
         except OutOfMemoryError as error:
-            say(f'  tried {_flags(change)}: {error}')
-    return None
+            say(f'  tried {flags}: {error}')
+    return NO_REMEDY
 
 
 def _lines(r):
@@ -224,23 +210,21 @@ def _lines(r):
     rate = f', {r["batch"] / r["devices"] / r["least_seconds"]:.3g} images a second and device at most'
     whole = f', {r["days"]:.3g} days of {r["steps"]} steps' if r['steps'] else rate
     yield f'  at least {r["least_seconds"]:.3g} s ({times}){whole}'
-    if not r['steps']:
+    if r['replicated'] is None:
         return
-    found = sorted(r['replicated'], reverse=True)
-    if found:
-        yield (
-            f"  NOT SPLIT: each device has {len(found)} arrays of others' images, the largest {found[0][1]}, "
-            f'{found[0][2]} of {found[0][3]}'
-        )
-    else:
+    if not r['replicated']:
         yield "  no device has anything of another one's images"
+        return
+    _, shape, opcode, place = r['replicated'][0]
+    count = len(r['replicated'])
+    yield f"  NOT SPLIT: each device has {count} arrays of others' images, the largest {shape}, {opcode} of {place}"
 
 
 def table(results):
     """Results as a Markdown table."""
     head = ('part', 'slice', 'images', 'fits', 'GiB a device', 'of them activations and temporaries', 'PFLOPs a step',
             'sent GB', 'HBM GB', 'least s', 'bound by', 'days', 'days at half the rates')  # fmt: skip
-    lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
+    rows = []
     for r in results:
         cells = [r['part'], r['slice'], r['batch']]
         if r['fits']:
@@ -253,8 +237,8 @@ def table(results):
             ]  # fmt: skip
         else:
             cells += [f'no: {r["why"]}', r['remedy'], *[''] * 8]
-        lines.append(f'| {" | ".join(str(cell) for cell in cells)} |')
-    return '\n'.join(lines)
+        rows.append(cells)
+    return '\n'.join(markdown(head, rows))
 
 
 def devices_of(piece):
@@ -289,14 +273,12 @@ def _examine(cfg, piece, mesh, work, audit, say):
     try:
         r |= measure(work, piece.chip)
     except OutOfMemoryError as error:
-        found = _remedy(cfg, name, mesh, say) if work.steps else None
-        remedy = f'fits with {found[0]} ({size(found[1])})' if found else 'use more chips, or fewer images'
+        remedy = _remedy(cfg, name, mesh, say) if work.steps else NO_REMEDY
         return r | {'fits': False, 'why': str(error), 'remedy': remedy, 'needed_bytes': error.needed}
     r['compile_seconds'] = time.perf_counter() - started
     if work.steps:
         r['days'] = r['least_seconds'] * work.steps / 86400
-        if audit:
-            r['replicated'] += replicated(cfg, name, mesh)
+    r['replicated'] = replicated(cfg, name, mesh) if work.steps and audit else None
     return r
 
 
@@ -306,8 +288,7 @@ def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
     Args:
       cfg: a config. topology: names of slices as `devices.find_slice` takes them, separated by commas.
       parts: of `programs.WORKS`. output: a JSON file for everything, written after each program.
-      audit: whether each training step is compiled once more, to look for what is replicated; else only what is
-      gathered is looked at.
+      audit: whether each training step is compiled once more, to look for what is replicated.
     Returns:
       a list of dicts, one for each program and slice. Raises UserError, one line, for unknown names, sizes that do not
       go together, and where there is no compiler.
@@ -335,7 +316,6 @@ def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
                 for line in _lines(results[-1]):
                     say(line)
                 if output is not None:
-                    with open(output, 'w') as f:
-                        json.dump(results, f, indent=2)
+                    files.write_json(output, results)
     say(f'\n{table(results)}\n{ASSUMED}')
     return results

@@ -5,7 +5,7 @@ Only matrix products and convolutions are counted, two operations for each multi
 
 import functools
 import math
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,17 @@ def _conv(equation):
     )
 
 
-def _count(jaxpr):
+def _inner(equation):
+    """The jaxprs within an equation."""
+    found = []
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(inner, 'jaxpr', inner)
+            found += [inner] if hasattr(inner, 'eqns') else []
+    return found
+
+
+def _count(jaxpr, lengths):
     total = 0
     for equation in jaxpr.eqns:
         name, p = equation.primitive.name, equation.params
@@ -36,30 +46,27 @@ def _count(jaxpr):
         elif name == 'conv_general_dilated':
             total += _conv(equation)
         elif name == 'scan':
-            total += p['length'] * _count(p['jaxpr'].jaxpr)
+            total += p['length'] * _count(p['jaxpr'].jaxpr, lengths)
         elif name == 'while':
-            if _count(p['body_jaxpr'].jaxpr):
-                raise ValueError('products inside a loop of unknown length cannot be counted: count its body')
-        elif name == 'cond' and p.get('branches_platforms'):  # kernels for the same; last the plain one
-            total += _count(p['branches'][-1].jaxpr)
-        elif name == 'cond':  # the cache is read to one of several lengths
-            total += sum(_count(branch.jaxpr) for branch in p['branches']) / len(p['branches'])
+            once = _count(p['body_jaxpr'].jaxpr, lengths[1:])
+            if once and not lengths:
+                raise ValueError('products inside a loop of unknown length cannot be counted: give its length')
+            total += lengths[0] * once if once else 0
         else:
-            for value in p.values():
-                inner = getattr(value, 'jaxpr', value)
-                if hasattr(inner, 'eqns'):
-                    total += _count(inner)
+            counts = [_count(inner, lengths) for inner in _inner(equation)]
+            if name == 'cond' and p.get('branches_platforms'):  # kernels for the same; last the plain one
+                counts = counts[-1:]
+            elif name == 'cond':  # the cache is read to one of several lengths
+                counts = [sum(counts) / len(counts)]
+            total += sum(counts)
     return total
 
 
 def _shapes(jaxpr, found):
     for equation in jaxpr.eqns:
         found.update(v.aval.shape for v in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, 'jaxpr', inner)
-                if hasattr(inner, 'eqns'):
-                    _shapes(inner, found)
+        for inner in _inner(equation):
+            _shapes(inner, found)
     return found
 
 
@@ -68,13 +75,13 @@ def shapes(function, *arguments):
     return _shapes(jax.make_jaxpr(function)(*arguments).jaxpr, set())
 
 
-def flops(function, *arguments):
+def flops(function, *arguments, lengths=()):
     """Floating-point operations of function(*arguments) in products and convolutions; arguments may be abstract.
 
-    A conditional counts as the mean of its branches, kernels for several platforms as the plain one. Raises
-    ValueError for products in a loop whose length is data.
+    A conditional counts as the mean of its branches, kernels for several platforms as the plain one. lengths: how often
+    loops of products run whose length is data, the outermost first; raises ValueError where it is not given.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths)
 
 
 def tree_bytes(tree):
@@ -87,15 +94,11 @@ def device_bytes(tree):
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def best_seconds(function, repeats=3):
-    """Shortest of several runs of a function without arguments, after one that is not counted."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return min(times)
+def best_seconds(function):
+    """Shortest of three runs of a function without arguments, after one that is not counted."""
+    run = lambda: jax.block_until_ready(function())
+    run()
+    return min(timeit.repeat(run, number=1, repeat=3))
 
 
 def machine(rows, dtype=jnp.float32, size=None, width=1024):

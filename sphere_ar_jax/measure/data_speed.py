@@ -18,7 +18,6 @@ import functools
 import io
 import math
 import os
-import statistics
 import sys
 import time
 
@@ -39,7 +38,7 @@ _SIDES = ((500, 375), (500, 375), (375, 500), (500, 333), (333, 500), (500, 400)
 
 
 def photograph(number, scale=1):
-    """A JPEG of quality 95, 4:2:0: octaves of noise, the same in all colours but for a quarter, amplitude ∝ n^−0.3."""
+    """A record with a JPEG of quality 95, 4:2:0: octaves of noise, amplitude ∝ n^−0.3, a quarter of it coloured."""
     rng, (width, height) = np.random.default_rng(number), (scale * side for side in _SIDES[number % len(_SIDES)])
     total, n = np.zeros((height, width, 3), np.float32), 2
     while n <= 2 * max(width, height) // scale:
@@ -52,7 +51,7 @@ def photograph(number, scale=1):
     pixels = (120 + 55 * total / total.std()).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, 'JPEG', quality=95)
-    return file.getvalue()
+    return {'image': file.getvalue(), 'label': np.int32(0)}
 
 
 def public(size, record, epoch, rng):
@@ -80,93 +79,69 @@ def public(size, record, epoch, rng):
     return {'image': (pixels / 255.0 - 0.5) * 2.0, 'label': record['label']}
 
 
-def _round(way, files):
-    """Images per second of processor time, of one way over all files; epoch 360, where 6 of 10 crops are random."""
-    start = time.process_time()
-    for number, content in enumerate(files):
-        way({'image': content, 'label': np.int32(0)}, 360, np.random.default_rng((0, number)))
-    return len(files) / (time.process_time() - start)
+def _read(way, records, epoch):
+    """What a way makes of each image, one after the other."""
+    for number, record in enumerate(records):
+        yield way(record, epoch, np.random.default_rng(number))['image']
 
 
-def compare(files, ways, repeats):
-    """{way: median images per second and core}, the ways taking turns."""
+def compare(records, ways, repeats):
+    """{way: median images per second and core}, the ways taking turns; at epoch 360, where 6 of 10 crops are random."""
     rates = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            rates[name].append(_round(way, files))
-    return {name: statistics.median(values) for name, values in rates.items()}
+            start = time.process_time()
+            for _ in _read(way, records, 360):
+                pass
+            rates[name].append(len(records) / (time.process_time() - start))
+    return {name: np.median(values) for name, values in rates.items()}
 
 
-def difference(files, one, other):
+def difference(records, one, other):
     """(mean, largest absolute difference, PSNR in dB) in 8-bit levels between two ways, on images of equal crops."""
-    levels = []
-    for number, content in enumerate(files):
-        images = [
-            way({'image': content, 'label': np.int32(0)}, 399, np.random.default_rng(number))['image']
-            for way in (one, other)
-        ]
-        levels.append((images[0] - images[1]) * 127.5)
-    levels = np.abs(np.stack(levels, dtype=np.float64))
+    pairs = zip(_read(one, records, 399), _read(other, records, 399), strict=True)
+    levels = np.abs([(a - b) * 127.5 for a, b in pairs]).astype(np.float64)
     square = np.mean(levels**2)
     return levels.mean(), levels.max(), 10 * math.log10(255**2 / square) if square else math.inf
 
 
-class _Files:
-    """The source of the pipeline: the same files again and again."""
-
-    num_classes = 1000
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return 1000 * len(self.files)
-
-    def __getitem__(self, index):
-        return {'image': self.files[index % len(self.files)], 'label': np.int32(index % 1000)}
-
-
-def pipeline(files, size, images, repeats, threads, workers):
+def pipeline(records, size, images, repeats, threads, workers):
     """Images per second of `batches.batches`, after a first batch of 64 that starts it all: medians over the repeats.
 
     Returns (by the clock, per second of this process's processor time: of its threads, without its workers).
     """
-    transform, rates, core_rates = augment.Augmentation(size), [], []
-    with data_batches.batches(
-        _Files(files), batch_size=64, seed=0, transform=transform, threads=threads, workers=workers
-    ) as batches:
+    rates, count = [], max(1, images // 64)
+    options = dict(batch_size=64, seed=0, transform=augment.Augmentation(size), threads=threads, workers=workers)
+    with data_batches.batches(1000 * records, **options) as batches:
         next(batches)
         for _ in range(repeats):
-            start, core_start, count = time.perf_counter(), time.process_time(), max(1, images // 64)
+            start = np.array([time.perf_counter(), time.process_time()])
             for _ in range(count):
                 next(batches)
-            rates.append(64 * count / (time.perf_counter() - start))
-            core_rates.append(64 * count / (time.process_time() - core_start))
-    return statistics.median(rates), statistics.median(core_rates)
+            rates.append(64 * count / (np.array([time.perf_counter(), time.process_time()]) - start))
+    return np.median(rates, axis=0)
 
 
 def main():
     """Prints the table."""
-    files = [photograph(i) for i in range(_IMAGES.value)]
+    usual = [photograph(i) for i in range(_IMAGES.value)]
     large = [photograph(i, 3) for i in range(max(1, _IMAGES.value // 8))]
     size, repeats = _SIZE.value, _REPEATS.value
     exact, draft = augment.Augmentation(size), augment.Augmentation(size, draft=True)
     ways = {'public': functools.partial(public, size), 'ours': exact, 'draft': draft}
     channels_last = lambda *args: {'image': ways['public'](*args)['image'].transpose(1, 2, 0)}
-    for name, some in (('usual', files), ('large', large)):
-        print(f'{name} images: {len(some)} of {sum(map(len, some)) / len(some) / 1000:.0f} KB', flush=True)
+    for name, some in (('usual', usual), ('large', large)):
+        mean = np.mean([len(record['image']) for record in some])
+        print(f'{name} images: {len(some)} of {mean / 1000:.0f} KB', flush=True)
         rates = compare(some, ways, repeats)
         for way, rate in rates.items():
             print(f'  {way:8}{rate:8.0f} images/s per core   {rate / rates["public"]:.2f}×', flush=True)
-        print(
-            '  ours − public: mean {:.4f}, largest {:.4f}, PSNR {:.1f} dB'.format(
-                *difference(some, exact, channels_last)
-            )
-        )
-        print('  draft − ours:  mean {:.4f}, largest {:.4f}, PSNR {:.1f} dB'.format(*difference(some, draft, exact)))
+        for pair, way, other in (('ours − public:', exact, channels_last), ('draft − ours: ', draft, exact)):
+            mean, largest, psnr = difference(some, way, other)
+            print(f'  {pair} mean {mean:.4f}, largest {largest:.4f}, PSNR {psnr:.1f} dB')
     print(f'pipeline on {os.cpu_count()} cores, batches of 64:')
     for threads, workers in [(1, 0), (2, 0), (4, 0)] + [(1, int(w)) for w in _WORKERS.value]:
-        rate, core_rate = pipeline(files, size, 4 * _IMAGES.value, repeats, threads, workers)
+        rate, core_rate = pipeline(usual, size, 4 * _IMAGES.value, repeats, threads, workers)
         per_core = '' if workers else f', {core_rate:.0f} per core'
         print(f'  threads {threads}, workers {workers}: {rate:.0f} images/s by the clock{per_core}', flush=True)
 

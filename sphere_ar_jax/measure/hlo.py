@@ -9,7 +9,6 @@ filled up.
 """
 
 import collections
-import functools
 import math
 import re
 from typing import NamedTuple
@@ -110,6 +109,11 @@ def _sent(kind, bytes_in, bytes_out, n):
     return {'all-reduce': 2 * share * bytes_in, 'all-gather': share * bytes_out}.get(kind, share * bytes_in)
 
 
+def _bytes(instruction):
+    """Bytes of all results of an instruction."""
+    return sum(a.bytes for a in instruction.arrays)
+
+
 def _place(instruction):
     """Where an instruction comes from in the program's source."""
     return (re.search(r'op_name="([^"]*)"', instruction.rest) or ['', instruction.name])[1]
@@ -142,6 +146,8 @@ class Program:
             raise ValueError('no program: it has no entry')
         self._times = collections.Counter()  # how often each computation runs, those within fusions apart
         self._visit(self.entry, 1.0, 0)
+        # (instruction, its computation's name, how often it runs) of all that are not within a fusion
+        self.instructions = [(i, n, times) for n, times in self._times.items() for i in self.computations[n].values()]
 
     def _length(self, loop):
         """How often a loop's body runs, from its condition i < constant with i counted up by one; None where the text
@@ -150,18 +156,11 @@ class Program:
             return int(known[1])
         condition = self.computations[re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]]
         root = next(i for i in condition.values() if i.root)
-        if root.opcode == 'fusion':  # CPUs
-            inner = self.computations[re.search(r'calls=%?([\w.\-]+)', root.rest)[1]]
-            outside = [condition[name] for name in root.operands]
-            constants = [i for i in (*outside, *inner.values()) if i.opcode == 'constant']
-            compare = [i for i in inner.values() if i.opcode == 'compare']
-        else:
-            constants = [condition[name] for name in root.operands if name in condition]
-            constants = [i for i in constants if i.opcode == 'constant']
-            compare = [root]
-        if len(compare) == 1 and compare[0].opcode == 'compare' and 'direction=LT' in compare[0].rest and constants:
-            value = constants[0].operands[0]
-            return int(value) if value.isdigit() else None
+        inside = (self._fused(root) or {}).values()  # on CPUs
+        compare = [i for i in (root, *inside) if i.opcode == 'compare']
+        constants = [i.operands[0] for i in (*condition.values(), *inside) if i.opcode == 'constant']
+        if len(compare) == len(constants) == 1 and 'direction=LT' in compare[0].rest and constants[0].isdigit():
+            return int(constants[0])
         return None
 
     def _visit(self, name, times, depth):
@@ -185,29 +184,28 @@ class Program:
                 for inner in called('to_apply') + called('calls'):
                     self._visit(inner, times, depth)
 
-    @functools.cached_property
-    def instructions(self):
-        """[(instruction, its computation's name, how often it runs)] of all that are not within a fusion."""
-        return [(i, name, times) for name, times in self._times.items() for i in self.computations[name].values()]
-
     def _fused(self, instruction):
         called = re.search(r'calls=%?([\w.\-]+)', instruction.rest) if instruction.opcode == 'fusion' else None
         return called and self.computations[called[1]]
 
-    @functools.cached_property
-    def _collectives(self):
-        """[(instruction, its computation, kind, how often it runs)] of all collectives, each once.
+    def collectives(self):
+        """{kind: `Traffic`} of one device.
 
         An all-reduce of which every device keeps its part alone is a reduce-scatter, whatever XLA calls it. One that
-        runs beside other work stands in several fusions, under one channel.
+        runs beside other work stands in several fusions, under one channel, and counts once.
         """
-        found, seen = [], set()
+        found, seen = collections.defaultdict(lambda: Traffic(0, 0)), set()
 
         def add(i, computation, times, place, kind=None):
             opcode, channel = i.opcode.removesuffix('-start'), re.search(r'channel_id=(\d+)', i.rest)
-            if opcode in COLLECTIVES and not (channel and (place, channel[1]) in seen):
-                seen.add((place, channel and channel[1]))
-                found.append((i, computation, kind or opcode, times))
+            if opcode not in COLLECTIVES or (channel and (place, channel[1]) in seen):
+                return
+            seen.add((place, channel and channel[1]))
+            before = sum(_bytes(computation[name]) for name in i.operands)
+            after = _bytes(i) - (before if i.opcode.endswith('-start') else 0)
+            sent = times * _sent(kind or opcode, before, after, _group_size(i, self.devices))
+            count, total = found[kind or opcode]
+            found[kind or opcode] = Traffic(count + times, total + sent)
 
         for i, name, times in self.instructions:
             add(i, self.computations[name], times, name)
@@ -215,87 +213,58 @@ class Program:
                 scatter = 'reduce-scatter' if 'reduce-scatter' in f'{i.name} {i.rest[:200]}' else None
                 for fused in inner.values():
                     add(fused, inner, times, name, scatter)
-        return found
-
-    def collectives(self):
-        """{kind: `Traffic`} of one device."""
-        found = collections.defaultdict(lambda: Traffic(0, 0))
-        for i, computation, kind, times in self._collectives:
-            before = sum(a.bytes for name in i.operands if name in computation for a in computation[name].arrays)
-            after = sum(a.bytes for a in i.arrays) - (before if i.opcode.endswith('-start') else 0)
-            sent = times * _sent(kind, before, after, _group_size(i, self.devices))
-            found[kind] = Traffic(found[kind].count + times, found[kind].sent + sent)
         return dict(found)
 
-    def gathered(self):
-        """[(`Array`, where it comes from in the program's source)] of what all-gathers make."""
-        return [(i.arrays[-1], _place(i)) for i, _, kind, _ in self._collectives if kind == 'all-gather']
-
-    def _read(self, computation, name):
-        """Bytes that a fused computation reads of one of its parameters (or of what that is a bitcast of)."""
-        total, whole = 0, sum(a.bytes for a in computation[name].arrays)
+    def _read(self, computation, name, of_result):
+        """Bytes that a fused computation reads of one of its arrays. of_result: what is read of its result."""
+        total = of_result if computation[name].root else 0
         for user in computation.values():
-            if name not in user.operands:
-                continue
-            if user.opcode == 'bitcast':
-                total += self._read(computation, user.name)
-            elif user.opcode in _SLICES and user.operands[0] == name:
-                total += sum(a.bytes for a in user.arrays)
-            elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name:
-                total += 0  # what stays is not touched
-            elif (inner := self._fused(user)) is not None:
-                for place, operand in enumerate(user.operands):
-                    if operand == name:
-                        parameter = _parameter(inner, place)
-                        total += self._read(inner, parameter)
-                        total += self._read(computation, user.name) if _is_root(inner, parameter) else 0
-            else:
-                total += whole
-        return min(total, whole)
+            for place, operand in enumerate(user.operands):
+                total += self._read_by(user, place, computation, of_result) if operand == name else 0
+        return min(total, _bytes(computation[name]))
+
+    def _read_by(self, i, place, computation, of_result=None):
+        """Bytes that one instruction reads of its operand at a place. of_result: see `_read`; None outside fusions."""
+        if i.opcode == 'bitcast':
+            return self._read(computation, i.name, of_result)
+        if i.opcode in _SLICES and place == 0:
+            return _bytes(i)
+        if i.opcode == 'dynamic-update-slice' and place == 0:
+            return 0  # what stays is not touched
+        if (inner := self._fused(i)) is not None:
+            parameter = next(j.name for j in inner.values() if j.opcode == 'parameter' and j.operands == (str(place),))
+            outside = math.inf if of_result is None else self._read(computation, i.name, of_result)
+            return self._read(inner, parameter, outside)
+        return _bytes(computation[i.operands[place]])
 
     def _written(self, computation, name):
-        """Bytes of each result that a fused computation writes."""
+        """Bytes of each result that an instruction writes."""
         i = computation[name]
         if i.opcode == 'tuple':
             return [size for operand in i.operands for size in self._written(computation, operand)]
         if i.opcode == 'bitcast':
             return self._written(computation, i.operands[0])
         if i.opcode == 'dynamic-update-slice':
-            return [sum(a.bytes for a in computation[i.operands[1]].arrays)]
+            return [_bytes(computation[i.operands[1]])]
         if (inner := self._fused(i)) is not None:
             return self._written(inner, next(j.name for j in inner.values() if j.root))
         return [a.bytes for a in i.arrays]
 
     def _traffic(self, i, computation):
         """Bytes that one instruction reads from memory and writes to it."""
-        operands = [computation[name] for name in i.operands if name in computation]
         if i.opcode in _FREE or i.opcode.endswith('-done') or 'AllocateBuffer' in i.rest:
             return 0
+        operands = [computation[name] for name in i.operands]
         if i.opcode in ('copy-start', 'slice-start'):
             source = all(a.in_hbm for o in operands for a in o.arrays)
             target = i.arrays[-2] if i.opcode == 'slice-start' else i.arrays[0]
             return target.bytes * (source + target.in_hbm)
         if i.opcode.endswith('-start'):
             return 0 if i.opcode == 'async-start' else sum(a.bytes for a in i.arrays if a.in_hbm)
-        inner = self._fused(i)
-        if inner is not None:
-            names = [_parameter(inner, place) for place in range(len(operands))]
-            whole = [sum(a.bytes for a in o.arrays) for o in operands]
-            read = [
-                n if _is_root(inner, name) else self._read(inner, name) for n, name in zip(whole, names, strict=True)
-            ]
-            written = self._written(inner, next(j.name for j in inner.values() if j.root))
-        elif i.opcode in _SLICES:
-            read, written = [sum(a.bytes for a in i.arrays)], [a.bytes for a in i.arrays]
-        elif i.opcode == 'dynamic-update-slice':
-            update = sum(a.bytes for a in operands[1].arrays)
-            read, written = [0, update], [update]
-        else:
-            read, written = [sum(a.bytes for a in o.arrays) for o in operands], [a.bytes for a in i.arrays]
-        in_hbm = lambda o: bool(o.arrays) and o.arrays[0].in_hbm
-        return sum(n for o, n in zip(operands, read, strict=False) if in_hbm(o)) + sum(
-            n for a, n in zip(i.arrays, written, strict=False) if a.in_hbm
-        )
+        in_hbm = [bool(o.arrays) and o.arrays[0].in_hbm for o in operands]
+        read = sum(self._read_by(i, place, computation) for place, there in enumerate(in_hbm) if there)
+        written = self._written(computation, i.name)
+        return read + sum(n for a, n in zip(i.arrays, written, strict=False) if a.in_hbm)
 
     def memory_traffic(self):
         """Bytes that one device reads from its memory (HBM) and writes to it: operands and results of each fusion."""
@@ -304,19 +273,6 @@ class Program:
     def arrays(self):
         """[(`Array`, opcode, where it comes from in the program's source)] of all arrays that are ever in memory."""
         return [(a, i.opcode, _place(i)) for i, _, _ in self.instructions for a in i.arrays]
-
-
-def _parameter(computation, place):
-    """The name of a computation's parameter of that number."""
-    return next(i.name for i in computation.values() if i.opcode == 'parameter' and i.operands == (str(place),))
-
-
-def _is_root(computation, name):
-    """Whether a computation's result is that instruction, or a bitcast of it."""
-    if computation[name].root:
-        return True
-    users = [user for user in computation.values() if user.opcode == 'bitcast' and name in user.operands]
-    return any(_is_root(computation, user.name) for user in users)
 
 
 def unsplit(program, shapes, batch, data, fsdp=1, tensor=1):

@@ -13,6 +13,7 @@ from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
@@ -74,7 +75,7 @@ class Part:
         self.options, self.scale, _ = build.build_sampler(cfg)
         self.ar, self.vae = build.build_ar(cfg), build.build_vae(cfg)
         self.inputs = {k: jnp.asarray(v) for k, v in inputs(self.ar, self.vae, batch).items()}
-        self.flops = self.bytes = self.count = 0
+        self.flops = self.bytes = 0
         self.run = getattr(self, '_' + part)()
 
     def _params(self, model, seed):
@@ -97,21 +98,24 @@ class Part:
     def _double(self, x):
         return jnp.concatenate([x, x]) if self.options.guidance else x
 
-    def _costs(self, function, *arguments, weights=(), times=1):
-        self.flops += times * costs.flops(function, *arguments)
-        self.bytes += times * costs.tree_bytes(weights)
+    def _count(self, function, *arguments, weights=(), lengths=()):
+        self.flops += costs.flops(function, *arguments, lengths=lengths)
+        self.bytes += costs.tree_bytes(weights)
+
+    def _compiled(self, function, *arguments, **counted):
+        """The function, counted and compiled, as one without arguments."""
+        self._count(function, *arguments, **counted)
+        compiled = jax.jit(function).lower(*arguments).compile()
+        return lambda: compiled(*arguments)
 
     def _prefill(self, params=None):
         ar, params = (self.ar.apart(), params) if params else self._sampler('head')
-        null = [ar.condition.num_classes] if self.options.guidance else []
-        run = lambda p, labels: ar.apply(
-            {'params': p}, jnp.append(labels, jnp.array(null, jnp.int32)), method='prefill'
-        )[0]
-        self._costs(run, params, self.inputs['labels'], weights=params['stack'])
-        compiled = jax.jit(run).lower(params, self.inputs['labels']).compile()
+        null = jnp.full(1 if self.options.guidance else 0, ar.condition.num_classes)
+        run = lambda p, labels: ar.apply({'params': p}, jnp.append(labels, null), method='prefill')[0]
+        compiled = self._compiled(run, params, self.inputs['labels'], weights=params['stack'])
         rows = np.minimum(np.arange(self._rows), self.batch)
         position = np.asarray(params['pos_for_diff'][:1])
-        return lambda: np.asarray(compiled(params, self.inputs['labels']))[rows] - position
+        return lambda: np.asarray(compiled())[rows] - position
 
     def _transformer(self):
         ar, params = self._sampler('head')
@@ -120,7 +124,7 @@ class Part:
         self.cache = jax.jit(lambda p: ar.apply({'params': p}, rows, method='prefill'))(params)[1]
         run = lambda p, z, k, cache: ar.apply({'params': p}, self._double(z), k, cache, method='decode_step')
         where, S = positions(ar.num_tokens), ar.condition.length + ar.num_tokens - 1
-        self._costs(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
+        self._count(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
         self.bytes += np.mean([costs.tree_bytes(self.cache) * (ar.condition.length + k) / S for k in where])
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
         step = jax.jit(run, donate_argnums=3).lower(params, z[:, 0], jnp.int32(1), self.cache).compile()
@@ -141,35 +145,24 @@ class Part:
         plan, R, m = self.options.plan(ar.num_tokens), self._rows, self.options.num_draws(ar.num_tokens)
         c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
         which = jnp.asarray(plan.which)
-        guidance = None
-        if self.options.guidance is not None:
-            guidance = Guidance(self.scale, jnp.asarray(False), self.options.guidance_interval)
+        guidance = self.options.guidance and Guidance(self.scale, jnp.asarray(False), self.options.guidance_interval)
 
         def run(params, c, key, k):
             solver = jax.tree.map(lambda a: a[which[k]], head.prepare(params, plan))
             noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(0, 1)
             return self.vae.posterior.project(head.draw_token(params, c, noise, solver, guidance))
 
-        def apply(method):
-            return lambda params, *a: head.apply({'params': params}, *a, method=method)
-
-        evaluations = int(plan.count[plan.which[1]])
-        t_emb, c_emb = jnp.zeros((evaluations, head.width)), jnp.zeros((R, head.width))
-        modulation = jax.eval_shape(apply('modulation'), params, t_emb, c_emb)
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), modulation)
+        evaluations, chunk = int(plan.count[plan.which[1]]), chunk_size(plan.tables.t.shape[1], R)
         blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in params.items() if 'res_groups' in n}
-        self._costs(apply('modulation'), params, t_emb, c_emb)
-        x = jnp.zeros((R, ar.latent_dim))
-        self._costs(apply('modulated'), params, x, one, weights=blocks, times=evaluations)
-        compiled = jax.jit(run).lower(params, c, key, k).compile()
-        return lambda: np.asarray(compiled(params, c, key, k))
+        self.bytes += evaluations * costs.tree_bytes(blocks)
+        compiled = self._compiled(run, params, c, key, k, lengths=(evaluations / chunk, chunk))
+        return lambda: np.asarray(compiled())
 
     def _decode(self):
         params = self._params(self.vae, 2)
         run = lambda p, z: self.vae.apply({'params': p}, z, method='decode')
-        self._costs(run, params, self.inputs['z'], weights=params['decoder'])
-        compiled = jax.jit(run).lower(params, self.inputs['z']).compile()
-        return lambda: np.asarray(compiled(params, self.inputs['z']))
+        compiled = self._compiled(run, params, self.inputs['z'], weights=params['decoder'])
+        return lambda: np.asarray(compiled())
 
     def _encode(self):
         params, keys = self._params(self.vae, 2), jax.random.split(jax.random.key(0), self.batch)
@@ -178,15 +171,14 @@ class Part:
             z, q = draw_tokens(self.vae, p, x, keys)
             return z, q.kl()
 
-        self._costs(run, params, self.inputs['images'], keys, weights=params['encoder'])
-        compiled = jax.jit(run).lower(params, self.inputs['images'], keys).compile()
-        return lambda: np.asarray(compiled(params, self.inputs['images'], keys)[0])
+        compiled = self._compiled(run, params, self.inputs['images'], keys, weights=params['encoder'])
+        return lambda: np.asarray(compiled()[0])
 
     def _train(self, stage):
         mesh = sharding.make_mesh(1)
         state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
         batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
-        self._costs(stage.step, state, stage.frozen, batch)
+        self._count(stage.step, state, stage.frozen, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         self.state, batch = jax.device_put(state, shardings), sharding.place_batch(mesh, batch)
         step = jitted_step(stage, mesh, self.state).lower(self.state, stage.frozen, batch).compile()
@@ -223,9 +215,6 @@ class Part:
         program = self._program(self._sampler()[1])
         return lambda: np.asarray(program())
 
-    def _cached(self):
-        return self._cold()
-
     def _cold(self):
         _, params = self._sampler()
         self._program(params)
@@ -233,3 +222,5 @@ class Part:
         self.flops = self.bytes = 0  # a start has no floor
         prefill()
         return head
+
+    _cached = _cold

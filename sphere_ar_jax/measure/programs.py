@@ -18,6 +18,7 @@ from sphere_ar_jax.models import lpips, transformer
 from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import adversarial
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import abstract_state, jitted_step
@@ -94,10 +95,14 @@ def _rows(mesh, images, *shapes, spec=sharding.BATCH):
     return tuple(jax.ShapeDtypeStruct((images, *rest), dtype, sharding=split) for dtype, rest in shapes)
 
 
+def _placed(tree, place):
+    """A tree of shapes as abstract arrays under a sharding."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
 def _on_one(mesh, tree):
     """A tree of shapes as abstract arrays of the mesh's first device alone."""
-    device = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), tree)
+    return _placed(tree, jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
 
 
 def training_works(cfg, mesh):
@@ -119,35 +124,18 @@ def training_works(cfg, mesh):
 
 
 def _tokens_flops(ar, params, B, options):
-    """Operations of drawing B images' tokens: `costs.flops` cannot count the solver's loop, whose length is data."""
-    rows, guided = (2 * B, 1) if options.guidance else (B, 0)
-    head = ar.head
+    """Operations of drawing B images' tokens, whatever the mesh."""
 
-    def apply(method):
-        def applied(params, *arguments):
-            if hasattr(ar, method):
-                return ar.apply({'params': params}, *arguments, method=method)
-            return head.apply({'params': params['head']}, *arguments, method=method)
+    def sample(params, labels, key):
+        scale = 1.0 if options.guidance else None
+        return sample_tokens(ar, params, labels, jax.random.split(key, B), options, scale)
 
-        return applied
-
-    def f32(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def count(method, *arguments):
-        return costs.flops(apply(method), params, *arguments)
-
-    labels = jax.ShapeDtypeStruct((B + guided,), jnp.int32)
-    c, cache = jax.eval_shape(apply('prefill'), params, jax.ShapeDtypeStruct((rows,), jnp.int32))
-    t_emb, c_emb = (jax.ShapeDtypeStruct((n, head.width), ar.dtype) for n in (1, rows))
-    modulations = jax.eval_shape(apply('modulation'), params, t_emb, c_emb)
-    modulation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), modulations)
-    evaluation = count('modulation', t_emb, c_emb) + count('modulated', f32(rows, ar.latent_dim), modulation)
-    token = count('decode_step', f32(rows, ar.latent_dim), jnp.int32(1), cache) + count('embed_condition', c)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)  # without the mesh
+    labels = jax.ShapeDtypeStruct((B,), jnp.int32)
     plan = options.plan(ar.num_tokens)
-    prepare = costs.flops(lambda params: head.prepare(params['head'], plan), params)
-    once = count('prefill', labels) + prepare
-    return once + ar.num_tokens * (token + plan.evaluations * evaluation)
+    chunk = chunk_size(plan.tables.t.shape[1], 2 * B if options.guidance else B)
+    # The loops over chunks of evaluations and within one, as `solvers.integrate` makes them.
+    return costs.flops(sample, params, labels, jax.random.key(0), lengths=(plan.evaluations / chunk, chunk))
 
 
 def sampling_works(cfg, mesh):
@@ -187,7 +175,7 @@ def evaluation_works(cfg, mesh):
     if shape[-1] == 3:
         image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
         params = jax.eval_shape(inception.Inception().init, jax.random.key(0), image)['params']
-        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), params)
+        params = _placed(params, whole)
         (images,) = _rows(mesh, B, (jnp.uint8, shape), spec=sharding.ROWS)
         features, groups = jax.jit(inception.features), {'params': params, 'rows': images}
         flops = costs.flops(features, params, images)

@@ -12,6 +12,9 @@ import types
 
 import numpy as np
 
+from sphere_ar_jax.config import build
+from sphere_ar_jax.measure import our_parts
+
 
 def _import(checkout, compiled):
     """(torch, the public modules by name). Must come before anything else imports torch."""
@@ -33,9 +36,9 @@ def _import(checkout, compiled):
         stand_in.flash_attn_func = flash_attn_func
         sys.modules['flash_attn'] = stand_in
     sys.path.insert(0, checkout)
-    from SphereAR import diff_head, layers, model, vae
+    from SphereAR import layers, model, vae
 
-    return torch, types.SimpleNamespace(diff_head=diff_head, layers=layers, model=model, vae=vae)
+    return torch, types.SimpleNamespace(layers=layers, model=model, vae=vae)
 
 
 def _set_heads(transformer_layers, heads):
@@ -62,10 +65,8 @@ def _build_vae(torch, public, vae):
         )
     for part in (model.encoder, model.decoder):
         _set_heads(part.layers, vae.backbone.heads)
-        positions = public.layers.get_2d_pos(size, vae.backbone.patch_size)
-        part.freqs_cis = public.layers.precompute_freqs_cis_2d(
-            positions, D // vae.backbone.heads, cls_token_num=4
-        ).clone()
+        positions, width = public.layers.get_2d_pos(size, vae.backbone.patch_size), D // vae.backbone.heads
+        part.freqs_cis = public.layers.precompute_freqs_cis_2d(positions, width, cls_token_num=4).clone()
     return model
 
 
@@ -82,7 +83,7 @@ def _build(torch, public, ar, vae):
     return model
 
 
-def _train(torch, model, vae_only, images, labels, options):
+def _train(torch, model, cfg, vae_only, images, labels):
     """One optimizer step of the public recipe without its adversarial and perceptual terms, as a function."""
     model.train()
     if vae_only:
@@ -94,7 +95,8 @@ def _train(torch, model, vae_only, images, labels, options):
     trained = model.vae if vae_only else model
     parameters = [p for p in trained.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    averaged = copy.deepcopy(parameters) if options['ema_decay'] else None
+    ema_decay = (cfg.tokenizer_training if vae_only else cfg.ar_training).ema_decay
+    averaged = copy.deepcopy(parameters) if ema_decay else None
     forward = torch.compile(model)
 
     def step():
@@ -102,14 +104,15 @@ def _train(torch, model, vae_only, images, labels, options):
         if vae_only:
             error = recon - images
             loss = error.abs().mean() + 0.004 * kl
-            loss = loss + options['l2_weight'] * error.square().mean() if options['l2_weight'] else loss
+            if cfg.tokenizer_training.l2_weight:
+                loss = loss + cfg.tokenizer_training.l2_weight * error.square().mean()
         tx.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         tx.step()
         if averaged is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, 1 - options['ema_decay'])
+                torch._foreach_lerp_(averaged, parameters, 1 - ema_decay)
         return loss
 
     return step
@@ -126,20 +129,20 @@ _UNUSED = {
 }
 
 
-def part(checkout, compiled, name, ar, vae, weights, batch, sampler, options, inputs, positions):
+def part(checkout, compiled, cfg, name, batch, weights):
     """One part of the benchmark on the public code: (function that runs it once and returns an array, function that
     says the peak memory of the accelerator in bytes, None on a CPU).
 
     Args:
-      checkout: directory of the public repository. compiled: whether its torch.compile is left on. name: see
-      `our_parts.PARTS`. ar, vae: our models, for their sizes. weights: file of {PyTorch name: array}. batch: images.
-      sampler: (num_steps, schedule, scale). options: of the training, and bfloat16. inputs: the arrays that our side
-      gets, by name. positions: the tokens that the transformer is timed at.
+      checkout: directory of the public repository. compiled: whether its torch.compile is left on. cfg: for sizes and
+      settings. name: see `our_parts.PARTS`. batch: images. weights: file of {PyTorch name: array}.
     Raises ValueError where a weight is missing.
     """
+    ar, vae = build.build_ar(cfg), build.build_vae(cfg)
+    inputs = our_parts.inputs(ar, vae, batch)
     torch, public = _import(checkout, compiled)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    half = torch.autocast(device, torch.bfloat16, enabled=options['bfloat16'])
+    half = torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == 'bfloat16')
     model = _build(torch, public, ar, vae)
     for attribute in _UNUSED.get(name, ()):
         delattr(model, attribute)
@@ -151,37 +154,35 @@ def part(checkout, compiled, name, ar, vae, weights, batch, sampler, options, in
             elif not key.endswith('freqs_cis'):
                 raise ValueError(f'no weights for {key}')
     model = model.to(device, memory_format=torch.channels_last)
-    model.diff_batch_mul = options['copies']
+    model.diff_batch_mul = cfg.ar_training.copies
     put = lambda a: torch.tensor(np.asarray(a)).to(device)
     nchw = lambda a: put(np.asarray(a).transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
     images, labels, z, condition = nchw(inputs['images']), *(put(inputs[n]) for n in ('labels', 'z', 'condition'))
     labels = labels.long()
-    num_steps, schedule, scale = sampler
-
-    def embedded():
-        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
-        return model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
+    steps, schedule, scale = cfg.sampling.num_steps, cfg.sampling.guidance, cfg.sampling.guidance_scale
 
     def prefill():
-        return model.forward_model(embedded(), 0, ar.condition.length)[:, -1]
+        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
+        embedded = model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
+        return model.forward_model(embedded, 0, ar.condition.length)[:, -1]
 
     def transformer():
         c = []
-        for k in positions:
+        for k in our_parts.positions(ar.num_tokens):
             start = ar.condition.length + k - 1
             last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
             c.append(model.forward_model(last, start, start + 1)[:, 0])
         return torch.stack(c, 1)
 
-    def head(c=condition, k=1):
-        return model.head_sample(c[:, None], k, num_steps, scale, schedule)[:, 0]
+    def head(c=condition):
+        return model.head_sample(c[:, None], 1, steps, scale, schedule)[:, 0]
 
     if name.startswith('train'):
-        step = _train(torch, model, name == 'train_tokenizer', images, labels, options)
+        step = _train(torch, model, cfg, name == 'train_tokenizer', images, labels)
         run = lambda: step()[None]
     else:
         model.eval()
-        if name in ('prefill', 'transformer', 'cold', 'sample'):
+        if name in ('prefill', 'transformer', 'sample', *our_parts.STARTS):
             model.enable_kv_cache(2 * batch)
         run = {
             'prefill': prefill,
@@ -189,8 +190,8 @@ def part(checkout, compiled, name, ar, vae, weights, batch, sampler, options, in
             'head': head,
             'decode': lambda: model.vae.decode(z).permute(0, 2, 3, 1),
             'encode': lambda: model.vae.encode(images)[0],
-            'cold': lambda: head(prefill(), 1),
-            'sample': lambda: model.sample(labels, num_steps, scale, schedule).permute(0, 2, 3, 1),
+            **dict.fromkeys(our_parts.STARTS, lambda: head(prefill())),
+            'sample': lambda: model.sample(labels, steps, scale, schedule).permute(0, 2, 3, 1),
         }[name]
         if name == 'transformer':
             with torch.no_grad(), half:

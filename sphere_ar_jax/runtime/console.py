@@ -30,6 +30,12 @@ def size(count):
     return f'{count / 1024**unit:.{1 if unit else 0}f} {("B", "KiB", "MiB", "GiB", "TiB")[unit]}'
 
 
+def markdown(columns, rows):
+    """A Markdown table as a list of lines."""
+    cells = [f'| {" | ".join(map(str, row))} |' for row in (columns, *rows)]
+    return [cells[0], '|' + '---|' * len(columns), *cells[1:]]
+
+
 def bar(total, name, unit='image', lines=None):
     """A progress bar with time left; where nobody watches (no terminal), a line at every quarter.
 

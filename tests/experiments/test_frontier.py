@@ -45,8 +45,6 @@ def test_summary_and_table(tmp_path):
         f'| {frontier.REFERENCE}',
     ]
     assert f'{sum(values) / 3:.4f}' in lines[4]
-    frontier.save_frontier(
-        str(tmp_path / 'f.png'), json.loads(json.dumps(summary)), frontier.SCORES, frontier.REFERENCE
-    )
+    frontier.save_frontier(str(tmp_path / 'f.png'), json.loads(json.dumps(summary)))
     picture = np.asarray(Image.open(tmp_path / 'f.png').convert('L'))
     assert picture.shape[0] > 500 and picture.std() > 10

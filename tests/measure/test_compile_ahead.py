@@ -130,16 +130,6 @@ def test_collectives_by_hand():
     }
 
 
-def test_what_is_gathered_by_hand():
-    assert sorted(a.shape for a, _ in hlo.Program(HLO).gathered()) == [(512,), (1024,)]
-    program = hlo.Program(HLO.replace('f32[1024]{0}) all-gather', 'f32[512,8,128]{0,1,2}) all-gather'))
-    shapes = lambda *a: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in a]
-    work = lambda *leaves: types.SimpleNamespace(groups={'params': shapes(*leaves), 'frozen': ()})
-    ((size, text, _, _),) = compile_ahead._gathered(program, work((3, 4)))
-    assert (size, text) == (2**21, 'f32[512,8,128]')
-    assert compile_ahead._gathered(program, work((24, 128, 8, 512), (3,))) == []  # one layer's parameters
-
-
 def test_memory_traffic_by_hand():
     """A slice reads what it takes; what lies in a chip's own memory costs nothing; loops count as often as they run."""
     loop = 5 * ((512 + 512 + 4) + (512 + 512) + 3 * 4) + 6 * (4 + 4 + 1)
@@ -341,7 +331,7 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     assert result['remedy'] == f'fits with {flags} (3.0 GiB)'
     assert f'DOES NOT FIT: 40.0 GiB needed, 31.0 GiB there; fits with {flags}' in capsys.readouterr().out
     assert [work.computed > work.flops for work in tried] == [False, True, True]
-    monkeypatch.setattr(compile_ahead, '_gathered', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')])
+    monkeypatch.setattr(compile_ahead, 'replicated', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')])
     fits_at, _ = 1, tried.clear()
     compile_ahead.run(cfg, 'v6e-1', ('train',))
     assert "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]" in capsys.readouterr().out
