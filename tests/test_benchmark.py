@@ -28,6 +28,7 @@ def _run(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @libraries_promote()
 def test_every_part_runs_and_is_counted():
     """Each part gives finite numbers of its shape, twice the same where nothing is trained."""

@@ -65,6 +65,7 @@ def _moments(network, params, opt_state):
     return *rows, np.array([np.linalg.norm(moments[n]) for n in names])
 
 
+@pytest.mark.slow
 def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monkeypatch):
     """Terms, gradients' norms, both networks' parameters and first moments after each step.
 
