@@ -1,6 +1,7 @@
 """Shared by all tests: strict promotion rules, and the tiny golden model (see goldens/README.md)."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,7 +18,8 @@ from sphere_ar_jax.models import ar, vae
 
 # Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests start inherit them.
 QUICK = '--xla_backend_optimization_level=0'
-HAS_OTHER_EMITTERS = jax.__version_info__ < (0, 11)  # the XLA of later versions refuses the flag
+# XLA of JAX 0.11, and of the libtpu of that time, has no other emitters and ends the process that gives it the flag.
+HAS_OTHER_EMITTERS = jax.__version_info__ < (0, 11) and importlib.util.find_spec('libtpu') is None
 if HAS_OTHER_EMITTERS:
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
