@@ -14,7 +14,7 @@ from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, pick
 
 # Keys of the section `vae` that are not fields of a backbone.
 _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior')
@@ -32,13 +32,6 @@ class Sampler(NamedTuple):
     temperature: float = 1.0
 
 
-def _pick(parts: dict[str, Any], key: str, word: str) -> Any:
-    """The part that a word of the config names. Raises UserError, one line, for a word that names none."""
-    if word not in parts:
-        raise UserError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
-    return parts[word]
-
-
 def dtype(config: ConfigDict) -> Any:
     """The dtype of the computation."""
     return getattr(jnp, config.dtype)
@@ -51,8 +44,8 @@ def build_vae(config: ConfigDict) -> VAE:
     for name, value in c.to_dict().items():
         if name not in _TOKENIZER_KEYS:
             fields[name] = tuple(value) if isinstance(value, list | tuple) else value
-    backbone = _pick(BACKBONES, 'vae.backbone', c.backbone)(**fields, dtype=dtype(config))
-    posterior = _pick(POSTERIORS, 'vae.posterior', c.posterior)()
+    backbone = pick(BACKBONES, 'vae.backbone', c.backbone)(**fields, dtype=dtype(config))
+    posterior = pick(POSTERIORS, 'vae.posterior', c.posterior)()
     return VAE(tuple(c.grid), c.latent_dim, backbone, posterior, dtype(config))
 
 
@@ -63,11 +56,11 @@ def build_ar(config: ConfigDict) -> AR:
     if num_classes is None:
         raise UserError(f'data.num_classes: say how many classes the model knows ({config.data.name} does not)')
     if config.init_from is None:
-        head = _pick(HEADS, 'ar.head', c.head)
+        head = pick(HEADS, 'ar.head', c.head)
     else:
-        head = _pick(HEADS, 'distillation_training.head', config.distillation_training.head)
+        head = pick(HEADS, 'distillation_training.head', config.distillation_training.head)
     speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
-    condition = _pick(CONDITIONS, 'ar.condition', c.condition)
+    condition = pick(CONDITIONS, 'ar.condition', c.condition)
     return AR(
         c.depth,
         c.heads,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models.convolutions import torch_init
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, pick
 
 EPS = 1e-5  # of PyTorch's BatchNorm
 SLOPE = 0.2
@@ -157,9 +157,9 @@ KINDS = {'patchgan': PatchGAN, 'stylegan': StyleGAN}
 def build(name, image_shape, dtype=jnp.float32):
     """The published discriminator of that name for images (H, W, c).
 
-    Raises UserError, one line, for images it cannot judge.
+    Raises UserError, one line, for another name than those of `KINDS` and for images it cannot judge.
     """
-    discriminator = KINDS[name](dtype=dtype)
+    discriminator = pick(KINDS, 'discriminator', name)(dtype=dtype)
     discriminator.check(image_shape)
     return discriminator
 

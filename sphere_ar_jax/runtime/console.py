@@ -4,6 +4,7 @@ import math
 import re
 import signal
 import sys
+from typing import Any
 
 
 class UserError(ValueError):
@@ -16,6 +17,13 @@ class Preempted(Exception):
     def __init__(self, number: int, step: int, steps: int):
         super().__init__(f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on')
         self.number = number
+
+
+def pick(parts: dict[str, Any], key: str, word: str) -> Any:
+    """The part that a word names. Raises UserError, one line that names the key, for a word that names none."""
+    if word not in parts:
+        raise UserError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
+    return parts[word]
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -25,6 +25,7 @@ import optax
 
 from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.models.vae import autoencode
+from sphere_ar_jax.runtime.console import pick
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training import state as training_state
 
@@ -51,12 +52,12 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
       and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
       clipping; learning_rate.
     Raises:
-      UserError: the images cannot be judged.
+      UserError: an option names nothing, or the images cannot be judged.
     """
     if not options.disc_weight:
         return stages.tokenizer_stage(vae, options, seed, lpips_params)
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
-    discriminator_term, generator_term = discriminators.ADVERSARIAL[options.disc_loss]
+    discriminator_term, generator_term = pick(discriminators.ADVERSARIAL, 'disc_loss', options.disc_loss)
     decays = training_state.ema_decays(options)
     schedule, tx = training_state.build_optimizer(options)
 

@@ -124,6 +124,7 @@ def test_initialisation():
 
 def test_what_cannot_be_judged():
     for name, shape, message in (
+        ('gan', (64, 64, 3), "'gan', but must be one of patchgan, stylegan"),
         ('patchgan', (16, 64, 1), '24×24 pixels, not 16×64'),
         ('stylegan', (48, 48, 3), 'not 48×48'), ('stylegan', (64, 32, 3), 'not 64×32'),
     ):  # fmt: skip

@@ -232,9 +232,13 @@ def test_an_old_state_with_running_statistics_goes_on(tmp_path, capsys):
 def test_options_that_cannot_be(small):
     model, options = small
     make = lambda model=model, **values: adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
-    with pytest.raises(UserError, match='at least 24×24') as raised:
-        make(model.clone(grid=(8, 8)))
-    assert '\n' not in str(raised.value)
+    for message, wrong in (
+        ("'wgan', but must be one of hinge, vanilla, non_saturating", lambda: make(disc_loss='wgan')),
+        ('at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            wrong()
+        assert '\n' not in str(raised.value)
     stage = make(perceptual_weight=1.0)
     batch = {'image': jnp.zeros((2, 24, 24, 3)), 'label': jnp.zeros(2, jnp.int32)}
     with pytest.raises(ValueError, match='no lpips_params'):
