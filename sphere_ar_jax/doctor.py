@@ -91,6 +91,9 @@ def main(argv):
         print(__doc__.split('\n\nEvery check is')[0])
         return 0
     started = time.perf_counter()
+    versions = checks.check_versions()
+    if versions.status == 'FAIL':
+        return _ended(versions)
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
@@ -108,7 +111,7 @@ def main(argv):
         return 2
     examination = checks.Examination(values.timeout)
     print(f'{platform.node()}, {platform.platform(terse=True)}, {os.cpu_count()} CPUs')
-    examination.say(checks.check_versions())
+    examination.say(versions)
     if rest:
         examination.say(checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
     trains = values.mode == 'train'

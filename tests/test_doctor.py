@@ -180,7 +180,9 @@ def test_missing_packages():
         return '1.2'
 
     check = commands_checks.check_versions(version)
+    assert check.status == 'FAIL' and 'not installed: flax; pip install' in check.text
     assert 'flax –' in check.text and 'libtpu –' in check.text and 'grain 1.2' in check.text
+    assert commands_checks.check_versions(lambda name: '1.2').status == 'ok'
 
 
 def test_a_package_that_is_missing_is_no_traceback():

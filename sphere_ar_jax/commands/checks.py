@@ -15,7 +15,8 @@ from typing import NamedTuple
 from sphere_ar_jax.runtime.console import first_line, size
 
 WIDTH = 100  # of the screen, characters
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'libtpu', 'gcsfs')
+REQUIRED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+OPTIONAL = ('libtpu', 'gcsfs')
 
 
 class Check(NamedTuple):
@@ -46,12 +47,16 @@ def limited(function, seconds):
 def check_versions(version=importlib.metadata.version):
     """The versions of Python and of the packages that matter; version: name → str, or PackageNotFoundError."""
     found = {'python': platform.python_version()}
-    for name in PACKAGES:
+    for name in REQUIRED + OPTIONAL:
         try:
             found[name] = version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = '–'
-    return Check('versions', 'ok', ', '.join(f'{name} {number}' for name, number in found.items()))
+    text = ', '.join(f'{name} {number}' for name, number in found.items())
+    missing = [name for name in REQUIRED if found[name] == '–']
+    if missing:
+        return Check('versions', 'FAIL', f'{text}\nnot installed: {", ".join(missing)}; pip install -e .')
+    return Check('versions', 'ok', text)
 
 
 def device_files(exists=os.path.exists):
