@@ -19,8 +19,8 @@ from sphere_ar_jax.models import ar, vae
 # Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests start inherit them.
 QUICK = '--xla_backend_optimization_level=0'
 # XLA of JAX 0.11, and of the libtpu of that time, has no other emitters and ends the process that gives it the flag.
-HAS_OTHER_EMITTERS = jax.__version_info__ < (0, 11) and importlib.util.find_spec('libtpu') is None
-if HAS_OTHER_EMITTERS:
+EMITTERS_ARE_A_CHOICE = jax.__version_info__ < (0, 11) and importlib.util.find_spec('libtpu') is None
+if EMITTERS_ARE_A_CHOICE:
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
 if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
@@ -51,7 +51,7 @@ def accurate() -> dict[str, int | bool] | None:
     if jax.default_backend() != 'cpu':
         return None
     options = {'xla_backend_optimization_level': 3}
-    if HAS_OTHER_EMITTERS:
+    if EMITTERS_ARE_A_CHOICE:
         options['xla_cpu_use_fusion_emitters'] = True
     return options
 

@@ -61,17 +61,21 @@ def stages(cfg):
     return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 
 
+def random_arrays(shapes, seed=0):
+    """Float32 arrays in the shapes of a tree: normal with deviation 0.2, around 1 where there is one dimension."""
+    draw = np.random.default_rng(seed).standard_normal
+    return jax.tree.map(lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32), shapes)
+
+
+def random_params(model, seed=0):
+    """Parameters of a model without compiling their initialisation, none of them left at zero."""
+    return random_arrays(jax.eval_shape(model.init_params, jax.random.key(0)), seed)
+
+
 def random_run(cfg=None, **sampling):
     """An untrained `run.Run` whose images do depend on everything: no parameter is left at zero."""
     cfg = get_config() if cfg is None else cfg
     cfg.sampling.update(sampling)
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
-
-    def params(model):
-        draw = np.random.default_rng(0).standard_normal
-        return jax.tree.map(
-            lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32),
-            jax.eval_shape(model.init_params, jax.random.key(0)),
-        )
-
-    return run.Run(cfg, vae, params(vae), ar, params(ar))
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
+    return run.Run(cfg, vae, random_params(vae), ar, random_params(ar))

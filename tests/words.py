@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Words that no text has, in lower case.
-DIARY = ('this session', 'a session later', 'before the move', 'since the move', 'spec §', 'could not be had here')
+DIARY = ('session', 'the move', 'spec §', 'could not be had here')
 # A sentence begins a text, follows the end of another one, or follows an empty line.
 FRAGMENT = re.compile(r'(?:\A|[.!?:][)"’]?\s+|\n\s*\n\s*)(Of\b[^.\n]{0,50})')
 

@@ -55,7 +55,7 @@ def grid(workdir, *, classes, columns=4, output=None, like=None):
     """
     path = output or f'{workdir}/grid.png'
     wanted = [name.strip() for name in classes.split(';') if name.strip()]
-    if not wanted:
+    if not wanted or columns < 1:
         raise UserError("give --classes='golden retriever; 388; n02099601' and at least 1 for --columns")
     numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
     run, mesh = open_run.open_run(workdir, like)

@@ -170,8 +170,11 @@ def from_torch(tensors, like, progress=lambda done: None):
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
-    is_table = lambda name: name.split('.')[-1] == 'freqs_cis'
-    tensors = {n: t for n, t in tensors.items() if n.startswith('vae.') == of_vae and not is_table(n)}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith('vae.') == of_vae and name.split('.')[-1] != 'freqs_cis'
+    }
     _require_fit(tensors, shapes)
     params, done = {}, 0
     for path, leaf in traverse.flatten_dict(like, sep='/').items():

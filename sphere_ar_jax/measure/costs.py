@@ -84,6 +84,11 @@ def flops(function, *arguments, lengths=()):
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths)
 
 
+def head_loops(evaluations, chunk):
+    """`lengths` of the loops of `solvers.integrate`: over chunks of evaluations, and over those within one chunk."""
+    return evaluations / chunk, chunk
+
+
 def tree_bytes(tree):
     """Bytes of a tree of arrays, abstract or not."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
@@ -96,7 +101,10 @@ def device_bytes(tree):
 
 def best_seconds(function):
     """Shortest of three runs of a function without arguments, after one that is not counted."""
-    run = lambda: jax.block_until_ready(function())
+
+    def run():
+        jax.block_until_ready(function())
+
     run()
     return min(timeit.repeat(run, number=1, repeat=3))
 

@@ -155,7 +155,7 @@ class Part:
         evaluations, chunk = int(plan.count[plan.which[1]]), chunk_size(plan.tables.t.shape[1], R)
         blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in params.items() if 'res_groups' in n}
         self.bytes += evaluations * costs.tree_bytes(blocks)
-        compiled = self._compiled(run, params, c, key, k, lengths=(evaluations / chunk, chunk))
+        compiled = self._compiled(run, params, c, key, k, lengths=costs.head_loops(evaluations, chunk))
         return lambda: np.asarray(compiled())
 
     def _decode(self):

@@ -134,8 +134,7 @@ def _tokens_flops(ar, params, B, options):
     labels = jax.ShapeDtypeStruct((B,), jnp.int32)
     plan = options.plan(ar.num_tokens)
     chunk = chunk_size(plan.tables.t.shape[1], 2 * B if options.guidance else B)
-    # The loops over chunks of evaluations and within one, as `solvers.integrate` makes them.
-    return costs.flops(sample, params, labels, jax.random.key(0), lengths=(plan.evaluations / chunk, chunk))
+    return costs.flops(sample, params, labels, jax.random.key(0), lengths=costs.head_loops(plan.evaluations, chunk))
 
 
 def sampling_works(cfg, mesh):

@@ -132,8 +132,9 @@ def keep_rows_split(mesh, function):
 
     def interceptor(method, arguments, options, context):
         out = method(*arguments, **options)
-        of_a_batch = context.method_name == '__call__' and arguments  # without inputs it returns parameters
-        return jax.tree.map(constrain, out) if of_a_batch else out
+        if context.method_name != '__call__' or not (arguments or options):
+            return out  # A module without inputs returns parameters.
+        return jax.tree.map(constrain, out)
 
     def kept(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(interceptor):

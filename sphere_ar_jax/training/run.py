@@ -25,10 +25,12 @@ class Run(NamedTuple):
 def load_config(workdir):
     """The config of a run. Raises OSError where there is none, UserError for a file that is no config of ours."""
     path = epath.Path(workdir, 'config.json')
-    if not path.exists():
-        raise FileNotFoundError(f'there is no run in {workdir}')
     try:
-        return checks.from_dict(json.loads(path.read_text()))
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f'there is no run in {workdir}') from None
+    try:
+        return checks.from_dict(json.loads(text))
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError):

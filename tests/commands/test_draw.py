@@ -278,10 +278,7 @@ def digits_run(tmp_path_factory):
     """Workdir of a digits model that was converted from a file."""
     workdir = tmp_path_factory.mktemp('digits') / 'w'
     first = tiny_config.random_run()
-    ar = build.build_ar(_tuning())
-    shapes = jax.eval_shape(ar.init_params, jax.random.key(0))
-    draw = np.random.default_rng(7).standard_normal
-    params = jax.tree.map(lambda x: (0.2 * draw(x.shape)).astype(np.float32), shapes)
+    params = tiny_config.random_params(build.build_ar(_tuning()), seed=7)
     torch_names.export(f'{workdir}.safetensors', first.vae, first.vae_params, params)
     _checkpoint(pathlib.Path(f'{workdir}.pt'), safetensors.numpy.load_file(f'{workdir}.safetensors'))
     checkpoints.convert_checkpoint(f'{workdir}.pt', str(workdir), heads=2)

@@ -11,6 +11,7 @@ from sphere_ar_jax.models import ar, convolutions, transformer, vae
 from sphere_ar_jax.models.backbones import cnn
 from sphere_ar_jax.models.heads import flow
 from sphere_ar_jax.training.state import quickly_compiled
+from tests import tiny_config
 from tests.conftest import libraries_promote
 
 COUNTS = {'B': 204_499_216, 'L': 476_380_176, 'H': 943_854_096}
@@ -230,9 +231,7 @@ def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
     small = vae.s_vae(
         grid=(2, 2), latent_dim=8, image_channels=1, stem=4, channels=(8, 16), heads=1, encoder_depth=1, decoder_depth=2
     )
-    draw = np.random.default_rng(0).standard_normal
-    shapes = jax.eval_shape(small.init_params, jax.random.key(0))
-    small_params = jax.tree.map(lambda x: (0.2 * draw(x.shape)).astype(np.float32), shapes)
+    small_params = tiny_config.random_params(small)
     for (model, params), run in (
         (
             tiny_ar,

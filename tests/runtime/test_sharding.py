@@ -167,11 +167,9 @@ def small_config():
 
 def _state(stage, shardings):
     """A state in its layout: parameters by NumPy, since compiling their initialisation takes longer than all else."""
-    draw = np.random.default_rng(0).standard_normal
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    fill = lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return jax.device_put(zeros.replace(params=jax.tree.map(fill, shapes.params)), shardings)
+    return jax.device_put(zeros.replace(params=tiny_config.random_arrays(shapes.params)), shardings)
 
 
 def _run(sizes):

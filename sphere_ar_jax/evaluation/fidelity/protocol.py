@@ -88,7 +88,11 @@ def summarize(path, params, *, batch_size=64, progress=lambda done, total: None)
             )
         return Summary(None, *found)
     with image_sets.open_images(path) as (_, shape):
-        report = lambda done: progress(done, shape[0])
+        total = shape[0]
+
+    def report(done):
+        progress(done, total)
+
     features = extract(image_sets.read_images(path, batch_size), params, batch_size=batch_size, progress=report)
     return Summary(
         features, *(found or (statistics.statistics(features.pool), statistics.statistics(features.spatial)))
