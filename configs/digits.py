@@ -1,22 +1,25 @@
-"""SphereAR on scikit-learn's 1,797 handwritten digits: the whole method in minutes on a laptop, nothing to download.
+"""SphereAR on scikit-learn's 1,797 handwritten digits: the whole method in minutes on a laptop,
+nothing to download.
 
 Command:   python -m sphere_ar_jax.main --config=configs/digits.py --workdir=/tmp/digits
 Hardware:  2 CPU cores, 1.6 GB; 4 minutes, all compilation included
 Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (docs/evaluation.md)
 
-:smoke     the same path in under a minute, to see that everything runs; its pictures are no digits yet:
+:smoke     the same path in under a minute, to see that everything runs; its pictures are no digits
+yet:
            python -m sphere_ar_jax.main --config=configs/digits.py:smoke --workdir=/tmp/digits_smoke
 
-:fast      the sampler with the fewest evaluations that lost nothing (BUILD_NOTES.md, "Fewer evaluations")
-:distilled a flow head of one or two evaluations with guidance within, from a finished run of the same seed:
+:fast      the sampler with the fewest evaluations that lost nothing (BUILD_NOTES.md, "Fewer
+evaluations") :distilled a flow head of one or two evaluations with guidance within, from a finished
+run of the same seed:
            python -m sphere_ar_jax.main --config=configs/digits.py:distilled \\
                --config.init_from=/tmp/digits --workdir=/tmp/digits_distilled
 
-Images are 8×8 scans enlarged to 16×16, 4×4 tokens of d = 8 on a sphere of radius √8. Against the ImageNet recipe
-(configs/vae.py, configs/ar_b.py): smaller models, larger learning rates with warm-up and cosine in both stages, an L2
-term in the tokenizer's loss in place of the perceptual and adversarial ones, a shorter EMA, 2 noisy copies of each
-token instead of 4, and constant guidance: with 16 tokens the first one, which the linear schedule leaves unguided, is
-much of the digit.
+Images are 8×8 scans enlarged to 16×16, 4×4 tokens of d = 8 on a sphere of radius √8. Against the
+ImageNet recipe (configs/vae.py, configs/ar_b.py): smaller models, larger learning rates with
+warm-up and cosine in both stages, an L2 term in the tokenizer's loss in place of the perceptual and
+adversarial ones, a shorter EMA, 2 noisy copies of each token instead of 4, and constant guidance:
+with 16 tokens the first one, which the linear schedule leaves unguided, is much of the digit.
 """
 
 from sphere_ar_jax import config
@@ -42,12 +45,29 @@ def get_config(arg=''):
         heads=4,
         unroll=2,
     )
-    c.ar.update(depth=3, heads=4, width=96, head_depth=4, head_width=128, head_groups=2, class_tokens=4, unroll=4)
-    common = dict(batch_size=64, learning_rate=2e-3, final_learning_rate=1e-5, log_every=50, checkpoint_every=250)
+    c.ar.update(
+        depth=3,
+        heads=4,
+        width=96,
+        head_depth=4,
+        head_width=128,
+        head_groups=2,
+        class_tokens=4,
+        unroll=4,
+    )
+    common = dict(
+        batch_size=64,
+        learning_rate=2e-3,
+        final_learning_rate=1e-5,
+        log_every=50,
+        checkpoint_every=250,
+    )
     c.tokenizer_training.update(common, steps=800, warmup_steps=50, kl_weight=0.004, l2_weight=1.0)
     c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)
     c.ar_training.update(common, steps=1500, warmup_steps=100, ema_decay=0.995, copies=2)
-    c.sampling.update(num_images=1000, batch_size=250, num_steps=100, guidance='constant', guidance_scale=1.5)
+    c.sampling.update(
+        num_images=1000, batch_size=250, num_steps=100, guidance='constant', guidance_scale=1.5
+    )
     c.distillation_training.update(
         common,
         steps=1500,
@@ -64,6 +84,8 @@ def get_config(arg=''):
         c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
     if arg == 'smoke':
         c.tokenizer_training.update(steps=30, warmup_steps=10, log_every=10, checkpoint_every=15)
-        c.ar_training.update(steps=30, warmup_steps=10, ema_decay=0.9, log_every=10, checkpoint_every=15)
+        c.ar_training.update(
+            steps=30, warmup_steps=10, ema_decay=0.9, log_every=10, checkpoint_every=15
+        )
         c.sampling.update(num_steps=10)
     return c

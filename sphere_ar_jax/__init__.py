@@ -1,4 +1,6 @@
-"""SphereAR in JAX: continuous-token autoregressive image generation on a hypersphere (arXiv 2509.24335)."""
+"""SphereAR in JAX: continuous-token autoregressive image generation on a hypersphere (arXiv
+2509.24335).
+"""
 
 import importlib
 from types import ModuleType

@@ -1,10 +1,13 @@
-"""The benchmark: what each part costs, how near it is to what the machine can do, and beside the public PyTorch code.
+"""The benchmark: what each part costs, how near it is to what the machine can do, and beside the
+public PyTorch code.
 
-    python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench [--against=CHECKOUT]
+    python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench
+    [--against=CHECKOUT]
 
-Every part is prepared in a process of its own, one for each side (ours; with --against also the public code, compiled
-and eager), so that start, compilation and peak memory are its own. The sides then take turns, --repeats times each,
-so that a ratio compares minutes that were alike. Results: a table on the screen, OUTPUT/benchmark.json and .md.
+Every part is prepared in a process of its own, one for each side (ours; with --against also the
+public code, compiled and eager), so that start, compilation and peak memory are its own. The sides
+then take turns, --repeats times each, so that a ratio compares minutes that were alike. Results: a
+table on the screen, OUTPUT/benchmark.json and .md.
 """
 
 import os
@@ -22,20 +25,40 @@ _FLAGS = flags.FlagValues()  # of its own: `main` has flags of the same names
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.', flag_values=_FLAGS
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'Directory for benchmark.json and benchmark.md.', flag_values=_FLAGS)
-_PARTS = flags.DEFINE_list('parts', None, 'Parts to run, all but `sample` if not given.', flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Images drawn or decoded at a time.', 1, flag_values=_FLAGS)
-_TRAIN_BATCH = flags.DEFINE_integer(
-    'train_batch_size', None, 'Images of a training step; batch_size if not given.', flag_values=_FLAGS
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory for benchmark.json and benchmark.md.', flag_values=_FLAGS
 )
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each part and side.', 1, flag_values=_FLAGS)
+_PARTS = flags.DEFINE_list(
+    'parts', None, 'Parts to run, all but `sample` if not given.', flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+    'batch_size', 8, 'Images drawn or decoded at a time.', 1, flag_values=_FLAGS
+)
+_TRAIN_BATCH = flags.DEFINE_integer(
+    'train_batch_size',
+    None,
+    'Images of a training step; batch_size if not given.',
+    flag_values=_FLAGS,
+)
+_REPEATS = flags.DEFINE_integer(
+    'repeats', 5, 'Timed runs of each part and side.', 1, flag_values=_FLAGS
+)
 _AGAINST = flags.DEFINE_string(
-    'against', None, 'Checkout of guolinke/SphereAR to run beside ours; needs torch.', flag_values=_FLAGS
+    'against',
+    None,
+    'Checkout of guolinke/SphereAR to run beside ours; needs torch.',
+    flag_values=_FLAGS,
 )
 _SIDES = flags.DEFINE_multi_enum(
-    'side', ['compiled', 'eager'], ['compiled', 'eager'], 'How the public code is run.', flag_values=_FLAGS
+    'side',
+    ['compiled', 'eager'],
+    ['compiled', 'eager'],
+    'How the public code is run.',
+    flag_values=_FLAGS,
 )
-_CURVES = flags.DEFINE_bool('curves', False, 'Also cost against batch, tokens, depth and steps.', flag_values=_FLAGS)
+_CURVES = flags.DEFINE_bool(
+    'curves', False, 'Also cost against batch, tokens, depth and steps.', flag_values=_FLAGS
+)
 
 
 def _fail(message):
@@ -51,7 +74,9 @@ def main(argv):
         cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # also whatever a config file raises
         _fail(one_line(error))
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # processes share the accelerator
+    os.environ.setdefault(
+        'XLA_PYTHON_CLIENT_PREALLOCATE', 'false'
+    )  # processes share the accelerator
     if rest:
         _fail(f'{rest[0]} is no flag')
     if cfg is None or _OUTPUT.value is None:

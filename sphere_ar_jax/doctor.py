@@ -1,15 +1,18 @@
-"""What a host has for a run, and what it lacks, on one screen: run it on every host before the program.
+"""What a host has for a run, and what it lacks, on one screen: run it on every host before the
+program.
 
-  python -m sphere_ar_jax.doctor [--config=FILE[:VARIANT] [--config.KEY=VALUE …]] [--workdir=DIR|gs://BUCKET/DIR]
+  python -m sphere_ar_jax.doctor [--config=FILE[:VARIANT] [--config.KEY=VALUE …]]
+  [--workdir=DIR|gs://BUCKET/DIR]
                                  [--data=KIND:PATH] [--timeout=SECONDS]
 
-Takes the words of `main` as well, and says which it does not look at; with another --mode than train it looks at no
-training. Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (it will not), and with what to
-do. Exit code 1 if anything failed, 2 for wrong flags. A check that has not answered after 60 s (--timeout), as storage
-and drivers may, has failed too.
+Takes the words of `main` as well, and says which it does not look at; with another --mode than
+train it looks at no training. Every check ends with ok, WARN (it will run, but perhaps not as
+meant) or FAIL (it will not), and with what to do. Exit code 1 if anything failed, 2 for wrong
+flags. A check that has not answered after 60 s (--timeout), as storage and drivers may, has failed
+too.
 
-Every check is a function of plain arguments that returns a `Check`. Sizes are bytes. What a check needs is imported in
-it, for that a package is missing or broken is what the doctor is there to say.
+Every check is a function of plain arguments that returns a `Check`. Sizes are bytes. What a check
+needs is imported in it, for that a package is missing or broken is what the doctor is there to say.
 """
 
 import logging
@@ -22,8 +25,9 @@ from sphere_ar_jax.commands import checks
 
 
 def examine(cfg, workdir, data, examination, trains=True):
-    """All checks. cfg: a config, not checked yet, or None. workdir, data: as given by flags, or None. trains: whether a
-    training is to be looked at."""
+    """All checks. cfg: a config, not checked yet, or None. workdir, data: as given by flags, or
+    None. trains: whether a training is to be looked at.
+    """
     import jax
 
     from sphere_ar_jax.config import recipes
@@ -32,10 +36,18 @@ def examine(cfg, workdir, data, examination, trains=True):
     from sphere_ar_jax.runtime import joining
 
     e = examination
-    e.run('processes', joining.join, slow='have the other processes been started? --timeout=SECONDS waits longer')
+    e.run(
+        'processes',
+        joining.join,
+        slow='have the other processes been started? --timeout=SECONDS waits longer',
+    )
     if e.failed:  # a device asked for now would wait for the others without end
         return
-    seen = e.run('devices', lambda: (jax.devices(), jax.local_devices()), slow='does another program hold them?')
+    seen = e.run(
+        'devices',
+        lambda: (jax.devices(), jax.local_devices()),
+        slow='does another program hold them?',
+    )
     if seen is None:
         return
     devices, local = seen
@@ -66,15 +78,23 @@ def examine(cfg, workdir, data, examination, trains=True):
 
 
 def _flags(argv):
-    """(values of the flags, the words that are of `main` alone). Raises what absl and config files raise."""
+    """(values of the flags, the words that are of `main` alone). Raises what absl and config files
+    raise.
+    """
     from absl import flags
     from ml_collections import config_flags
 
     values = flags.FlagValues()  # of its own: `main` has flags of the same names
-    config_flags.DEFINE_config_file('config', None, 'Configuration file.', flag_values=values, sys_argv=argv)
-    flags.DEFINE_string('workdir', None, 'Directory of the run, local or gs://…', flag_values=values)
+    config_flags.DEFINE_config_file(
+        'config', None, 'Configuration file.', flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_string(
+        'workdir', None, 'Directory of the run, local or gs://…', flag_values=values
+    )
     flags.DEFINE_string('mode', 'train', 'As for `main`.', flag_values=values)
-    flags.DEFINE_string('data', None, 'KIND:PATH, in place of the data of the config.', flag_values=values)
+    flags.DEFINE_string(
+        'data', None, 'KIND:PATH, in place of the data of the config.', flag_values=values
+    )
     flags.DEFINE_float('timeout', 60, 'Seconds that a check may take.', 1e-3, flag_values=values)
     return values, values(argv, known_only=True)[1:]
 
@@ -94,7 +114,9 @@ def main(argv):
     versions = checks.check_versions()
     if versions.status == 'FAIL':
         return _ended(versions)
-    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises all the same
+    logging.getLogger('gcsfs').setLevel(
+        logging.CRITICAL
+    )  # it logs tracebacks of what it raises all the same
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
         from sphere_ar_jax.config import packaged
@@ -105,7 +127,9 @@ def main(argv):
         if cfg is not None:
             dict(cfg.items())  # a config file that failed to load says so only when it is read
     except ImportError as error:
-        return _ended(checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .'))
+        return _ended(
+            checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .')
+        )
     except Exception as error:  # also whatever a config file raises
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2

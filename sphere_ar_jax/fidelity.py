@@ -1,9 +1,11 @@
-"""Fidelity of image sets: FID, sFID, Inception Score, precision and recall by the ADM protocol, without TensorFlow.
+"""Fidelity of image sets: FID, sFID, Inception Score, precision and recall by the ADM protocol,
+without TensorFlow.
 
-    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz --weights=classify_image_graph_def.pb
+    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz
+    --weights=classify_image_graph_def.pb
 
-The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol 2021, arXiv
-2105.05233), to which published numbers on ImageNet refer; see `protocol`.
+The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol
+2021, arXiv 2105.05233), to which published numbers on ImageNet refer; see `protocol`.
 """
 
 import argparse
@@ -20,7 +22,9 @@ def main():
     parser = argparse.ArgumentParser('python -m sphere_ar_jax.fidelity')
     parser.add_argument('reference', help='npz of reference images or statistics')
     parser.add_argument('samples', help='npz with the samples, arr_0')
-    parser.add_argument('--weights', required=True, help='classify_image_graph_def.pb, or a .pth file')
+    parser.add_argument(
+        '--weights', required=True, help='classify_image_graph_def.pb, or a .pth file'
+    )
     parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
     arguments = parser.parse_args()
     try:

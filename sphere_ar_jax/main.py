@@ -1,21 +1,26 @@
-"""The entry point: python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]
+"""The entry point: python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR
+[--config.KEY=VALUE …]
 
-Trains the tokenizer, trains the AR model on its tokens, samples, scores, and writes pictures and report.html. Started
-again in the same workdir it goes on where it stopped. What else --mode does, see `draw`:
+Trains the tokenizer, trains the AR model on its tokens, samples, scores, and writes pictures and
+report.html. Started again in the same workdir it goes on where it stopped. What else --mode does,
+see `draw`:
 
-  --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema] [--heads=N]
-  --mode=export --workdir=DIR --output=FILE.safetensors
-  --mode=pack --data=KIND:PATH --output=DIR [--shards=N] [--split=NAME --data_dir=DIR, of tfds]
-  --mode=sample --workdir=DIR [--output=FILE.npz] [--num_images=N] [--labels=uniform|balanced|FILE] [--png=DIR]
-  --mode=grid --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png]
-  --mode=evaluate --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
+  --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema]
+  [--heads=N] --mode=export --workdir=DIR --output=FILE.safetensors --mode=pack --data=KIND:PATH
+  --output=DIR [--shards=N] [--split=NAME --data_dir=DIR, of tfds] --mode=sample --workdir=DIR
+  [--output=FILE.npz] [--num_images=N] [--labels=uniform|balanced|FILE] [--png=DIR] --mode=grid
+  --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png] --mode=evaluate
+  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
                   [--lpips=vgg.pth --vgg=vgg16.pth]
-  --mode=compile --config=FILE --topology=v6e-256[,v5p-64,…] [--parts=train,sample,evaluate] [--output=FILE.json]
+  --mode=compile --config=FILE --topology=v6e-256[,v5p-64,…] [--parts=train,sample,evaluate]
+  [--output=FILE.json]
                   [--noaudit]: what the programs would take on TPUs; needs none, see `compile_ahead`
 
-With --config these take the sampler, seed, dtype and mesh from it, else those that the run was begun with.
+With --config these take the sampler, seed, dtype and mesh from it, else those that the run was
+begun with.
 
-Started as several processes, see `joining`, training, sample, grid and evaluate are one run of all of them.
+Started as several processes, see `joining`, training, sample, grid and evaluate are one run of all
+of them.
 """
 
 import difflib
@@ -35,11 +40,14 @@ from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
 from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
-# JAX and all that needs it is imported by the command that runs: what is wrong with the flags is said before that.
+# JAX and all that needs it is imported by the command that runs: what is wrong with the flags is
+# said before that.
 
 _STARTED = time.perf_counter()
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Configuration file, with its argument after a colon.')
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Configuration file, with its argument after a colon.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numbers and pictures.')
 _MODE = flags.DEFINE_enum(
     'mode',
@@ -49,34 +57,79 @@ _MODE = flags.DEFINE_enum(
 )
 # Flags of single modes, by the modes that take them.
 _OPTIONS = (
-    (flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'), ('convert',)),
+    (
+        flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
+        ('convert',),
+    ),
     (flags.DEFINE_bool('no-ema', None, 'Take `model`, not `ema`, of a checkpoint.'), ('convert',)),
-    (flags.DEFINE_integer('heads', None, 'Attention heads of an AR model that was not published.', 1), ('convert',)),
+    (
+        flags.DEFINE_integer(
+            'heads', None, 'Attention heads of an AR model that was not published.', 1
+        ),
+        ('convert',),
+    ),
     (
         flags.DEFINE_string('output', None, 'File or directory to write.'),
         ('export', 'pack', 'sample', 'grid', 'compile'),
     ),
-    (flags.DEFINE_string('data', None, 'A tar of ImageNet, or KIND:PATH of another data set.'), ('pack',)),
+    (
+        flags.DEFINE_string('data', None, 'A tar of ImageNet, or KIND:PATH of another data set.'),
+        ('pack',),
+    ),
     (flags.DEFINE_integer('shards', None, 'Files to write, 128 if not given.', 1), ('pack',)),
     (flags.DEFINE_string('split', None, 'Of tfds; train if not given.'), ('pack',)),
     (flags.DEFINE_string('data_dir', None, 'Of tfds, if not its default.'), ('pack',)),
-    (flags.DEFINE_integer('num_images', None, 'Images to draw; else of the config.', 1), ('sample',)),
-    (flags.DEFINE_string('labels', None, 'uniform, balanced, or a file of whole numbers.'), ('sample',)),
-    (flags.DEFINE_string('png', None, 'Directory for a PNG file of every image, too.'), ('sample',)),
-    (flags.DEFINE_string('classes', None, 'Names, synsets or numbers, separated by semicolons.'), ('grid',)),
+    (
+        flags.DEFINE_integer('num_images', None, 'Images to draw; else of the config.', 1),
+        ('sample',),
+    ),
+    (
+        flags.DEFINE_string('labels', None, 'uniform, balanced, or a file of whole numbers.'),
+        ('sample',),
+    ),
+    (
+        flags.DEFINE_string('png', None, 'Directory for a PNG file of every image, too.'),
+        ('sample',),
+    ),
+    (
+        flags.DEFINE_string('classes', None, 'Names, synsets or numbers, separated by semicolons.'),
+        ('grid',),
+    ),
     (flags.DEFINE_integer('columns', None, 'Images of each class, 4 if not given.', 1), ('grid',)),
     (flags.DEFINE_string('samples', None, 'npz of samples (arr_0).'), ('evaluate',)),
-    (flags.DEFINE_string('reference', None, 'npz of reference images or statistics.'), ('evaluate',)),
-    (flags.DEFINE_string('inception', None, 'Weights of the Inception network, .pb or .pth.'), ('evaluate',)),
-    (flags.DEFINE_string('images', None, 'npz of real images (arr_0), for scores of the tokenizer.'), ('evaluate',)),
+    (
+        flags.DEFINE_string('reference', None, 'npz of reference images or statistics.'),
+        ('evaluate',),
+    ),
+    (
+        flags.DEFINE_string('inception', None, 'Weights of the Inception network, .pb or .pth.'),
+        ('evaluate',),
+    ),
+    (
+        flags.DEFINE_string(
+            'images', None, 'npz of real images (arr_0), for scores of the tokenizer.'
+        ),
+        ('evaluate',),
+    ),
     (flags.DEFINE_string('lpips', None, "LPIPS' linear weights (vgg.pth)."), ('evaluate',)),
     (
-        flags.DEFINE_string('topology', None, 'Slices of TPUs, as v6e-256 or v6e:16x16, separated by commas.'),
+        flags.DEFINE_string(
+            'topology', None, 'Slices of TPUs, as v6e-256 or v6e:16x16, separated by commas.'
+        ),
         ('compile',),
     ),
-    (flags.DEFINE_list('parts', None, 'Of train, sample and evaluate; all, if not given.'), ('compile',)),
-    (flags.DEFINE_bool('audit', None, 'Compile steps once more, to find what is replicated.'), ('compile',)),
-    (flags.DEFINE_string('vgg', None, "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."), ('evaluate',)),
+    (
+        flags.DEFINE_list('parts', None, 'Of train, sample and evaluate; all, if not given.'),
+        ('compile',),
+    ),
+    (
+        flags.DEFINE_bool('audit', None, 'Compile steps once more, to find what is replicated.'),
+        ('compile',),
+    ),
+    (
+        flags.DEFINE_string('vgg', None, "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
+        ('evaluate',),
+    ),
 )
 
 
@@ -91,7 +144,9 @@ def _config_file(argv: list[str]) -> str | None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one line (UserError)."""
+    """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one
+    line (UserError).
+    """
     if '--version' in argv:
         print(f'sphere_ar_jax {__version__}')
         sys.exit(0)
@@ -99,18 +154,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
-            dict(_CONFIG.value.items())  # a config file that failed to load says so only when it is read
+            dict(
+                _CONFIG.value.items()
+            )  # a config file that failed to load says so only when it is read
         return rest
     except Exception as error:
         file = _config_file(argv)
         if file is not None and not os.path.exists(file):
             raise UserError(f'there is no config file {file}') from None
-        given = [a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')]
+        given = [
+            a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')
+        ]
         names = list(schema.leaves(schema.default().to_dict()))
         unknown = [name for name in given if name not in names]
         if isinstance(error, AttributeError | KeyError) and unknown:
             close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
-            hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(schema.default())}'
+            hint = (
+                f'did you mean {close[0]}?'
+                if close
+                else f'its sections are {", ".join(schema.default())}'
+            )
             raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
         where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
         raise UserError(f'{where}{one_line(error)}') from None
@@ -134,8 +197,12 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         if not output.endswith('.npz'):
             raise UserError(f'--output is {output}, but must end in .npz')
         if '://' in output:
-            raise UserError(f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz')
-    if mode == 'evaluate' and (('lpips' in given) != ('vgg' in given) or ('lpips' in given and 'images' not in given)):
+            raise UserError(
+                f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz'
+            )
+    if mode == 'evaluate' and (
+        ('lpips' in given) != ('vgg' in given) or ('lpips' in given and 'images' not in given)
+    ):
         raise UserError('give --lpips, --vgg and --images together')
 
 
@@ -151,7 +218,9 @@ _ALONE = ('compile', 'convert', 'export', 'pack')  # nothing in them is shared o
 
 
 def main(argv: list[str]) -> None:
-    """Run the command of the flags; anything the user can put right ends it with one line and exit code 2."""
+    """Run the command of the flags; anything the user can put right ends it with one line and exit
+    code 2.
+    """
     mode = _MODE.value
     given = {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
     _check_usage(argv, mode, given)
@@ -180,7 +249,9 @@ def _run(mode: str, workdir: str | None, cfg: Any, given: dict[str, Any]) -> Non
     if mode == 'train':
         from sphere_ar_jax.commands import train
 
-        train.train(cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED)
+        train.train(
+            cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED
+        )
     elif mode == 'compile':
         from sphere_ar_jax.measure import compile_ahead
 
@@ -221,7 +292,9 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
 
 
 def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """`function`, with what is no bug said in one line. A signal ends with 128 + its number, as shells do."""
+    """`function`, with what is no bug said in one line. A signal ends with 128 + its number, as
+    shells do.
+    """
 
     def guarded(argument):
         try:

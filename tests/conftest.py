@@ -16,22 +16,30 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
 
-# Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests start inherit them.
+# Most of the tests' time is compilation, of which these flags leave a fifth. Processes that tests
+# start inherit them.
 QUICK = '--xla_backend_optimization_level=0'
-# XLA of JAX 0.11, and of the libtpu of that time, has no other emitters and ends the process that gives it the flag.
-EMITTERS_ARE_A_CHOICE = jax.__version_info__ < (0, 11) and importlib.util.find_spec('libtpu') is None
+# XLA of JAX 0.11, and of the libtpu of that time, has no other emitters and ends the process that
+# gives it the flag.
+EMITTERS_ARE_A_CHOICE = (
+    jax.__version_info__ < (0, 11) and importlib.util.find_spec('libtpu') is None
+)
 if EMITTERS_ARE_A_CHOICE:
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
-if QUICK not in os.environ.get('XLA_FLAGS', ''):  # XLA reads it when JAX is first asked for its devices
+if QUICK not in os.environ.get(
+    'XLA_FLAGS', ''
+):  # XLA reads it when JAX is first asked for its devices
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
-# Programs that several tests compile alike are compiled once; the processes that tests start share them too.
+# Programs that several tests compile alike are compiled once; the processes that tests start share
+# them too.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
-# What tests start hears Ctrl-C, even where a shell's `&` started the tests, which ignores it for all its children.
+# What tests start hears Ctrl-C, even where a shell's `&` started the tests, which ignores it for
+# all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -47,7 +55,9 @@ def forced_devices(count: int) -> str:
 
 
 def accurate() -> dict[str, int | bool] | None:
-    """Options of `jax.jit` that undo `QUICK`, for a test whose tolerances need the default's order of sums."""
+    """Options of `jax.jit` that undo `QUICK`, for a test whose tolerances need the default's order
+    of sums.
+    """
     if jax.default_backend() != 'cpu':
         return None
     options = {'xla_backend_optimization_level': 3}
@@ -88,7 +98,9 @@ def tiny_vae(torch_tensors):
         grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
         encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
     )  # fmt: skip
-    return model, torch_names.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return model, torch_names.from_torch(
+        torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))
+    )
 
 
 @pytest.fixture(scope='session')
@@ -100,12 +112,16 @@ def tiny_ar(torch_tensors):
         head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
         num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
     )  # fmt: skip
-    return model, torch_names.from_torch(torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+    return model, torch_names.from_torch(
+        torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))
+    )
 
 
 @pytest.fixture(scope='session')
 def inception_params():
-    """The golden Inception's parameters, by formula from their place in the list (goldens/README.md)."""
+    """The golden Inception's parameters, by formula from their place in the list
+    (goldens/README.md).
+    """
 
     def tensor(i, name, shape):
         n = np.random.RandomState(i).standard_normal(int(np.prod(shape))).reshape(shape)
@@ -118,7 +134,9 @@ def inception_params():
         return n.astype(np.float32)
 
     rows = json.loads((GOLDENS / 'inception.json').read_text())
-    return inception_weights.from_torch({name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)})
+    return inception_weights.from_torch(
+        {name: tensor(i, name, shape) for i, (name, _, shape) in enumerate(rows)}
+    )
 
 
 @pytest.fixture(scope='session')

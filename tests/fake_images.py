@@ -17,11 +17,15 @@ def encode(pixels, kind='JPEG', **options):
 def picture(index, height=40, width=56):
     """(height, width, 3) uint8: something smooth of its own for every index."""
     y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing='ij')
-    return (127 + 120 * np.sin((y * (1 + index % 7) + x * (2 + index % 5)) / 20 + c + index)).astype(np.uint8)
+    return (
+        127 + 120 * np.sin((y * (1 + index % 7) + x * (2 + index % 5)) / 20 + c + index)
+    ).astype(np.uint8)
 
 
 class Pictures:
-    """n JPEGs, whose labels are their indices. Those in `broken` are cut off half-way, `missing` cannot be read."""
+    """n JPEGs, whose labels are their indices. Those in `broken` are cut off half-way, `missing`
+    cannot be read.
+    """
 
     num_classes = 1000
 
@@ -36,14 +40,19 @@ class Pictures:
         if index in self.missing:
             raise OSError('the disk is gone\nand more')
         content = self.files[index]
-        return {'image': content[: len(content) // 2] if index in self.broken else content, 'label': np.int32(index)}
+        return {
+            'image': content[: len(content) // 2] if index in self.broken else content,
+            'label': np.int32(index),
+        }
 
     def name(self, index):
         return f'class/{index}.JPEG'
 
 
 class Epochs:
-    """A transform that shows what it is given: the image is (epoch, a draw), the label the source's."""
+    """A transform that shows what it is given: the image is (epoch, a draw), the label the
+    source's.
+    """
 
     def __call__(self, record, epoch, rng):
         return {'image': np.float32([epoch, rng.random()]), 'label': record['label']}

@@ -1,8 +1,9 @@
-"""Reads mutated and hostile files under watch: `python -m tests.fuzz_torch_file COUNT SEED DIRECTORY`, as JSON.
+"""Reads mutated and hostile files under watch: `python -m tests.fuzz_torch_file COUNT SEED
+DIRECTORY`, as JSON.
 
-Every file must be read right or refused with UserError in one line: within 5 s of CPU time, within ROOM bytes of
-address space more than at the start (the largest files here have 1 MB), without an event of Python's audit hooks that
-imports, executes, starts, writes or connects.
+Every file must be read right or refused with UserError in one line: within 5 s of CPU time, within
+ROOM bytes of address space more than at the start (the largest files here have 1 MB), without an
+event of Python's audit hooks that imports, executes, starts, writes or connects.
 """
 
 import io
@@ -173,7 +174,9 @@ HOSTILE = {
 
 
 def hostile_file(what, container):
-    """container: `w.zip_file` or `w.stream_file`. Storage 0 is in it where the pickle has storages at all."""
+    """container: `w.zip_file` or `w.stream_file`. Storage 0 is in it where the pickle has storages
+    at all.
+    """
     value = HOSTILE[what][0]
     data = b'ABCDEFGH' if container is w.zip_file else (4, b'ABCDEFGH')
     return container(value, {'0': data} if b'tQ' in value else {})
@@ -190,7 +193,13 @@ def tensors_in(tree):
             continue
         seen.add(id(node))
         node = vars(node) if type(node).__name__ == 'Namespace' else node
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+        items = (
+            node.items()
+            if isinstance(node, dict)
+            else enumerate(node)
+            if isinstance(node, list | tuple)
+            else ()
+        )
         todo += [(f'{name}/{key}', value) for key, value in items]
     return sorted(found, key=lambda pair: pair[0])
 
@@ -204,13 +213,17 @@ def contents(path):
 
 
 def small_tree():
-    """A pickle with tensors of three dtypes, strides, a shared storage, an empty one and a Namespace."""
+    """A pickle with tensors of three dtypes, strides, a shared storage, an empty one and a
+    Namespace.
+    """
     items = {
         'a': w.tensor(w.storage('0', 6, 'Float'), (2, 3), (1, 2)),
         'b': w.tensor(w.storage('0', 6, 'Float'), (2,), (1,), 3),
         'c': w.tensor(w.storage('1', 5), ()),
         'd': w.tensor(w.storage('2', 0, 'Long'), (0, 3)),
-        'args': SPACE + w.dictionary({'n': b'K\x07', 'x': b'G?\xf0\x00\x00\x00\x00\x00\x00'}) + b'b',
+        'args': SPACE
+        + w.dictionary({'n': b'K\x07', 'x': b'G?\xf0\x00\x00\x00\x00\x00\x00'})
+        + b'b',
         'state': call('collections', 'OrderedDict') + w.dictionary({'_metadata': b'}'}) + b'b',
     }
     return w.dictionary(items), {'0': (6, bytes(range(24))), '1': (5, b'0123456789'), '2': (0, b'')}
@@ -240,10 +253,22 @@ def bytes_mutated(rng, data):
 
 
 def directory_mutated(rng, data):
-    """Fields of the zip's local headers, directory or its end are set to others: sizes, offsets, names, methods."""
+    """Fields of the zip's local headers, directory or its end are set to others: sizes, offsets,
+    names, methods.
+    """
     data = bytearray(data)
     fields = {
-        b'PK\x03\x04': ((4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2), (30, 4)),
+        b'PK\x03\x04': (
+            (4, 2),
+            (6, 2),
+            (8, 2),
+            (14, 4),
+            (18, 4),
+            (22, 4),
+            (26, 2),
+            (28, 2),
+            (30, 4),
+        ),
         b'PK\x01\x02': (
             (8, 2),
             (10, 2),
@@ -265,7 +290,17 @@ def directory_mutated(rng, data):
         offset, size = rng.choice(fields[signature])
         old = int.from_bytes(data[at + offset : at + offset + size], 'little')
         new = rng.choice(
-            (0, 1, old + 1, old - 1, 2 * old, old + 64, 2 ** (8 * size) - 1, 2 ** (8 * size - 1), rng.getrandbits(31))
+            (
+                0,
+                1,
+                old + 1,
+                old - 1,
+                2 * old,
+                old + 64,
+                2 ** (8 * size) - 1,
+                2 ** (8 * size - 1),
+                rng.getrandbits(31),
+            )
         )
         data[at + offset : at + offset + size] = (new % 2 ** (8 * size)).to_bytes(size, 'little')
     return bytes(data)
@@ -300,7 +335,14 @@ def members_mutated(rng, data):
     elif kind == 4:
         members[at] = name, members[other][1]
     else:
-        members.append((rng.choice(('archive/constants.pkl', 'other/data.pkl', 'archive/data/7', '../../x')), b'x'))
+        members.append(
+            (
+                rng.choice(
+                    ('archive/constants.pkl', 'other/data.pkl', 'archive/data/7', '../../x')
+                ),
+                b'x',
+            )
+        )
     with zipfile.ZipFile(out, 'w', method) as archive:
         for name, content in members:
             archive.writestr(name, content)
@@ -323,11 +365,16 @@ def pickle_mutated(rng, value):
         elif kind == 3:
             numbers = [-1, 0, 1, 3, 5, 255, 2**31 - 1]
             parts[at] = rng.choice(
-                (b'J' + struct.pack('<i', rng.choice(numbers)), w.number(2 ** rng.randrange(31, 90)))
+                (
+                    b'J' + struct.pack('<i', rng.choice(numbers)),
+                    w.number(2 ** rng.randrange(31, 90)),
+                )
             )
         elif kind == 4:
             what = rng.choice([name for name in HOSTILE if not name.startswith('many')])
-            parts.insert(at, HOSTILE[what][0] + rng.choice((b'', b'0', b'R', b'b', b'\x81', b'a', b's')))
+            parts.insert(
+                at, HOSTILE[what][0] + rng.choice((b'', b'0', b'R', b'b', b'\x81', b'a', b's'))
+            )
         else:
             parts.insert(at, bytes([rng.randrange(256)]))
     return b''.join(parts)
@@ -343,7 +390,9 @@ class Watch:
     def hook(self, event, args):
         if not self.on:
             return
-        writes = event == 'open' and (args[1] not in ('r', 'rb', None) or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        writes = event == 'open' and (
+            args[1] not in ('r', 'rb', None) or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        )
         bad = (
             'exec',
             'compile',
@@ -396,11 +445,17 @@ def mutants(rng, count):
         kind = rng.choice(('bytes', 'bytes', 'directory', 'members', 'pickle', 'pickle'))
         if kind == 'bytes':
             name = rng.choice(('zip', 'stream')) if i % 20 else rng.choice(list(files))
-            yield f'bytes of {name}', bytes_mutated(rng, files[name]), name if 'zip' in name else None
+            yield (
+                f'bytes of {name}',
+                bytes_mutated(rng, files[name]),
+                name if 'zip' in name else None,
+            )
         elif kind == 'pickle':
             changed = pickle_mutated(rng, value)
             raw = {key: data for key, (_, data) in storages.items()}
-            data = w.zip_file(changed, raw) if rng.randrange(2) else w.stream_file(changed, storages)
+            data = (
+                w.zip_file(changed, raw) if rng.randrange(2) else w.stream_file(changed, storages)
+            )
             yield 'pickle', data, None
         else:
             change = directory_mutated if kind == 'directory' else members_mutated
@@ -419,14 +474,20 @@ def main(count, seed, directory):
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
     results, bad = {}, []
     cases = [(what, hostile_file(what, w.zip_file), 'refused') for what in HOSTILE]
-    cases += [(what, hostile_file(what, w.stream_file), 'refused') for what in HOSTILE if not what.startswith('many')]
+    cases += [
+        (what, hostile_file(what, w.stream_file), 'refused')
+        for what in HOSTILE
+        if not what.startswith('many')
+    ]
     for what, data, want in itertools.chain(cases, mutants(rng, count)):
         path.write_bytes(data)
         outcome, found = attempt(path, watch)
         key = 'hostile' if want == 'refused' else what
         results.setdefault(key, {}).setdefault(outcome, 0)
         results[key][outcome] += 1
-        wrong = outcome == 'read' and (want == 'refused' or (want in truth and found != truth[want]))
+        wrong = outcome == 'read' and (
+            want == 'refused' or (want in truth and found != truth[want])
+        )
         if outcome == 'bad' or wrong:
             bad.append(f'{what}: {outcome} {str(found)[:200]}')
     print(json.dumps({'results': results, 'bad': bad, 'events': watch.events}))

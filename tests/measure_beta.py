@@ -1,4 +1,5 @@
-"""Not a test: measures what the implicit Beta gradient costs and how much it spreads (BUILD_NOTES.md).
+"""Not a test: measures what the implicit Beta gradient costs and how much it spreads
+(BUILD_NOTES.md).
 
 python -m tests.measure_beta
 """
@@ -29,9 +30,15 @@ def _milliseconds(function, *arguments):
 def main():
     direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, BETA)), (None, 0)))
     draws = jax.jit(jax.vmap(lambda a, key: jax.random.beta(key, a, BETA), (None, 0)))
-    slope = jax.jit(jax.vmap(jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, BETA), argnums=1), (0, None)))
+    slope = jax.jit(
+        jax.vmap(
+            jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, BETA), argnums=1), (0, None)
+        )
+    )
     keys = jax.random.split(jax.random.key(0), 200_000)
-    print('alpha   exact mean   direct mean   implicit mean   direct std   implicit std   largest relative error')
+    print(
+        'alpha   exact mean   direct mean   implicit mean   direct std   implicit std   largest relative error'
+    )
     for alpha in (8.0, 20.0, 200.0, 2000.0):
         alpha32 = jnp.float32(alpha)
         s = draws(alpha32, keys)
@@ -39,7 +46,9 @@ def main():
         u = special.betainc(alpha, BETA, np.asarray(s[:2000], np.float64))
         h = 1e-4 * alpha
         u = u[(u > 1e-3) & (u < 0.999)]
-        exact = (special.betaincinv(alpha + h, BETA, u) - special.betaincinv(alpha - h, BETA, u)) / (2 * h)
+        exact = (
+            special.betaincinv(alpha + h, BETA, u) - special.betaincinv(alpha - h, BETA, u)
+        ) / (2 * h)
         s64 = special.betaincinv(alpha, BETA, u)
         ours = slope(jnp.asarray(s64, jnp.float32), alpha32)
         error = np.max(np.abs(ours / exact - 1))
@@ -48,7 +57,10 @@ def main():
         print(f'{alpha:5.0f}   {means}      {a.std():.3e}    {b.std():.3e}      {error:.1e}')
     s, alpha32 = draws(jnp.float32(20.0), keys[:N]), jnp.float32(20.0)
     print(f'{N} draws: drawing {_milliseconds(draws, alpha32, keys[:N]):.2f} ms, ', end='')
-    print(f'drawing with the direct gradient {_milliseconds(direct, alpha32, keys[:N]):.2f} ms, ', end='')
+    print(
+        f'drawing with the direct gradient {_milliseconds(direct, alpha32, keys[:N]):.2f} ms, ',
+        end='',
+    )
     print(f'implicit gradient of given draws {_milliseconds(slope, s, alpha32):.2f} ms')
 
 

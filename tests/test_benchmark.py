@@ -52,57 +52,88 @@ def test_every_part_runs_and_is_counted():
 
 
 def test_a_token_costs_what_its_matrices_cost():
-    """Operations of the head's part by hand: two for every weight that x, its modulation, c or t meets."""
+    """Operations of the head's part by hand: two for every weight that x, its modulation, c or t
+    meets.
+    """
     part = our_parts.Part(checks.check(get_config()), 'head', 4)
     head = jax.eval_shape(part.ar.init_params, jax.random.key(0))['head']
     kernels = {
-        path: leaf.size for path, leaf in traverse.flatten_dict(head, sep='/').items() if path.endswith('kernel')
+        path: leaf.size
+        for path, leaf in traverse.flatten_dict(head, sep='/').items()
+        if path.endswith('kernel')
     }
     met = sum(size for path, size in kernels.items() if not path.startswith(('time', 'cond_embed')))
     rows, evaluations = 8, 3
     time = sum(size for path, size in kernels.items() if path.startswith('time'))
-    assert part.flops == 2 * rows * (evaluations * met + kernels['cond_embed/kernel']) + 2 * evaluations * time
-    blocks = sum(leaf.size for path, leaf in traverse.flatten_dict(head['res_groups']['blocks']).items())
+    assert (
+        part.flops
+        == 2 * rows * (evaluations * met + kernels['cond_embed/kernel']) + 2 * evaluations * time
+    )
+    blocks = sum(
+        leaf.size for path, leaf in traverse.flatten_dict(head['res_groups']['blocks']).items()
+    )
     assert part.bytes == 4 * evaluations * blocks
 
 
 @pytest.mark.skipif(
-    'SPHERE_AR_PUBLIC' not in os.environ, reason='needs SPHERE_AR_PUBLIC=CHECKOUT of the public code, and torch'
+    'SPHERE_AR_PUBLIC' not in os.environ,
+    reason='needs SPHERE_AR_PUBLIC=CHECKOUT of the public code, and torch',
 )
 def test_the_public_code_gives_the_same(tmp_path):
-    """What the benchmark times on both sides is the same work: equal results from equal weights and inputs."""
+    """What the benchmark times on both sides is the same work: equal results from equal weights and
+    inputs.
+    """
     cfg, weights, tensors = checks.check(digits_config()), str(tmp_path / 'weights.npz'), {}
     for seed, model in ((1, build.build_ar(cfg)), (2, build.build_vae(cfg))):
         tensors |= torch_names.to_torch(our_parts.random_params(model, seed))
     np.savez(weights, **tensors)
     for part in ('prefill', 'transformer', 'decode'):
-        found = compare.measure(cfg, part, 2, ['ours', 'eager'], 1, weights, os.environ['SPHERE_AR_PUBLIC'])
+        found = compare.measure(
+            cfg, part, 2, ['ours', 'eager'], 1, weights, os.environ['SPHERE_AR_PUBLIC']
+        )
         assert found['eager']['difference'] < 1e-5
 
 
 def test_the_command(tmp_path):
-    """A part in a process of its own, its table and its numbers; then what cannot be run, in one line."""
+    """A part in a process of its own, its table and its numbers; then what cannot be run, in one
+    line.
+    """
     result = _run(
         '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2', '--repeats=2'
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / 'benchmark.json').read_text())
     head = results['parts']['head']['ours']
-    assert head['repeats'] == 2 and 0 < head['seconds'] < head['start_seconds'] and head['peak_bytes'] > 2**27
+    assert (
+        head['repeats'] == 2
+        and 0 < head['seconds'] < head['start_seconds']
+        and head['peak_bytes'] > 2**27
+    )
     machine = results['parts']['head']['machine']
     floor = compare.floor_seconds(head, machine)
-    assert floor == max(head['flops'] / machine['matrix_flops'], head['bytes'] / machine['bytes_per_second']) > 0
+    assert (
+        floor
+        == max(head['flops'] / machine['matrix_flops'], head['bytes'] / machine['bytes_per_second'])
+        > 0
+    )
     table = (tmp_path / 'benchmark.md').read_text()
     assert '| head | ours |' in table and table in result.stdout
     assert head['compile_seconds'] > 0
-    sums = compare.sampling_seconds({'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16)
+    sums = compare.sampling_seconds(
+        {'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16
+    )
     np.testing.assert_allclose(sums, 1 + 15 * 0.1 + 16 * 0.01 + 2)
     for arguments, message in (
         ((), 'give --config=configs/NAME.py and --output=DIR'),
         (('--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=tail'), 'no part tail'),
         (('--config=tests/tiny_config.py', '--no_such_flag'), 'Unknown command line flag'),
-        (('--config=tests/tiny_config.py', f'--output={tmp_path}', f'--against={tmp_path}'), 'is no checkout'),
+        (
+            ('--config=tests/tiny_config.py', f'--output={tmp_path}', f'--against={tmp_path}'),
+            'is no checkout',
+        ),
     ):
         refused = _run(*arguments)
-        assert refused.returncode != 0 and f'error: {message}' in refused.stderr.replace(f'{tmp_path} ', '')
+        assert refused.returncode != 0 and f'error: {message}' in refused.stderr.replace(
+            f'{tmp_path} ', ''
+        )
         assert 'Traceback' not in refused.stderr

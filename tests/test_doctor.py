@@ -1,4 +1,6 @@
-"""The doctor: what it counts, against closed forms and real states; what it refuses, in one line; joining processes."""
+"""The doctor: what it counts, against closed forms and real states; what it refuses, in one line;
+joining processes.
+"""
 
 import functools
 import os
@@ -54,10 +56,15 @@ def _line(lines, name):
 
 def test_a_run_that_is_all_right(capsys, tmp_path):
     workdir = tmp_path / 'runs' / 'a'
-    code, lines = _examined(capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3')
+    code, lines = _examined(
+        capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3'
+    )
     assert code == 0 and lines[-1].startswith('0 failed')
     assert max(map(len, lines)) <= commands_checks.WIDTH and len(lines) <= 24  # a screen
-    assert _line(lines, 'processes') == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
+    assert (
+        _line(lines, 'processes')
+        == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
+    )
     assert f'jax {jax.__version__}' in _line(lines, 'versions')
     assert _line(lines, 'mesh') == f'ok mesh data {jax.device_count()}, fsdp 1, tensor 1'
     assert '1438 images to train on, 10 classes' in _line(lines, 'data')
@@ -77,7 +84,10 @@ def test_a_run_that_cannot_be(capsys):
 
 def test_what_else_a_training_reads(capsys, tmp_path):
     for words, said in [
-        (('--config.tokenizer_training.steps=0',), 'no tokenizer was converted into the workdir: give --config.tok'),
+        (
+            ('--config.tokenizer_training.steps=0',),
+            'no tokenizer was converted into the workdir: give --config.tok',
+        ),
         ((f'--config.tokenizer={tmp_path}',), f'tokenizer: there is no run in {tmp_path}'),
     ]:
         code, lines = _examined(capsys, TINY, *words)
@@ -86,23 +96,32 @@ def test_what_else_a_training_reads(capsys, tmp_path):
     write_json(f'{tmp_path}/config.json', schema.as_dict(tiny_config.get_config()))
     code, lines = _examined(capsys, TINY, f'--config.tokenizer={tmp_path}')
     assert code == 0 and _line(lines, 'inputs').replace(' ', '') == f'okinputs{tmp_path}'
-    with pytest.raises(ValueError, match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16"):
+    with pytest.raises(
+        ValueError,
+        match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16",
+    ):
         commands_checks.check_inputs(recipes.published_vae(''), None)
 
 
 def test_of_other_modes_no_training_is_looked_at(capsys):
     code, lines = _examined(capsys, '--config=configs/ar_l.py', '--mode=sample')
-    assert code == 0 and 'of --mode=sample only the machine and the workdir are looked at' in _line(lines, 'flags')
+    assert code == 0 and 'of --mode=sample only the machine and the workdir are looked at' in _line(
+        lines, 'flags'
+    )
     assert not any(line[6:].startswith(('data', 'inputs', 'memory', 'mesh')) for line in lines)
     code, lines = _examined(capsys, '--config=configs/ar_l.py')
     assert code == 1 and all(_line(lines, name).startswith('FAIL') for name in ('data', 'inputs'))
 
 
 def test_what_the_mesh_does_not_split(capsys):
-    code, lines = _examined(capsys, TINY, '--config.ar.heads=1', '--config.mesh.tensor=2', '--config.mesh.data=1')
+    code, lines = _examined(
+        capsys, TINY, '--config.ar.heads=1', '--config.mesh.tensor=2', '--config.mesh.data=1'
+    )
     if jax.device_count() > 1:
-        assert code == 0 and 'WARN mesh ar: not split by mesh.tensor, which does not divide: ' in ' '.join(
-            ' '.join(lines).split()
+        assert (
+            code == 0
+            and 'WARN mesh ar: not split by mesh.tensor, which does not divide: '
+            in ' '.join(' '.join(lines).split())
         )
     else:
         assert code == 1 and 'not possible with 1 device(s)' in _line(lines, 'mesh')
@@ -110,9 +129,13 @@ def test_what_the_mesh_does_not_split(capsys):
 
 def test_a_config_that_cannot_be(capsys):
     code, lines = _examined(capsys, TINY, '--config.ar.heads=3')
-    assert code == 1 and _line(lines, 'config') == 'FAIL config ar: 3 heads do not divide the width 16'
+    assert (
+        code == 1 and _line(lines, 'config') == 'FAIL config ar: 3 heads do not divide the width 16'
+    )
     code, lines = _examined(capsys, TINY, '--config.mesh.data=999')
-    assert code == 1 and 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible' in _line(lines, 'mesh')
+    assert code == 1 and 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible' in _line(
+        lines, 'mesh'
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +164,13 @@ def test_long_texts_are_wrapped():
 
 @pytest.mark.parametrize(
     'count, text',
-    [(0, '0 B'), (1023, '1023 B'), (1024, '1.0 KiB'), (3 * 2**29, '1.5 GiB'), (2**52, '4096.0 TiB')],
+    [
+        (0, '0 B'),
+        (1023, '1023 B'),
+        (1024, '1.0 KiB'),
+        (3 * 2**29, '1.5 GiB'),
+        (2**52, '4096.0 TiB'),
+    ],
 )
 def test_sizes(count, text):
     assert console.size(count) == text
@@ -167,7 +196,10 @@ def test_what_breaks_is_said_and_the_rest_goes_on():
     examination.check('three', lambda: commands_checks.Check('three', 'WARN', 'well'))
     assert (examination.failed, examination.warned, examination.stuck) == (2, 1, False)
     assert said[0] == 'FAIL  one         list index out of range'
-    assert said[1].startswith('FAIL  two         AttributeError: ') and said[2] == 'WARN  three       well'
+    assert (
+        said[1].startswith('FAIL  two         AttributeError: ')
+        and said[2] == 'WARN  three       well'
+    )
 
 
 # ---- the machine
@@ -187,9 +219,13 @@ def test_missing_packages():
 
 def test_a_package_that_is_missing_is_no_traceback():
     code = 'import sys; sys.modules["optax"] = None\nfrom sphere_ar_jax import doctor\nsys.exit(doctor.main(["x"]))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
     assert done.returncode == 1 and done.stderr == ''
-    assert done.stdout.startswith('FAIL  package     cannot be imported: ') and 'optax' in done.stdout
+    assert (
+        done.stdout.startswith('FAIL  package     cannot be imported: ') and 'optax' in done.stdout
+    )
 
 
 def _device(platform, kind, stats=None):
@@ -201,7 +237,9 @@ def test_devices():
     assert commands_checks.memory_limit(gpus[0], 4) == 64 * 2**30
     assert commands_checks.check_devices(
         gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')
-    ) == commands_checks.Check('devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each')
+    ) == commands_checks.Check(
+        'devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each'
+    )
     assert commands_checks.memory_limit(_device('tpu', 'v6e'), 4) is None
     assert 'memory unknown' in commands_checks.check_devices(gpus, gpus, None, None).text
 
@@ -209,8 +247,14 @@ def test_devices():
 def test_an_accelerator_that_is_not_used():
     cpu = [_device('cpu', 'cpu')]
     assert commands_checks.check_devices(cpu, cpu, 2**30, None).status == 'ok'
-    for file, extra in (('/dev/nvidia0', '[cuda12]'), ('/dev/accel0', '[tpu]'), ('/dev/vfio/0', '[tpu]')):
-        check = commands_checks.check_devices(cpu, cpu, 2**30, commands_checks.device_files({file}.__contains__))
+    for file, extra in (
+        ('/dev/nvidia0', '[cuda12]'),
+        ('/dev/accel0', '[tpu]'),
+        ('/dev/vfio/0', '[tpu]'),
+    ):
+        check = commands_checks.check_devices(
+            cpu, cpu, 2**30, commands_checks.device_files({file}.__contains__)
+        )
         assert check.status == 'WARN' and extra in check.text
     assert commands_checks.device_files(lambda path: False) is None
 
@@ -226,7 +270,9 @@ def test_the_compilation_cache(tmp_path):
         (tmp_path / name).write_bytes(bytes(count))
     cache = lambda name, place: commands_checks.check_cache({name: place})
     check = cache('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
-    assert check == commands_checks.Check('cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB')
+    assert check == commands_checks.Check(
+        'cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB'
+    )
     assert cache('JAX_COMPILATION_CACHE_DIR', 'gs://b/c').text == 'gs://b/c'
     assert cache('JAX_COMPILATION_CACHE_DIR', '/no/where').text.startswith('/no/where: 0 compiled')
     assert cache('JAX_COMPILATION_CACHE_DIR', '').status == 'WARN'
@@ -240,7 +286,10 @@ MESH, KEY = sharding.make_mesh(1), jax.random.key(0)
 
 def _bytes(function):
     """Bytes of what a function of a key would return."""
-    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(jax.eval_shape(function, KEY)))
+    return sum(
+        leaf.size * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(function, KEY))
+    )
 
 
 @pytest.mark.parametrize('disc_weight', [0.0, 0.5])
@@ -268,10 +317,16 @@ def test_memory_of_the_published_model():
     ((name, (stage, frozen)),) = programs.stages(cfg).items()
     parts = programs.state_bytes(stage, frozen, MESH)
     n = 4 * 204_499_216
-    assert name == 'ar' and parts['params'] == parts['ema'] == n and parts['frozen'] == 4 * 75_393_297
+    assert (
+        name == 'ar' and parts['params'] == parts['ema'] == n and parts['frozen'] == 4 * 75_393_297
+    )
     assert 0 <= parts['opt_state'] - 2 * n < 64  # and its counters
     check = commands_checks.check_memory(name, parts, 80 * 2**30)
-    assert check.status == 'ok' and '4.1 GiB on each device' in check.text and 'optimizer 1.5 GiB' in check.text
+    assert (
+        check.status == 'ok'
+        and '4.1 GiB on each device' in check.text
+        and 'optimizer 1.5 GiB' in check.text
+    )
     assert commands_checks.check_memory(name, parts, 5 * 2**30).status == 'WARN'
     assert commands_checks.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
     assert commands_checks.check_memory(name, parts, None).status == 'ok'
@@ -284,7 +339,9 @@ def test_memory_of_a_distilled_head():
     parts = programs.state_bytes(stage, frozen, MESH)
     ar = build.build_ar(cfg)
     head = _bytes(lambda key: ar.init_params(key)['head'])
-    teacher = _bytes(ar.clone(head=ar.head.teacher()).init_params) + _bytes(build.build_vae(cfg).init_params)
+    teacher = _bytes(ar.clone(head=ar.head.teacher()).init_params) + _bytes(
+        build.build_vae(cfg).init_params
+    )
     assert name == 'distillation' and parts['params'] == head
     assert parts['frozen'] == teacher
 
@@ -299,7 +356,9 @@ def test_trainings_that_are_not_run_take_nothing():
 
 def test_what_is_split_counts_once():
     mesh = sharding.make_mesh()
-    make = lambda spec: jax.ShapeDtypeStruct((mesh.size * 3, 5), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    make = lambda spec: jax.ShapeDtypeStruct(
+        (mesh.size * 3, 5), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
+    )
     assert costs.device_bytes([make(PartitionSpec('data'))]) == 3 * 5 * 2
     assert costs.device_bytes({'a': make(PartitionSpec())}) == mesh.size * 3 * 5 * 2
 
@@ -314,14 +373,18 @@ def test_what_is_split_counts_once():
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
     check = commands_checks.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
-    assert check.status == ('ok' if fits else 'FAIL') and check.text.startswith(f'data {data}, fsdp {fsdp}')
+    assert check.status == ('ok' if fits else 'FAIL') and check.text.startswith(
+        f'data {data}, fsdp {fsdp}'
+    )
     assert fits or '--config.ar_training.batch_size' in check.text
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     assert commands_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
     check = commands_checks.check_workdir(str(tmp_path), 2**60)
-    assert check.status == 'FAIL' and 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
+    assert check.status == 'FAIL' and 'checkpoints will take 1048576.0 TiB but only' in ' '.join(
+        check.text.split()
+    )
 
 
 def test_disk_that_checkpoints_take():
@@ -333,7 +396,11 @@ def test_disk_that_checkpoints_take():
     sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
     checks, disk = commands_checks.run_checks(cfg, found, None)
     assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
-    assert [(check.name, check.status) for check in checks] == [('mesh', 'ok'), ('memory', 'ok'), ('memory', 'ok')]
+    assert [(check.name, check.status) for check in checks] == [
+        ('mesh', 'ok'),
+        ('memory', 'ok'),
+        ('memory', 'ok'),
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
@@ -381,7 +448,11 @@ def test_buckets(monkeypatch, store, status, said):
 
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
     check = commands_checks.check_workdir('gs://bucket/run', 2**30)
-    assert (check.name, check.status) == ('workdir', status) and said in check.text and '\n' not in check.text
+    assert (
+        (check.name, check.status) == ('workdir', status)
+        and said in check.text
+        and '\n' not in check.text
+    )
     assert store.store == {} or status == 'FAIL'
 
 
@@ -438,7 +509,9 @@ def test_another_number_of_processes_than_expected(monkeypatch):
     preemption = jax.config.jax_enable_preemption_service
     slurm = {'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '16'}
     try:
-        with pytest.raises(UserError, match=r'^1 process\(es\) joined, but SLURM_NTASKS speaks of 16$'):
+        with pytest.raises(
+            UserError, match=r'^1 process\(es\) joined, but SLURM_NTASKS speaks of 16$'
+        ):
             joining.join(slurm)
     finally:
         jax.config.update('jax_enable_preemption_service', preemption)
@@ -461,9 +534,17 @@ def test_processes_that_make_no_sense(wrong, said):
 def _processes(environs, *words):
     """Starts a process for each environment, all at once. Returns [(exit code, what it printed)]."""
     start = functools.partial(
-        subprocess.Popen, [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        subprocess.Popen,
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
-    started = [start(env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | environ) for environ in environs]
+    started = [
+        start(env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | environ)
+        for environ in environs
+    ]
     outputs = [process.communicate(timeout=200)[0] for process in started]
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
@@ -489,7 +570,11 @@ def test_two_processes_join(by):
 @pytest.mark.parametrize('index', ['0', '1'])
 def test_a_process_that_comes_alone_says_so_and_ends(index):
     port = free_port()
-    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index}
+    environ = {
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': index,
+    }
     code = 'from sphere_ar_jax.runtime import joining; joining.join(timeout=2)'
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, text=True,
@@ -500,7 +585,14 @@ def test_a_process_that_comes_alone_says_so_and_ends(index):
 
 
 def test_processes_that_do_not_come_are_not_waited_for():
-    environ = {'JAX_COORDINATOR_ADDRESS': f'localhost:{free_port()}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
+    environ = {
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{free_port()}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': '1',
+    }
     ((code, output),) = _processes([environ], '-m', 'sphere_ar_jax.doctor', '--timeout=1', TINY)
-    assert code == 1 and 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
+    assert (
+        code == 1
+        and 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
+    )
     assert 'devices' not in output

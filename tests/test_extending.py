@@ -1,4 +1,6 @@
-"""Every line of docs/extending.md runs: parts from outside the package, trained and sampled by its loop and sampler."""
+"""Every line of docs/extending.md runs: parts from outside the package, trained and sampled by its
+loop and sampler.
+"""
 
 import pathlib
 import re
@@ -16,7 +18,9 @@ PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'extending.md'
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
-    """The names that the page's Python defines, once it has run, and the directory that it trained in."""
+    """The names that the page's Python defines, once it has run, and the directory that it trained
+    in.
+    """
     workdir = tmp_path_factory.mktemp('extending')
     names = {'WORKDIR': str(workdir), '__name__': 'extending'}
     with libraries_promote():

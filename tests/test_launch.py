@@ -1,7 +1,8 @@
-"""The launch scripts, run with stand-ins for gcloud, xpk, docker, sbatch, srun and Python that write down their words.
+"""The launch scripts, run with stand-ins for gcloud, xpk, docker, sbatch, srun and Python that
+write down their words.
 
-No script has run on a real cluster. What is held here: which commands they run, word by word, that quoting survives
-every shell on the way, and when they start the program again.
+No script has run on a real cluster. What is held here: which commands they run, word by word, that
+quoting survives every shell on the way, and when they start the program again.
 """
 
 import json
@@ -35,7 +36,8 @@ NASTY = [
     "--labels=", "--output='", '--png=a\nb\tc', '--a=$(HOME) $$ {x}', '--b=ä (4×4) !',
 ]  # fmt: skip
 
-# Writes its name, words and JAX's variables to LOG, then ends with the next of the codes in CODES/NAME, 0 without one.
+# Writes its name, words and JAX's variables to LOG, then ends with the next of the codes in
+# CODES/NAME, 0 without one.
 STUB = """#!{python} -S
 import json, os, sys
 name, log, codes = os.path.basename(sys.argv[0]), {log!r}, {codes!r} + '/' + os.path.basename(sys.argv[0])
@@ -58,15 +60,32 @@ class Stubs:
         self.path, self.log, self.codes = path / 'bin', path / 'log', path / 'codes'
         self.path.mkdir()
         self.codes.mkdir()
-        for name in ('xpk', 'docker', 'sbatch', 'srun', 'scontrol', 'python', 'gcloud', 'tar', 'uv', 'curl'):
+        for name in (
+            'xpk',
+            'docker',
+            'sbatch',
+            'srun',
+            'scontrol',
+            'python',
+            'gcloud',
+            'tar',
+            'uv',
+            'curl',
+        ):
             self.add(name)
         self.add('squeue', 'print(open(codes).read())\n')
         keep = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'SLURM', 'TPU_'))}
-        self.environ = keep | {'PATH': f'{self.path}:{os.environ["PATH"]}', 'TMPDIR': str(path), 'HOME': str(path)}
+        self.environ = keep | {
+            'PATH': f'{self.path}:{os.environ["PATH"]}',
+            'TMPDIR': str(path),
+            'HOME': str(path),
+        }
 
     def add(self, name, end=PLAIN_END, **values):
         text = STUB.format(python=sys.executable, log=str(self.log), codes=str(self.codes))
-        (self.path / name).write_text(text + ''.join(f'{k} = {v!r}\n' for k, v in values.items()) + end)
+        (self.path / name).write_text(
+            text + ''.join(f'{k} = {v!r}\n' for k, v in values.items()) + end
+        )
         (self.path / name).chmod(0o755)
 
     def will_end(self, name, *codes):
@@ -84,11 +103,18 @@ class Stubs:
     def run(self, script, *words, timeout=60, **variables):
         environ = self.environ | VARIABLES.get(script, {}) | variables
         command = ['bash', str(LAUNCH / f'{script}.sh'), *words]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+        return subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+        )
 
     def bash(self, line, **variables):
         return subprocess.run(
-            ['bash', '-c', line], env=self.environ | variables, capture_output=True, text=True, timeout=60, cwd=ROOT
+            ['bash', '-c', line],
+            env=self.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=ROOT,
         )
 
 
@@ -102,7 +128,9 @@ def _program(what, words):
 
 
 def _printed(stubs, script, words, **variables):
-    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins. Returns [(its call, environment)]."""
+    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins. Returns [(its
+    call, environment)].
+    """
     done = stubs.run(script, *words, '--dry-run', **variables)
     assert (done.returncode, done.stderr) == (0, '')
     assert stubs.calls() == []  # nothing was run
@@ -153,7 +181,9 @@ def test_slurm_with_one_process_for_all_gpus_of_a_node(stubs):
 
 
 def test_slurm_without_gpus(stubs):
-    ((call, environ),) = _printed(stubs, 'slurm', PLAIN, GPUS_PER_NODE='0', JAX_COMPILATION_CACHE_DIR='/my cache')
+    ((call, environ),) = _printed(
+        stubs, 'slurm', PLAIN, GPUS_PER_NODE='0', JAX_COMPILATION_CACHE_DIR='/my cache'
+    )
     assert '--ntasks-per-node=1' in call and not [word for word in call if 'gpus' in word]
     assert environ['JAX_COMPILATION_CACHE_DIR'] == '/my cache'
 
@@ -162,7 +192,10 @@ def test_slurm_without_gpus(stubs):
 def test_the_slurm_job_starts_all_processes(stubs, words):
     calls = [call for call, _ in _printed(stubs, 'slurm_job', words, SLURM_CPUS_PER_TASK='6')]
     tasks = ['srun', '--kill-on-bad-exit=0', '--cpus-per-task=6']
-    assert calls == [[*tasks, '--label', *_program('doctor', words)], [*tasks, *_program('main', words)]]
+    assert calls == [
+        [*tasks, '--label', *_program('doctor', words)],
+        [*tasks, *_program('main', words)],
+    ]
 
 
 def test_the_slurm_job_finds_its_part_where_sbatch_copied_it(stubs, tmp_path):
@@ -170,13 +203,21 @@ def test_the_slurm_job_finds_its_part_where_sbatch_copied_it(stubs, tmp_path):
     copy.parent.mkdir()
     shutil.copy(LAUNCH / 'slurm_job.sh', copy)
     environ = stubs.environ | {'SPHERE_AR_LAUNCH': str(LAUNCH), 'SLURM_JOB_ID': '7'}
-    assert subprocess.run(['bash', copy, *PLAIN], env=environ, timeout=60, cwd=tmp_path).returncode == 0
+    assert (
+        subprocess.run(['bash', copy, *PLAIN], env=environ, timeout=60, cwd=tmp_path).returncode
+        == 0
+    )
     assert [call[-len(PLAIN) :] for call in stubs.words('srun')] == [PLAIN, PLAIN]
 
 
 @pytest.mark.parametrize('words', [PLAIN, NASTY], ids=['plain', 'nasty'])
 def test_xpk_builds_pushes_and_creates(stubs, words):
-    variables = {'SLICES': '2', 'PROJECT': 'p', 'ZONE': 'z', 'XPK_FLAGS': '--priority=high --storage=data'}
+    variables = {
+        'SLICES': '2',
+        'PROJECT': 'p',
+        'ZONE': 'z',
+        'XPK_FLAGS': '--priority=high --storage=data',
+    }
     calls = [call for call, _ in _printed(stubs, 'xpk', words, **variables)]
     *create, command = calls[2]
     assert calls[:2] == [
@@ -195,15 +236,30 @@ def test_xpk_builds_pushes_and_creates(stubs, words):
     before = len(stubs.calls())
     assert stubs.bash(f'({command})').returncode == 0
     programs = stubs.calls()[before:]
-    assert [[name, *given] for name, given, _ in programs] == [_program('doctor', words), _program('main', words)]
-    assert all(e['JAX_COMPILATION_CACHE_DIR'] == 'gs://bucket/compilation_cache' for _, _, e in programs)
+    assert [[name, *given] for name, given, _ in programs] == [
+        _program('doctor', words),
+        _program('main', words),
+    ]
+    assert all(
+        e['JAX_COMPILATION_CACHE_DIR'] == 'gs://bucket/compilation_cache' for _, _, e in programs
+    )
 
 
 def test_xpk_without_building_and_deleting(stubs):
     calls = [call for call, _ in _printed(stubs, 'xpk', PLAIN, BUILD='0', DOCTOR='0')]
-    assert [call[:3] for call in calls] == [['xpk', 'workload', 'create']] and 'doctor' not in calls[0][-1]
+    assert [call[:3] for call in calls] == [
+        ['xpk', 'workload', 'create']
+    ] and 'doctor' not in calls[0][-1]
     assert stubs.run('xpk', '--delete', PROJECT='p').returncode == 0
-    expected = ['xpk', 'workload', 'delete', '--force', '--cluster=c', '--workload=sphere-ar', '--project=p']
+    expected = [
+        'xpk',
+        'workload',
+        'delete',
+        '--force',
+        '--cluster=c',
+        '--workload=sphere-ar',
+        '--project=p',
+    ]
     assert stubs.words()[-1] == expected
 
 
@@ -225,9 +281,17 @@ def test_sigterm_reaches_the_program_under_xpk(stubs):
 
 @pytest.mark.parametrize('words', [PLAIN, NASTY], ids=['plain', 'nasty'])
 def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
-    variables = {'SPOT': '1', 'PROJECT': 'p', 'CREATE_FLAGS': '--network=mine --reserved', 'SETUP': "echo 'a b'"}
+    variables = {
+        'SPOT': '1',
+        'PROJECT': 'p',
+        'CREATE_FLAGS': '--network=mine --reserved',
+        'SETUP': "echo 'a b'",
+    }
     calls = [call for call, _ in _printed(stubs, 'tpu', words, **variables)]
-    tpus, place = ['gcloud', 'compute', 'tpus', 'queued-resources'], ['--zone=us-east5-b', '--project=p']
+    tpus, place = (
+        ['gcloud', 'compute', 'tpus', 'queued-resources'],
+        ['--zone=us-east5-b', '--project=p'],
+    )
     everywhere = ['--node=all', '--worker=all', '--batch-size=all']
     create, look, package, copy, *on_hosts, delete = calls
     assert create == [
@@ -243,7 +307,9 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
     assert copy == [*tpus, 'scp', archive, 'l:sphere_ar.tgz', *place, *everywhere]
     assert delete == [*tpus, 'delete', 'l', *place, '--force', '--quiet']
     for call in on_hosts:
-        assert call[:-1] == [*tpus, 'ssh', 'l', *place, *everywhere] and call[-1].startswith('--command=')
+        assert call[:-1] == [*tpus, 'ssh', 'l', *place, *everywhere] and call[-1].startswith(
+            '--command='
+        )
     # The commands on the hosts, as the hosts' own shell reads them.
     host = tmp_path / 'host'
     (host / 'sphere_ar' / 'launch').mkdir(parents=True)
@@ -269,7 +335,11 @@ def test_both_names_of_v5e(stubs, script, flag):
 
 def test_tpu_with_several_slices(stubs):
     calls = [call for call, _ in _printed(stubs, 'tpu', PLAIN, SLICES='3', DOCTOR='0', KEEP='1')]
-    assert '--node-count=3' in calls[0] and '--node-prefix=l' in calls[0] and '--node-id=l' not in calls[0]
+    assert (
+        '--node-count=3' in calls[0]
+        and '--node-prefix=l' in calls[0]
+        and '--node-id=l' not in calls[0]
+    )
     assert not [call for call in calls if 'delete' in call or 'doctor' in call[-1]]
 
 
@@ -284,7 +354,8 @@ def test_tpu_stops_and_deletes(stubs):
 
 def test_the_worker_prints_what_it_runs(stubs):
     show = lambda *words, **variables: [
-        shlex.split(line) for line in stubs.run('tpu_worker', *words, '--dry-run', **variables).stdout.splitlines()
+        shlex.split(line)
+        for line in stubs.run('tpu_worker', *words, '--dry-run', **variables).stdout.splitlines()
     ]
     assert show('install', SETUP='echo a')[-3:] == [
         ['uv', 'venv', '--quiet', '--python=3.12', '.venv'],
@@ -305,7 +376,11 @@ WRONG = {
     ('local', '--mode=sample'): 'give --workdir=DIR',
     ('local', '--config'): '--config needs a value',
     ('local', *PLAIN, 'config.seed=1'): 'config.seed=1 is no flag',
-    ('local', *PLAIN, 'RESTART_SECONDS=soon'): "RESTART_SECONDS is 'soon', but must be a whole number",
+    (
+        'local',
+        *PLAIN,
+        'RESTART_SECONDS=soon',
+    ): "RESTART_SECONDS is 'soon', but must be a whole number",
     ('slurm',): 'give --config=',
     ('slurm', *PLAIN, 'NODES=two'): "NODES is 'two', but must be a whole number",
     (
@@ -321,7 +396,11 @@ WRONG = {
     ('tpu',): 'give --config=',
     ('tpu', *PLAIN, 'TPU_ZONE='): 'set TPU_ZONE',
     ('tpu', *PLAIN, 'TPU_TYPE='): 'set TPU_TYPE',
-    ('tpu', *PLAIN, 'TPU_TYPE=v99-8'): 'TPU_TYPE is v99-8, whose image is not known here: set RUNTIME_VERSION',
+    (
+        'tpu',
+        *PLAIN,
+        'TPU_TYPE=v99-8',
+    ): 'TPU_TYPE is v99-8, whose image is not known here: set RUNTIME_VERSION',
     ('tpu', PLAIN[0], '--workdir=gs://bucket'): 'give gs://BUCKET/DIR',
     ('tpu', '--config=configs/nope.py:smoke', PLAIN[1]): 'there is no config file configs/nope.py',
     ('tpu', '--config=/home/me/mine.py', PLAIN[1]): 'only the files in configs/ are copied',
@@ -337,7 +416,9 @@ WRONG = {
 def test_what_is_wrong_is_said_in_one_line(stubs, typed):
     script, *words = typed
     variables = dict(word.split('=') for word in words if re.match('[A-Z_]+=', word))
-    done = stubs.run(script, *[word for word in words if not re.match('[A-Z_]+=', word)], **variables)
+    done = stubs.run(
+        script, *[word for word in words if not re.match('[A-Z_]+=', word)], **variables
+    )
     assert done.returncode == 2 and done.stdout == ''
     assert done.stderr.count('\n') == 1 and WRONG[typed] in done.stderr
     assert stubs.calls() == []
@@ -345,7 +426,8 @@ def test_what_is_wrong_is_said_in_one_line(stubs, typed):
 
 # ---- going on after SIGTERM
 
-# A program that saves at SIGTERM or SIGINT and ends as ours does; it waits for them for as long as WAIT exists.
+# A program that saves at SIGTERM or SIGINT and ends as ours does; it waits for them for as long as
+# WAIT exists.
 SAVES = """
 import signal, time
 def save(number, _):
@@ -396,7 +478,11 @@ def test_local_does_not_restart_for_ever(stubs):
 def test_local_starts_nothing_that_the_doctor_refuses(stubs):
     stubs.will_end('python', 1)
     done = stubs.run('local', *PLAIN)
-    assert done.returncode == 1 and stubs.words() == [_program('doctor', PLAIN)] and 'DOCTOR=0' in done.stderr
+    assert (
+        done.returncode == 1
+        and stubs.words() == [_program('doctor', PLAIN)]
+        and 'DOCTOR=0' in done.stderr
+    )
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -407,7 +493,9 @@ def test_local_passes_signals_on_and_ends(stubs, number):
     process = subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     _wait_for((stubs.codes / 'ready').exists)
     process.send_signal(number)
-    assert 'restart' not in process.communicate(timeout=30)[1] and process.returncode == 128 + number
+    assert (
+        'restart' not in process.communicate(timeout=30)[1] and process.returncode == 128 + number
+    )
     assert (stubs.codes / 'saved').read_text() == f'{int(number)} ' and len(stubs.calls()) == 1
 
 
@@ -437,7 +525,9 @@ def test_local_goes_on_when_only_the_program_was_told_to_end(stubs):
         ((1,), 'RUNNING', 0, 1, False),  # the doctor
     ],
 )
-def test_the_slurm_job_is_queued_again_after_sigterm(stubs, codes, state, restarted, expected, requeued):
+def test_the_slurm_job_is_queued_again_after_sigterm(
+    stubs, codes, state, restarted, expected, requeued
+):
     stubs.will_end('srun', *codes)
     stubs.will_end('squeue', state)
     assert stubs.run('slurm_job', *PLAIN, SLURM_RESTART_COUNT=str(restarted)).returncode == expected
@@ -448,10 +538,17 @@ def test_the_slurm_job_is_queued_again_after_sigterm(stubs, codes, state, restar
 @pytest.mark.parametrize('code', [134, 137])
 @pytest.mark.parametrize('nodes', ['1', '2'])
 def test_the_slurm_job_is_queued_again_after_a_lost_process(stubs, code, nodes):
-    """JAX aborts those that lost another one (134), which may have been killed (137); one alone is not tried again."""
+    """JAX aborts those that lost another one (134), which may have been killed (137); one alone is
+    not tried again.
+    """
     stubs.will_end('srun', 0, code)
     stubs.will_end('squeue', 'RUNNING')
-    assert stubs.run('slurm_job', *PLAIN, SLURM_RESTART_COUNT='0', SLURM_JOB_NUM_NODES=nodes).returncode == code
+    assert (
+        stubs.run(
+            'slurm_job', *PLAIN, SLURM_RESTART_COUNT='0', SLURM_JOB_NUM_NODES=nodes
+        ).returncode
+        == code
+    )
     assert stubs.words('scontrol') == ([['scontrol', 'requeue', '7']] if nodes == '2' else [])
 
 
@@ -516,7 +613,17 @@ def test_a_tpu_run_goes_on_after_sigterm(cloud):
     assert done.returncode == 0, done.stderr
     assert _mains(cloud) == 3 * [['-u', '-m', 'sphere_ar_jax.main', *NASTY]]
     again = ['scp', 'install', 'start', 'wait']
-    assert _verbs(cloud) == ['create', 'scp', 'install', 'doctor', 'start', 'wait', *again, *again, 'delete']
+    assert _verbs(cloud) == [
+        'create',
+        'scp',
+        'install',
+        'doctor',
+        'start',
+        'wait',
+        *again,
+        *again,
+        'delete',
+    ]
     environ = cloud.calls('python')[-1][2]
     assert environ['JAX_COMPILATION_CACHE_DIR'] == 'gs://bucket/compilation_cache'
     assert (cloud.host / 'sphere_ar.log').exists() and not (cloud.host / 'state').exists()
@@ -536,7 +643,9 @@ def test_a_tpu_run_that_fails_does_not_go_on_for_ever(cloud, code, starts):
     cloud.will_end('python', code)
     done = cloud.run('tpu', *PLAIN, DOCTOR='0', RETRIES='2')
     assert done.returncode == code and len(_mains(cloud)) == starts
-    assert 'delete' not in _verbs(cloud) and 'cost money' in done.stderr and '--delete' in done.stderr
+    assert (
+        'delete' not in _verbs(cloud) and 'cost money' in done.stderr and '--delete' in done.stderr
+    )
 
 
 def test_a_tpu_run_does_not_start_what_the_doctor_refuses(cloud):
@@ -552,7 +661,9 @@ def on_host(cloud):
     cloud.add('python', SAVES)
     command = ['bash', str(cloud.host / 'sphere_ar' / 'launch' / 'tpu_worker.sh')]
     environ = cloud.environ | {'HOME': str(cloud.host)}
-    return lambda *words: subprocess.Popen([*command, *words], env=environ, stderr=subprocess.PIPE, text=True)
+    return lambda *words: subprocess.Popen(
+        [*command, *words], env=environ, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _ended(process):
@@ -562,7 +673,9 @@ def _ended(process):
 
 
 def test_a_tpu_run_outlives_its_connection(cloud, on_host):
-    """`start` returns while the program runs; typed again it does nothing, with other words it is refused; `stop`."""
+    """`start` returns while the program runs; typed again it does nothing, with other words it is
+    refused; `stop`.
+    """
     assert _ended(on_host('start', *PLAIN))[0] == 0
     _wait_for((cloud.codes / 'ready').exists)
     assert 'runs already' in _ended(on_host('start', *PLAIN))[1]
@@ -581,7 +694,9 @@ def test_a_host_that_was_rebooted_ends_as_preempted(cloud, on_host):
     assert _ended(on_host('start', *PLAIN))[0] == 0
     _wait_for(lambda: (cloud.host / 'sphere_ar.pid').exists() and (cloud.codes / 'ready').exists())
     program = int((cloud.host / 'sphere_ar.pid').read_text())
-    shell = int(subprocess.run(['ps', '-o', 'ppid=', str(program)], capture_output=True, text=True).stdout)
+    shell = int(
+        subprocess.run(['ps', '-o', 'ppid=', str(program)], capture_output=True, text=True).stdout
+    )
     os.kill(shell, signal.SIGKILL)
     os.kill(program, signal.SIGKILL)
     assert _ended(on_host('wait'))[0] == 143  # not the first run's 0
@@ -612,7 +727,9 @@ def test_every_head_comment_says_what_it_needs(stubs, script):
     for part in ('Type: ', 'Needs: ', 'Costs: ', '--dry-run', 'never run on a real cluster'):
         assert part in done.stdout
     # Every variable that it takes from its user is named.
-    taken = set(re.findall(r'\$\{([A-Z][A-Z_]+):-|\(whole ([A-Z_]+)', (LAUNCH / f'{script}.sh').read_text()))
+    taken = set(
+        re.findall(r'\$\{([A-Z][A-Z_]+):-|\(whole ([A-Z_]+)', (LAUNCH / f'{script}.sh').read_text())
+    )
     known = {'TMPDIR', 'SLURM_JOB_ID', 'SLURM_RESTART_COUNT', 'SLURM_CPUS_PER_TASK'}
     taken = {name for pair in taken for name in pair if name}
     assert len(taken) >= 2 and not [name for name in taken - known if name not in done.stdout]
@@ -625,16 +742,32 @@ def _instructions(text):
 
 
 def test_the_dockerfile_holds_together():
-    """What it copies is there and let through, what it installs pyproject.toml knows. It was never built."""
+    """What it copies is there and let through, what it installs pyproject.toml knows. It was never
+    built.
+    """
     found = _instructions((LAUNCH / 'Dockerfile').read_text())
-    assert {name for name, _ in found} <= {'FROM', 'ARG', 'RUN', 'WORKDIR', 'COPY', 'USER', 'ENTRYPOINT'}
+    assert {name for name, _ in found} <= {
+        'FROM',
+        'ARG',
+        'RUN',
+        'WORKDIR',
+        'COPY',
+        'USER',
+        'ENTRYPOINT',
+    }
     ignore = (ROOT / '.dockerignore').read_text()
     copied = [word for name, words in found if name == 'COPY' for word in words[:-1]]
     for path in copied:
         assert (ROOT / path).exists() and f'!{path.split("/")[0]}\n' in ignore
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     assert {'cuda12', 'cuda13', 'tpu', 'gcs'} <= set(project['optional-dependencies'])
-    for path in (project['readme'], *project['license-files'], 'pyproject.toml', 'sphere_ar_jax', 'configs'):
+    for path in (
+        project['readme'],
+        *project['license-files'],
+        'pyproject.toml',
+        'sphere_ar_jax',
+        'configs',
+    ):
         assert path in copied
     python = next(words[0] for name, words in found if name == 'FROM')
     assert python.startswith('python:3.12')  # >=3.11, as the package asks for

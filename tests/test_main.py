@@ -34,7 +34,9 @@ def environment():
 
 @pytest.fixture(scope='module')
 def optimised(environment):
-    """The environment without the tests' own flags for XLA, since whole trainings run longer than they compile."""
+    """The environment without the tests' own flags for XLA, since whole trainings run longer than
+    they compile.
+    """
     return environment | {'XLA_FLAGS': ''}
 
 
@@ -44,7 +46,12 @@ def _command(*arguments):
 
 def _run(environment, *arguments, timeout=300):
     return subprocess.run(
-        _command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        _command(*arguments),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -54,14 +61,26 @@ WRONG = {
     ('--config=configs/digits.py:huge', '--workdir=W'): "no variant 'huge'",
     (TINY, '--workdir=W', '--config.ar.widht=3'): 'no key ar.widht; did you mean ar.width?',
     (TINY, '--workdir=W', '--config.zzz=3'): 'no key zzz; its sections are ar,',
-    (TINY, '--workdir=W', '--config.ar.width=wide'): 'config.ar.width=wide: invalid literal for int()',
+    (
+        TINY,
+        '--workdir=W',
+        '--config.ar.width=wide',
+    ): 'config.ar.width=wide: invalid literal for int()',
     (TINY, '--workdir=W', '--config.ar.heads=3'): '3 heads do not divide the width 16',
     (TINY, '--workdri=W'): 'Did you mean: workdir',
     (TINY, '--workdir=/dev/null/x'): 'Not a directory',
-    (TINY, '--workdir=W', 'config.seed=1'): 'config.seed=1 is no flag: overrides are written --config.KEY=VALUE',
+    (
+        TINY,
+        '--workdir=W',
+        'config.seed=1',
+    ): 'config.seed=1 is no flag: overrides are written --config.KEY=VALUE',
     ('--config', 'configs/nope.py', '--workdir', 'W'): 'there is no config file configs/nope.py',
     ('--config=BAD', '--workdir=W'): 'Did you mean "width" instead of "widht"?',
-    (TINY, '--workdir=W', '--config.mesh.data=999'): 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible with',
+    (
+        TINY,
+        '--workdir=W',
+        '--config.mesh.data=999',
+    ): 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible with',
 }
 
 
@@ -106,7 +125,9 @@ def test_the_whole_job(finished):
     assert 'tests/tiny_config.py' in page and 'samples/frechet' in page and 'latent_dim: 8' in page
 
     # the README's ten lines, as they stand there
-    snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(1)
+    snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(
+        1
+    )
     seen = {}
     exec(snippet.replace('/tmp/digits', str(workdir)), seen)
     chex.assert_shape([seen['images'], seen['tokens']], [(6, 16, 16, 1), (6, 16, 8)])
@@ -126,7 +147,9 @@ def test_the_job_again_distilled_and_with_another_config(environment, finished, 
     distil = (f'{TINY}:distilled', f'--workdir={tmp_path}/distilled')
     result = _run(environment, *distil, f'--config.init_from={workdir}')
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / 'distilled' / 'samples.png').exists() and not (tmp_path / 'distilled' / 'ar').exists()
+    assert (tmp_path / 'distilled' / 'samples.png').exists() and not (
+        tmp_path / 'distilled' / 'ar'
+    ).exists()
     run = load_run(str(tmp_path / 'distilled'))
     teacher = load_run(str(workdir))
     assert isinstance(run.ar.head, HEADS['mean_velocity'])
@@ -158,11 +181,18 @@ def test_compiled_programs_are_kept_for_each_processor(tmp_path):
     assert files.compilation_cache({'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}) is None
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
     arguments = (TINY, f'--workdir={tmp_path}', '--config.tokenizer_training.steps=100000')
     with subprocess.Popen(
-        _command(*arguments), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        _command(*arguments),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             if '/100000,' in line:
@@ -179,14 +209,18 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
 @pytest.mark.slow
 def test_digits_smoke(environment, tmp_path):
     """configs/digits.py:smoke runs through (its time stands in docs/speed.md and is not asserted)."""
-    result = _run(environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600)
+    result = _run(
+        environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / 'metrics.json').read_text())['samples/classes_drawn'] >= 5
 
 
 @pytest.mark.slow
 def test_digits_quality(optimised, tmp_path):
-    """The main job reaches its quality, within the spread of one seed (docs/evaluation.md has the mean of three)."""
+    """The main job reaches its quality, within the spread of one seed (docs/evaluation.md has the
+    mean of three).
+    """
     result = _run(optimised, '--config=configs/digits.py', f'--workdir={tmp_path}', timeout=1800)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / 'metrics.json').read_text())

@@ -16,7 +16,8 @@ from tests.conftest import GOLDENS
 
 ROOT = GOLDENS.parent.parent
 NOTEBOOK = ROOT / 'launch' / 'sphere_ar_colab.ipynb'
-# Appended: what the notebook draws without N_R is, once projected, what the sampler draws from the same noise.
+# Appended: what the notebook draws without N_R is, once projected, what the sampler draws from the
+# same noise.
 AGREES = """
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.sampling import tokens
@@ -42,7 +43,9 @@ def _code(notebook):
 
 
 def test_the_file_is_clean():
-    """Valid nbformat 4.5 with ids, no outputs; every name of ours that it uses exists, in branches not run here too."""
+    """Valid nbformat 4.5 with ids, no outputs; every name of ours that it uses exists, in branches
+    not run here too.
+    """
     notebook = _read()
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
@@ -60,7 +63,9 @@ def test_the_file_is_clean():
     used = {
         (node.value.id, node.attr)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in imported
     }
     assert {('train', 'train'), ('checkpoints', 'convert_checkpoint')} <= used
     assert set(imported) <= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -71,7 +76,9 @@ def test_the_file_is_clean():
 
 RUNS = {
     'digits': dict(MODEL='digits', CONFIG='tests/tiny_config.py', SCALES=[1.0, 3.0]),
-    'checkpoint': dict(CHECKPOINT=str(GOLDENS / 'tiny.pt'), CLASSES=['0', 'goldfish', '7', '9'], SCALES=[1.0, 4.5]),
+    'checkpoint': dict(
+        CHECKPOINT=str(GOLDENS / 'tiny.pt'), CLASSES=['0', 'goldfish', '7', '9'], SCALES=[1.0, 4.5]
+    ),
 }
 
 
@@ -81,20 +88,30 @@ def test_it_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
     notebook = _read()
-    settings = next(i for i, cell in enumerate(notebook.cells) if 'parameters' in cell.metadata.get('tags', ()))
+    settings = next(
+        i for i, cell in enumerate(notebook.cells) if 'parameters' in cell.metadata.get('tags', ())
+    )
     values = RUNS[name] | dict(WORKDIR=str(tmp_path / 'run'))
     source = '\n'.join(f'{key} = {value!r}' for key, value in values.items())
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
     if name == 'checkpoint':
         notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
-    resources = {'metadata': {'path': str(tmp_path)}}  # not the checkout: it is to be found from anywhere
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources).execute()
+    resources = {
+        'metadata': {'path': str(tmp_path)}
+    }  # not the checkout: it is to be found from anywhere
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name='python3', resources=resources
+    ).execute()
 
     cells = {cell.id: cell for cell in notebook.cells}
     outputs = lambda id: cells[id].outputs
     sizes = {}
     for id in ('grid', 'scales', 'plot'):
-        (png,) = [output.data['image/png'] for output in outputs(id) if output.output_type == 'display_data']
+        (png,) = [
+            output.data['image/png']
+            for output in outputs(id)
+            if output.output_type == 'display_data'
+        ]
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert('L'))
         assert min(picture.shape) > 200 and max(picture.shape) > 500 and picture.std() > 10, id
         sizes[id] = picture.shape

@@ -1,4 +1,6 @@
-"""Runs that an earlier version finished (see goldens/README.md): they are opened, sampled, continued and exported."""
+"""Runs that an earlier version finished (see goldens/README.md): they are opened, sampled,
+continued and exported.
+"""
 
 import json
 import pathlib
@@ -58,7 +60,9 @@ def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
     chex.assert_tree_all_finite((images, z))
     tokens = np.asarray(z)
     expected = measured[f'{name}/z']
-    if name == 'converted':  # a random model, which on another platform amplifies one rounding from token to token
+    if (
+        name == 'converted'
+    ):  # a random model, which on another platform amplifies one rounding from token to token
         chex.assert_trees_all_close(tokens[:, :4], expected[:, :4], atol=1e-5)
         chex.assert_trees_all_close(tokens, expected, atol=0.2)
         return
@@ -77,7 +81,9 @@ def test_an_old_run_is_exported_as_it_was(runs, measured, tmp_path, name):
 
 
 def _finish_again(directory: pathlib.Path, stage: str) -> tuple[Run, Run]:
-    """The run as it was finished, and as it is finished again from its last checkpoint but one of a stage."""
+    """The run as it was finished, and as it is finished again from its last checkpoint but one of a
+    stage.
+    """
     before = load_run(str(directory))
     shutil.rmtree(directory / stage / 'checkpoints' / '6')
     with libraries_promote():
@@ -107,7 +113,9 @@ def test_an_old_tokenizer_goes_on_to_the_same_end(runs, tmp_path):
 
 
 def test_a_run_that_lacks_new_keys_and_fields_goes_on(runs, tmp_path):
-    """A key that config.json lacks has its default, and what a checkpoint notes is compared with the defaults, too."""
+    """A key that config.json lacks has its default, and what a checkpoint notes is compared with
+    the defaults, too.
+    """
     directory = tmp_path / 'digits'
     shutil.copytree(runs / 'digits', directory)
     values = json.loads((directory / 'config.json').read_text())
@@ -116,5 +124,10 @@ def test_a_run_that_lacks_new_keys_and_fields_goes_on(runs, tmp_path):
     (directory / 'config.json').write_text(json.dumps(values))
     config = load_config(str(directory))
     assert config.ar.unroll == 1 and config.sampling.temperature == 1.0 and config.ar.head == 'flow'
-    assert schema.differences(schema.as_dict(load_config(str(runs / 'digits'))), schema.as_dict(config)) == []
+    assert (
+        schema.differences(
+            schema.as_dict(load_config(str(runs / 'digits'))), schema.as_dict(config)
+        )
+        == []
+    )
     load_run(str(directory))

@@ -16,8 +16,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_a_wheel_has_all_that_a_user_needs(tmp_path):
-    """Unpacked in an empty directory, it finds a packaged config by its bare word, and ImageNet's classes."""
-    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)]
+    """Unpacked in an empty directory, it finds a packaged config by its bare word, and ImageNet's
+    classes.
+    """
+    command = [
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '-q',
+        '--no-deps',
+        '-w',
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob('*.whl')
     with zipfile.ZipFile(wheel) as archive:
@@ -41,7 +53,10 @@ def test_a_wheel_has_all_that_a_user_needs(tmp_path):
         timeout=100,
     )
     assert done.returncode == 2
-    assert done.stderr == f'error: the config has no key nope; its sections are {", ".join(config.default())}\n'
+    assert (
+        done.stderr
+        == f'error: the config has no key nope; its sections are {", ".join(config.default())}\n'
+    )
     assert list(empty.iterdir()) == []
 
 
@@ -71,10 +86,14 @@ def test_every_command_knows_the_bare_words(capsys):
         benchmark.main(['benchmark', '--config=digits:huge'])
 
 
-@pytest.mark.parametrize('words', [['--version'], ['--help'], ['--nope'], ['--config=nope', '--workdir=w']])
+@pytest.mark.parametrize(
+    'words', [['--version'], ['--help'], ['--nope'], ['--config=nope', '--workdir=w']]
+)
 def test_what_needs_no_jax_does_not_import_it(words):
     code = f'import sys; sys.modules["jax"] = None; sys.argv[1:] = {words}; from sphere_ar_jax import main; main.run()'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert 'Traceback' not in done.stderr
     assert done.returncode == {'--version': 0, '--help': 1}.get(words[0], 2)
     if words == ['--version']:
@@ -82,11 +101,18 @@ def test_what_needs_no_jax_does_not_import_it(words):
 
 
 def test_the_package_imports_nothing():
-    """`import sphere_ar_jax` is quick: nothing but the standard library's importlib and types comes with it."""
+    """`import sphere_ar_jax` is quick: nothing but the standard library's importlib and types comes
+    with it.
+    """
     code = 'import importlib, types, sys; before = set(sys.modules); import sphere_ar_jax; '
     code += 'print(*set(sys.modules) - before)'
     done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, '-c', code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
     )
     assert done.stdout.split() == ['sphere_ar_jax']
 
@@ -103,5 +129,7 @@ def test_config_files_of_version_0_1_are_read(tmp_path):
     )
     words = [f'--config={path}', '--config.nope=1', '--workdir=w']
     code = f'import sys; sys.argv[1:] = {words}; from sphere_ar_jax import main; main.run()'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2 and 'the config has no key nope' in done.stderr

@@ -1,4 +1,6 @@
-"""What the layout promises: imports only go down, and a plain install needs neither TensorFlow nor PyTorch."""
+"""What the layout promises: imports only go down, and a plain install needs neither TensorFlow nor
+PyTorch.
+"""
 
 import ast
 import pathlib
@@ -65,7 +67,9 @@ def test_every_file_stands_on_a_floor():
             )
         elif path.parent != PACKAGE:
             folder = path.relative_to(PACKAGE).parts[0]
-            assert folder in FLOORS, f'the folder {folder} is no floor: use one of {", ".join(FLOORS[1:])}'
+            assert folder in FLOORS, (
+                f'the folder {folder} is no floor: use one of {", ".join(FLOORS[1:])}'
+            )
 
 
 def test_imports_only_go_down():
@@ -101,7 +105,9 @@ def test_rooms_are_not_crowded():
     """A folder holds at most nine files, so that its list can be read at a glance."""
     for folder in {path.parent for path in MODULES.values()}:
         names = [path.stem for path in folder.glob('*.py') if path.stem != '__init__']
-        assert len(names) <= 9, f'{folder} has {len(names)} files: make a folder for those that belong together'
+        assert len(names) <= 9, (
+            f'{folder} has {len(names)} files: make a folder for those that belong together'
+        )
 
 
 def test_the_tests_mirror_the_folders():
@@ -109,12 +115,15 @@ def test_the_tests_mirror_the_folders():
     helpers = {'goldens', '__pycache__'}
     for folder in tests.iterdir():
         if folder.is_dir() and folder.name not in helpers:
-            assert folder.name in FLOORS, f'tests/{folder.name} has no folder of its name in sphere_ar_jax'
+            assert folder.name in FLOORS, (
+                f'tests/{folder.name} has no folder of its name in sphere_ar_jax'
+            )
 
 
 @pytest.mark.parametrize('absent', ['tensorflow', 'torch'])
 def test_every_module_can_be_imported_without(absent):
-    code = f'import sys; sys.modules["{absent}"] = None; import {", ".join(MODULES)}'  # None: no such module
+    # None: no such module
+    code = f'import sys; sys.modules["{absent}"] = None; import {", ".join(MODULES)}'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=300, check=True)
 
 
@@ -122,8 +131,12 @@ def test_every_module_can_be_imported_without(absent):
 def test_models_know_no_mesh(floor):
     for path in (PACKAGE / floor).rglob('*.py'):
         text = path.read_text().lower()
-        if path.stem != 'attention':  # the kernels of a platform are laid out on the mesh that a program names
-            assert not re.search(r'\b(mesh|sharding)\b', text), f'{path} speaks of a mesh: that is runtime/sharding.py'
+        if (
+            path.stem != 'attention'
+        ):  # the kernels of a platform are laid out on the mesh that a program names
+            assert not re.search(r'\b(mesh|sharding)\b', text), (
+                f'{path} speaks of a mesh: that is runtime/sharding.py'
+            )
 
 
 def test_no_pmap():

@@ -14,7 +14,9 @@ LONG = 80
 
 
 def get_config(arg=''):
-    """Both stages, or with 'distilled' that one, in a few steps of a few images; quality is none of its business."""
+    """Both stages, or with 'distilled' that one, in a few steps of a few images; quality is none of
+    its business.
+    """
     c = schema.default()
     c.vae.update(
         grid=(4, 4),
@@ -26,12 +28,20 @@ def get_config(arg=''):
         decoder_depth=1,
         heads=2,
     )
-    c.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2)
-    training = dict(steps=6, batch_size=16, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=2)
+    c.ar.update(
+        depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2
+    )
+    training = dict(
+        steps=6, batch_size=16, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=2
+    )
     c.tokenizer_training.update(training, perceptual_weight=0.0, disc_weight=0.0)
     c.ar_training.update(training, ema_decay=0.9, copies=2)
-    c.sampling.update(num_images=40, batch_size=16, num_steps=2, guidance='linear', guidance_scale=1.5)
-    c.distillation_training.update(training, guidance='constant', guidance_scale=1.5, ema_decay=0.9, teacher_steps=2)
+    c.sampling.update(
+        num_images=40, batch_size=16, num_steps=2, guidance='linear', guidance_scale=1.5
+    )
+    c.distillation_training.update(
+        training, guidance='constant', guidance_scale=1.5, ema_decay=0.9, teacher_steps=2
+    )
     if arg == 'distilled':
         c.init_from = ''
         c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
@@ -62,7 +72,9 @@ def stages(cfg):
 
 
 def random_arrays(shapes, seed=0):
-    """Float32 arrays in the shapes of a tree: normal with deviation 0.2, around 1 where there is one dimension."""
+    """Float32 arrays in the shapes of a tree: normal with deviation 0.2, around 1 where there is
+    one dimension.
+    """
     draw = np.random.default_rng(seed).standard_normal
     return jax.tree.map(lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32), shapes)
 

@@ -1,4 +1,6 @@
-"""The discriminators' parameters in PyTorch's names, order and layout, and by formula (see goldens/README.md)."""
+"""The discriminators' parameters in PyTorch's names, order and layout, and by formula (see
+goldens/README.md).
+"""
 
 import numpy as np
 from flax import traverse_util as traverse
@@ -11,14 +13,22 @@ PATCHGAN = {
 
 
 def stylegan(side):
-    """The modules of the public StyleGAN discriminator for images of side × side pixels, in its order → ours."""
+    """The modules of the public StyleGAN discriminator for images of side × side pixels, in its
+    order → ours.
+    """
     block = {'conv_res': 'shortcut', 'net.0': 'conv1', 'net.2': 'conv2', 'downsample.1': 'conv3'}
     modules, number = {'blocks.0': 'conv_in'}, 2
     while side > 4:
         side //= 2
-        modules |= {f'blocks.{number}.{theirs}': f'down{side}/{ours}' for theirs, ours in block.items()}
+        modules |= {
+            f'blocks.{number}.{theirs}': f'down{side}/{ours}' for theirs, ours in block.items()
+        }
         number += 1
-    return modules | {'final_conv.0': 'conv_out', 'final_linear.0': 'dense1', 'final_linear.2': 'dense2'}
+    return modules | {
+        'final_conv.0': 'conv_out',
+        'final_linear.0': 'dense1',
+        'final_linear.2': 'dense2',
+    }
 
 
 def _theirs(path, a):
@@ -54,11 +64,19 @@ def to_torch(tree, modules):
 
 
 def by_formula(abstract, modules):
-    """Our parameters of the goldens, by their place in PyTorch's order; `abstract`: a tree of their shapes."""
+    """Our parameters of the goldens, by their place in PyTorch's order; `abstract`: a tree of their
+    shapes.
+    """
     flat, params = traverse.flatten_dict(abstract, sep='/'), {}
     for i, (name, path) in enumerate(_named(flat, modules)):
-        n = np.random.RandomState(i).standard_normal(_theirs(path, np.empty(flat[path].shape)).shape)
-        scaled = n * 1.4 / np.sqrt(np.prod(n.shape[1:])) if n.ndim > 1 else 0.05 * n + name.endswith('weight')
+        n = np.random.RandomState(i).standard_normal(
+            _theirs(path, np.empty(flat[path].shape)).shape
+        )
+        scaled = (
+            n * 1.4 / np.sqrt(np.prod(n.shape[1:]))
+            if n.ndim > 1
+            else 0.05 * n + name.endswith('weight')
+        )
         params[path] = _ours(path, scaled.astype(np.float32))
     assert len(params) == len(flat)
     return traverse.unflatten_dict(params, sep='/')

@@ -1,4 +1,5 @@
-"""Writes PyTorch's containers byte by byte, without PyTorch: for files that it would not write, hostile or huge.
+"""Writes PyTorch's containers byte by byte, without PyTorch: for files that it would not write,
+hostile or huge.
 
 A pickle is a list of opcodes as bytes; the names below put them together, see `pickletools`.
 """
@@ -37,7 +38,12 @@ def numbers(values):
 
 def storage(key, count, kind='Half'):
     """A storage's description, as the zip has it."""
-    return tuple_(text('storage'), name('torch', f'{kind}Storage'), text(key), text('cpu'), number(count)) + b'Q'
+    return (
+        tuple_(
+            text('storage'), name('torch', f'{kind}Storage'), text(key), text('cpu'), number(count)
+        )
+        + b'Q'
+    )
 
 
 def tensor(stored, shape, strides=None, offset=0):
@@ -58,7 +64,9 @@ def pickle(value):
 
 
 def zip_file(value, storages=None, extra=None, file=None, write=zipfile.ZipFile.writestr):
-    """A zip with the pickle of `value` and {key: bytes}; extra: {member: bytes} besides. Its bytes, or fills file."""
+    """A zip with the pickle of `value` and {key: bytes}; extra: {member: bytes} besides. Its bytes,
+    or fills file.
+    """
     out = file or io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
         members = {'data.pkl': pickle(value), 'byteorder': b'little', 'version': b'3\n'}
@@ -69,7 +77,9 @@ def zip_file(value, storages=None, extra=None, file=None, write=zipfile.ZipFile.
 
 
 def stream_file(value, storages=None):
-    """The old container; storages: {key: (count, bytes)}. Descriptions of storages get their sixth part, None."""
+    """The old container; storages: {key: (count, bytes)}. Descriptions of storages get their sixth
+    part, None.
+    """
     value = value.replace(b'tQ', b'NtQ')
     keys = b']' + b''.join(text(key) + b'a' for key in storages or {})
     data = b''.join(struct.pack('<q', count) + raw for count, raw in (storages or {}).values())

@@ -1,4 +1,5 @@
-"""Words that do not belong in what the repository says of itself: diary, and sentences without a subject.
+"""Words that do not belong in what the repository says of itself: diary, and sentences without a
+subject.
 
 python -m tests.words
 """
@@ -42,7 +43,9 @@ def docstrings() -> Iterator[tuple[str, str]]:
             if path == pathlib.Path(__file__):
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if isinstance(
+                    node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                ):
                     text = ast.get_docstring(node)
                     if text:
                         yield f'{path.relative_to(ROOT)}:{getattr(node, "lineno", 1)}', text

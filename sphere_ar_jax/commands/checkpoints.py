@@ -15,7 +15,9 @@ from sphere_ar_jax.training.workdir import has, other_model
 
 
 def _local(source):
-    """The path of a checkpoint; hf://OWNER/REPOSITORY/FILE is fetched into Hugging Face's cache, with a bar."""
+    """The path of a checkpoint; hf://OWNER/REPOSITORY/FILE is fetched into Hugging Face's cache,
+    with a bar.
+    """
     if not source.startswith('hf://'):
         return source
     owner, repository, file = [*source.removeprefix('hf://').split('/', 2), '', ''][:3]
@@ -32,13 +34,16 @@ def _local(source):
 
 
 def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
-    """A PyTorch checkpoint → WORKDIR with config.json and weights, which the other jobs take as a trained run.
+    """A PyTorch checkpoint → WORKDIR with config.json and weights, which the other jobs take as a
+    trained run.
 
-    Needs the parameters' size in memory, float32, and no PyTorch. Killed, it leaves no run; again, it starts anew.
+    Needs the parameters' size in memory, float32, and no PyTorch. Killed, it leaves no run; again,
+    it starts anew.
 
     Args:
-      source: FILE.pt or hf://OWNER/REPOSITORY/FILE. ema: prefer EMA weights. heads: of the AR model, see
-        `torch_sizes.sizes`. like: a config whose model the checkpoint's must be, or None.
+      source: FILE.pt or hf://OWNER/REPOSITORY/FILE. ema: prefer EMA weights. heads: of the AR
+        model, see `torch_sizes.sizes`. like: a config whose model the checkpoint's must be, or
+        None.
     """
     if epath.Path(workdir, 'config.json').exists() or has(workdir, 'checkpoints'):
         raise UserError(f'{workdir} has a run already: use another --workdir')
@@ -51,9 +56,16 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
         raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
     name = f'SphereAR-{sizes.name}' if sizes.name else 'a SphereAR model of sizes of its own'
     name = 'a tokenizer' if sizes.ar is None else name
-    chosen = 'ema' if ema and tree.get('ema') else 'model' if tree.get('model') else 'all of the file'
-    print(f'{source}: {name}, {len(tensors)} tensors ({chosen}), grid {cfg.vae.grid[0]}x{cfg.vae.grid[1]}', flush=True)
-    models = {'tokenizer': build.build_vae(cfg)} | ({} if sizes.ar is None else {'ar': build.build_ar(cfg)})
+    chosen = (
+        'ema' if ema and tree.get('ema') else 'model' if tree.get('model') else 'all of the file'
+    )
+    print(
+        f'{source}: {name}, {len(tensors)} tensors ({chosen}), grid {cfg.vae.grid[0]}x{cfg.vae.grid[1]}',
+        flush=True,
+    )
+    models = {'tokenizer': build.build_vae(cfg)} | (
+        {} if sizes.ar is None else {'ar': build.build_ar(cfg)}
+    )
     for stage in ('tokenizer', 'ar'):  # of a conversion that broke off, perhaps of another file
         shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
     for stage, model in models.items():
@@ -71,7 +83,9 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
 
 
 def export_checkpoint(workdir, output=None):
-    """The weights of a run → a safetensors file with the public names, S-VAE and AR model as published."""
+    """The weights of a run → a safetensors file with the public names, S-VAE and AR model as
+    published.
+    """
     path = output or f'{workdir}/model.safetensors'
     run, _ = open_run.open_run(workdir, tokenizer_only=not epath.Path(workdir, 'ar').is_dir())
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)

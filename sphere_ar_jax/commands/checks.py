@@ -28,7 +28,9 @@ class Check(NamedTuple):
 
 
 def limited(function, seconds):
-    """function(), or TimeoutError where it has not returned after so many seconds; it is left alone then."""
+    """function(), or TimeoutError where it has not returned after so many seconds; it is left alone
+    then.
+    """
     answer = concurrent.futures.Future()
 
     def call():
@@ -45,7 +47,9 @@ def limited(function, seconds):
 
 
 def check_versions(version=importlib.metadata.version):
-    """The versions of Python and of the packages that matter; version: name → str, or PackageNotFoundError."""
+    """The versions of Python and of the packages that matter; version: name → str, or
+    PackageNotFoundError.
+    """
     found = {'python': platform.python_version()}
     for name in REQUIRED + OPTIONAL:
         try:
@@ -55,12 +59,16 @@ def check_versions(version=importlib.metadata.version):
     text = ', '.join(f'{name} {number}' for name, number in found.items())
     missing = [name for name in REQUIRED if found[name] == '–']
     if missing:
-        return Check('versions', 'FAIL', f'{text}\nnot installed: {", ".join(missing)}; pip install -e .')
+        return Check(
+            'versions', 'FAIL', f'{text}\nnot installed: {", ".join(missing)}; pip install -e .'
+        )
     return Check('versions', 'ok', text)
 
 
 def device_files(exists=os.path.exists):
-    """The accelerators that the operating system shows: (their name, the extra to install for them), or None."""
+    """The accelerators that the operating system shows: (their name, the extra to install for
+    them), or None.
+    """
     if exists('/dev/nvidia0'):
         return 'an NVIDIA GPU', 'cuda12'
     if exists('/dev/accel0') or exists('/dev/vfio/0'):
@@ -69,15 +77,18 @@ def device_files(exists=os.path.exists):
 
 
 def memory_limit(device, local_count):
-    """Bytes that a device may use: its own memory, or of a CPU its share of the machine's; None where unknown."""
+    """Bytes that a device may use: its own memory, or of a CPU its share of the machine's; None
+    where unknown.
+    """
     if device.platform == 'cpu':
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_count
     return (device.memory_stats() or {}).get('bytes_limit')
 
 
 def check_devices(devices, local, limit, files):
-    """What JAX sees. devices, local: lists of all and of this process's devices; limit: bytes of each, or None; files:
-    of `device_files`."""
+    """What JAX sees. devices, local: lists of all and of this process's devices; limit: bytes of
+    each, or None; files: of `device_files`.
+    """
     kinds = collections.Counter(device.device_kind for device in local)
     text = f'{len(local)} here of {len(devices)} {local[0].platform} device(s): '
     text += ', '.join(f'{count} × {kind}' for kind, count in kinds.items())
@@ -90,27 +101,37 @@ def check_devices(devices, local, limit, files):
 
 
 def check_cache(environ):
-    """Where compiled programs are kept, as the environment variables say, and what is there if it is local."""
+    """Where compiled programs are kept, as the environment variables say, and what is there if it
+    is local.
+    """
     from sphere_ar_jax.runtime import files
 
     place = environ.get('JAX_COMPILATION_CACHE_DIR') or files.compilation_cache(environ)
     if place is None:
-        return Check('cache', 'WARN', 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew')
+        return Check(
+            'cache', 'WARN', 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew'
+        )
     if '://' in place:
         return Check('cache', 'ok', place)
     programs = [path.stat().st_size for path in pathlib.Path(place).glob('*-cache')]
-    return Check('cache', 'ok', f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}')
+    return Check(
+        'cache', 'ok', f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}'
+    )
 
 
 # ---- the run
 
 
 def check_memory(name, parts, limit):
-    """What training takes on a device before any activation. parts: of `programs.state_bytes`; limit: bytes or None."""
+    """What training takes on a device before any activation. parts: of `programs.state_bytes`;
+    limit: bytes or None.
+    """
     from sphere_ar_jax.measure import programs
 
     total = sum(parts.values())
-    text = ', '.join(f'{programs.NAMES.get(part, part)} {size(count)}' for part, count in parts.items() if count)
+    text = ', '.join(
+        f'{programs.NAMES.get(part, part)} {size(count)}' for part, count in parts.items() if count
+    )
     text = f'{name}: {size(total)} on each device, without activations ({text})'
     if limit and total > limit:
         text += f'\nmore than the {size(limit)} there are: more devices, or a smaller model'
@@ -133,14 +154,17 @@ def check_mesh(mesh, batch_sizes):
 
 
 def run_checks(cfg, found, limit):
-    """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of `programs.stages`."""
+    """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of
+    `programs.stages`.
+    """
     from sphere_ar_jax.measure import costs, programs
     from sphere_ar_jax.runtime import sharding
     from sphere_ar_jax.training.state import abstract_state
 
     mesh = sharding.make_mesh(**cfg.mesh)
     batch_sizes = {
-        f'{name}_training.batch_size': (s.options.batch_size, s.options.accumulate) for name, (s, _) in found.items()
+        f'{name}_training.batch_size': (s.options.batch_size, s.options.accumulate)
+        for name, (s, _) in found.items()
     }
     checks, disk = [check_mesh(mesh, batch_sizes)], 0
     for name, (stage, frozen) in found.items():
@@ -157,10 +181,12 @@ def run_checks(cfg, found, limit):
 
 
 def check_workdir(workdir, needed=0):
-    """Whether a directory can be written: a small file is, is read again and deleted. Makes no directory.
+    """Whether a directory can be written: a small file is, is read again and deleted. Makes no
+    directory.
 
     Args:
-      workdir: a path, that need not exist yet, or gs://… needed: bytes that checkpoints will take, 0: not known.
+      workdir: a path, that need not exist yet, or gs://… needed: bytes that checkpoints will take,
+        0: not known.
     """
     from etils import epath
 
@@ -181,7 +207,9 @@ def check_workdir(workdir, needed=0):
         return Check('workdir', 'FAIL', f'{workdir} cannot be written: {reason}{hint}')
     if not same:
         return Check('workdir', 'FAIL', f'{workdir}: what was written is not what is read again')
-    text = f'{workdir} can be written' + (f'; checkpoints will take {size(needed)}' if needed else '')
+    text = f'{workdir} can be written' + (
+        f'; checkpoints will take {size(needed)}' if needed else ''
+    )
     if remote:
         return Check('workdir', 'ok', text)
     free = shutil.disk_usage(place).free
@@ -192,7 +220,9 @@ def check_workdir(workdir, needed=0):
 
 
 def check_inputs(cfg, workdir):
-    """Whether what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files."""
+    """Whether what a training reads besides images is there: a tokenizer or a teacher, LPIPS'
+    files.
+    """
     from sphere_ar_jax.commands import train
 
     found = train.check_inputs(cfg, workdir)
@@ -200,14 +230,22 @@ def check_inputs(cfg, workdir):
 
 
 def check_data(kind, path, split='train', data_dir=None):
-    """Whether the images are found, and how many; kind, path: see `schema.DATA` and `sources.open_source`."""
+    """Whether the images are found, and how many; kind, path: see `schema.DATA` and
+    `sources.open_source`.
+    """
     from sphere_ar_jax.data import digits, sources
 
     if kind == 'digits':
         source = digits.Digits('train', 0)
-        return Check('data', 'ok', f'digits, part of scikit-learn: {len(source)} images to train on, 10 classes')
+        return Check(
+            'data',
+            'ok',
+            f'digits, part of scikit-learn: {len(source)} images to train on, 10 classes',
+        )
     if path is None:
-        return Check('data', 'FAIL', f'data.path is not given, of the {kind} data: --config.data.path=…')
+        return Check(
+            'data', 'FAIL', f'data.path is not given, of the {kind} data: --config.data.path=…'
+        )
     source = sources.open_source(kind, path, split, data_dir)
     source[0], source[len(source) - 1]
     return Check('data', 'ok', f'{kind} {path}: {len(source)} images, {source.num_classes} classes')
@@ -225,7 +263,9 @@ def lines(check):
 
 
 class Examination:
-    """Checks one after the other, each printed as it ends. failed: how many have. stuck: whether one still runs."""
+    """Checks one after the other, each printed as it ends. failed: how many have. stuck: whether
+    one still runs.
+    """
 
     def __init__(self, seconds, show=print):
         self._seconds, self._show, self.failed, self.warned, self.stuck = seconds, show, 0, 0, False
@@ -238,8 +278,9 @@ class Examination:
             self._show(line)
 
     def run(self, name, function, slow='give it longer: --timeout=SECONDS'):
-        """function() with the time limit; what it raises is said as a failed check, and None returned. slow: what to do
-        where it does not answer."""
+        """function() with the time limit; what it raises is said as a failed check, and None
+        returned. slow: what to do where it does not answer.
+        """
         try:
             return limited(function, self._seconds)
         except TimeoutError:
@@ -247,7 +288,9 @@ class Examination:
             text = f'no answer in {self._seconds:g} s: {slow}'
         except Exception as error:  # the doctor must go on
             text = ' '.join(str(error).split()) or type(error).__name__
-            if isinstance(error, AssertionError | AttributeError | KeyError | TypeError | ImportError):
+            if isinstance(
+                error, AssertionError | AttributeError | KeyError | TypeError | ImportError
+            ):
                 text = f'{type(error).__name__}: {text}'
         self.say(Check(name, 'FAIL', text))
 

@@ -13,12 +13,23 @@ from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 
 
-def evaluate(workdir, *, samples=None, reference=None, inception=None, images=None, lpips=None, vgg=None, like=None):
+def evaluate(
+    workdir,
+    *,
+    samples=None,
+    reference=None,
+    inception=None,
+    images=None,
+    lpips=None,
+    vgg=None,
+    like=None,
+):
     """Scores a run, or samples alone, and writes WORKDIR/evaluation.json.
 
     Args:
-      samples, reference: npz files for `protocol.evaluate`. inception: its network's weights (.pb or .pth). images: npz
-        with real images (arr_0) for the tokenizer's scores. lpips, vgg: LPIPS' linear weights and VGG16's.
+      samples, reference: npz files for `protocol.evaluate`. inception: its network's weights (.pb
+        or .pth). images: npz with real images (arr_0) for the tokenizer's scores. lpips, vgg:
+        LPIPS' linear weights and VGG16's.
       Without samples and images a run on the digits is scored by the digits' protocol.
     Returns:
       what was written.
@@ -27,9 +38,13 @@ def evaluate(workdir, *, samples=None, reference=None, inception=None, images=No
     if (samples is None) != (reference is None):
         raise UserError('give --samples=NPZ and --reference=NPZ together')
     if samples is not None and inception is None:
-        raise UserError('give --inception=classify_image_graph_def.pb (or the .pth of pytorch-fid, torch-fidelity)')
+        raise UserError(
+            'give --inception=classify_image_graph_def.pb (or the .pth of pytorch-fid, torch-fidelity)'
+        )
     if inception is not None and samples is None and images is None:
-        raise UserError('--inception is for --samples and --reference, or for --images: give those too')
+        raise UserError(
+            '--inception is for --samples and --reference, or for --images: give those too'
+        )
     weights = None if inception is None else inception_weights.load(inception)
     if samples is not None:
         scores = protocol.evaluate(samples, reference, weights, progress=console.bars())
@@ -38,7 +53,11 @@ def evaluate(workdir, *, samples=None, reference=None, inception=None, images=No
         judge = None if lpips is None else read(lpips, vgg)
         batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
         scores['tokenizer'] = tokenizer.score_tokenizer(
-            run, batches, network=weights, lpips=judge, progress=console.bar(None, 'reconstructions')
+            run,
+            batches,
+            network=weights,
+            lpips=judge,
+            progress=console.bar(None, 'reconstructions'),
         )
     if not scores:
         run, mesh = open_run.open_run(workdir, like)

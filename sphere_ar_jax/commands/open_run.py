@@ -27,6 +27,8 @@ def open_run(workdir, like=None, tokenizer_only=False):
         checks.check(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
     run = load_run(workdir, mesh, tokenizer_only, cfg)
-    if said := sharding.describe_not_split(mesh, {'ar': run.ar_params, 'tokenizer': run.vae_params}):
+    if said := sharding.describe_not_split(
+        mesh, {'ar': run.ar_params, 'tokenizer': run.vae_params}
+    ):
         print(said, flush=True)
     return run, mesh

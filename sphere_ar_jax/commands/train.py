@@ -1,6 +1,8 @@
-"""The job of --mode=train: the trainings that the config asks for, then samples, scores and report.html.
+"""The job of --mode=train: the trainings that the config asks for, then samples, scores and
+report.html.
 
-Those are the tokenizer's (or `config.tokenizer` is taken) and the AR model's; or a head's, distilled from a run.
+Those are the tokenizer's (or `config.tokenizer` is taken) and the AR model's; or a head's,
+distilled from a run.
 
 Dimensions:
   B  images of a batch     H, W, c  an image
@@ -28,7 +30,9 @@ from sphere_ar_jax.training.workdir import claim, has, other_model
 
 
 def _opened(key, read, *arguments, **options):
-    """What `read` finds in the workdir that a key of the config names; what is wrong there is said with the key."""
+    """What `read` finds in the workdir that a key of the config names; what is wrong there is said
+    with the key.
+    """
     try:
         return read(*arguments, **options)
     except (OSError, ValueError) as error:
@@ -45,7 +49,9 @@ def _teacher(cfg, mesh):
         changed = schema.differences(schema.as_dict(teacher.config), schema.as_dict(cfg))
         changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
-        raise UserError(f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own')
+        raise UserError(
+            f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own'
+        )
     if not published and not epath.Path(cfg.init_from, 'metrics.json').exists():
         raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
     return teacher
@@ -63,9 +69,15 @@ def _open_data(cfg):
     if cfg.data.num_classes is None and schema.num_classes(cfg) is None:
         cfg.data.num_classes = source.num_classes
     if source.num_classes > schema.num_classes(cfg):
-        raise UserError(f'{d.path} has {source.num_classes} classes, but the model {schema.num_classes(cfg)}')
+        raise UserError(
+            f'{d.path} has {source.num_classes} classes, but the model {schema.num_classes(cfg)}'
+        )
     augmentation = augment.Augmentation(build.build_vae(cfg).image_shape[0], *d.crop_until, d.draft)
-    return source, None, dict(transform=augmentation, workers=d.workers, threads=d.threads, max_broken=d.max_broken)
+    return (
+        source,
+        None,
+        dict(transform=augmentation, workers=d.workers, threads=d.threads, max_broken=d.max_broken),
+    )
 
 
 def _run(setting, reading, stage, look):
@@ -73,7 +85,13 @@ def _run(setting, reading, stage, look):
     watch = loop.Watch(setting.cfg.watch.every, look) if setting.cfg.watch.every else None
     directory = f'{setting.workdir}/{stage.name}'
     return loop.train(
-        stage, setting.source, directory, seed=setting.cfg.seed, mesh=setting.mesh, reading=reading, watch=watch
+        stage,
+        setting.source,
+        directory,
+        seed=setting.cfg.seed,
+        mesh=setting.mesh,
+        reading=reading,
+        watch=watch,
     )
 
 
@@ -97,9 +115,13 @@ def _train(setting, reading, tokenizer, lpips):
     Returns (S-VAE parameters, AR parameters or None, seconds by stage)."""
     seconds, vae_params = {}, tokenizer
     if tokenizer is None:
-        stage = adversarial.tokenizer_stage(setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips)
+        stage = adversarial.tokenizer_stage(
+            setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
+        )
         images = snapshots.examples(setting) if setting.cfg.watch.every else None
-        look = lambda step, params, writer: snapshots.look_at_reconstructions(setting, params, images, step, writer)
+        look = lambda step, params, writer: snapshots.look_at_reconstructions(
+            setting, params, images, step, writer
+        )
         state, seconds['tokenizer'] = _run(setting, reading, stage, look)
         vae_params = state.eval_params
     if not setting.cfg.ar_training.steps:
@@ -135,7 +157,8 @@ def _with_lpips(cfg):
 
 
 def check_inputs(cfg, workdir):
-    """That what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files. Raises ValueError.
+    """That what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files.
+    Raises ValueError.
 
     Returns:
       those, a list of paths. workdir: may be None.
@@ -156,22 +179,30 @@ def check_inputs(cfg, workdir):
 
 
 def _check_parts(cfg, workdir, mesh):
-    """Raises UserError for trainings that cannot be run with these devices, and as `check_inputs` does."""
+    """Raises UserError for trainings that cannot be run with these devices, and as `check_inputs`
+    does.
+    """
     names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
     for name in names:
-        if cfg[name].steps and (why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)):
+        if cfg[name].steps and (
+            why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)
+        ):
             raise UserError(f'{name}.batch_size: {why}')
     check_inputs(cfg, workdir)
 
 
 def _tokenizer(cfg, mesh):
-    """The parameters of the tokenizer in cfg.tokenizer, which must be cfg's own model; None without one."""
+    """The parameters of the tokenizer in cfg.tokenizer, which must be cfg's own model; None without
+    one.
+    """
     if cfg.tokenizer is None:
         return None
     run = _opened('tokenizer', load_run, cfg.tokenizer, mesh, tokenizer_only=True)
     changed = other_model(run.config, cfg, tokenizer_only=True)
     if changed:
-        raise UserError(f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config')
+        raise UserError(
+            f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config'
+        )
     return run.vae_params
 
 
@@ -190,11 +221,15 @@ def _judge(cfg):
         return None
     network = inception_weights.load(w.inception)
     bar = console.bars()
-    return network, protocol.summarize(w.reference, network, progress=lambda *done: bar('reference', *done)).pool
+    return network, protocol.summarize(
+        w.reference, network, progress=lambda *done: bar('reference', *done)
+    ).pool
 
 
 def _set_up(cfg, workdir):
-    """(`snapshots.Setting`, the stages to run as a function of it), everything checked; then the workdir is claimed."""
+    """(`snapshots.Setting`, the stages to run as a function of it), everything checked; then the
+    workdir is claimed.
+    """
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
@@ -203,7 +238,9 @@ def _set_up(cfg, workdir):
     source, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
     if cfg.init_from is None:
-        stages = functools.partial(_train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg, mesh))
+        stages = functools.partial(
+            _train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg, mesh)
+        )
     else:
         stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
@@ -216,7 +253,8 @@ def train(cfg, workdir, command, started):
     """The trainings, then evaluation and report; each part goes on where an earlier run stopped.
 
     Args:
-      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html says to type.
+      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html
+        says to type.
       started: `time.perf_counter()` at the start of the process.
     Returns:
       the metrics, as written to WORKDIR/metrics.json.
@@ -227,7 +265,10 @@ def train(cfg, workdir, command, started):
         raise UserError(str(error)) from None
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
-    print(f'{len(setting.source)} training images{held}; {setting.mesh.size} {platform} device(s)', flush=True)
+    print(
+        f'{len(setting.source)} training images{held}; {setting.mesh.size} {platform} device(s)',
+        flush=True,
+    )
     seconds = {'start': time.perf_counter() - started}
 
     vae_params, ar_params, parts = stages(setting)

@@ -24,7 +24,8 @@ class Sampler(NamedTuple):
     """How a run is sampled: what is compiled, and the numbers that may change without compiling.
 
     Attributes:
-      options: see `plan.Options`. guidance_scale: s, None without guidance. temperature: factor of x₀'s noise.
+      options: see `plan.Options`. guidance_scale: s, None without guidance. temperature: factor of
+        x₀'s noise.
     """
 
     options: plan.Options
@@ -50,11 +51,15 @@ def build_vae(config: ConfigDict) -> VAE:
 
 
 def build_ar(config: ConfigDict) -> AR:
-    """The AR model that the config describes. Raises UserError where the number of classes is not known yet."""
+    """The AR model that the config describes. Raises UserError where the number of classes is not
+    known yet.
+    """
     c = config.ar
     num_classes = schema.num_classes(config)
     if num_classes is None:
-        raise UserError(f'data.num_classes: say how many classes the model knows ({config.data.name} does not)')
+        raise UserError(
+            f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
+        )
     if config.init_from is None:
         head = pick(HEADS, 'ar.head', c.head)
     else:
@@ -78,5 +83,7 @@ def build_sampler(config: ConfigDict) -> Sampler:
     s = config.sampling.to_dict()
     if s['guidance_interval'] is not None:
         s['guidance_interval'] = tuple(s['guidance_interval'])
-    options = plan.Options(**{field.name: s[field.name] for field in dataclasses.fields(plan.Options)})
+    options = plan.Options(
+        **{field.name: s[field.name] for field in dataclasses.fields(plan.Options)}
+    )
     return Sampler(options, s['guidance_scale'], s['temperature'])

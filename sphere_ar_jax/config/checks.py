@@ -11,12 +11,28 @@ from sphere_ar_jax.runtime.console import UserError
 # What numbers must be: (keys, the rule in words and as a function).
 _NUMBERS = (
     (r'vae\.latent_dim', 'be at least 2', lambda n: n >= 2),
-    (r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads', 'be at least 1', lambda n: n >= 1),
-    (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', lambda n: n >= 1),
+    (
+        r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads',
+        'be at least 1',
+        lambda n: n >= 1,
+    ),
+    (
+        r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)',
+        'be at least 1',
+        lambda n: n >= 1,
+    ),
     (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', lambda n: n >= 1),
-    (r'(tokenizer|ar)_training\.steps|data\.workers', 'be at least 0', lambda n: n >= 0),  # 0 steps: not trained
+    (
+        r'(tokenizer|ar)_training\.steps|data\.workers',
+        'be at least 0',
+        lambda n: n >= 0,
+    ),  # 0 steps: not trained
     (r'.*\.(learning_rate|final_learning_rate|clip_norm)', 'be above 0', lambda n: n > 0),
-    (r'.*\.(warmup_steps|keep_every|\w+_weight|weight_decay|disc_start)', 'not be negative', lambda n: n >= 0),
+    (
+        r'.*\.(warmup_steps|keep_every|\w+_weight|weight_decay|disc_start)',
+        'not be negative',
+        lambda n: n >= 0,
+    ),
     (r'watch\.(every|fid_images)|sampling\.temperature', 'not be negative', lambda n: n >= 0),
     (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
     (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
@@ -28,8 +44,14 @@ _NUMBERS = (
 _WORDS = {
     'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
     'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
-    'tokenizer_training.discriminator': (discriminators.KINDS, f': use {", ".join(discriminators.KINDS)}'),
-    'tokenizer_training.disc_loss': (discriminators.ADVERSARIAL, f': use {", ".join(discriminators.ADVERSARIAL)}'),
+    'tokenizer_training.discriminator': (
+        discriminators.KINDS,
+        f': use {", ".join(discriminators.KINDS)}',
+    ),
+    'tokenizer_training.disc_loss': (
+        discriminators.ADVERSARIAL,
+        f': use {", ".join(discriminators.ADVERSARIAL)}',
+    ),
     'ar_training.encoder_dtype': (('', *schema.DTYPES), f': use {", ".join(schema.DTYPES)}'),
     'distillation_training.guidance': (guidance.SCHEDULES, ': use linear or constant'),
     'sampling.guidance': ((None, *guidance.SCHEDULES), ': use linear or constant'),
@@ -40,7 +62,9 @@ def from_dict(values):
     """The config of a `config.json`, checked."""
     config = schema.default()
     for name, value in schema.leaves(values).items():
-        config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
+        config.update_from_flattened_dict(
+            {name: tuple(value) if isinstance(value, list) else value}
+        )
     return check(config)
 
 
@@ -57,13 +81,17 @@ def _check_values(config):
             _require(value in known, f'{name} is {value!r}{otherwise}')
         if type(value) in (int, float):
             for keys, rule, holds in _NUMBERS:
-                _require(not re.fullmatch(keys, name) or holds(value), f'{name} is {value}, but must {rule}')
+                _require(
+                    not re.fullmatch(keys, name) or holds(value),
+                    f'{name} is {value}, but must {rule}',
+                )
 
 
 def _check_training(name, training):
     rates = tuple(training.more_ema_decays)
     _require(
-        all(isinstance(rate, float) and 0 < rate < 1 for rate in rates) and (training.ema_decay or not rates),
+        all(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
+        and (training.ema_decay or not rates),
         f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, beside an ema_decay',
     )
     _require(
@@ -98,9 +126,17 @@ def _check_tokenizer(training, image_shape):
 
 def _check_models(v, a):
     for key in ('grid', 'channels'):
-        _require(all(type(n) is int for n in v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
-    _require(len(v.grid) == 2 and min(v.grid) >= 1, f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1')
-    _require(len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages')
+        _require(
+            all(type(n) is int for n in v[key]),
+            f'vae.{key} is {tuple(v[key])}, but must be whole numbers',
+        )
+    _require(
+        len(v.grid) == 2 and min(v.grid) >= 1,
+        f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1',
+    )
+    _require(
+        len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages'
+    )
     for channels in (v.stem, *v.channels):
         groups = min(32, channels // 4)
         _require(
@@ -113,14 +149,18 @@ def _check_models(v, a):
         except ValueError as error:
             raise UserError(f'{where}: {error}') from None
     _require(
-        a.head_depth % a.head_groups == 0, f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}'
+        a.head_depth % a.head_groups == 0,
+        f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}',
     )
 
 
 def _check_data(d, image_shape):
     height, _, channels = image_shape
     want = digits.Digits.image_shape if d.name == 'digits' else (height, height, channels)
-    _require(want == image_shape, f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}')
+    _require(
+        want == image_shape,
+        f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}',
+    )
     _require(
         len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
         f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
@@ -131,7 +171,8 @@ def _check_distillation(init_from, t, s):
     """t: options of the training; s: those of sampling."""
     _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     _require(
-        len(t.levels) > 0 and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
+        len(t.levels) > 0
+        and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
         f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',
     )
     _require(
@@ -165,7 +206,10 @@ def _check_sampling(config):
         f'sampling.num_images is {s.num_images}, but must be at least one for each of {least} classes',
     )
     rates = [r for r in (t.ema_decay, *t.more_ema_decays) if r]
-    _require(s.ema_decay in (None, *rates), f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}')
+    _require(
+        s.ema_decay in (None, *rates),
+        f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}',
+    )
     try:
         build.build_sampler(config)
     except (ValueError, TypeError) as error:

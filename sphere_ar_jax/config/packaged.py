@@ -11,7 +11,10 @@ def find(word: str) -> str:
     if not re.fullmatch(r'\w+', name) or os.path.exists(name):
         return word
     package = pathlib.Path(__file__).parents[1]
-    for place in (package / 'configs', package.parent / 'configs'):  # of an installed wheel, and of a checkout
+    for place in (
+        package / 'configs',
+        package.parent / 'configs',
+    ):  # of an installed wheel, and of a checkout
         if (place / f'{name}.py').exists():
             return f'{place / name}.py{colon}{arg}'
     return word

@@ -17,10 +17,12 @@ def shrink(images, factor=UPSAMPLE):
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits (UCI optdigits test set), 8×8 grey scans, enlarged to 16×16.
+    """scikit-learn's 1,797 handwritten digits (UCI optdigits test set), 8×8 grey scans, enlarged to
+    16×16.
 
     Attributes:
-      pixels: (n, 8, 8) float64 in [0, 1]. labels: (n,) int. image_shape: (16, 16, 1). num_classes: 10.
+      pixels: (n, 8, 8) float64 in [0, 1]. labels: (n,) int. image_shape: (16, 16, 1). num_classes:
+        10.
     """
 
     image_shape = (8 * UPSAMPLE, 8 * UPSAMPLE, 1)

@@ -5,7 +5,9 @@ import numpy as np
 
 
 def to_float(pixels):
-    """uint8 in [0, 255] → float32 in [−1, 1]: (x/255 − 0.5)·2, rounded after each step as published."""
+    """uint8 in [0, 255] → float32 in [−1, 1]: (x/255 − 0.5)·2, rounded after each step as
+    published.
+    """
     x = pixels.astype(np.float32)
     x /= np.float32(255)
     x -= np.float32(0.5)

@@ -2,10 +2,11 @@
 
   python -m sphere_ar_jax.data.stand_in DIR [--synsets 5 --images 12 --seed 0 --broken 2]
 
-A tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon and the colours of an image
-tell its class, so that there is something to learn; the rest is random. As in ImageNet some files are odd: grey, CMYK
-or progressive JPEG, PNG in a file named .JPEG, JPEG that an EXIF tag rotates; `broken` ones are cut off or empty, which
-ImageNet's are not. The same seed gives the same bytes (with the same Pillow). What is odd stands in TAR.json.
+A tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon and the
+colours of an image tell its class, so that there is something to learn; the rest is random. As in
+ImageNet some files are odd: grey, CMYK or progressive JPEG, PNG in a file named .JPEG, JPEG that an
+EXIF tag rotates; `broken` ones are cut off or empty, which ImageNet's are not. The same seed gives
+the same bytes (with the same Pillow). What is odd stands in TAR.json.
 
 Dimensions:
   h, w  height and width of an image      k  class, its place among the given synsets
@@ -31,12 +32,18 @@ _ORIENTATION = 0x0112  # the EXIF tag that says so
 
 
 def _draw(rng, k):
-    """A random image of class k, RGB: a smooth background and a polygon, with the class's hues and corners."""
+    """A random image of class k, RGB: a smooth background and a polygon, with the class's hues and
+    corners.
+    """
     w, h = (round(60 * 10**x) for x in rng.uniform(0, 1, 2).tolist())
     hue = k * 0.618034  # golden ratio: neighbours differ
-    colour = lambda offset, value: [round(255 * c) for c in colorsys.hsv_to_rgb((hue + offset) % 1, 0.8, value)]
+    colour = lambda offset, value: [
+        round(255 * c) for c in colorsys.hsv_to_rgb((hue + offset) % 1, 0.8, value)
+    ]
     noise = rng.uniform(-70, 70, (4, 5, 3)) + colour(0, 0.55)
-    image = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+    image = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(
+        (w, h), Image.Resampling.BICUBIC
+    )
     pen, fill = ImageDraw.Draw(image), tuple(colour(0.4, rng.uniform(0.75, 1)))
     r = rng.uniform(0.2, 0.35) * min(w, h)
     x, y = rng.uniform(r, w - r), rng.uniform(r, h - r)
@@ -72,9 +79,10 @@ def write_tar(path, synsets, images, seed=0, broken=2):
     """Writes a tar of tars to `path`, and what is odd in it to `path`.json.
 
     Args:
-      synsets: names of the classes, the order of their tars. images: number in each. seed: of all that is drawn.
-      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. Among the others is one of
-        each kind in `ODD`, as far as there are enough.
+      synsets: names of the classes, the order of their tars. images: number in each. seed: of all
+        that is drawn.
+      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. Among the others is
+        one of each kind in `ODD`, as far as there are enough.
     Returns:
       {'n01440764/n01440764_3.JPEG': 'grey', …}, the odd ones, which the JSON holds too.
     """
@@ -86,7 +94,9 @@ def write_tar(path, synsets, images, seed=0, broken=2):
         for k, synset in enumerate(synsets):
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode='w', format=tarfile.USTAR_FORMAT) as inner:
-                for i, number in enumerate(rng.permutation(20 * images)[:images]):  # numbers with gaps, in no order
+                for i, number in enumerate(
+                    rng.permutation(20 * images)[:images]
+                ):  # numbers with gaps, in no order
                     name, kind = f'{synset}_{number}.JPEG', kinds.get(k * images + i)
                     _add(inner, name, _encode(_draw(rng, k), kind))
                     if kind:
@@ -106,18 +116,26 @@ def main(arguments):
     parser.add_argument('--synsets', type=int, default=5, help='number of classes, 1 to 1000')
     parser.add_argument('--images', type=int, default=12, help='number in each class')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--broken', type=int, default=2, help='number of files that cannot be decoded')
+    parser.add_argument(
+        '--broken', type=int, default=2, help='number of files that cannot be decoded'
+    )
     options = parser.parse_args(arguments)
     if not (1 <= options.synsets <= 1000 and options.images >= 1 and options.seed >= 0):
-        parser.error('--synsets must lie between 1 and 1000, --images be at least 1, --seed not negative')
+        parser.error(
+            '--synsets must lie between 1 and 1000, --images be at least 1, --seed not negative'
+        )
     if not 0 <= options.broken <= options.synsets * options.images:
-        parser.error(f'--broken must lie between 0 and {options.synsets * options.images}, the number of images')
+        parser.error(
+            f'--broken must lie between 0 and {options.synsets * options.images}, the number of images'
+        )
     names = [synset for synset, _ in imagenet.classes()]
     chosen = [names[i * len(names) // options.synsets] for i in range(options.synsets)]
     os.makedirs(options.directory, exist_ok=True)
     path = os.path.join(options.directory, 'ILSVRC2012_img_train.tar')
     write_tar(path, chosen, options.images, options.seed, options.broken)
-    print(f'{path}: {options.synsets} classes of {options.images} images, {os.path.getsize(path):,} bytes')
+    print(
+        f'{path}: {options.synsets} classes of {options.images} images, {os.path.getsize(path):,} bytes'
+    )
 
 
 if __name__ == '__main__':

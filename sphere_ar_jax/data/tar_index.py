@@ -1,7 +1,8 @@
-"""Where the images are in a tar of tars: an index, made once by a walk over all headers and kept in an npz.
+"""Where the images are in a tar of tars: an index, made once by a walk over all headers and kept in
+an npz.
 
-`tarfile` finds the headers; what it lets pass in silence, a tar that is cut off or damaged between two files, is
-looked for here.
+`tarfile` finds the headers; what it lets pass in silence, a tar that is cut off or damaged between
+two files, is looked for here.
 
 Dimensions:
   n  images      k  classes, an inner tar each, which a synset names
@@ -32,7 +33,8 @@ _INDEX_VERSION = 1
 
 
 def _identity(fd, tars):
-    """What tells one tar from another: its size, its time of change and a hash of the headers at `tars`.
+    """What tells one tar from another: its size, its time of change and a hash of the headers at
+    `tars`.
 
     Args:
       tars: (k,) int, the offsets of the inner tars' headers.
@@ -51,7 +53,9 @@ def _open_tar(file, what):
 
 
 def _files(archive, what):
-    """Yields the plain files of an open tar, `tarfile.TarInfo`; directories are passed over, links are refused."""
+    """Yields the plain files of an open tar, `tarfile.TarInfo`; directories are passed over, links
+    are refused.
+    """
     while True:
         try:
             member = archive.next()
@@ -67,7 +71,9 @@ def _files(archive, what):
 
 
 def _check_end(fd, end, what):
-    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped: it does not tell."""
+    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped: it does not
+    tell.
+    """
     if os.pread(fd, BLOCK, end) != bytes(BLOCK):
         raise UserError(f'{what} is damaged at byte {end:,}: fetch it again')
 
@@ -83,7 +89,9 @@ def _class_tars(outer, path):
                 '(validation images: unpack them into a directory for each class, an ImageFolder)'
             )
         if suffix != '.tar':
-            raise UserError(f'{path} holds {printable(member.name)}, but must hold only tars, one for each class')
+            raise UserError(
+                f'{path} holds {printable(member.name)}, but must hold only tars, one for each class'
+            )
         if synset in found:
             raise UserError(f'{path} holds {synset}.tar twice')
         found[synset] = member
@@ -91,21 +99,30 @@ def _class_tars(outer, path):
         raise UserError(f'{path} holds no files')
     known = [synset for synset, _ in imagenet.classes()]
     if len(found) == len(known) and (other := sorted(set(found) - set(known))):
-        raise UserError(f'{path} has 1,000 classes, but not those of ILSVRC2012: {other[0]} is none of them')
+        raise UserError(
+            f'{path} has 1,000 classes, but not those of ILSVRC2012: {other[0]} is none of them'
+        )
     return found
 
 
 def _build_index(path, fd, progress):
     """The index of a tar of tars, by a walk over all headers.
 
-    identity: see `_identity`. tars: (k,) int64, offsets of the inner tars' headers. synsets: (k,) str, sorted. Every
-    image has an entry in the others. offsets, sizes: (n,) int64, of its data in the outer tar. labels: (n,) int32, the
-    place of its synset. checksums: (n,) int32, that its header holds.
+    identity: see `_identity`. tars: (k,) int64, offsets of the inner tars' headers. synsets: (k,)
+    str, sorted. Every image has an entry in the others. offsets, sizes: (n,) int64, of its data in
+    the outer tar. labels: (n,) int32, the place of its synset. checksums: (n,) int32, that its
+    header holds.
     """
     before = os.fstat(fd)
     size = before.st_size
-    if size % BLOCK or size < 2 * BLOCK or os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) != bytes(2 * BLOCK):
-        raise UserError(f'{path} does not end as an uncompressed tar does: it is none, or cut off; fetch it again')
+    if (
+        size % BLOCK
+        or size < 2 * BLOCK
+        or os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) != bytes(2 * BLOCK)
+    ):
+        raise UserError(
+            f'{path} does not end as an uncompressed tar does: it is none, or cut off; fetch it again'
+        )
     rows = []
     with open(fd, 'rb', closefd=False) as file, _open_tar(file, path) as outer:
         members = _class_tars(outer, path)
@@ -115,8 +132,13 @@ def _build_index(path, fd, progress):
         for synset, member in members.items():
             what, first, start = f'{path}: {synset}.tar', len(rows), member.offset_data
             with _open_tar(outer.extractfile(member), what) as inner:
-                rows += [(start + m.offset_data, m.size, label[synset], m.chksum) for m in _files(inner, what)]
-                if inner.offset != member.size:  # a mark is not needed where the outer tar has the length
+                rows += [
+                    (start + m.offset_data, m.size, label[synset], m.chksum)
+                    for m in _files(inner, what)
+                ]
+                if (
+                    inner.offset != member.size
+                ):  # a mark is not needed where the outer tar has the length
                     _check_end(fd, start + inner.offset, what)
             if len(rows) == first:
                 raise UserError(f'{what} holds no images')
@@ -138,20 +160,26 @@ def _load_index(index_path, fd):
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(index_path, allow_pickle=False) as file:
             index = dict(file)
-        if index['version'] == _INDEX_VERSION and str(index['identity']) == _identity(fd, index['tars']):
+        if index['version'] == _INDEX_VERSION and str(index['identity']) == _identity(
+            fd, index['tars']
+        ):
             return index
     return None
 
 
 def open_index(path, fd, progress):
-    """The index of a tar, a dictionary of arrays (see `_build_index`): loaded from where it is kept, or built and kept.
+    """The index of a tar, a dictionary of arrays (see `_build_index`): loaded from where it is
+    kept, or built and kept.
 
     That is beside the tar, or in the user's cache where nothing can be written there.
 
     Args:
-      path: of the tar, absolute. fd: the tar, open. progress, and what is raised: see `sources.ImageNetTar`.
+      path: of the tar, absolute. fd: the tar, open. progress, and what is raised: see
+        `sources.ImageNetTar`.
     """
-    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'sphere_ar_jax')
+    cache = os.path.join(
+        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'sphere_ar_jax'
+    )
     places = [os.path.dirname(path), cache]
     name = f'{os.path.basename(path)}.index.npz'
     for place in places:
@@ -161,7 +189,8 @@ def open_index(path, fd, progress):
     index = _build_index(path, fd, progress)
     for place in places:
         target = os.path.join(place, name)
-        temporary = f'{target}.{uuid.uuid4().hex}'  # several processes may build it at once: the last one stays
+        # several processes may build it at once: the last one stays
+        temporary = f'{target}.{uuid.uuid4().hex}'
         try:
             os.makedirs(place, exist_ok=True)
             with open(temporary, 'xb') as f:

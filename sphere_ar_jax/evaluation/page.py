@@ -33,7 +33,10 @@ _CURVES = (
 
 def save_curves(path, workdir):
     """The training curves of the stages that the workdir has, from each one's metrics.jsonl."""
-    stages = {stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl') for stage, *_ in _CURVES}
+    stages = {
+        stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl')
+        for stage, *_ in _CURVES
+    }
     curves = [curve for curve in _CURVES if any(curve[1] in line for line in stages[curve[0]])]
     columns = min(len(curves), next((n for n in (4, 3, 5) if len(curves) % n == 0), 4))
     rows = -(-len(curves) // columns)
@@ -75,7 +78,11 @@ font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem
 
 _MEANING = {
     'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
-    **{f'vae/{name}': meaning for posterior in POSTERIORS.values() for name, meaning in posterior.shown.items()},
+    **{
+        f'vae/{name}': meaning
+        for posterior in POSTERIORS.values()
+        for name, meaning in posterior.shown.items()
+    },
     'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',

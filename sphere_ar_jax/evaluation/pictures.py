@@ -42,8 +42,12 @@ def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3)
     grid = tile(images, columns, scale)
     size = grid.shape[1] / DPI, grid.shape[0] / DPI
     figure = plt.figure(figsize=size)
-    axis = figure.add_axes((0, 0, 1, 1))  # a dot for each pixel; labels go outside, which the tight box takes in
-    axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')  # a colour map rounds greys
+    axis = figure.add_axes(
+        (0, 0, 1, 1)
+    )  # a dot for each pixel; labels go outside, which the tight box takes in
+    axis.imshow(
+        np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none'
+    )  # a colour map rounds greys
     height = grid.shape[0] / len(row_labels)
     axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
     axis.set_xticks([])
@@ -63,18 +67,28 @@ def save_samples(path, images, labels, per_class=16):
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     title = f'drawn by the model: the first {per_class} of each class'
     scale = max(1, 48 // images.shape[1])
-    _save_grid(path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for', scale)
+    _save_grid(
+        path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for', scale
+    )
 
 
 def save_classes(path, images, columns, titles):
-    """Rows of `columns` images, a row for each title; large images as they are, small ones enlarged."""
+    """Rows of `columns` images, a row for each title; large images as they are, small ones
+    enlarged.
+    """
     scale = max(1, 128 // images.shape[1])
     _save_grid(path, images, columns, titles, '', scale=scale)
 
 
-def save_reconstructions(path, images, reconstructions, columns=16, pairs=3, title='held-out images, decoded'):
-    """Rows of images, each row above its reconstructions; full rows only, so at least `columns` images."""
+def save_reconstructions(
+    path, images, reconstructions, columns=16, pairs=3, title='held-out images, decoded'
+):
+    """Rows of images, each row above its reconstructions; full rows only, so at least `columns`
+    images.
+    """
     pairs = min(pairs, len(images) // columns)
-    rows = [x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)]
+    rows = [
+        x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)
+    ]
     scale = max(1, 48 // images.shape[1])
     _save_grid(path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, title, scale=scale)

@@ -1,4 +1,5 @@
-"""Pictures and scores of a run: looks at a model while it is trained, and what is shown and measured at its end.
+"""Pictures and scores of a run: looks at a model while it is trained, and what is shown and
+measured at its end.
 
 Dimensions:
   n  images     H, W, c  an image, float in [−1, 1]
@@ -25,7 +26,8 @@ class Setting(NamedTuple):
     Attributes:
       cfg: its config. workdir: where it is written. mesh: the devices. vae, ar: the models.
       source: the training images, see `sources`. heldout: others of the same kind, or None.
-      judge: (Inception parameters, reference `statistics.Statistics`) for FID while training, or None.
+      judge: (Inception parameters, reference `statistics.Statistics`) for FID while training, or
+        None.
     """
 
     cfg: Any
@@ -39,7 +41,9 @@ class Setting(NamedTuple):
 
 
 def examples(setting, n=48):
-    """The first n images (n, H, W, c): held-out ones, or training images cropped at the centre, no broken ones."""
+    """The first n images (n, H, W, c): held-out ones, or training images cropped at the centre, no
+    broken ones.
+    """
     if setting.heldout is not None:
         return setting.heldout.images[:n]
     found = []
@@ -56,15 +60,21 @@ def examples(setting, n=48):
 
 def look_at_reconstructions(setting, vae_params, images, step, writer):
     """A picture of the examples' reconstructions."""
-    recon, _ = on_mesh.reconstruct(setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh)
+    recon, _ = on_mesh.reconstruct(
+        setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
+    )
     path = f'{setting.workdir}/tokenizer/reconstructions_{step:07d}.png'
-    pictures.save_reconstructions(path, images, recon, columns=min(8, len(images)), title=f'step {step}')
+    pictures.save_reconstructions(
+        path, images, recon, columns=min(8, len(images)), title=f'step {step}'
+    )
     pairs = np.concatenate([images[:8], recon[:8]])
     writer.picture('reconstructions', step, pictures.tile(pairs, len(images[:8]), 1))
 
 
 def _drawing(setting, vae_params, ar_params):
-    """What `on_mesh.sample_images` and `on_mesh.draw_batches` need to draw by the config: (arguments, options)."""
+    """What `on_mesh.sample_images` and `on_mesh.draw_batches` need to draw by the config:
+    (arguments, options).
+    """
     cfg = setting.cfg
     run = Run(cfg, setting.vae, vae_params, setting.ar, ar_params)
     options = {'seed': cfg.seed, 'batch_size': cfg.sampling.batch_size, 'mesh': setting.mesh}
@@ -79,7 +89,9 @@ def _draw(setting, vae_params, ar_params, labels, **options):
 
 
 def _fid(setting, vae_params, ar_params):
-    """The FID of so many samples as the config says, class by class in turn, to the judge's reference."""
+    """The FID of so many samples as the config says, class by class in turn, to the judge's
+    reference.
+    """
     network, reference = setting.judge
     arguments, options = _drawing(setting, vae_params, ar_params)
     n = setting.cfg.watch.fid_images
@@ -89,7 +101,9 @@ def _fid(setting, vae_params, ar_params):
         for first, images, _ in on_mesh.draw_batches(*arguments, labels, **options):
             yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
 
-    features = protocol.extract(batches(), network, batch_size=options['batch_size'], mesh=setting.mesh)
+    features = protocol.extract(
+        batches(), network, batch_size=options['batch_size'], mesh=setting.mesh
+    )
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
@@ -110,7 +124,9 @@ def _save_grid(setting, path, images):
 
 
 def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
-    """A picture of the same classes from the same noise at every look, and the FID of as many samples as wished."""
+    """A picture of the same classes from the same noise at every look, and the FID of as many
+    samples as wished.
+    """
     _, labels, index = _grid(setting)
     images = _draw(setting, vae_params, ar_params, labels, index=index)
     _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
@@ -122,14 +138,19 @@ def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
 def _reconstruct(setting, vae_params, images, batch_size, **picture):
     """Writes WORKDIR/reconstructions.png; returns how good they are."""
     key = jax.random.key(setting.cfg.seed + 1)
-    recon, found = on_mesh.reconstruct(setting.vae, vae_params, images, key, batch_size, setting.mesh)
-    pictures.save_reconstructions(f'{setting.workdir}/reconstructions.png', images, recon, **picture)
+    recon, found = on_mesh.reconstruct(
+        setting.vae, vae_params, images, key, batch_size, setting.mesh
+    )
+    pictures.save_reconstructions(
+        f'{setting.workdir}/reconstructions.png', images, recon, **picture
+    )
     scores = {f'vae/{name}': found[name] for name in setting.vae.posterior.shown}
     return {'vae/psnr': tokenizer.psnr(recon, images), **scores}
 
 
 def score_digits(setting, vae_params, ar_params):
-    """The digits' protocol: reconstructs, samples and scores; writes the pictures. ar_params: None leaves samples out.
+    """The digits' protocol: reconstructs, samples and scores; writes the pictures. ar_params: None
+    leaves samples out.
 
     Returns (metrics, seconds by part)."""
     s, seconds, mark = setting.cfg.sampling, {}, time.perf_counter()
@@ -139,25 +160,35 @@ def score_digits(setting, vae_params, ar_params):
         return metrics, seconds
 
     labels = np.arange(s.num_images) % setting.source.num_classes
-    print(f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}', flush=True)
-    images = _draw(setting, vae_params, ar_params, labels, progress=console.bar(s.num_images, 'samples'))
+    print(
+        f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}',
+        flush=True,
+    )
+    images = _draw(
+        setting, vae_params, ar_params, labels, progress=console.bar(s.num_images, 'samples')
+    )
     pictures.save_samples(f'{setting.workdir}/samples.png', images, labels)
     seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
 
     print('scoring', flush=True)
-    metrics |= digits.score_digits(digits.digit_pixels(images), labels, setting.source, setting.heldout)
+    metrics |= digits.score_digits(
+        digits.digit_pixels(images), labels, setting.source, setting.heldout
+    )
     seconds['scoring'] = time.perf_counter() - mark
     return metrics, seconds
 
 
 def show(setting, vae_params, ar_params):
-    """Reconstructions, and a grid of samples unless ar_params is None, of a run on images without a protocol of ours.
+    """Reconstructions, and a grid of samples unless ar_params is None, of a run on images without a
+    protocol of ours.
 
     Returns (metrics, seconds by part)."""
     images, mark, seconds = examples(setting), time.perf_counter(), {}
     title = 'training images, cropped at the centre, and decoded'
     columns = min(8, len(images))
-    metrics = _reconstruct(setting, vae_params, images, min(16, len(images)), columns=columns, title=title)
+    metrics = _reconstruct(
+        setting, vae_params, images, min(16, len(images)), columns=columns, title=title
+    )
     seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
     if ar_params is not None:
         _, labels, index = _grid(setting)

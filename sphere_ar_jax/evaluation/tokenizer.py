@@ -24,12 +24,13 @@ def psnr(a, b):
 def likeness(a, b):
     """(PSNR in dB, SSIM) of each pair of uint8 images (b, H, W, c), H and W ≥ 11; float32 (b,).
 
-    Papers that score image by image, as scikit-image does, report the mean of this PSNR. `psnr`, of all pixels
-    together, is never more than that (− log is convex).
+    Papers that score image by image, as scikit-image does, report the mean of this PSNR. `psnr`, of
+    all pixels together, is never more than that (− log is convex).
 
-    SSIM: windows of 11×11 pixels inside the image, weighted by a Gaussian with σ = 1.5; C1 = 0.01² and C2 = 0.03² for
-    pixels in [0, 1]. Source: Wang et al. 2004; scikit-image's `structural_similarity` with gaussian_weights=True,
-    sigma=1.5, use_sample_covariance=False, averaged over channels, gives the same to 1e-4.
+    SSIM: windows of 11×11 pixels inside the image, weighted by a Gaussian with σ = 1.5; C1 = 0.01²
+    and C2 = 0.03² for pixels in [0, 1]. Source: Wang et al. 2004; scikit-image's
+    `structural_similarity` with gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    averaged over channels, gives the same to 1e-4.
     """
     a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
     with jax.numpy_dtype_promotion('standard'):  # dm-pix mixes types
@@ -42,25 +43,34 @@ def _lpips(params, a, b):
 
 
 def score_tokenizer(run, batches, *, network=None, lpips=None, seed=0, progress=lambda done: None):
-    """What a tokenizer loses: scores of reconstructions of real images, decoded from posterior samples.
+    """What a tokenizer loses: scores of reconstructions of real images, decoded from posterior
+    samples.
 
     Args:
-      run: `Run`. batches: iterable of uint8 (b, H, W, c), one of which is in memory at a time. network: `inception`
-        parameters, for rFID, or None. lpips: `lpips` parameters or None. seed: of the posterior samples.
+      run: `Run`. batches: iterable of uint8 (b, H, W, c), one of which is in memory at a time.
+        network: `inception` parameters, for rFID, or None. lpips: `lpips` parameters or None. seed:
+        of the posterior samples.
       progress: called with the number of images done.
     Returns:
-      dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, and what the posterior
+      dict: psnr (all pixels together), image_psnr and ssim (means over images), lpips, rfid, and
+        what the posterior
       shows. Reconstructions are rounded to bytes as samples are, but for psnr.
     Raises UserError for images of another size.
     """
-    mesh, size, key = sharding.make_mesh(**run.config.mesh), run.vae.image_shape, jax.random.key(seed)
+    mesh, size, key = (
+        sharding.make_mesh(**run.config.mesh),
+        run.vae.image_shape,
+        jax.random.key(seed),
+    )
     vae_params = jax.device_put(run.vae_params, sharding.whole(mesh))  # once for all batches
     count, totals, features = 0, collections.Counter(), ([], [])
     for images in batches:
         if images.shape[1:] != size:
             raise UserError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
         real = images.astype(np.float32) / 127.5 - 1
-        decoded, found = on_mesh.reconstruct(run.vae, vae_params, real, key, len(images), mesh, count)
+        decoded, found = on_mesh.reconstruct(
+            run.vae, vae_params, real, key, len(images), mesh, count
+        )
         rounded = np.asarray(pixels.to_uint8(decoded))
         pairs = dict(zip(('image_psnr', 'ssim'), likeness(rounded, images), strict=True))
         if lpips is not None:

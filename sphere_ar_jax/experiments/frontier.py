@@ -1,10 +1,11 @@
 """Quality against evaluations of the flow head, for trained runs of the digits: a table and a plot.
 
-    python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 --output=/tmp/frontier
+    python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1
+    --output=/tmp/frontier
 
-Every setting of `settings` samples --num_images digits from every run and scores them by the digits' protocol. Results
-are added to OUTPUT/scores.jsonl one by one: started again, the command goes on. Workdirs of a distilled head are
-sampled with the settings that such a head has.
+Every setting of `settings` samples --num_images digits from every run and scores them by the
+digits' protocol. Results are added to OUTPUT/scores.jsonl one by one: started again, the command
+goes on. Workdirs of a distilled head are sampled with the settings that such a head has.
 """
 
 import argparse
@@ -33,10 +34,14 @@ SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/r
 def settings(levels=None):
     """{name: (keyword arguments of `plan.Options`, guidance scale)} of what is compared.
 
-    levels: numbers of steps of a distilled head, which knows its guidance itself; None for a plain one.
+    levels: numbers of steps of a distilled head, which knows its guidance itself; None for a plain
+    one.
     """
     if levels is not None:
-        return {f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None) for n in levels}
+        return {
+            f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None)
+            for n in levels
+        }
     found = {}
 
     def add(scale, solver, num_steps, **options):
@@ -47,7 +52,9 @@ def settings(levels=None):
     def add_all(scale, evaluations, last=None, **options):
         """Every solver, with steps for so many evaluations; last: of the last token."""
         for solver in ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama'):
-            steps = {'heun': lambda n: n // 2, 'euler_maruyama': lambda n: max(n - 1, 1)}.get(solver, lambda n: n)
+            steps = {'heun': lambda n: n // 2, 'euler_maruyama': lambda n: max(n - 1, 1)}.get(
+                solver, lambda n: n
+            )
             final = {} if last is None else {'final_steps': steps(last)}
             add(scale, solver, steps(evaluations), **final, **options)
 
@@ -56,7 +63,12 @@ def settings(levels=None):
         add_all(scale, 10)
     for evaluations in (2, 4, 6, 8, 16, 32):
         add_all(1.5, evaluations)
-    for first, last, shape in ((12, 4, 'linear'), (16, 4, 'linear'), (12, 4, 'cosine'), (12, 4, 'two_stage')):
+    for first, last, shape in (
+        (12, 4, 'linear'),
+        (16, 4, 'linear'),
+        (12, 4, 'cosine'),
+        (12, 4, 'two_stage'),
+    ):
         add_all(1.5, first, last, annealing=shape)
     for shift in (0.5, 0.7, 1.5, 2.0):
         for solver in ('ab2', 'dpmpp_2m'):
@@ -78,17 +90,24 @@ def _measure(run, options, scale, num_images, batch_size):
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
     scores = score_digits(digit_pixels(images), labels, train, heldout)
-    return {name: float(scores[name]) for name in SCORES} | {'evaluations': options.plan(run.ar.num_tokens).evaluations}
+    return {name: float(scores[name]) for name in SCORES} | {
+        'evaluations': options.plan(run.ar.num_tokens).evaluations
+    }
 
 
 def summarize(rows):
-    """{setting: mean and std over runs of each score, evaluations, number of runs} of the rows of scores.jsonl."""
+    """{setting: mean and std over runs of each score, evaluations, number of runs} of the rows of
+    scores.jsonl.
+    """
     summary = {}
     for name in dict.fromkeys(row['setting'] for row in rows):
         mine = [row for row in rows if row['setting'] == name]
         values = {score: [row[score] for row in mine] for score in SCORES}
         summary[name] = {'evaluations': mine[0]['evaluations'], 'runs': len(mine)} | {
-            score: {'mean': float(np.mean(v)), 'std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.0}
+            score: {
+                'mean': float(np.mean(v)),
+                'std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.0,
+            }
             for score, v in values.items()
         }
     return summary
@@ -97,7 +116,9 @@ def summarize(rows):
 def markdown(summary):
     """The summary as a table, sorted by evaluations and Fréchet distance."""
     rows = []
-    for name, row in sorted(summary.items(), key=lambda kv: (kv[1]['evaluations'], kv[1]['samples/frechet']['mean'])):
+    for name, row in sorted(
+        summary.items(), key=lambda kv: (kv[1]['evaluations'], kv[1]['samples/frechet']['mean'])
+    ):
         scores = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
         rows.append([name, f'{row["evaluations"]:g}', *scores])
     columns = ('setting', 'evaluations', 'accuracy', 'Fréchet', 'precision', 'recall')
@@ -105,13 +126,16 @@ def markdown(summary):
 
 
 def save_frontier(path, summary):
-    """Scores, a column each: above against evaluations per token at guidance 1.5, below against guidance.
+    """Scores, a column each: above against evaluations per token at guidance 1.5, below against
+    guidance.
 
     summary: of `summarize`. The mean ± standard deviation of `REFERENCE` is drawn as a band.
     """
     figure, axes = plt.subplots(2, len(SCORES), figsize=(4.6 * len(SCORES), 9))
     parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
-    plain = {name: key[0].split() for name, key in parts.items() if len(key) == 1}  # solver, steps, 'guidance', scale
+    plain = {
+        name: key[0].split() for name, key in parts.items() if len(key) == 1
+    }  # solver, steps, 'guidance', scale
     evaluations = lambda name: summary[name]['evaluations']
     scale = lambda name: float(plain[name][3])
 
@@ -126,7 +150,11 @@ def save_frontier(path, summary):
             style = dict(color=f'C{i}', marker='*' if solver == 'distilled' else 'o')
             at = [n for n in mine if n.endswith('guidance 1.5') or solver == 'distilled']
             draw(above, score, at, evaluations, label=solver, **style)
-            annealed = [n for n, key in parts.items() if key[0].startswith(f'{solver} ') and 'annealing' in n]
+            annealed = [
+                n
+                for n, key in parts.items()
+                if key[0].startswith(f'{solver} ') and 'annealing' in n
+            ]
             y = [summary[n][score]['mean'] for n in annealed]
             above.plot([evaluations(n) for n in annealed], y, '+', color=f'C{i}', markersize=9)
             for count, line in ((10, '-'), (101, '--')):
@@ -136,8 +164,14 @@ def save_frontier(path, summary):
                     draw(below, score, at, scale, linestyle=line, label=label, **style)
         if REFERENCE in summary:
             mean, std = (summary[REFERENCE][score][k] for k in ('mean', 'std'))
-            above.axhspan(mean - std, mean + std, color='0.85', label=f'{REFERENCE},\nmean ± std of the runs')
-            limits = (0, 3 * mean) if score.endswith('frechet') else (max(0, mean - 0.15), min(1, mean + 0.12))
+            above.axhspan(
+                mean - std, mean + std, color='0.85', label=f'{REFERENCE},\nmean ± std of the runs'
+            )
+            limits = (
+                (0, 3 * mean)
+                if score.endswith('frechet')
+                else (max(0, mean - 0.15), min(1, mean + 0.12))
+            )
             above.set_ylim(*limits)
         above.set_xscale('log', base=2)
         above.xaxis.set_major_formatter('{x:g}')
@@ -155,7 +189,10 @@ def save_frontier(path, summary):
 def run(workdirs, output, num_images, batch_size):
     """Measures what is not measured yet; writes the table and the plot. Returns the summary."""
     os.makedirs(output, exist_ok=True)
-    workdirs, path = [os.path.abspath(workdir) for workdir in workdirs], os.path.join(output, 'scores.jsonl')
+    workdirs, path = (
+        [os.path.abspath(workdir) for workdir in workdirs],
+        os.path.join(output, 'scores.jsonl'),
+    )
     rows = metric_writer.read_scalars(path)
     with open(path, 'w') as f:  # without a line that a kill cut off
         f.writelines(json.dumps(row) + '\n' for row in rows)
@@ -168,14 +205,23 @@ def run(workdirs, output, num_images, batch_size):
         for name, (options, scale) in settings(levels(runs[workdir])).items()
         if (workdir, name, num_images) not in done
     ]
-    for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not sys.stderr.isatty()):
+    for name, options, scale, workdir in tqdm(
+        todo, desc='settings × runs', disable=not sys.stderr.isatty()
+    ):
         started = time.perf_counter()
         row = _measure(runs[workdir], plan.Options(**options), scale, num_images, batch_size)
-        row |= {'setting': name, 'workdir': workdir, 'num_images': num_images, 'seconds': time.perf_counter() - started}
+        row |= {
+            'setting': name,
+            'workdir': workdir,
+            'num_images': num_images,
+            'seconds': time.perf_counter() - started,
+        }
         rows.append(row)
         with open(path, 'a') as f:
             f.write(json.dumps(row) + '\n')
-    summary = summarize([row for row in rows if row['workdir'] in workdirs and row['num_images'] == num_images])
+    summary = summarize(
+        [row for row in rows if row['workdir'] in workdirs and row['num_images'] == num_images]
+    )
     files.write_json(os.path.join(output, 'frontier.json'), summary)
     with open(os.path.join(output, 'frontier.md'), 'w') as f:
         f.write(markdown(summary))
@@ -186,9 +232,15 @@ def run(workdirs, output, num_images, batch_size):
 def main():
     """Parses the command line and measures; what the user can put right ends it with one line."""
     parser = argparse.ArgumentParser('python -m sphere_ar_jax.experiments.frontier')
-    parser.add_argument('--workdir', action='append', required=True, help='a finished run; give one for each seed')
-    parser.add_argument('--output', required=True, help='directory for scores.jsonl, frontier.json, .md and .png')
-    parser.add_argument('--num_images', type=int, default=2000, help='digits drawn for each setting and run')
+    parser.add_argument(
+        '--workdir', action='append', required=True, help='a finished run; give one for each seed'
+    )
+    parser.add_argument(
+        '--output', required=True, help='directory for scores.jsonl, frontier.json, .md and .png'
+    )
+    parser.add_argument(
+        '--num_images', type=int, default=2000, help='digits drawn for each setting and run'
+    )
     parser.add_argument('--batch_size', type=int, default=500, help='images drawn at a time')
     arguments = parser.parse_args()
     try:

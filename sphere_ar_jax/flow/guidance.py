@@ -17,8 +17,10 @@ class Guidance(NamedTuple):
     """How the velocities of conditional rows and null rows of one token become one.
 
     Attributes:
-      scale: () s_k. apart: () bool, whether conditional and null rows go their own ways, each with its own velocity.
-      interval: (low, high), the times t with low ≤ t < high that are guided; None guides at all times.
+      scale: () s_k. apart: () bool, whether conditional and null rows go their own ways, each with
+        its own velocity.
+      interval: (low, high), the times t with low ≤ t < high that are guided; None guides at all
+        times.
     """
 
     scale: jax.Array

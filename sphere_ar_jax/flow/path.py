@@ -7,7 +7,9 @@ Dimensions:
 
 
 def interpolate(noise, z, t):
-    """x_t = (1 − t)·noise + t·z, the straight path. noise, z: (..., d); t: (...) in [0, 1]. → (..., d)."""
+    """x_t = (1 − t)·noise + t·z, the straight path. noise, z: (..., d); t: (...) in [0, 1]. → (...,
+    d).
+    """
     t = t[..., None]
     return (1 - t) * noise + t * z
 

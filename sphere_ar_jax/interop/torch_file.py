@@ -96,7 +96,9 @@ class _Storage:
             for at in range(0, self.size, _CHUNK):
                 length = min(_CHUNK, self.size - at)
                 crc = zlib.crc32(_read(self.path, self.start + at, length), crc)
-            _require(crc == self.crc, f'{self.path} is damaged: the checksum of {self} does not match')
+            _require(
+                crc == self.crc, f'{self.path} is damaged: the checksum of {self} does not match'
+            )
             self.crc = 0
         return _read(self.path, self.start + start, stop - start)
 
@@ -181,7 +183,9 @@ def _plain(value: Any) -> Any:
     plain = type(value) in (str, bytes, int, float, bool, type(None))
     _require(plain, 'a key or a member of a set is no plain value')
     # Python's hash of an integer n is n mod 2⁶¹ − 1. 40,000 keys of one hash take half a minute.
-    _require(type(value) is not int or abs(value) < 2**60, 'a key or a member of a set is a huge number')
+    _require(
+        type(value) is not int or abs(value) < 2**60, 'a key or a member of a set is a huge number'
+    )
     return value
 
 
@@ -305,7 +309,9 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> np.dtype | _Call:
         _require(len(module) + len(name) < 200, 'it asks for a name without end')
         name = f'{module}.{name}'
-        _require(name in _NAMES, f'it asks for {_short(name)}, which is not among the names it may use')
+        _require(
+            name in _NAMES, f'it asks for {_short(name)}, which is not among the names it may use'
+        )
         return _NAMES[name]
 
     def persistent_load(self, description: Any) -> _Storage:
@@ -365,7 +371,10 @@ class _Unpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self._pop_argument()
         call = self.stack.pop()
-        _require(type(call) is _Call and type(arguments) is tuple, 'it calls something that is no function')
+        _require(
+            type(call) is _Call and type(arguments) is tuple,
+            'it calls something that is no function',
+        )
         self.append(call.function(*arguments))
 
     load_newobj = load_reduce
@@ -383,7 +392,9 @@ class _Unpickler(pickle._Unpickler):
             native = type(state) is tuple and len(state) > 1 and state[1] in ('<', '|', '=')
             _require(native, 'a NumPy dtype is unknown')
         else:
-            _require(type(target) in (dict, Tensor), f'it sets the state of a {type(target).__name__}')
+            _require(
+                type(target) in (dict, Tensor), f'it sets the state of a {type(target).__name__}'
+            )
 
 
 def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
@@ -448,11 +459,16 @@ def _open_zip(path: str, file: BinaryIO) -> Any:
         start, size, crc = members[root + name]
         _require(size <= MAX_BYTES, f'its {name} has more than {MAX_BYTES} bytes')
         data = _read(path, start, size).tobytes()
-        _require(crc in (0, zlib.crc32(data)), f'it is damaged: the checksum of {name} does not match')
+        _require(
+            crc in (0, zlib.crc32(data)), f'it is damaged: the checksum of {name} does not match'
+        )
         return data
 
     order = small('byteorder') if f'{root}byteorder' in members else b'little'
-    _require(order == b'little', f'its byte order is {_short(order)}: only little-endian files can be read')
+    _require(
+        order == b'little',
+        f'its byte order is {_short(order)}: only little-endian files can be read',
+    )
     unpickler = _Unpickler(io.BytesIO(small('data.pkl')), path, parts=5)
     value = unpickler.load()
     for key, storage in unpickler.storages.items():
@@ -475,7 +491,10 @@ def _open_stream(path: str, file: BinaryIO) -> Any:
     value = unpickler.load()
     storages = unpickler.storages
     keys = _Unpickler(stream, path).load()
-    _require(type(keys) is list and all(type(key) is str for key in keys), 'its list of storages is damaged')
+    _require(
+        type(keys) is list and all(type(key) is str for key in keys),
+        'its list of storages is damaged',
+    )
     same = len(keys) == len(storages) and set(keys) == set(storages)
     _require(same, 'its list of storages does not match its pickle')
     at = stream.tell()

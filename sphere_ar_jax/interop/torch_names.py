@@ -1,14 +1,15 @@
 """Our parameter trees ↔ the tensors of the public PyTorch checkpoints: names, layouts, sizes.
 
-In: `torch_file.open_file(path)` → `state_dict` → `sizes`, which the models are built with → `from_torch` for each of
-them, which reads one tensor at a time. Out: `export`.
+In: `torch_file.open_file(path)` → `state_dict` → `sizes`, which the models are built with →
+`from_torch` for each of them, which reads one tensor at a time. Out: `export`.
 
-Ours are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are (in, *out), convolutions
-HWIO. Theirs are one tensor per layer, linear weights (out, in), convolutions OIHW, transposed ones IOHW.
+Ours are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are (in, *out),
+convolutions HWIO. Theirs are one tensor per layer, linear weights (out, in), convolutions OIHW,
+transposed ones IOHW.
 
 Dimensions:
-  leading axes of our leaf, one per `{}` in its PyTorch name (for the flow head's blocks two axes, group and
-  block, are counted through in one number)
+  leading axes of our leaf, one per `{}` in its PyTorch name (for the flow head's blocks two axes,
+  group and block, are counted through in one number)
 """
 
 import difflib
@@ -35,9 +36,17 @@ _BLOCK = {
 }
 # (our path, their name, leading stacked axes, kind of tensor); regular expressions, first match wins.
 _RULES = (
-    *((f'stack/blocks/{ours}', f'layers.{{}}.{theirs}', 1, 'linear') for ours, theirs in _BLOCK.items()),
     *(
-        (rf'(encoder|decoder)/vit/stack/blocks/{ours}', rf'vae.\1.layers.{{}}.{theirs}', 1, 'linear')
+        (f'stack/blocks/{ours}', f'layers.{{}}.{theirs}', 1, 'linear')
+        for ours, theirs in _BLOCK.items()
+    ),
+    *(
+        (
+            rf'(encoder|decoder)/vit/stack/blocks/{ours}',
+            rf'vae.\1.layers.{{}}.{theirs}',
+            1,
+            'linear',
+        )
         for ours, theirs in _BLOCK.items()
     ),
     ('cls_embedding', 'cls_embedding.weight', 0, 'plain'),
@@ -58,13 +67,28 @@ _RULES = (
     (r'encoder/down(\d)/conv1/kernel', r'vae.encoder.patchify.0.net.\1.block.2.weight', 0, 'conv'),
     (r'encoder/down(\d)/norm2/(.*)', r'vae.encoder.patchify.0.net.\1.block.3.\2', 0, 'plain'),
     (r'encoder/down(\d)/conv2/kernel', r'vae.encoder.patchify.0.net.\1.block.5.weight', 0, 'conv'),
-    (r'encoder/down(\d)/shortcut/kernel', r'vae.encoder.patchify.0.net.\1.shortcut.weight', 0, 'conv'),
+    (
+        r'encoder/down(\d)/shortcut/kernel',
+        r'vae.encoder.patchify.0.net.\1.shortcut.weight',
+        0,
+        'conv',
+    ),
     (r'decoder/conv_in/kernel', r'vae.decoder.conv_in.1.weight', 0, 'conv'),
     (r'decoder/up(\d)/norm1/(.*)', r'vae.decoder.unpatchify.1.net.\1.block.0.\2', 0, 'plain'),
-    (r'decoder/up(\d)/conv1/kernel', r'vae.decoder.unpatchify.1.net.\1.block.2.weight', 0, 'transposed'),
+    (
+        r'decoder/up(\d)/conv1/kernel',
+        r'vae.decoder.unpatchify.1.net.\1.block.2.weight',
+        0,
+        'transposed',
+    ),
     (r'decoder/up(\d)/norm2/(.*)', r'vae.decoder.unpatchify.1.net.\1.block.3.\2', 0, 'plain'),
     (r'decoder/up(\d)/conv2/kernel', r'vae.decoder.unpatchify.1.net.\1.block.5.weight', 0, 'conv'),
-    (r'decoder/up(\d)/shortcut/kernel', r'vae.decoder.unpatchify.1.net.\1.shortcut.weight', 0, 'transposed'),
+    (
+        r'decoder/up(\d)/shortcut/kernel',
+        r'vae.decoder.unpatchify.1.net.\1.shortcut.weight',
+        0,
+        'transposed',
+    ),
     (r'decoder/up(\d)/norm3/(.*)', r'vae.decoder.unpatchify.1.net.\1.block2.0.\2', 0, 'plain'),
     (r'decoder/up(\d)/conv3/kernel', r'vae.decoder.unpatchify.1.net.\1.block2.2.weight', 0, 'conv'),
     (r'decoder/up(\d)/norm4/(.*)', r'vae.decoder.unpatchify.1.net.\1.block2.3.\2', 0, 'plain'),
@@ -140,15 +164,26 @@ def nearest_names(name, others):
 
 
 def _require_fit(tensors, shapes):
-    """Raises UserError, a line for each tensor that is missing, unexpected or of another shape than `shapes`."""
+    """Raises UserError, a line for each tensor that is missing, unexpected or of another shape than
+    `shapes`.
+    """
     missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-    shaped = [name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]]
+    shaped = [
+        name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]
+    ]
     lines = [f'missing: {name}{nearest_names(name, unexpected)}' for name in missing]
     lines += [f'unexpected: {name}{nearest_names(name, missing)}' for name in unexpected]
-    lines += [f'shape: {name} has {tuple(tensors[name].shape)}, but the model needs {shapes[name]}' for name in shaped]
+    lines += [
+        f'shape: {name} has {tuple(tensors[name].shape)}, but the model needs {shapes[name]}'
+        for name in shaped
+    ]
     if lines:
-        counts = f'{len(missing)} missing, {len(unexpected)} unexpected and {len(shaped)} mis-shaped'
-        raise UserError('\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines]))
+        counts = (
+            f'{len(missing)} missing, {len(unexpected)} unexpected and {len(shaped)} mis-shaped'
+        )
+        raise UserError(
+            '\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines])
+        )
 
 
 def _empty(shape):
@@ -160,11 +195,13 @@ def _empty(shape):
 
 
 def from_torch(tensors, like, progress=lambda done: None):
-    """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name: tensor}.
+    """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name:
+    tensor}.
 
-    Each leaf is made once and filled tensor by tensor: of lazy ones (`torch_file.Tensor`) one at a time is in memory.
-    `tensors` may hold S-VAE and AR model, as the published files do: those of the one that `like` is are read, and
-    RoPE tables passed over. progress: called with the number of tensors done.
+    Each leaf is made once and filled tensor by tensor: of lazy ones (`torch_file.Tensor`) one at a
+    time is in memory. `tensors` may hold S-VAE and AR model, as the published files do: those of
+    the one that `like` is are read, and RoPE tables passed over. progress: called with the number
+    of tensors done.
 
     Raises UserError that lists every missing, unexpected and mis-shaped tensor, before any is read.
     """
@@ -189,8 +226,10 @@ def from_torch(tensors, like, progress=lambda done: None):
 
 
 def export(path, model, vae_params, ar_params=None):
-    """Writes parameters under the public names to a safetensors file, float32, as the published files have them: the
-    S-VAE `model` with its RoPE tables, and the AR model if given. Raises UserError for a distilled head."""
+    """Writes parameters under the public names to a safetensors file, float32, as the published
+    files have them: the S-VAE `model` with its RoPE tables, and the AR model if given. Raises
+    UserError for a distilled head.
+    """
     tensors = to_torch(vae_params) | ({} if ar_params is None else to_torch(ar_params))
     head_dim = transformer.head_dim(model.backbone.width, model.backbone.heads)
     angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)

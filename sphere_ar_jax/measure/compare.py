@@ -23,14 +23,18 @@ _prepared = {}  # in the process of a side: its part, to be run again
 
 
 def _first_run(config, part, side, batch, weights, checkout, directory, spawned):
-    """Prepares a part in a process of its own and runs it once: (what it says of itself, its result)."""
+    """Prepares a part in a process of its own and runs it once: (what it says of itself, its
+    result).
+    """
     # Caches of this part alone: empty for the first start of a side, full for the second.
     jax.config.update('jax_compilation_cache_dir', os.path.join(directory, 'jax'))
     for name in ('TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'):
         os.environ[name] = os.path.join(directory, name)
     compiling = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiling.append(seconds) if event.endswith('backend_compile_duration') else None
+        lambda event, seconds, **_: (
+            compiling.append(seconds) if event.endswith('backend_compile_duration') else None
+        )
     )
     cfg = checks.from_dict(config)
     if side == 'ours':
@@ -45,8 +49,12 @@ def _first_run(config, part, side, batch, weights, checkout, directory, spawned)
         about['compile_seconds'] = sum(compiling)
     if part not in our_parts.STARTS:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what preparing has freed, compilers above all, goes back to the system
-        with open('/proc/self/clear_refs', 'w') as f:  # the high-water mark is that of the timed runs
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what preparing has freed, compilers above all, goes back to the system
+        with open(
+            '/proc/self/clear_refs', 'w'
+        ) as f:  # the high-water mark is that of the timed runs
             f.write('5')
     _prepared.update(run=run, peak=peak)
     return about, result
@@ -67,7 +75,9 @@ def _peak_bytes():
 
 
 class _Side:
-    """A part of one side in a process of its own: start to the first result in `start_seconds`, then more runs."""
+    """A part of one side in a process of its own: start to the first result in `start_seconds`,
+    then more runs.
+    """
 
     def __init__(self, *job):
         self._pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
@@ -92,8 +102,10 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
     """One part on all sides, taking turns.
 
     Returns:
-      {'machine': medians of `costs.machine`, measured in the same rounds, side: {'start_seconds', 'seconds' (median),
-      'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes` of ours and, for what both compute from the
+      {'machine': medians of `costs.machine`, measured in the same rounds, side: {'start_seconds',
+        'seconds' (median),
+      'spread' (interquartile), 'peak_bytes', …}}, with `flops` and `bytes` of ours and, for what
+        both compute from the
       same inputs, `difference`, the largest to ours relative to its scale.
     """
     found, running, times = {}, {}, {side: [] for side in sides}
@@ -102,7 +114,9 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
         return _Side(schema.as_dict(cfg), part, side, batch, weights, checkout, directory)
 
     def guarded(side, action, *arguments):
-        """Its result, or None where the side failed: that is noted, and the side is left out from then on."""
+        """Its result, or None where the side failed: that is noted, and the side is left out from
+        then on.
+        """
         try:
             return action(*arguments)
         except RuntimeError as error:
@@ -120,8 +134,12 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
             for side, worker in list(running.items()):
                 times[side].append(guarded(side, worker.call, _timed_run))
             rates.append(costs.machine(2 * batch, build.dtype(cfg)))
-        found['machine'] = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
-        count = len(our_parts.positions(build.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
+        found['machine'] = {
+            name: float(np.median([rate[name] for rate in rates])) for name in rates[0]
+        }
+        count = (
+            len(our_parts.positions(build.build_ar(cfg).num_tokens)) if part == 'transformer' else 1
+        )
         for side, worker in list(running.items()):
             peak = guarded(side, worker.call, _peak_bytes)
             if peak is None:
@@ -133,20 +151,30 @@ def measure(cfg, part, batch, sides, repeats, weights=None, checkout=None):
                 'spread': float(np.subtract(*np.percentile(t, [75, 25]))), 'repeats': len(t),
                 'peak_bytes': peak, **worker.about,
             }  # fmt: skip
-            if part in ('prefill', 'transformer', 'decode') and side != 'ours' and 'ours' in running:
+            if (
+                part in ('prefill', 'transformer', 'decode')
+                and side != 'ours'
+                and 'ours' in running
+            ):
                 ours = running['ours'].result
-                found[side]['difference'] = float(np.abs(ours - worker.result).max() / np.abs(ours).max())
+                found[side]['difference'] = float(
+                    np.abs(ours - worker.result).max() / np.abs(ours).max()
+                )
     return found
 
 
 def floor_seconds(about, machine):
-    """The time below which a part cannot come: its operations at the rate of large products, or its weights and cache
-    read once for each use, whichever takes longer."""
-    return max(about['flops'] / machine['matrix_flops'], about['bytes'] / machine['bytes_per_second'])
+    """The time below which a part cannot come: its operations at the rate of large products, or its
+    weights and cache read once for each use, whichever takes longer.
+    """
+    return max(
+        about['flops'] / machine['matrix_flops'], about['bytes'] / machine['bytes_per_second']
+    )
 
 
-# seconds: median of the runs, spread: their interquartile range; start: process start to the first result; ratio:
-# seconds of the side over ours; differs by: the largest difference of the results over ours' largest value
+# seconds: median of the runs, spread: their interquartile range; start: process start to the first
+# result; ratio: seconds of the side over ours; differs by: the largest difference of the results
+# over ours' largest value
 COLUMNS = (
     'part', 'side', 'seconds', 'spread', 'start', 'compiling', 'peak MB', 'GFLOP', 'of rate', 'floor', '× floor',
     'ratio', 'differs by',
@@ -176,10 +204,17 @@ def _cells(side, sides):
     if side == 'ours' and r['flops']:
         floor = floor_seconds(r, machine)
         share = r['flops'] / r['seconds'] / machine['matrix_flops']
-        cells += [f'{r["flops"] / 1e9:.4g}', f'{share:.0%}', f'{floor:.4g}', f'{r["seconds"] / floor:.2f}']
+        cells += [
+            f'{r["flops"] / 1e9:.4g}',
+            f'{share:.0%}',
+            f'{floor:.4g}',
+            f'{r["seconds"] / floor:.2f}',
+        ]
     else:
         cells += [''] * 4
-    cells.append(f'{r["seconds"] / ours["seconds"]:.2f}' if side != 'ours' and 'seconds' in ours else '')
+    cells.append(
+        f'{r["seconds"] / ours["seconds"]:.2f}' if side != 'ours' and 'seconds' in ours else ''
+    )
     cells.append(f'{r["difference"]:.1e}' if 'difference' in r else '')
     return cells
 
@@ -203,11 +238,21 @@ def markdown(results):
         seconds = {p: results['parts'].get(p, {}).get(side, {}).get('seconds') for p in SAMPLING}
         if all(seconds.values()):
             whole = sampling_seconds(seconds, results['tokens'])
-            split = ', '.join(f'{p} {seconds[p] * n / whole:.1%}' for p, n in _uses(results['tokens']).items())
+            split = ', '.join(
+                f'{p} {seconds[p] * n / whole:.1%}' for p, n in _uses(results['tokens']).items()
+            )
             lines += ['', f'Sampling, {side}: {results["batch"] / whole:.4g} images/s ({split})']
-    lines += ['', f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.']
+    lines += [
+        '',
+        f'GFLOP/s of large products (of those of few rows), GB/s, in the same rounds: {"; ".join(rates)}.',
+    ]
     for rows in results.get('curves', {}).values():
-        lines += ['', *console.markdown(rows[0], [[f'{value:.4g}' for value in row.values()] for row in rows])]
+        lines += [
+            '',
+            *console.markdown(
+                rows[0], [[f'{value:.4g}' for value in row.values()] for row in rows]
+            ),
+        ]
     return '\n'.join(lines) + '\n'
 
 
@@ -226,7 +271,10 @@ def curves(cfg, batch, repeats):
 
     def row(key, value, cfg, batch):
         missing = {'seconds': math.nan, 'peak_bytes': math.nan}
-        r = {part: missing | measure(cfg, part, batch, ['ours'], repeats)['ours'] for part in ('transformer', 'head')}
+        r = {
+            part: missing | measure(cfg, part, batch, ['ours'], repeats)['ours']
+            for part in ('transformer', 'head')
+        }
         return {key: value} | {
             'transformer s/token': r['transformer']['seconds'], 'head s/token': r['head']['seconds'],
             's/token': r['transformer']['seconds'] + r['head']['seconds'],
@@ -238,9 +286,13 @@ def curves(cfg, batch, repeats):
 
     return {
         'batch': [row('images', b, cfg, b) for b in (1, 4, 16, 64)],
-        'tokens': [row('tokens', g * g, changed('vae.grid', (g, g)), batch) for g in (4, 8, 16, 32)],
+        'tokens': [
+            row('tokens', g * g, changed('vae.grid', (g, g)), batch) for g in (4, 8, 16, 32)
+        ],
         'depth': [row('blocks', d, changed('ar.depth', d), batch) for d in (6, 12, 24, 48)],
-        'steps': [row('steps', n, changed('sampling.num_steps', n), batch) for n in (10, 25, 50, 100, 200)],
+        'steps': [
+            row('steps', n, changed('sampling.num_steps', n), batch) for n in (10, 25, 50, 100, 200)
+        ],
     }
 
 
@@ -273,7 +325,10 @@ def run(cfg, name, output, names, batch, train_batch, repeats, checkout, sides, 
             results['parts'][part] = found
             for side in sides:
                 r = found[side]
-                print(f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}', flush=True)
+                print(
+                    f'  {side}: {r["error"] if "error" in r else format(r["seconds"], ".4g") + " s"}',
+                    flush=True,
+                )
             _write(results, output)
     if with_curves:
         results['curves'] = curves(cfg, batch, repeats)

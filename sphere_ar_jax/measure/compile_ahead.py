@@ -1,17 +1,23 @@
-"""The job of --mode=compile: the programs of a config, compiled for TPUs that are not there, and what they will take.
+"""The job of --mode=compile: the programs of a config, compiled for TPUs that are not there, and
+what they will take.
 
-libtpu has the TPUs' compiler and needs no TPU. For each slice and each program: whether it fits a chip's memory, and by
-what; operations; bytes that a chip moves in its memory and sends to others, read from the compiled program; the least
-time by the rates of `devices`; and, of training steps, that no chip has other chips' images.
+libtpu has the TPUs' compiler and needs no TPU. For each slice and each program: whether it fits a
+chip's memory, and by what; operations; bytes that a chip moves in its memory and sends to others,
+read from the compiled program; the least time by the rates of `devices`; and, of training steps,
+that no chip has other chips' images.
 
 What is counted how:
-  memory       of one device, as the compiler laid it out. Results that take the place of arguments count once.
-  FLOPs        matrix products and convolutions of the whole batch by `costs.flops`: those of the model, and those that
+  memory       of one device, as the compiler laid it out. Results that take the place of arguments
+  count once. FLOPs        matrix products and convolutions of the whole batch by `costs.flops`:
+  those of the model, and those that
                are computed, with what remat computes again.
-  HBM, ICI     of one chip by `hlo.Program`: loops as often as they run; what is sent, by the ring algorithms. Loops
+  HBM, ICI     of one chip by `hlo.Program`: loops as often as they run; what is sent, by the ring
+  algorithms. Loops
                whose length is data (rejection sampling) count as one round.
-  least time   the longest of FLOPs / peak rate, HBM bytes / its rate, sent bytes / ICI rate: all at their published
-               peak, all links of a chip in use, all three at the same time. No real step is as fast.
+  least time   the longest of FLOPs / peak rate, HBM bytes / its rate, sent bytes / ICI rate: all at
+  their published
+               peak, all links of a chip in use, all three at the same time. No real step is as
+               fast.
 
 Dimensions:
   B  images of the global batch
@@ -37,9 +43,15 @@ from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError, first_line, markdown, size
 
 # What a program's memory holds, for people.
-NAMES = {**programs.NAMES, 'batch': 'images', 'rows': 'images', 'temporaries': 'activations and other temporaries'}
+NAMES = {
+    **programs.NAMES,
+    'batch': 'images',
+    'rows': 'images',
+    'temporaries': 'activations and other temporaries',
+}
 
-# Elements for each image from which on an array is an activation: keys, labels, draws of one number are smaller.
+# Elements for each image from which on an array is an activation: keys, labels, draws of one number
+# are smaller.
 ACTIVATION = 64
 
 NO_REMEDY = 'use more chips, or fewer images'
@@ -54,13 +66,19 @@ class OutOfMemoryError(RuntimeError):
     """A program does not fit. needed, available: bytes, None where the compiler does not say."""
 
     def __init__(self, needed=None, available=None):
-        super().__init__('more than there is' if needed is None else f'{size(needed)} needed, {size(available)} there')
+        super().__init__(
+            'more than there is'
+            if needed is None
+            else f'{size(needed)} needed, {size(available)} there'
+        )
         self.needed, self.available = needed, available
 
 
 @contextlib.contextmanager
 def _uncached():
-    """Without the cache of compiled programs: one from there has no text, and a TPU's cannot be read without a TPU."""
+    """Without the cache of compiled programs: one from there has no text, and a TPU's cannot be
+    read without a TPU.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update('jax_enable_compilation_cache', False)
     compilation_cache.reset_cache()  # JAX asks whether there is one but once
@@ -72,8 +90,13 @@ def _uncached():
 
 
 def compile_work(work):
-    """(the compiled program, its instructions as text). Raises OutOfMemoryError where it does not fit the device."""
-    with _uncached(), tempfile.TemporaryDirectory() as directory:  # `as_text` fails for some TPU programs
+    """(the compiled program, its instructions as text). Raises OutOfMemoryError where it does not
+    fit the device.
+    """
+    with (
+        _uncached(),
+        tempfile.TemporaryDirectory() as directory,
+    ):  # `as_text` fails for some TPU programs
         options = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
         try:
             compiled = work.function.lower(*work.arguments).compile(compiler_options=options)
@@ -88,7 +111,9 @@ def compile_work(work):
 
 
 def memory(compiled, groups):
-    """{what: bytes of one device}: `groups` of the arguments, results that are kept beside them, temporaries, code."""
+    """{what: bytes of one device}: `groups` of the arguments, results that are kept beside them,
+    temporaries, code.
+    """
     m = compiled.memory_analysis()
     found = {name: costs.device_bytes(tree) for name, tree in groups.items()}
     found |= {
@@ -101,7 +126,9 @@ def memory(compiled, groups):
 
 
 def measure(work, chip):
-    """What a program takes on a chip, as a dict of plain values; see the top. Raises OutOfMemoryError."""
+    """What a program takes on a chip, as a dict of plain values; see the top. Raises
+    OutOfMemoryError.
+    """
     compiled, text = compile_work(work)
     program = hlo.Program(text, work.lengths)
     parts, sent = memory(compiled, work.groups), program.collectives()
@@ -120,7 +147,9 @@ def measure(work, chip):
         'flops_device': work.computed / work.devices,
         'hbm_bytes': moved,
         'intensity': work.computed / work.devices / moved,
-        'collectives': {kind: {'count': t.count, 'sent_bytes': t.sent} for kind, t in sorted(sent.items())},
+        'collectives': {
+            kind: {'count': t.count, 'sent_bytes': t.sent} for kind, t in sorted(sent.items())
+        },
         'open_loops': program.open_loops,
         'seconds': seconds,
         'least_seconds': max(seconds.values()),
@@ -134,11 +163,12 @@ def _step(cfg, name, mesh):
 
 
 def replicated(cfg, name, mesh):
-    """What a training step has on one device of other devices' images: `hlo.unsplit` of the step with another batch.
+    """What a training step has on one device of other devices' images: `hlo.unsplit` of the step
+    with another batch.
 
-    [] as it should be. A batch of any number of images is split in the same way; this one, of a prime number of images
-    for each part of the mesh, can be told from all sizes of the model. On a mesh that does not split a batch there is
-    nothing to find.
+    [] as it should be. A batch of any number of images is split in the same way; this one, of a
+    prime number of images for each part of the mesh, can be told from all sizes of the model. On a
+    mesh that does not split a batch there is nothing to find.
     """
     parts = sharding.batch_parts(mesh)
     if parts == 1:
@@ -150,7 +180,9 @@ def replicated(cfg, name, mesh):
     sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4}
     batch = parts * next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
     key = f'{name}_training'
-    work = _step(schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), name, mesh)
+    work = _step(
+        schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), name, mesh
+    )
     shapes = {
         shape
         for shape in costs.shapes(work.function, *work.arguments)
@@ -163,16 +195,22 @@ def _remedies(cfg, name, mesh):
     """[{key: value}] of changes that may make a training step fit, the cheapest first."""
     model, key = {'tokenizer': 'vae'}.get(name, 'ar'), f'{name}_training'
     remat = {} if cfg[model].remat else {f'{model}.remat': True}
-    splits = [n for n in (4, 16) if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1]
+    splits = [
+        n for n in (4, 16) if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1
+    ]
     splits = [{'mesh.data': -1, 'mesh.fsdp': n} for n in splits]
     found = [remat, *splits, *(remat | split for split in splits)]
     options, parts = cfg[key], mesh.size
-    whole = name == 'tokenizer' and options.disc_weight  # a discriminator needs its whole batch at once
+    whole = (
+        name == 'tokenizer' and options.disc_weight
+    )  # a discriminator needs its whole batch at once
     divisors = [n for n in (2, 4, 8, 16) if options.batch_size % (parts * n) == 0]
     pieces = [] if whole else [n for n in divisors if n > options.accumulate]
     found += [remat | {f'{key}.accumulate': n} for n in pieces]
     found += [remat | split | {f'{key}.accumulate': n} for split in splits for n in pieces[-1:]]
-    found += [remat | {f'{key}.batch_size': options.batch_size // n} for n in divisors] if whole else []
+    found += (
+        [remat | {f'{key}.batch_size': options.batch_size // n} for n in divisors] if whole else []
+    )
     return [change for i, change in enumerate(found) if change and change not in found[:i]]
 
 
@@ -182,7 +220,9 @@ def _remedy(cfg, name, mesh, say):
         flags = ' '.join(f'--config.{key}={value}' for key, value in change.items())
         other = schema.changed(cfg, change)
         try:
-            work = _step(other, name, sharding.make_mesh(**other.mesh, devices=list(mesh.devices.flat)))
+            work = _step(
+                other, name, sharding.make_mesh(**other.mesh, devices=list(mesh.devices.flat))
+            )
             needed = sum(memory(compile_work(work)[0], work.groups).values())
             return f'fits with {flags} ({size(needed)})'
         except OutOfMemoryError as error:
@@ -196,7 +236,9 @@ def _lines(r):
     if not r['fits']:
         yield f'  DOES NOT FIT: {r["why"]}; {r["remedy"]}'
         return
-    parts = ', '.join(f'{NAMES.get(name, name)} {size(n)}' for name, n in r['memory'].items() if n >= 2**20)
+    parts = ', '.join(
+        f'{NAMES.get(name, name)} {size(n)}' for name, n in r['memory'].items() if n >= 2**20
+    )
     yield f'  fits: {size(r["total_bytes"])} of {size(r["device_bytes"])} on each device: {parts}'
     again = r['flops_computed'] / r['flops'] - 1
     yield f'  {r["flops"]:.3g} FLOPs' + (f' (and {again:.0%} more, recomputed)' if again else '')
@@ -207,7 +249,9 @@ def _lines(r):
         yield f'  {kind}: {t["count"]:.0f} times, {t["sent_bytes"] / 1e9:.3g} GB sent by a device'
     s = r['seconds']
     times = f'compute {s["compute"]:.3g} s, HBM {s["hbm"]:.3g} s, ICI {s["ici"]:.3g} s'
-    rate = f', {r["batch"] / r["devices"] / r["least_seconds"]:.3g} images a second and device at most'
+    rate = (
+        f', {r["batch"] / r["devices"] / r["least_seconds"]:.3g} images a second and device at most'
+    )
     whole = f', {r["days"]:.3g} days of {r["steps"]} steps' if r['steps'] else rate
     yield f'  at least {r["least_seconds"]:.3g} s ({times}){whole}'
     if r['replicated'] is None:
@@ -242,10 +286,13 @@ def table(results):
 
 
 def devices_of(piece):
-    """The devices of a `devices.Slice`, without any. Raises UserError where libtpu is not installed or refuses."""
+    """The devices of a `devices.Slice`, without any. Raises UserError where libtpu is not installed
+    or refuses.
+    """
     if importlib.util.find_spec('libtpu') is None:
         raise UserError("the TPUs' compiler is not installed: pip install -e '.[tpu-compiler]'")
-    # What libtpu would else ask of Google's machines, or complain of. Nothing here holds a TPU: others may compile.
+    # What libtpu would else ask of Google's machines, or complain of. Nothing here holds a TPU:
+    # others may compile.
     os.environ.update(
         TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE=piece.name,
         ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_MIN_LOG_LEVEL='3', TPU_STDERR_LOG_LEVEL='3',
@@ -274,7 +321,12 @@ def _examine(cfg, piece, mesh, work, audit, say):
         r |= measure(work, piece.chip)
     except OutOfMemoryError as error:
         remedy = _remedy(cfg, name, mesh, say) if work.steps else NO_REMEDY
-        return r | {'fits': False, 'why': str(error), 'remedy': remedy, 'needed_bytes': error.needed}
+        return r | {
+            'fits': False,
+            'why': str(error),
+            'remedy': remedy,
+            'needed_bytes': error.needed,
+        }
     r['compile_seconds'] = time.perf_counter() - started
     if work.steps:
         r['days'] = r['least_seconds'] * work.steps / 86400
@@ -283,14 +335,17 @@ def _examine(cfg, piece, mesh, work, audit, say):
 
 
 def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
-    """Compiles a config's programs for slices of TPUs; prints what they take, and a table in the end.
+    """Compiles a config's programs for slices of TPUs; prints what they take, and a table in the
+    end.
 
     Args:
-      cfg: a config. topology: names of slices as `devices.find_slice` takes them, separated by commas.
+      cfg: a config. topology: names of slices as `devices.find_slice` takes them, separated by
+        commas.
       parts: of `programs.WORKS`. output: a JSON file for everything, written after each program.
       audit: whether each training step is compiled once more, to look for what is replicated.
     Returns:
-      a list of dicts, one for each program and slice. Raises UserError, one line, for unknown names, sizes that do not
+      a list of dicts, one for each program and slice. Raises UserError, one line, for unknown
+        names, sizes that do not
       go together, and where there is no compiler.
     """
     say = lambda text: print(text, flush=True)
@@ -310,7 +365,9 @@ def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
         for part in parts:
             for work in programs.WORKS[part](cfg, mesh):
                 if work.devices > 1 and (why := sharding.misfit(mesh, work.images)):
-                    raise UserError(f'{work.name} for {piece.name}: {why}: use another batch size or mesh')
+                    raise UserError(
+                        f'{work.name} for {piece.name}: {why}: use another batch size or mesh'
+                    )
                 print(f'{work.name} for {piece.name}: compiling', file=sys.stderr, flush=True)
                 results.append(_examine(cfg, piece, mesh, work, audit, say))
                 for line in _lines(results[-1]):

@@ -1,6 +1,8 @@
-"""Operations of a program, counted from its jaxpr, and what the machine reaches: matrix products, memory bandwidth.
+"""Operations of a program, counted from its jaxpr, and what the machine reaches: matrix products,
+memory bandwidth.
 
-Only matrix products and convolutions are counted, two operations for each multiply-add, as is usual for FLOP counts.
+Only matrix products and convolutions are counted, two operations for each multiply-add, as is usual
+for FLOP counts.
 """
 
 import functools
@@ -23,7 +25,11 @@ def _conv(equation):
     out_features = kernel[p['dimension_numbers'].rhs_spec[0]]
     # multiplications with the zeros that a dilated input is filled up with are none
     return (
-        2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features / math.prod(p['lhs_dilation'])
+        2
+        * math.prod(equation.outvars[0].aval.shape)
+        * math.prod(kernel)
+        / out_features
+        / math.prod(p['lhs_dilation'])
     )
 
 
@@ -50,11 +56,15 @@ def _count(jaxpr, lengths):
         elif name == 'while':
             once = _count(p['body_jaxpr'].jaxpr, lengths[1:])
             if once and not lengths:
-                raise ValueError('products inside a loop of unknown length cannot be counted: give its length')
+                raise ValueError(
+                    'products inside a loop of unknown length cannot be counted: give its length'
+                )
             total += lengths[0] * once if once else 0
         else:
             counts = [_count(inner, lengths) for inner in _inner(equation)]
-            if name == 'cond' and p.get('branches_platforms'):  # kernels for the same; last the plain one
+            if name == 'cond' and p.get(
+                'branches_platforms'
+            ):  # kernels for the same; last the plain one
                 counts = counts[-1:]
             elif name == 'cond':  # the cache is read to one of several lengths
                 counts = [sum(counts) / len(counts)]
@@ -71,21 +81,27 @@ def _shapes(jaxpr, found):
 
 
 def shapes(function, *arguments):
-    """The shapes of all arrays that function(*arguments) computes on the way, as if on one device; a set."""
+    """The shapes of all arrays that function(*arguments) computes on the way, as if on one device;
+    a set.
+    """
     return _shapes(jax.make_jaxpr(function)(*arguments).jaxpr, set())
 
 
 def flops(function, *arguments, lengths=()):
-    """Floating-point operations of function(*arguments) in products and convolutions; arguments may be abstract.
+    """Floating-point operations of function(*arguments) in products and convolutions; arguments may
+    be abstract.
 
-    A conditional counts as the mean of its branches, kernels for several platforms as the plain one. lengths: how often
-    loops of products run whose length is data, the outermost first; raises ValueError where it is not given.
+    A conditional counts as the mean of its branches, kernels for several platforms as the plain
+    one. lengths: how often loops of products run whose length is data, the outermost first; raises
+    ValueError where it is not given.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths)
 
 
 def head_loops(evaluations, chunk):
-    """`lengths` of the loops of `solvers.integrate`: over chunks of evaluations, and over those within one chunk."""
+    """`lengths` of the loops of `solvers.integrate`: over chunks of evaluations, and over those
+    within one chunk.
+    """
     return evaluations / chunk, chunk
 
 
@@ -96,7 +112,9 @@ def tree_bytes(tree):
 
 def device_bytes(tree):
     """Bytes that a tree of abstract arrays with shardings takes on one device."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
 
 
 def best_seconds(function):
@@ -113,8 +131,10 @@ def machine(rows, dtype=jnp.float32, size=None, width=1024):
     """What the device reaches here and now.
 
     Returns:
-      dict: 'matrix_flops', rate of a chain of large square products; 'matrix_flops_rows', that of `rows` rows through
-      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256 MB (4 GB on
+      dict: 'matrix_flops', rate of a chain of large square products; 'matrix_flops_rows', that of
+        `rows` rows through
+      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256
+        MB (4 GB on
       accelerators).
     """
     large = jax.devices()[0].platform != 'cpu'  # where a small product would measure its launch

@@ -1,8 +1,9 @@
-"""Reads a compiled program: what it sends between devices, what memory traffic it makes, and which arrays it holds.
+"""Reads a compiled program: what it sends between devices, what memory traffic it makes, and which
+arrays it holds.
 
-The text is XLA's after all optimizations, for one device: `compiled.as_text()`. An instruction of a loop's body counts
-as often as the loop runs; of the branches of a conditional the mean is taken. Bytes are those of the layout, tiles
-filled up.
+The text is XLA's after all optimizations, for one device: `compiled.as_text()`. An instruction of a
+loop's body counts as often as the loop runs; of the branches of a conditional the mean is taken.
+Bytes are those of the layout, tiles filled up.
 
   program   computations, one of them the entry; each a list of instructions
   fusion    several instructions that run as one: what is between them is never in memory
@@ -13,7 +14,14 @@ import math
 import re
 from typing import NamedTuple
 
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
+COLLECTIVES = (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+    'collective-permute',
+    'ragged-all-to-all',
+)
 # Take no time and touch no memory.
 _FREE = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id',
@@ -23,7 +31,9 @@ _SLICES = 'dynamic-slice', 'slice', 'gather'
 
 
 class Array(NamedTuple):
-    """dtype, shape, bytes as laid out, and whether it lies in HBM (on TPUs some lie in the chip's own memory)."""
+    """dtype, shape, bytes as laid out, and whether it lies in HBM (on TPUs some lie in the chip's
+    own memory).
+    """
 
     dtype: str
     shape: tuple
@@ -57,9 +67,13 @@ def _array(dtype, dims, layout):
     padded = list(shape)
     order, tile = re.match(r'\{([\d,]*)(?::.*?T\(([\d,]+)\))?', layout or '{').groups()
     if tile and order:
-        for axis, size in zip(order.split(','), reversed(tile.split(',')), strict=False):  # the minor axis is first
+        for axis, size in zip(
+            order.split(','), reversed(tile.split(',')), strict=False
+        ):  # the minor axis is first
             padded[int(axis)] = -(-padded[int(axis)] // int(size)) * int(size)
-    return Array(dtype, shape, math.prod(padded) * bits // 8, not re.search(r'S\([1-9]', layout or ''))
+    return Array(
+        dtype, shape, math.prod(padded) * bits // 8, not re.search(r'S\([1-9]', layout or '')
+    )
 
 
 def _closing(text):
@@ -78,7 +92,9 @@ def _instruction(line):
         return None
     root, name, rest = match.groups()
     end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
-    arrays = tuple(_array(*found) for found in re.findall(r'(\w+)\[([\d,]*)\](\{[^}]*\})?', rest[:end]))
+    arrays = tuple(
+        _array(*found) for found in re.findall(r'(\w+)\[([\d,]*)\](\{[^}]*\})?', rest[:end])
+    )
     opcode, rest = re.match(r'\s*([\w\-]+)(.*)', rest[end:]).groups()
     end = _closing(rest)
     literal = opcode in ('constant', 'parameter')
@@ -106,7 +122,9 @@ def _sent(kind, bytes_in, bytes_out, n):
     if kind == 'collective-permute':
         return bytes_in
     share = (n - 1) / n
-    return {'all-reduce': 2 * share * bytes_in, 'all-gather': share * bytes_out}.get(kind, share * bytes_in)
+    return {'all-reduce': 2 * share * bytes_in, 'all-gather': share * bytes_out}.get(
+        kind, share * bytes_in
+    )
 
 
 def _bytes(instruction):
@@ -128,8 +146,9 @@ class Program:
     """A compiled program.
 
     Args:
-      text: of `compiled.as_text()`. lengths: how often a loop runs whose length is data, by the number of loops that it
-        is nested in; once where nothing is given. Such loops are counted in `open_loops`.
+      text: of `compiled.as_text()`. lengths: how often a loop runs whose length is data, by the
+        number of loops that it is nested in; once where nothing is given. Such loops are counted in
+        `open_loops`.
     """
 
     def __init__(self, text, lengths=()):
@@ -144,27 +163,40 @@ class Program:
                 current[instruction.name] = instruction
         if self.entry is None:
             raise ValueError('no program: it has no entry')
-        self._times = collections.Counter()  # how often each computation runs, those within fusions apart
+        self._times = (
+            collections.Counter()
+        )  # how often each computation runs, those within fusions apart
         self._visit(self.entry, 1.0, 0)
         # (instruction, its computation's name, how often it runs) of all that are not within a fusion
-        self.instructions = [(i, n, times) for n, times in self._times.items() for i in self.computations[n].values()]
+        self.instructions = [
+            (i, n, times) for n, times in self._times.items() for i in self.computations[n].values()
+        ]
 
     def _length(self, loop):
-        """How often a loop's body runs, from its condition i < constant with i counted up by one; None where the text
-        does not say."""
+        """How often a loop's body runs, from its condition i < constant with i counted up by one;
+        None where the text does not say.
+        """
         if known := re.search(r'known_trip_count\D+(\d+)', loop.rest):
             return int(known[1])
         condition = self.computations[re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]]
         root = next(i for i in condition.values() if i.root)
         inside = (self._fused(root) or {}).values()  # on CPUs
         compare = [i for i in (root, *inside) if i.opcode == 'compare']
-        constants = [i.operands[0] for i in (*condition.values(), *inside) if i.opcode == 'constant']
-        if len(compare) == len(constants) == 1 and 'direction=LT' in compare[0].rest and constants[0].isdigit():
+        constants = [
+            i.operands[0] for i in (*condition.values(), *inside) if i.opcode == 'constant'
+        ]
+        if (
+            len(compare) == len(constants) == 1
+            and 'direction=LT' in compare[0].rest
+            and constants[0].isdigit()
+        ):
             return int(constants[0])
         return None
 
     def _visit(self, name, times, depth):
-        """Adds to `_times` what a computation that runs so many times runs. depth: how many loops it is in."""
+        """Adds to `_times` what a computation that runs so many times runs. depth: how many loops
+        it is in.
+        """
         self._times[name] += times
         for instruction in self.computations[name].values():
             called = lambda key, rest=instruction.rest: re.findall(rf'\b{key}=%?([\w.\-]+)', rest)
@@ -177,7 +209,11 @@ class Program:
                 self._visit(called('condition')[0], times * (length + 1), depth + 1)
             elif instruction.opcode == 'conditional':
                 branches = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
-                names = re.findall(r'[\w.\-]+', branches[1]) if branches else called('(?:true|false)_computation')
+                names = (
+                    re.findall(r'[\w.\-]+', branches[1])
+                    if branches
+                    else called('(?:true|false)_computation')
+                )
                 for branch in names:
                     self._visit(branch, times / len(names), depth)
             elif instruction.opcode == 'call' or instruction.opcode == 'async-start':
@@ -185,19 +221,27 @@ class Program:
                     self._visit(inner, times, depth)
 
     def _fused(self, instruction):
-        called = re.search(r'calls=%?([\w.\-]+)', instruction.rest) if instruction.opcode == 'fusion' else None
+        called = (
+            re.search(r'calls=%?([\w.\-]+)', instruction.rest)
+            if instruction.opcode == 'fusion'
+            else None
+        )
         return called and self.computations[called[1]]
 
     def collectives(self):
         """{kind: `Traffic`} of one device.
 
-        An all-reduce of which every device keeps its part alone is a reduce-scatter, whatever XLA calls it. One that
-        runs beside other work stands in several fusions, under one channel, and counts once.
+        An all-reduce of which every device keeps its part alone is a reduce-scatter, whatever XLA
+        calls it. One that runs beside other work stands in several fusions, under one channel, and
+        counts once.
         """
         found, seen = collections.defaultdict(lambda: Traffic(0, 0)), set()
 
         def add(i, computation, times, place, kind=None):
-            opcode, channel = i.opcode.removesuffix('-start'), re.search(r'channel_id=(\d+)', i.rest)
+            opcode, channel = (
+                i.opcode.removesuffix('-start'),
+                re.search(r'channel_id=(\d+)', i.rest),
+            )
             if opcode not in COLLECTIVES or (channel and (place, channel[1]) in seen):
                 return
             seen.add((place, channel and channel[1]))
@@ -210,21 +254,29 @@ class Program:
         for i, name, times in self.instructions:
             add(i, self.computations[name], times, name)
             if (inner := self._fused(i)) is not None:
-                scatter = 'reduce-scatter' if 'reduce-scatter' in f'{i.name} {i.rest[:200]}' else None
+                scatter = (
+                    'reduce-scatter' if 'reduce-scatter' in f'{i.name} {i.rest[:200]}' else None
+                )
                 for fused in inner.values():
                     add(fused, inner, times, name, scatter)
         return dict(found)
 
     def _read(self, computation, name, of_result):
-        """Bytes that a fused computation reads of one of its arrays. of_result: what is read of its result."""
+        """Bytes that a fused computation reads of one of its arrays. of_result: what is read of its
+        result.
+        """
         total = of_result if computation[name].root else 0
         for user in computation.values():
             for place, operand in enumerate(user.operands):
-                total += self._read_by(user, place, computation, of_result) if operand == name else 0
+                total += (
+                    self._read_by(user, place, computation, of_result) if operand == name else 0
+                )
         return min(total, _bytes(computation[name]))
 
     def _read_by(self, i, place, computation, of_result=None):
-        """Bytes that one instruction reads of its operand at a place. of_result: see `_read`; None outside fusions."""
+        """Bytes that one instruction reads of its operand at a place. of_result: see `_read`; None
+        outside fusions.
+        """
         if i.opcode == 'bitcast':
             return self._read(computation, i.name, of_result)
         if i.opcode in _SLICES and place == 0:
@@ -232,7 +284,11 @@ class Program:
         if i.opcode == 'dynamic-update-slice' and place == 0:
             return 0  # what stays is not touched
         if (inner := self._fused(i)) is not None:
-            parameter = next(j.name for j in inner.values() if j.opcode == 'parameter' and j.operands == (str(place),))
+            parameter = next(
+                j.name
+                for j in inner.values()
+                if j.opcode == 'parameter' and j.operands == (str(place),)
+            )
             outside = math.inf if of_result is None else self._read(computation, i.name, of_result)
             return self._read(inner, parameter, outside)
         return _bytes(computation[i.operands[place]])
@@ -262,30 +318,43 @@ class Program:
         if i.opcode.endswith('-start'):
             return 0 if i.opcode == 'async-start' else sum(a.bytes for a in i.arrays if a.in_hbm)
         in_hbm = [bool(o.arrays) and o.arrays[0].in_hbm for o in operands]
-        read = sum(self._read_by(i, place, computation) for place, there in enumerate(in_hbm) if there)
+        read = sum(
+            self._read_by(i, place, computation) for place, there in enumerate(in_hbm) if there
+        )
         written = self._written(computation, i.name)
         return read + sum(n for a, n in zip(i.arrays, written, strict=False) if a.in_hbm)
 
     def memory_traffic(self):
-        """Bytes that one device reads from its memory (HBM) and writes to it: operands and results of each fusion."""
-        return sum(times * self._traffic(i, self.computations[name]) for i, name, times in self.instructions)
+        """Bytes that one device reads from its memory (HBM) and writes to it: operands and results
+        of each fusion.
+        """
+        return sum(
+            times * self._traffic(i, self.computations[name])
+            for i, name, times in self.instructions
+        )
 
     def arrays(self):
-        """[(`Array`, opcode, where it comes from in the program's source)] of all arrays that are ever in memory."""
+        """[(`Array`, opcode, where it comes from in the program's source)] of all arrays that are
+        ever in memory.
+        """
         return [(a, i.opcode, _place(i)) for i, _, _ in self.instructions for a in i.arrays]
 
 
 def unsplit(program, shapes, batch, data, fsdp=1, tensor=1):
-    """Arrays that one device has of more images than its own: gathered from others, or computed by all alike.
+    """Arrays that one device has of more images than its own: gathered from others, or computed by
+    all alike.
 
     Args:
-      program: `Program` of one device. shapes: those that the images have in the whole computation, as `costs.shapes`
-        has them, whose arrays are to be looked for. batch: images of the global batch; it must be a multiple of a prime
-        that no size of the model is a multiple of, times data·fsdp, so that arrays of images can be told from others.
-        data, fsdp, tensor: devices along the axes of the mesh; the batch is split along the first two.
+      program: `Program` of one device. shapes: those that the images have in the whole computation,
+        as `costs.shapes` has them, whose arrays are to be looked for. batch: images of the global
+        batch; it must be a multiple of a prime that no size of the model is a multiple of, times
+        data·fsdp, so that arrays of images can be told from others. data, fsdp, tensor: devices
+        along the axes of the mesh; the batch is split along the first two.
     Returns:
-      [(bytes, dtype and shape, opcode, source)], largest first, one for each shape and source. An array is found by its
-      number of elements, or its shape, where that is the one of a whole batch (or a part of it along one axis alone)
+      [(bytes, dtype and shape, opcode, source)], largest first, one for each shape and source. An
+        array is found by its
+      number of elements, or its shape, where that is the one of a whole batch (or a part of it
+        along one axis alone)
       and of no device's own share.
     """
     parts = data * fsdp
@@ -294,15 +363,20 @@ def unsplit(program, shapes, batch, data, fsdp=1, tensor=1):
     mine = {count(shape, parts * k) for shape in shapes for k in (1, tensor)}
     larger = {count(shape, k) for shape in shapes for k in (1, data, fsdp) if k < parts} - mine
     split = lambda shape: [
-        sizes((*shape[:i], n // parts, *shape[i + 1 :])) for i, n in enumerate(shape) if n % batch == 0
+        sizes((*shape[:i], n // parts, *shape[i + 1 :]))
+        for i, n in enumerate(shape)
+        if n % batch == 0
     ]
     whole = {sizes(shape) for shape in shapes} - {s for shape in shapes for s in split(shape)}
     found = {}
     for a, opcode, place in program.arrays():
-        # bytes and slices are of arrays that are seen whole elsewhere, on their way to a TPU's own memory
+        # bytes and slices are of arrays that are seen whole elsewhere, on their way to a TPU's own
+        # memory
         if a.dtype == 's8' or opcode.startswith(('slice', 'async')):
             continue
-        if any(n and n % own == 0 for n in a.shape) and (count(a.shape, 1) in larger or sizes(a.shape) in whole):
+        if any(n and n % own == 0 for n in a.shape) and (
+            count(a.shape, 1) in larger or sizes(a.shape) in whole
+        ):
             text = f'{a.dtype}[{",".join(map(str, a.shape))}]'
             found[text, place] = (a.bytes, text, opcode, place)
     return sorted(found.values(), reverse=True)

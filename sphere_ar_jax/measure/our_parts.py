@@ -1,7 +1,9 @@
-"""Our side of the benchmark: each part of sampling and training as a compiled program, with its operations and bytes.
+"""Our side of the benchmark: each part of sampling and training as a compiled program, with its
+operations and bytes.
 
 Dimensions:
-  B  images      R  rows of the sampler, 2B with guidance      E  evaluations of the flow head per token
+  B  images      R  rows of the sampler, 2B with guidance      E  evaluations of the flow head per
+  token
 """
 
 import jax
@@ -56,7 +58,9 @@ def inputs(ar, vae, batch):
 
 
 def random_params(model, seed):
-    """Parameters at which nothing is zero, as in a trained model: their initial values, and noise where those are 0."""
+    """Parameters at which nothing is zero, as in a trained model: their initial values, and noise
+    where those are 0.
+    """
     params = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     noise = lambda a: jnp.asarray(0.02 * rng.normal(size=a.shape), jnp.float32)
@@ -64,9 +68,11 @@ def random_params(model, seed):
 
 
 class Part:
-    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes`, what it must at least do.
+    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes`, what it
+    must at least do.
 
-    Only what the part needs is made; the parameters that training stacks are let go where sampling uses them apart.
+    Only what the part needs is made; the parameters that training stacks are let go where sampling
+    uses them apart.
     """
 
     def __init__(self, cfg, part, batch, weights=None):
@@ -82,11 +88,15 @@ class Part:
         if self.weights is None:
             return random_params(model, seed)
         with np.load(self.weights) as tensors:
-            return torch_names.from_torch(tensors, jax.eval_shape(model.init_params, jax.random.key(0)))
+            return torch_names.from_torch(
+                tensors, jax.eval_shape(model.init_params, jax.random.key(0))
+            )
 
     def _sampler(self, *without):
         """The AR model as sampling uses it, and its parameters without those named."""
-        params = transformer.unstack(self._params(self.ar, 1))  # NumPy's views, if from a file: nothing to compile
+        params = transformer.unstack(
+            self._params(self.ar, 1)
+        )  # NumPy's views, if from a file: nothing to compile
         params = {name: value for name, value in params.items() if name not in without}
         return self.ar.apart(), jax.tree.map(jnp.asarray, params)
 
@@ -111,7 +121,9 @@ class Part:
     def _prefill(self, params=None):
         ar, params = (self.ar.apart(), params) if params else self._sampler('head')
         null = jnp.full(1 if self.options.guidance else 0, ar.condition.num_classes)
-        run = lambda p, labels: ar.apply({'params': p}, jnp.append(labels, null), method='prefill')[0]
+        run = lambda p, labels: ar.apply({'params': p}, jnp.append(labels, null), method='prefill')[
+            0
+        ]
         compiled = self._compiled(run, params, self.inputs['labels'], weights=params['stack'])
         rows = np.minimum(np.arange(self._rows), self.batch)
         position = np.asarray(params['pos_for_diff'][:1])
@@ -122,12 +134,20 @@ class Part:
         labels, z = self.inputs['labels'], self.inputs['z']
         rows = self._double(labels).at[self.batch :].set(ar.condition.num_classes)
         self.cache = jax.jit(lambda p: ar.apply({'params': p}, rows, method='prefill'))(params)[1]
-        run = lambda p, z, k, cache: ar.apply({'params': p}, self._double(z), k, cache, method='decode_step')
+        run = lambda p, z, k, cache: ar.apply(
+            {'params': p}, self._double(z), k, cache, method='decode_step'
+        )
         where, S = positions(ar.num_tokens), ar.condition.length + ar.num_tokens - 1
         self._count(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
-        self.bytes += np.mean([costs.tree_bytes(self.cache) * (ar.condition.length + k) / S for k in where])
+        self.bytes += np.mean(
+            [costs.tree_bytes(self.cache) * (ar.condition.length + k) / S for k in where]
+        )
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
-        step = jax.jit(run, donate_argnums=3).lower(params, z[:, 0], jnp.int32(1), self.cache).compile()
+        step = (
+            jax.jit(run, donate_argnums=3)
+            .lower(params, z[:, 0], jnp.int32(1), self.cache)
+            .compile()
+        )
         position = np.asarray(params['pos_for_diff'])[None, where]
 
         def steps():
@@ -142,20 +162,34 @@ class Part:
     def _head(self, params=None):
         ar, params = (self.ar.apart(), params) if params else self._sampler()
         head, params = ar.head, params['head']
-        plan, R, m = self.options.plan(ar.num_tokens), self._rows, self.options.num_draws(ar.num_tokens)
+        plan, R, m = (
+            self.options.plan(ar.num_tokens),
+            self._rows,
+            self.options.num_draws(ar.num_tokens),
+        )
         c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
         which = jnp.asarray(plan.which)
-        guidance = self.options.guidance and Guidance(self.scale, jnp.asarray(False), self.options.guidance_interval)
+        guidance = self.options.guidance and Guidance(
+            self.scale, jnp.asarray(False), self.options.guidance_interval
+        )
 
         def run(params, c, key, k):
             solver = jax.tree.map(lambda a: a[which[k]], head.prepare(params, plan))
-            noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(0, 1)
+            noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(
+                0, 1
+            )
             return self.vae.posterior.project(head.draw_token(params, c, noise, solver, guidance))
 
         evaluations, chunk = int(plan.count[plan.which[1]]), chunk_size(plan.tables.t.shape[1], R)
-        blocks = {n: {m: w for m, w in g.items() if m != 'ada'} for n, g in params.items() if 'res_groups' in n}
+        blocks = {
+            n: {m: w for m, w in g.items() if m != 'ada'}
+            for n, g in params.items()
+            if 'res_groups' in n
+        }
         self.bytes += evaluations * costs.tree_bytes(blocks)
-        compiled = self._compiled(run, params, c, key, k, lengths=costs.head_loops(evaluations, chunk))
+        compiled = self._compiled(
+            run, params, c, key, k, lengths=costs.head_loops(evaluations, chunk)
+        )
         return lambda: np.asarray(compiled())
 
     def _decode(self):
@@ -171,7 +205,9 @@ class Part:
             z, q = draw_tokens(self.vae, p, x, keys)
             return z, q.kl()
 
-        compiled = self._compiled(run, params, self.inputs['images'], keys, weights=params['encoder'])
+        compiled = self._compiled(
+            run, params, self.inputs['images'], keys, weights=params['encoder']
+        )
         return lambda: np.asarray(compiled()[0])
 
     def _train(self, stage):
@@ -201,11 +237,20 @@ class Part:
         return self._train(stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
 
     def _program(self, params):
-        """A function that draws the images as every command does, by the same two programs, compiled."""
+        """A function that draws the images as every command does, by the same two programs,
+        compiled.
+        """
         mesh = sharding.make_mesh(1)
         tokens, decode = on_mesh.sampling_programs(self.ar.apart(), self.vae, self.options, mesh)
         scale = None if self.scale is None else jnp.float32(self.scale)
-        arguments = (params, self.inputs['labels'], jnp.arange(self.batch), jax.random.key(0), scale, jnp.float32(1))
+        arguments = (
+            params,
+            self.inputs['labels'],
+            jnp.arange(self.batch),
+            jax.random.key(0),
+            scale,
+            jnp.float32(1),
+        )
         vae_params = self._params(self.vae, 2)
         draw = tokens.lower(*arguments).compile()
         decode = decode.lower(vae_params, self.inputs['z']).compile()

@@ -1,9 +1,12 @@
-"""What a config makes devices compute: each program with its arguments, abstract and laid out on a mesh.
+"""What a config makes devices compute: each program with its arguments, abstract and laid out on a
+mesh.
 
-Nothing is computed here: `compile_ahead` compiles these programs for TPUs, the doctor adds up their arguments.
+Nothing is computed here: `compile_ahead` compiles these programs for TPUs, the doctor adds up their
+arguments.
 
 Dimensions:
-  B  images of the global batch      R  rows of the sampler on one device      E  evaluations of the flow head per token
+  B  images of the global batch      R  rows of the sampler on one device      E  evaluations of the
+  flow head per token
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +35,8 @@ class Work(NamedTuple):
     """A program to compile.
 
     Attributes:
-      name. function: jitted. arguments: abstract, with shardings. groups: {name: the part of the arguments}. images: B.
+      name. function: jitted. arguments: abstract, with shardings. groups: {name: the part of the
+        arguments}. images: B.
       flops, computed: of B images, the model's, and with what remat computes again.
       steps: how often it runs in a whole training, None if it is none.
       lengths: of `hlo.Program`. devices: that run it together.
@@ -63,7 +67,9 @@ def _lpips(options):
 
 
 def stages(cfg):
-    """The trainings that a config asks for: {name: (`state.Stage`, its frozen parameters, as shapes)}."""
+    """The trainings that a config asks for: {name: (`state.Stage`, its frozen parameters, as
+    shapes)}.
+    """
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     if cfg.init_from is not None:
         teacher = _shapes(vae), _shapes(ar.clone(head=ar.head.teacher()))
@@ -75,7 +81,10 @@ def stages(cfg):
     found = {}
     if cfg.tokenizer_training.steps and cfg.tokenizer is None:
         frozen = _lpips(cfg.tokenizer_training)
-        found['tokenizer'] = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen), frozen
+        found['tokenizer'] = (
+            adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen),
+            frozen,
+        )
     if cfg.ar_training.steps:
         frozen = _shapes(vae)
         found['ar'] = ar_stage(ar, vae, frozen, cfg.ar_training, cfg.seed), frozen
@@ -83,16 +92,26 @@ def stages(cfg):
 
 
 def state_bytes(stage, frozen, mesh):
-    """{part: bytes on each device} while a stage is trained: its state's fields, gradients and frozen parameters."""
+    """{part: bytes on each device} while a stage is trained: its state's fields, gradients and
+    frozen parameters.
+    """
     state = abstract_state(stage, mesh)
-    parts = {name: costs.device_bytes(value) for name, value in vars(state).items() if name != 'step'}
-    return {**parts, 'gradients': parts['params'], 'frozen': costs.device_bytes(sharding.abstract(mesh, frozen))}
+    parts = {
+        name: costs.device_bytes(value) for name, value in vars(state).items() if name != 'step'
+    }
+    return {
+        **parts,
+        'gradients': parts['params'],
+        'frozen': costs.device_bytes(sharding.abstract(mesh, frozen)),
+    }
 
 
 def _rows(mesh, images, *shapes, spec=sharding.BATCH):
     """Abstract arrays (images, …) split over the mesh; shapes: (dtype, the rest of a shape)."""
     split = jax.sharding.NamedSharding(mesh, spec)
-    return tuple(jax.ShapeDtypeStruct((images, *rest), dtype, sharding=split) for dtype, rest in shapes)
+    return tuple(
+        jax.ShapeDtypeStruct((images, *rest), dtype, sharding=split) for dtype, rest in shapes
+    )
 
 
 def _placed(tree, place):
@@ -118,8 +137,24 @@ def training_works(cfg, mesh):
         step = jitted_step(stage, mesh, state)
         groups = dict(vars(state), frozen=frozen, batch=arguments[2])
         computed = costs.flops(stage.step, *arguments)
-        flops = costs.flops(plain[name][0].step, *arguments) if cfg.vae.remat or cfg.ar.remat else computed
-        found.append(Work(f'{name} step', step, arguments, groups, B, flops, computed, steps, devices=mesh.size))
+        flops = (
+            costs.flops(plain[name][0].step, *arguments)
+            if cfg.vae.remat or cfg.ar.remat
+            else computed
+        )
+        found.append(
+            Work(
+                f'{name} step',
+                step,
+                arguments,
+                groups,
+                B,
+                flops,
+                computed,
+                steps,
+                devices=mesh.size,
+            )
+        )
     return found
 
 
@@ -130,15 +165,21 @@ def _tokens_flops(ar, params, B, options):
         scale = 1.0 if options.guidance else None
         return sample_tokens(ar, params, labels, jax.random.split(key, B), options, scale)
 
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)  # without the mesh
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params
+    )  # without the mesh
     labels = jax.ShapeDtypeStruct((B,), jnp.int32)
     plan = options.plan(ar.num_tokens)
     chunk = chunk_size(plan.tables.t.shape[1], 2 * B if options.guidance else B)
-    return costs.flops(sample, params, labels, jax.random.key(0), lengths=costs.head_loops(plan.evaluations, chunk))
+    return costs.flops(
+        sample, params, labels, jax.random.key(0), lengths=costs.head_loops(plan.evaluations, chunk)
+    )
 
 
 def sampling_works(cfg, mesh):
-    """The sampler's two programs: tokens, of all devices together, and the decoder, of each device alone."""
+    """The sampler's two programs: tokens, of all devices together, and the decoder, of each device
+    alone.
+    """
     stacked = build.build_ar(cfg)
     ar = stacked.apart()
     vae = build.build_vae(cfg)
@@ -153,21 +194,32 @@ def sampling_works(cfg, mesh):
     tokens, decode = on_mesh.sampling_programs(ar, vae, options, mesh)
     arguments = params, labels, index, key, number if options.guidance else None, number
     flops = _tokens_flops(ar, params, B, options)
-    # The loops over tokens, over chunks of evaluations and within one, as `sampling` and `solvers.integrate` make them.
-    E, R = options.plan(ar.num_tokens).evaluations, B // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
+    # The loops over tokens, over chunks of evaluations and within one, as `sampling` and
+    # `solvers.integrate` make them.
+    E, R = (
+        options.plan(ar.num_tokens).evaluations,
+        B // sharding.batch_parts(mesh) * (2 if options.guidance else 1),
+    )
     rounds = -(-E // chunk_size(E, R))
     found = [
         Work('tokens', tokens, arguments, {'params': params, 'rows': (labels, index)}, B, flops, flops,
              lengths=(ar.num_tokens, rounds, E / rounds), devices=mesh.size)
     ]  # fmt: skip
     b = B // mesh.size
-    params, z = _on_one(mesh, (_shapes(vae), jax.ShapeDtypeStruct((b, ar.num_tokens, ar.latent_dim), jnp.float32)))
+    params, z = _on_one(
+        mesh, (_shapes(vae), jax.ShapeDtypeStruct((b, ar.num_tokens, ar.latent_dim), jnp.float32))
+    )
     flops = costs.flops(decode, params, z)
-    return [*found, Work('decode', decode, (params, z), {'params': params, 'rows': z}, b, flops, flops)]
+    return [
+        *found,
+        Work('decode', decode, (params, z), {'params': params, 'rows': z}, b, flops, flops),
+    ]
 
 
 def evaluation_works(cfg, mesh):
-    """The evaluator's programs: Inception's features, of colour images, and the tokenizer's reconstructions."""
+    """The evaluator's programs: Inception's features, of colour images, and the tokenizer's
+    reconstructions.
+    """
     vae, whole, found = build.build_vae(cfg), sharding.whole(mesh), []
     B = sharding.whole_rows(mesh, cfg.sampling.batch_size)
     shape = vae.image_shape
@@ -178,9 +230,14 @@ def evaluation_works(cfg, mesh):
         (images,) = _rows(mesh, B, (jnp.uint8, shape), spec=sharding.ROWS)
         features, groups = jax.jit(inception.features), {'params': params, 'rows': images}
         flops = costs.flops(features, params, images)
-        found = [Work('features', features, (params, images), groups, B, flops, flops, devices=mesh.size)]
+        found = [
+            Work('features', features, (params, images), groups, B, flops, flops, devices=mesh.size)
+        ]
     b, key = B // mesh.size, jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    images, index = jax.ShapeDtypeStruct((b, *shape), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32)
+    images, index = (
+        jax.ShapeDtypeStruct((b, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((b,), jnp.int32),
+    )
     arguments = params, rows = _on_one(mesh, ((_shapes(vae), key), (images, index)))
     reconstruct, groups = on_mesh.autoencoder(vae), {'params': params, 'rows': rows}
     flops = costs.flops(reconstruct, *arguments)

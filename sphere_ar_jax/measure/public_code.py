@@ -1,8 +1,10 @@
-"""The public PyTorch code as a second side of the benchmark: built from a checkout, on our weights, part by part.
+"""The public PyTorch code as a second side of the benchmark: built from a checkout, on our weights,
+part by part.
 
-Nothing of that code is here: a checkout of guolinke/SphereAR is imported from where it lies. Where flash_attn is not
-installed (it needs a GPU), the one function taken from it is replaced by torch's own scaled_dot_product_attention.
-Sizes that the public constructors do not offer (the digits') are made by exchanging layers after construction.
+Nothing of that code is here: a checkout of guolinke/SphereAR is imported from where it lies. Where
+flash_attn is not installed (it needs a GPU), the one function taken from it is replaced by torch's
+own scaled_dot_product_attention. Sizes that the public constructors do not offer (the digits') are
+made by exchanging layers after construction.
 """
 
 import copy
@@ -22,7 +24,9 @@ def _import(checkout, compiled):
         os.environ['TORCHDYNAMO_DISABLE'] = '1'
     import torch
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its scripts, and JAX, have it
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        True  # as its scripts, and JAX, have it
+    )
     try:
         import flash_attn  # noqa: F401
     except ImportError:
@@ -30,7 +34,9 @@ def _import(checkout, compiled):
 
         def flash_attn_func(q, k, v, causal=False, dropout_p=0.0):
             q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout_p)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, dropout_p=dropout_p
+            )
             return out.transpose(1, 2)
 
         stand_in.flash_attn_func = flash_attn_func
@@ -51,22 +57,35 @@ def _build_vae(torch, public, vae):
     """The public tokenizer in the sizes of ours."""
     nn, size, D = torch.nn, vae.image_shape[0], vae.backbone.channels[-1]
     if D < 64:
-        raise ValueError(f'the public tokenizer has one head for every 64 of its width, which is {D} here')
+        raise ValueError(
+            f'the public tokenizer has one head for every 64 of its width, which is {D} here'
+        )
     model = public.vae.VAE(
         latent_dim=vae.latent_dim, image_size=size, patch_size=vae.backbone.patch_size, z_channels=D,
         cnn_chs=[*vae.backbone.channels[:-1], D], encoder_vit_layers=vae.backbone.encoder_depth,
         decoder_vit_layers=vae.backbone.decoder_depth,
     )  # fmt: skip
-    if vae.backbone.channels[0] != 64 or vae.backbone.stem != 64 or vae.backbone.image_channels != 3:
+    if (
+        vae.backbone.channels[0] != 64
+        or vae.backbone.stem != 64
+        or vae.backbone.image_channels != 3
+    ):
         c, first = vae.backbone.image_channels, vae.backbone.channels[0]
         model.encoder.conv_in = nn.Conv2d(c, vae.backbone.stem, 3, 1, 1, bias=False)
         model.decoder.conv_out = nn.Sequential(
-            nn.GroupNorm(min(32, first // 4), first, eps=1e-6), nn.SiLU(), nn.Conv2d(first, c, 3, 1, 1, bias=False)
+            nn.GroupNorm(min(32, first // 4), first, eps=1e-6),
+            nn.SiLU(),
+            nn.Conv2d(first, c, 3, 1, 1, bias=False),
         )
     for part in (model.encoder, model.decoder):
         _set_heads(part.layers, vae.backbone.heads)
-        positions, width = public.layers.get_2d_pos(size, vae.backbone.patch_size), D // vae.backbone.heads
-        part.freqs_cis = public.layers.precompute_freqs_cis_2d(positions, width, cls_token_num=4).clone()
+        positions, width = (
+            public.layers.get_2d_pos(size, vae.backbone.patch_size),
+            D // vae.backbone.heads,
+        )
+        part.freqs_cis = public.layers.precompute_freqs_cis_2d(
+            positions, width, cls_token_num=4
+        ).clone()
     return model
 
 
@@ -84,14 +103,17 @@ def _build(torch, public, ar, vae):
 
 
 def _train(torch, model, cfg, vae_only, images, labels):
-    """One optimizer step of the public recipe without its adversarial and perceptual terms, as a function."""
+    """One optimizer step of the public recipe without its adversarial and perceptual terms, as a
+    function.
+    """
     model.train()
     if vae_only:
         model.vae.requires_grad_(True)
     else:
         model.vae.eval()
     model.vae_only = vae_only
-    # in vae_only mode the public constructor makes no AR model: nothing of it may be updated or averaged here either
+    # in vae_only mode the public constructor makes no AR model: nothing of it may be updated or
+    # averaged here either
     trained = model.vae if vae_only else model
     parameters = [p for p in trained.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
@@ -124,17 +146,19 @@ _UNUSED = {
     'transformer': ('vae', 'head'),
     'head': ('layers', 'cls_embedding'),
     **dict.fromkeys(
-        ('decode', 'encode', 'train_tokenizer'), ('layers', 'head', 'cls_embedding', 'pos_for_diff', 'proj_in')
+        ('decode', 'encode', 'train_tokenizer'),
+        ('layers', 'head', 'cls_embedding', 'pos_for_diff', 'proj_in'),
     ),
 }
 
 
 def part(checkout, compiled, cfg, name, batch, weights):
-    """One part of the benchmark on the public code: (function that runs it once and returns an array, function that
-    says the peak memory of the accelerator in bytes, None on a CPU).
+    """One part of the benchmark on the public code: (function that runs it once and returns an
+    array, function that says the peak memory of the accelerator in bytes, None on a CPU).
 
     Args:
-      checkout: directory of the public repository. compiled: whether its torch.compile is left on. cfg: for sizes and
+      checkout: directory of the public repository. compiled: whether its torch.compile is left on.
+        cfg: for sizes and
       settings. name: see `our_parts.PARTS`. batch: images. weights: file of {PyTorch name: array}.
     Raises ValueError where a weight is missing.
     """
@@ -157,9 +181,16 @@ def part(checkout, compiled, cfg, name, batch, weights):
     model.diff_batch_mul = cfg.ar_training.copies
     put = lambda a: torch.tensor(np.asarray(a)).to(device)
     nchw = lambda a: put(np.asarray(a).transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
-    images, labels, z, condition = nchw(inputs['images']), *(put(inputs[n]) for n in ('labels', 'z', 'condition'))
+    images, labels, z, condition = (
+        nchw(inputs['images']),
+        *(put(inputs[n]) for n in ('labels', 'z', 'condition')),
+    )
     labels = labels.long()
-    steps, schedule, scale = cfg.sampling.num_steps, cfg.sampling.guidance, cfg.sampling.guidance_scale
+    steps, schedule, scale = (
+        cfg.sampling.num_steps,
+        cfg.sampling.guidance,
+        cfg.sampling.guidance_scale,
+    )
 
     def prefill():
         rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])

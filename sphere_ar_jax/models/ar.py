@@ -21,7 +21,9 @@ __all__ = ['AR', 'VARIANTS', 'sphere_ar', 'unstacked']
 
 
 class Positions(nn.Module):
-    """The learned embedding (L, D) that tells a head which token it draws; its parameter stands beside the model's."""
+    """The learned embedding (L, D) that tells a head which token it draws; its parameter stands
+    beside the model's.
+    """
 
     num_tokens: int
     width: int
@@ -35,8 +37,10 @@ class AR(nn.Module):
     """SphereAR without its tokenizer. `sphere_ar(**VARIANTS['L'])` is the published L at 256×256.
 
     Attributes:
-      depth, heads, width: of the transformer. condition: see `conditions`. head: see `heads`. grid: (H, W).
-      latent_dim: d. remat, unroll, scan: see `transformer.Stack`. dtype: of the computation; parameters are float32.
+      depth, heads, width: of the transformer. condition: see `conditions`. head: see `heads`. grid:
+        (H, W).
+      latent_dim: d. remat, unroll, scan: see `transformer.Stack`. dtype: of the computation;
+        parameters are float32.
     """
 
     depth: int
@@ -55,7 +59,9 @@ class AR(nn.Module):
         nn.share_scope(self, self.condition)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
         self.emb_norm = transformer.RMSNorm()
-        self.stack = transformer.Stack(self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan)
+        self.stack = transformer.Stack(
+            self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan
+        )
         self.norm = transformer.RMSNorm()
         self.positions = Positions(self.num_tokens, self.width)
         nn.share_scope(self, self.positions)
@@ -70,7 +76,9 @@ class AR(nn.Module):
         return jnp.asarray(transformer.rope_table(*self.grid, self.condition.length, head_dim)[:-1])
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
-        """The joint sequence after `emb_norm`: the condition's tokens, then z (B, T, d) → (B, C + T, D) float32."""
+        """The joint sequence after `emb_norm`: the condition's tokens, then z (B, T, d) → (B, C +
+        T, D) float32.
+        """
         past = self.proj_in(z).astype(jnp.float32)
         return self.emb_norm(jnp.concatenate([self.condition.embed(labels), past], axis=1))
 
@@ -86,16 +94,21 @@ class AR(nn.Module):
         return self.norm(x[:, -self.num_tokens :]) + self.positions()[None]
 
     def prefill(self, labels: Labels) -> tuple[jax.Array, Any]:
-        """Read the condition: labels of B images → condition of token 0 (B, D), the filled cache. Needs scan=False."""
+        """Read the condition: labels of B images → condition of token 0 (B, D), the filled cache.
+        Needs scan=False.
+        """
         B = len(jax.tree.leaves(labels)[0])
         length = self.condition.length + self.num_tokens - 1
-        cache = transformer.empty_cache(self.depth, B, length, self.heads, self.width // self.heads, self.dtype)
+        cache = transformer.empty_cache(
+            self.depth, B, length, self.heads, self.width // self.heads, self.dtype
+        )
         x = self.embed(labels, jnp.zeros((B, 0, self.latent_dim)))
         x, cache = self.stack(x, self._angles()[: self.condition.length], cache, 0, prefill=True)
         return self.norm(x[:, -1]) + self.positions()[:1], cache
 
     def decode_step(self, z: jax.Array, k: jax.Array | int, cache: Any) -> tuple[jax.Array, Any]:
-        """Feed token k − 1, z (B, d), and return the condition of token k (B, D) with the updated cache.
+        """Feed token k − 1, z (B, d), and return the condition of token k (B, D) with the updated
+        cache.
 
         Args:
           k: () int, 1 ≤ k < L; it is clamped, not checked. Needs scan=False.
@@ -105,15 +118,23 @@ class AR(nn.Module):
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
         return self.norm(x[:, 0]) + jnp.take(self.positions(), jnp.asarray(k)[None], axis=0), cache
 
-    def loss(self, labels: Labels, z: jax.Array, draws: Draws) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The head's (loss, scalars) of clean tokens z (B, L, d), each given the labels and the tokens before it."""
+    def loss(
+        self, labels: Labels, z: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The head's (loss, scalars) of clean tokens z (B, L, d), each given the labels and the
+        tokens before it.
+        """
         return self.head.loss(self.conditions(labels, z), z, draws)
 
-    def __call__(self, labels: Labels, z: jax.Array, x_t: jax.Array, *times: jax.Array) -> jax.Array:
-        """Velocities of m noisy copies of every token, from a head that has them (`FlowHead.velocities`).
+    def __call__(
+        self, labels: Labels, z: jax.Array, x_t: jax.Array, *times: jax.Array
+    ) -> jax.Array:
+        """Velocities of m noisy copies of every token, from a head that has them
+        (`FlowHead.velocities`).
 
         Args:
-          labels: of B images. z: (B, L, d) clean tokens. x_t: (m, B, L, d) noisy tokens. times: each (m, B, L), t in
+          labels: of B images. z: (B, L, d) clean tokens. x_t: (m, B, L, d) noisy tokens. times:
+            each (m, B, L), t in
           [0, 1], and for mean velocities the widths h of the steps.
         Returns:
           v (m, B, L, d) float32.
@@ -146,7 +167,9 @@ def sphere_ar(
     unroll: int = 1,
     dtype: Any = jnp.float32,
 ) -> AR:
-    """The published composition, class tokens in front and a flow head, from flat sizes such as `VARIANTS['B']`."""
+    """The published composition, class tokens in front and a flow head, from flat sizes such as
+    `VARIANTS['B']`.
+    """
     speed = {'remat': remat, 'unroll': unroll, 'dtype': dtype}
     condition = Classes(num_classes, class_tokens, width)
     head = FlowHead(latent_dim, head_width, head_depth, head_groups, **speed)
@@ -154,10 +177,11 @@ def sphere_ar(
 
 
 def unstacked(ar: AR, params: Any) -> tuple[AR, Any]:
-    """The model and its parameters as sampling uses them: scan=False, `transformer.unstack` of the parameters.
+    """The model and its parameters as sampling uses them: scan=False, `transformer.unstack` of the
+    parameters.
 
-    Parameters that are so already stay as they are. Under jit the program copies them each time it runs; call this
-    once, outside, where many batches are drawn.
+    Parameters that are so already stay as they are. Under jit the program copies them each time it
+    runs; call this once, outside, where many batches are drawn.
     """
     if not ar.scan:
         return ar, params

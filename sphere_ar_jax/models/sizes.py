@@ -2,7 +2,28 @@
 
 # Everything that is not here has the defaults of `ar.sphere_ar`.
 VARIANTS = {
-    'B': {'depth': 24, 'heads': 12, 'width': 768, 'head_depth': 6, 'head_width': 768, 'head_groups': 2},
-    'L': {'depth': 32, 'heads': 16, 'width': 1024, 'head_depth': 8, 'head_width': 1024, 'head_groups': 2},
-    'H': {'depth': 40, 'heads': 20, 'width': 1280, 'head_depth': 12, 'head_width': 1280, 'head_groups': 3},
+    'B': {
+        'depth': 24,
+        'heads': 12,
+        'width': 768,
+        'head_depth': 6,
+        'head_width': 768,
+        'head_groups': 2,
+    },
+    'L': {
+        'depth': 32,
+        'heads': 16,
+        'width': 1024,
+        'head_depth': 8,
+        'head_width': 1024,
+        'head_groups': 2,
+    },
+    'H': {
+        'depth': 40,
+        'heads': 20,
+        'width': 1280,
+        'head_depth': 12,
+        'head_width': 1280,
+        'head_groups': 3,
+    },
 }

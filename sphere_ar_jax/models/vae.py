@@ -23,8 +23,10 @@ class VAE(nn.Module):
     """The tokenizer. The defaults are the published 256×256 S-VAE (75,393,297 parameters).
 
     Attributes:
-      grid: (H, W) tokens. latent_dim: d. backbone: see `backbones`; it computes in a dtype of its own. posterior: see
-      `posteriors`. dtype: of the two projections; parameters are float32. `computing_in` sets both dtypes.
+      grid: (H, W) tokens. latent_dim: d. backbone: see `backbones`; it computes in a dtype of its
+        own. posterior: see
+      `posteriors`. dtype: of the two projections; parameters are float32. `computing_in` sets both
+        dtypes.
     """
 
     grid: tuple[int, int] = (16, 16)
@@ -42,8 +44,12 @@ class VAE(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         outputs = self.posterior.outputs(self.latent_dim)
-        self.quant_proj = nn.Dense(outputs, kernel_init=torch_init(), bias_init=bias_init, dtype=self.dtype)
-        self.post_quant_proj = nn.Dense(width, use_bias=False, kernel_init=torch_init(), dtype=self.dtype)
+        self.quant_proj = nn.Dense(
+            outputs, kernel_init=torch_init(), bias_init=bias_init, dtype=self.dtype
+        )
+        self.post_quant_proj = nn.Dense(
+            width, use_bias=False, kernel_init=torch_init(), dtype=self.dtype
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,8 +82,14 @@ class VAE(nn.Module):
         return self.init(key, images, z)['params']
 
 
-def s_vae(grid: tuple[int, int] = (16, 16), latent_dim: int = 16, dtype: Any = jnp.float32, **backbone: Any) -> VAE:
-    """The published composition, a hybrid CNN–ViT with a power-spherical posterior, from flat sizes.
+def s_vae(
+    grid: tuple[int, int] = (16, 16),
+    latent_dim: int = 16,
+    dtype: Any = jnp.float32,
+    **backbone: Any,
+) -> VAE:
+    """The published composition, a hybrid CNN–ViT with a power-spherical posterior, from flat
+    sizes.
 
     Args:
       grid, latent_dim, dtype: of `VAE`. backbone: the fields of `Hybrid`.
@@ -85,8 +97,12 @@ def s_vae(grid: tuple[int, int] = (16, 16), latent_dim: int = 16, dtype: Any = j
     return VAE(tuple(grid), latent_dim, Hybrid(**backbone, dtype=dtype), PowerSpherical(), dtype)
 
 
-def draw_tokens(vae: VAE, params: Any, images: jax.Array, keys: jax.Array) -> tuple[jax.Array, Distribution]:
-    """Draw tokens from the posterior of images (B, H, W, c), one key per image: (z (B, L, d), the posterior)."""
+def draw_tokens(
+    vae: VAE, params: Any, images: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, Distribution]:
+    """Draw tokens from the posterior of images (B, H, W, c), one key per image: (z (B, L, d), the
+    posterior).
+    """
     q = vae.apply({'params': params}, images, method='encode')
     return q.sample(q.draws(keys)), q
 

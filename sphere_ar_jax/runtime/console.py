@@ -8,26 +8,34 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the message is one line that says how. The program ends with code 2."""
+    """Something that the user can put right; the message is one line that says how. The program
+    ends with code 2.
+    """
 
 
 class Preempted(Exception):
     """A signal (number) arrived; the state of the training has been saved."""
 
     def __init__(self, number: int, step: int, steps: int):
-        super().__init__(f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on')
+        super().__init__(
+            f'{signal.Signals(number).name}: saved at step {step} of {steps}; the same command goes on'
+        )
         self.number = number
 
 
 def pick(parts: dict[str, Any], key: str, word: str) -> Any:
-    """The part that a word names. Raises UserError, one line that names the key, for a word that names none."""
+    """The part that a word names. Raises UserError, one line that names the key, for a word that
+    names none.
+    """
     if word not in parts:
         raise UserError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
     return parts[word]
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """The first line of an error's message, cut to so many characters; its class's name where it has no message."""
+    """The first line of an error's message, cut to so many characters; its class's name where it
+    has no message.
+    """
     lines = (getattr(error, 'strerror', None) or str(error)).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__
 
@@ -83,7 +91,9 @@ def bars(lines=None):
 
 def one_line(error):
     """An exception's message in one line; of a traceback inside a message, the last line."""
-    message = str(error.args[0] if error.args and isinstance(error, KeyError | AttributeError) else error)
+    message = str(
+        error.args[0] if error.args and isinstance(error, KeyError | AttributeError) else error
+    )
     hint = re.search(r'Did you mean .*', message)  # ml_collections prints all keys before it
     if hint:
         return hint.group()

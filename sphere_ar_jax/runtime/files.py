@@ -16,9 +16,11 @@ def absolute(path):
 
 
 def compilation_cache(environ):
-    """Where compiled programs are kept for the next start, or None where JAX_COMPILATION_CACHE_DIR says it already.
+    """Where compiled programs are kept for the next start, or None where JAX_COMPILATION_CACHE_DIR
+    says it already.
 
-    A directory of the user's for each kind of processor, since programs for CPUs are compiled for the one they run on.
+    A directory of the user's for each kind of processor, since programs for CPUs are compiled for
+    the one they run on.
     """
     if 'JAX_COMPILATION_CACHE_DIR' in environ:
         return None
@@ -28,11 +30,15 @@ def compilation_cache(environ):
             processor = next((line for line in f if line.startswith(('flags', 'Features'))), '')
     except OSError:
         processor = platform.processor()
-    return os.path.join(root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}')
+    return os.path.join(
+        root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}'
+    )
 
 
 def replace(path, write):
-    """Calls write(file) on a temporary file that then becomes `path`: the old file or the new one, never half of it."""
+    """Calls write(file) on a temporary file that then becomes `path`: the old file or the new one,
+    never half of it.
+    """
     if not hosts.is_first():
         return
     temporary = epath.Path(f'{path}.tmp')

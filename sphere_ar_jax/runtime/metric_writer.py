@@ -15,10 +15,11 @@ from sphere_ar_jax.runtime import hosts
 
 
 class MetricWriter:
-    """Writes scalars of one training stage and shows its progress; of several processes, the first one alone.
+    """Writes scalars of one training stage and shows its progress; of several processes, the first
+    one alone.
 
-    In a terminal: a progress bar with time left. Elsewhere: a plain line at every `write`.
-    Lines of `metrics.jsonl` after `step` (written by a run that was killed) are dropped when it opens.
+    In a terminal: a progress bar with time left. Elsewhere: a plain line at every `write`. Lines of
+    `metrics.jsonl` after `step` (written by a run that was killed) are dropped when it opens.
     """
 
     def __init__(self, directory, name, step, total):
@@ -28,7 +29,9 @@ class MetricWriter:
             return
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
         path = os.path.join(directory, 'metrics.jsonl')
-        self._text = ''.join(json.dumps(line) + '\n' for line in read_scalars(path) if line['step'] <= step)
+        self._text = ''.join(
+            json.dumps(line) + '\n' for line in read_scalars(path) if line['step'] <= step
+        )
         self._path = epath.Path(path)
         epath.Path(f'{path}.tmp').write_text(self._text)
         epath.Path(f'{path}.tmp').replace(path)
@@ -36,7 +39,9 @@ class MetricWriter:
         self._file = None if '://' in str(directory) else open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
         self._events = tensorboardX.SummaryWriter(directory, purge_step=step + 1, flush_secs=10)
         bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
-        self._bar = tqdm(total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty()
+        )
 
     def advance(self):
         """One more step is done."""
@@ -78,7 +83,9 @@ class MetricWriter:
 
 
 def read_scalars(path):
-    """The lines of a `metrics.jsonl` as dictionaries, [] if there is no file; a line cut off by a kill is left out."""
+    """The lines of a `metrics.jsonl` as dictionaries, [] if there is no file; a line cut off by a
+    kill is left out.
+    """
     lines = []
     if epath.Path(path).exists():
         for line in epath.Path(path).read_text().splitlines():

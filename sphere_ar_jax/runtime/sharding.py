@@ -1,9 +1,11 @@
-"""The device mesh and the table that says how every array is laid out on it (GSPMD: the compiler does the rest).
+"""The device mesh and the table that says how every array is laid out on it (GSPMD: the compiler
+does the rest).
 
 Axes, in this order, neighbours last:
-  data    devices among which the rows of a batch are split; parameters are the same along it
-  fsdp    the same for rows; parameters, optimizer state and EMAs are split as well, and gathered where they are used
-  tensor  attention heads and the hidden features of MLPs are split; the rows of a batch are the same along it
+  data    devices among which the rows of a batch are split; parameters are the same along it fsdp
+  the same for rows; parameters, optimizer state and EMAs are split as well, and gathered where they
+  are used tensor  attention heads and the hidden features of MLPs are split; the rows of a batch
+  are the same along it
 """
 
 import math
@@ -21,15 +23,18 @@ P = PartitionSpec
 AXES = 'data', 'fsdp', 'tensor'
 
 # (pattern somewhere in a leaf's path, spec of its last dimensions), first match wins; what matches none is whole on
-# every device, as convolutions are: 56 MB, for which gathering would not pay. The same for parameters, EMAs
-# and the optimizer's moments, stacked or apart.
+# every device, as convolutions are: 56 MB, for which gathering would not pay. The same for
+# parameters, EMAs and the optimizer's moments, stacked or apart.
 RULES = (
     (r'attention/qkv/kernel', P('fsdp', None, 'tensor', None)),  # (D, 3, N, K)
     (r'attention/out/kernel', P('tensor', None, 'fsdp')),  # (N, K, D)
     (r'w1/kernel', P('fsdp', None, 'tensor')),  # (D, 2, F), of every SwiGLU
     (r'w1/bias', P(None, 'tensor')),  # (2, F)
     (r'w2/kernel', P('tensor', 'fsdp')),  # (F, D)
-    (r'cls_embedding', P(None, None, 'tensor')),  # (classes, C, D); split by fsdp, its gradient would gather the batch
+    (
+        r'cls_embedding',
+        P(None, None, 'tensor'),
+    ),  # (classes, C, D); split by fsdp, its gradient would gather the batch
     (r'ada/kernel', P('fsdp', None, None)),  # (M, 2 or 3, M)
     (r'head/(cond_embed|time2|span2)/kernel', P('fsdp', None)),  # (in, M)
 )
@@ -38,30 +43,37 @@ ROWS = P(AXES)  # of a batch that networks look at whose parameters are whole on
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A mesh of data × fsdp × tensor devices; one of the three may be −1: as many as there are devices for.
+    """A mesh of data × fsdp × tensor devices; one of the three may be −1: as many as there are
+    devices for.
 
-    devices: all of the run if None. On TPUs neighbours on the mesh are neighbours on the torus; of several slices (of
-    GPUs: nodes) each has a part of the axis 'data', where that divides.
-    Raises UserError for sizes that these devices cannot have.
+    devices: all of the run if None. On TPUs neighbours on the mesh are neighbours on the torus; of
+    several slices (of GPUs: nodes) each has a part of the axis 'data', where that divides. Raises
+    UserError for sizes that these devices cannot have.
     """
     devices, sizes = jax.devices() if devices is None else list(devices), [data, fsdp, tensor]
     text = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are')
+        raise UserError(
+            f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are'
+        )
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if not 0 < math.prod(sizes) <= len(devices):
         raise UserError(f'{text}: not possible with {len(devices)} device(s)')
     processes = lambda devices: {device.process_index for device in devices}
     if left_out := processes(devices) - processes(devices[: math.prod(sizes)]):
-        raise UserError(f'{text}: leaves out all devices of {len(left_out)} process(es), start fewer of them')
+        raise UserError(
+            f'{text}: leaves out all devices of {len(left_out)} process(es), start fewer of them'
+        )
     devices = devices[: math.prod(sizes)]
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if slices == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % slices == 0:
         inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-        array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
     else:
         array = np.array(devices).reshape(sizes)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -102,12 +114,18 @@ def _split(path, shape, mesh):
     wanted = (None,) * (len(shape) - len(rule)) + tuple(rule)
     fits = lambda axis, size: axis is None or size % mesh.shape[axis] == 0
     axes = [axis if fits(axis, size) else None for axis, size in zip(wanted, shape, strict=True)]
-    return P(*axes), [axis for axis, size in zip(wanted, shape, strict=True) if not fits(axis, size)]
+    return P(*axes), [
+        axis for axis, size in zip(wanted, shape, strict=True) if not fits(axis, size)
+    ]
 
 
 def tree_shardings(mesh, tree):
-    """A tree of NamedShardings for `tree` by `RULES`; an axis that does not divide its dimension is left out."""
-    return jax.tree_util.tree_map_with_path(lambda path, a: NamedSharding(mesh, _split(path, a.shape, mesh)[0]), tree)
+    """A tree of NamedShardings for `tree` by `RULES`; an axis that does not divide its dimension is
+    left out.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: NamedSharding(mesh, _split(path, a.shape, mesh)[0]), tree
+    )
 
 
 def abstract(mesh, tree):
@@ -117,10 +135,11 @@ def abstract(mesh, tree):
 
 
 def keep_rows_split(mesh, function):
-    """`function`, with the first dimension of what any Flax module in it makes of its inputs split as `BATCH` says.
+    """`function`, with the first dimension of what any Flax module in it makes of its inputs split
+    as `BATCH` says.
 
-    Without that word the compiler may as well gather a batch as a split parameter. Other dimensions are its choice.
-    In it the mesh has its name, by which `attention.attend` finds it.
+    Without that word the compiler may as well gather a batch as a split parameter. Other dimensions
+    are its choice. In it the mesh has its name, by which `attention.attend` finds it.
     """
     parts, anything = batch_parts(mesh), P.UNCONSTRAINED
 
@@ -144,8 +163,13 @@ def keep_rows_split(mesh, function):
 
 
 def describe_not_split(mesh, tree):
-    """The leaves of `tree` that `RULES` would split along axes that their shapes forbid, in a line; '' without any."""
-    found = [(path, a, _split(path, a.shape, mesh)[1]) for path, a in jax.tree_util.tree_leaves_with_path(tree)]
+    """The leaves of `tree` that `RULES` would split along axes that their shapes forbid, in a line;
+    '' without any.
+    """
+    found = [
+        (path, a, _split(path, a.shape, mesh)[1])
+        for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     found = [(a.size * a.dtype.itemsize, _name(path), axes) for path, a, axes in found if axes]
     if not found:
         return ''
@@ -161,7 +185,9 @@ def local_rows(mesh, rows, spec=BATCH):
 
 
 def place_batch(mesh, batch, spec=BATCH):
-    """This process's `local_rows` of a batch, a tree of NumPy arrays, as one global array each, split by `spec`."""
+    """This process's `local_rows` of a batch, a tree of NumPy arrays, as one global array each,
+    split by `spec`.
+    """
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), batch)
 
 
@@ -181,5 +207,7 @@ def on_each_device(function, mesh, params, rows):
     )
     first = jax.tree.leaves(rows)[0]
     parts = [function(*on(shard.device)) for shard in first.addressable_shards]
-    join = lambda *a: jax.make_array_from_single_device_arrays((len(first), *a[0].shape[1:]), split, list(a))
+    join = lambda *a: jax.make_array_from_single_device_arrays(
+        (len(first), *a[0].shape[1:]), split, list(a)
+    )
     return jax.tree.map(join, *parts)

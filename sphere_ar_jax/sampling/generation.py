@@ -1,8 +1,9 @@
 """Many images from one model to one npz: in batches, on all devices, and on again after a kill.
 
-Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the devices and the starts
-that it took. With as many rows on each device its tokens are so bit for bit, and its pixels to a rounding before they
-become bytes; otherwise products of other shapes round otherwise. See `on_mesh.sampler`.
+Image i is drawn from the key folded by i, so that it is the same whatever the batch size, the
+devices and the starts that it took. With as many rows on each device its tokens are so bit for bit,
+and its pixels to a rounding before they become bytes; otherwise products of other shapes round
+otherwise. See `on_mesh.sampler`.
 
 All processes of a run draw; the first one alone reads and writes files.
 
@@ -34,8 +35,8 @@ def draw_labels(kind, n, num_classes, seed):
     """Labels (n,) int32 of the images to draw; label i does not depend on n.
 
     Args:
-      kind: 'uniform', each at random by seed and i, as published; 'balanced', i mod num_classes; or the path of a file
-        with n whole numbers, .npy or text.
+      kind: 'uniform', each at random by seed and i, as published; 'balanced', i mod num_classes; or
+        the path of a file with n whole numbers, .npy or text.
     Raises UserError for a file that is no such list, or not there; OSError where it cannot be read.
     """
     if kind == 'balanced':
@@ -45,7 +46,9 @@ def draw_labels(kind, n, num_classes, seed):
         one = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
         return np.asarray(jax.jit(jax.vmap(one))(np.arange(n)), np.int32)
     if not os.path.exists(kind):
-        raise UserError(f'there is no file {kind}; labels are uniform, balanced, or a file of whole numbers')
+        raise UserError(
+            f'there is no file {kind}; labels are uniform, balanced, or a file of whole numbers'
+        )
     try:  # mapped: a wrong header takes no memory
         npy = kind.endswith('.npy')
         labels = np.load(kind, mmap_mode='r') if npy else np.loadtxt(kind, dtype=np.int64, ndmin=1)
@@ -54,7 +57,9 @@ def draw_labels(kind, n, num_classes, seed):
     if not isinstance(labels, np.ndarray):
         raise UserError(f'{kind} is an npz, but must be an npy or text')
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
-        raise UserError(f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}')
+        raise UserError(
+            f'{kind} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}'
+        )
     if not ((labels >= 0) & (labels < num_classes)).all():
         raise UserError(f'{kind}: labels must lie between 0 and {num_classes - 1}')
     return labels.astype(np.int32)
@@ -71,7 +76,11 @@ def _identity(run, labels, seed):
         'seed': seed,
         'key': np.asarray(jax.random.key_data(on_mesh.sampling_key(seed))).tolist(),
         'dtype': run.config.dtype,
-        'model': [run.vae.grid, run.config.vae.heads, run.ar.heads],  # what the shapes of parameters do not tell
+        'model': [
+            run.vae.grid,
+            run.config.vae.heads,
+            run.ar.heads,
+        ],  # what the shapes of parameters do not tell
         'labels': crc(labels, np.int32),
         'parameters': crc(params, np.uint32),
     }
@@ -94,7 +103,9 @@ class _Parts:
         self.directory, self.done, self.files = directory, 0, []
         about = os.path.join(directory, 'about.json')
         if os.path.exists(about) and not _is_of(about, identity):
-            raise UserError(f'{directory} holds samples of other settings: remove it, or take another --output')
+            raise UserError(
+                f'{directory} holds samples of other settings: remove it, or take another --output'
+            )
         os.makedirs(directory, exist_ok=True)
         write_json(about, identity)
         while os.path.exists(self._path(self.done)):
@@ -102,7 +113,11 @@ class _Parts:
                 part = np.load(self._path(self.done), mmap_mode='r')
             except (ValueError, OSError, EOFError):
                 break  # cut off: drawn again
-            if part.dtype != np.uint8 or part.shape[1:] != shape[1:] or not 0 < len(part) <= shape[0] - self.done:
+            if (
+                part.dtype != np.uint8
+                or part.shape[1:] != shape[1:]
+                or not 0 < len(part) <= shape[0] - self.done
+            ):
                 break
             self.files.append(self._path(self.done))
             self.done += len(part)
@@ -118,7 +133,9 @@ class _Parts:
 
 
 def _assemble(path, files, shape, labels):
-    """Writes samples.npz, part by part: `arr_0` images, `arr_1` labels, as ADM's evaluator reads them."""
+    """Writes samples.npz, part by part: `arr_0` images, `arr_1` labels, as ADM's evaluator reads
+    them.
+    """
 
     def write(f):
         with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
@@ -147,17 +164,20 @@ def _begin(path, identity, shape):
     if not os.path.exists(path):
         return _Parts(f'{path}.parts', identity, shape)
     if not _is_of(f'{path}.json', identity):
-        raise UserError(f'{path} holds samples of other settings: move it away, or take another --output')
+        raise UserError(
+            f'{path} holds samples of other settings: move it away, or take another --output'
+        )
     shutil.rmtree(f'{path}.parts', ignore_errors=True)  # a kill may have left it
     return None
 
 
 def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done: None):
-    """Draws an image for each label and writes them to an npz with `arr_0`, uint8 (n, H, W, c), and `arr_1`, labels.
+    """Draws an image for each label and writes them to an npz with `arr_0`, uint8 (n, H, W, c), and
+    `arr_1`, labels.
 
-    Batches lie in `PATH.parts` until all are there: a run that was killed goes on behind the last one. The file appears
-    whole or not at all; where it is there already, of the same settings, nothing is done. While a batch is computed,
-    the one before is written.
+    Batches lie in `PATH.parts` until all are there: a run that was killed goes on behind the last
+    one. The file appears whole or not at all; where it is there already, of the same settings,
+    nothing is done. While a batch is computed, the one before is written.
 
     Args:
       run: `run.Run`. labels: (n,) int32. seed: of all images' keys. path: ends in .npz.
@@ -189,7 +209,10 @@ def generate(run, labels, seed, path, *, batch_size, mesh, progress=lambda done:
         images = pixels.to_uint8(images)
         if running is not None:
             write(*running)
-        running = jax.block_until_ready(images), start  # never two unfinished batches, for a kill to take
+        running = (
+            jax.block_until_ready(images),
+            start,
+        )  # never two unfinished batches, for a kill to take
     if running is not None:
         write(*running)
     if parts is not None:

@@ -1,9 +1,10 @@
-"""Sampling as one program: prefill, a scan over tokens with a static cache, in it the head's sampler (paper §3.4).
+"""Sampling as one program: prefill, a scan over tokens with a static cache, in it the head's
+sampler (paper §3.4).
 
 Dimensions:
-  B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows)
-  L  tokens      d  latent dimension
-  m  standard normal draws per token: x₀, and for a stochastic solver one for each of its noisy steps
+  B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows) L  tokens      d
+  latent dimension m  standard normal draws per token: x₀, and for a stochastic solver one for each
+  of its noisy steps
 """
 
 from collections.abc import Callable
@@ -33,13 +34,16 @@ def sample_tokens(
     """Draw the tokens of B images.
 
     Args:
-      ar: the model. params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
+      ar: the model. params: its parameters; stacked ones are copied apart first, see
+        `ar.unstacked`.
       labels: of B images, see `conditions`. options: what the sampler does.
       keys: (B,) PRNG keys, one per image (fold them by global index), or None if noise is given.
-      guidance_scale: () s, needed with guidance and refused without. temperature: () factor of x₀'s noise.
-      noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with guidance, the null rows
-        of `first` are used only where token 0 goes apart.
-      project: the tokenizer's `Posterior.project`; every token goes through it before it is fed back.
+      guidance_scale: () s, needed with guidance and refused without. temperature: () factor of x₀'s
+        noise.
+      noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with
+        guidance, the null rows of `first` are used only where token 0 goes apart.
+      project: the tokenizer's `Posterior.project`; every token goes through it before it is fed
+        back.
     Returns:
       z (B, L, d) float32. Raises ValueError for an option without use or misshapen noise.
     """
@@ -56,7 +60,9 @@ def sample_tokens(
     m = options.num_draws(L)
     expected = (m, 2 * B if guided else B, d), (L - 1, m, B, d)
     if noise is not None and tuple(n.shape for n in noise) != expected:
-        raise ValueError(f'noise has the shapes {tuple(n.shape for n in noise)}, but these options need {expected}')
+        raise ValueError(
+            f'noise has the shapes {tuple(n.shape for n in noise)}, but these options need {expected}'
+        )
 
     def draw(keys, k):
         """Standard normals (m, B, d) of token k, one key per image."""
@@ -75,7 +81,9 @@ def sample_tokens(
 
     rows = labels
     if guided:  # all null rows begin alike: one is computed
-        rows = jax.tree.map(lambda a, null: jnp.concatenate([a, null[:1]]), labels, ar.condition.null(labels))
+        rows = jax.tree.map(
+            lambda a, null: jnp.concatenate([a, null[:1]]), labels, ar.condition.null(labels)
+        )
     c, cache = ar.apply(variables, rows, method='prefill')
     if guided:
         copies = jnp.minimum(jnp.arange(2 * B), B)
@@ -95,14 +103,22 @@ def sample_tokens(
         if noise is None:
             draws = draw(keys, k)
             if guided:
-                null = jax.lax.cond(k == 0, lambda: draw(keys, L), lambda: draws) if first_apart else draws
+                null = (
+                    jax.lax.cond(k == 0, lambda: draw(keys, L), lambda: draws)
+                    if first_apart
+                    else draws
+                )
                 draws = jnp.concatenate([draws, null], axis=1)
         draws = jnp.concatenate([temperature * draws[:1], draws[1:]])
-        solver = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), prepared)
+        solver = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), prepared
+        )
         guidance = Guidance(scale, apart, options.guidance_interval) if guided else None
         z = project(ar.head.draw_token(params['head'], c, draws, solver, guidance))
         # Runs once more after the last token, so that token 0 shares the program
         return ar.apply(variables, z, k + 1, cache, method='decode_step'), z[:B]
 
-    _, z = jax.lax.scan(step, (c, cache), (jnp.arange(L), jnp.asarray(plan.which), scales, apart, noise))
+    _, z = jax.lax.scan(
+        step, (c, cache), (jnp.arange(L), jnp.asarray(plan.which), scales, apart, noise)
+    )
     return z.swapaxes(0, 1)

@@ -14,7 +14,9 @@ def _unit_scale(z):
     """A power of two s with max|s·z| in [½, 1), so that squares neither overflow nor vanish."""
     limit = -jnp.finfo(z.dtype).minexp
     _, exponent = jnp.frexp(jnp.max(jnp.abs(z), axis=-1, keepdims=True))
-    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), z.dtype), -jnp.clip(exponent, -limit, limit)))
+    return jax.lax.stop_gradient(
+        jnp.ldexp(jnp.ones((), z.dtype), -jnp.clip(exponent, -limit, limit))
+    )
 
 
 def _norm(z):
@@ -34,13 +36,17 @@ def _normalize(z):
 def _normalize_jvp(primals, tangents):
     (z,), (z_dot,) = primals, tangents
     norm, w = _norm(z), z * _unit_scale(z)
-    # Below EPS the value is linear in z: the slope of the direction, up to 1e37, must not enter higher derivatives.
+    # Below EPS the value is linear in z: the slope of the direction, up to 1e37, must not enter
+    # higher derivatives.
     w = jnp.where(norm < EPS, jax.lax.stop_gradient(w), w)
-    # First that multiple of w is taken off that makes the largest coordinate 0: of a radial ż it leaves exactly 0, in
-    # whatever order the sums below are added up. The projection of what is left is that of ż.
+    # First that multiple of w is taken off that makes the largest coordinate 0: of a radial ż it
+    # leaves exactly 0, in whatever order the sums below are added up. The projection of what is
+    # left is that of ż.
     largest = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
     pivot = jnp.take_along_axis(w, largest, axis=-1)
-    rest = z_dot - jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot) * w
+    rest = (
+        z_dot - jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot) * w
+    )
     square = jnp.sum(w * w, axis=-1, keepdims=True)
     radial = jnp.sum(w * rest, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
     tangent = (rest - radial * w) / jnp.maximum(norm, jnp.asarray(EPS, z.dtype))
@@ -50,9 +56,10 @@ def _normalize_jvp(primals, tangents):
 def l2_normalize(z):
     """Unit vectors: `z / max(‖z‖, 1e-7)` over the last axis.
 
-    The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖: a radial
-    tangent gives exactly 0 (also below 1e-7, where the clamped quotient itself would let it through).
-    Finite for every finite z, 0 and 1e30 included; forward, reverse and higher derivatives.
+    The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖: a
+    radial tangent gives exactly 0 (also below 1e-7, where the clamped quotient itself would let it
+    through). Finite for every finite z, 0 and 1e30 included; forward, reverse and higher
+    derivatives.
 
     Args:
       z: (..., d), any float type; half precision is computed in float32 and rounded once.
@@ -74,7 +81,8 @@ def project(z, radius=None):
       z: (..., d), any float type.
       radius: R > 0; √d if not given, as in the paper.
     Returns:
-      (..., d) of z's dtype with ‖·‖ = R where ‖z‖ ≥ 1e-7; rounded once. Derivatives: see `l2_normalize`.
+      (..., d) of z's dtype with ‖·‖ = R where ‖z‖ ≥ 1e-7; rounded once. Derivatives: see
+        `l2_normalize`.
     Source: paper §3.
     """
     z = jnp.asarray(z)
@@ -84,7 +92,8 @@ def project(z, radius=None):
 
 
 def householder(y, mu):
-    """Reflects y by the Householder reflection that takes e₁ to mu: `y − 2⟨y,u⟩u`, u = l2_normalize(e₁ − mu).
+    """Reflects y by the Householder reflection that takes e₁ to mu: `y − 2⟨y,u⟩u`, u =
+    l2_normalize(e₁ − mu).
 
     Where mu ≈ e₁ (L1 distance below 1e-6) the reflection is undefined and y is returned.
 

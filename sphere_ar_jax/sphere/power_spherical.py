@@ -1,6 +1,7 @@
 """The power-spherical distribution on S^{d-1} and its reparameterised samples.
 
-p(x) ∝ (1 + ⟨mu, x⟩)^kappa, De Cao & Aziz 2020 (arXiv 2006.04437). With b = (d−1)/2, alpha = kappa + b, beta = b.
+p(x) ∝ (1 + ⟨mu, x⟩)^kappa, De Cao & Aziz 2020 (arXiv 2006.04437). With b = (d−1)/2, alpha = kappa +
+b, beta = b.
 
 Dimensions:
   d    ambient dimension, last axis of mu and x
@@ -23,7 +24,9 @@ _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 5 / 5940)
 
 
 def _log_gamma_ratio(alpha, beta):
-    """log Γ(alpha + beta) − log Γ(alpha), without the cancellation of the two (each ~ alpha log alpha)."""
+    """log Γ(alpha + beta) − log Γ(alpha), without the cancellation of the two (each ~ alpha log
+    alpha).
+    """
     shifts = sum(jnp.log1p(beta / (alpha + k)) for k in range(_SHIFT))
     a = alpha + _SHIFT
     c = a + beta
@@ -36,12 +39,16 @@ def _digamma_difference(alpha, beta):
     shifts = sum(beta / ((alpha + k) * (alpha + beta + k)) for k in range(_SHIFT))
     a = alpha + _SHIFT
     c = a + beta
-    series = sum(b * (2 * k + 1) * (a ** -(2 * k + 2) - c ** -(2 * k + 2)) for k, b in enumerate(_STIRLING))
+    series = sum(
+        b * (2 * k + 1) * (a ** -(2 * k + 2) - c ** -(2 * k + 2)) for k, b in enumerate(_STIRLING)
+    )
     return jnp.log1p(beta / a) + 0.5 * beta / (a * c) + series + shifts
 
 
 def log_surface(d):
-    """log|S^{d-1}| = log 2 + (d/2) log π − log Γ(d/2), the log of the unit sphere's area (a Python float)."""
+    """log|S^{d-1}| = log 2 + (d/2) log π − log Γ(d/2), the log of the unit sphere's area (a Python
+    float).
+    """
     return math.log(2) + d / 2 * math.log(math.pi) - math.lgamma(d / 2)
 
 
@@ -92,8 +99,9 @@ _LOG_DY = np.log(np.pi * np.cosh(_T) * _H) + _LOG_Y + np.log(_ONE_MINUS_Y)
 def _beta_quantile_slope(s, alpha, beta):
     """ds/d alpha at a fixed quantile of Beta(alpha, beta): −(∂F/∂alpha)(s) / p(s).
 
-    ∂F/∂alpha = ∫₀ˢ (log x − E log X) p(x) dx, of which the tail that does not cross E log X is integrated,
-    so that nothing cancels; p enters only as p(x)/p(s), so that no normaliser is needed.
+    ∂F/∂alpha = ∫₀ˢ (log x − E log X) p(x) dx, of which the tail that does not cross E log X is
+    integrated, so that nothing cancels; p enters only as p(x)/p(s), so that no normaliser is
+    needed.
     """
     dtype = s.dtype
     info = jnp.finfo(dtype)
@@ -104,7 +112,9 @@ def _beta_quantile_slope(s, alpha, beta):
     w = jnp.where(lower, s, 1 - s)[..., None]
     p = jnp.where(lower, alpha, beta)[..., None]
     q = jnp.where(lower, beta, alpha)[..., None]
-    nodes = (jnp.asarray(a, dtype).reshape(*(1,) * s.ndim, -1) for a in (_LOG_Y, _ONE_MINUS_Y, _LOG_DY))
+    nodes = (
+        jnp.asarray(a, dtype).reshape(*(1,) * s.ndim, -1) for a in (_LOG_Y, _ONE_MINUS_Y, _LOG_DY)
+    )
     log_y, one_minus_y, log_dy = nodes
     log_x = jnp.where(lower[..., None], jnp.log(w) + log_y, jnp.log1p(-w * jnp.exp(log_y)))
     log_ratio = (p - 1) * log_y + (q - 1) * jnp.log1p(w * one_minus_y / (1 - w)) + log_dy
@@ -118,13 +128,16 @@ def _no_second_derivative(*_):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def implicit_beta(s, alpha, beta):
-    """A given draw s ~ Beta(alpha, beta), made differentiable in alpha (implicit reparameterisation).
+    """A given draw s ~ Beta(alpha, beta), made differentiable in alpha (implicit
+    reparameterisation).
 
-    The value is s; the tangent is the movement of the draw at a fixed quantile, `ds/d alpha = −(∂F/∂alpha)/p(s)`
-    (Figurnov et al. 2018, arXiv 1805.08498), by a 104-node tanh-sinh rule (to 1e-5 in float64).
+    The value is s; the tangent is the movement of the draw at a fixed quantile, `ds/d alpha =
+    −(∂F/∂alpha)/p(s)` (Figurnov et al. 2018, arXiv 1805.08498), by a 104-node tanh-sinh rule (to
+    1e-5 in float64).
 
     Args:
-      s: (...) draws in [0, 1]. alpha: (...) > 0 of the same dtype, the differentiable parameter. beta: a Python
+      s: (...) draws in [0, 1]. alpha: (...) > 0 of the same dtype, the differentiable parameter.
+        beta: a Python
       float > 0.
     Returns:
       (...), s itself. Raises TypeError where a second derivative is asked for.
@@ -142,10 +155,12 @@ def _implicit_beta_jvp(beta, primals, tangents):
 def sample_from_draws(mu, kappa, s, normal):
     """The sample that the draws (s, normal) stand for, differentiable in mu and kappa.
 
-    c = 2s − 1, v = l2_normalize(normal), y = (c, √(1−c²) v), and x is y reflected so that e₁ goes to mu.
+    c = 2s − 1, v = l2_normalize(normal), y = (c, √(1−c²) v), and x is y reflected so that e₁ goes
+    to mu.
 
     Args:
-      mu: (..., d) unit vectors. kappa: (...) ≥ 0. s: (...) draws of Beta(kappa + b, b). normal: (..., d−1)
+      mu: (..., d) unit vectors. kappa: (...) ≥ 0. s: (...) draws of Beta(kappa + b, b). normal:
+        (..., d−1)
       standard normal draws, all float32 (or all float64).
     Returns:
       (..., d) unit vectors. Source: De Cao & Aziz 2020.
@@ -154,13 +169,18 @@ def sample_from_draws(mu, kappa, s, normal):
     s = implicit_beta(s, kappa + b, b)
     sine_squared = 4 * s * (1 - s)
     positive = sine_squared > 0
-    sine = jnp.where(positive, jnp.sqrt(jnp.where(positive, sine_squared, 1)), 0)  # √ has no slope at 0
-    y = jnp.concatenate([2 * s[..., None] - 1, sine[..., None] * geometry.l2_normalize(normal)], axis=-1)
+    sine = jnp.where(
+        positive, jnp.sqrt(jnp.where(positive, sine_squared, 1)), 0
+    )  # √ has no slope at 0
+    y = jnp.concatenate(
+        [2 * s[..., None] - 1, sine[..., None] * geometry.l2_normalize(normal)], axis=-1
+    )
     return geometry.householder(y, mu)
 
 
 def draw(key, kappa, d):
-    """The draws of `sample_from_draws`: s ~ Beta(kappa + b, b), (...), and standard normals (..., d−1).
+    """The draws of `sample_from_draws`: s ~ Beta(kappa + b, b), (...), and standard normals (...,
+    d−1).
 
     No gradient flows through the draws themselves; `sample_from_draws` restores it.
     """
@@ -175,7 +195,8 @@ def sample(key, mu, kappa):
     """Reparameterised samples x ~ PowerSpherical(mu, kappa); gradients reach mu and kappa.
 
     Args:
-      key: PRNG key. mu: (..., d) unit vectors. kappa: (...) ≥ 0 of the same dtype, float32 or float64.
+      key: PRNG key. mu: (..., d) unit vectors. kappa: (...) ≥ 0 of the same dtype, float32 or
+        float64.
     Returns:
       (..., d) unit vectors of that dtype. Source: De Cao & Aziz 2020.
     """

@@ -1,17 +1,19 @@
-"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained along.
+"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained
+along.
 
-One step, in the public code's order: both networks see the reconstructions of one pass of the S-VAE, made before its
-update.
-  1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial loss).
+One step, in the public code's order: both networks see the reconstructions of one pass of the
+S-VAE, made before its update.
+  1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial
+    loss).
   2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
-Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight` from step number
-`disc_start` on (the first step has number 1) and 0 before. With w = 0 the discriminator's gradient is 0, not absent:
-its AdamW counts steps and its kernels decay.
+Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight`
+from step number `disc_start` on (the first step has number 1) and 0 before. With w = 0 the
+discriminator's gradient is 0, not absent: its AdamW counts steps and its kernels decay.
 
-Three things differ from the public code. BatchNorm takes the statistics of the whole batch, there those of each GPU's
-32 images. It keeps no running statistics, which the public code updates and never reads. LPIPS is deterministic; there
-the dropout of ½ before its linear weights, meant for fitting them, comes back on with `gan_model.train()`, which adds
-noise to the same mean.
+Three things differ from the public code. BatchNorm takes the statistics of the whole batch, there
+those of each GPU's 32 images. It keeps no running statistics, which the public code updates and
+never reads. LPIPS is deterministic; there the dropout of ½ before its linear weights, meant for
+fitting them, comes back on with `gan_model.train()`, which adds noise to the same mean.
 
 Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
@@ -42,14 +44,16 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
 
     Args:
       vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
-      options: the stage's section of the config. It has besides: discriminator, one of `discriminators.KINDS`;
-        disc_loss, one of `discriminators.ADVERSARIAL`; disc_start, disc_weight, perceptual_weight, l2_weight and
-        kl_weight.
-      seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where perceptual_weight
-        is 0, or for a stage whose state is to be read and not trained.
+      options: the stage's section of the config. It has besides: discriminator, one of
+        `discriminators.KINDS`; disc_loss, one of `discriminators.ADVERSARIAL`; disc_start,
+        disc_weight, perceptual_weight, l2_weight and kl_weight.
+      seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where
+        perceptual_weight is 0, or for a stage whose state is to be read and not trained.
     Returns:
-      `state.Stage`. Its scalars: those of `losses.reconstruction_loss`; loss, of the S-VAE; perceptual, adversarial
-      and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and disc_grad_norm, before
+      `state.Stage`. Its scalars: those of `losses.reconstruction_loss`; loss, of the S-VAE;
+        perceptual, adversarial
+      and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and
+        disc_grad_norm, before
       clipping; learning_rate.
     Raises:
       UserError: an option names nothing, or the images cannot be judged.
@@ -57,7 +61,9 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     if not options.disc_weight:
         return stages.tokenizer_stage(vae, options, seed, lpips_params)
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
-    discriminator_term, generator_term = pick(discriminators.ADVERSARIAL, 'disc_loss', options.disc_loss)
+    discriminator_term, generator_term = pick(
+        discriminators.ADVERSARIAL, 'disc_loss', options.disc_loss
+    )
     decays = training_state.ema_decays(options)
     schedule, tx = training_state.build_optimizer(options)
 
@@ -94,7 +100,9 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         weight = jnp.where(state.step + 1 < options.disc_start, 0.0, options.disc_weight)
 
         compute = jax.value_and_grad(generator_loss, has_aux=True)
-        (loss, (scalars, recon)), grads = compute(state.params, state, lpips_params, images, keys, weight)
+        (loss, (scalars, recon)), grads = compute(
+            state.params, state, lpips_params, images, keys, weight
+        )
         params, opt_state = update(state.params, state.opt_state, grads)
         ema = training_state.update_emas(state.ema, params, decays)
 
@@ -106,7 +114,9 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
             loss=loss, grad_norm=optax.tree.norm(grads), disc_grad_norm=optax.tree.norm(disc_grads),
             learning_rate=schedule(state.step),
         )  # fmt: skip
-        return AdversarialState(state.step + 1, params, opt_state, ema, disc_params, disc_opt_state), scalars
+        return AdversarialState(
+            state.step + 1, params, opt_state, ema, disc_params, disc_opt_state
+        ), scalars
 
     shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
     return training_state.Stage(

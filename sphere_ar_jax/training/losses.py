@@ -9,18 +9,24 @@ import jax.numpy as jnp
 
 
 def sample_keys(key, step, batch):
-    """One PRNG key per image, folded by step and by global sample index: independent of how the batch is sharded."""
+    """One PRNG key per image, folded by step and by global sample index: independent of how the
+    batch is sharded.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(batch))
 
 
-def reconstruction_loss(images, recon, z, posterior, *, kl_weight, l2_weight, perceptual_weight=0.0, distance=None):
-    """mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform) + perceptual_weight·mean distance(x̂, x), of
-    `autoencode`'s results.
+def reconstruction_loss(
+    images, recon, z, posterior, *, kl_weight, l2_weight, perceptual_weight=0.0, distance=None
+):
+    """mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖uniform) +
+    perceptual_weight·mean distance(x̂, x), of `autoencode`'s results.
 
     Args:
-      distance: function of two batches of images → (B,), as `lpips.LPIPS`; not called where its weight is 0.
+      distance: function of two batches of images → (B,), as `lpips.LPIPS`; not called where its
+        weight is 0.
     Returns:
-      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, the posterior's
+      (loss, scalars): loss () float32; scalars l1, l2, psnr (dB, peak 2), token_norm, the
+        posterior's
       `statistics` and, unless its weight is 0, perceptual.
     Source: paper §3, and the public SphereAR code for the weights.
     """

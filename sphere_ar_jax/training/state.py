@@ -20,7 +20,9 @@ from sphere_ar_jax.training import losses, optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step () int32, the parameters, the optimizer's state, and EMAs of the parameters: a tuple, one for each rate."""
+    """step () int32, the parameters, the optimizer's state, and EMAs of the parameters: a tuple,
+    one for each rate.
+    """
 
     step: jax.Array
     params: Any
@@ -38,9 +40,12 @@ class Stage(NamedTuple):
 
     Attributes:
       name: also its directory. options: its section of the config. init: key → TrainState.
-      step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not train.
-      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn: function of logged
-      scalars → what is wrong with them in words, or None. model: the frozen parameters' module, noted in checkpoints.
+      step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not
+        train.
+      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn:
+        function of logged
+      scalars → what is wrong with them in words, or None. model: the frozen parameters' module,
+        noted in checkpoints.
     """
 
     name: str
@@ -60,8 +65,9 @@ def ema_decays(options):
 
 
 def value_and_grad(loss, parts):
-    """`jax.value_and_grad` of a loss (params, frozen, batch, keys) → (loss, scalars), as the mean over `parts` pieces
-    of the batch, of which one is in memory at a time."""
+    """`jax.value_and_grad` of a loss (params, frozen, batch, keys) → (loss, scalars), as the mean
+    over `parts` pieces of the batch, of which one is in memory at a time.
+    """
     compute = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return compute
@@ -72,9 +78,12 @@ def value_and_grad(loss, parts):
         pieces = jax.tree.map(split, (batch, keys))
         run = lambda piece: compute(params, frozen, *piece)
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces))
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces)),
         )
-        total, _ = jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, run(piece)), None), zeros, pieces)
+        total, _ = jax.lax.scan(
+            lambda total, piece: (jax.tree.map(jnp.add, total, run(piece)), None), zeros, pieces
+        )
         return jax.tree.map(lambda x: x / parts, total)
 
     return mean
@@ -86,13 +95,19 @@ def build_optimizer(options):
         options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
     )
     tx = optimizer.adamw(
-        schedule, b1=options.b1, b2=options.b2, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+        schedule,
+        b1=options.b1,
+        b2=options.b2,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
     )
     return schedule, tx
 
 
 def make_stage(name, options, seed, init_params, loss, frozen, shown, **fields):
-    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars); fields: what else it has."""
+    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars); fields: what else
+    it has.
+    """
     schedule, tx = build_optimizer(options)
     decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
 
@@ -106,7 +121,9 @@ def make_stage(name, options, seed, init_params, loss, frozen, shown, **fields):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_emas(state.ema, params, decays)
-        scalars |= dict(loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
+        scalars |= dict(
+            loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step)
+        )
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
     return Stage(name, options, init, step, frozen, shown, **fields)
@@ -119,14 +136,18 @@ def copies(params, decays):
 
 def update_emas(emas, params, decays):
     """decay·ema + (1 − decay)·params for each EMA and its rate."""
-    return tuple(optax.incremental_update(params, ema, 1 - decay) for ema, decay in zip(emas, decays, strict=True))
+    return tuple(
+        optax.incremental_update(params, ema, 1 - decay)
+        for ema, decay in zip(emas, decays, strict=True)
+    )
 
 
 def frozen_identity(stage):
-    """What a checkpoint notes of the parameters that a stage does not train, {} where there are none.
+    """What a checkpoint notes of the parameters that a stage does not train, {} where there are
+    none.
 
-    weights: a hash, 8 hexadecimal digits, of all their bits. model: the options in which the stage's module,
-    if it names one, differs from the defaults.
+    weights: a hash, 8 hexadecimal digits, of all their bits. model: the options in which the
+    stage's module, if it names one, differs from the defaults.
     """
     if not jax.tree.leaves(stage.frozen):
         return {}
@@ -139,7 +160,9 @@ _HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan')
 
 
 def _options(module: Any) -> dict[str, Any]:
-    """All options of a module and of the parts in it, by name, as JSON takes them; of a part also its class."""
+    """All options of a module and of the parts in it, by name, as JSON takes them; of a part also
+    its class.
+    """
     found = {}
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)
@@ -154,20 +177,27 @@ def _options(module: Any) -> dict[str, Any]:
 
 
 def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Those of a module's options that differ from its defaults, so that a field that is new refuses no old run.
+    """Those of a module's options that differ from its defaults, so that a field that is new
+    refuses no old run.
 
     Args:
-      options: those of an older version of the module, which may lack some or have some that are gone; else its own.
+      options: those of an older version of the module, which may lack some or have some that are
+        gone; else its own.
     """
     defaults = _options(type(module)())
     mine = _options(module)
-    options = mine if options is None else {name: value for name, value in options.items() if name in mine}
+    options = (
+        mine
+        if options is None
+        else {name: value for name, value in options.items() if name in mine}
+    )
     return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
 def check_frozen(stage, here, data_state, directory):
-    """Raises UserError unless the checkpoint's frozen parameters, by its `data_state`, are those of the stage, whose
-    `frozen_identity` is `here`."""
+    """Raises UserError unless the checkpoint's frozen parameters, by its `data_state`, are those of
+    the stage, whose `frozen_identity` is `here`.
+    """
     if not here:
         return
     trained_on = data_state.get('frozen', {})
@@ -176,7 +206,11 @@ def check_frozen(stage, here, data_state, directory):
         defaults = _options(type(stage.model)())
         old = defaults | _differing(stage.model, trained_on.get('model', {}))
         new = defaults | here['model']
-    changed = [f'{name} {old.get(name)} → {new.get(name)}' for name in old | new if old.get(name) != new.get(name)]
+    changed = [
+        f'{name} {old.get(name)} → {new.get(name)}'
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
     if trained_on.get('weights') != here['weights'] or changed:
         what = '; '.join([f'weights {trained_on.get("weights")} → {here["weights"]}', *changed])
         raise UserError(f'{directory} was trained on another {stage.about} than is given ({what})')
@@ -190,8 +224,8 @@ def abstract_state(stage, mesh):
 def quickly_compiled() -> dict[str, Any]:
     """Options of `jax.jit` for a program that runs once.
 
-    On CPUs LLVM then spends a sixth of the time on a tokenizer's initialisation, whose values stay the same bit for bit
-    (BUILD_NOTES.md, "Tests").
+    On CPUs LLVM then spends a sixth of the time on a tokenizer's initialisation, whose values stay
+    the same bit for bit (BUILD_NOTES.md, "Tests").
     """
     on_cpu = jax.default_backend() == 'cpu'
     return {'compiler_options': {'xla_backend_optimization_level': 1}} if on_cpu else {}
@@ -203,7 +237,8 @@ def initialise(stage: Stage, shardings: Any, seed: int) -> TrainState:
 
 
 def jitted_step(stage, mesh, state):
-    """The step of a stage, to be compiled for a mesh; its result takes the place of the state that it is given.
+    """The step of a stage, to be compiled for a mesh; its result takes the place of the state that
+    it is given.
 
     state: laid out on the mesh, abstract or not."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -212,7 +247,9 @@ def jitted_step(stage, mesh, state):
 
 
 def converted(directory, like):
-    """The parameters that a PyTorch checkpoint was converted to in a stage's directory, or None; `like`: abstract."""
+    """The parameters that a PyTorch checkpoint was converted to in a stage's directory, or None;
+    `like`: abstract.
+    """
     weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True)
     found = weights.restore(like)
     weights.close()

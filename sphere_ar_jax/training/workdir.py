@@ -11,14 +11,20 @@ from sphere_ar_jax.training import run
 
 
 def has(workdir, what):
-    """Whether a stage's directory in a workdir has 'weights' (converted) or 'checkpoints' (trained)."""
+    """Whether a stage's directory in a workdir has 'weights' (converted) or 'checkpoints'
+    (trained).
+    """
     return any(epath.Path(workdir, stage, what).is_dir() for stage in ('tokenizer', 'ar'))
 
 
 def other_model(old, new, tokenizer_only=False):
     """'KEY OLD → NEW' for each difference of two configs' models, or of their tokenizers alone."""
     parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
-    changed = [d for d in schema.differences(schema.as_dict(old), schema.as_dict(new)) if d.startswith(parts)]
+    changed = [
+        d
+        for d in schema.differences(schema.as_dict(old), schema.as_dict(new))
+        if d.startswith(parts)
+    ]
     classes = schema.num_classes(old), schema.num_classes(new)
     if None not in classes and classes[0] != classes[1] and not tokenizer_only:
         changed.append('data.num_classes {} → {}'.format(*classes))
@@ -26,7 +32,8 @@ def other_model(old, new, tokenizer_only=False):
 
 
 def claim(cfg, workdir):
-    """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or training.
+    """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or
+    training.
 
     In a workdir of converted weights where no training has begun, only the model must be theirs.
     """
@@ -34,7 +41,9 @@ def claim(cfg, workdir):
     mine = schema.as_dict(cfg)
     converted = has(workdir, 'weights') and not has(workdir, 'checkpoints')
     if path.exists():
-        before = run.load_config(workdir)  # through the schema: a key that is newer than the run has its default
+        before = run.load_config(
+            workdir
+        )  # through the schema: a key that is newer than the run has its default
         if converted:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(before, cfg, alone)
@@ -45,7 +54,9 @@ def claim(cfg, workdir):
                 f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
             )
     elif converted:
-        raise UserError(f'a conversion into {workdir} broke off: repeat it, or use another --workdir')
+        raise UserError(
+            f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
+        )
     hosts.wait()  # not before all processes have found nothing wrong
     files.write_json(path, mine)
     hosts.wait()
@@ -54,4 +65,6 @@ def claim(cfg, workdir):
             break
         time.sleep(1)
     else:
-        raise UserError(f'{workdir} is not the same directory for all processes: they must share its disk, or gs://…')
+        raise UserError(
+            f'{workdir} is not the same directory for all processes: they must share its disk, or gs://…'
+        )

@@ -71,7 +71,12 @@ def _checkpoint(path, tensors):
 
 def _processes(code, *arguments):
     env = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-c', 'import sys; sys.modules["torch"] = None\n' + code, *map(str, arguments)]
+    command = [
+        sys.executable,
+        '-c',
+        'import sys; sys.modules["torch"] = None\n' + code,
+        *map(str, arguments),
+    ]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -113,7 +118,12 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
     line = _refused(capsys, f'--workdir={workdir}', '--config=tests/tiny_config.py')
     assert line == f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
 
-    arguments = '--mode=convert', f'--checkpoint={GOLDENS}/tiny.pt', f'--workdir={workdir}', '--heads=2'
+    arguments = (
+        '--mode=convert',
+        f'--checkpoint={GOLDENS}/tiny.pt',
+        f'--workdir={workdir}',
+        '--heads=2',
+    )
     again = _processes(_MAIN, *arguments)
     assert again.returncode == 0, again.stderr
     assert '(ema), grid 4x4' in again.stdout
@@ -127,16 +137,22 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
     assert run.vae == tiny_vae[0]
-    stored = run.ar.clone(remat=False, head=run.ar.head.clone(remat=False))  # the recipe computes blocks again
+    stored = run.ar.clone(
+        remat=False, head=run.ar.head.clone(remat=False)
+    )  # the recipe computes blocks again
     assert stored == tiny_ar[0]
     for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     tokens = golden['sample/cfg1/tokens']
     decode = jax.jit(lambda params, z: run.vae.apply({'params': params}, z, method='decode'))
-    np.testing.assert_allclose(decode(run.vae_params, tokens), golden['sample/cfg1/images'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        decode(run.vae_params, tokens), golden['sample/cfg1/images'], rtol=1e-4, atol=1e-4
+    )
     noise = golden['sample/cfg1/noise_token0'], golden['sample/cfg1/noise']
     options = plan.Options(num_steps=5, guidance=None)
-    drawn = jax.jit(lambda p: sample_tokens(run.ar, p, golden['class_id'], None, options, noise=noise))
+    drawn = jax.jit(
+        lambda p: sample_tokens(run.ar, p, golden['class_id'], None, options, noise=noise)
+    )
     np.testing.assert_allclose(drawn(run.ar_params), tokens, rtol=1e-4, atol=1e-4)
 
 
@@ -146,7 +162,9 @@ def test_export_is_what_was_converted(converted, torch_tensors, capsys):
     assert set(written) == set(torch_tensors)
     for name, tensor in written.items():
         close = dict(atol=1e-6) if 'freqs_cis' in name else dict(rtol=0, atol=0)
-        np.testing.assert_allclose(tensor, np.asarray(torch_tensors[name], np.float32), **close, err_msg=name)
+        np.testing.assert_allclose(
+            tensor, np.asarray(torch_tensors[name], np.float32), **close, err_msg=name
+        )
     assert os.listdir(converted / 'sub') == ['a.safetensors']
 
 
@@ -159,7 +177,10 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
         ([], 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE'),
         ([f'--checkpoint={tmp_path}/none.pt'], 'there is no file'),
         ([f'--checkpoint={tmp_path}/text.pt'], 'text.pt'),
-        ([f'--checkpoint={tmp_path}/other.pt'], 'the checkpoint is no SphereAR model: it has no tensor vae.'),
+        (
+            [f'--checkpoint={tmp_path}/other.pt'],
+            'the checkpoint is no SphereAR model: it has no tensor vae.',
+        ),
         (['--checkpoint=hf://owner'], 'hf://owner must be hf://OWNER/REPOSITORY/FILE'),
         ([golden, '--heads=3'], 'the number of heads is not 3'),
         (
@@ -172,11 +193,15 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
         assert not (tmp_path / 'w' / 'config.json').exists()
     line = _refused(capsys, '--mode=convert', f'--workdir={converted}', golden, '--heads=2')
     assert line == f'{converted} has a run already: use another --workdir'
-    assert 'Not a directory' in _refused(capsys, '--mode=convert', '--workdir=/dev/null/x', golden, '--heads=2')
+    assert 'Not a directory' in _refused(
+        capsys, '--mode=convert', '--workdir=/dev/null/x', golden, '--heads=2'
+    )
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not found."""
+    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not
+    found.
+    """
 
     def do_HEAD(self):
         content = (GOLDENS / 'tiny.pt').read_bytes()
@@ -198,7 +223,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_checkpoint_from_the_hub(converted, tmp_path):
-    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there is named."""
+    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there
+    is named.
+    """
     pytest.importorskip('huggingface_hub')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -211,16 +238,26 @@ def test_a_checkpoint_from_the_hub(converted, tmp_path):
 
     def convert(file):
         source = f'hf://guolinke/SphereAR/{file}'
-        command = [sys.executable, '-m', 'sphere_ar_jax.main', '--mode=convert', f'--checkpoint={source}']
+        command = [
+            sys.executable,
+            '-m',
+            'sphere_ar_jax.main',
+            '--mode=convert',
+            f'--checkpoint={source}',
+        ]
         command += [f'--workdir={tmp_path / file}', '--no-ema', '--heads=2']
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
     done = convert('tiny.pt')
     assert done.returncode == 0, done.stderr
-    chex.assert_trees_all_equal(*(load_run(str(path)).ar_params for path in (tmp_path / 'tiny.pt', converted)))
+    chex.assert_trees_all_equal(
+        *(load_run(str(path)).ar_params for path in (tmp_path / 'tiny.pt', converted))
+    )
     missing = convert('other.pt')
     server.shutdown()
-    assert missing.returncode == 2 and missing.stderr.startswith('error: hf://guolinke/SphereAR/other.pt: ')
+    assert missing.returncode == 2 and missing.stderr.startswith(
+        'error: hf://guolinke/SphereAR/other.pt: '
+    )
     assert '404' in missing.stderr and len(missing.stderr.splitlines()) == 1
 
 
@@ -229,22 +266,34 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
     _checkpoint(tmp_path / 'vae.pt', tensors)
     workdir = tmp_path / 'w'
-    shutil.copytree(converted / 'ar', workdir / 'ar')  # as a broken conversion of a whole model leaves it
+    shutil.copytree(
+        converted / 'ar', workdir / 'ar'
+    )  # as a broken conversion of a whole model leaves it
     _main('--mode=convert', f'--checkpoint={tmp_path}/vae.pt', f'--workdir={workdir}')
     assert 'a tokenizer, ' in capsys.readouterr().out and not (workdir / 'ar' / 'weights').exists()
     run = load_run(str(workdir), tokenizer_only=True)
-    jax.tree.map(np.testing.assert_array_equal, run.vae_params, torch_names.from_torch(tensors, run.vae_params))
-    assert 'has no checkpoint of the stage ar yet' in _refused(capsys, '--mode=sample', f'--workdir={workdir}')
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run.vae_params,
+        torch_names.from_torch(tensors, run.vae_params),
+    )
+    assert 'has no checkpoint of the stage ar yet' in _refused(
+        capsys, '--mode=sample', f'--workdir={workdir}'
+    )
 
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     np.savez(tmp_path / 'real.npz', arr_0=images)
     _main('--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/real.npz')
     written = json.loads((workdir / 'evaluation.json').read_text())
     expected = tokenizer.score_tokenizer(run, [images[:2], images[2:]])
-    assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(
+        expected, rel=1e-5, abs=1e-6
+    )
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
-    decoded, found = on_mesh.reconstruct(run.vae, run.vae_params, real, key, 3, sharding.make_mesh())
+    decoded, found = on_mesh.reconstruct(
+        run.vae, run.vae_params, real, key, 3, sharding.make_mesh()
+    )
     scores = written['tokenizer']
     np.testing.assert_allclose(
         [scores['psnr'], scores['kl'], scores['kappa']],
@@ -253,11 +302,15 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     )
     rounded = np.clip(127.5 * decoded + 128, 0, 255).astype(np.uint8).astype(np.float64)
     mse = ((rounded - images) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(scores['image_psnr'], np.mean(10 * np.log10(255**2 / mse)), rtol=1e-4)
+    np.testing.assert_allclose(
+        scores['image_psnr'], np.mean(10 * np.log10(255**2 / mse)), rtol=1e-4
+    )
     assert -1 < scores['ssim'] < 1
 
     np.savez(tmp_path / 'small.npz', arr_0=images[:, :32])
-    line = _refused(capsys, '--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/small.npz')
+    line = _refused(
+        capsys, '--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/small.npz'
+    )
     assert line == 'images of (32, 64, 3), but the tokenizer takes (64, 64, 3)'
 
 
@@ -280,7 +333,9 @@ def digits_run(tmp_path_factory):
     first = tiny_config.random_run()
     params = tiny_config.random_params(build.build_ar(_tuning()), seed=7)
     torch_names.export(f'{workdir}.safetensors', first.vae, first.vae_params, params)
-    _checkpoint(pathlib.Path(f'{workdir}.pt'), safetensors.numpy.load_file(f'{workdir}.safetensors'))
+    _checkpoint(
+        pathlib.Path(f'{workdir}.pt'), safetensors.numpy.load_file(f'{workdir}.safetensors')
+    )
     checkpoints.convert_checkpoint(f'{workdir}.pt', str(workdir), heads=2)
     jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir)).ar_params, params)
     return workdir
@@ -311,7 +366,11 @@ def test_training_goes_on_from_converted_weights(tuned):
     lines = metric_writer.read_scalars(f'{workdir}/ar/metrics.jsonl')
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
     stage = stages.ar_stage(before.ar, before.vae, before.vae_params, cfg.ar_training, cfg.seed)
-    batch = next(batches.batches(digits.Digits('train', cfg.seed, cfg.data.holdout), batch_size=16, seed=cfg.seed))
+    batch = next(
+        batches.batches(
+            digits.Digits('train', cfg.seed, cfg.data.holdout), batch_size=16, seed=cfg.seed
+        )
+    )
     keys = losses.sample_keys(jax.random.key(cfg.seed), 0, 16)
     posterior, flows, drops = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
 
@@ -337,7 +396,9 @@ def test_training_goes_on_from_converted_weights(tuned):
 
 @pytest.mark.slow
 def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
-    """A published model, whatever it was trained on, teaches a head; all else stays as it was converted."""
+    """A published model, whatever it was trained on, teaches a head; all else stays as it was
+    converted.
+    """
     before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')
     cfg.data.num_classes, cfg.init_from = CLASSES, str(digits_run)
@@ -346,14 +407,18 @@ def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
     assert np.isfinite(metrics['samples/frechet'])
     run = load_run(str(tmp_path / 'w'))
     head = run.ar_params.pop('head')
-    chex.assert_trees_all_equal(run.ar_params, {k: v for k, v in before.ar_params.items() if k != 'head'})
+    chex.assert_trees_all_equal(
+        run.ar_params, {k: v for k, v in before.ar_params.items() if k != 'head'}
+    )
     chex.assert_trees_all_equal(run.vae_params, before.vae_params)
     for name in ('cond_embed', 'final_linear'):
         moved = np.abs(head[name]['kernel'] - before.ar_params['head'][name]['kernel']).max()
         assert 0 < moved < 0.02  # six steps of 1e-3
 
     cfg.data.num_classes = CLASSES + 1
-    with pytest.raises(console.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'):
+    with pytest.raises(
+        console.UserError, match=f'has another model .data.num_classes {CLASSES} → {CLASSES + 1}'
+    ):
         train.train(cfg, str(tmp_path / 'x'), 'the command', time.perf_counter())
 
 
@@ -363,7 +428,9 @@ def test_no_tokenizer_to_keep(tmp_path, capsys):
         'from tests.commands.test_draw import _tuning\ndef get_config():\n    return _tuning()\n'
     )
     line = _refused(capsys, f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/w')
-    assert line.startswith('tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give --co')
+    assert line.startswith(
+        'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give --co'
+    )
     assert os.listdir(tmp_path / 'w') == []
 
 
@@ -374,7 +441,9 @@ def test_digits_are_scored_again(tuned, capsys):
     with libraries_promote():
         _main('--mode=evaluate', f'--workdir={workdir}')
     written = json.loads((workdir / 'evaluation.json').read_text())
-    assert written == {name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))}
+    assert written == {
+        name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))
+    }
     assert {'vae/psnr', 'samples/accuracy', 'samples/frechet'} <= set(written)
     assert 'samples/frechet' in capsys.readouterr().out
 
@@ -390,14 +459,20 @@ def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     assert labels.tolist() == [*range(12), 0, 1] and images.shape == (14, 16, 16, 1)
     assert sorted(os.listdir(tmp_path / 'png')) == [f'{i:06d}.png' for i in range(14)]
     for i, image in enumerate(images):
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), image[..., 0])
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), image[..., 0]
+        )
     assert '14 images in ' in capsys.readouterr().out
     run = load_run(str(workdir))
     sampler = build.build_sampler(run.config)
     expected, _ = on_mesh.sample_images(run, sampler, labels, seed=run.config.seed)
     assert np.abs(np.asarray(pixels.to_uint8(expected), int) - images).max() <= 1
     _main(
-        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced'
+        '--mode=sample',
+        f'--workdir={workdir}',
+        f'--output={tmp_path}/s/a.npz',
+        '--num_images=14',
+        '--labels=balanced',
     )
     assert 'a.npz: was there' in capsys.readouterr().out
 
@@ -406,7 +481,8 @@ def _place(picture, part):
     """(row, column) at which `part` (h, w) lies, pixel for pixel, in a picture (H, W), or None."""
     h, width = part.shape
     for y, x in zip(
-        *np.nonzero(picture[: len(picture) - h + 1, : picture.shape[1] - width + 1] == part[0, 0]), strict=True
+        *np.nonzero(picture[: len(picture) - h + 1, : picture.shape[1] - width + 1] == part[0, 0]),
+        strict=True,
     ):
         if np.array_equal(picture[y : y + h, x : x + width], part):
             return int(y), int(x)
@@ -414,10 +490,16 @@ def _place(picture, part):
 
 
 def test_grid(digits_run, tmp_path, capsys):
-    """Every image is in the picture, pixel for pixel: rows are classes, columns keys, alike in all rows."""
+    """Every image is in the picture, pixel for pixel: rows are classes, columns keys, alike in all
+    rows.
+    """
     workdir = digits_run
     _main(
-        '--mode=grid', f'--workdir={workdir}', '--classes=3; 11;3', '--columns=2', f'--output={tmp_path}/new/grid.png'
+        '--mode=grid',
+        f'--workdir={workdir}',
+        '--classes=3; 11;3',
+        '--columns=2',
+        f'--output={tmp_path}/new/grid.png',
     )
     run = load_run(str(workdir))
     sampler = build.build_sampler(run.config)
@@ -433,7 +515,9 @@ def test_grid(digits_run, tmp_path, capsys):
     for i, image in enumerate(enlarged):
         y, x = top + i // 2 * 132, left + i % 2 * 132
         np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
-    assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()  # no more of them
+    assert (picture[:, left + 268 :] >= 96).all() and (
+        picture[top + 400 :] == 255
+    ).all()  # no more of them
     for more, message in (
         ([], "give --classes='golden retriever; 388'"),
         (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),
@@ -452,12 +536,25 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
     monkeypatch.setattr(
-        on_mesh, 'sample_images', lambda *a, **k: seen.update(labels=a[2], index=k['index']) or (None, None)
+        on_mesh,
+        'sample_images',
+        lambda *a, **k: seen.update(labels=a[2], index=k['index']) or (None, None),
     )
     monkeypatch.setattr(pictures, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))
-    commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='Golden_Retriever; 388;n01440764', columns=2)
-    assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0] and seen['index'].tolist() == [0, 1] * 3
-    assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench'] and seen['columns'] == 2
+    commands_draw.grid(
+        str(tmp_path),
+        output=f'{tmp_path}/a.png',
+        classes='Golden_Retriever; 388;n01440764',
+        columns=2,
+    )
+    assert (
+        seen['labels'].tolist() == [207, 207, 388, 388, 0, 0]
+        and seen['index'].tolist() == [0, 1] * 3
+    )
+    assert (
+        seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench']
+        and seen['columns'] == 2
+    )
     with pytest.raises(console.UserError, match="'1000' is no class"):
         commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
@@ -467,8 +564,9 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
 
 
 def test_samples_are_scored(tmp_path, monkeypatch, capsys):
-    """What --samples, --reference and --inception give to `protocol.evaluate`, and where its scores go. The workdir
-    needs no run."""
+    """What --samples, --reference and --inception give to `protocol.evaluate`, and where its scores
+    go. The workdir needs no run.
+    """
     seen = []
 
     def scores(*arguments, progress):
@@ -495,22 +593,55 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
     np.savez(tmp_path / 'a.npz', b=np.zeros(3))
     for arguments, message in (
         (['--mode=evaluate', workdir], 'only digits have scores of their own'),
-        (['--mode=evaluate', workdir, '--samples=a.npz'], 'give --samples=NPZ and --reference=NPZ together'),
-        (['--mode=evaluate', workdir, '--reference=a.npz'], 'give --samples=NPZ and --reference=NPZ together'),
+        (
+            ['--mode=evaluate', workdir, '--samples=a.npz'],
+            'give --samples=NPZ and --reference=NPZ together',
+        ),
+        (
+            ['--mode=evaluate', workdir, '--reference=a.npz'],
+            'give --samples=NPZ and --reference=NPZ together',
+        ),
         (['--mode=evaluate', workdir, '--reference=a.npz', '--samples=b.npz'], 'give --inception='),
-        (['--mode=evaluate', workdir, '--inception=a.pb'], '--inception is for --samples and --reference, or for --im'),
-        (['--mode=evaluate', workdir, '--images=a.npz', '--lpips=b'], 'give --lpips, --vgg and --images together'),
-        (['--mode=evaluate', workdir, '--lpips=a', '--vgg=b'], 'give --lpips, --vgg and --images together'),
-        (['--mode=evaluate', workdir, f'--images={tmp_path}/a.npz'], 'a.npz has no array arr_0, only b'),
+        (
+            ['--mode=evaluate', workdir, '--inception=a.pb'],
+            '--inception is for --samples and --reference, or for --im',
+        ),
+        (
+            ['--mode=evaluate', workdir, '--images=a.npz', '--lpips=b'],
+            'give --lpips, --vgg and --images together',
+        ),
+        (
+            ['--mode=evaluate', workdir, '--lpips=a', '--vgg=b'],
+            'give --lpips, --vgg and --images together',
+        ),
+        (
+            ['--mode=evaluate', workdir, f'--images={tmp_path}/a.npz'],
+            'a.npz has no array arr_0, only b',
+        ),
         (['--mode=evaluate', workdir, f'--images={tmp_path}/none.npz'], 'there is no file'),
-        (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/text.pb'], 'is not a GraphDef'),
-        (['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/weights.pth'], 'must hold tensors by'),
+        (
+            ['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/text.pb'],
+            'is not a GraphDef',
+        ),
+        (
+            ['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/weights.pth'],
+            'must hold tensors by',
+        ),
         (['--mode=sample', workdir, '--output=a.png'], '--output is a.png, but must end in .npz'),
-        (['--mode=sample', workdir, '--labels=unifrom'], 'there is no file unifrom; labels are uniform, balanced, or'),
+        (
+            ['--mode=sample', workdir, '--labels=unifrom'],
+            'there is no file unifrom; labels are uniform, balanced, or',
+        ),
         (['--mode=sample', workdir, '--num_images=0'], 'num_images'),
         (['--mode=sample', workdir, '--heads=2'], '--heads is for --mode=convert, not for sample'),
-        (['--mode=sample', workdir, '--config=tests/tiny_config.py'], 'holds another model than --config (vae.'),
-        (['--mode=sample', f'--workdir={tmp_path}'], 'has no run: train one, or --mode=convert a checkpoint'),
+        (
+            ['--mode=sample', workdir, '--config=tests/tiny_config.py'],
+            'holds another model than --config (vae.',
+        ),
+        (
+            ['--mode=sample', f'--workdir={tmp_path}'],
+            'has no run: train one, or --mode=convert a checkpoint',
+        ),
         (['--mode=sample', f'--workdir={tmp_path}/bad'], 'config.json is no config of ours'),
         (['--mode=export', workdir, '--classes=3'], '--classes is for --mode=grid, not for export'),
         (['--mode=export'], 'give --workdir=DIR'),
@@ -527,11 +658,21 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
 def test_sampler_seed_and_mesh_are_those_of_the_config_given(digits_run):
     """`like` changes how is drawn, never what was trained."""
     workdir = digits_run
-    like = _tuning(**{'sampling.num_steps': 7, 'seed': 3, 'data.holdout': 0.5, 'dtype': 'bfloat16', 'mesh.data': 1})
+    like = _tuning(
+        **{
+            'sampling.num_steps': 7,
+            'seed': 3,
+            'data.holdout': 0.5,
+            'dtype': 'bfloat16',
+            'mesh.data': 1,
+        }
+    )
     run, mesh = open_run.open_run(str(workdir), like)
     assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)
     assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16 and mesh.size == 1
-    assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(load_run(str(workdir)).ar_params)
+    assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(
+        load_run(str(workdir)).ar_params
+    )
 
 
 def test_hostile_args_of_a_checkpoint(torch_tensors):
@@ -542,5 +683,7 @@ def test_hostile_args_of_a_checkpoint(torch_tensors):
         torch_sizes.sizes(torch_tensors, {'latent_dim': 5})
     tensors = {n: t for n, t in torch_tensors.items() if n.startswith('vae.')}
     short = {f'vae.{part}.freqs_cis': np.zeros((2, 32, 2)) for part in ('encoder', 'decoder')}
-    with pytest.raises(UserError, match=re.escape('the grid of tokens cannot be told: their number is -')):
+    with pytest.raises(
+        UserError, match=re.escape('the grid of tokens cannot be told: their number is -')
+    ):
         torch_sizes.sizes(tensors | short)

@@ -1,4 +1,5 @@
-"""Training on image files, from the tar to the report, with the smallest models; and what is refused.
+"""Training on image files, from the tar to the report, with the smallest models; and what is
+refused.
 
 What trains on the tar is slow: each run compiles the tokenizer, the discriminator and the sampler.
 """
@@ -43,12 +44,26 @@ def _config(tar, **options):
     """32×32 pixels, 8×8 tokens."""
     c = schema.default()
     c.data.update(name='imagenet', path=str(tar), max_broken=0.5, threads=2)
-    c.vae.update(grid=(8, 8), latent_dim=8, stem=4, channels=(4, 8, 16), encoder_depth=1, decoder_depth=1, heads=2)
-    c.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2)
-    steps = dict(steps=4, batch_size=8, warmup_steps=0, log_every=2, checkpoint_every=2, learning_rate=1e-3)
+    c.vae.update(
+        grid=(8, 8),
+        latent_dim=8,
+        stem=4,
+        channels=(4, 8, 16),
+        encoder_depth=1,
+        decoder_depth=1,
+        heads=2,
+    )
+    c.ar.update(
+        depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2
+    )
+    steps = dict(
+        steps=4, batch_size=8, warmup_steps=0, log_every=2, checkpoint_every=2, learning_rate=1e-3
+    )
     c.tokenizer_training.update(steps, perceptual_weight=0.0, disc_start=2)
     c.ar_training.update(steps, ema_decay=0.9, copies=2, more_ema_decays=(0.5,))
-    c.sampling.update(num_images=8, batch_size=8, num_steps=2, guidance='linear', guidance_scale=1.5)
+    c.sampling.update(
+        num_images=8, batch_size=8, num_steps=2, guidance='linear', guidance_scale=1.5
+    )
     c.watch.update(every=2, classes=3, columns=2)
     c.update_from_flattened_dict(options)
     return checks.check(c)
@@ -83,7 +98,14 @@ def test_a_tokenizer_alone(tokenizer):
     workdir, metrics = tokenizer
     lines = metric_writer.read_scalars(f'{workdir}/tokenizer/metrics.jsonl')
     assert [line['step'] for line in lines] == [2, 4]
-    for name in ('discriminator', 'adversarial', 'logits_real', 'spread_mean', 'dead_share', 'disc_grad_norm'):
+    for name in (
+        'discriminator',
+        'adversarial',
+        'logits_real',
+        'spread_mean',
+        'dead_share',
+        'disc_grad_norm',
+    ):
         assert np.isfinite(lines[-1][name]), name
     assert lines[0]['disc_grad_norm'] > 0  # the mean over steps 1, where its weight is 0, and 2
     assert 0 < metrics['vae/psnr'] < 40
@@ -104,7 +126,9 @@ def test_an_ar_model_on_it(tar, tokenizer, trained):
     assert run.ar.condition.num_classes == 1000
     page = (workdir / 'report.html').read_text()
     assert page.count('<img') == 3
-    first, last = (np.asarray(Image.open(workdir / 'ar' / f'samples_{step:07d}.png')) for step in (2, 4))
+    first, last = (
+        np.asarray(Image.open(workdir / 'ar' / f'samples_{step:07d}.png')) for step in (2, 4)
+    )
     assert first.shape == last.shape and min(first.shape[:2]) > 2 * 128
     assert not np.array_equal(first, last)
     assert list((workdir / 'ar').glob('events.out.tfevents.*'))
@@ -126,7 +150,13 @@ def test_the_ema_to_sample_with(trained):
 def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     """For sampling and for training on: the same config, other weights."""
     other = tmp_path / 'other'
-    _train(_config(tar, **{'ar_training.steps': 0, 'tokenizer_training.steps': 2, 'seed': 1, 'watch.every': 0}), other)
+    _train(
+        _config(
+            tar,
+            **{'ar_training.steps': 0, 'tokenizer_training.steps': 2, 'seed': 1, 'watch.every': 0},
+        ),
+        other,
+    )
     workdir = tmp_path / 'w'
     shutil.copytree(trained[0], workdir)
     settings = json.loads((workdir / 'config.json').read_text())
@@ -140,13 +170,17 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
 
 @pytest.mark.slow
 def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
-    """It is that of as many samples as wished, with the EMA; the network is replaced by the colours of four places."""
+    """It is that of as many samples as wished, with the EMA; the network is replaced by the colours
+    of four places.
+    """
     seen = []
 
     def extract(batches, network, *, batch_size, mesh):
         images = np.concatenate(list(batches))
         seen.append(images)
-        return inception.Features(images[:, ::16, ::16].reshape(len(images), -1).astype(np.float32), None, None)
+        return inception.Features(
+            images[:, ::16, ::16].reshape(len(images), -1).astype(np.float32), None, None
+        )
 
     reference = statistics.statistics(np.random.default_rng(0).uniform(0, 255, (50, 12)))
     monkeypatch.setattr(protocol, 'extract', extract)
@@ -154,19 +188,33 @@ def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
     cfg = _config(tar, **{'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0])})
     cfg.watch.update(fid_images=20, inception='weights', reference='reference')
     _train(checks.check(cfg), tmp_path / 'w')
-    lines = [line for line in metric_writer.read_scalars(f'{tmp_path}/w/ar/metrics.jsonl') if 'fid' in line]
-    assert [line['step'] for line in lines] == [2, 4] and [images.shape for images in seen] == [(20, 32, 32, 3)] * 2
+    lines = [
+        line
+        for line in metric_writer.read_scalars(f'{tmp_path}/w/ar/metrics.jsonl')
+        if 'fid' in line
+    ]
+    assert [line['step'] for line in lines] == [2, 4] and [images.shape for images in seen] == [
+        (20, 32, 32, 3)
+    ] * 2
     of_last = statistics.statistics(seen[1][:, ::16, ::16].reshape(20, -1).astype(np.float32))
-    np.testing.assert_allclose(lines[1]['fid'], statistics.frechet_distance(*of_last, *reference), rtol=1e-6)
+    np.testing.assert_allclose(
+        lines[1]['fid'], statistics.frechet_distance(*of_last, *reference), rtol=1e-6
+    )
 
 
 WRONG = {
     'no path': ({'data.path': None}, 'give --config.data.path'),
     'no such tar': ({'data.path': '/nowhere/x.tar'}, '/nowhere/x.tar'),
     'too many classes': ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
-    'no LPIPS': ({'tokenizer_training.perceptual_weight': 1.0}, r'vgg\.pth.*vgg16-397923af\.pth.*perceptual_weight=0'),
+    'no LPIPS': (
+        {'tokenizer_training.perceptual_weight': 1.0},
+        r'vgg\.pth.*vgg16-397923af\.pth.*perceptual_weight=0',
+    ),
     'no tokenizer': ({'tokenizer_training.steps': 0}, r'give --config\.tokenizer=DIR'),
-    'not a run': ({'tokenizer_training.steps': 0, 'tokenizer': '/nowhere'}, '^tokenizer: there is no run in /nowhere$'),
+    'not a run': (
+        {'tokenizer_training.steps': 0, 'tokenizer': '/nowhere'},
+        '^tokenizer: there is no run in /nowhere$',
+    ),
 }
 
 
@@ -182,7 +230,9 @@ def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
 
 
 def test_the_classes_of_a_folder(tmp_path):
-    """A model gets as many classes as there are directories, unless the config says more; config.json says how many."""
+    """A model gets as many classes as there are directories, unless the config says more;
+    config.json says how many.
+    """
     for name, colour in (('a', 'red'), ('b', 'blue')):
         (tmp_path / 'images' / name).mkdir(parents=True)
         Image.new('RGB', (40, 50), colour).save(tmp_path / 'images' / name / '1.png')
@@ -192,14 +242,18 @@ def test_the_classes_of_a_folder(tmp_path):
     assert load_config(str(tmp_path / 'w')).data.num_classes == 2
     images = snapshots.examples(setting)
     np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
-    cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5})
+    cfg = _config(
+        '', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5}
+    )
     assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.condition.num_classes == 5
 
 
 @pytest.mark.slow
 def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
     options = {'tokenizer_training.steps': 0, 'tokenizer': str(tokenizer[0]), 'vae.latent_dim': 4}
-    with pytest.raises(console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'):
+    with pytest.raises(
+        console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'
+    ):
         _train(_config(tar, **options), tmp_path / 'w')
 
 
@@ -220,7 +274,9 @@ test_train._train(test_train._config(sys.argv[1], **{'ar_training.steps': 0}), s
 
 @pytest.mark.slow
 def test_killed_and_resumed(tar, tokenizer, tmp_path):
-    """The discriminator and its statistics are resumed too: every bit of the state is that of an undisturbed run."""
+    """The discriminator and its statistics are resumed too: every bit of the state is that of an
+    undisturbed run.
+    """
     env = os.environ | {'PYTHONPATH': str(ROOT)}
     command = [sys.executable, '-c', _KILLED, str(tar), str(tmp_path / 'w')]
     killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -230,6 +286,10 @@ def test_killed_and_resumed(tar, tokenizer, tmp_path):
     for workdir in (tmp_path / 'w', tokenizer[0]):
         found = loop.checkpoint.Checkpoints(f'{workdir}/tokenizer/checkpoints', read_only=True)
         assert found.steps()[-1] == 4
-        states.append(json.loads((workdir / 'tokenizer/checkpoints/4/meta/metadata').read_text())['fingerprint'])
+        states.append(
+            json.loads((workdir / 'tokenizer/checkpoints/4/meta/metadata').read_text())[
+                'fingerprint'
+            ]
+        )
         found.close()
     assert states[0] == states[1] and len(states[0]) > 100

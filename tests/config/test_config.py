@@ -27,10 +27,17 @@ def _load(name, argument):
 
 @libraries_promote()
 def test_the_digits_are_built_and_traced():
-    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the same models."""
+    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the
+    same models.
+    """
     cfg, smoke = checks.check(_load('digits', '')), checks.check(_load('digits', 'smoke'))
-    assert (cfg.vae, cfg.ar) == (smoke.vae, smoke.ar) and smoke.ar_training.steps < cfg.ar_training.steps
-    assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0  # runs on 8 devices
+    assert (cfg.vae, cfg.ar) == (
+        smoke.vae,
+        smoke.ar,
+    ) and smoke.ar_training.steps < cfg.ar_training.steps
+    assert (
+        cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
+    )  # runs on 8 devices
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     build.build_sampler(cfg)
     source = digits.Digits('train', cfg.seed, cfg.data.holdout)
@@ -49,7 +56,9 @@ def test_the_digits_are_built_and_traced():
 @pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
 @pytest.mark.parametrize('argument', ['', 'fast'])
 def test_the_published_configs(name, argument):
-    """Valid, of the published sizes, with the published sampler or the fast one; and read back the same."""
+    """Valid, of the published sizes, with the published sampler or the fast one; and read back the
+    same.
+    """
     cfg = checks.check(_load(name, argument))
     model, sampler = build.build_ar(cfg), build.build_sampler(cfg).options
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))
@@ -60,7 +69,9 @@ def test_the_published_configs(name, argument):
     assert cfg.sampling.guidance_scale == (4.6 if name == 'ar_l' else 4.5)
     assert cfg.ar_training.steps == 400 * (1_281_167 // 512)
     again = checks.from_dict(json.loads(cfg.to_json_best_effort()))
-    assert not schema.differences(json.loads(cfg.to_json_best_effort()), json.loads(again.to_json_best_effort()))
+    assert not schema.differences(
+        json.loads(cfg.to_json_best_effort()), json.loads(again.to_json_best_effort())
+    )
     with pytest.raises(ValueError, match='no variant'):
         _load(name, 'huge')
 
@@ -70,7 +81,13 @@ def test_the_published_tokenizer():
     shapes = jax.eval_shape(build.build_vae(cfg).init_params, jax.random.key(0))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == 75_393_297
     t = cfg.tokenizer_training
-    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.ema_decay, t.steps) == (256, 1e-4, 1e-4, 0, 500_400)
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.ema_decay, t.steps) == (
+        256,
+        1e-4,
+        1e-4,
+        0,
+        500_400,
+    )
     with pytest.raises(ValueError, match='no variant'):
         _load('vae', 'fast')
 
@@ -101,8 +118,12 @@ def test_arguments_of_the_published_configs(name):
 
 @pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
 def test_what_slices_of_tpus_want(name):
-    """As BUILD_NOTES.md, "The TPU compiler", has it; on other machines, and for a smoke test, a mesh of any size."""
-    plain, tpu, smoke = (checks.check(_load(name, argument)) for argument in ('', 'tpu', 'tpu,smoke,dtype=float32'))
+    """As BUILD_NOTES.md, "The TPU compiler", has it; on other machines, and for a smoke test, a
+    mesh of any size.
+    """
+    plain, tpu, smoke = (
+        checks.check(_load(name, argument)) for argument in ('', 'tpu', 'tpu,smoke,dtype=float32')
+    )
     assert (plain.dtype, tpu.dtype, smoke.dtype) == ('float32', 'bfloat16', 'float32')
     assert (plain.mesh.fsdp, tpu.mesh.fsdp) == (1, 1 if name == 'vae' else 4)
     assert plain.ar.remat == tpu.ar.remat == (name != 'vae') and not smoke.ar.remat
@@ -121,8 +142,13 @@ def test_smoke_is_small(name):
 
 
 def test_variants_of_the_digits():
-    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher, and then is built."""
-    assert build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations == 10
+    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher,
+    and then is built.
+    """
+    assert (
+        build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations
+        == 10
+    )
     cfg = _load('digits', 'distilled')
     with pytest.raises(UserError, match='give --config'):
         checks.check(cfg)
@@ -147,15 +173,26 @@ def test_default_is_the_published_model():
     """Sizes, optimizers and loss weights; steps, data and sampling are for a config file to set."""
     cfg = schema.default()
     count = lambda model: sum(
-        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
+        int(np.prod(leaf.shape))
+        for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
     )
     assert count(build.build_vae(cfg)) == 75_393_297
     t = cfg.ar_training
-    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.warmup_steps) == (512, 3e-4, 1e-5, 20_000)
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.warmup_steps) == (
+        512,
+        3e-4,
+        1e-5,
+        20_000,
+    )
     assert (t.ema_decay, t.weight_decay, t.b1, t.b2, t.clip_norm) == (0.9999, 0.05, 0.9, 0.95, 1.0)
     assert (t.copies, t.label_dropout) == (4, 0.1)
     t = cfg.tokenizer_training
-    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.kl_weight) == (256, 1e-4, 1e-4, 0.004)
+    assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.kl_weight) == (
+        256,
+        1e-4,
+        1e-4,
+        0.004,
+    )
 
 
 def test_unknown_keys_and_wrong_types_are_refused():

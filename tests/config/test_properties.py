@@ -12,8 +12,14 @@ from sphere_ar_jax.models.conditions import Classes
 from sphere_ar_jax.runtime.console import UserError
 from tests.tiny_config import get_config
 
-NUMBERS = [name for name, value in schema.leaves(schema.default().to_dict()).items() if type(value) is int]
-REALS = [name for name, value in schema.leaves(schema.default().to_dict()).items() if type(value) is float]
+NUMBERS = [
+    name for name, value in schema.leaves(schema.default().to_dict()).items() if type(value) is int
+]
+REALS = [
+    name
+    for name, value in schema.leaves(schema.default().to_dict()).items()
+    if type(value) is float
+]
 CLASSES = Classes(10, 4, 16)
 
 
@@ -25,7 +31,9 @@ CLASSES = Classes(10, 4, 16)
     )
 )
 def test_a_value_is_taken_or_refused_in_one_line(override):
-    """Whatever one key is set to, the config is read back the same from JSON, or refused in one line."""
+    """Whatever one key is set to, the config is read back the same from JSON, or refused in one
+    line.
+    """
     name, value = override
     config = get_config()
     config.update_from_flattened_dict({name: value})

@@ -18,7 +18,9 @@ def crops():
 
 
 class Replay:
-    """Draws that were recorded as rows (low, high, drawn); asks that the ranges are the recorded ones."""
+    """Draws that were recorded as rows (low, high, drawn); asks that the ranges are the recorded
+    ones.
+    """
 
     def __init__(self, rows):
         self.rows = rows.tolist()
@@ -34,7 +36,9 @@ def _public_crop(image, size, shorter, y, x):
     while min(image.size) >= 2 * shorter:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = shorter / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    image = image.resize(
+        tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC
+    )
     return np.array(image)[y : y + size, x : x + size]
 
 
@@ -48,13 +52,17 @@ def test_center_crop_is_the_golden_one(crops, i):
 @pytest.mark.parametrize('i', range(4))
 def test_random_crop_is_the_golden_one(crops, i):
     draw = Replay(crops[f'rcrop{i}/draws'])
-    pixels = augment.crop(Image.fromarray(crops[f'crop{i}/in']), 32, augment.draw_shorter_side(32, draw), draw)
+    pixels = augment.crop(
+        Image.fromarray(crops[f'crop{i}/in']), 32, augment.draw_shorter_side(32, draw), draw
+    )
     np.testing.assert_array_equal(pixels, crops[f'rcrop{i}/out32'])
     assert not draw.rows
 
 
 def test_what_is_not_computed_changes_no_bit():
-    """Random sizes from far smaller than the crop to many times larger, long and thin ones too, crops at every edge."""
+    """Random sizes from far smaller than the crop to many times larger, long and thin ones too,
+    crops at every edge.
+    """
     rng = np.random.default_rng(0)
     for k in range(1500):
         height, width = np.exp(rng.uniform(np.log(3), np.log(300), 2)).astype(int)
@@ -69,7 +77,9 @@ def test_what_is_not_computed_changes_no_bit():
 
         size = int(rng.integers(8, 49))
         ours = augment.crop(image, size, augment.draw_shorter_side(size, draw), draw)
-        np.testing.assert_array_equal(ours, _public_crop(image, size, *drawn), err_msg=f'{width} × {height}, {drawn}')
+        np.testing.assert_array_equal(
+            ours, _public_crop(image, size, *drawn), err_msg=f'{width} × {height}, {drawn}'
+        )
 
 
 def test_shorter_side_reaches_both_its_ends():
@@ -83,7 +93,16 @@ def test_aug_ratio_is_the_golden_schedule():
     golden = np.load(GOLDENS / 'optimizer.npz')
     ours = [augment.aug_ratio(int(epoch)) for epoch in golden['aug_epochs']]
     np.testing.assert_allclose(ours, golden['aug_ratio'], rtol=1e-12, atol=1e-12)
-    assert [augment.aug_ratio(epoch, 2, 6) for epoch in range(8)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert [augment.aug_ratio(epoch, 2, 6) for epoch in range(8)] == [
+        1,
+        1,
+        1,
+        0.75,
+        0.5,
+        0.25,
+        0,
+        0,
+    ]
     assert [augment.aug_ratio(epoch, 3, 3) for epoch in (2, 3, 4)] == [1, 0, 0]
 
 
@@ -96,7 +115,9 @@ def test_to_float_rounds_as_published():
 
 
 def test_every_mode_becomes_rgb():
-    """Against PIL's own conversion of the image before it was encoded, where the format keeps it exactly."""
+    """Against PIL's own conversion of the image before it was encoded, where the format keeps it
+    exactly.
+    """
     rgb = Image.fromarray(picture(3))
     alpha = rgb.copy()
     alpha.putalpha(Image.fromarray(picture(4)[..., 0]))
@@ -110,7 +131,9 @@ def test_every_mode_becomes_rgb():
         np.testing.assert_array_equal(
             np.asarray(ours), np.asarray(image.convert('RGB')), err_msg=f'{image.mode} {kind}'
         )
-    np.testing.assert_array_equal(np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3))  # dropped, not blended
+    np.testing.assert_array_equal(
+        np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3)
+    )  # dropped, not blended
 
 
 def test_every_jpeg_becomes_rgb():
@@ -128,14 +151,23 @@ def test_exif_rotation_is_ignored():
     exif[0x0112] = 6  # rotate by a quarter to see it upright
     content = encode(picture(1), 'JPEG', exif=exif)
     assert Image.open(io.BytesIO(content)).getexif()[0x0112] == 6
-    np.testing.assert_array_equal(augment.decode(content), augment.decode(encode(picture(1), 'JPEG')))
+    np.testing.assert_array_equal(
+        augment.decode(content), augment.decode(encode(picture(1), 'JPEG'))
+    )
 
 
 def _bomb(width, height):
     """A PNG that is small, but says it is large."""
-    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    chunk = lambda kind, data: (
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    )
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-    return b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(10_000))) + chunk(b'IEND', b'')
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + header
+        + chunk(b'IDAT', zlib.compress(bytes(10_000)))
+        + chunk(b'IEND', b'')
+    )
 
 
 BROKEN = {
@@ -222,8 +254,14 @@ def test_augmentation_is_a_function_of_its_rng(epoch, ratio):
     image = augment.decode(content)
     results = []
     for seed in range(24):
-        ours = transform({'image': content, 'label': np.int32(7)}, epoch, np.random.default_rng(seed))
-        assert ours['image'].shape == (32, 32, 3) and ours['image'].dtype == np.float32 and ours['label'] == 7
+        ours = transform(
+            {'image': content, 'label': np.int32(7)}, epoch, np.random.default_rng(seed)
+        )
+        assert (
+            ours['image'].shape == (32, 32, 3)
+            and ours['image'].dtype == np.float32
+            and ours['label'] == 7
+        )
         np.testing.assert_array_equal(ours['image'], _by_hand(image, ratio, seed))
         results.append(ours['image'].tobytes())
     # centre crops differ by their flip alone

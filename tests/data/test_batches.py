@@ -61,7 +61,9 @@ def test_digit_items():
     chex.assert_shape(item['image'], source.image_shape)
     assert item['image'].dtype == np.float32 and item['label'].dtype == np.int32
     assert item['image'].min() >= -1 and item['image'].max() <= 1
-    np.testing.assert_allclose(digits.shrink((item['image'] + 1) / 2)[..., 0], source.pixels[5], atol=1e-7)
+    np.testing.assert_allclose(
+        digits.shrink((item['image'] + 1) / 2)[..., 0], source.pixels[5], atol=1e-7
+    )
 
 
 def test_enlarge_and_shrink_are_inverse():
@@ -71,24 +73,38 @@ def test_enlarge_and_shrink_are_inverse():
 
 
 def test_every_epoch_has_every_image_once_in_its_own_order():
-    order = _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=0), 18)).ravel().reshape(3, 48)
+    order = (
+        _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=0), 18))
+        .ravel()
+        .reshape(3, 48)
+    )
     for epoch in order:
         assert sorted(epoch) == list(range(48))
     assert not np.array_equal(order[0], order[1]) and not np.array_equal(order[1], order[2])
 
 
 def test_a_function_of_the_seed_alone():
-    same = [_rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=5, threads=t), 9)) for t in (1, 4)]
+    same = [
+        _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=5, threads=t), 9))
+        for t in (1, 4)
+    ]
     np.testing.assert_array_equal(*same)
-    assert not np.array_equal(same[0], _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=6), 9)))
+    assert not np.array_equal(
+        same[0], _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=6), 9))
+    )
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
     alone = _take(data_batches.batches(Numbered(), batch_size=8, seed=0), 9)
-    for shares in (np.arange(8).reshape(hosts, -1), np.arange(8).reshape(-1, hosts).T, [[5], [0, 1, 2, 3, 4, 6, 7]]):
+    for shares in (
+        np.arange(8).reshape(hosts, -1),
+        np.arange(8).reshape(-1, hosts).T,
+        [[5], [0, 1, 2, 3, 4, 6, 7]],
+    ):
         parts = [
-            _take(data_batches.batches(Numbered(), batch_size=8, seed=0, rows=np.array(rows)), 9) for rows in shares
+            _take(data_batches.batches(Numbered(), batch_size=8, seed=0, rows=np.array(rows)), 9)
+            for rows in shares
         ]
         for rows, part in zip(shares, parts, strict=True):
             for whole, mine in zip(alone, part, strict=True):
@@ -97,12 +113,19 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
 
 def test_the_order_is_that_of_earlier_versions():
     """Recorded before the position came from the step."""
-    order = _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=7), 2)).ravel().astype(int).tolist()
+    order = (
+        _rows(_take(data_batches.batches(Numbered(), batch_size=8, seed=7), 2))
+        .ravel()
+        .astype(int)
+        .tolist()
+    )
     assert order == [28, 9, 0, 45, 29, 30, 17, 6, 10, 22, 36, 26, 42, 2, 47, 16]
 
 
 def _global_batches(source, steps, first_step, hosts, batch_size=16, **options):
-    """The batches of `steps` steps, loaded by so many processes, one after the other, and put together."""
+    """The batches of `steps` steps, loaded by so many processes, one after the other, and put
+    together.
+    """
     parts = []
     for rows in np.split(np.arange(batch_size), hosts):
         with data_batches.batches(
@@ -124,8 +147,9 @@ def _equal(ours, theirs):
 
 
 def test_a_resume_with_other_processes_goes_on_bit_for_bit():
-    """8, 4, 1, 8 processes after another: the augmented batches of an undisturbed run; no image twice in an epoch, none
-    left out, though 50 images are no multiple of the 16 of a batch."""
+    """8, 4, 1, 8 processes after another: the augmented batches of an undisturbed run; no image
+    twice in an epoch, none left out, though 50 images are no multiple of the 16 of a batch.
+    """
     source, transform = Pictures(50), augment.Augmentation(32, decay_from=0, decay_to=3)
     whole = _global_batches(source, 14, 0, 1, transform=transform)
     pieces, step = [], 0
@@ -143,7 +167,9 @@ def test_a_resume_with_other_processes_goes_on_bit_for_bit():
 @pytest.mark.parametrize('batch_size', [2, 24, 48, 10])
 def test_batches_of_any_size_are_pieces_of_one_stream(batch_size):
     """What is handed over at a time (16 images or fewer) shows nowhere."""
-    ones = np.concatenate([b['image'] for b in _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())])
+    ones = np.concatenate(
+        [b['image'] for b in _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())]
+    )
     ours = _global_batches(Pictures(7), 96 // batch_size, 0, 2, batch_size, transform=Epochs())
     ours = np.concatenate([batch['image'] for batch in ours])
     np.testing.assert_array_equal(ours, ones[: len(ours)])
@@ -177,12 +203,16 @@ BROKEN = (3, 17, 31)
 
 
 def test_broken_images_are_replaced(capfd):
-    """By hand: the attempts' indices are the first draws of (seed, position, attempt); their labels come along."""
+    """By hand: the attempts' indices are the first draws of (seed, position, attempt); their labels
+    come along.
+    """
     whole, source = Pictures(50), Pictures(50, BROKEN)
     transform = augment.Augmentation(32)
     good = _global_batches(whole, 7, 0, 1, transform=transform)
     capfd.readouterr()
-    with data_batches.batches(source, batch_size=16, seed=3, transform=transform, max_broken=0.2) as iterator:
+    with data_batches.batches(
+        source, batch_size=16, seed=3, transform=transform, max_broken=0.2
+    ) as iterator:
         ours = _take(iterator, 7)
         expected, tried = [], 0
         for position, label in enumerate(np.concatenate([batch['label'] for batch in good])):
@@ -196,10 +226,13 @@ def test_broken_images_are_replaced(capfd):
         assert (iterator.seen, iterator.broken) == (tried, tried - 112) and 6 <= tried - 112 <= 12
     same = ~np.isin(np.concatenate([batch['label'] for batch in good]), BROKEN)
     np.testing.assert_array_equal(
-        np.concatenate([b['image'] for b in ours])[same], np.concatenate([b['image'] for b in good])[same]
+        np.concatenate([b['image'] for b in ours])[same],
+        np.concatenate([b['image'] for b in good])[same],
     )
     said = capfd.readouterr().err.splitlines()
-    assert sorted(said) == [f'class/{i}.JPEG is broken: another image takes its place' for i in (17, 3, 31)]
+    assert sorted(said) == [
+        f'class/{i}.JPEG is broken: another image takes its place' for i in (17, 3, 31)
+    ]
     _equal(_global_batches(source, 7, 0, 4, transform=transform, max_broken=0.2), ours)
 
 
@@ -208,11 +241,16 @@ def test_too_many_broken_images_stop_the_run(capfd):
     with data_batches.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
         _take(iterator, 5)  # 80 images and their replacements, fewer than 100
         assert iterator.seen < 100 and iterator.broken > 0.05 * iterator.seen
-        with pytest.raises(UserError, match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; '):
+        with pytest.raises(
+            UserError,
+            match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; ',
+        ):
             _take(iterator, 2)
     with (
         data_batches.batches(Pictures(5, range(5)), max_broken=1.0, **options) as iterator,
-        pytest.raises(UserError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '),
+        pytest.raises(
+            UserError, match=r'^8 images in turn are broken, the last one class/\d.JPEG: '
+        ),
     ):
         next(iterator)
     capfd.readouterr()
@@ -254,9 +292,13 @@ def test_worker_processes_change_nothing(capfd):
     _equal(ours, expected)
     assert _children() == before
     said = capfd.readouterr().err.splitlines()
-    assert sorted(said) == sorted(f'class/{i}.JPEG is broken: another image takes its place' for i in BROKEN)
+    assert sorted(said) == sorted(
+        f'class/{i}.JPEG is broken: another image takes its place' for i in BROKEN
+    )
     with (
-        data_batches.batches(Pictures(50, missing=[3]), batch_size=16, seed=3, workers=1) as iterator,
+        data_batches.batches(
+            Pictures(50, missing=[3]), batch_size=16, seed=3, workers=1
+        ) as iterator,
         pytest.raises(UserError, match=r'^class/3.JPEG cannot be read: OSError: the disk is gone$'),
     ):
         _take(iterator, 4)
@@ -305,7 +347,9 @@ if __name__ == '__main__':
 
 @pytest.fixture(scope='module')
 def driver(tmp_path_factory):
-    path = tmp_path_factory.mktemp('driver') / 'driver.py'  # a file: worker processes read the main program again
+    path = (
+        tmp_path_factory.mktemp('driver') / 'driver.py'
+    )  # a file: worker processes read the main program again
     path.write_text(DRIVER)
     return path
 
@@ -318,11 +362,15 @@ def _alive(pid):
         return False
 
 
-@pytest.mark.parametrize('what', ['end', 'killed worker', 'Ctrl-C', 'Ctrl-C as memory is freed', 'SIGTERM', 'killed'])
+@pytest.mark.parametrize(
+    'what', ['end', 'killed worker', 'Ctrl-C', 'Ctrl-C as memory is freed', 'SIGTERM', 'killed']
+)
 def test_nothing_hangs(driver, tmp_path, what):
-    """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal sends to all
-    processes, also while Grain frees an array, where Python cannot raise; no worker outlives a main process that was
-    killed. Workers leave SIGTERM to the main process, which still reads a few batches here."""
+    """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal
+    sends to all processes, also while Grain frees an array, where Python cannot raise; no worker
+    outlives a main process that was killed. Workers leave SIGTERM to the main process, which still
+    reads a few batches here.
+    """
     with open(tmp_path / 'errors', 'w') as errors_file:
         process = subprocess.Popen(
             [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
@@ -352,9 +400,13 @@ def test_nothing_hangs(driver, tmp_path, what):
                 os.killpg(process.pid, signal.SIGKILL)
             process.stdout.close()
     if what == 'killed worker':
-        assert re.fullmatch(r'reading images stopped: .*terminated unexpectedly with exit code -9.*\n', output), output
+        assert re.fullmatch(
+            r'reading images stopped: .*terminated unexpectedly with exit code -9.*\n', output
+        ), output
     elif what.startswith('Ctrl-C'):
-        assert process.returncode == -signal.SIGINT and errors.rstrip().endswith('KeyboardInterrupt'), errors
+        assert process.returncode == -signal.SIGINT and errors.rstrip().endswith(
+            'KeyboardInterrupt'
+        ), errors
         assert errors.count('Traceback') == 1, errors  # that of the main process
     elif what in ('end', 'SIGTERM'):
         assert process.returncode == 0 and output == 'the end\n' and not errors, errors

@@ -37,10 +37,13 @@ def test_classes():
 
 
 def test_against_other_lists():
-    """SHA-256 of two public lists, line by line: Keras' imagenet_class_index.json has each class's first name, timm's
-    imagenet_synsets.txt with imagenet_synset_to_lemma.txt all of them."""
+    """SHA-256 of two public lists, line by line: Keras' imagenet_class_index.json has each class's
+    first name, timm's imagenet_synsets.txt with imagenet_synset_to_lemma.txt all of them.
+    """
     digest = lambda lines: hashlib.sha256('\n'.join(lines).encode()).hexdigest()
-    keras = [f'{synset} {names.split(", ")[0].replace(" ", "_")}' for synset, names in imagenet.classes()]
+    keras = [
+        f'{synset} {names.split(", ")[0].replace(" ", "_")}' for synset, names in imagenet.classes()
+    ]
     timm = [f'{synset} {names}' for synset, names in imagenet.classes()]
     assert digest(keras) == '069abdf959ced31a64132cd2402353359a166b81bbbbbad69b57df7511587da9'
     assert digest(timm) == 'b6e5b90376a998304703176bc829997a99fc461ecbb75e855db80b3d5b76d827'
@@ -69,9 +72,14 @@ def test_find_by_id_synset_and_every_name():
 
 def test_find_is_lenient_in_spelling_only():
     assert (
-        imagenet.find('Golden_Retriever') == imagenet.find('  GOLDEN  retriever ') == imagenet.find('N02099601') == 207
+        imagenet.find('Golden_Retriever')
+        == imagenet.find('  GOLDEN  retriever ')
+        == imagenet.find('N02099601')
+        == 207
     )
-    assert imagenet.find('maillot, tank suit') == 639 and imagenet.find('Cardigan Welsh corgi') == 264
+    assert (
+        imagenet.find('maillot, tank suit') == 639 and imagenet.find('Cardigan Welsh corgi') == 264
+    )
     assert 'golden retriever' in _error('golden retreiver')
     for text in ('retrie', '1000', '-1', 'n02099602', '', 'a\nb', '9' * 5000, 'xyzzy'):
         assert repr(text) in _error(text)
@@ -79,8 +87,14 @@ def test_find_is_lenient_in_spelling_only():
 
 
 def test_errors_in_words():
-    assert _error('crane') == "'crane' may be class 134 = n02012849 (crane) or 517 = n03126707 (crane): give the number"
-    assert _error('xyzzy') == "ImageNet has no class 'xyzzy': give 0 … 999, a synset or an English name"
+    assert (
+        _error('crane')
+        == "'crane' may be class 134 = n02012849 (crane) or 517 = n03126707 (crane): give the number"
+    )
+    assert (
+        _error('xyzzy')
+        == "ImageNet has no class 'xyzzy': give 0 … 999, a synset or an English name"
+    )
     assert _error('daisi').startswith("ImageNet has no class 'daisi': similar names are daisy")
     assert _error('retriever') == (
         "ImageNet has no class 'retriever': similar names are flat-coated retriever, curly-coated retriever, "

@@ -16,7 +16,9 @@ from sphere_ar_jax.data import augment, digits, pixels
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_crop_is_a_part_of_the_resized_image(width, height, size, seed):
-    """The crop that is cut while it is resized equals the one that is cut from the whole resized image."""
+    """The crop that is cut while it is resized equals the one that is cut from the whole resized
+    image.
+    """
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
     drawn = []
@@ -31,7 +33,9 @@ def test_a_crop_is_a_part_of_the_resized_image(width, height, size, seed):
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = shorter / min(image.size)
-    whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    whole = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     np.testing.assert_array_equal(crop, np.asarray(whole)[y : y + size, x : x + size])
 
 
@@ -49,7 +53,9 @@ def test_the_share_of_random_crops_only_falls(epoch, start, length):
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_a_shrunken_digit_is_the_digit_before_it_was_enlarged(factor, n, seed):
     images = np.random.default_rng(seed).normal(size=(n, 8, 8, 1))
-    np.testing.assert_allclose(digits.shrink(digits.enlarge(images, factor), factor), images, rtol=1e-12)
+    np.testing.assert_allclose(
+        digits.shrink(digits.enlarge(images, factor), factor), images, rtol=1e-12
+    )
 
 
 def test_bytes_come_back_from_the_models_range():

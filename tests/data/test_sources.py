@@ -1,4 +1,6 @@
-"""Sources of images: every byte as tarfile or the file system has it; what is damaged is said in one line."""
+"""Sources of images: every byte as tarfile or the file system has it; what is damaged is said in
+one line.
+"""
 
 import concurrent.futures
 import io
@@ -39,7 +41,10 @@ def _tar(files, format=tarfile.USTAR_FORMAT):
     return buffer.getvalue()
 
 
-SMALL = {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_2.JPEG': b'2' * 700}), 'n02.tar': _tar({'n02_1.JPEG': b''})}
+SMALL = {
+    'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_2.JPEG': b'2' * 700}),
+    'n02.tar': _tar({'n02_1.JPEG': b''}),
+}
 
 
 def _truth(path):
@@ -54,7 +59,9 @@ def _truth(path):
 
 
 def _contents(source):
-    return [(source[i]['image'], int(source[i]['label']), source.name(i)) for i in range(len(source))]
+    return [
+        (source[i]['image'], int(source[i]['label']), source.name(i)) for i in range(len(source))
+    ]
 
 
 def _refusal(make, *arguments, **options):
@@ -96,15 +103,21 @@ def test_odd_files_are_what_the_json_says(stand_in_tar):
         assert image.format == ('PNG' if kind == 'png' else 'JPEG')
         assert image.mode == {'grey': 'L', 'cmyk': 'CMYK'}.get(kind, 'RGB')
         assert bool(image.info.get('progressive')) == (kind == 'progressive')
-        assert (ImageOps.exif_transpose(image).size == image.size[::-1] != image.size) == (kind == 'rotated')
+        assert (ImageOps.exif_transpose(image).size == image.size[::-1] != image.size) == (
+            kind == 'rotated'
+        )
         assert 60 <= min(image.size) <= max(image.size) <= 600
 
 
 def test_a_rotated_file_shows_upright():
     upright = np.zeros((40, 60, 3), np.uint8)
     upright[:20, :30] = 255
-    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated'))))
-    np.testing.assert_allclose(np.asarray(shown, float), upright, atol=60)  # JPEG's error at the edges
+    shown = ImageOps.exif_transpose(
+        Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated')))
+    )
+    np.testing.assert_allclose(
+        np.asarray(shown, float), upright, atol=60
+    )  # JPEG's error at the edges
 
 
 def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
@@ -122,7 +135,9 @@ def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
 def test_the_stand_in_by_its_command(tmp_path, capsys):
     stand_in.main([str(tmp_path / 'new'), '--synsets=4', '--images=2', '--seed=3', '--broken=1'])
     source = sources.ImageNetTar(tmp_path / 'new' / 'ILSVRC2012_img_train.tar')
-    assert len(source) == 8 and set(source.class_names) < {synset for synset, _ in imagenet.classes()}
+    assert len(source) == 8 and set(source.class_names) < {
+        synset for synset, _ in imagenet.classes()
+    }
     for wrong in ('--synsets=1001', '--images=0', '--broken=61', '--seed=-1'):
         with pytest.raises(SystemExit):
             stand_in.main([str(tmp_path), wrong])
@@ -136,18 +151,31 @@ def test_every_byte_is_what_tarfile_extracts(stand_in_tar):
     source, truth = sources.ImageNetTar(stand_in_tar), _truth(stand_in_tar)
     assert source.class_names == tuple(sorted(SYNSETS)) and source.num_classes == 3
     rank = {synset: k for k, synset in enumerate(sorted(SYNSETS))}
-    assert _contents(source) == [(content, rank[synset], f'{synset}/{name}') for synset, name, content in truth]
+    assert _contents(source) == [
+        (content, rank[synset], f'{synset}/{name}') for synset, name, content in truth
+    ]
     assert len(source) == 24 and source[5]['label'].dtype == np.int32
 
 
 @pytest.mark.parametrize('format', FORMATS)
 def test_tars_of_all_formats_and_strange_names(path, format):
-    names = ['a b\n.JPEG', 'é.JPEG', "it's\\.JPEG", '../../up.JPEG', '/root.JPEG', 'x.JPEG', 'x.JPEG', 'no_suffix']
+    names = [
+        'a b\n.JPEG',
+        'é.JPEG',
+        "it's\\.JPEG",
+        '../../up.JPEG',
+        '/root.JPEG',
+        'x.JPEG',
+        'x.JPEG',
+        'no_suffix',
+    ]
     names += [] if format == 'ustar' else ['long' * 60 + '.JPEG']
     inner = _tar([(name, b'%d' % i * i * 300) for i, name in enumerate(names)], FORMATS[format])
     path.write_bytes(_tar({'./dir/n\t7.tar': inner, 'n01440764.tar': inner}, FORMATS[format]))
     source = sources.ImageNetTar(path)
-    assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(path)]
+    assert [source[i]['image'] for i in range(len(source))] == [
+        content for *_, content in _truth(path)
+    ]
     assert source.class_names == ('n01440764', 'n\\t7')
     assert source.name(0) == 'n\\t7/a b\\n.JPEG'
     assert source.name(1) == ('n\\t7/?.JPEG' if format == 'pax' else 'n\\t7/é.JPEG')
@@ -165,14 +193,21 @@ def test_a_tar_that_gnu_tar_made(tmp_path):
         (folder / 'below' / ('y' * 140)).write_bytes(b'deep')
         subprocess.run(['tar', '-cf', f'../{synset}.tar', '.'], cwd=folder, check=True)
     outer = tmp_path / 'outer.tar'
-    subprocess.run(['tar', '-cf', outer, *(f'{s}.tar' for s in SYNSETS)], cwd=tmp_path / 'work', check=True)
+    subprocess.run(
+        ['tar', '-cf', outer, *(f'{s}.tar' for s in SYNSETS)], cwd=tmp_path / 'work', check=True
+    )
     source = sources.ImageNetTar(outer)
-    assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(outer)]
+    assert [source[i]['image'] for i in range(len(source))] == [
+        content for *_, content in _truth(outer)
+    ]
     assert len(source) == 12
 
 
 def test_all_of_imagenet_has_imagenets_ids(path):
-    tars = {f'{synset}.tar': _tar({f'{synset}_1.JPEG': synset.encode()}) for synset, _ in imagenet.classes()}
+    tars = {
+        f'{synset}.tar': _tar({f'{synset}_1.JPEG': synset.encode()})
+        for synset, _ in imagenet.classes()
+    }
     path.write_bytes(_tar(dict(reversed(tars.items()))))
     source = sources.ImageNetTar(path)
     for i in (0, 1, 500, 999):
@@ -190,7 +225,10 @@ def test_the_index_is_made_once(path):
     assert told == sorted(told) and len(told) == 3 and told[-1] == (size, size)
     assert sorted(os.listdir(path.parent)) == ['train.tar', 'train.tar.index.npz']
     again = []
-    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and not again
+    assert (
+        _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+        and not again
+    )
 
     index = pathlib.Path(f'{path}.index.npz')
     whole = index.read_bytes()
@@ -201,10 +239,16 @@ def test_the_index_is_made_once(path):
     for wrong in (whole[:300], flipped, b'', b'no', pickle.dumps([1])):
         index.write_bytes(wrong)
         again.clear()
-        assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and again
+        assert (
+            _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+            and again
+        )
     np.savez(index, **kept | {'version': 0})
     again.clear()
-    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before and again
+    assert (
+        _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+        and again
+    )
 
 
 def test_an_interrupted_index_leaves_nothing(path):
@@ -235,7 +279,9 @@ def test_a_changed_tar_has_a_new_index(path):
 
     def check():
         source = sources.ImageNetTar(path)
-        assert [source[i]['image'] for i in range(len(source))] == [content for *_, content in _truth(path)]
+        assert [source[i]['image'] for i in range(len(source))] == [
+            content for *_, content in _truth(path)
+        ]
         return source.class_names
 
     stat = rewrite(SMALL)
@@ -258,8 +304,15 @@ def test_a_change_while_in_use_is_noticed(path):
     path.write_bytes(_tar(SMALL))
     source = sources.ImageNetTar(path)
     good = path.read_bytes()
-    renamed = _tar(SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})})  # same places and sizes
-    moved = _tar({'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}), 'n02.tar': SMALL['n02.tar']})
+    renamed = _tar(
+        SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})}
+    )  # same places and sizes
+    moved = _tar(
+        {
+            'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}),
+            'n02.tar': SMALL['n02.tar'],
+        }
+    )
     for changed in (good[: source._offsets[1] + 5], bytes(len(good)), moved, renamed):
         path.write_bytes(changed)
         assert 'has changed' in _refusal(lambda: source[1])
@@ -294,7 +347,15 @@ def test_every_damaged_header_is_noticed(path):
     headers += [o - 512 for o in sources.ImageNetTar(path)._offsets.tolist()]
     assert len(headers) == 5
     for header in headers:
-        for byte in (0, 100, 124, 150, 156, 257, 511):  # name, mode, size, checksum, kind, magic, padding
+        for byte in (
+            0,
+            100,
+            124,
+            150,
+            156,
+            257,
+            511,
+        ):  # name, mode, size, checksum, kind, magic, padding
             damaged = bytearray(whole)
             damaged[header + byte] ^= 3
             path.write_bytes(damaged)
@@ -324,7 +385,10 @@ def _gzip(content):
         (b'text' * 1024 + bytes(1024), 'is no uncompressed tar'),
         (bytes(10240), 'holds no files'),
         (_gzip(_tar(SMALL)), 'does not end as an uncompressed tar'),
-        (_tar({f'ILSVRC2012_val_{i:08d}.JPEG': b'x' for i in range(3)}), 'ILSVRC2012_img_train.tar is needed'),
+        (
+            _tar({f'ILSVRC2012_val_{i:08d}.JPEG': b'x' for i in range(3)}),
+            'ILSVRC2012_img_train.tar is needed',
+        ),
         (_tar({'README': b'x'} | SMALL), 'holds README, but must hold only tars'),
         (_tar({'n01.tar': b'text' * 200}), r'n01.tar is no uncompressed tar'),
         (_tar({'n01.tar': b''}), r'n01.tar is no uncompressed tar'),
@@ -374,7 +438,9 @@ except UserError as error:
 
 
 def test_without_permission():
-    """Nothing can be written beside the tar: the index goes to the cache, if that can be; or the tar cannot be read."""
+    """Nothing can be written beside the tar: the index goes to the cache, if that can be; or the
+    tar cannot be read.
+    """
 
     def run(cache):
         pathlib.Path(f'{other}.index.npz').unlink(missing_ok=True)
@@ -382,7 +448,11 @@ def test_without_permission():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     with tempfile.TemporaryDirectory() as root:
-        data, cache, tar = pathlib.Path(root, 'data'), pathlib.Path(root, 'cache'), pathlib.Path(root, 'data', 'a.tar')
+        data, cache, tar = (
+            pathlib.Path(root, 'data'),
+            pathlib.Path(root, 'cache'),
+            pathlib.Path(root, 'data', 'a.tar'),
+        )
         data.mkdir()
         cache.mkdir()
         other = pathlib.Path(root, 'other.tar')
@@ -429,7 +499,10 @@ def test_processes_may_build_the_index_at_once(path, spawned):
     left = {name for name in os.listdir(path.parent) if not re.fullmatch(r'train\.tar\.\d', name)}
     assert left == {'train.tar', 'train.tar.index.npz'}
     told = []
-    assert results == [_contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))] * 3 and not told
+    assert (
+        results == [_contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))] * 3
+        and not told
+    )
 
 
 @pytest.fixture(scope='module')
@@ -449,16 +522,24 @@ def packed(stand_in_tar, tmp_path_factory):
 
 
 def _prepare(directory, entries, keys, supervised_keys):
-    """Prepares a TFDS data set 'stand_in' in a directory without TensorFlow; entries: [(class or −1, name, file)]."""
+    """Prepares a TFDS data set 'stand_in' in a directory without TensorFlow; entries: [(class or
+    −1, name, file)].
+    """
     tfds = pytest.importorskip('tensorflow_datasets')
 
     class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version('1.0.0')
 
         def _info(self):
-            kinds = tfds.features.Image(), tfds.features.ClassLabel(names=sorted(SYNSETS)), tfds.features.Image()
+            kinds = (
+                tfds.features.Image(),
+                tfds.features.ClassLabel(names=sorted(SYNSETS)),
+                tfds.features.Image(),
+            )
             features = tfds.features.FeaturesDict(dict(zip((*keys, 'mask'), kinds, strict=True)))
-            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=supervised_keys)
+            return tfds.core.DatasetInfo(
+                builder=self, features=features, supervised_keys=supervised_keys
+            )
 
         def _split_generators(self, _):
             return {'train': self._generate_examples()}
@@ -482,7 +563,12 @@ def tfds_dir(stand_in_tar, tmp_path_factory):
 @pytest.fixture(params=sources.KINDS)
 def source(request):
     """One of each kind, of the same images."""
-    fixture = {'imagenet': 'stand_in_tar', 'folder': 'folder', 'array_records': 'packed', 'tfds': 'tfds_dir'}
+    fixture = {
+        'imagenet': 'stand_in_tar',
+        'folder': 'folder',
+        'array_records': 'packed',
+        'tfds': 'tfds_dir',
+    }
     where = request.getfixturevalue(fixture[request.param])
     arguments = ('stand_in', 'train', str(where)) if request.param == 'tfds' else (where,)
     return sources.KINDS[request.param](*arguments)
@@ -570,10 +656,15 @@ def test_packed_is_the_same(stand_in_tar, packed):
 
     assert _contents(sources.ArrayRecords(packed)) == _contents(sources.ImageNetTar(stand_in_tar))
     files = sorted(packed.glob('*.array_record'))
-    assert len(files) == 5 and sorted(os.listdir(packed)) == [*(f.name for f in files), 'images.json']
+    assert len(files) == 5 and sorted(os.listdir(packed)) == [
+        *(f.name for f in files),
+        'images.json',
+    ]
     readers = [array_record_module.ArrayRecordReader(str(file)) for file in files]
     assert [reader.num_records() for reader in readers] == [4, 5, 5, 5, 5]
-    assert all('group_size:1,' in reader.writer_options_string() for reader in readers)  # else reads take a group
+    assert all(
+        'group_size:1,' in reader.writer_options_string() for reader in readers
+    )  # else reads take a group
 
 
 def test_packing_tells_how_far_it_is(tmp_path):
@@ -590,7 +681,9 @@ def test_packing_starts_again_after_an_end(tmp_path):
     broken.fails = 6
     assert _refusal(sources.pack, broken, tmp_path / 'out', shards=3) == 'it fails'
     assert os.listdir(tmp_path) == ['out.partial']
-    (tmp_path / 'out.partial' / 'images-00007-of-00009.array_record').write_bytes(b'of another start')
+    (tmp_path / 'out.partial' / 'images-00007-of-00009.array_record').write_bytes(
+        b'of another start'
+    )
     for directory in ('out', 'out.partial'):
         assert 'has no images.json: it was not packed, or not to the end' in _refusal(
             sources.ArrayRecords, tmp_path / directory
@@ -603,7 +696,9 @@ def test_packing_starts_again_after_an_end(tmp_path):
 
 def test_where_nothing_can_be_packed(tmp_path):
     (tmp_path / 'file').write_text('')
-    assert 'cannot be written: Not a directory' in _refusal(sources.pack, Files(), tmp_path / 'file' / 'out')
+    assert 'cannot be written: Not a directory' in _refusal(
+        sources.pack, Files(), tmp_path / 'file' / 'out'
+    )
     assert 'into 0 files' in _refusal(sources.pack, Files(), tmp_path / 'out', shards=0)
     (tmp_path / 'out.partial').mkdir()
     with filelock.FileLock(tmp_path / 'out.partial' / 'lock'):
@@ -645,7 +740,9 @@ def test_damaged_records_are_refused(packed, tmp_path):
 def test_tfds_gives_the_bytes_that_went_in(tfds_dir, stand_in_tar):
     source = sources.TFDS('stand_in', 'train', str(tfds_dir))
     assert 'tensorflow' not in sys.modules
-    assert sorted(image for image, _, _ in _contents(source)) == sorted(c for *_, c in _truth(stand_in_tar) if c)
+    assert sorted(image for image, _, _ in _contents(source)) == sorted(
+        c for *_, c in _truth(stand_in_tar) if c
+    )
     half = sources.TFDS('stand_in:1.0.0', 'train[:50%]', str(tfds_dir))
     assert len(half) == round(len(source) / 2) and half[1]['image'] == source[1]['image']
 
@@ -693,11 +790,15 @@ def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
         'mnist', 'train', str(tmp_path)
     ))  # fmt: skip
     assert "Unknown split 'test'" in refusal('stand_in', 'test', str(tfds_dir))
-    as_tfrecord = _changed(tfds_dir, tmp_path / 'a', [('dataset_info.json', '"array_record"', '"tfrecord"')])
+    as_tfrecord = _changed(
+        tfds_dir, tmp_path / 'a', [('dataset_info.json', '"array_record"', '"tfrecord"')]
+    )
     assert 'is not stored as array_record' in refusal('stand_in', 'train', as_tfrecord)
     unlabelled = _changed(tfds_dir, tmp_path / 'b', [('features.json', '"label"', '"other"')])
     assert 'has no uint8 image with a class label, but' in refusal('stand_in', 'train', unlabelled)
-    deep = _changed(tfds_dir, tmp_path / 'c', [('features.json', '"dtype": "uint8"', '"dtype": "uint16"')])
+    deep = _changed(
+        tfds_dir, tmp_path / 'c', [('features.json', '"dtype": "uint8"', '"dtype": "uint16"')]
+    )
     assert 'has no uint8 image' in refusal('stand_in', 'train', deep)
 
 

@@ -7,7 +7,13 @@ import pytest
 import scipy.linalg
 
 from sphere_ar_jax import fidelity
-from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, protocol, statistics
+from sphere_ar_jax.evaluation.fidelity import (
+    image_sets,
+    inception,
+    precision_recall,
+    protocol,
+    statistics,
+)
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from tests.evaluation.test_inception import graph_def, image
@@ -30,7 +36,9 @@ def test_frechet_of_diagonal_and_of_commuting_covariances():
         sigma1, sigma2 = ((basis * s**2) @ basis.T for s in (scale1, scale2))
         found = statistics.frechet_distance(0 * mu, sigma1, mu, sigma2)
         np.testing.assert_allclose(found, expected, rtol=rtol)
-        np.testing.assert_allclose(statistics.frechet_distance(mu, sigma2, 0 * mu, sigma1), expected, rtol=rtol)
+        np.testing.assert_allclose(
+            statistics.frechet_distance(mu, sigma2, 0 * mu, sigma1), expected, rtol=rtol
+        )
 
 
 def test_frechet_in_one_dimension():
@@ -51,7 +59,9 @@ def test_frechet_of_a_set_and_itself_with_fewer_images_than_features():
     a = np.concatenate([rng.normal(size=(20, 40)), np.zeros((20, 3))], axis=1)
     of_a = statistics.statistics(a)
     np.testing.assert_allclose(statistics.frechet_distance(*of_a, *of_a), 0, atol=1e-12)
-    np.testing.assert_allclose(statistics.frechet_distance(*of_a, *statistics.statistics(a + 1)), 43, rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.frechet_distance(*of_a, *statistics.statistics(a + 1)), 43, rtol=1e-12
+    )
 
 
 def test_frechet_against_scipys_root_of_the_product():
@@ -62,8 +72,12 @@ def test_frechet_against_scipys_root_of_the_product():
         a, b = rng.normal(size=(400, 10)) @ mix, rng.normal(size=(300, 10)) @ mix + 0.3
         (mu1, sigma1), (mu2, sigma2) = statistics.statistics(a), statistics.statistics(b)
         root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
-        expected = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root)
-        np.testing.assert_allclose(statistics.frechet_distance(mu1, sigma1, mu2, sigma2), expected, rtol=1e-7)
+        expected = (
+            np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root)
+        )
+        np.testing.assert_allclose(
+            statistics.frechet_distance(mu1, sigma1, mu2, sigma2), expected, rtol=1e-7
+        )
 
 
 def test_statistics_are_computed_in_float64():
@@ -89,12 +103,18 @@ def test_statistics_that_do_not_belong_together():
 
 
 def test_inception_score_of_hand_computed_cases():
-    """Sure of one of two classes, evenly: 2. Always the same answer: 1. p = (¾, ¼) and (¼, ¾): 2·(¾^¾·¼^¼)."""
+    """Sure of one of two classes, evenly: 2. Always the same answer: 1. p = (¾, ¼) and (¼, ¾):
+    2·(¾^¾·¼^¼).
+    """
     sure = np.log(np.array([[1, 1e-300], [1e-300, 1]]))
     np.testing.assert_allclose(statistics.inception_score(sure), 2, rtol=1e-12)
-    np.testing.assert_allclose(statistics.inception_score(np.tile([3.0, 1, 5], (7, 1))), 1, rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.inception_score(np.tile([3.0, 1, 5], (7, 1))), 1, rtol=1e-12
+    )
     quarters = np.log(np.array([[3.0, 1], [1, 3]])) + 7  # a constant does not matter
-    np.testing.assert_allclose(statistics.inception_score(quarters), 2 * 0.75**0.75 * 0.25**0.25, rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.inception_score(quarters), 2 * 0.75**0.75 * 0.25**0.25, rtol=1e-12
+    )
     far = np.array([[1000.0, -1000], [-1000, 1000]])  # where a softmax underflows
     np.testing.assert_allclose(statistics.inception_score(far), 2, rtol=1e-12)
 
@@ -115,7 +135,9 @@ def test_inception_score_takes_the_mean_over_splits():
 
 def test_inception_score_splits_are_of_5000():
     logits = np.random.default_rng(0).normal(size=(10_001, 2)) * 3
-    whole = np.mean([statistics.inception_score(logits[i : i + 5000], 10**6) for i in (0, 5000, 10_000)])
+    whole = np.mean(
+        [statistics.inception_score(logits[i : i + 5000], 10**6) for i in (0, 5000, 10_000)]
+    )
     np.testing.assert_allclose(statistics.inception_score(logits), whole, rtol=1e-12)
 
 
@@ -123,7 +145,9 @@ def test_inception_score_splits_are_of_5000():
 
 
 def on_manifold(x, of, k):
-    """Share of points of x within some ball around a point of `of`, by loops over Euclidean distances in float64."""
+    """Share of points of x within some ball around a point of `of`, by loops over Euclidean
+    distances in float64.
+    """
     hits = 0
     for point in x:
         for i, center in enumerate(of):
@@ -141,14 +165,18 @@ def test_precision_recall_against_brute_force(dtype, block, k):
     real, fake = rng.normal(size=(60, 2)), rng.normal(size=(50, 2)) * 0.9 + 1
     seen = []
     progress = lambda done, total: seen.append((done, total))
-    found = precision_recall.precision_recall(real, fake, k, dtype=dtype, block=block, progress=progress)
+    found = precision_recall.precision_recall(
+        real, fake, k, dtype=dtype, block=block, progress=progress
+    )
     assert found == (on_manifold(fake, real, k), on_manifold(real, fake, k))
     assert len({0, 1, *found}) == 4  # neither trivial nor the same
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
 def half_distances(u, v):
-    """Squared distances as the evaluator has them, in NumPy's own float16; float32 for a block that overflows."""
+    """Squared distances as the evaluator has them, in NumPy's own float16; float32 for a block that
+    overflows.
+    """
     with np.errstate(over='ignore', invalid='ignore'):
         a, b = u.astype(np.float16), v.astype(np.float16)
         norms = [(x * x).astype(np.float64).sum(1).astype(np.float16) for x in (a, b)]
@@ -172,7 +200,9 @@ def half_precision_recall(real, fake, k, block):
 
 
 def features(n, seed):
-    """Like `pool_3`: not negative, squared norms of some hundreds. Multiples of 1/16: sums of products are exact."""
+    """Like `pool_3`: not negative, squared norms of some hundreds. Multiples of 1/16: sums of
+    products are exact.
+    """
     x = 2 + 0.3 * np.random.default_rng(seed).normal(size=(n, 8)).repeat(8, axis=1)
     return (np.round(np.abs(x) * 16) / 16).astype(np.float32)
 
@@ -255,7 +285,11 @@ def test_features_do_not_depend_on_the_batches(inception_params):
     done = []
     for batches in ([images], [images[:1], images[:0], images[1:]]):
         found = protocol.extract(
-            batches, inception_params, batch_size=2, mesh=sharding.make_mesh(1), progress=done.append
+            batches,
+            inception_params,
+            batch_size=2,
+            mesh=sharding.make_mesh(1),
+            progress=done.append,
         )
         assert [a.shape for a in found] == [(3, 2048), (3, 2023), (3, 1008)]
         for a, b in zip(found, expected, strict=True):
@@ -265,7 +299,9 @@ def test_features_do_not_depend_on_the_batches(inception_params):
         )
     assert done == [2, 3] * 2
     if jax.device_count() > 1:
-        for a, b in zip(protocol.extract([images], inception_params, batch_size=2), found, strict=True):
+        for a, b in zip(
+            protocol.extract([images], inception_params, batch_size=2), found, strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -296,7 +332,9 @@ def test_statistics_of_a_file_come_before_those_of_its_images(tmp_path, inceptio
     images = np.stack([image(i, 20, 24) for i in range(2)])
     np.savez(path, arr_0=images, **arrays)
     seen = []
-    both = protocol.summarize(path, inception_params, progress=lambda *a: seen.append(a), batch_size=2)
+    both = protocol.summarize(
+        path, inception_params, progress=lambda *a: seen.append(a), batch_size=2
+    )
     np.savez(path, **arrays)
     alone = protocol.summarize(path, inception_params, batch_size=2)
     for found in (both, alone):
@@ -343,8 +381,13 @@ def test_evaluate_puts_the_scores_together():
     shares = precision_recall.precision_recall(reference.features.pool, samples.features.pool)
     expected |= dict(zip(('precision', 'recall'), shares, strict=True))
     seconds = found.pop('seconds')
-    assert set(seconds) == {'fid', 'sfid', 'inception_score', 'precision_recall'} and min(seconds.values()) >= 0
-    assert found == pytest.approx(expected, rel=1e-9) and expected['precision'] != expected['recall']
+    assert (
+        set(seconds) == {'fid', 'sfid', 'inception_score', 'precision_recall'}
+        and min(seconds.values()) >= 0
+    )
+    assert (
+        found == pytest.approx(expected, rel=1e-9) and expected['precision'] != expected['recall']
+    )
     assert parts[-1] == ('precision_recall', 3, 3)
     without = protocol.evaluate(samples, reference._replace(features=None), None)
     assert {k: v for k, v in without.items() if k != 'seconds'} == {
@@ -355,7 +398,12 @@ def test_evaluate_puts_the_scores_together():
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / 'weights.pb').write_bytes(b'no graph')
     np.savez(tmp_path / 'a.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    command = ['fidelity', str(tmp_path / 'a.npz'), str(tmp_path / 'a.npz'), f'--weights={tmp_path / "weights.pb"}']
+    command = [
+        'fidelity',
+        str(tmp_path / 'a.npz'),
+        str(tmp_path / 'a.npz'),
+        f'--weights={tmp_path / "weights.pb"}',
+    ]
     monkeypatch.setattr(sys, 'argv', command)
     with pytest.raises(SystemExit, match=r'error: .*weights\.pb is not a GraphDef'):
         fidelity.main()
@@ -363,12 +411,23 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_scores_two_files(tmp_path, monkeypatch, capsys):
-    """From files to the five scores; a set against itself has the distances 0, precision and recall 1."""
+    """From files to the five scores; a set against itself has the distances 0, precision and recall
+    1.
+    """
     (tmp_path / 'weights.pb').write_bytes(graph_def(fill=0.01).SerializeToString())
     np.savez(tmp_path / 'a.npz', arr_0=np.stack([image(i, 20, 24) for i in range(5)]))
-    command = ['fidelity', str(tmp_path / 'a.npz'), str(tmp_path / 'a.npz'), f'--weights={tmp_path / "weights.pb"}']
+    command = [
+        'fidelity',
+        str(tmp_path / 'a.npz'),
+        str(tmp_path / 'a.npz'),
+        f'--weights={tmp_path / "weights.pb"}',
+    ]
     monkeypatch.setattr(sys, 'argv', [*command, '--batch_size=2'])
     fidelity.main()
     scores = json.loads(capsys.readouterr().out)
-    assert scores['fid'] == pytest.approx(0, abs=1e-6) and scores['sfid'] == pytest.approx(0, abs=1e-6)
-    assert scores['precision'] == scores['recall'] == 1 and scores['inception_score'] == pytest.approx(1, abs=1e-3)
+    assert scores['fid'] == pytest.approx(0, abs=1e-6) and scores['sfid'] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert scores['precision'] == scores['recall'] == 1 and scores[
+        'inception_score'
+    ] == pytest.approx(1, abs=1e-3)

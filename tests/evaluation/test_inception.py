@@ -9,7 +9,9 @@ from sphere_ar_jax.evaluation.fidelity import inception, inception_weights
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
-ROWS = json.loads((GOLDENS / 'inception.json').read_text())  # [PyTorch name, node of the graph, PyTorch shape]
+ROWS = json.loads(
+    (GOLDENS / 'inception.json').read_text()
+)  # [PyTorch name, node of the graph, PyTorch shape]
 MAPS = {
     'Conv2d_1a_3x3': 'conv',
     'Mixed_5b': 'mixed',
@@ -23,9 +25,15 @@ MAPS = {
 
 def image(i, height, width):
     """The goldens' picture number i."""
-    y, x, c = np.meshgrid(np.arange(height) / height, np.arange(width) / width, np.arange(3), indexing='ij')
+    y, x, c = np.meshgrid(
+        np.arange(height) / height, np.arange(width) / width, np.arange(3), indexing='ij'
+    )
     noise = np.random.RandomState(i).standard_normal((height, width, 3))
-    return (110 + 90 * np.sin(7 * x + 2 * c + i) * np.cos(9 * y - c) + 25 * noise).clip(0, 255).astype(np.uint8)
+    return (
+        (110 + 90 * np.sin(7 * x + 2 * c + i) * np.cos(9 * y - c) + 25 * noise)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -35,8 +43,13 @@ def golden():
 
 @pytest.fixture(scope='module')
 def captured(inception_params):
-    """(features, {block: its output}) of the goldens' two pictures; the network is compiled once for both."""
-    resized = [np.asarray(jax.jit(inception.resize)(image(i, *hw)[None])) for i, hw in ((0, (40, 52)), (1, (299, 299)))]
+    """(features, {block: its output}) of the goldens' two pictures; the network is compiled once
+    for both.
+    """
+    resized = [
+        np.asarray(jax.jit(inception.resize)(image(i, *hw)[None]))
+        for i, hw in ((0, (40, 52)), (1, (299, 299)))
+    ]
 
     @jax.jit
     def run(params, images):
@@ -93,23 +106,31 @@ def test_resize_against_torch_fidelity(golden, i, height, width):
 
 
 def test_features_of_bytes_and_floats_agree(inception_params, golden):
-    """Through the front door: uint8 of any size, and to rounding the same as float32, which is another program."""
+    """Through the front door: uint8 of any size, and to rounding the same as float32, which is
+    another program.
+    """
     pictures = np.stack([image(0, 40, 52)] * 2)
     found = inception.features(inception_params, pictures)
     np.testing.assert_allclose(found.pool, np.stack([golden['pool'][0]] * 2), rtol=1e-5, atol=3e-6)
-    for a, b in zip(found, inception.features(inception_params, pictures.astype(np.float32)), strict=True):
+    for a, b in zip(
+        found, inception.features(inception_params, pictures.astype(np.float32)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
 
 
 def graph_def(fill=None, scaled=True, epsilon=1e-3, skip=(), shapes=(), extra=()):
     """A GraphDef with the published one's constants: random ones, or each a single repeated number."""
     graph = graph_pb2.GraphDef()
-    graph.node.add(name='ResizeBilinear/size', op='Const').attr['value'].tensor.dtype = 3  # an int32
+    graph.node.add(name='ResizeBilinear/size', op='Const').attr[
+        'value'
+    ].tensor.dtype = 3  # an int32
     rows = [(node, shape) for _, node, shape in ROWS] + [(name, [4]) for name in extra]
     for i, (name, shape) in enumerate(rows):
         if name in skip:
             continue
-        shape = dict(shapes).get(name, [shape[k] for k in {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]])
+        shape = dict(shapes).get(
+            name, [shape[k] for k in {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]]
+        )
         tensor = graph.node.add(name=name, op='Const').attr['value'].tensor
         tensor.dtype = 1
         for size in shape:
@@ -119,9 +140,13 @@ def graph_def(fill=None, scaled=True, epsilon=1e-3, skip=(), shapes=(), extra=()
         elif len(shape) == 1 and i % 2:
             tensor.float_val.extend(np.random.default_rng(i).normal(size=shape))
         else:
-            tensor.tensor_content = np.random.default_rng(i).standard_normal(shape, np.float32).tobytes()
+            tensor.tensor_content = (
+                np.random.default_rng(i).standard_normal(shape, np.float32).tobytes()
+            )
         if name.endswith('/beta'):
-            node = graph.node.add(name=name.removesuffix('/beta'), op='BatchNormWithGlobalNormalization')
+            node = graph.node.add(
+                name=name.removesuffix('/beta'), op='BatchNormWithGlobalNormalization'
+            )
             node.attr['scale_after_normalization'].b = scaled
             node.attr['variance_epsilon'].f = epsilon
     return graph
@@ -172,8 +197,13 @@ def test_all_faults_of_a_graph_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         inception_weights.load_graph_def(write(tmp_path, graph))
     message = str(caught.value)
-    assert '2 missing: mixed_6/conv/batchnorm/beta, softmax/weights' in message and '\n' not in message
-    assert '1 misshapen: conv_1/conv2d_params of shape (3, 3, 32, 33) instead of (3, 3, 32, 32)' in message
+    assert (
+        '2 missing: mixed_6/conv/batchnorm/beta, softmax/weights' in message and '\n' not in message
+    )
+    assert (
+        '1 misshapen: conv_1/conv2d_params of shape (3, 3, 32, 33) instead of (3, 3, 32, 32)'
+        in message
+    )
     assert '1 unexpected: mixed_11/conv/batchnorm/gamma' in message
 
 
@@ -184,8 +214,14 @@ def test_all_faults_of_torch_tensors_are_named_at_once():
     with pytest.raises(UserError) as caught:
         inception_weights.from_torch(tensors)
     message = str(caught.value)
-    assert 'missing: Conv2d_2b_3x3.bn.running_var' in message and 'unexpected: AuxLogits.fc.bias' in message
-    assert 'Mixed_7b.branch3x3_2a.conv.weight of shape (384, 384, 3, 1) instead of (384, 384, 1, 3)' in message
+    assert (
+        'missing: Conv2d_2b_3x3.bn.running_var' in message
+        and 'unexpected: AuxLogits.fc.bias' in message
+    )
+    assert (
+        'Mixed_7b.branch3x3_2a.conv.weight of shape (384, 384, 3, 1) instead of (384, 384, 1, 3)'
+        in message
+    )
 
 
 def test_an_epsilon_of_another_network_is_refused(tmp_path):
@@ -205,7 +241,9 @@ def test_files_that_are_no_graph(tmp_path):
     for content in [b'', b'\x80\x04K\x01.', *damaged]:
         path.write_bytes(content)
         try:
-            inception_weights.load_graph_def(path)  # a changed number within a constant is no fault of the file's form
+            inception_weights.load_graph_def(
+                path
+            )  # a changed number within a constant is no fault of the file's form
         except UserError as error:
             refused += 1
             assert '\n' not in str(error) and len(str(error)) < 3000

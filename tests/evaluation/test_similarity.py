@@ -14,9 +14,13 @@ from tests.conftest import GOLDENS, libraries_promote
 
 @pytest.fixture(scope='module')
 def pair():
-    """Golden LPIPS of the public code and its gradient: (real, fake, distances, gradient for fake), images NHWC."""
+    """Golden LPIPS of the public code and its gradient: (real, fake, distances, gradient for fake),
+    images NHWC.
+    """
     golden = dict(np.load(GOLDENS / 'lpips.npz'))
-    real, fake, gradient = (golden[n].transpose(0, 2, 3, 1) for n in ('real_nchw', 'fake_nchw', 'lpips_dfake'))
+    real, fake, gradient = (
+        golden[n].transpose(0, 2, 3, 1) for n in ('real_nchw', 'fake_nchw', 'lpips_dfake')
+    )
     return real, fake, golden['lpips'].ravel(), gradient
 
 
@@ -27,8 +31,12 @@ def params(lpips_files):
 
 @pytest.fixture(scope='module')
 def measure():
-    """Compiled: (parameters, real, fake) → (distances (B,), gradient of their mean for `fake`), both NumPy."""
-    loss = lambda fake, params, real: (lambda d: (jnp.mean(d), d))(LPIPS().apply({'params': params}, real, fake))
+    """Compiled: (parameters, real, fake) → (distances (B,), gradient of their mean for `fake`),
+    both NumPy.
+    """
+    loss = lambda fake, params, real: (lambda d: (jnp.mean(d), d))(
+        LPIPS().apply({'params': params}, real, fake)
+    )
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def measure(params, real, fake):
@@ -47,7 +55,9 @@ def test_lpips_and_its_gradient(measure, params, pair):
 
 
 def test_lpips_of_pixels_without_features(measure, params, pair):
-    """A stage whose features are all 0 gives nothing: distance and gradient are those of the other stages, not NaN."""
+    """A stage whose features are all 0 gives nothing: distance and gradient are those of the other
+    stages, not NaN.
+    """
     dead = {'conv5_3': params['vgg']['conv5_3'] | {'bias': np.full(512, -1e4, np.float32)}}
     distances, gradient = measure(params | {'vgg': params['vgg'] | dead}, *pair[:2])
     others = measure(params | {'lin4': np.zeros(512, np.float32)}, *pair[:2])
@@ -89,21 +99,30 @@ def test_load_lists_all_faults_at_once(lpips_files):
     ):  # fmt: skip
         assert fault in message, fault
     assert '\n' not in message and 'classifier' not in message
-    with pytest.raises(UserError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'):
+    with pytest.raises(
+        UserError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'
+    ):
         load(*lpips_files[::-1])  # swapped
 
 
 def _write(path, tensors):
     """The tensors as a file of PyTorch's."""
     arrays = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
-    stored = lambda name, a: torch_writer.tensor(torch_writer.storage(name, a.size, 'Float'), a.shape)
+    stored = lambda name, a: torch_writer.tensor(
+        torch_writer.storage(name, a.size, 'Float'), a.shape
+    )
     content = torch_writer.dictionary({name: stored(name, a) for name, a in arrays.items()})
-    path.write_bytes(torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()}))
+    path.write_bytes(
+        torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()})
+    )
     return path
 
 
 def test_read_gives_what_load_gives(lpips_files, params, tmp_path):
-    paths = [_write(tmp_path / name, tensors) for name, tensors in zip(('vgg.pth', 'b.pth'), lpips_files, strict=True)]
+    paths = [
+        _write(tmp_path / name, tensors)
+        for name, tensors in zip(('vgg.pth', 'b.pth'), lpips_files, strict=True)
+    ]
     chex.assert_trees_all_equal(read(*paths), params)
     with pytest.raises(UserError, match='lacks lin0'):
         read(*paths[::-1])
@@ -115,7 +134,10 @@ def test_read_says_where_the_files_come_from(tmp_path):
     no_dict.write_bytes(torch_writer.zip_file(torch_writer.numbers([1, 2])))
     no_file.write_text('weights')
     for paths, missing in (
-        ((None, None), "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth"),
+        (
+            (None, None),
+            "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth",
+        ),
         ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
         ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
     ):
@@ -135,13 +157,17 @@ def test_read_says_where_the_files_come_from(tmp_path):
 
 
 # Made once with scikit-image 0.26.0, for images as (…, 3) float64 with pixels in [0, 255]:
-# structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-# channel_axis=-1) and peak_signal_noise_ratio(a, b, data_range=255)
-BYTES = dict(ssim=(0.8572083717560033, 0.29671012372468325), psnr=(19.6777556318162, 13.324697067515723))
+# structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5,
+# use_sample_covariance=False, channel_axis=-1) and peak_signal_noise_ratio(a, b, data_range=255)
+BYTES = dict(
+    ssim=(0.8572083717560033, 0.29671012372468325), psnr=(19.6777556318162, 13.324697067515723)
+)
 
 
 def _bytes():
-    """Two pairs of images by formula, (2, 40, 33, 3) uint8: waves, dimmed and with little noise, or with much noise."""
+    """Two pairs of images by formula, (2, 40, 33, 3) uint8: waves, dimmed and with little noise, or
+    with much noise.
+    """
     y, x = np.mgrid[:40, :33]
     rng = np.random.RandomState(0)
     a = np.empty((2, 40, 33, 3))
@@ -162,7 +188,9 @@ def test_ssim_and_psnr_against_scikit_image():
 
 
 def test_ssim_against_its_definition():
-    """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels most."""
+    """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels
+    most.
+    """
     a, b = (x[:, :15, :13, :2] for x in _bytes())
     a, b = (np.concatenate([x, 253 + x[:1] // 128]) for x in (a, b))
     offsets = np.arange(11) - 5
@@ -172,7 +200,10 @@ def test_ssim_against_its_definition():
     for k, i, j, c in np.ndindex(3, 5, 3, 2):
         x, y = (image[k, i : i + 11, j : j + 11, c] / 255 for image in (a, b))
         mx, my = np.sum(weights * x), np.sum(weights * y)
-        vx, vy, cov = (np.sum(weights * p * q) for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
+        vx, vy, cov = (
+            np.sum(weights * p * q)
+            for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my))
+        )
         luminance = (2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
         expected[k] += luminance * (2 * cov + 9e-4) / (vx + vy + 9e-4) / (5 * 3 * 2)
     np.testing.assert_allclose(tokenizer.likeness(a, b)[1], expected, rtol=1e-4)
@@ -185,12 +216,16 @@ def test_equal_images():
 
 
 def test_psnr_of_each_image_and_of_all_pixels():
-    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07; all pixels together are below it."""
+    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07; all pixels together are below
+    it.
+    """
     a = np.zeros((2, 11, 11, 1), np.uint8)
     b = a + np.array([51, 5], np.uint8)[:, None, None, None]
     np.testing.assert_allclose(tokenizer.likeness(a, b)[0], (13.9794, 34.1514), rtol=1e-5)
     of_all = tokenizer.psnr(a / 127.5 - 1, b / 127.5 - 1)
-    np.testing.assert_allclose(of_all, 10 * np.log10(4 / np.mean([0.4**2, (10 / 255) ** 2])), rtol=1e-5)
+    np.testing.assert_allclose(
+        of_all, 10 * np.log10(4 / np.mean([0.4**2, (10 / 255) ** 2])), rtol=1e-5
+    )
     assert of_all < 17
 
 

@@ -11,12 +11,18 @@ def test_memorisation_tells_copies_from_new_images():
     train, heldout, new = rng.normal(size=(3, 2000, 4))
     copied = memorisation(train[:300], train, heldout)
     by_hand = np.linalg.norm(heldout[:, None] - train[None], axis=-1).min(1)
-    np.testing.assert_allclose(copied['memorisation/heldout_to_train'], np.median(by_hand), rtol=1e-9)
+    np.testing.assert_allclose(
+        copied['memorisation/heldout_to_train'], np.median(by_hand), rtol=1e-9
+    )
     assert copied['memorisation/nearer_than_5pct_of_heldout'] == 1
     assert copied['memorisation/samples_to_train'] < 1e-6
     fresh = memorisation(new, train, heldout)
-    assert abs(fresh['memorisation/nearer_than_5pct_of_heldout'] - 0.05) < 5 * np.sqrt(2 * 0.05 * 0.95 / 2000)
-    np.testing.assert_allclose(fresh['memorisation/samples_to_train'], fresh['memorisation/heldout_to_train'], rtol=0.1)
+    assert abs(fresh['memorisation/nearer_than_5pct_of_heldout'] - 0.05) < 5 * np.sqrt(
+        2 * 0.05 * 0.95 / 2000
+    )
+    np.testing.assert_allclose(
+        fresh['memorisation/samples_to_train'], fresh['memorisation/heldout_to_train'], rtol=0.1
+    )
 
 
 def test_psnr():

@@ -13,11 +13,21 @@ def test_settings_cover_every_solver_and_can_be_built():
     assert frontier.REFERENCE in found
     assert {options['solver'] for options, _ in found.values()} == set(solvers.SOLVERS)
     assert {scale for _, scale in found.values()} == {1.0, 1.5, 2.0, 3.0, 4.5}
-    assert len({(str(sorted(o.items())), s) for o, s in found.values()}) == len(found)  # no setting twice
-    plans = {name: plan.Options(**options).plan(16).evaluations for name, (options, _) in found.items()}
-    assert plans[frontier.REFERENCE] == 101 and plans['heun 5, guidance 1.5'] == plans['ab2 10, guidance 1.5'] == 10
+    assert len({(str(sorted(o.items())), s) for o, s in found.values()}) == len(
+        found
+    )  # no setting twice
+    plans = {
+        name: plan.Options(**options).plan(16).evaluations for name, (options, _) in found.items()
+    }
+    assert (
+        plans[frontier.REFERENCE] == 101
+        and plans['heun 5, guidance 1.5'] == plans['ab2 10, guidance 1.5'] == 10
+    )
     distilled = frontier.settings((1, 2))
-    assert [plan.Options(**options).plan(16).evaluations for options, _ in distilled.values()] == [1, 2]
+    assert [plan.Options(**options).plan(16).evaluations for options, _ in distilled.values()] == [
+        1,
+        2,
+    ]
 
 
 def _rows():

@@ -17,7 +17,9 @@ def test_path_and_velocity():
 
 
 def _gaussian_velocity(mean, std):
-    """The exact velocity E[z − noise | x_t] for data N(mean, std²): x_t has variance (1−t)² + t²·std²."""
+    """The exact velocity E[z − noise | x_t] for data N(mean, std²): x_t has variance (1−t)² +
+    t²·std².
+    """
 
     def velocity(x, t):
         variance = (1 - t) ** 2 + (t * std) ** 2

@@ -6,16 +6,24 @@ import pytest
 
 from sphere_ar_jax.flow import solvers
 
-# Deterministic solvers, and the bounds of the order that is seen from 256 to 512 steps. DPM-Solver++'s steps beside
-# t = 0 and t = 1, where λ is infinite, are of first order: it comes near 2 only with the logarithm of n.
-DETERMINISTIC = {'euler': (0.9, 1.1), 'heun': (1.8, 2.2), 'ab2': (1.85, 2.2), 'dpmpp_2m': (1.6, 2.1)}
+# Deterministic solvers, and the bounds of the order that is seen from 256 to 512 steps.
+# DPM-Solver++'s steps beside t = 0 and t = 1, where λ is infinite, are of first order: it comes
+# near 2 only with the logarithm of n.
+DETERMINISTIC = {
+    'euler': (0.9, 1.1),
+    'heun': (1.8, 2.2),
+    'ab2': (1.85, 2.2),
+    'dpmpp_2m': (1.6, 2.1),
+}
 MEAN, STD = 0.7, 0.4
 # A mixture of two normal distributions in one dimension: weights, means, standard deviations.
 MIXTURE = np.array([0.3, 0.7]), np.array([-1.5, 1.0]), np.array([0.2, 0.5])
 
 
 def gaussian_velocity(x, t):
-    """The exact velocity E[z − noise | x_t] for data N(MEAN, STD²): x_t has variance (1−t)² + t²·STD²."""
+    """The exact velocity E[z − noise | x_t] for data N(MEAN, STD²): x_t has variance (1−t)² +
+    t²·STD².
+    """
     variance = (1 - t) ** 2 + (t * STD) ** 2
     return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
 
@@ -26,24 +34,32 @@ def mixture_velocity(x, t):
     for weight, mean, std in zip(*MIXTURE, strict=True):
         variance = (1 - t) ** 2 + (t * std) ** 2
         parts.append(mean + (t * std**2 - (1 - t)) / variance * (x - t * mean))
-        logits.append(np.log(weight) - (x - t * mean) ** 2 / (2 * variance) - 0.5 * jnp.log(variance))
+        logits.append(
+            np.log(weight) - (x - t * mean) ** 2 / (2 * variance) - 0.5 * jnp.log(variance)
+        )
     probabilities = jax.nn.softmax(jnp.stack(logits), axis=0)
     return jnp.sum(probabilities * jnp.stack(parts), axis=0)
 
 
 def mixture_flow(x):
-    """Where the mixture's flow takes x: in one dimension it keeps quantiles, by SciPy's normal distributions."""
+    """Where the mixture's flow takes x: in one dimension it keeps quantiles, by SciPy's normal
+    distributions.
+    """
     from scipy import optimize, stats
 
     weights, means, stds = MIXTURE
     cdf = lambda z: float(np.sum(weights * stats.norm.cdf(z, means, stds)))
-    return np.array([optimize.brentq(lambda z, q=q: cdf(z) - q, -20, 20, xtol=1e-14) for q in stats.norm.cdf(x)])
+    return np.array(
+        [optimize.brentq(lambda z, q=q: cdf(z) - q, -20, 20, xtol=1e-14) for q in stats.norm.cdf(x)]
+    )
 
 
 def run(velocity, x, table, noise=None, **options):
     t = jnp.asarray(table.t)
     prepare = lambda index: t[jnp.minimum(index, len(t) - 1)]
-    return np.asarray(solvers.integrate(velocity, x, table.weights, noise, prepare=prepare, **options))
+    return np.asarray(
+        solvers.integrate(velocity, x, table.weights, noise, prepare=prepare, **options)
+    )
 
 
 def run64(velocity, x, table):
@@ -58,14 +74,19 @@ def run64(velocity, x, table):
 @pytest.mark.parametrize('shift', [1.0, 0.5])
 @pytest.mark.parametrize('solver', DETERMINISTIC)
 def test_order_of_convergence(solver, shift):
-    """Against flows known in closed form, halving the steps divides the error by 2 to the order's power."""
+    """Against flows known in closed form, halving the steps divides the error by 2 to the order's
+    power.
+    """
     x = np.linspace(-2, 2, 9)[:, None]
     for velocity, truth in (
         (gaussian_velocity, MEAN + STD * x),
         (mixture_velocity, mixture_flow(x.ravel())[:, None]),
     ):
         with jax.enable_x64(True):
-            error = [np.abs(run64(velocity, x, solvers.table(solver, n, shift)) - truth).max() for n in (256, 512)]
+            error = [
+                np.abs(run64(velocity, x, solvers.table(solver, n, shift)) - truth).max()
+                for n in (256, 512)
+            ]
         low, high = DETERMINISTIC[solver]
         assert low < np.log2(error[0] / error[1]) < high, error
         assert error[1] < (1e-2 if solver == 'euler' else 3e-4)
@@ -79,7 +100,9 @@ def test_the_loop_is_the_definition(solver):
     table, longer = (solvers.table(solver, n, 1.7, **arguments) for n in (7, 12))
     expected = run64(gaussian_velocity, x, table)
     for chunk in (1, 3, len(table.t), 40):
-        np.testing.assert_allclose(run(gaussian_velocity, x, table, chunk=chunk), expected, atol=2e-6)
+        np.testing.assert_allclose(
+            run(gaussian_velocity, x, table, chunk=chunk), expected, atol=2e-6
+        )
     padded, counts = solvers.pad([longer, table])
     assert counts.tolist() == [len(longer.t), len(table.t)]
     for i, truth in enumerate((run64(gaussian_velocity, x, longer), expected)):
@@ -90,7 +113,9 @@ def test_the_loop_is_the_definition(solver):
 def _padded(padded, counts, i, x):
     t, weights = jnp.asarray(padded.t)[i], jnp.asarray(padded.weights)[i]
     prepare = lambda index: t[jnp.minimum(index, len(t) - 1)]
-    return solvers.integrate(gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5)
+    return solvers.integrate(
+        gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5
+    )
 
 
 def test_two_lines_of_dpm_solver():
@@ -109,7 +134,9 @@ def test_two_lines_of_dpm_solver():
 
 @pytest.mark.parametrize('noise_scale', [0.3, 1.0, 2.0])
 def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
-    """Whatever the scale of the noise: mean and standard deviation of the stationary law, here of the data."""
+    """Whatever the scale of the noise: mean and standard deviation of the stationary law, here of
+    the data.
+    """
     n = 40_000
     table = solvers.table('euler_maruyama', 200, noise_scale=noise_scale)
     draws = jax.random.normal(jax.random.key(0), (201, n, 1))
@@ -117,14 +144,17 @@ def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
     assert abs(x.mean() - MEAN) < 5 * STD / np.sqrt(n) + 2e-3
     assert abs(x.std() / STD - 1) < 0.02
     start = np.asarray(draws[0]).ravel()
-    kept = np.corrcoef(start, x.ravel())[0, 1]  # the flow without noise keeps all, dx = −γx near t = 0 forgets
+    kept = np.corrcoef(start, x.ravel())[
+        0, 1
+    ]  # the flow without noise keeps all, dx = −γx near t = 0 forgets
     assert kept < np.exp(-0.8 * noise_scale)
 
 
 @pytest.mark.parametrize('noise_scale', [0.5, 1.0, 2.0])
 def test_euler_maruyama_is_of_weak_order_one(noise_scale):
-    """Between normal distributions every step is affine in x: the mean and variance of its law follow without sampling,
-    and their errors halve with the steps."""
+    """Between normal distributions every step is affine in x: the mean and variance of its law
+    follow without sampling, and their errors halve with the steps.
+    """
 
     def moments(n):
         table = solvers.table('euler_maruyama', n, noise_scale=noise_scale, last_step=1 / n)
@@ -142,7 +172,9 @@ def test_euler_maruyama_is_of_weak_order_one(noise_scale):
 
 @pytest.mark.parametrize('shift', [1.0, 0.5])
 def test_euler_maruyama_has_the_law_of_a_mixture(shift):
-    """On equal and on warped grids: the largest distance to the mixture's distribution function, as Kolmogorov's."""
+    """On equal and on warped grids: the largest distance to the mixture's distribution function, as
+    Kolmogorov's.
+    """
     from scipy import stats
 
     n = 20_000
@@ -157,17 +189,23 @@ def test_euler_maruyama_has_the_law_of_a_mixture(shift):
 
 
 def test_published_euler_maruyama():
-    """One noisy step and the last one against the published formulas, and the times of the published sampler."""
+    """One noisy step and the last one against the published formulas, and the times of the
+    published sampler.
+    """
     table = solvers.table('euler_maruyama', 100)
     chex.assert_shape(table.weights, (101, 2, 4))
     np.testing.assert_allclose(table.t[:-1], np.arange(100) * 0.0096, atol=1e-6)
-    np.testing.assert_allclose([table.t[-1], table.h[-1], table.h.sum()], [0.96, 0.04, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        [table.t[-1], table.h[-1], table.h.sum()], [0.96, 0.04, 1], rtol=1e-6
+    )
     x, v, eps = (np.random.default_rng(i).normal(size=5).astype(np.float32) for i in range(3))
     t, h = table.t[60], table.h[60]
     score = (t * v - x) / (1 - t)  # ∇log p_t, since t(1−t) + (1−t)² = 1 − t
     drift = v + (1 - t) * score
     expected = x + drift * h + np.sqrt(2 * (1 - t) * h) * eps
-    np.testing.assert_allclose(table.weights[60, 0] @ [x, 0 * x, v, eps], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        table.weights[60, 0] @ [x, 0 * x, v, eps], expected, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(table.weights[100, 0] @ [x, 0 * x, v, eps], x + 0.04 * v, rtol=1e-6)
     assert solvers.is_stochastic(table) and not solvers.is_stochastic(solvers.table('heun', 3))
 
@@ -178,7 +216,9 @@ def test_grids():
         times = solvers.grid(8, shift)
         assert times[0] == 0 and times[-1] == 1 and (np.diff(times) > 0).all()
         np.testing.assert_allclose(times[4], 1 / (1 + shift))
-        noise = 1 - solvers.grid(8)  # the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ)
+        noise = 1 - solvers.grid(
+            8
+        )  # the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ)
         np.testing.assert_allclose(1 - times, shift * noise / (1 + (shift - 1) * noise))
     assert np.diff(solvers.grid(8, 3.0))[0] < 1 / 8 < np.diff(solvers.grid(8, 3.0))[-1]
 

@@ -35,18 +35,27 @@ def _refused(tmp_path, data, message):
 
 @pytest.mark.parametrize('name', FILES)
 def test_files_of_pytorch_read_as_pytorch_reads_them(name):
-    """Every dtype, stride and kind of value, in both containers, against what PyTorch wrote beside them."""
+    """Every dtype, stride and kind of value, in both containers, against what PyTorch wrote beside
+    them.
+    """
     tree = torch_file.open_file(GOLDENS / name)
     truth = dict(np.load(GOLDENS / 'torch_files.npz'))
     state = tree['optimizer']['state']
     flat = {key: value for key, value in tree.items() if isinstance(value, torch_file.Tensor)}
     flat |= {f'model/{key}': value for key, value in tree['model'].items()}
-    flat |= {f'optimizer/{i}/{key}': value for i, slots in state.items() for key, value in slots.items()}
+    flat |= {
+        f'optimizer/{i}/{key}': value for i, slots in state.items() for key, value in slots.items()
+    }
     assert set(flat) == set(truth) and len(truth) == 12 + 10 + 9 + 1 + 6 * 3
     for key, tensor in flat.items():
         want = truth[key].astype(ml_dtypes.bfloat16) if key == 'bfloat16' else truth[key]
         got = np.asarray(tensor)
-        assert (got.dtype, tensor.dtype, tensor.shape, got.shape) == (want.dtype, want.dtype, want.shape, want.shape)
+        assert (got.dtype, tensor.dtype, tensor.shape, got.shape) == (
+            want.dtype,
+            want.dtype,
+            want.shape,
+            want.shape,
+        )
         assert got.flags.c_contiguous and got.flags.writeable
         np.testing.assert_array_equal(got, want, err_msg=key)
         assert np.asarray(tensor, np.complex64).dtype == np.complex64
@@ -64,14 +73,19 @@ def test_files_of_pytorch_read_as_pytorch_reads_them(name):
 
 
 def test_opening_reads_no_tensor(tmp_path, monkeypatch):
-    """Only a tensor that is asked for is read, and only its part of the storage once that has been verified."""
+    """Only a tensor that is asked for is read, and only its part of the storage once that has been
+    verified.
+    """
     counts = []
     fromfile = np.fromfile
     monkeypatch.setattr(np, 'fromfile', lambda path, dtype, count, **k: counts.append(count) or fromfile(path, dtype, count, **k))  # fmt: skip  # noqa: E501
     value = w.dictionary({'a': w.tensor(w.storage('0', 9000), (2, 3), (3, 1), 7)})
     for data, want in (
         (w.zip_file(value, {'0': np.arange(9000, dtype=np.float16).tobytes()}), [18000, 12, 12]),
-        (w.stream_file(value, {'0': (9000, np.arange(9000, dtype=np.float16).tobytes())}), [12, 12]),
+        (
+            w.stream_file(value, {'0': (9000, np.arange(9000, dtype=np.float16).tobytes())}),
+            [12, 12],
+        ),
     ):
         tree = _open(tmp_path, data)
         assert sum(counts) < 300
@@ -98,7 +112,10 @@ def test_damage_of_numbers_is_told_by_the_checksum(tmp_path):
 
 def test_a_file_that_shrinks_is_told(tmp_path):
     tree = _open(
-        tmp_path, w.stream_file(w.dictionary({'a': w.tensor(w.storage('0', 4), (4,))}), {'0': (4, b'ABCDEFGH')})
+        tmp_path,
+        w.stream_file(
+            w.dictionary({'a': w.tensor(w.storage('0', 4), (4,))}), {'0': (4, b'ABCDEFGH')}
+        ),
     )
     os.truncate(tmp_path / 'file.pt', 20)
     with pytest.raises(UserError, match='has become shorter'):
@@ -106,12 +123,16 @@ def test_a_file_that_shrinks_is_told(tmp_path):
 
 
 def test_old_ways_of_pickling_read(tmp_path):
-    """As Python 2 and PyTorch before 0.4 wrote: short strings, pairs in an OrderedDict, Parameter with a state."""
+    """As Python 2 and PyTorch before 0.4 wrote: short strings, pairs in an OrderedDict, Parameter
+    with a state.
+    """
     one = w.tensor(w.storage('0', 4), (2, 2)).replace(b'_v2', b'').replace(b'\x89Nt', b't')
     parameter = w.name('torch.nn.parameter', 'Parameter') + one + b'\x85\x81(\x88\x89Ntb'
     pairs = b'](](U\x06weight' + parameter + b'e](U\x04bias' + one + b'ee'
     value = w.name('collections', 'OrderedDict') + pairs + b'\x85R'
-    tree = _open(tmp_path, w.stream_file(value, {'0': (4, np.arange(4, dtype=np.float16).tobytes())}))
+    tree = _open(
+        tmp_path, w.stream_file(value, {'0': (4, np.arange(4, dtype=np.float16).tobytes())})
+    )
     assert list(tree) == ['weight', 'bias']
     for tensor in tree.values():
         np.testing.assert_array_equal(tensor, [[0, 1], [2, 3]])
@@ -127,9 +148,18 @@ def test_other_files_are_refused_by_name(tmp_path):
         (b'\x80\x02K\x01.', 'it is no file of PyTorch'),
         (bytes(257) + b'ustar' + bytes(300), 'it is a tar file, of PyTorch 0.1'),
         (w.zip_file(value, raw, {'constants.pkl': b''}), 'it is a TorchScript archive'),
-        (w.zip_file(value, raw, {'byteorder': b'big'}), "its byte order is b'big': only little-endian"),
-        (stream.replace(w.SYSTEM, w.SYSTEM.replace(b'\x88', b'\x89')), 'its byte order is big-endian'),
-        (w.zip_file(value, raw).replace(b'data.pkl', b'data.xyz'), 'it is a zip file, but none that PyTorch saved'),
+        (
+            w.zip_file(value, raw, {'byteorder': b'big'}),
+            "its byte order is b'big': only little-endian",
+        ),
+        (
+            stream.replace(w.SYSTEM, w.SYSTEM.replace(b'\x88', b'\x89')),
+            'its byte order is big-endian',
+        ),
+        (
+            w.zip_file(value, raw).replace(b'data.pkl', b'data.xyz'),
+            'it is a zip file, but none that PyTorch saved',
+        ),
         (stream + b'x', 'it has more bytes than its storages'),
         (stream[:-12], "it is cut off within storage '1'"),
         (stream[:-1], 'does not have the size'),
@@ -158,14 +188,26 @@ def test_zips_that_lie_are_refused_by_name(tmp_path):
         return data[:where] + number.to_bytes(size, 'little') + data[where + size :]
 
     for lie, message in (
-        (changed(at + 24, 11), "member 'archive/data/1' does not have the size that the directory says"),
+        (
+            changed(at + 24, 11),
+            "member 'archive/data/1' does not have the size that the directory says",
+        ),
         (changed(at + 20, 2**31), "'archive/data/1' does not have the size"),
-        (changed(at + 42, int.from_bytes(data[at - 18 : at - 14], 'little')), 'overlaps another|is not where'),
+        (
+            changed(at + 42, int.from_bytes(data[at - 18 : at - 14], 'little')),
+            'overlaps another|is not where',
+        ),
         (changed(at + 42, directory + 5), 'overlaps another or the directory'),
         (changed(at + 10, 8, 2), "member 'archive/data/1' is compressed"),
         (changed(at + 8, 1, 2), "member 'archive/data/1' is compressed"),
-        (data[: at + 46] + b'archive/data/9' + data[at + 60 :], "member 'archive/data/9' is not where"),
-        (data.replace(b'archive/data/1', b'archive/data/0'), "member 'archive/data/0' is there twice"),
+        (
+            data[: at + 46] + b'archive/data/9' + data[at + 60 :],
+            "member 'archive/data/9' is not where",
+        ),
+        (
+            data.replace(b'archive/data/1', b'archive/data/0'),
+            "member 'archive/data/0' is there twice",
+        ),
         (data.replace(b'archive/data/1', b'../../../../..'), "it lacks storage '1'"),
         (data[:-5], 'it is a damaged zip file'),
     ):
@@ -185,12 +227,23 @@ def test_ten_thousand_mutated_files_are_read_right_or_refused():
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         command = [sys.executable, '-m', 'tests.fuzz_torch_file', str(count), '0', directory]
         run = subprocess.run(
-            command, cwd=GOLDENS.parent.parent, capture_output=True, text=True, timeout=3000, check=True
+            command,
+            cwd=GOLDENS.parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=3000,
+            check=True,
         )
     found = json.loads(run.stdout)
     assert (found['bad'], found['events']) == ([], [])
     results = found['results']
     assert results['hostile'].keys() == {'refused'}
     assert sum(sum(outcomes.values()) for outcomes in results.values()) >= count + len(fuzz.HOSTILE)
-    for what in ('bytes of zip', 'bytes of stream', 'directory', 'members', 'pickle'):  # the mutations do something
+    for what in (
+        'bytes of zip',
+        'bytes of stream',
+        'directory',
+        'members',
+        'pickle',
+    ):  # the mutations do something
         assert min(results[what]['read'], results[what]['refused']) > 20, (what, results[what])

@@ -32,9 +32,13 @@ def _abstract(model):
 
 @pytest.mark.parametrize('name', ['vae', 'SphereAR_B', 'SphereAR_L', 'SphereAR_H'])
 def test_full_size_names_and_sizes_are_the_published_ones(name):
-    """Every tensor of the published key lists, and none else; the sizes that they tell build those very models."""
+    """Every tensor of the published key lists, and none else; the sizes that they tell build those
+    very models.
+    """
     tensors = _published(name)
-    sizes = torch_sizes.sizes(tensors, argparse.Namespace(image_size=256, latent_dim=16, num_classes=1000, lr=3e-4))
+    sizes = torch_sizes.sizes(
+        tensors, argparse.Namespace(image_size=256, latent_dim=16, num_classes=1000, lr=3e-4)
+    )
     cfg = schema.default()
     cfg.vae.update(sizes.vae)
     ours = torch_names.torch_shapes(_abstract(build.build_vae(cfg)))
@@ -53,7 +57,9 @@ def test_sizes_of_the_golden_model(torch_tensors, tiny_ar, tiny_vae):
     args = torch_file.open_file(GOLDENS / 'tiny.pt')['args']
     sizes = torch_sizes.sizes(torch_tensors, args, heads=2)
     assert vae.s_vae(**sizes.vae) == tiny_vae[0]
-    shared = dict(grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'], num_classes=sizes.num_classes)
+    shared = dict(
+        grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'], num_classes=sizes.num_classes
+    )
     assert ar.sphere_ar(**sizes.ar, **shared) == tiny_ar[0] and sizes.name is None
     assert torch_sizes.sizes(torch_tensors).ar['heads'] == 1  # 64 wide
 
@@ -61,17 +67,37 @@ def test_sizes_of_the_golden_model(torch_tensors, tiny_ar, tiny_vae):
 def test_sizes_that_disagree_are_refused(torch_tensors):
     wide = jax.ShapeDtypeStruct((20, 16, 2), np.float32)
     for tensors, args, message in (
-        (torch_tensors, dict(latent_dim=16), 'latent dimensions disagree: 8 by vae.post_quant_proj.weight, 16 by args'),
+        (
+            torch_tensors,
+            dict(latent_dim=16),
+            'latent dimensions disagree: 8 by vae.post_quant_proj.weight, 16 by args',
+        ),
         (torch_tensors, dict(image_size=128), 'numbers of tokens disagree'),
         (torch_tensors, dict(num_classes=9), 'numbers of classes disagree'),
         (torch_tensors, dict(cls_token_num=5), 'numbers of class tokens disagree'),
-        (torch_tensors, dict(model='SphereAR-B'), 'models disagree: none that was published by shapes, B by args'),
-        (_published('SphereAR_B'), dict(model='SphereAR-L'), 'models disagree: B by shapes, L by args'),
-        (torch_tensors | {'vae.encoder.freqs_cis': wide}, {}, 'head dimensions disagree: 32 by vae.encoder'),
+        (
+            torch_tensors,
+            dict(model='SphereAR-B'),
+            'models disagree: none that was published by shapes, B by args',
+        ),
+        (
+            _published('SphereAR_B'),
+            dict(model='SphereAR-L'),
+            'models disagree: B by shapes, L by args',
+        ),
+        (
+            torch_tensors | {'vae.encoder.freqs_cis': wide},
+            {},
+            'head dimensions disagree: 32 by vae.encoder',
+        ),
         (torch_tensors | {'proj_in.weight': np.zeros(64)}, {}, r'proj_in.weight has shape \(64,\)'),
         ({'vae.x': np.zeros(3)}, {}, 'it has 0 modules vae.encoder.patchify'),
         ({'fc.weight': np.zeros(3)}, {}, 'no tensor vae.…, but fc.weight'),
-        ({k: v for k, v in torch_tensors.items() if k != 'proj_in.weight'}, {}, 'it lacks proj_in.weight'),
+        (
+            {k: v for k, v in torch_tensors.items() if k != 'proj_in.weight'},
+            {},
+            'it lacks proj_in.weight',
+        ),
         (torch_tensors | {'layers.5000.x': np.zeros(1)}, {}, 'it has 5001 modules layers'),
     ):
         with pytest.raises(UserError, match=message):
@@ -83,7 +109,9 @@ def test_sizes_that_disagree_are_refused(torch_tensors):
 
 
 def test_a_tokenizer_alone_needs_to_say_its_grid(torch_tensors):
-    tensors = {k: v for k, v in torch_tensors.items() if k.startswith('vae.') and 'freqs_cis' not in k}
+    tensors = {
+        k: v for k, v in torch_tensors.items() if k.startswith('vae.') and 'freqs_cis' not in k
+    }
     with pytest.raises(UserError, match='the grid of tokens cannot be told'):
         torch_sizes.sizes(tensors)
     assert torch_sizes.sizes(tensors, argparse.Namespace(image_size=64)).vae['grid'] == (4, 4)
@@ -97,8 +125,14 @@ def test_state_dict_picks_and_strips(torch_tensors):
     assert torch_sizes.state_dict({'model': {'x': a}, 'ema': None})['x'] is a
     assert list(torch_sizes.state_dict({'module.x.module.y': a})) == ['x.module.y']
     for tree, message in (
-        ({'weights': {'x': a}, 'epoch': 3}, "the file has the keys 'weights', 'epoch': expected ema, model or tensors"),
-        ({'model': {'x': a, 'step': 3}}, "its entry model has the keys 'x', 'step': expected tensors alone"),
+        (
+            {'weights': {'x': a}, 'epoch': 3},
+            "the file has the keys 'weights', 'epoch': expected ema, model or tensors",
+        ),
+        (
+            {'model': {'x': a, 'step': 3}},
+            "its entry model has the keys 'x', 'step': expected tensors alone",
+        ),
         ({'model': [3]}, 'its entry model is a list: expected tensors alone'),
         (a, 'the file is a ndarray: expected ema, model'),
         ({}, 'the file is a dict: expected ema, model'),
@@ -115,22 +149,30 @@ def test_conversion_round_trip(torch_tensors, tiny_ar, tiny_vae):
     back = torch_names.to_torch(tiny_ar[1]) | torch_names.to_torch(tiny_vae[1])
     assert set(back) == {name for name in torch_tensors if 'freqs_cis' not in name}
     for name, tensor in back.items():
-        np.testing.assert_array_equal(tensor, np.asarray(torch_tensors[name], np.float32), err_msg=name)
+        np.testing.assert_array_equal(
+            tensor, np.asarray(torch_tensors[name], np.float32), err_msg=name
+        )
 
 
 def test_export_is_what_was_read(torch_tensors, tiny_ar, tiny_vae, tmp_path):
-    """Every public tensor, float32, without change; the RoPE tables, computed here, within rounding."""
+    """Every public tensor, float32, without change; the RoPE tables, computed here, within
+    rounding.
+    """
     torch_names.export(tmp_path / 'all.safetensors', *tiny_vae, tiny_ar[1])
     written = safetensors.numpy.load_file(tmp_path / 'all.safetensors')
     assert set(written) == set(torch_tensors)
     for name, tensor in written.items():
         assert tensor.dtype == np.float32
         close = dict(atol=1e-6) if 'freqs_cis' in name else dict(rtol=0, atol=0)
-        np.testing.assert_allclose(tensor, np.asarray(torch_tensors[name], np.float32), **close, err_msg=name)
+        np.testing.assert_allclose(
+            tensor, np.asarray(torch_tensors[name], np.float32), **close, err_msg=name
+        )
     again = torch_names.from_torch(written, tiny_ar[1])
     jax.tree.map(np.testing.assert_array_equal, again, tiny_ar[1])
     torch_names.export(tmp_path / 'vae.safetensors', *tiny_vae)
-    assert set(safetensors.numpy.load_file(tmp_path / 'vae.safetensors')) == {n for n in written if n[:4] == 'vae.'}
+    assert set(safetensors.numpy.load_file(tmp_path / 'vae.safetensors')) == {
+        n for n in written if n[:4] == 'vae.'
+    }
     with pytest.raises(UserError, match='head/span1/kernel has no PyTorch name'):
         torch_names.to_torch({'head': {'span1': {'kernel': np.zeros((2, 2))}}})
 
@@ -156,7 +198,8 @@ def test_all_that_does_not_fit_is_listed_at_once(torch_tensors, tiny_ar, tiny_va
         torch_names.from_torch(torch_tensors | {'vae.more': np.zeros(1)}, _abstract(tiny_vae[0]))
 
 
-# Reads a file as `main` would, and says how much memory that took at its peak and how much the parameters take.
+# Reads a file as `main` would, and says how much memory that took at its peak and how much the
+# parameters take.
 _READ = """
 import sys
 import jax
@@ -179,19 +222,26 @@ print(peak, sum(a.nbytes for a in jax.tree.leaves(params)), last[7, 3], sizes.na
 
 @pytest.mark.slow
 def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path):
-    """SphereAR-H with EMA, fp16, 4.1 GB: within the float32 parameters + 1 GB, Python and JAX included."""
+    """SphereAR-H with EMA, fp16, 4.1 GB: within the float32 parameters + 1 GB, Python and JAX
+    included.
+    """
     from tests import torch_writer as w
 
     shapes = json.loads((KEYS / 'SphereAR_H.json').read_text())
     noise = np.random.default_rng(0).normal(size=2**25).astype(np.float16)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     entry = lambda e: w.dictionary(
-        {name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape) for i, (name, shape) in enumerate(shapes.items())}
+        {
+            name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
     )
     storages = {f'{e}{i}': (e, n) for e in 'me' for i, n in enumerate(sizes.values())}
 
     def write(archive, name, data):
-        archive.writestr(name, data if isinstance(data, bytes) else noise[data[0] == 'e' :][: data[1]].tobytes())
+        archive.writestr(
+            name, data if isinstance(data, bytes) else noise[data[0] == 'e' :][: data[1]].tobytes()
+        )
 
     path = pathlib.Path(tmp_path / 'H.pt')
     try:
@@ -200,12 +250,19 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
         assert path.stat().st_size > 4e9
         env = os.environ | {'PYTHONPATH': str(GOLDENS.parent.parent)}
         out = subprocess.run(
-            [sys.executable, '-c', _READ, path], env=env, capture_output=True, text=True, timeout=3000, check=True
+            [sys.executable, '-c', _READ, path],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=3000,
+            check=True,
         )
     finally:
         path.unlink(missing_ok=True)
     peak, params, last, name = out.stdout.split()
     print(f'peak {int(peak) / 1e9:.2f} GB, parameters {int(params) / 1e9:.2f} GB')
     assert name == 'H' and int(params) == 4 * (943_854_096 + 75_393_297)
-    assert float(last) == noise[1 + 3 * 3584 + 7]  # of `ema`; (out, in) = (1280, 3584), ours transposed
+    assert (
+        float(last) == noise[1 + 3 * 3584 + 7]
+    )  # of `ema`; (out, in) = (1280, 3584), ours transposed
     assert int(peak) < int(params) + 1e9

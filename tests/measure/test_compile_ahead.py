@@ -1,4 +1,5 @@
-"""Compiling ahead of time: the reader of programs against programs whose numbers are known, and the job on CPUs.
+"""Compiling ahead of time: the reader of programs against programs whose numbers are known, and the
+job on CPUs.
 
 With libtpu installed the slow tests compile for real TPUs.
 """
@@ -32,8 +33,8 @@ from tests.conftest import forced_devices, libraries_promote
 ROOT = pathlib.Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
 
-# Every kind of collective, in a loop of 5, at the top, in a fusion, in halves, and in two fusions; one array lies in a
-# TPU's own memory.
+# Every kind of collective, in a loop of 5, at the top, in a fusion, in halves, and in two fusions;
+# one array lies in a TPU's own memory.
 HLO = """
 HloModule hand, num_partitions=8
 
@@ -119,7 +120,9 @@ ENTRY %main (x.1: f32[128], all.1: f32[5,128], y.1: bf16[100], s.1: f32[64]) -> 
 
 
 def test_collectives_by_hand():
-    """Ring algorithms: an all-reduce of n devices sends 2(n − 1)/n of its bytes, a gather (n − 1)/n of its result."""
+    """Ring algorithms: an all-reduce of n devices sends 2(n − 1)/n of its bytes, a gather (n − 1)/n
+    of its result.
+    """
     program = hlo.Program(HLO)
     assert program.devices == 8 and program.open_loops == 0
     assert program.collectives() == {
@@ -131,7 +134,9 @@ def test_collectives_by_hand():
 
 
 def test_memory_traffic_by_hand():
-    """A slice reads what it takes; what lies in a chip's own memory costs nothing; loops count as often as they run."""
+    """A slice reads what it takes; what lies in a chip's own memory costs nothing; loops count as
+    often as they run.
+    """
     loop = 5 * ((512 + 512 + 4) + (512 + 512) + 3 * 4) + 6 * (4 + 4 + 1)
     once = (512 + 4096) + 512 + 2 * (256 + 2048) + 2 * 256 + (256 + 64)
     assert hlo.Program(HLO).memory_traffic() == loop + once
@@ -147,18 +152,36 @@ def test_loops_of_open_length():
 
 
 def test_unsplit_by_hand():
-    """A batch of 2·3·7 images, of 5 numbers each, on 2 × 3 devices: a device's own array has 35 numbers."""
-    array = lambda shape: hlo.Program(HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)'))
+    """A batch of 2·3·7 images, of 5 numbers each, on 2 × 3 devices: a device's own array has 35
+    numbers.
+    """
+    array = lambda shape: hlo.Program(
+        HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)')
+    )
     find = lambda shape: hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
     assert find('7,5') == find('35,1') == find('5,42000') == find('6,34') == find('128,1') == []
-    for shape in ('42,5', '5,42', '1,210', '21,5', '14,5'):  # whole, whole, whole, and along one axis
+    for shape in (
+        '42,5',
+        '5,42',
+        '1,210',
+        '21,5',
+        '14,5',
+    ):  # whole, whole, whole, and along one axis
         ((size, text, opcode, _),) = find(shape)
-        assert (size, text, opcode) == (4 * np.prod([int(n) for n in shape.split(',')]), f'f32[{shape}]', 'all-reduce')
+        assert (size, text, opcode) == (
+            4 * np.prod([int(n) for n in shape.split(',')]),
+            f'f32[{shape}]',
+            'all-reduce',
+        )
     both = {
         (42, 5),
         (42, 5, 6),
     }  # 6 times as many numbers: their number does not tell whose array it is, its shape does
-    assert hlo.unsplit(array('210,1'), both, 42, 2, 3) == [] != hlo.unsplit(array('42,5'), both, 42, 2, 3)
+    assert (
+        hlo.unsplit(array('210,1'), both, 42, 2, 3)
+        == []
+        != hlo.unsplit(array('42,5'), both, 42, 2, 3)
+    )
 
 
 def _read(function, *arguments):
@@ -194,9 +217,15 @@ def test_slices_have_two_names():
         assert (piece.name, piece.topology, piece.chips) == ('v6e-256', 'v6e:16x16', 256)
     for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16),
                                   ('v5litepod-16', 'v5e:4x4', 16)):  # fmt: skip
-        assert (devices.find_slice(text).topology, devices.find_slice(text).chips) == (topology, count)
+        assert (devices.find_slice(text).topology, devices.find_slice(text).chips) == (
+            topology,
+            count,
+        )
     for chip in devices.CHIPS.values():
-        assert all(count == np.prod([int(n) for n in shape.split('x')]) for count, shape in chip.shapes.items())
+        assert all(
+            count == np.prod([int(n) for n in shape.split('x')])
+            for count, shape in chip.shapes.items()
+        )
     for text, known in (('v6e-255', r'there are v6e-1 \(v6e:1x1\)'), ('v5p:2x2', 'v5p-8'), ('v9', 'known are v4'),
                         ('', 'known are v4')):  # fmt: skip
         with pytest.raises(ValueError, match=known):
@@ -214,7 +243,9 @@ def test_what_does_not_fit_is_read():
 
     lowered = types.SimpleNamespace(compile=compile)
     work = programs.Work('x', types.SimpleNamespace(lower=lambda: lowered), (), {}, 1, 1, 1)
-    with pytest.raises(compile_ahead.OutOfMemoryError, match=r'159\.6 GiB needed, 31\.2 GiB there') as error:
+    with pytest.raises(
+        compile_ahead.OutOfMemoryError, match=r'159\.6 GiB needed, 31\.2 GiB there'
+    ) as error:
         compile_ahead.compile_work(work)
     assert error.value.needed == pytest.approx(159.64 * 2**30)
     said = 'RESOURCE_EXHAUSTED: no numbers'
@@ -225,20 +256,27 @@ def test_what_does_not_fit_is_read():
 
 @libraries_promote()
 def test_operations_of_the_sampler():
-    """Counted from its parts, they are those of the whole sampler with the solver's loop written out."""
+    """Counted from its parts, they are those of the whole sampler with the solver's loop written
+    out.
+    """
     cfg = tiny_config.get_config()
     cfg.ar.update(head_depth=4, head_groups=2)
     cfg.sampling.update(num_steps=3)
     ar, _ = unstacked(build.build_ar(cfg), {})
     options = build.build_sampler(cfg).options
-    params = jax.eval_shape(lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0)
+    )
 
     def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk):
         state = x, jnp.zeros_like(x)
         for i in range(len(weights)):
             prepared = jax.tree.map(lambda a: a[0], prepare(jnp.array([i])))
             state = solvers.step(
-                weights[i], *state, velocity(state[0], prepared), *(() if noise is None else noise[:1])
+                weights[i],
+                *state,
+                velocity(state[0], prepared),
+                *(() if noise is None else noise[:1]),
             )
         return state[0]
 
@@ -261,7 +299,11 @@ def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     """All of it but the TPU: one CPU device in place of a v6e-1. Its numbers are the compiler's."""
     _fake(monkeypatch)
     compiled, compile_work = [], compile_ahead.compile_work
-    monkeypatch.setattr(compile_ahead, 'compile_work', lambda work: compiled.append(compile_work(work)) or compiled[-1])
+    monkeypatch.setattr(
+        compile_ahead,
+        'compile_work',
+        lambda work: compiled.append(compile_work(work)) or compiled[-1],
+    )
     cfg = tiny_config.get_config()
     cfg.tokenizer, cfg.ar.remat = '/somewhere', True
     results = compile_ahead.run(cfg, 'v6e-1', output=str(tmp_path / 'all.json'))
@@ -271,25 +313,46 @@ def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     ar, _, decode, _ = results
     analysis = compiled[0][0].memory_analysis()
     assert ar['memory']['temporaries'] == analysis.temp_size_in_bytes
-    whole = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    whole = (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+    )
     assert whole <= ar['total_bytes'] <= whole + analysis.output_size_in_bytes
     n = costs.tree_bytes(jax.eval_shape(build.build_ar(cfg).init_params, jax.random.key(0)))
-    assert ar['memory']['params'] == ar['memory']['ema'] == n and 2 * n <= ar['memory']['opt_state'] < 2 * n + 64
+    assert (
+        ar['memory']['params'] == ar['memory']['ema'] == n
+        and 2 * n <= ar['memory']['opt_state'] < 2 * n + 64
+    )
     assert ar['flops_computed'] > ar['flops'] and decode['flops_computed'] == decode['flops']
     s = ar['seconds']
-    assert s['compute'] == ar['flops_computed'] / 918e12 and s['hbm'] == ar['hbm_bytes'] / 1640e9 and s['ici'] == 0
+    assert (
+        s['compute'] == ar['flops_computed'] / 918e12
+        and s['hbm'] == ar['hbm_bytes'] / 1640e9
+        and s['ici'] == 0
+    )
     assert ar['least_seconds'] == max(s.values()) and ar['days'] == ar['least_seconds'] * 6 / 86400
     out = capsys.readouterr().out
-    assert 'ar step, v6e-1 (1 device), 16 images, float32' in out and '| ar step | v6e-1 | 16 | yes |' in out
+    assert (
+        'ar step, v6e-1 (1 device), 16 images, float32' in out
+        and '| ar step | v6e-1 | 16 | yes |' in out
+    )
     assert 'more, recomputed' in out and "no device has anything of another one's images" in out
     assert 'images a second and device at most' in out
 
 
 def test_programs_are_compiled_anew_each_time(tmp_path):
-    """From JAX's cache they would come without text; nor are they kept there, which others are again afterwards."""
+    """From JAX's cache they would come without text; nor are they kept there, which others are
+    again afterwards.
+    """
     cached = lambda: sorted(path.name for path in tmp_path.glob('*-cache'))
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    work = programs.Work('x', jax.jit(lambda x: x @ x), (jax.ShapeDtypeStruct((5, 5), jnp.float32),), {}, 1, 1, 1)
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    work = programs.Work(
+        'x', jax.jit(lambda x: x @ x), (jax.ShapeDtypeStruct((5, 5), jnp.float32),), {}, 1, 1, 1
+    )
     try:
         jax.config.update('jax_compilation_cache_dir', str(tmp_path))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -312,8 +375,12 @@ def test_programs_are_compiled_anew_each_time(tmp_path):
 def test_a_remedy_is_tried(monkeypatch, capsys):
     """What does not fit until it has remat and two pieces gets both."""
     _fake(monkeypatch)
-    sizes = dict.fromkeys(('argument', 'output', 'alias', 'generated_code'), 0) | {'temp': 3 * 2**30}
-    analysis = types.SimpleNamespace(**{f'{name}_size_in_bytes': size for name, size in sizes.items()})
+    sizes = dict.fromkeys(('argument', 'output', 'alias', 'generated_code'), 0) | {
+        'temp': 3 * 2**30
+    }
+    analysis = types.SimpleNamespace(
+        **{f'{name}_size_in_bytes': size for name, size in sizes.items()}
+    )
     fits_at, tried = 3, []
 
     def compile_work(work):
@@ -329,12 +396,20 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     assert not result['fits'] and result['needed_bytes'] == 40 * 2**30
     flags = '--config.ar.remat=True --config.ar_training.accumulate=2'
     assert result['remedy'] == f'fits with {flags} (3.0 GiB)'
-    assert f'DOES NOT FIT: 40.0 GiB needed, 31.0 GiB there; fits with {flags}' in capsys.readouterr().out
+    assert (
+        f'DOES NOT FIT: 40.0 GiB needed, 31.0 GiB there; fits with {flags}'
+        in capsys.readouterr().out
+    )
     assert [work.computed > work.flops for work in tried] == [False, True, True]
-    monkeypatch.setattr(compile_ahead, 'replicated', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')])
+    monkeypatch.setattr(
+        compile_ahead, 'replicated', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')]
+    )
     fits_at, _ = 1, tried.clear()
     compile_ahead.run(cfg, 'v6e-1', ('train',))
-    assert "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]" in capsys.readouterr().out
+    assert (
+        "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]"
+        in capsys.readouterr().out
+    )
     fits_at = 99
     (result,) = compile_ahead.run(cfg, 'v6e-1', ('train',))
     assert result['remedy'] == 'use more chips, or fewer images'
@@ -345,7 +420,11 @@ def test_bad_input_is_one_line(monkeypatch):
     for topology, parts, message in (
         ('v6e-3', tuple(programs.WORKS), '--topology: there is no slice v6e-3; there are v6e-1 '),
         ('v6e-4,gpu', tuple(programs.WORKS), "--topology: 'gpu' names no TPU"),
-        ('v6e-4', ('train', 'cook'), '--parts: there is no cook; there are train, sample, evaluate'),
+        (
+            'v6e-4',
+            ('train', 'cook'),
+            '--parts: there is no cook; there are train, sample, evaluate',
+        ),
     ):
         with pytest.raises(UserError, match=message):
             compile_ahead.run(cfg, topology, parts)
@@ -370,7 +449,10 @@ def _on_eight_devices(cases, broken):
         sharding.keep_rows_split = lambda mesh, function: function
     for stage, axes in cases:
         texts = []
-        compile_ahead.compile_work = lambda work: (None, texts.append(compile_work(work)[1]) or texts[0])
+        compile_ahead.compile_work = lambda work: (
+            None,
+            texts.append(compile_work(work)[1]) or texts[0],
+        )
         replicated = compile_ahead.replicated(cfg, stage, sharding.make_mesh(**MESHES[axes]))
         found[f'{stage} {axes}'] = replicated, hlo.Program(texts[0]).collectives()
     print(json.dumps(found))
@@ -381,7 +463,9 @@ def _spawn(cases, broken=False):
         'XLA_FLAGS': forced_devices(8), 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
     }  # fmt: skip
     code = f'from tests.measure import test_compile_ahead; test_compile_ahead._on_eight_devices({cases}, {broken})'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -412,7 +496,9 @@ def test_images_of_another_device_are_seen():
 def test_the_programs_of_sampling_are_those_that_run():
     run = tiny_config.random_run(guidance=None, guidance_scale=None)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    tokens, decode = on_mesh.sampling_programs(run.ar, run.vae, build.build_sampler(run.config).options, mesh)
+    tokens, decode = on_mesh.sampling_programs(
+        run.ar, run.vae, build.build_sampler(run.config).options, mesh
+    )
     draw = on_mesh.program(run.ar, run.vae, build.build_sampler(run.config).options, mesh)
     rows = sharding.place_batch(mesh, (np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)))
     arguments = *rows, jax.random.key(0), None, jnp.float32(1)
@@ -452,9 +538,13 @@ def test_memory_traffic_on_tpus():
 
     whole = array(4096, 16384, spec=sharding.P()), array(16384, 4096, spec=sharding.P())
     arguments = array(65536, 4096, spec=sharding.P('data')), *whole
-    compiled, text = compile_ahead.compile_work(programs.Work('x', jax.jit(step), arguments, {}, 1, 1, 1))
+    compiled, text = compile_ahead.compile_work(
+        programs.Work('x', jax.jit(step), arguments, {}, 1, 1, 1)
+    )
     program = hlo.Program(text)
-    assert program.memory_traffic() == pytest.approx(compiled.cost_analysis()['bytes accessed'], rel=0.01)
+    assert program.memory_traffic() == pytest.approx(
+        compiled.cost_analysis()['bytes accessed'], rel=0.01
+    )
     assert program.collectives() == {'all-reduce': (1, 2 * 3 / 4 * 4 * 4096)}
 
 

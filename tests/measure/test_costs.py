@@ -7,24 +7,41 @@ from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import ar, convolutions
 from tests.conftest import libraries_promote
 
-SIZE = dict(depth=3, heads=4, width=64, head_depth=4, head_width=32, head_groups=2, num_classes=10, class_tokens=4)
+SIZE = dict(
+    depth=3,
+    heads=4,
+    width=64,
+    head_depth=4,
+    head_width=32,
+    head_groups=2,
+    num_classes=10,
+    class_tokens=4,
+)
 
 
 def test_products_and_convolutions_by_hand():
     x, w = jnp.ones((5, 7)), jnp.ones((7, 11))
     assert costs.flops(lambda x, w: x @ w, x, w) == 2 * 5 * 7 * 11
     # forward, and in the backward pass one product for each operand
-    assert costs.flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), (0, 1)), x, w) == 3 * 2 * 5 * 7 * 11
+    assert (
+        costs.flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), (0, 1)), x, w)
+        == 3 * 2 * 5 * 7 * 11
+    )
     repeated = lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, jnp.ones((6, 7, 7)))[0]
     assert costs.flops(jax.jit(repeated), x) == 6 * 2 * 5 * 7 * 7
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
     conv = lambda x, k, **kw: jax.lax.conv_general_dilated(
         x, k, dimension_numbers=convolutions.NHWC, padding=((1, 1), (1, 1)), **kw
     )
-    assert costs.flops(lambda x, k: conv(x, k, window_strides=(2, 2)), image, kernel) == 2 * 2 * 4 * 4 * 9 * 3 * 5
+    assert (
+        costs.flops(lambda x, k: conv(x, k, window_strides=(2, 2)), image, kernel)
+        == 2 * 2 * 4 * 4 * 9 * 3 * 5
+    )
     dilated = lambda x, k: conv(x, k, window_strides=(1, 1), lhs_dilation=(2, 2))
     assert costs.flops(dilated, image, kernel) == pytest.approx(2 * 2 * 15 * 15 * 9 * 3 * 5 / 4)
-    either = lambda i, x, w: jax.lax.switch(i, [lambda x, w: x @ w, lambda x, w: 0 * (x @ w) @ w.T @ w], x, w)
+    either = lambda i, x, w: jax.lax.switch(
+        i, [lambda x, w: x @ w, lambda x, w: 0 * (x @ w) @ w.T @ w], x, w
+    )
     assert costs.flops(either, 0, x, w) == 2 * 2 * 5 * 7 * 11
     with pytest.raises(ValueError, match='unknown length'):
         costs.flops(lambda n, x: jax.lax.fori_loop(0, n, lambda i, x: x @ x.T @ x, x), 3, x)
@@ -32,7 +49,9 @@ def test_products_and_convolutions_by_hand():
 
 @libraries_promote()
 def test_the_model_costs_what_its_matrices_cost():
-    """The AR model's pass: two operations for each weight and token, and those of attention, counted by hand."""
+    """The AR model's pass: two operations for each weight and token, and those of attention,
+    counted by hand.
+    """
     model = ar.sphere_ar(**SIZE, grid=(4, 4), latent_dim=8)
     params = jax.eval_shape(model.init_params, jax.random.key(0))
     z = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
@@ -45,7 +64,10 @@ def test_the_model_costs_what_its_matrices_cost():
 
 
 def test_tree_bytes_and_machine():
-    assert costs.tree_bytes({'a': jnp.zeros((3, 4)), 'b': jax.ShapeDtypeStruct((5,), jnp.bfloat16)}) == 58
+    assert (
+        costs.tree_bytes({'a': jnp.zeros((3, 4)), 'b': jax.ShapeDtypeStruct((5,), jnp.bfloat16)})
+        == 58
+    )
     rates = costs.machine(rows=4, size=64, width=32)
     assert set(rates) == {'matrix_flops', 'matrix_flops_rows', 'bytes_per_second'}
     assert all(np.isfinite(rate) and rate > 0 for rate in rates.values())

@@ -1,6 +1,8 @@
-"""The kernels of `attention`: their numbers by float64 and by the plain one, and what is lowered and compiled for whom.
+"""The kernels of `attention`: their numbers by float64 and by the plain one, and what is lowered
+and compiled for whom.
 
-The TPU's kernel runs interpreted here. No GPU's does: that cuDNN is called is all that is seen of it.
+The TPU's kernel runs interpreted here. No GPU's does: that cuDNN is called is all that is seen of
+it.
 """
 
 import functools
@@ -21,29 +23,44 @@ from sphere_ar_jax.models import attention
 from sphere_ar_jax.runtime import sharding
 from tests.conftest import libraries_promote
 
-# Largest difference from float64, as a share of the largest entry: a few roundings of 2⁻²⁴, and of 2⁻⁹.
+# Largest difference from float64, as a share of the largest entry: a few roundings of 2⁻²⁴, and of
+# 2⁻⁹.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2**-7}
 NONE = jax.sharding.AbstractMesh((), ())
 
 
 def abstract_mesh(*sizes):
-    """With the axis types of `sharding.make_mesh`: what they are by default differs between JAX 0.10 and 0.11."""
-    return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    """With the axis types of `sharding.make_mesh`: what they are by default differs between JAX
+    0.10 and 0.11.
+    """
+    return jax.sharding.AbstractMesh(
+        sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
 
 
 ONE = abstract_mesh(1, 1, 1)
-KERNELS = {'plain': attention._plain, 'splash': functools.partial(attention._splash, interpret=True)}
+KERNELS = {
+    'plain': attention._plain,
+    'splash': functools.partial(attention._splash, interpret=True),
+}
 
 
 def arrays(T, dtype, n=4, B=2, N=2, K=64):
     """q, k, v and a gradient, with logits of a standard deviation around 2."""
-    normal = np.random.default_rng(T).normal(size=(n, B, T, N, K)) * np.array([2, 1, 1, 1])[:n, None, None, None, None]
+    normal = (
+        np.random.default_rng(T).normal(size=(n, B, T, N, K))
+        * np.array([2, 1, 1, 1])[:n, None, None, None, None]
+    )
     return tuple(jnp.asarray(x, dtype) for x in normal)
 
 
 def float64(q, k, v, g, causal):
-    """The output, and the gradients of q, k and v for the gradient g of the output, in NumPy's float64."""
-    q, k, v, g = (np.asarray(x.astype(jnp.float32), np.float64).swapaxes(1, 2) for x in (q, k, v, g))
+    """The output, and the gradients of q, k and v for the gradient g of the output, in NumPy's
+    float64.
+    """
+    q, k, v, g = (
+        np.asarray(x.astype(jnp.float32), np.float64).swapaxes(1, 2) for x in (q, k, v, g)
+    )
     T, scale = q.shape[2], q.shape[3] ** -0.5
     logits = q @ k.swapaxes(2, 3) * scale
     logits = np.where(np.tri(T, dtype=bool) | (not causal), logits, -np.inf)
@@ -76,7 +93,9 @@ def test_numbers(T, causal, dtype):
     """The output and all gradients, plain and splash, are those of float64 and those of each other."""
     inputs = arrays(T, dtype)
     truth = float64(*inputs, causal)
-    run = lambda kernel: jax.jit(functools.partial(both, functools.partial(kernel, causal=causal)))(*inputs)
+    run = lambda kernel: jax.jit(functools.partial(both, functools.partial(kernel, causal=causal)))(
+        *inputs
+    )
     found = {name: run(kernel) for name, kernel in KERNELS.items()}
     for name, results in found.items():
         for what, result, true in zip(('out', 'dq', 'dk', 'dv'), results, truth, strict=True):
@@ -87,7 +106,9 @@ def test_numbers(T, causal, dtype):
 
 
 def test_splash_is_causal():
-    """Where a position's output depends on k and v: on itself and those before it, across the borders of blocks."""
+    """Where a position's output depends on k and v: on itself and those before it, across the
+    borders of blocks.
+    """
     T, at = 271, 130
     q, k, v = arrays(T, jnp.float32, 3)
     out = lambda k, v, causal: jnp.sum(jnp.square(KERNELS['splash'](q, k, v, causal)[:, at]))
@@ -100,7 +121,9 @@ def test_splash_is_causal():
 @pytest.mark.parametrize('causal', [True, False])
 @libraries_promote()
 def test_on_a_cpu_nothing_changes(causal):
-    """In float32 the very program of `jax.nn.dot_product_attention`; in bfloat16 its numbers, bit for bit."""
+    """In float32 the very program of `jax.nn.dot_product_attention`; in bfloat16 its numbers, bit
+    for bit.
+    """
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     inputs = arrays(20, jnp.float32)
     ours = functools.partial(attention.attend, causal=causal)
@@ -114,9 +137,13 @@ def test_on_a_cpu_nothing_changes(causal):
 
 @libraries_promote()
 def test_no_weights_are_kept():
-    """Nothing larger than q outlives a bfloat16 call until the backward pass; the plain one keeps the weights."""
+    """Nothing larger than q outlives a bfloat16 call until the backward pass; the plain one keeps
+    the weights.
+    """
     q, k, v = arrays(600, jnp.bfloat16, 3)
-    largest = lambda f: max(x.size for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v)))
+    largest = lambda f: max(
+        x.size for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v))
+    )
     assert largest(functools.partial(attention.attend, causal=True)) == q.size
     assert largest(functools.partial(attention._plain, causal=True)) >= 2 * 2 * 600**2
 
@@ -135,9 +162,12 @@ def lowered(platform, T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=N
 
 def test_tpus_get_splash_where_it_pays():
     kernels = lambda *a, **kw: lowered('tpu', *a, mesh=ONE, **kw).count('@tpu_custom_call')
-    assert kernels(1039) == 4 and kernels(512, K=64) == 4  # forward, and that again with the two of the backward pass
+    assert (
+        kernels(1039) == 4 and kernels(512, K=64) == 4
+    )  # forward, and that again with the two of the backward pass
     assert kernels(271) == kernels(511) == kernels(1039, K=32) == kernels(1039, jnp.float32) == 0
-    # two devices for three heads; and no mesh, so that nobody knows how a program for several devices is split
+    # two devices for three heads; and no mesh, so that nobody knows how a program for several
+    # devices is split
     two = abstract_mesh(1, 1, 2)
     assert lowered('tpu', 1039, mesh=two, N=3).count('@tpu_custom_call') == 0
     assert lowered('tpu', 1039).count('@tpu_custom_call') == 0
@@ -148,12 +178,20 @@ def test_tpus_get_splash_where_it_pays():
 def test_gpus_get_cudnn_where_it_can(monkeypatch):
     calls = lambda *a, **kw: re.findall(r'@__cudnn\$(\w+)', lowered('cuda', *a, **kw))
     assert calls(271) == []  # there is no cuDNN on this machine
-    monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
+    monkeypatch.setattr(
+        'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000
+    )
     for mesh in NONE, ONE:
         for T in 271, 1039:
             assert set(calls(T, mesh=mesh)) == {'fmhaSoftmax', 'fmhaSoftmaxBackward'}
     assert set(calls(260, causal=False)) == {'fmhaSoftmax', 'fmhaSoftmaxBackward'}
-    assert calls(271, causal=False) == calls(271, K=36) == calls(271, K=136) == calls(271, jnp.float32) == []
+    assert (
+        calls(271, causal=False)
+        == calls(271, K=36)
+        == calls(271, K=136)
+        == calls(271, jnp.float32)
+        == []
+    )
     for platform in 'cpu', 'rocm', 'tpu':
         assert 'cudnn' not in lowered(platform, 1039, mesh=ONE)
 
@@ -168,7 +206,9 @@ def test_rows_and_heads_are_split_as_the_mesh_says():
 
 @libraries_promote()
 def test_operations_are_those_of_the_plain_one():
-    """One platform counts: two products over all T² pairs, and in reverse the first again and four more."""
+    """One platform counts: two products over all T² pairs, and in reverse the first again and four
+    more.
+    """
     x = jax.ShapeDtypeStruct((2, 600, 4, 64), jnp.bfloat16)
     attend = functools.partial(attention.attend, causal=True)
     pairs = 2 * 2 * 4 * 600**2 * 64
@@ -213,16 +253,25 @@ print(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile().as_te
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, the compiler for TPUs')
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='needs libtpu, the compiler for TPUs'
+)
 @pytest.mark.parametrize('causal, T', [(True, 1039), (False, 1028), (True, 271)])
 def test_compiled_for_16_tpus(causal, T):
-    """Scanned, rematerialised, on a mesh (2, 4, 2): each device has its 6 rows and 3 heads, nothing is gathered."""
+    """Scanned, rematerialised, on a mesh (2, 4, 2): each device has its 6 rows and 3 heads, nothing
+    is gathered.
+    """
     place = str(pathlib.Path(importlib.util.find_spec('libtpu').origin).parent.parent)
-    env = os.environ | dict(TPU_SKIP_MDS_QUERY='1', JAX_PLATFORMS='cpu', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+    env = os.environ | dict(
+        TPU_SKIP_MDS_QUERY='1', JAX_PLATFORMS='cpu', ALLOW_MULTIPLE_LIBTPU_LOAD='1'
+    )
     env['PYTHONPATH'] = f'{pathlib.Path(sharding.__file__).parent.parent}:{place}'
     code = f'CAUSAL, T = {causal}, {T}\n{AHEAD}'
-    text = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
-    # forward once in the scan and once, merged with the backward pass's own, in the scan of the gradients
+    text = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    # forward once in the scan and once, merged with the backward pass's own, in the scan of the
+    # gradients
     assert text.count('"tpu_custom_call"') == (4 if T >= attention.LONG else 0)
     assert not re.search(r'\b(all-gather|all-to-all|collective-permute)', text)
     sizes = {int(n) for n in re.findall(rf'\w+\[(?:\d+,)*(\d+),{T},', text)} | {

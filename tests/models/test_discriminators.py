@@ -42,8 +42,12 @@ def test_patchgan(gan, patchgan):
     np.testing.assert_allclose(real, gan['patchgan_logits_real'][:, 0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(fake, gan['patchgan_logits_fake'][:, 0], rtol=1e-4, atol=1e-5)
     for name in ('hinge', 'vanilla'):
-        np.testing.assert_allclose(discriminators.ADVERSARIAL[name][0](real, fake), gan[f'd_{name}'], rtol=1e-5)
-    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](model.apply({'params': params}, images))
+        np.testing.assert_allclose(
+            discriminators.ADVERSARIAL[name][0](real, fake), gan[f'd_{name}'], rtol=1e-5
+        )
+    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](
+        model.apply({'params': params}, images)
+    )
     value, gradient = jax.jit(jax.value_and_grad(loss))(gan['fake'])
     np.testing.assert_allclose(value, gan['patchgan_hinge_gen'], rtol=1e-4)
     scale = np.abs(gan['patchgan_hinge_gen_dfake']).max()
@@ -55,7 +59,9 @@ def test_stylegan(gan):
     judge = jax.jit(lambda images: model.apply({'params': params}, images))
     for name in ('real', 'fake'):
         logits = judge(gan[name])
-        np.testing.assert_allclose(logits, gan[f'stylegan_logits_{name}'][:, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            logits, gan[f'stylegan_logits_{name}'][:, 0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_batch_norm_by_hand():
@@ -73,9 +79,13 @@ def test_statistics_of_a_sharded_batch(patchgan):
     """Those of the whole batch (a real check only where there are several devices)."""
     model, params = patchgan
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)
-    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[:, None, None, None]  # rows unlike each other
+    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[
+        :, None, None, None
+    ]  # rows unlike each other
     judge = jax.jit(lambda images: model.apply({'params': params}, images))
-    one, every = (jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1))
+    one, every = (
+        jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1)
+    )
     chex.assert_trees_all_close(one, every, rtol=1e-4, atol=1e-5)
 
 
@@ -97,7 +107,9 @@ def test_initialisation():
     """As published: sizes (counted on the public modules), distributions and their widths."""
     for name, count in (('patchgan', 2_765_633), ('stylegan', 36_500_225)):
         model = discriminators.build(name, (256, 256, 3))
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)))['params']
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)))[
+            'params'
+        ]
         assert sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) == count
     init = lambda name, side: jax.jit(discriminators.build(name, (side, side, 3)).init)(
         jax.random.key(0), jnp.zeros((1, side, side, 3))
@@ -132,4 +144,6 @@ def test_what_cannot_be_judged():
             discriminators.build(name, shape)
         assert '\n' not in str(error.value)
     model = discriminators.build('patchgan', (24, 30, 1))
-    assert jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 24, 30, 1)))[0].shape == (2, 1, 1)
+    assert jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 24, 30, 1)))[
+        0
+    ].shape == (2, 1, 1)

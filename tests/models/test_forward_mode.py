@@ -239,7 +239,9 @@ def condition(params, z):
 
 
 def velocity(params, x, t, h, c):
-    """The head's velocity at t and h in thousandths, by which the embeddings of time turn by one radian."""
+    """The head's velocity at t and h in thousandths, by which the embeddings of time turn by one
+    radian.
+    """
     return AR.head.apply({'params': params['head']}, x, c, t / 1000, h / 1000, method='velocity')
 
 

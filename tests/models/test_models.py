@@ -23,7 +23,9 @@ def _count(model):
 
 
 def _norm(tensors):
-    return {name: np.linalg.norm(np.asarray(tensor, np.float64)) for name, tensor in tensors.items()}
+    return {
+        name: np.linalg.norm(np.asarray(tensor, np.float64)) for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize('variant', COUNTS)
@@ -66,7 +68,9 @@ def test_ar_and_head(golden, tiny_ar):
     embedded = model.apply(variables, class_id, z[:, :-1], method='embed')
     np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
     first = jax.tree.map(lambda a: a[:1], params['stack'])
-    block, _ = transformer.Stack(1, model.heads, True).apply({'params': first}, embedded, golden_angles(golden))
+    block, _ = transformer.Stack(1, model.heads, True).apply(
+        {'params': first}, embedded, golden_angles(golden)
+    )
     np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
     conditions = model.apply(variables, class_id, z, method='conditions')
     np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
@@ -83,21 +87,28 @@ def test_causality_by_gradients(golden, tiny_ar):
     """Condition k depends on every token before k, on none from k on, and on the class."""
     model, params = tiny_ar
     jacobian = jax.jacrev(
-        lambda z: model.apply({'params': params}, golden['class_id'][:1], z[None], method='conditions')[0].sum(-1)
+        lambda z: model.apply(
+            {'params': params}, golden['class_id'][:1], z[None], method='conditions'
+        )[0].sum(-1)
     )
     influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
     chex.assert_shape(influence, (16, 16))
     seen = np.tril(np.ones((16, 16)), -1)
     np.testing.assert_array_equal(influence * (1 - seen), 0)
     assert (influence[seen == 1] > 1e-6).all()
-    other = model.apply({'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='conditions')
+    other = model.apply(
+        {'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='conditions'
+    )
     assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
 
 
 def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
     model, params = tiny_vae
     mu = lambda image: model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
-    assert (np.abs(jax.jit(jax.grad(mu))(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4)) > 0).all()
+    assert (
+        np.abs(jax.jit(jax.grad(mu))(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4))
+        > 0
+    ).all()
 
 
 def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
@@ -109,29 +120,44 @@ def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
     for k in range(1, 16):
         c, cache = decode(golden['z'][:, k - 1], k, cache)
         conditions.append(c)
-    np.testing.assert_allclose(np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4
+    )
     for full in (tiny_ar, (model, params)):
-        full = full[0].apply({'params': full[1]}, golden['class_id'], golden['z'], method='conditions')
+        full = full[0].apply(
+            {'params': full[1]}, golden['class_id'], golden['z'], method='conditions'
+        )
         np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('k', [2, 4])
 def test_conv_transpose_is_the_dilated_convolution(k):
-    """Values and both gradients against the definition: a convolution over the input filled up with zeros."""
+    """Values and both gradients against the definition: a convolution over the input filled up with
+    zeros.
+    """
     rng = np.random.default_rng(k)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, kernel, g = draw(2, 5, 7, 3), draw(k, k, 3, 6), draw(2, 10, 14, 6)
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), ((k // 2, k // 2),) * 2, lhs_dilation=(2, 2), dimension_numbers=convolutions.NHWC
+            x,
+            kernel,
+            (1, 1),
+            ((k // 2, k // 2),) * 2,
+            lhs_dilation=(2, 2),
+            dimension_numbers=convolutions.NHWC,
         )
 
     for ours, truth in zip(
-        jax.vjp(convolutions.conv_transpose, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
+        jax.vjp(convolutions.conv_transpose, x, kernel)[1](g),
+        jax.vjp(plain, x, kernel)[1](g),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(convolutions.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        convolutions.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,13 +165,18 @@ def test_conv_transpose_is_the_dilated_convolution(k):
     [(5, 1, 10**6, 1), (5, 1, 1, 1), (2, 1, 1, 1), (5, 2, 10**6, 1), (2, 2, 1, 1), (5, 1, 1, 49)],
 )
 def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, monkeypatch):
-    """In one piece and in many, with more channels and with fewer, and of images too small for pieces (fewer pixels
-    than `large`); XLA's own gradients are the truth."""
+    """In one piece and in many, with more channels and with fewer, and of images too small for
+    pieces (fewer pixels than `large`); XLA's own gradients are the truth.
+    """
     monkeypatch.setattr(convolutions, '_LARGE', large)
     monkeypatch.setattr(convolutions, '_PATCHES', piece)
     rng = np.random.default_rng(channels)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    x, kernel, g = draw(2, 8, 6, 3), draw(3, 3, 3, channels), draw(2, 8 // stride, 6 // stride, channels)
+    x, kernel, g = (
+        draw(2, 8, 6, 3),
+        draw(3, 3, 3, channels),
+        draw(2, 8 // stride, 6 // stride, channels),
+    )
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -154,14 +185,20 @@ def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, mon
 
     ours = lambda x, kernel: convolutions.conv3(x, kernel, stride)
     np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
-    for mine, truth in zip(jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True):
+    for mine, truth in zip(
+        jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
+    ):
         np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_patchify_is_a_convolution():
     rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5)))
-    truth = jax.lax.conv_general_dilated(x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5))
+    )
+    truth = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC
+    )
     np.testing.assert_allclose(convolutions.patchify(x, kernel), truth, rtol=1e-5, atol=1e-5)
 
 
@@ -169,7 +206,10 @@ def test_patchify_is_a_convolution():
 def test_product_is_dot_general(inner, outer):
     """Values and gradients, as NumPy's tensordot has them."""
     rng = np.random.default_rng(0)
-    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((4, 3, *inner), (*inner, *outer), (4, 3, *outer)))
+    x, kernel, g = (
+        rng.normal(size=s).astype(np.float32)
+        for s in ((4, 3, *inner), (*inner, *outer), (4, 3, *outer))
+    )
     n = len(inner)
     dimensions = ((tuple(range(2, 2 + n)), tuple(range(n))), ((), ()))
     y, transpose = jax.vjp(lambda x, kernel: transformer.product(x, kernel, dimensions), x, kernel)
@@ -184,17 +224,23 @@ def test_norm_silu_is_group_norm_and_silu():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(3.0, 2.0, size=(2, 4, 6, 96)), jnp.float32)  # 24 groups of 4
     module = cnn.NormSiLU()
-    variables = {'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}}
+    variables = {
+        'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}
+    }
     groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
     scale, bias = (np.asarray(variables['params'][n], np.float64) for n in ('scale', 'bias'))
     y = normal * scale + bias
-    np.testing.assert_allclose(module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_long_cache_is_read_to_where_it_is_filled():
-    """Every position of a cache of many lengths gives what plain causal attention gives; so does a few at a time."""
+    """Every position of a cache of many lengths gives what plain causal attention gives; so does a
+    few at a time.
+    """
     attention = transformer.Attention(heads=2, causal=True)
     x = jax.random.normal(jax.random.key(0), (2, 700, 16))
     angles = jax.random.uniform(jax.random.key(1), (700, 4))
@@ -213,7 +259,9 @@ def test_a_long_cache_is_read_to_where_it_is_filled():
     start = 60
     for T in (*(1,) * 40, 80, 1, *(200,) * 2, 1, 118):
         out, cache = feed(start, T, cache)
-        np.testing.assert_allclose(out, full[:, start : start + T], rtol=1e-4, atol=1e-5, err_msg=f'{T} from {start}')
+        np.testing.assert_allclose(
+            out, full[:, start : start + T], rtol=1e-4, atol=1e-5, err_msg=f'{T} from {start}'
+        )
         start += T
     assert start == 700
 
@@ -227,16 +275,29 @@ def _with(model, **changes):
 
 
 def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
-    """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or recomputed."""
+    """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or
+    recomputed.
+    """
     small = vae.s_vae(
-        grid=(2, 2), latent_dim=8, image_channels=1, stem=4, channels=(8, 16), heads=1, encoder_depth=1, decoder_depth=2
+        grid=(2, 2),
+        latent_dim=8,
+        image_channels=1,
+        stem=4,
+        channels=(8, 16),
+        heads=1,
+        encoder_depth=1,
+        decoder_depth=2,
     )
     small_params = tiny_config.random_params(small)
     for (model, params), run in (
         (
             tiny_ar,
             lambda m, p: m.apply(
-                {'params': p}, golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
+                {'params': p},
+                golden['class_id'],
+                golden['z'],
+                golden['z'][None],
+                jnp.full((1, 3, 16), 0.4),
             ),
         ),
         (
@@ -248,7 +309,9 @@ def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
         plain = value(model)
         shapes = jax.eval_shape(model.init_params, jax.random.key(0))
         for changed in (_with(model, unroll=2), _with(model, remat=True)):
-            chex.assert_trees_all_equal_shapes(shapes, jax.eval_shape(changed.init_params, jax.random.key(0)))
+            chex.assert_trees_all_equal_shapes(
+                shapes, jax.eval_shape(changed.init_params, jax.random.key(0))
+            )
             chex.assert_trees_all_close(value(changed), plain, rtol=1e-4, atol=1e-4)
 
 
@@ -259,12 +322,16 @@ def _relative_error(ours, truth):
 
 @libraries_promote()
 def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
-    """Within 1.5% root mean square of the goldens; parameters, gradients and what the spec wants so are float32."""
+    """Within 1.5% root mean square of the goldens; parameters, gradients and what the spec wants so
+    are float32.
+    """
     model, params = tiny_ar
     half = _with(model, dtype=jnp.bfloat16)
     chex.assert_trees_all_equal_dtypes(jax.eval_shape(half.init_params, jax.random.key(0)), params)
     variables = {'params': params}
-    conditions = jax.jit(lambda z: half.apply(variables, golden['class_id'], z, method='conditions'))(golden['z'])
+    conditions = jax.jit(
+        lambda z: half.apply(variables, golden['class_id'], z, method='conditions')
+    )(golden['z'])
     assert conditions.dtype == np.float32
     assert 1e-5 < _relative_error(conditions, golden['ar_cond']) < 0.015
     decoder, apart = ar.unstacked(half, params)
@@ -283,7 +350,9 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
 
     model, params = tiny_vae
     half = _with(model, dtype=jnp.bfloat16)
-    posterior = jax.jit(lambda x: half.apply({'params': params}, x, method='encode'))(golden['images'])
+    posterior = jax.jit(lambda x: half.apply({'params': params}, x, method='encode'))(
+        golden['images']
+    )
     assert posterior.mu.dtype == posterior.kappa.dtype == np.float32
     np.testing.assert_allclose(jnp.linalg.norm(posterior.mu, axis=-1), 1, rtol=1e-5)
     assert _relative_error(posterior.mu, golden['mu']) < 0.03
@@ -302,17 +371,29 @@ def test_norms_and_rope_compute_in_float32():
     variables = {'params': {'scale': jnp.linspace(0.5, 2, 8)}}
     exact = transformer.RMSNorm().apply(variables, x.astype(jnp.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(
-        np.asarray(transformer.RMSNorm(jnp.bfloat16).apply(variables, x), np.float32), np.asarray(exact, np.float32)
+        np.asarray(transformer.RMSNorm(jnp.bfloat16).apply(variables, x), np.float32),
+        np.asarray(exact, np.float32),
     )
 
 
 def test_size_of_the_program_does_not_grow_with_depth():
     def lines(depth):
         model = ar.sphere_ar(
-            depth=depth, heads=2, width=16, head_depth=depth, head_width=16, head_groups=2, grid=(2, 2)
+            depth=depth,
+            heads=2,
+            width=16,
+            head_depth=depth,
+            head_width=16,
+            head_groups=2,
+            grid=(2, 2),
         )
         params = jax.eval_shape(model.init_params, jax.random.key(0))
-        example = jnp.zeros(1, int), jnp.zeros((1, 4, 16)), jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 1, 4))
+        example = (
+            jnp.zeros(1, int),
+            jnp.zeros((1, 4, 16)),
+            jnp.zeros((1, 1, 4, 16)),
+            jnp.zeros((1, 1, 4)),
+        )
         loss = lambda p: jnp.sum(model.apply({'params': p}, *example))
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count('\n')
 
@@ -320,7 +401,9 @@ def test_size_of_the_program_does_not_grow_with_depth():
 
 
 def test_impossible_sizes_are_refused():
-    sizes = dict(depth=1, heads=2, width=16, head_depth=4, head_width=16, head_groups=2, grid=(2, 2))
+    sizes = dict(
+        depth=1, heads=2, width=16, head_depth=4, head_width=16, head_groups=2, grid=(2, 2)
+    )
     for wrong, message in (
         (dict(head_depth=5), '2 adaLN groups do not divide the 5 blocks'),
         (dict(heads=3), '3 heads do not divide the width 16'),
@@ -341,12 +424,25 @@ def test_time_sinusoid():
 def test_initialisation():
     """The published initialisation, by the moments of what is drawn."""
     model = ar.sphere_ar(
-        depth=2, heads=4, width=128, head_depth=4, head_width=128, head_groups=2, grid=(4, 4), num_classes=50
+        depth=2,
+        heads=4,
+        width=128,
+        head_depth=4,
+        head_width=128,
+        head_groups=2,
+        grid=(4, 4),
+        num_classes=50,
     )
-    params = traverse.flatten_dict(jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0)), sep='/')
+    params = traverse.flatten_dict(
+        jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0)), sep='/'
+    )
     zero = {n for n, p in params.items() if not np.any(np.asarray(p))}
     biases = {n for n in params if n.endswith('bias')}
-    assert zero == biases | {'head/res_groups/ada/kernel', 'head/final_ada/kernel', 'head/final_linear/kernel'}
+    assert zero == biases | {
+        'head/res_groups/ada/kernel',
+        'head/final_ada/kernel',
+        'head/final_linear/kernel',
+    }
     for name in (
         'stack/blocks/mlp/w1/kernel',
         'stack/blocks/attention/qkv/kernel',
@@ -361,9 +457,11 @@ def test_initialisation():
     assert 0.97 * bound < np.abs(w1).max() <= bound
     assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
     params = traverse.flatten_dict(
-        jax.jit(vae.s_vae(grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1).init_params)(
-            jax.random.key(0)
-        ),
+        jax.jit(
+            vae.s_vae(
+                grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1
+            ).init_params
+        )(jax.random.key(0)),
         sep='/',
     )
     fan_in = {
@@ -373,4 +471,6 @@ def test_initialisation():
     for name, fan in fan_in.items():
         largest = np.abs(params[name]).max()
         assert 0.8 * fan**-0.5 < largest <= fan**-0.5, name
-    np.testing.assert_allclose(np.std(params['decoder/vit/stack/blocks/mlp/w2/kernel']), 0.02, rtol=0.06)
+    np.testing.assert_allclose(
+        np.std(params['decoder/vit/stack/blocks/mlp/w2/kernel']), 0.02, rtol=0.06
+    )

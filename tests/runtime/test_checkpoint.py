@@ -29,7 +29,9 @@ def _state(mesh, seed):
 
 
 def _like(state):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
 
 
 def _save(directory, mesh, steps, **options):
@@ -52,8 +54,12 @@ def test_fingerprint_of_a_large_leaf_is_that_of_its_words_in_order():
     leaf = np.random.default_rng(0).normal(size=(5, 2**20)).astype(np.float32)
     assert leaf.size >= checkpoint._LARGE
     position = np.arange(leaf.size, dtype=np.uint32)
-    weights = (position * np.uint32(2654435761)) ^ ((position * np.uint32(40503)) >> np.uint32(7)) | np.uint32(1)
-    assert checkpoint.fingerprint([leaf]) == [int((leaf.ravel().view(np.uint32) * weights).sum(dtype=np.uint32))]
+    weights = (position * np.uint32(2654435761)) ^ (
+        (position * np.uint32(40503)) >> np.uint32(7)
+    ) | np.uint32(1)
+    assert checkpoint.fingerprint([leaf]) == [
+        int((leaf.ravel().view(np.uint32) * weights).sum(dtype=np.uint32))
+    ]
 
 
 def test_fingerprint_sees_every_bit():
@@ -117,7 +123,11 @@ def _forge(directory):
 
 def _move_iterator(directory):
     """Another position of the data iterator, in good JSON."""
-    path = next(p for p in pathlib.Path(directory, 'data').rglob('*') if p.is_file() and '3' in p.read_text())
+    path = next(
+        p
+        for p in pathlib.Path(directory, 'data').rglob('*')
+        if p.is_file() and '3' in p.read_text()
+    )
     path.write_text(path.read_text().replace('3', '4'))
 
 
@@ -128,7 +138,9 @@ def test_the_machine_s_faults_are_not_the_checkpoint_s(tmp_path, mesh, monkeypat
         raise OSError(errno.EMFILE, 'Too many open files')
 
     def full_in_tensorstore(*_):
-        raise Exception('reading an array') from ValueError('ABORTED: [OS error 24: EMFILE Too many open files]')
+        raise Exception('reading an array') from ValueError(
+            'ABORTED: [OS error 24: EMFILE Too many open files]'
+        )
 
     def full_from_another(*_):
         raise OSError(errno.EMFILE, 'Too many open files') from KeyError('x')
@@ -160,7 +172,9 @@ def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damag
     state, data_state, _ = _restored(tmp_path, mesh)
     assert int(state['step']) == 2 and data_state == {'next_index': 2}
     assert f'{tmp_path}/3 cannot be read' in capfd.readouterr().err
-    assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()  # set aside, not deleted
+    assert (tmp_path / 'damaged-3').is_dir() and not (
+        tmp_path / '3'
+    ).exists()  # set aside, not deleted
     _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
     assert int(_restored(tmp_path, mesh)[0]['step']) == 3
 
@@ -184,7 +198,9 @@ def _many(mesh):
 
 
 def test_damage_is_said_in_a_line_each(tmp_path, mesh):
-    """The process is one of its own: what Python, asyncio and Orbax say goes past the tests' own hooks."""
+    """The process is one of its own: what Python, asyncio and Orbax say goes past the tests' own
+    hooks.
+    """
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
     for step in range(1, 5):
         checkpoints.save(step, _many(mesh), {}, 0.0)
@@ -197,7 +213,9 @@ def test_damage_is_said_in_a_line_each(tmp_path, mesh):
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == '7\n', done.stderr
     said = done.stderr.splitlines()
-    assert [line.split(' cannot be read (')[0] for line in said] == [f'checkpoint {tmp_path}/{s}' for s in (4, 3, 2)]
+    assert [line.split(' cannot be read (')[0] for line in said] == [
+        f'checkpoint {tmp_path}/{s}' for s in (4, 3, 2)
+    ]
     assert 'OUT_OF_RANGE' in said[2] and all(len(line) < len(str(tmp_path)) + 250 for line in said)
 
 

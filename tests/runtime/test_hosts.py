@@ -30,7 +30,9 @@ TINY = '--config=tests/tiny_config.py'
 STEPS = 24
 ABORTED = -signal.SIGABRT  # how JAX ends a process where another one is lost
 # What Gloo prints, whose threads may interrupt each other in the middle of a line
-GLOO = re.compile(r'\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d\s]')
+GLOO = re.compile(
+    r'\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d\s]'
+)
 
 
 def free_port():
@@ -163,10 +165,17 @@ def start(server):
 
 @pytest.fixture(scope='module')
 def words(tmp_path_factory):
-    """The words of a training of the AR model on a tokenizer with weights at random, which needs no training."""
+    """The words of a training of the AR model on a tokenizer with weights at random, which needs no
+    training.
+    """
     cfg, tokenizer = get_config(), tmp_path_factory.mktemp('tokenizer')
     weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
-    weights.save(0, jax.jit(build.build_vae(cfg).init_params, **quickly_compiled())(jax.random.key(1)), {}, 0.0)
+    weights.save(
+        0,
+        jax.jit(build.build_vae(cfg).init_params, **quickly_compiled())(jax.random.key(1)),
+        {},
+        0.0,
+    )
     weights.close()
     files.write_json(f'{tokenizer}/config.json', schema.as_dict(cfg))
     return (
@@ -178,12 +187,16 @@ def words(tmp_path_factory):
 
 def _fingerprint(workdir, stage='ar', step=STEPS):
     """The fingerprint of every bit of the state."""
-    return json.loads((workdir / stage / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())['fingerprint']
+    return json.loads(
+        (workdir / stage / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text()
+    )['fingerprint']
 
 
 def _scores(workdir):
     scores = json.loads((workdir / 'metrics.json').read_text())
-    return {name: value for name, value in scores.items() if not name.startswith(('wall_s', 'peak'))}
+    return {
+        name: value for name, value in scores.items() if not name.startswith(('wall_s', 'peak'))
+    }
 
 
 @pytest.fixture(scope='module')
@@ -197,8 +210,10 @@ def alone(start, words, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, alone, tmp_path):
-    """Two processes: one is killed, and the other is aborted; one gets SIGTERM, and both save the same
-    step. What they train and draw in the end is, bit for bit, what one process with two devices does."""
+    """Two processes: one is killed, and the other is aborted; one gets SIGTERM, and both save the
+    same step. What they train and draw in the end is, bit for bit, what one process with two
+    devices does.
+    """
     words = f'--workdir={tmp_path / "w"}', *words
     with start(tmp_path / 'killed', 2, 1, *words) as run:
         run.wait_for(f'ar 10/{STEPS}')
@@ -213,14 +228,23 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
         run.started[1].send_signal(signal.SIGTERM)
         assert run.end(120) == [143, 143], run.err
         step = int(run.err[0].split('SIGTERM: saved at step ')[1].split()[0])
-        assert before < step < STEPS and (checkpoints / str(step)).is_dir() and 'Traceback' not in ''.join(run.err)
+        assert (
+            before < step < STEPS
+            and (checkpoints / str(step)).is_dir()
+            and 'Traceback' not in ''.join(run.err)
+        )
     with start(tmp_path / 'last', 2, 1, *words) as run:
         assert run.end() == [0, 0], run.err
-        assert f'ar: goes on from step {step}\n' in run.out[0] and not list(checkpoints.glob('damaged-*'))
+        assert f'ar: goes on from step {step}\n' in run.out[0] and not list(
+            checkpoints.glob('damaged-*')
+        )
     assert _fingerprint(tmp_path / 'w') == _fingerprint(alone)
     assert (tmp_path / 'w' / 'samples.png').read_bytes() == (alone / 'samples.png').read_bytes()
     assert _scores(tmp_path / 'w') == _scores(alone)
-    logged = [json.loads(line)['step'] for line in (tmp_path / 'w' / 'ar' / 'metrics.jsonl').read_text().splitlines()]
+    logged = [
+        json.loads(line)['step']
+        for line in (tmp_path / 'w' / 'ar' / 'metrics.jsonl').read_text().splitlines()
+    ]
     assert logged == list(range(1, STEPS + 1))
 
 
@@ -235,7 +259,9 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
     ],
 )
 def test_what_stops_one_process_ends_all(start, tmp_path, where, how, culprit, code, line):
-    """They end wherever they are. The first process, through which they hear it, does not end too soon."""
+    """They end wherever they are. The first process, through which they hear it, does not end too
+    soon.
+    """
     words = (tmp_path / 'w', where, how, culprit, joining.SILENCE)
     with start(tmp_path / 'said', 3, 1, *words) as run:
         assert run.end(120) == [code] * 3, run.err
@@ -246,7 +272,12 @@ def test_what_stops_one_process_ends_all(start, tmp_path, where, how, culprit, c
 @pytest.mark.parametrize(
     'where, how, culprit, silence',
     [
-        ('collective', 'SIGKILL', 0, joining.SILENCE),  # its end takes JAX's coordination service away
+        (
+            'collective',
+            'SIGKILL',
+            0,
+            joining.SILENCE,
+        ),  # its end takes JAX's coordination service away
         ('closing', 'SIGKILL', 1, 5),
         pytest.param('closing', 'SIGKILL', 1, joining.SILENCE, marks=pytest.mark.slow),
         pytest.param('exit', 'SIGKILL', 1, joining.SILENCE, marks=pytest.mark.slow),
@@ -309,14 +340,18 @@ def test_how_many_are_expected(environ, count):
 
 @pytest.mark.slow
 def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
-    """Both stages, on 2, 1 and 4 processes and meshes of all kinds: to rounding the state of one process alone. Between
-    two starts the newest checkpoint is damaged: both processes skip it. One of four is killed, and all stop. Then
-    samples and scores of any number of processes."""
+    """Both stages, on 2, 1 and 4 processes and meshes of all kinds: to rounding the state of one
+    process alone. Between two starts the newest checkpoint is damaged: both processes skip it. One
+    of four is killed, and all stop. Then samples and scores of any number of processes.
+    """
     steps = [f'--config.{stage}_training.{key}' for stage in ('tokenizer', 'ar')
              for key in ('steps=16', 'checkpoint_every=2', 'log_every=1')]  # fmt: skip
     with start(tmp_path, 1, 2, TINY, f'--workdir={tmp_path / "alone"}', *steps) as run:
         assert run.end() == [0], run.err
-    words, checkpoints = (TINY, f'--workdir={tmp_path / "w"}', *steps), tmp_path / 'w' / 'tokenizer' / 'checkpoints'
+    words, checkpoints = (
+        (TINY, f'--workdir={tmp_path / "w"}', *steps),
+        tmp_path / 'w' / 'tokenizer' / 'checkpoints',
+    )
 
     def part(count, devices, until, *mesh):
         with start(tmp_path, count, devices, *words, *mesh) as run:
@@ -328,7 +363,9 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
 
     part(2, 2, 'tokenizer 5/16', '--config.mesh.fsdp=4', '--config.mesh.data=1')
     newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    largest = max((p for p in (newest / 'state').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = max(
+        (p for p in (newest / 'state').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     said, errors = part(2, 2, 'tokenizer 10/16', '--config.mesh.fsdp=2', '--config.mesh.tensor=2')
     assert f'{newest} cannot be read' in errors[0] and f'{newest} cannot be read' in errors[1]
@@ -342,7 +379,9 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
     part(4, 1, None, '--config.mesh.fsdp=2')
     runs = [load_run(str(tmp_path / name)) for name in ('alone', 'w')]
     for name in ('vae_params', 'ar_params'):
-        chex.assert_trees_all_close(*(jax.device_get(getattr(run, name)) for run in runs), rtol=1e-3, atol=1e-4)
+        chex.assert_trees_all_close(
+            *(jax.device_get(getattr(run, name)) for run in runs), rtol=1e-3, atol=1e-4
+        )
 
     def job(count, devices, *words):
         with start(tmp_path, count, devices, TINY, f'--workdir={tmp_path / "w"}', *words) as run:
@@ -357,7 +396,9 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
     one, two, four = (np.load(f'{tmp_path}/{count}.npz') for count in (1, 2, 4))
     assert one['arr_0'].shape == (40, 16, 16, 1)
     np.testing.assert_array_equal(one['arr_0'], two['arr_0'])  # both of two devices
-    assert np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1  # of four: other batches, other roundings
+    assert (
+        np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
+    )  # of four: other batches, other roundings
     for other in two, four:
         np.testing.assert_array_equal(one['arr_1'], other['arr_1'])
     assert scores[0] == scores[1] and scores[0]['samples/classes_drawn'] > 0

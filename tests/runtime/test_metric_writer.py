@@ -12,7 +12,9 @@ from sphere_ar_jax.runtime import files, hosts, metric_writer
 
 
 def _events(directory):
-    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length, crc, event, crc."""
+    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length,
+    crc, event, crc.
+    """
     found = []
     for path in sorted(directory.glob('events.*')):
         content = path.read_bytes()
@@ -29,19 +31,32 @@ def test_lines_events_and_plain_console(tmp_path, capsys):
     writer.write(5, {'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, ('loss',))
     writer.write(10, {'loss': 1.0, 'lr': 0.25}, ('loss',))
     writer.close()
-    expected = [{'step': 5, 'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0}, {'step': 10, 'loss': 1.0, 'lr': 0.25}]
+    expected = [
+        {'step': 5, 'loss': 2.0, 'lr': 0.5, 'seconds_per_step': 3.0},
+        {'step': 10, 'loss': 1.0, 'lr': 0.25},
+    ]
     assert metric_writer.read_scalars(tmp_path / 'metrics.jsonl') == expected
     assert {(5, 'loss', 2.0), (10, 'loss', 1.0), (10, 'lr', 0.25)} <= set(_events(tmp_path))
-    assert capsys.readouterr().out.splitlines() == ['stage 5/10, 15 s left: loss 2', 'stage 10/10: loss 1']
+    assert capsys.readouterr().out.splitlines() == [
+        'stage 5/10, 15 s left: loss 2',
+        'stage 10/10: loss 1',
+    ]
 
 
 def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path):
     path = tmp_path / 'metrics.jsonl'
-    path.write_text(''.join(json.dumps({'step': s, 'loss': s}) + '\n' for s in (2, 4, 6, 8)) + '{"step": 10, "lo')
+    path.write_text(
+        ''.join(json.dumps({'step': s, 'loss': s}) + '\n' for s in (2, 4, 6, 8))
+        + '{"step": 10, "lo'
+    )
     writer = metric_writer.MetricWriter(tmp_path, 'stage', 5, 10)
     writer.write(6, {'loss': 0.5}, ())
     writer.close()
-    assert [(line['step'], line['loss']) for line in metric_writer.read_scalars(path)] == [(2, 2), (4, 4), (6, 0.5)]
+    assert [(line['step'], line['loss']) for line in metric_writer.read_scalars(path)] == [
+        (2, 2),
+        (4, 4),
+        (6, 0.5),
+    ]
 
 
 def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
@@ -52,7 +67,12 @@ def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
     writer.write(4, {'loss': 1.5}, ('loss',))
     writer.close()
     shown = capsys.readouterr()
-    assert '4/4 steps' in shown.err and 'left' in shown.err and 'loss 1.5' in shown.err and shown.out == ''
+    assert (
+        '4/4 steps' in shown.err
+        and 'left' in shown.err
+        and 'loss 1.5' in shown.err
+        and shown.out == ''
+    )
 
 
 def test_no_file_is_no_lines(tmp_path):
@@ -60,10 +80,14 @@ def test_no_file_is_no_lines(tmp_path):
 
 
 def test_in_a_bucket(monkeypatch):
-    """Lines and files go through etils.epath and fsspec, as gs:// is, with a bucket in memory in place of Google's."""
+    """Lines and files go through etils.epath and fsspec, as gs:// is, with a bucket in memory in
+    place of Google's.
+    """
     store = MemoryFileSystem(skip_instance_cache=True)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
-    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())  # it knows Google's itself
+    monkeypatch.setattr(
+        metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock()
+    )  # it knows Google's itself
     for last in (3, 5):  # the second start drops the line of step 3
         writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
         writer.write(1, {'loss': 4.0}, ()) if last == 3 else None

@@ -25,7 +25,8 @@ from tests.conftest import forced_devices, libraries_promote
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Every parameter of L on a mesh where all axes divide: the layout of published checkpoints' training is pinned here.
+# Every parameter of L on a mesh where all axes divide: the layout of published checkpoints'
+# training is pinned here.
 LAYOUT_OF_L = {
     'cls_embedding': P(None, None, 'tensor'),
     'emb_norm/scale': P(None),
@@ -64,7 +65,8 @@ LAYOUT_OF_L = {
 
 def _named(tree):
     return {
-        jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(p, simple=True, separator='/'): x
+        for p, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -75,7 +77,9 @@ def _mesh(*sizes):
 def test_the_layout_of_every_parameter_of_L():
     model, key = ar.sphere_ar(**ar.VARIANTS['L']), jax.random.key(0)
     shapes = jax.eval_shape(model.init_params, key)
-    found = {name: s.spec for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()}
+    found = {
+        name: s.spec for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()
+    }
     assert found == LAYOUT_OF_L
     assert sharding.describe_not_split(_mesh(2, 8, 4), shapes) == ''
 
@@ -85,17 +89,28 @@ def test_optimizer_and_emas_lie_as_the_parameters_do():
     shapes = jax.eval_shape(build.build_vae(cfg).init_params, jax.random.key(0))
     stage = ar_stage(build.build_ar(cfg), build.build_vae(cfg), shapes, cfg.ar_training, 0)
     state = abstract_state(stage, _mesh(2, 8, 4))
-    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu'))
-    layouts = [{n: x.sharding.spec for n, x in _named(tree).items()} for tree in (state.ema[0], adam.mu, adam.nu)]
+    adam = next(
+        s
+        for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, 'mu'))
+        if hasattr(s, 'mu')
+    )
+    layouts = [
+        {n: x.sharding.spec for n, x in _named(tree).items()}
+        for tree in (state.ema[0], adam.mu, adam.nu)
+    ]
     assert layouts == [LAYOUT_OF_L] * 3
 
 
 def test_parameters_apart_lie_as_stacked_ones():
     """The layout of what the sampler reads: the same rules, one dimension or two less."""
     shapes = jax.eval_shape(
-        transformer.unstack, jax.eval_shape(ar.sphere_ar(**ar.VARIANTS['L']).init_params, jax.random.key(0))
+        transformer.unstack,
+        jax.eval_shape(ar.sphere_ar(**ar.VARIANTS['L']).init_params, jax.random.key(0)),
     )
-    found = {name: tuple(s.spec) for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()}
+    found = {
+        name: tuple(s.spec)
+        for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()
+    }
     for name, spec in found.items():
         stacked = tuple(LAYOUT_OF_L[re.sub(r'(blocks|res_groups)_\d+', r'\1', name)])
         assert spec == stacked[len(stacked) - len(spec) :], name
@@ -103,13 +118,18 @@ def test_parameters_apart_lie_as_stacked_ones():
 
 
 def test_what_cannot_be_split_is_whole_and_named():
-    shapes = {'stack': {'attention': {'qkv': {'kernel': jax.ShapeDtypeStruct((6, 12, 3, 3, 4), np.float32)}}}}
+    shapes = {
+        'stack': {
+            'attention': {'qkv': {'kernel': jax.ShapeDtypeStruct((6, 12, 3, 3, 4), np.float32)}}
+        }
+    }
     mesh = _mesh(1, 4, 2)
     spec = sharding.tree_shardings(mesh, shapes)['stack']['attention']['qkv']['kernel'].spec
     assert spec == P(None, 'fsdp', None, None, None)  # 3 heads on 2 devices
     said = sharding.describe_not_split(mesh, shapes)
     assert (
-        said == 'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, as stack/attention/qkv/kernel'
+        said
+        == 'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, as stack/attention/qkv/kernel'
     )
     assert sharding.describe_not_split(_mesh(1, 4, 3), shapes) == ''
 
@@ -144,21 +164,32 @@ def test_meshes_that_cannot_be(sizes, devices, message):
 
 @pytest.mark.parametrize('stage', ['tokenizer_training', 'ar_training'])
 def test_batches_that_do_not_split(tmp_path, stage):
-    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not; 3 × 2 are refused in a line."""
+    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not; 3 × 2 are
+    refused in a line.
+    """
     assert sharding.misfit(_mesh(2, 2, 3), 16) == sharding.misfit(_mesh(2, 2, 3), 16, 4) == ''
-    assert sharding.misfit(_mesh(3, 2, 1), 16) == '16 images are no multiple of 6 devices (mesh.data · mesh.fsdp)'
-    assert sharding.misfit(_mesh(2, 2, 3), 16, 8).endswith('of 4 devices (mesh.data · mesh.fsdp) times 8 pieces')
+    assert (
+        sharding.misfit(_mesh(3, 2, 1), 16)
+        == '16 images are no multiple of 6 devices (mesh.data · mesh.fsdp)'
+    )
+    assert sharding.misfit(_mesh(2, 2, 3), 16, 8).endswith(
+        'of 4 devices (mesh.data · mesh.fsdp) times 8 pieces'
+    )
     cfg = tiny_config.get_config()
     for name in 'tokenizer_training', 'ar_training':
         cfg[name].batch_size = 16 if name == stage else 6
-    with pytest.raises(console.UserError, match=f'{stage}.batch_size: 16 images are no multiple of 6 devices'):
+    with pytest.raises(
+        console.UserError, match=f'{stage}.batch_size: 16 images are no multiple of 6 devices'
+    ):
         train._check_parts(cfg, str(tmp_path), _mesh(3, 2, 1))
     cfg[stage].batch_size = 12
     train._check_parts(cfg, str(tmp_path), _mesh(3, 2, 1))
 
 
 def small_config():
-    """Four heads everywhere, for a tensor axis of up to four; both trainings and the sampler in little time."""
+    """Four heads everywhere, for a tensor axis of up to four; both trainings and the sampler in
+    little time.
+    """
     cfg = tiny_config.get_config()
     cfg.vae.update(heads=4)
     cfg.ar.update(heads=4, width=32, depth=2)
@@ -166,14 +197,18 @@ def small_config():
 
 
 def _state(stage, shardings):
-    """A state in its layout: parameters by NumPy, since compiling their initialisation takes longer than all else."""
+    """A state in its layout: parameters by NumPy, since compiling their initialisation takes longer
+    than all else.
+    """
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return jax.device_put(zeros.replace(params=tiny_config.random_arrays(shapes.params)), shardings)
 
 
 def _run(sizes):
-    """What a mesh of `sizes` gives, as NumPy arrays: scalars and gradients of a step of each stage, and samples."""
+    """What a mesh of `sizes` gives, as NumPy arrays: scalars and gradients of a step of each stage,
+    and samples.
+    """
     cfg, mesh, rng = small_config(), sharding.make_mesh(*sizes), np.random.default_rng(0)
     batch = {
         'image': rng.uniform(-1, 1, (16, 16, 16, 1)).astype(np.float32),
@@ -190,11 +225,17 @@ def _run(sizes):
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         step = jax.jit(sharding.keep_rows_split(mesh, stage.step), out_shardings=(shardings, None))
         with libraries_promote():
-            state, scalars = step(_state(stage, shardings), stage.frozen, sharding.place_batch(mesh, batch))
+            state, scalars = step(
+                _state(stage, shardings), stage.frozen, sharding.place_batch(mesh, batch)
+            )
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         found |= {f'{stage.name}/scalars/{name}': value for name, value in scalars.items()}
-        adam = next(s for s in state.opt_state[1] if hasattr(s, 'mu'))  # (1 − b1)·gradients after one step
-        found |= {f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()}
+        adam = next(
+            s for s in state.opt_state[1] if hasattr(s, 'mu')
+        )  # (1 − b1)·gradients after one step
+        found |= {
+            f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()
+        }
     model, params = ar.unstacked(run.ar, place(run.ar_params))
     arrays = np.arange(16, dtype=np.int32) % 10, np.arange(16, dtype=np.int32)
     draw = on_mesh.program(model, run.vae, build.build_sampler(cfg).options, mesh)
@@ -220,7 +261,8 @@ for name in names:
 
 def _eight_devices(code, *words):
     """A finished process that ran `code` on 8 forced host devices."""
-    # More threads than devices: with as many as this machine has cores, collectives wait for each other for ever
+    # More threads than devices: with as many as this machine has cores, collectives wait for each
+    # other for ever
     env = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': forced_devices(8), 'NPROC': '16'}
     command = [sys.executable, '-c', code, *map(str, words)]
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=900)
@@ -230,7 +272,9 @@ def _eight_devices(code, *words):
 
 @pytest.mark.slow
 def test_results_are_the_same_on_every_mesh(tmp_path):
-    """Losses, gradients and samples of one device, to float32's rounding: sums run in another order."""
+    """Losses, gradients and samples of one device, to float32's rounding: sums run in another
+    order.
+    """
     meshes = '8x1x1', '2x4x1', '2x1x4', '2x2x2'
     _eight_devices(_EIGHT, tmp_path, '1x1x1', *meshes)
     one, *others = (dict(np.load(tmp_path / f'{name}.npz')) for name in ('1x1x1', *meshes))
@@ -300,6 +344,8 @@ print(tokens.images, *caches)
 
 
 def test_the_cache_is_split_by_rows_and_by_heads():
-    """The compiled sampler holds no other cache than (2·B/4, N/2, S, K), guided: of data 2, fsdp 2, tensor 2."""
+    """The compiled sampler holds no other cache than (2·B/4, N/2, S, K), guided: of data 2, fsdp 2,
+    tensor 2.
+    """
     images, *caches = _eight_devices(_CACHE).stdout.decode().split()
     assert caches == [f'{2 * int(images) // 4},2']

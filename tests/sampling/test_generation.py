@@ -37,7 +37,9 @@ def labels():
 
 
 def _generate(run, labels, path, *, batch_size=4, seed=5, **options):
-    generation.generate(run, labels, seed, str(path), batch_size=batch_size, mesh=sharding.make_mesh(1), **options)
+    generation.generate(
+        run, labels, seed, str(path), batch_size=batch_size, mesh=sharding.make_mesh(1), **options
+    )
     with np.load(path) as file:
         assert sorted(file) == ['arr_0', 'arr_1']
         return file['arr_0'], file['arr_1']
@@ -49,12 +51,16 @@ def _process(code, *arguments, devices=1, **options):
         'PYTHONPATH': str(ROOT),
         'XLA_FLAGS': forced_devices(devices),
     }
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=env, **options)
+    return subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, arguments)], cwd=ROOT, env=env, **options
+    )
 
 
 def _floats(run, labels, batch_size, mesh):
     sampler = build.build_sampler(run.config)
-    images, _ = on_mesh.sample_images(run, sampler, labels, seed=5, batch_size=batch_size, mesh=mesh)
+    images, _ = on_mesh.sample_images(
+        run, sampler, labels, seed=5, batch_size=batch_size, mesh=mesh
+    )
     return images
 
 
@@ -67,7 +73,14 @@ def _tokens(run, labels, mesh):
         rows = np.arange(start, start + mesh.size, dtype=np.int32)
         batch = sharding.place_batch(mesh, (labels[rows], rows))
         parts.append(
-            draw(model[1], run.vae_params, *batch, on_mesh.sampling_key(5), s.guidance_scale, s.temperature)[1]
+            draw(
+                model[1],
+                run.vae_params,
+                *batch,
+                on_mesh.sampling_key(5),
+                s.guidance_scale,
+                s.temperature,
+            )[1]
         )
     return np.concatenate([np.asarray(part) for part in parts])
 
@@ -89,9 +102,11 @@ np.save(sys.argv[1] + '_tokens', test_generation._tokens(run, labels, mesh))
 
 
 def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp_path):
-    """Image i is a function of (seed, i, label): one row at a time, seven, or one on each of eight devices.
+    """Image i is a function of (seed, i, label): one row at a time, seven, or one on each of eight
+    devices.
 
-    Bit for bit where every device has one row; other batches to a rounding, for their matrix products add otherwise."""
+    Bit for bit where every device has one row; other batches to a rounding, for their matrix
+    products add otherwise."""
     with _process(_EIGHT, tmp_path / 'eight', devices=8) as process:
         one = _floats(run, labels, 1, sharding.make_mesh(1))
         images, kept = _generate(run, labels, tmp_path / 'one.npz', batch_size=1)
@@ -102,7 +117,9 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
     assert eight.dtype == np.float32
     np.testing.assert_array_equal(eight, one)
     tokens = _tokens(run, labels, sharding.make_mesh(1))
-    assert tokens.dtype == np.float32 and np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
+    assert (
+        tokens.dtype == np.float32 and np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
+    )
     np.testing.assert_array_equal(np.load(tmp_path / 'eight_tokens.npy'), tokens)
     assert (tmp_path / 'one.npz').stat().st_size == (tmp_path / 'eight.npz').stat().st_size
     with np.load(tmp_path / 'eight.npz') as file:
@@ -111,8 +128,12 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
 
     assert images.dtype == np.uint8 and images.shape == (N, 16, 16, 1)
     np.testing.assert_array_equal(kept, labels)
-    np.testing.assert_array_equal(images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8))
-    assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()  # else the rest would show nothing
+    np.testing.assert_array_equal(
+        images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8)
+    )
+    assert (
+        images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
+    )  # else the rest would show nothing
     np.testing.assert_allclose(floats, one, atol=1e-5)
     assert np.abs(other.astype(int) - images).max() <= 1
     shorter, _ = _generate(run, labels[:5], tmp_path / 'five.npz', batch_size=1)
@@ -168,7 +189,9 @@ def test_goes_on_after_a_kill(run, labels, tmp_path):
 
     changed = path.stat().st_mtime_ns
     calls.clear()
-    generation.generate(run, labels, 5, str(path), batch_size=8, mesh=sharding.make_mesh(1), progress=calls.append)
+    generation.generate(
+        run, labels, 5, str(path), batch_size=8, mesh=sharding.make_mesh(1), progress=calls.append
+    )
     assert calls == [N] and path.stat().st_mtime_ns == changed  # nothing is done twice
 
 
@@ -249,7 +272,11 @@ OTHERS = {
     'temperature': lambda run, labels: (tiny_config.random_run(temperature=0.9), labels, {}),
     'steps': lambda run, labels: (tiny_config.random_run(num_steps=3), labels, {}),
     'AR weights': lambda run, labels: (run._replace(ar_params=_moved(run.ar_params)), labels, {}),
-    'S-VAE weights': lambda run, labels: (run._replace(vae_params=_moved(run.vae_params)), labels, {}),
+    'S-VAE weights': lambda run, labels: (
+        run._replace(vae_params=_moved(run.vae_params)),
+        labels,
+        {},
+    ),
     'heads': lambda run, labels: (run._replace(ar=run.ar.clone(heads=1)), labels, {}),
 }
 
@@ -268,7 +295,9 @@ def begun(run, labels, tmp_path_factory):
 def test_samples_of_other_settings_are_refused(run, labels, begun, other):
     changed, chosen, options = OTHERS[other](run, labels)
     for name, where in (('done.npz', 'done.npz holds'), ('half.npz', 'half.npz.parts holds')):
-        with pytest.raises(UserError, match=f'{where} samples of other settings: .*--output') as error:
+        with pytest.raises(
+            UserError, match=f'{where} samples of other settings: .*--output'
+        ) as error:
             _generate(changed, chosen, begun / name, **options)
         assert '\n' not in str(error.value)
     assert sorted(f.name for f in (begun / 'half.npz.parts').iterdir()) == [
@@ -292,7 +321,9 @@ def test_samples_of_unknown_settings_are_refused(run, labels, tmp_path):
 
 
 def test_uniform_labels():
-    """Chi-square below its 99.9% quantile, at a fixed seed; each a function of seed and place alone."""
+    """Chi-square below its 99.9% quantile, at a fixed seed; each a function of seed and place
+    alone.
+    """
     labels = generation.draw_labels('uniform', 20_000, 1000, 0)
     assert labels.dtype == np.int32 and labels.min() == 0 and labels.max() == 999
     counts = np.bincount(labels, minlength=1000)
@@ -352,7 +383,9 @@ def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
             np.savez(f, a=np.arange(4))
     elif content == 'vast':
         with open(path, 'wb') as f:
-            np.lib.format.write_array_header_1_0(f, {'descr': '<i8', 'fortran_order': False, 'shape': (2**50,)})
+            np.lib.format.write_array_header_1_0(
+                f, {'descr': '<i8', 'fortran_order': False, 'shape': (2**50,)}
+            )
     with pytest.raises(UserError, match=re.escape(message)) as error:
         generation.draw_labels(str(path), 4, 10, 0)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
@@ -362,5 +395,9 @@ def test_what_a_file_says_of_itself(run, labels, tmp_path):
     """Beside the samples: the settings they were drawn with, for people too."""
     _generate(run, labels[:4], tmp_path / 'a.npz')
     about = json.loads((tmp_path / 'a.npz.json').read_text())
-    assert about['seed'] == 5 and about['dtype'] == 'float32' and about['sampling']['guidance_scale'] == 1.5
+    assert (
+        about['seed'] == 5
+        and about['dtype'] == 'float32'
+        and about['sampling']['guidance_scale'] == 1.5
+    )
     assert about['sampling']['num_images'] == 4 and 'batch_size' not in about['sampling']

@@ -30,7 +30,9 @@ def _noise(golden, case):
 def _sample(golden, model, params, case, noise, **options):
     schedule, scale = CASES[case]
     options = Options(num_steps=5, guidance=schedule, **options)
-    run = jax.jit(lambda p, n: sample_tokens(model, p, golden['class_id'], None, options, scale, noise=n))
+    run = jax.jit(
+        lambda p, n: sample_tokens(model, p, golden['class_id'], None, options, scale, noise=n)
+    )
     return np.asarray(run(params, noise))
 
 
@@ -40,13 +42,19 @@ def draw_token(model, params, options, k, scale, c, noise, apart):
     plan = options.plan(16)
     which = jnp.asarray(plan.which)[k]
     solver = jax.tree.map(lambda a: a[which], head.prepare(params['head'], plan))
-    guided = None if options.guidance is None else guidance.Guidance(scale, apart, options.guidance_interval)
+    guided = (
+        None
+        if options.guidance is None
+        else guidance.Guidance(scale, apart, options.guidance_interval)
+    )
     return geometry.project(head.draw_token(params['head'], c, noise, solver, guided))
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
-    """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from the golden."""
+    """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from
+    the golden.
+    """
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     schedule, scale = CASES[case]
@@ -56,7 +64,11 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     scales = guidance.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
     guided = schedule is not None
     double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
-    class_id = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)]) if guided else golden['class_id']
+    class_id = (
+        np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
+        if guided
+        else golden['class_id']
+    )
 
     @jax.jit
     def token(k, c, scale, noise):
@@ -65,7 +77,9 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
     c, cache = model.apply(variables, class_id, method='prefill')
     for k in range(16):
-        noise = double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
+        noise = (
+            double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
+        )
         z = token(k, c, scales[k], noise)
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4, err_msg=f'token {k}')
         fed = np.array(double(tokens[:, k]))
@@ -77,25 +91,35 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
 
 @pytest.mark.parametrize('case', CASES)
 def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
-    """Sampling freely, by the one compiled program. Without guidance to 1e-4. With it, this random model amplifies a
-    difference of one rounding a thousandfold along the sequence (see the next test): tokens 0 to 6 are held to 1e-4,
-    the later ones to 5e-3."""
+    """Sampling freely, by the one compiled program. Without guidance to 1e-4. With it, this random
+    model amplifies a difference of one rounding a thousandfold along the sequence (see the next
+    test): tokens 0 to 6 are held to 1e-4, the later ones to 5e-3.
+    """
     model, params = tiny_ar
-    tokens, expected = _sample(golden, model, params, case, _noise(golden, case)), golden[f'sample/{case}/tokens']
+    tokens, expected = (
+        _sample(golden, model, params, case, _noise(golden, case)),
+        golden[f'sample/{case}/tokens'],
+    )
     chex.assert_shape(tokens, (3, 16, 8))
     np.testing.assert_allclose(tokens[:, :7], expected[:, :7], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(tokens, expected, atol=1e-4 if case == 'cfg1' else 5e-3)
     np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
     assert golden[f'sample/{case}/meta'].tolist() == [CASES[case][1] or 1.0, 5]
     decode = jax.jit(lambda z: tiny_vae[0].apply({'params': tiny_vae[1]}, z, method='decode'))
-    np.testing.assert_allclose(decode(expected), golden[f'sample/{case}/images'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        decode(expected), golden[f'sample/{case}/images'], rtol=1e-4, atol=1e-4
+    )
     if case == 'cfg1':
-        np.testing.assert_allclose(decode(tokens), golden[f'sample/{case}/images'], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            decode(tokens), golden[f'sample/{case}/images'], rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize('case', ['cfg_linear', 'cfg_const'])
 def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
-    """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens by over 1e-4."""
+    """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens
+    by over 1e-4.
+    """
     model, params = tiny_ar
     first, rest = _noise(golden, case)
     moved = _sample(golden, model, params, case, (first * (1 + 1e-6), rest)) - _sample(
@@ -121,7 +145,9 @@ def test_euler_against_golden(golden, tiny_ar):
 
 
 def test_first_token_quirk(golden, tiny_ar):
-    """The null rows' noise for token 0 changes what follows if token 0 goes apart, and is not read if not."""
+    """The null rows' noise for token 0 changes what follows if token 0 goes apart, and is not read
+    if not.
+    """
     model, params = tiny_ar
     first, rest = _noise(golden, 'cfg_linear')
     other = np.concatenate([first[:, :3], first[:, 3:] + 1], axis=1)
@@ -129,7 +155,8 @@ def test_first_token_quirk(golden, tiny_ar):
     np.testing.assert_array_equal(apart[0][:, 0], apart[1][:, 0])
     assert np.abs(apart[0][:, 1] - apart[1][:, 1]).max() > 1e-2
     together = [
-        _sample(golden, model, params, 'cfg_linear', (f, rest), first_token_apart=False) for f in (first, other)
+        _sample(golden, model, params, 'cfg_linear', (f, rest), first_token_apart=False)
+        for f in (first, other)
     ]
     np.testing.assert_array_equal(*together)
     np.testing.assert_allclose(together[0][:, 0], apart[0][:, 0], atol=1e-4)
@@ -167,8 +194,15 @@ def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
     m = options.num_draws(16)
     assert m == {'euler': 1, 'euler_maruyama': 4}[solver]
     rng = np.random.default_rng(0)
-    first, rest = rng.normal(size=(m, 3, 8)).astype(np.float32), rng.normal(size=(15, m, 3, 8)).astype(np.float32)
-    sample = jax.jit(lambda noise, t: sample_tokens(model, params, golden['class_id'], None, options, None, t, noise))
+    first, rest = (
+        rng.normal(size=(m, 3, 8)).astype(np.float32),
+        rng.normal(size=(15, m, 3, 8)).astype(np.float32),
+    )
+    sample = jax.jit(
+        lambda noise, t: sample_tokens(
+            model, params, golden['class_id'], None, options, None, t, noise
+        )
+    )
     cold_first, cold_rest = first.copy(), rest.copy()
     cold_first[0] *= 0.5
     cold_rest[:, 0] *= 0.5
@@ -178,7 +212,9 @@ def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
 
 
 def test_one_compilation(tiny_ar, tiny_vae):
-    """One program, whatever the key, the labels, the scale or the temperature, and however they are written."""
+    """One program, whatever the key, the labels, the scale or the temperature, and however they are
+    written.
+    """
     (model, params), (decoder, decoder_params) = tiny_ar, tiny_vae
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     seen = []
@@ -207,12 +243,15 @@ def _loops(jaxpr, outside=()):
 
 
 def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
-    """The tokens are one scan. The solver's loop holds neither the time embedding nor the condition's, and its inner
-    loop, one evaluation of the head, none of the adaLN products either."""
+    """The tokens are one scan. The solver's loop holds neither the time embedding nor the
+    condition's, and its inner loop, one evaluation of the head, none of the adaLN products either.
+    """
     model, params = ar.unstacked(*tiny_ar)
     keys = jax.random.split(jax.random.key(0), 3)
     options = Options(num_steps=7, guidance='linear')
-    traced = jax.make_jaxpr(lambda p: sample_tokens(model, p, golden['class_id'], keys, options, 2.0))(params)
+    traced = jax.make_jaxpr(
+        lambda p: sample_tokens(model, p, golden['class_id'], keys, options, 2.0)
+    )(params)
     paths = list(_loops(traced.jaxpr))
     tokens = [path for path in paths if path[-1].params.get('length') == 16]  # L
     assert len(tokens) == 1 and len(tokens[0]) == 1
@@ -220,9 +259,14 @@ def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
     shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
     body = lambda equation: str(equation.params['body_jaxpr'])
     solver = [
-        path for path in paths if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
+        path
+        for path in paths
+        if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
     ]
-    assert sorted(map(len, solver)) == [2, 3]  # once, inside the scan: a loop over chunks and in it one
+    assert sorted(map(len, solver)) == [
+        2,
+        3,
+    ]  # once, inside the scan: a loop over chunks and in it one
     for path in solver:
         text = body(path[-1])
         assert ' cos ' not in text and ' sin ' not in text
@@ -268,7 +312,9 @@ def test_options_without_use_are_errors(golden, tiny_ar):
             Options(**wrong)
     model, params = tiny_ar
     keys = jax.random.split(jax.random.key(0), 3)
-    sample = lambda options, *a, **k: sample_tokens(model, params, golden['class_id'], *a, options, **k)
+    sample = lambda options, *a, **k: sample_tokens(
+        model, params, golden['class_id'], *a, options, **k
+    )
     with pytest.raises(ValueError, match='guidance_scale'):
         sample(Options(guidance=None), keys, guidance_scale=2.0)
     with pytest.raises(ValueError, match='guidance_scale'):
@@ -281,7 +327,12 @@ def test_annealed_steps():
     np.testing.assert_array_equal(annealed_steps(10, 2, 5, 'linear'), [10, 8, 6, 4, 2])
     np.testing.assert_array_equal(annealed_steps(9, 2, 4, 'two_stage'), [9, 9, 2, 2])
     cosine = annealed_steps(100, 20, 257, 'cosine')
-    assert cosine[0] == 100 and cosine[128] == 60 and cosine[256] == 20 and (np.diff(cosine) <= 0).all()
+    assert (
+        cosine[0] == 100
+        and cosine[128] == 60
+        and cosine[256] == 20
+        and (np.diff(cosine) <= 0).all()
+    )
     assert 100 - cosine[64] < 64 - 40 < 100 - cosine[128]  # slower than linear at first
     plan = Options('heun', 10, final_steps=2, annealing='linear').plan(5)
     assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
@@ -289,7 +340,9 @@ def test_annealed_steps():
 
 @pytest.mark.parametrize('solver', solvers.SOLVERS)
 def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
-    """One program with steps from 5 to 2 gives what programs of one number of steps give for their own tokens."""
+    """One program with steps from 5 to 2 gives what programs of one number of steps give for their
+    own tokens.
+    """
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     options = Options(solver, 5, guidance='constant', final_steps=2, annealing='cosine')
@@ -307,13 +360,16 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
         alone = Options(solver, int(steps[k]), guidance='constant')
         draws = noise[0][:, :3] if k == 0 else noise[1][k - 1]
         draws = np.concatenate([draws, draws], axis=1)[: alone.num_draws(16)]
-        z = draw_token(model, params, alone, k, 1.5, conditions[:, k], jnp.asarray(draws), jnp.asarray(False))
+        z = draw_token(
+            model, params, alone, k, 1.5, conditions[:, k], jnp.asarray(draws), jnp.asarray(False)
+        )
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_interval(golden, tiny_ar):
-    """The whole interval is plain guidance; an empty part of it is none; between, the velocities are exchanged where
-    the interval says, by a loop written out here."""
+    """The whole interval is plain guidance; an empty part of it is none; between, the velocities
+    are exchanged where the interval says, by a loop written out here.
+    """
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     c = jnp.asarray(golden['ar_cond'].reshape(48, -1)[:6])
@@ -328,7 +384,9 @@ def test_guidance_interval(golden, tiny_ar):
     np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
     np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
     x, scales = noise[0], [1, 1, 3, 3, 1, 1]
-    head = lambda x, t: model.apply(variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t))
+    head = lambda x, t: model.apply(
+        variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t)
+    )
     for i, scale in enumerate(scales):
         v = head(x, i / 6)
         guided = guidance.guide(v[:3], v[3:], scale)

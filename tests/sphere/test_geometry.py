@@ -16,7 +16,9 @@ def test_projection_has_the_radius_and_the_direction():
     projected = geometry.project(z)
     chex.assert_shape(projected, (5, 3, 16))
     np.testing.assert_allclose(np.linalg.norm(projected, axis=-1), 4.0, rtol=1e-6)
-    np.testing.assert_allclose(projected, 4 * np.asarray(z) / np.linalg.norm(z, axis=-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(
+        projected, 4 * np.asarray(z) / np.linalg.norm(z, axis=-1, keepdims=True), rtol=1e-5
+    )
     np.testing.assert_allclose(np.linalg.norm(geometry.project(z, 2.5), axis=-1), 2.5, rtol=1e-6)
 
 
@@ -31,7 +33,9 @@ def test_derivative_is_the_tangent_projection():
         norm = np.linalg.norm(z, axis=-1)[:, None, None]
         u = np.asarray(z)[:, :, None] / norm
         matrix = 4 / norm * (np.eye(16) - u @ u.swapaxes(1, 2))
-        np.testing.assert_allclose(tangent, (matrix @ np.asarray(z_dot)[:, :, None])[..., 0], atol=1e-13)
+        np.testing.assert_allclose(
+            tangent, (matrix @ np.asarray(z_dot)[:, :, None])[..., 0], atol=1e-13
+        )
 
 
 @pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
@@ -39,7 +43,9 @@ def test_derivative_is_the_tangent_projection():
 def test_radial_tangent_gives_exactly_zero(dtype, scale):
     z = _points((200, 16), dtype) * jnp.asarray(scale, dtype)
     for factor in (1.0, -4.0):  # powers of two, so that the tangent itself is exactly radial
-        _, tangent = jax.jit(lambda z, f: jax.jvp(geometry.project, (z,), (f * z,)))(z, jnp.asarray(factor, dtype))
+        _, tangent = jax.jit(lambda z, f: jax.jvp(geometry.project, (z,), (f * z,)))(
+            z, jnp.asarray(factor, dtype)
+        )
         np.testing.assert_array_equal(np.asarray(tangent, np.float32), 0)
 
 
@@ -57,7 +63,9 @@ def test_finite_everywhere(dtype, scale):
     if dtype != np.float16:  # the slope R/1e-7 at 0 is beyond float16
         chex.assert_tree_all_finite(jax.grad(loss)(z).astype(jnp.float32))
     if scale == 1e30 and dtype != np.float16:
-        np.testing.assert_allclose(jnp.linalg.norm(value.astype(jnp.float32), axis=-1), 4, rtol=1e-2)
+        np.testing.assert_allclose(
+            jnp.linalg.norm(value.astype(jnp.float32), axis=-1), 4, rtol=1e-2
+        )
 
 
 def test_below_eps_the_value_is_the_clamped_quotient():
@@ -71,10 +79,14 @@ def test_reverse_and_second_derivatives():
     with jax.enable_x64(True):
         z, w = _points((8,), np.float64), _points((8,), np.float64, 1)
         loss = lambda z: jnp.sum(w * geometry.project(z) ** 3)
-        np.testing.assert_allclose(jax.jacfwd(geometry.project)(z), jax.jacrev(geometry.project)(z), atol=1e-14)
+        np.testing.assert_allclose(
+            jax.jacfwd(geometry.project)(z), jax.jacrev(geometry.project)(z), atol=1e-14
+        )
         hessian = jax.hessian(loss)(z)
         h = 1e-6
-        rows = [(jax.grad(loss)(z + h * e) - jax.grad(loss)(z - h * e)) / (2 * h) for e in np.eye(8)]
+        rows = [
+            (jax.grad(loss)(z + h * e) - jax.grad(loss)(z - h * e)) / (2 * h) for e in np.eye(8)
+        ]
         np.testing.assert_allclose(hessian, np.stack(rows), atol=1e-6)
         np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
 
@@ -101,7 +113,9 @@ def test_half_precision_is_rounded_once():
     z = _points((50, 8), jnp.bfloat16)
     for function in (geometry.l2_normalize, geometry.project, lambda z: geometry.project(z, 2.3)):
         exact = function(z.astype(jnp.float32)).astype(jnp.bfloat16)
-        np.testing.assert_array_equal(np.asarray(function(z), np.float32), np.asarray(exact, np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(function(z), np.float32), np.asarray(exact, np.float32)
+        )
 
 
 def test_householder_takes_e1_to_mu_and_keeps_lengths():
@@ -110,13 +124,17 @@ def test_householder_takes_e1_to_mu_and_keeps_lengths():
     np.testing.assert_allclose(geometry.householder(e1, mu), mu, atol=1e-6)
     y = _points((20, 5), seed=1)
     reflected = geometry.householder(y, mu)
-    np.testing.assert_allclose(jnp.linalg.norm(reflected, axis=-1), jnp.linalg.norm(y, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(reflected, axis=-1), jnp.linalg.norm(y, axis=-1), rtol=1e-5
+    )
     np.testing.assert_allclose(geometry.householder(reflected, mu), y, atol=1e-5)  # an involution
 
 
 def test_householder_at_the_poles():
     e1, y = jnp.eye(1, 5), _points((1, 5))
     np.testing.assert_array_equal(geometry.householder(y, e1), y)
-    np.testing.assert_allclose(geometry.householder(y, -e1), y * jnp.asarray([[-1.0, 1, 1, 1, 1]]), atol=1e-7)
+    np.testing.assert_allclose(
+        geometry.householder(y, -e1), y * jnp.asarray([[-1.0, 1, 1, 1, 1]]), atol=1e-7
+    )
     gradient = jax.grad(lambda mu: jnp.sum(geometry.householder(y, mu)))
     chex.assert_tree_all_finite((gradient(e1), gradient(-e1)))

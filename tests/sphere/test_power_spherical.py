@@ -7,19 +7,31 @@ from scipy import integrate, special, stats
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-KL_TABLE = {1.0: 0.0322247, 10.0: 1.3929067, 100.0: 10.8717478, 1000.0: 26.8112195}  # d = 16, from the closed form
+KL_TABLE = {
+    1.0: 0.0322247,
+    10.0: 1.3929067,
+    100.0: 10.8717478,
+    1000.0: 26.8112195,
+}  # d = 16, from the closed form
 
 
 def _log_normalizer(kappa, d):
     """log N by SciPy, from the paper's formula."""
     b = (d - 1) / 2
     alpha = kappa + b
-    return -((alpha + b) * np.log(2) + b * np.log(np.pi) + special.gammaln(alpha) - special.gammaln(alpha + b))
+    return -(
+        (alpha + b) * np.log(2)
+        + b * np.log(np.pi)
+        + special.gammaln(alpha)
+        - special.gammaln(alpha + b)
+    )
 
 
 def _slopes(s, alpha, beta):
     """d s/d alpha of draws s (n,), by `implicit_beta`."""
-    return jax.vmap(jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, beta), argnums=1), (0, None))(s, alpha)
+    return jax.vmap(
+        jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, beta), argnums=1), (0, None)
+    )(s, alpha)
 
 
 def _cosine_density(kappa, d):
@@ -30,7 +42,11 @@ def _cosine_density(kappa, d):
         x[:2] = c, np.sqrt(1 - c * c)
         mu = np.eye(d)[0]
         with jax.enable_x64(True):
-            log_p = float(power_spherical.log_prob(jnp.asarray(x), jnp.asarray(mu), jnp.asarray(kappa, jnp.float64)))
+            log_p = float(
+                power_spherical.log_prob(
+                    jnp.asarray(x), jnp.asarray(mu), jnp.asarray(kappa, jnp.float64)
+                )
+            )
         return np.exp(log_p + power_spherical.log_surface(d - 1)) * (1 - c * c) ** ((d - 3) / 2)
 
     return density
@@ -50,7 +66,9 @@ def test_goldens(golden):
     mu, kappa, d = golden['mu'], golden['kappa'], 8
     np.testing.assert_allclose(power_spherical.entropy(kappa, d), golden['entropy'], atol=1e-5)
     np.testing.assert_allclose(power_spherical.kl_to_uniform(kappa, d), golden['kl'], atol=1e-5)
-    np.testing.assert_allclose(power_spherical.log_prob(mu, mu, kappa), golden['log_prob_mu'], atol=1e-5)
+    np.testing.assert_allclose(
+        power_spherical.log_prob(mu, mu, kappa), golden['log_prob_mu'], atol=1e-5
+    )
     log_prob = power_spherical.log_prob(golden['psd_x'], mu, kappa)
     chex.assert_equal_shape([log_prob, kappa])
     np.testing.assert_allclose(log_prob, golden['psd_log_prob_x'], atol=1e-5)
@@ -71,14 +89,25 @@ def test_normaliser_entropy_and_kl_against_scipy(kappa, d):
     with jax.enable_x64(True):
         kappa64 = jnp.asarray(kappa, jnp.float64)
         np.testing.assert_allclose(
-            power_spherical.log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64), peak, rtol=1e-9, atol=1e-8
+            power_spherical.log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64),
+            peak,
+            rtol=1e-9,
+            atol=1e-8,
         )
-        np.testing.assert_allclose(power_spherical.entropy(kappa64, d), entropy, rtol=1e-9, atol=1e-8)
+        np.testing.assert_allclose(
+            power_spherical.entropy(kappa64, d), entropy, rtol=1e-9, atol=1e-8
+        )
     mu = jnp.asarray(mu, jnp.float32)
-    np.testing.assert_allclose(power_spherical.log_prob(mu, mu, jnp.float32(kappa)), peak, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(power_spherical.entropy(jnp.float32(kappa), d), entropy, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        power_spherical.log_prob(mu, mu, jnp.float32(kappa)), peak, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        power_spherical.entropy(jnp.float32(kappa), d), entropy, rtol=1e-5, atol=1e-5
+    )
     kl = power_spherical.kl_to_uniform(jnp.float32(kappa), d)
-    truth = power_spherical.log_surface(d) - entropy  # a small difference of numbers of the size of the entropy
+    truth = (
+        power_spherical.log_surface(d) - entropy
+    )  # a small difference of numbers of the size of the entropy
     np.testing.assert_allclose(kl, truth, rtol=1e-5, atol=1e-5 + 5e-7 * abs(entropy))
 
 
@@ -97,16 +126,22 @@ def test_uniform_at_kappa_zero():
     mu = jnp.broadcast_to(jnp.eye(1, 16), (100, 16))
     expected = -power_spherical.log_surface(16)
     np.testing.assert_allclose(power_spherical.log_prob(x, mu, jnp.zeros(100)), expected, rtol=1e-6)
-    np.testing.assert_allclose(power_spherical.log_prob(-mu, mu, jnp.zeros(100)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        power_spherical.log_prob(-mu, mu, jnp.zeros(100)), expected, rtol=1e-6
+    )
     np.testing.assert_allclose(power_spherical.kl_to_uniform(jnp.float32(0), 16), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('kappa', [0.0, 1.0, 50.0, 1e4])
 @pytest.mark.parametrize('pole', ['random', 'e1', '-e1'])
 def test_sample_moments(kappa, pole):
-    """The mean along mu, its variance, no mean across, and the whole law of the cosine (Kolmogorov–Smirnov)."""
+    """The mean along mu, its variance, no mean across, and the whole law of the cosine
+    (Kolmogorov–Smirnov).
+    """
     n, d = 20_000, 8
-    mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(pole, geometry.l2_normalize(jnp.arange(1.0, d + 1)))
+    mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(
+        pole, geometry.l2_normalize(jnp.arange(1.0, d + 1))
+    )
     x = power_spherical.sample(jax.random.key(1), jnp.broadcast_to(mu, (n, d)), jnp.full(n, kappa))
     chex.assert_shape(x, (n, d))
     np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-5)
@@ -117,7 +152,8 @@ def test_sample_moments(kappa, pole):
     spread = np.sqrt((law.stats('k') + 2) / n)  # relative standard error of a variance
     assert abs(cosine.var() / law.var() - 1) < 5 * spread
     assert stats.kstest(cosine, law.cdf).pvalue > 1e-4
-    # Across mu every direction is alike: mean 0 and covariance E[sin²]/(d − 1) on the tangent space.
+    # Across mu every direction is alike: mean 0 and covariance E[sin²]/(d − 1) on the tangent
+    # space.
     basis = np.linalg.svd(np.asarray(mu, np.float64)[None])[2][1:]
     across = np.asarray(x, np.float64) @ basis.T
     sine_squared = 1 - law.moment(2)
@@ -125,13 +161,17 @@ def test_sample_moments(kappa, pole):
     np.testing.assert_array_less(np.abs(across.mean(0)), 5 * each / np.sqrt(n))
     covariance = across.T @ across / n / each**2
     kurtosis = np.mean(across[:, 0] ** 4) / each**4
-    np.testing.assert_array_less(np.abs(covariance - np.eye(d - 1)), 5 * np.sqrt(max(kurtosis, 1) / n) + 1e-5)
+    np.testing.assert_array_less(
+        np.abs(covariance - np.eye(d - 1)), 5 * np.sqrt(max(kurtosis, 1) / n) + 1e-5
+    )
 
 
 @pytest.mark.parametrize('d', [2, 3, 8, 16, 64])
 @pytest.mark.parametrize('kappa', [0.0, 1.0, 30.0, 1e3, 1e4])
 def test_implicit_gradient_is_the_slope_of_the_quantile(kappa, d):
-    """d s/d alpha of a draw, against finite differences of SciPy's Beta quantile, over the whole range of draws."""
+    """d s/d alpha of a draw, against finite differences of SciPy's Beta quantile, over the whole
+    range of draws.
+    """
     b = (d - 1) / 2
     alpha = kappa + b
     u = np.array([1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
@@ -143,7 +183,8 @@ def test_implicit_gradient_is_the_slope_of_the_quantile(kappa, d):
         np.testing.assert_allclose(ours, slope, rtol=2e-5, atol=1e-13)
     s32 = jnp.asarray(s, jnp.float32)
     ours = _slopes(s32, jnp.float32(alpha), b)
-    # float32 cannot tell a draw from its neighbours: hold it to the slope's change over that rounding
+    # float32 cannot tell a draw from its neighbours: hold it to the slope's change over that
+    # rounding
     np.testing.assert_allclose(ours, slope, rtol=2e-3, atol=2e-7)
 
 
@@ -168,14 +209,18 @@ def test_gradient_of_expectation_against_quadrature(kappa):
 
     keys = jax.random.split(jax.random.key(2), n)
     slopes = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(jnp.float32(kappa), keys)
-    expectation = lambda kappa: stats.beta(kappa + b, b).expect(lambda s: np.exp(2 * s - 1), epsabs=1e-12)
+    expectation = lambda kappa: stats.beta(kappa + b, b).expect(
+        lambda s: np.exp(2 * s - 1), epsabs=1e-12
+    )
     h = 1e-3 * kappa
     truth = (expectation(kappa + h) - expectation(kappa - h)) / (2 * h)
     assert abs(float(slopes.mean()) - truth) < 5 * float(slopes.std()) / np.sqrt(n)
 
 
 def test_gradient_reaches_mu():
-    """d/d mu of E⟨a, x⟩ = E[cosine]·a on the tangent space: the sample mean of gradients against the closed form."""
+    """d/d mu of E⟨a, x⟩ = E[cosine]·a on the tangent space: the sample mean of gradients against
+    the closed form.
+    """
     n, d, kappa = 20_000, 8, 10.0
     mu = geometry.l2_normalize(jnp.arange(1.0, d + 1))
     a = jnp.asarray(np.random.default_rng(0).normal(size=d), jnp.float32)
@@ -184,11 +229,15 @@ def test_gradient_reaches_mu():
         x = power_spherical.sample(key, geometry.l2_normalize(mu)[None], jnp.full(1, kappa))
         return jnp.sum(a * x[0])
 
-    slopes = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(mu, jax.random.split(jax.random.key(3), n))
+    slopes = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(
+        mu, jax.random.split(jax.random.key(3), n)
+    )
     b = (d - 1) / 2
     mean_cosine = 2 * (kappa + b) / (kappa + 2 * b) - 1
     truth = mean_cosine * (a - jnp.sum(a * mu) * mu)
-    np.testing.assert_array_less(np.abs(slopes.mean(0) - truth), 5 * np.asarray(slopes.std(0)) / np.sqrt(n) + 1e-6)
+    np.testing.assert_array_less(
+        np.abs(slopes.mean(0) - truth), 5 * np.asarray(slopes.std(0)) / np.sqrt(n) + 1e-6
+    )
 
 
 @pytest.mark.parametrize('kappa', [0.0, 1.0, 1e4])
@@ -208,7 +257,9 @@ def test_implicit_gradient_has_less_variance_than_jax_random_beta():
     """Both are unbiased for E[s]; the implicit one spreads less (the reason for having it)."""
     n, alpha, beta = 20_000, 8.0, 7.5
     keys = jax.random.split(jax.random.key(4), n)
-    direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, beta)), (None, 0)))(alpha, keys)
+    direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, beta)), (None, 0)))(
+        alpha, keys
+    )
     s = jax.vmap(lambda key: jax.random.beta(key, alpha, beta))(keys)
     implicit = _slopes(s, jnp.float32(alpha), beta)
     truth = beta / (alpha + beta) ** 2
@@ -219,4 +270,6 @@ def test_implicit_gradient_has_less_variance_than_jax_random_beta():
 
 def test_what_cannot_be_differentiated_says_so():
     with pytest.raises(TypeError, match='no second derivative'):
-        jax.hessian(lambda a: power_spherical.implicit_beta(jnp.float32(0.4), a, 7.5))(jnp.float32(3.0))
+        jax.hessian(lambda a: power_spherical.implicit_beta(jnp.float32(0.4), a, 7.5))(
+            jnp.float32(3.0)
+        )

@@ -1,4 +1,6 @@
-"""What holds for every input of the geometry and the distribution, on inputs that hypothesis looks for."""
+"""What holds for every input of the geometry and the distribution, on inputs that hypothesis looks
+for.
+"""
 
 import chex
 import jax
@@ -28,7 +30,9 @@ def test_projected_points_lie_on_the_sphere_and_stay(z):
     exact = z.astype(np.float64)
     norm = np.linalg.norm(exact, axis=-1, keepdims=True)
     far = norm[:, 0] >= 1e-6
-    np.testing.assert_allclose(once[far], (exact / np.maximum(norm, 1e-7) * D**0.5)[far], rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        once[far], (exact / np.maximum(norm, 1e-7) * D**0.5)[far], rtol=2e-6, atol=2e-6
+    )
     np.testing.assert_allclose(project(once)[far], once[far], rtol=1e-6, atol=1e-6)
 
 
@@ -52,8 +56,15 @@ def test_kl_against_scipy(kappa):
     """KL to uniform by De Cao & Aziz' formula in float64; it is never negative."""
     b = (D - 1) / 2
     a = kappa + b
-    log_norm = -((a + b) * np.log(2) + b * np.log(np.pi) + scipy.special.gammaln(a) - scipy.special.gammaln(a + b))
-    entropy = -(log_norm + kappa * (np.log(2) + scipy.special.digamma(a) - scipy.special.digamma(a + b)))
+    log_norm = -(
+        (a + b) * np.log(2)
+        + b * np.log(np.pi)
+        + scipy.special.gammaln(a)
+        - scipy.special.gammaln(a + b)
+    )
+    entropy = -(
+        log_norm + kappa * (np.log(2) + scipy.special.digamma(a) - scipy.special.digamma(a + b))
+    )
     surface = np.log(2) + D / 2 * np.log(np.pi) - scipy.special.gammaln(D / 2)
     ours = float(kl_to_uniform(np.float32(kappa), D))
     np.testing.assert_allclose(ours, surface - entropy, rtol=1e-5, atol=2e-6)
@@ -63,13 +74,19 @@ def test_kl_against_scipy(kappa):
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 200, width=32))
 def test_the_density_integrates_to_one(kappa):
-    """Over the sphere S^{d−1}, by the angle to mu: the area of a circle of latitude is |S^{d−2}| sin^{d−2}."""
+    """Over the sphere S^{d−1}, by the angle to mu: the area of a circle of latitude is |S^{d−2}|
+    sin^{d−2}.
+    """
     mu = np.eye(D, dtype=np.float32)[0]
     angle = np.linspace(0, np.pi, 4001)
     x = np.zeros((len(angle), D), np.float32)
     x[:, 0] = np.cos(angle)
     x[:, 1] = np.sin(angle)
     area = 2 * np.pi ** ((D - 1) / 2) / scipy.special.gamma((D - 1) / 2)
-    density = np.exp(np.asarray(log_prob(x, np.broadcast_to(mu, x.shape), np.full(len(x), kappa, np.float32)), float))
+    density = np.exp(
+        np.asarray(
+            log_prob(x, np.broadcast_to(mu, x.shape), np.full(len(x), kappa, np.float32)), float
+        )
+    )
     whole = scipy.integrate.simpson(density * area * np.sin(angle) ** (D - 2), x=angle)
     np.testing.assert_allclose(whole, 1, rtol=2e-4)

@@ -41,7 +41,9 @@ def _options(**values):
 
 
 class Images:
-    """48 images of 24×24 pixels with 3 channels: waves, of which each has its own length and colour."""
+    """48 images of 24×24 pixels with 3 channels: waves, of which each has its own length and
+    colour.
+    """
 
     def __len__(self):
         return 48
@@ -53,9 +55,13 @@ class Images:
 
 
 def _moments(network, params, opt_state):
-    """The 16 elements of each tensor that the golden holds: (parameters, first moments, norms of the whole moments)."""
+    """The 16 elements of each tensor that the golden holds: (parameters, first moments, norms of
+    the whole moments).
+    """
     if network == 'vae':
-        tensors = lambda tree: {n.removeprefix('vae.'): a for n, a in torch_names.to_torch(tree).items()}
+        tensors = lambda tree: {
+            n.removeprefix('vae.'): a for n, a in torch_names.to_torch(tree).items()
+        }
     else:
         tensors = lambda tree: torch_gan.to_torch(tree, torch_gan.PATCHGAN)
     params, moments = tensors(params), tensors(optax.tree.get(opt_state, 'mu'))
@@ -69,40 +75,59 @@ def _moments(network, params, opt_state):
 def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monkeypatch):
     """Terms, gradients' norms, both networks' parameters and first moments after each step.
 
-    The adversarial weight is 0 in the first step: of the discriminator only the kernels move, by decay. Adam's first
-    steps are nearly lr·sign(gradient), so that a gradient which is rounding alone moves a parameter by as much as any:
-    from the second step on the two programs are no longer at the same point. The tolerances of gradients are less than
-    half of what the public code in float64 differs by from itself in float32.
+    The adversarial weight is 0 in the first step: of the discriminator only the kernels move, by
+    decay. Adam's first steps are nearly lr·sign(gradient), so that a gradient which is rounding
+    alone moves a parameter by as much as any: from the second step on the two programs are no
+    longer at the same point. The tolerances of gradients are less than half of what the public code
+    in float64 differs by from itself in float32.
     """
     draws = [jnp.stack([PUBLIC[f'{i}/{name}'] for i in range(3)]) for name in ('beta', 'tangent')]
-    monkeypatch.setattr(losses, 'sample_keys', lambda key, step, batch: tuple(d[step] for d in draws))
+    monkeypatch.setattr(
+        losses, 'sample_keys', lambda key, step, batch: tuple(d[step] for d in draws)
+    )
     monkeypatch.setattr(power_spherical.PowerSphericalTokens, 'draws', lambda q, keys: keys)
     lr = 1e-5
     options = _options(disc_start=2, learning_rate=lr, final_learning_rate=lr, weight_decay=0.5)
     stage = adversarial.tokenizer_stage(tiny_vae[0], options, 0, lpips.load(*lpips_files))
-    state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(stage.init, jax.random.key(0)))
+    state = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(stage.init, jax.random.key(0))
+    )
     disc_params = torch_gan.by_formula(state.disc_params, torch_gan.PATCHGAN)
     state = state.replace(params=tiny_vae[1], disc_params=disc_params)
     step = jax.jit(stage.step, compiler_options=accurate())
     certain = {'vae': True, 'disc': True}
     for i, (tolerance, of_lr) in enumerate(((1e-4, 0.02), (5e-3, 0.1), (1e-2, 0.2))):
-        state, scalars = step(state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)})
-        public, weight = {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')}, 0.5 * (i > 0)
-        for ours, theirs in dict(kl='kl_loss', l1='recon_loss', perceptual='p_loss', loss='loss').items():
+        state, scalars = step(
+            state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)}
+        )
+        public, weight = (
+            {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')},
+            0.5 * (i > 0),
+        )
+        for ours, theirs in dict(
+            kl='kl_loss', l1='recon_loss', perceptual='p_loss', loss='loss'
+        ).items():
             np.testing.assert_allclose(scalars[ours], public[theirs], rtol=3e-5, err_msg=ours)
         np.testing.assert_allclose(weight * scalars['adversarial'], public['gen_loss'], atol=1e-5)
-        np.testing.assert_allclose(weight * scalars['discriminator'], public['disc_loss'], atol=1e-5)
+        np.testing.assert_allclose(
+            weight * scalars['discriminator'], public['disc_loss'], atol=1e-5
+        )
         for norm in ('grad_norm', 'disc_grad_norm'):
-            np.testing.assert_allclose(scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm)
+            np.testing.assert_allclose(
+                scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm
+            )
         for network, *trees in (
             ('vae', state.params, state.opt_state), ('disc', state.disc_params, state.disc_opt_state)
         ):  # fmt: skip
             params, moments, norms = _moments(network, *trees)
             expected, largest = public[f'{network}/m'], np.abs(public[f'{network}/m']).max()
             np.testing.assert_allclose(moments, expected, atol=tolerance * largest)
-            # Processors round otherwise: the smallest tensors' norms show what the whole backward pass rounds.
+            # Processors round otherwise: the smallest tensors' norms show what the whole backward
+            # pass rounds.
             small = 1e-5 * public[f'{network}/norms'].max()
-            np.testing.assert_allclose(norms, public[f'{network}/norms'], rtol=2 * tolerance, atol=small)
+            np.testing.assert_allclose(
+                norms, public[f'{network}/norms'], rtol=2 * tolerance, atol=small
+            )
             if largest:  # else only decay moves the parameters
                 certain[network] &= np.abs(expected) > 1e-3 * largest
             error = np.abs(params - public[f'{network}/p'])
@@ -112,11 +137,15 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
 
 @pytest.fixture(scope='module')
 def small():
-    """(S-VAE, options) of a quick stage for `Images`, without LPIPS; the discriminator's weight begins at step 3."""
+    """(S-VAE, options) of a quick stage for `Images`, without LPIPS; the discriminator's weight
+    begins at step 3.
+    """
     model = vae.s_vae(
         grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1, heads=2
     )  # fmt: skip
-    options = _options(perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2)
+    options = _options(
+        perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2
+    )
     return model, options
 
 
@@ -148,7 +177,9 @@ def whole(small, tmp_path_factory):
 
 @pytest.mark.slow
 def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
-    """Two steps, then two more from their checkpoint, are four steps: both networks, optimizers, running statistics."""
+    """Two steps, then two more from their checkpoint, are four steps: both networks, optimizers,
+    running statistics.
+    """
     state, directory = whole
     shutil.copytree(directory, tmp_path / 'again')
     shutil.rmtree(tmp_path / 'again/checkpoints/4')
@@ -158,7 +189,8 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
     assert not resumed.ema and resumed.eval_params is resumed.params
     lines = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
     names = (
-        'loss l1 kl kappa psnr adversarial discriminator logits_real logits_fake grad_norm disc_grad_norm dead_share'
+        'loss l1 kl kappa psnr adversarial discriminator logits_real logits_fake grad_norm '
+        'disc_grad_norm dead_share'
     )
     assert [line['step'] for line in lines] == [2, 4] and set(names.split()) <= set(lines[0])
     assert all(np.isfinite(value) for line in lines for value in line.values())
@@ -169,9 +201,10 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
 def test_the_same_on_many_devices(small, disc_start, atol):
     """One step before disc_start and one from it on, to rounding, BatchNorm over the whole batch.
 
-    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over those near 0. BatchNorm
-    of reconstructions that are almost constant, as here, makes much of rounding (2e-3 of the largest gradient with JAX
-    0.11, 1e-6 without the discriminator); batches normalised device by device would differ by as much as they are."""
+    Not more steps: Adam's first ones go by the signs of gradients, where rounding decides over
+    those near 0. BatchNorm of reconstructions that are almost constant, as here, makes much of
+    rounding (2e-3 of the largest gradient with JAX 0.11, 1e-6 without the discriminator); batches
+    normalised device by device would differ by as much as they are."""
     if jax.device_count() == 1:
         pytest.skip('one device')
     model, options = small
@@ -197,31 +230,52 @@ def test_the_same_on_many_devices(small, disc_start, atol):
 def test_every_choice_makes_a_step(disc_loss):
     """StyleGAN with each of the losses, EMA and bfloat16: shapes and dtypes stay."""
     model = vae.s_vae(
-        grid=(4, 4), channels=(8, 16, 16), stem=8, encoder_depth=1, decoder_depth=1, heads=2, dtype=jnp.bfloat16
+        grid=(4, 4),
+        channels=(8, 16, 16),
+        stem=8,
+        encoder_depth=1,
+        decoder_depth=1,
+        heads=2,
+        dtype=jnp.bfloat16,
     )
     options = _options(discriminator='stylegan', disc_loss=disc_loss, ema_decay=0.9)
     stage = adversarial.tokenizer_stage(model, options, 0)
-    lpips_params = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2)['params']
+    lpips_params = jax.eval_shape(
+        LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2
+    )['params']
     abstract = abstract_state(stage, sharding.make_mesh())
     batch = {'image': jnp.zeros((2, 16, 16, 3)), 'label': jnp.zeros(2, jnp.int32)}
     state, scalars = jax.eval_shape(stage.step, abstract, lpips_params, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-    assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')} and not any(s.shape for s in scalars.values())
+    assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')} and not any(
+        s.shape for s in scalars.values()
+    )
 
 
 def test_an_old_state_with_running_statistics_goes_on(tmp_path, capsys):
-    """Up to version 0.1 a checkpoint held the discriminator's running statistics, which nothing read."""
+    """Up to version 0.1 a checkpoint held the discriminator's running statistics, which nothing
+    read.
+    """
 
     class OldState(adversarial.AdversarialState):
         disc_stats: Any
 
     statistics = {'norm1': {'mean': jnp.arange(3.0), 'var': jnp.ones(3)}}
-    fields = (jnp.int32(3), {'a': jnp.ones(2)}, (), ({'a': jnp.full(2, 5.0)},), {'b': jnp.zeros(2)}, ())
+    fields = (
+        jnp.int32(3),
+        {'a': jnp.ones(2)},
+        (),
+        ({'a': jnp.full(2, 5.0)},),
+        {'b': jnp.zeros(2)},
+        (),
+    )
     old = OldState(*fields, statistics)
     state = adversarial.AdversarialState(*fields)
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(3, old, {}, 0.0)
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
     found = checkpoints.restore(like)[0]
     checkpoints.close()
     assert capsys.readouterr().err == ''  # its fingerprint was checked, the statistics' with it
@@ -231,9 +285,14 @@ def test_an_old_state_with_running_statistics_goes_on(tmp_path, capsys):
 
 def test_options_that_cannot_be(small):
     model, options = small
-    make = lambda model=model, **values: adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
+    make = lambda model=model, **values: adversarial.tokenizer_stage(
+        model, ConfigDict(options.to_dict() | values), 0
+    )
     for message, wrong in (
-        ("'wgan', but must be one of hinge, vanilla, non_saturating", lambda: make(disc_loss='wgan')),
+        (
+            "'wgan', but must be one of hinge, vanilla, non_saturating",
+            lambda: make(disc_loss='wgan'),
+        ),
         ('at least 24×24', lambda: make(model.clone(grid=(8, 8)))),
     ):
         with pytest.raises(UserError, match=message) as raised:

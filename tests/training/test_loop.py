@@ -43,7 +43,9 @@ def _train(cfg, directory, which=0, mesh=None):
     )
 
 
-@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar'])
+@pytest.mark.parametrize(
+    'which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar']
+)
 def test_a_stage_trains_and_logs(tmp_path, which):
     cfg = get_config()
     cfg.tokenizer_training.update(steps=80, log_every=20, learning_rate=3e-3)
@@ -74,9 +76,13 @@ def test_a_step_is_the_recipe():
     new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
 
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i))(jnp.arange(16))
+    keys = jax.vmap(
+        lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i)
+    )(jnp.arange(16))
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-    posterior = jax.jit(lambda x: vae.apply({'params': stage.frozen}, x, method='encode'))(batch['image'])
+    posterior = jax.jit(lambda x: vae.apply({'params': stage.frozen}, x, method='encode'))(
+        batch['image']
+    )
     z = posterior.sample(posterior.draws(split[:, 0]))
     draws = ar.head.draws(split[:, 1], (2, 16, 8))
     labels = ar.condition.drop(split[:, 2], batch['label'], 0.1)
@@ -84,8 +90,12 @@ def test_a_step_is_the_recipe():
     (loss, _), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(state.params)
     np.testing.assert_allclose(scalars['loss'], loss, rtol=1e-5)
     np.testing.assert_allclose(scalars['grad_norm'], optax.tree.norm(gradients), rtol=1e-4)
-    np.testing.assert_allclose(scalars['learning_rate'], optimizer.learning_rate(1e-2, 0, 6, 1e-5)(1), rtol=1e-6)
-    tx = optimizer.adamw(optimizer.learning_rate(1e-2, 0, 6, 1e-5), weight_decay=0.5, clip_norm=0.05)
+    np.testing.assert_allclose(
+        scalars['learning_rate'], optimizer.learning_rate(1e-2, 0, 6, 1e-5)(1), rtol=1e-6
+    )
+    tx = optimizer.adamw(
+        optimizer.learning_rate(1e-2, 0, 6, 1e-5), weight_decay=0.5, clip_norm=0.05
+    )
 
     @jax.jit
     def updated(params, gradients):
@@ -94,16 +104,24 @@ def test_a_step_is_the_recipe():
 
     params = updated(state.params, gradients)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), new.params, state.params)
-    assert moved['head']['final_linear']['kernel'] > 1e-3 and moved['stack']['blocks']['mlp']['w1']['kernel'] > 1e-5
+    assert (
+        moved['head']['final_linear']['kernel'] > 1e-3
+        and moved['stack']['blocks']['mlp']['w1']['kernel'] > 1e-5
+    )
     # Adam divides by the gradient's own size: where it is nearly 0, its rounding shows
     chex.assert_trees_all_close(new.params, params, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(
-        new.ema[0], jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema[0], new.params), rtol=1e-5, atol=1e-6
+        new.ema[0],
+        jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema[0], new.params),
+        rtol=1e-5,
+        atol=1e-6,
     )
     assert int(new.step) == 2
 
 
-@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar'])
+@pytest.mark.parametrize(
+    'which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar']
+)
 def test_gradients_of_a_batch_in_pieces(which):
     """Four pieces give the step of the whole batch, to rounding, and compute one piece at a time."""
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
@@ -118,10 +136,18 @@ def test_gradients_of_a_batch_in_pieces(which):
         new, scalars = step(state, stage.frozen, batch)
         found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
     ((one, scalars), memory), ((four, pieces), less) = found[1], found[4]
-    of_batches = {'psnr', 'spread_min', 'spread_mean', 'dead_share', 'mean_direction'}  # no means over images
+    of_batches = {
+        'psnr',
+        'spread_min',
+        'spread_mean',
+        'dead_share',
+        'mean_direction',
+    }  # no means over images
     for name in set(scalars) - of_batches:
         np.testing.assert_allclose(pieces[name], scalars[name], rtol=2e-5, err_msg=name)
-    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)  # its moments are the gradients
+    chex.assert_trees_all_close(
+        four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6
+    )  # its moments are the gradients
     assert less < 0.5 * memory
 
 
@@ -157,7 +183,9 @@ def test_tokens_encoded_in_bfloat16():
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    """A checkpoint of the AR model names the tokenizer that it was trained on, by all bits of its weights."""
+    """A checkpoint of the AR model names the tokenizer that it was trained on, by all bits of its
+    weights.
+    """
     cfg = get_config()
     stage = stages(cfg)[1]
     source, mesh = digits.Digits('train', 0), sharding.make_mesh()
@@ -169,7 +197,9 @@ def test_another_tokenizer_is_refused(tmp_path):
         UserError,
         match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
     ):
-        loop.train(stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh)
+        loop.train(
+            stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh
+        )
     loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
     other = stage._replace(model=stage.model.clone(backbone=stage.model.backbone.clone(heads=1)))
     with pytest.raises(UserError, match='; heads 2 → 1'):
@@ -179,7 +209,9 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 
 def test_a_look_at_the_model_changes_nothing(tmp_path):
-    """It is called at its steps with the parameters to sample with; the training is the same bit for bit."""
+    """It is called at its steps with the parameters to sample with; the training is the same bit
+    for bit.
+    """
     cfg, calls = get_config(), []
     stage, source, mesh = stages(cfg)[1], digits.Digits('train', 0), sharding.make_mesh()
     plain, _ = loop.train(stage, source, str(tmp_path / 'plain'), seed=0, mesh=mesh)
@@ -189,11 +221,16 @@ def test_a_look_at_the_model_changes_nothing(tmp_path):
         writer.write(step, {'seen': 1.0}, ('seen',))
 
     watch = loop.Watch(3, look)
-    watched, _ = loop.train(stage, source, str(tmp_path / 'watched'), seed=0, mesh=mesh, watch=watch)
+    watched, _ = loop.train(
+        stage, source, str(tmp_path / 'watched'), seed=0, mesh=mesh, watch=watch
+    )
     assert [step for step, _ in calls] == [3, 6]
     chex.assert_trees_all_equal(jax.device_get(watched), jax.device_get(plain))
     chex.assert_trees_all_equal(calls[1][1], jax.device_get(watched.ema[0]))
-    lines = [json.loads(line) for line in (tmp_path / 'watched' / 'metrics.jsonl').read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / 'watched' / 'metrics.jsonl').read_text().splitlines()
+    ]
     assert [line['step'] for line in lines if 'seen' in line] == [3, 6]
 
 
@@ -204,7 +241,9 @@ def test_the_same_on_many_devices(tmp_path):
     cfg = get_config()
     one, _ = _train(cfg, tmp_path / 'one', 1, sharding.make_mesh(1))
     every, _ = _train(cfg, tmp_path / 'all', 1, sharding.make_mesh(-1))
-    chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(every.params), rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(
+        jax.device_get(one.params), jax.device_get(every.params), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_finished_stage_is_only_read(tmp_path):
@@ -226,16 +265,22 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
         wait(checkpoints)
 
     monkeypatch.setattr(checkpoint.Checkpoints, 'wait', terminated)
-    with pytest.raises(Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'):
+    with pytest.raises(
+        Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'
+    ):
         _train(cfg, tmp_path, 1)
     assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
 
 
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
-    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data are refused."""
+    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data
+    are refused.
+    """
     cfg, epochs, source = get_config(), [], digits.Digits('train', 0, holdout=0.99)
     reading = {'transform': lambda record, epoch, rng: epochs.append(epoch) or record, 'threads': 1}
-    run = lambda: loop.train(stages(cfg)[1], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading)
+    run = lambda: loop.train(
+        stages(cfg)[1], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading
+    )
     run()
     assert min(epochs) == 0
     epochs.clear()
@@ -248,8 +293,9 @@ def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    """The run stops and names the last good checkpoint, which is left as it was; what came of it later is set aside.
-    The same directory then goes on with a sane learning rate."""
+    """The run stops and names the last good checkpoint, which is left as it was; what came of it
+    later is set aside. The same directory then goes on with a sane learning rate.
+    """
     cfg = get_config()
     good = checkpoint.fingerprint(_train(cfg, tmp_path, 1)[0])
     cfg.ar_training.update(steps=12, learning_rate=1e30, warmup_steps=0, checkpoint_every=1)
@@ -260,7 +306,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         _train(cfg, tmp_path, 1)
     cfg.ar_training.update(steps=6)
     assert checkpoint.fingerprint(_train(cfg, tmp_path, 1)[0]) == good
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())[-1] == '6'
+    assert (
+        sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())[-1] == '6'
+    )
     cfg.ar_training.update(steps=12, learning_rate=1e-3)
     state, _ = _train(cfg, tmp_path, 1)
     assert int(state.step) == 12
@@ -307,8 +355,10 @@ def _await_save(process, checkpoints):
 @pytest.mark.slow
 @pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
-    """A process that saves at every step is killed: in the middle of a save, at random moments of training, while it
-    starts, by SIGTERM too. Left alone in the end, it has the very state of the undisturbed run, and the same log."""
+    """A process that saves at every step is killed: in the middle of a save, at random moments of
+    training, while it starts, by SIGTERM too. Left alone in the end, it has the very state of the
+    undisturbed run, and the same log.
+    """
     cache, checkpoints = tmp_path / 'cache', tmp_path / 'killed' / 'checkpoints'
     whole = _spawn(which, tmp_path / 'whole', cache)
     assert whole.wait(300) == 0, whole.stdout.read()
@@ -328,11 +378,15 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
     assert in_a_save >= 1
     last = _spawn(which, tmp_path / 'killed', cache)
     output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output, output
+    assert (
+        last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output
+    ), output
     assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
 
     cfg = long_config()
-    states = [jax.device_get(_train(cfg, tmp_path / name, which)[0]) for name in ('whole', 'killed')]
+    states = [
+        jax.device_get(_train(cfg, tmp_path / name, which)[0]) for name in ('whole', 'killed')
+    ]
     assert int(states[0].step) == LONG
     chex.assert_trees_all_equal(*states)
     logs = [

@@ -24,20 +24,29 @@ def _assert_gradients(gradients, golden, prefix, tolerance):
     for name in norms:
         short = name.removeprefix(f'{prefix}gradnorm/')
         tensor = tensors[short if short in tensors else f'vae.{short}']
-        np.testing.assert_allclose(np.linalg.norm(tensor), golden[name], rtol=tolerance(short), err_msg=short)
+        np.testing.assert_allclose(
+            np.linalg.norm(tensor), golden[name], rtol=tolerance(short), err_msg=short
+        )
     for name in [name for name in golden if name.startswith(f'{prefix}grad/')]:
         short = name.removeprefix(f'{prefix}grad/')
         ours = tensors[short if short in tensors else f'vae.{short}']
         scale = np.abs(golden[name]).max()
-        np.testing.assert_allclose(ours / scale, golden[name] / scale, atol=tolerance(short), err_msg=short)
+        np.testing.assert_allclose(
+            ours / scale, golden[name] / scale, atol=tolerance(short), err_msg=short
+        )
 
 
 def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
     model, params = tiny_ar
     posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
     z = posterior.sample((golden['train_beta'], golden['train_tangent']))
-    t_normal, noise = golden['train_t_normal'].reshape(2, 3, 16), golden['train_noise'].reshape(2, 3, 16, 8)
-    loss = lambda p: model.apply({'params': p}, golden['class_id'], z, (t_normal, noise), method='loss')
+    t_normal, noise = (
+        golden['train_t_normal'].reshape(2, 3, 16),
+        golden['train_noise'].reshape(2, 3, 16, 8),
+    )
+    loss = lambda p: model.apply(
+        {'params': p}, golden['class_id'], z, (t_normal, noise), method='loss'
+    )
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
     assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
@@ -45,11 +54,15 @@ def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
 
 
 def test_tokenizer_loss_and_gradients(golden, tiny_vae):
-    """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder gradients likewise."""
+    """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder
+    gradients likewise.
+    """
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
     images, weights = golden['images'], {'kl_weight': 0.004, 'l2_weight': 0.0}
-    loss = lambda p: losses.reconstruction_loss(images, *autoencode(model, p, images, lambda q: draws), **weights)
+    loss = lambda p: losses.reconstruction_loss(
+        images, *autoencode(model, p, images, lambda q: draws), **weights
+    )
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
     np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
@@ -64,7 +77,9 @@ def test_l2_weight(golden, tiny_vae):
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
     results = autoencode(model, params, golden['images'], lambda q: draws)
-    value, scalars = losses.reconstruction_loss(golden['images'], *results, kl_weight=0.0, l2_weight=2.0)
+    value, scalars = losses.reconstruction_loss(
+        golden['images'], *results, kl_weight=0.0, l2_weight=2.0
+    )
     squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
     np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
     np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
@@ -76,10 +91,16 @@ def _posterior(mu, kappa=20.0):
 
 
 def test_latents_that_are_well():
-    """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean direction."""
+    """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean
+    direction.
+    """
     posterior = _posterior(np.random.default_rng(0).normal(size=(40, 256, 16)))
-    scalars = {name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()}
-    assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6  # at most 1: the squares sum to d
+    scalars = {
+        name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()
+    }
+    assert (
+        0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
+    )  # at most 1: the squares sum to d
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
@@ -94,7 +115,11 @@ def test_dead_dimensions_are_counted(dead):
     scalars = {name: float(value) for name, value in _posterior(mu).statistics().items()}
     np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
     assert scalars['spread_min'] < 0.01
-    assert power_spherical.PowerSpherical().faults(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
+    assert (
+        power_spherical.PowerSpherical()
+        .faults(scalars)
+        .startswith(f'{dead / 16:.0%} of the dimensions are dead')
+    )
     mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
     assert float(_posterior(mu).statistics()['dead_share']) == pytest.approx((dead - 1) / 16)
 
@@ -106,7 +131,12 @@ def test_latents_that_are_all_alike():
     np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
     assert scalars['dead_share'] == 1
     message = power_spherical.PowerSpherical().faults(scalars)
-    for part in ('kappa is 1.00, at its floor', 'KL is 0.0', 'norm 1.00', '100% of the dimensions are dead'):
+    for part in (
+        'kappa is 1.00, at its floor',
+        'KL is 0.0',
+        'norm 1.00',
+        '100% of the dimensions are dead',
+    ):
         assert part in message
     assert '\n' not in message
     well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
@@ -120,7 +150,9 @@ def test_latents_that_are_all_alike():
 
 
 def test_adversarial_losses_in_closed_form():
-    real, fake = (np.random.default_rng(i).normal(0, 2, (2, 3, 4)).astype(np.float32) for i in range(2))
+    real, fake = (
+        np.random.default_rng(i).normal(0, 2, (2, 3, 4)).astype(np.float32) for i in range(2)
+    )
     sigmoid = lambda x: 1 / (1 + np.exp(-x.astype(np.float64)))
     logistic = -(np.log(sigmoid(real)).mean() + np.log(1 - sigmoid(fake)).mean()) / 2
     hinge = (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2
@@ -136,7 +168,9 @@ def test_adversarial_losses_in_closed_form():
     to_real, to_fake = jax.grad(discriminators.logistic_loss, (0, 1))(real, fake)
     np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
-    assert np.isfinite(discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4)))  # no logarithm of 0
+    assert np.isfinite(
+        discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4))
+    )  # no logarithm of 0
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():
@@ -187,14 +221,18 @@ def test_mean_velocities_of_a_known_flow():
 
 
 def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
-    """The targets by the sampler's own solver, token by token, from conditions of the golden model; the new head starts
-    as the teacher's velocity; and gradients reach the new head alone."""
+    """The targets by the sampler's own solver, token by token, from conditions of the golden model;
+    the new head starts as the teacher's velocity; and gradients reach the new head alone.
+    """
     teacher_model, teacher = tiny_ar
     head = teacher_model.head
     new_head = HEADS['mean_velocity'](head.latent_dim, head.width, head.depth, head.groups)
     assert new_head.teacher() == head.clone(parent=None)
     model = teacher_model.clone(head=new_head)
-    head = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0))['head'] | teacher['head']
+    head = (
+        jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0))['head']
+        | teacher['head']
+    )
     z = jnp.asarray(golden['z'])
     noise = jax.random.normal(jax.random.key(1), z.shape)
     scales = guidance.guidance_scales(2.0, 16, 'linear')
@@ -203,7 +241,10 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     )[0]  # fmt: skip
     value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(head, teacher)
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
-    assert all(np.any(np.asarray(gradient[name]['kernel']) != 0) for name in ('span2', 'time1', 'final_linear'))
+    assert all(
+        np.any(np.asarray(gradient[name]['kernel']) != 0)
+        for name in ('span2', 'time1', 'final_linear')
+    )
 
     apart, params = ar.unstacked(teacher_model, teacher)
     null = jnp.full_like(golden['class_id'], 10)

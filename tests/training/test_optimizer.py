@@ -42,9 +42,13 @@ def test_six_steps_of_adamw_and_ema(recipe):
         updates, state = tx.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
         ema = update_emas((ema,), params, (0.9,))[0]
-        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(_tree(recipe, f'p{s + 1}')), strict=True):
+        for ours, theirs in zip(
+            jax.tree.leaves(params), jax.tree.leaves(_tree(recipe, f'p{s + 1}')), strict=True
+        ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-    for ours, theirs in zip(jax.tree.leaves(ema), jax.tree.leaves(_tree(recipe, 'ema6')), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(ema), jax.tree.leaves(_tree(recipe, 'ema6')), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -71,7 +75,9 @@ def test_decay_mask_is_the_published_rule(model):
     filled = jax.tree.map(lambda m, s: np.broadcast_to(np.float32(m), s.shape), mask, shapes)
     small = {name: bool(t.ravel()[0]) for name, t in _first_elements(filled).items()}
     for name, shape in torch_names.torch_shapes(shapes).items():
-        expected = len(shape) >= 2 and not any(word in name for word in ('proj_in', 'cls_embedding'))
+        expected = len(shape) >= 2 and not any(
+            word in name for word in ('proj_in', 'cls_embedding')
+        )
         assert small[name] == expected, name
 
 

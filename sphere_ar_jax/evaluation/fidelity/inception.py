@@ -1,8 +1,10 @@
-"""The Inception-v3 of FID: `classify_image_graph_def.pb` of 2015-12-05, as OpenAI's guided-diffusion evaluator runs it.
+"""The Inception-v3 of FID: `classify_image_graph_def.pb` of 2015-12-05, as OpenAI's
+guided-diffusion evaluator runs it.
 
-Parameters keep the names of that graph's nodes, so its file needs no table: 'mixed_4/tower_1/conv_2' holds `kernel`
-(h, w, in, out; the graph's conv2d_params) and `beta`, `gamma`, `mean`, `variance` (out,; its batchnorm/*). PyTorch's
-port of the same weights names the blocks otherwise; `_TORCH_BLOCKS` is the table.
+Parameters keep the names of that graph's nodes, so its file needs no table:
+'mixed_4/tower_1/conv_2' holds `kernel` (h, w, in, out; the graph's conv2d_params) and `beta`,
+`gamma`, `mean`, `variance` (out,; its batchnorm/*). PyTorch's port of the same weights names the
+blocks otherwise; `_TORCH_BLOCKS` is the table.
 
 Dimensions:
   n  images, H × W pixels, NHWC     299 × 299  what the network sees, whatever H and W are
@@ -23,8 +25,9 @@ POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 class Features(NamedTuple):
     """What the evaluator takes from the network, float32.
 
-    pool: (n, 2048), `pool_3`. spatial: (n, 2023), `mixed_6/conv`'s first 7 channels (after its ReLU) over 17 × 17
-    places, channels fastest. logits: (n, 1008), pool · softmax/weights without the bias.
+    pool: (n, 2048), `pool_3`. spatial: (n, 2023), `mixed_6/conv`'s first 7 channels (after its
+    ReLU) over 17 × 17 places, channels fastest. logits: (n, 1008), pool · softmax/weights without
+    the bias.
     """
 
     pool: Any
@@ -33,10 +36,11 @@ class Features(NamedTuple):
 
 
 def resize(images, size=SIZE):
-    """Bilinear resize as TensorFlow 1's ResizeBilinear with align_corners=False and no half-pixel centres.
+    """Bilinear resize as TensorFlow 1's ResizeBilinear with align_corners=False and no half-pixel
+    centres.
 
-    Output pixel i lies at input coordinate i·(in/out), so the last row and column are never reached from beyond: there
-    the nearest pixel is repeated. No antialiasing.
+    Output pixel i lies at input coordinate i·(in/out), so the last row and column are never reached
+    from beyond: there the nearest pixel is repeated. No antialiasing.
 
     Args:
       images: (n, H, W, c) float32, or uint8.
@@ -60,7 +64,9 @@ def _numbered(name, i):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm with fixed statistics, ReLU: the graph's `conv`, whose output is the ReLU's."""
+    """Convolution, batch norm with fixed statistics, ReLU: the graph's `conv`, whose output is the
+    ReLU's.
+    """
 
     features: int
     kernel: tuple = (1, 1)
@@ -73,10 +79,13 @@ class Conv(nn.Module):
         kernel = self.param('kernel', nn.initializers.he_normal(), shape)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         beta, mean = (self.param(name, zeros, (self.features,)) for name in ('beta', 'mean'))
-        gamma, variance = (self.param(name, ones, (self.features,)) for name in ('gamma', 'variance'))
+        gamma, variance = (
+            self.param(name, ones, (self.features,)) for name in ('gamma', 'variance')
+        )
         x = jax.lax.conv_general_dilated(
             x, kernel, (self.stride,) * 2, self.padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            precision=jax.lax.Precision.HIGHEST,  # no TF32, no bfloat16: scores are compared to the second decimal
+            # no TF32, no bfloat16: scores are compared to the second decimal
+            precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
         scale = jax.lax.rsqrt(variance + EPSILON) * gamma
         channels = lambda a: a.reshape(1, 1, 1, -1)
@@ -90,12 +99,17 @@ class Fork(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        parts = [Conv(self.features, k, name=_numbered('conv', i))(x) for i, k in enumerate(((1, 3), (3, 1)))]
+        parts = [
+            Conv(self.features, k, name=_numbered('conv', i))(x)
+            for i, k in enumerate(((1, 3), (3, 1)))
+        ]
         return jnp.concatenate(parts, -1)
 
 
 class Tower(nn.Module):
-    """Convolutions one after another, each the arguments of a `Conv`; with `fork` features, a `Fork` at the end."""
+    """Convolutions one after another, each the arguments of a `Conv`; with `fork` features, a
+    `Fork` at the end.
+    """
 
     convs: tuple
     fork: int = 0
@@ -121,7 +135,9 @@ def _shrinking_pool(x):
 
 
 class Block(nn.Module):
-    """`conv`, the towers, and a pooled branch (with a convolution if pool_features), channels joined in this order."""
+    """`conv`, the towers, and a pooled branch (with a convolution if pool_features), channels
+    joined in this order.
+    """
 
     conv: tuple
     towers: tuple
@@ -136,7 +152,9 @@ class Block(nn.Module):
             parts.append(Tower(convs, self.fork, name=_numbered('tower', i))(x))
         pooled = self.pool(x)
         if self.pool_features:
-            pooled = Tower(((self.pool_features,),), name=_numbered('tower', len(self.towers)))(pooled)
+            pooled = Tower(((self.pool_features,),), name=_numbered('tower', len(self.towers)))(
+                pooled
+            )
         return jnp.concatenate([*parts, pooled], -1)
 
 
@@ -155,7 +173,13 @@ def _block_17(c):
 
 
 def _block_8(pool):
-    return dict(conv=(320,), towers=(((384,),), ((448,), (384, (3, 3)))), pool=pool, pool_features=192, fork=384)
+    return dict(
+        conv=(320,),
+        towers=(((384,),), ((448,), (384, (3, 3)))),
+        pool=pool,
+        pool_features=192,
+        fork=384,
+    )
 
 
 _BLOCKS = {
@@ -183,7 +207,9 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        """images: (n, 299, 299, 3) float32 in [0, 255], as `resize` leaves them. Returns `Features`."""
+        """images: (n, 299, 299, 3) float32 in [0, 255], as `resize` leaves them. Returns
+        `Features`.
+        """
         x = (images - 128) / 128
         x = Conv(32, *_HALVE, name='conv')(x)
         x = Conv(32, (3, 3), padding='VALID', name='conv_1')(x)
@@ -193,10 +219,14 @@ class Inception(nn.Module):
         for name, arguments in _BLOCKS.items():
             x = Block(**arguments, name=name)(x)
             if name == 'mixed_6':
-                spatial = x[..., :7].reshape(len(x), SPATIAL)  # the channels of its `conv` come first
+                spatial = x[..., :7].reshape(
+                    len(x), SPATIAL
+                )  # the channels of its `conv` come first
         pool = x.mean((1, 2))
         weights = self.param('softmax_weights', nn.initializers.lecun_normal(), (POOL, CLASSES))
-        return Features(pool, spatial, jnp.matmul(pool, weights, precision=jax.lax.Precision.HIGHEST))
+        return Features(
+            pool, spatial, jnp.matmul(pool, weights, precision=jax.lax.Precision.HIGHEST)
+        )
 
 
 _resize = jax.jit(resize)

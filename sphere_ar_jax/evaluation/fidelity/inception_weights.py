@@ -86,10 +86,11 @@ def _node_name(path):
 
 
 def _take(tensors, name_of, layout, source, ignored):
-    """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in one line.
+    """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in
+    one line.
 
-    layout: function of a tensor's rank → the order in which theirs has our axes. ignored: function of a name, whether
-    a tensor of it may be there too.
+    layout: function of a tensor's rank → the order in which theirs has our axes. ignored: function
+    of a name, whether a tensor of it may be there too.
     """
     names = {path: name_of(path) for path in _shapes()}
     unexpected = [name for name in tensors if name not in names.values() and not ignored(name)]
@@ -100,10 +101,16 @@ def _take(tensors, name_of, layout, source, ignored):
         if name not in tensors:
             faults['missing'].append(name)
         elif tuple(tensors[name].shape) != expected:
-            faults['misshapen'].append(f'{name} of shape {tuple(tensors[name].shape)} instead of {expected}')
+            faults['misshapen'].append(
+                f'{name} of shape {tuple(tensors[name].shape)} instead of {expected}'
+            )
         else:
-            params[path] = np.array(np.asarray(tensors[name], np.float32).transpose(np.argsort(order)), order='C')
-    found = '; '.join(f'{len(names)} {kind}: {_some(names)}' for kind, names in faults.items() if names)
+            params[path] = np.array(
+                np.asarray(tensors[name], np.float32).transpose(np.argsort(order)), order='C'
+            )
+    found = '; '.join(
+        f'{len(names)} {kind}: {_some(names)}' for kind, names in faults.items() if names
+    )
     if found:
         raise UserError(f'{source} does not hold the weights of the FID Inception ({found})')
     return traverse.unflatten_dict(params, sep='/')
@@ -120,9 +127,12 @@ def from_torch(tensors):
       tensors: {name: array} of `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
         `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), kernels OIHW.
     Returns:
-      a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or mis-shaped.
+      a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or
+        mis-shaped.
     """
-    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked').fullmatch  # the evaluator's logits have no bias
+    ignored = re.compile(
+        r'fc\.bias|.*\.num_batches_tracked'
+    ).fullmatch  # the evaluator's logits have no bias
     layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
     return _take(tensors, _torch_name, layout, 'the dict of tensors', ignored)
 
@@ -147,11 +157,14 @@ def load_graph_def(path):
     `gamma` becomes 1 wherever the graph's batch norm says scale_after_normalization=false.
 
     Returns:
-      a tree of float32 NumPy arrays. Raises OSError where there is no file, UserError with one line where it is no
+      a tree of float32 NumPy arrays. Raises OSError where there is no file, UserError with one line
+        where it is no
       GraphDef, or one without these constants.
     """
     if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise UserError(f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes')
+        raise UserError(
+            f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes'
+        )
     graph = graph_pb2.GraphDef()
     try:
         with open(path, 'rb') as f:
@@ -164,10 +177,14 @@ def load_graph_def(path):
         if node.op == 'Const' and node.attr['value'].tensor.dtype == types_pb2.DT_FLOAT
     }
     norms = [node for node in graph.node if node.op == 'BatchNormWithGlobalNormalization']
-    epsilons = [node.attr['variance_epsilon'].f for node in norms if 'variance_epsilon' in node.attr]
+    epsilons = [
+        node.attr['variance_epsilon'].f for node in norms if 'variance_epsilon' in node.attr
+    ]
     if any(not math.isclose(e, inception.EPSILON, rel_tol=1e-6) for e in epsilons):
         raise UserError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
-    params = _take(constants, _node_name, range, path, lambda name: not name.endswith(tuple(_NODES.values())))
+    params = _take(
+        constants, _node_name, range, path, lambda name: not name.endswith(tuple(_NODES.values()))
+    )
     flat = traverse.flatten_dict(params, sep='/')
     for node in norms:
         if not node.attr['scale_after_normalization'].b:
@@ -181,6 +198,8 @@ def _array(path, tensor):
     content = tensor.tensor_content or np.array(tensor.float_val, '<f4').tobytes()
     count = math.prod(shape) if all(size > 0 for size in shape) else 0
     if len(shape) > 8 or len(content) not in (4, 4 * count) or not 1 <= count <= 2**28:
-        raise UserError(f'{path} is not a GraphDef: it has a tensor of shape {shape} with {len(content)} bytes')
+        raise UserError(
+            f'{path} is not a GraphDef: it has a tensor of shape {shape} with {len(content)} bytes'
+        )
     values = np.frombuffer(content, '<f4')
     return np.broadcast_to(values.reshape(shape if len(values) == count else ()), shape)

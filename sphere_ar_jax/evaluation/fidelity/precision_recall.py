@@ -18,14 +18,19 @@ BLOCK = 10_000  # of the evaluator: one overflow in float16 turns a whole block 
 
 
 class _Points(NamedTuple):
-    """Features as they come, as they are multiplied, and the squared norms of the latter, all (r, …)."""
+    """Features as they come, as they are multiplied, and the squared norms of the latter, all (r,
+    …).
+    """
 
     exact: Any
     rows: Any
     norms: Any
 
     def blocks(self, size):
-        return [_Points(*(a[start : start + size] for a in self)) for start in range(0, len(self.rows), size)]
+        return [
+            _Points(*(a[start : start + size] for a in self))
+            for start in range(0, len(self.rows), size)
+        ]
 
 
 def _points(x, dtype):
@@ -39,7 +44,9 @@ def _points(x, dtype):
 
 @jax.jit
 def _block_distances(rows_u, norms_u, rows_v, norms_v):
-    """(squared distances (r, c), whether all are finite); every result is rounded to float16 where rows are float16."""
+    """(squared distances (r, c), whether all are finite); every result is rounded to float16 where
+    rows are float16.
+    """
     rounded = lambda a: a
     if rows_u.dtype == jnp.float16:
         # not astype: XLA may leave a conversion there and back out
@@ -60,7 +67,9 @@ def _squared_distances(u, v):
 
 @jax.jit
 def _smallest(found, square):
-    """The smallest of every row, as many as `found` (r, k + 1) has, among these and `square` (r, c); ascending."""
+    """The smallest of every row, as many as `found` (r, k + 1) has, among these and `square` (r,
+    c); ascending.
+    """
     return -jax.lax.top_k(-jnp.concatenate([found, square], 1), found.shape[1])[0]
 
 
@@ -71,7 +80,9 @@ def _inside(square, radii_u, radii_v):
 
 
 def _radii(blocks, k, done):
-    """Squared distance of each point to its k-th neighbour, one array per block; the point itself is the 0-th."""
+    """Squared distance of each point to its k-th neighbour, one array per block; the point itself
+    is the 0-th.
+    """
     radii = []
     for u in blocks:
         found = jnp.full((len(u.rows), k + 1), jnp.inf, u.norms.dtype)
@@ -82,33 +93,49 @@ def _radii(blocks, k, done):
     return radii
 
 
-def precision_recall(real, fake, k=3, *, dtype=np.float16, block=BLOCK, progress=lambda done, total: None):
+def precision_recall(
+    real, fake, k=3, *, dtype=np.float16, block=BLOCK, progress=lambda done, total: None
+):
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
-    A point lies on a set's manifold if it is at most as far from some point of the set as that point's k-th neighbour
-    within the set (itself not counted). Squared distances |u|² − 2u·v + |v|² are compared, block by block.
+    A point lies on a set's manifold if it is at most as far from some point of the set as that
+    point's k-th neighbour within the set (itself not counted). Squared distances |u|² − 2u·v + |v|²
+    are compared, block by block.
 
     Args:
       real: (n, f), fake: (m, f). k: neighbours, < n and < m.
-      dtype: arithmetic of the distances. float16 is the evaluator's: features, norms, products and their sums are
-        rounded to it (sums within a norm or a product are float32), and a block of distances in which one overflows is
-        done in float32. float32 and float64 are more exact, the latter is computed on the host.
+      dtype: arithmetic of the distances. float16 is the evaluator's: features, norms, products and
+        their sums are rounded to it (sums within a norm or a product are float32), and a block of
+        distances in which one overflows is done in float32. float32 and float64 are more exact, the
+        latter is computed on the host.
       block: points of a block; memory is about 12·block² bytes.
       progress: called after every block with how many are done, of how many.
     Returns:
-      (precision, recall): the share of fake points on the real manifold, and of real ones on the fake. Raises
+      (precision, recall): the share of fake points on the real manifold, and of real ones on the
+        fake. Raises
       UserError for sets that are too small or of different features.
     """
-    if min(len(real), len(fake)) <= k or np.shape(real)[1:] != np.shape(fake)[1:] or np.ndim(real) != 2:
+    if (
+        min(len(real), len(fake)) <= k
+        or np.shape(real)[1:] != np.shape(fake)[1:]
+        or np.ndim(real) != 2
+    ):
         shapes = f'{np.shape(real)} and {np.shape(fake)}'
-        raise UserError(f'precision and recall need two sets (n, f), (m, f) of more than {k} images, not {shapes}')
+        raise UserError(
+            f'precision and recall need two sets (n, f), (m, f) of more than {k} images, not {shapes}'
+        )
     real, fake = (_points(x, dtype).blocks(block) for x in (real, fake))
     total, steps = len(real) ** 2 + len(fake) ** 2 + len(real) * len(fake), itertools.count(1)
     done = lambda: progress(next(steps), total)
     double = dtype == np.float64  # on the host: accelerators may have none
-    with jax.enable_x64(double), jax.default_device(jax.local_devices(backend='cpu')[0] if double else None):
+    with (
+        jax.enable_x64(double),
+        jax.default_device(jax.local_devices(backend='cpu')[0] if double else None),
+    ):
         real_radii, fake_radii = _radii(real, k, done), _radii(fake, k, done)
-        real_hit, fake_hit = ([np.zeros(len(u.rows), bool) for u in blocks] for blocks in (real, fake))
+        real_hit, fake_hit = (
+            [np.zeros(len(u.rows), bool) for u in blocks] for blocks in (real, fake)
+        )
         for i, u in enumerate(real):
             for j, v in enumerate(fake):
                 of_u, of_v = _inside(_squared_distances(u, v), real_radii[i], fake_radii[j])

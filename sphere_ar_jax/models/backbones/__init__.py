@@ -1,9 +1,12 @@
-"""Backbones of the tokenizer: the networks between images and tokens, chosen by a word of the config.
+"""Backbones of the tokenizer: the networks between images and tokens, chosen by a word of the
+config.
 
-A backbone is a Flax module, a field of `vae.VAE`, whose parameters stand at the top of the tokenizer's.
+A backbone is a Flax module, a field of `vae.VAE`, whose parameters stand at the top of the
+tokenizer's.
 
 Dimensions:
-  B  images     H, W  token grid, L = H·W     D  width     p  pixels per token along each axis     c  image channels
+  B  images     H, W  token grid, L = H·W     D  width     p  pixels per token along each axis     c
+  image channels
 """
 
 from typing import Any, Protocol

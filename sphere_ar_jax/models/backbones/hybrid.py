@@ -31,7 +31,9 @@ class Encoder(nn.Module):
             x = cnn.ResDown(channels, self.dtype, name=f'down{i}')(x)
         x = self.vit(x)
         x = transformer.RMSNorm(self.dtype, name='norm')(x.reshape(x.shape[0], -1, x.shape[-1]))
-        return nn.Dense(x.shape[-1], use_bias=False, kernel_init=torch_init(), dtype=self.dtype, name='output')(x)
+        return nn.Dense(
+            x.shape[-1], use_bias=False, kernel_init=torch_init(), dtype=self.dtype, name='output'
+        )(x)
 
 
 class Decoder(nn.Module):
@@ -53,12 +55,16 @@ class Decoder(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """The published backbone: convolutions down to the token grid, a ViT there; in the decoder the same, backwards.
+    """The published backbone: convolutions down to the token grid, a ViT there; in the decoder the
+    same, backwards.
 
     Attributes:
-      image_channels: c. stem: output channels of the encoder's first convolution (channels[0] in the published model).
-      channels: of the CNN, stage by stage; the last one is the width D of both ViTs. encoder_depth, decoder_depth:
-      blocks of the ViTs. heads: of both ViTs; D/heads must be a multiple of 4 for the 2-D RoPE. remat, unroll: see
+      image_channels: c. stem: output channels of the encoder's first convolution (channels[0] in
+        the published model).
+      channels: of the CNN, stage by stage; the last one is the width D of both ViTs. encoder_depth,
+        decoder_depth:
+      blocks of the ViTs. heads: of both ViTs; D/heads must be a multiple of 4 for the 2-D RoPE.
+        remat, unroll: see
       `transformer.Stack`. dtype: of the computation; parameters are float32.
     """
 
@@ -75,7 +81,9 @@ class Hybrid(nn.Module):
     def setup(self):
         channels = tuple(self.channels)
         self.encoder = Encoder(channels, self.stem, self._vit(self.encoder_depth), self.dtype)
-        self.decoder = Decoder(channels, self.image_channels, self._vit(self.decoder_depth), self.dtype)
+        self.decoder = Decoder(
+            channels, self.image_channels, self._vit(self.decoder_depth), self.dtype
+        )
 
     def _vit(self, depth):
         """A ViT that becomes a part of the module which is given it."""

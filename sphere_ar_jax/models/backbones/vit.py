@@ -11,7 +11,9 @@ NUM_REGISTERS = 4
 
 
 class ViT(nn.Module):
-    """Bidirectional transformer over the grid with 4 learned register tokens in front. (B, H, W, D) → same, float32."""
+    """Bidirectional transformer over the grid with 4 learned register tokens in front. (B, H, W, D)
+    → same, float32.
+    """
 
     depth: int
     heads: int
@@ -26,7 +28,7 @@ class ViT(nn.Module):
         x = x.reshape(B, H * W, D).astype(jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(registers, (B, NUM_REGISTERS, D)), x], axis=1)
         angles = transformer.rope_table(H, W, NUM_REGISTERS, transformer.head_dim(D, self.heads))
-        x, _ = transformer.Stack(self.depth, self.heads, False, self.remat, self.unroll, self.dtype, name='stack')(
-            x, angles
-        )
+        x, _ = transformer.Stack(
+            self.depth, self.heads, False, self.remat, self.unroll, self.dtype, name='stack'
+        )(x, angles)
         return x[:, NUM_REGISTERS:].reshape(B, H, W, D)

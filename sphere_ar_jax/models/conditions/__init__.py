@@ -1,7 +1,8 @@
 """Conditions of the AR model: what an image is drawn for, chosen by a word of the config.
 
-A condition is a Flax module, a field of `ar.AR`, whose parameters stand at the top of the AR model's. Labels are a tree
-of arrays with a leading axis of images; what stands for "no condition" is known here alone.
+A condition is a Flax module, a field of `ar.AR`, whose parameters stand at the top of the AR
+model's. Labels are a tree of arrays with a leading axis of images; what stands for "no condition"
+is known here alone.
 
 Dimensions:
   B  images     C  tokens of the condition     D  width of the AR model
@@ -17,7 +18,8 @@ Labels = Any  # a tree of arrays (B, …)
 
 
 class Condition(Protocol):
-    """The tokens in front of an image's own, and how they are left out for classifier-free guidance.
+    """The tokens in front of an image's own, and how they are left out for classifier-free
+    guidance.
 
     Attributes:
       length: C, the same for all labels.

@@ -1,4 +1,5 @@
-"""Class labels as a condition (paper §4): C learned tokens for each class; one more class stands for no label.
+"""Class labels as a condition (paper §4): C learned tokens for each class; one more class stands
+for no label.
 
 Dimensions:
   B  images     C  class tokens     D  width of the AR model
@@ -13,7 +14,8 @@ from sphere_ar_jax.models import transformer
 
 
 class Classes(nn.Module):
-    """A table of class tokens. Class ids run from 0 to num_classes − 1; num_classes itself is the null class.
+    """A table of class tokens. Class ids run from 0 to num_classes − 1; num_classes itself is the
+    null class.
 
     Attributes:
       num_classes: as the data has. length: C. width: D.
@@ -39,7 +41,9 @@ class Classes(nn.Module):
         return jnp.full_like(labels, self.num_classes)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-        """labels (B,), each replaced by the null class with the given probability in [0, 1]; keys (B,)."""
+        """labels (B,), each replaced by the null class with the given probability in [0, 1]; keys
+        (B,).
+        """
 
         def draw(key):
             return jax.random.bernoulli(key, probability)

@@ -1,11 +1,12 @@
-"""The flow head: an MLP that gives the velocity v(x_t, t, c) of one token's rectified flow (paper §3.3).
+"""The flow head: an MLP that gives the velocity v(x_t, t, c) of one token's rectified flow (paper
+§3.3).
 
 Dimensions:
-  B    images        L    tokens of an image           m    noisy copies of every token while training
-  N    rows, i.e. tokens (of any images)               R    rows of the sampler
-  d    latent dimension      D    width of the condition      M    width of the head
-  G    adaLN groups, each of n residual blocks that share one (scale, shift, gate)
-  U    different solver tables      E    evaluations of the head for a token, at most
+  B    images        L    tokens of an image           m    noisy copies of every token while
+  training N    rows, i.e. tokens (of any images)               R    rows of the sampler d    latent
+  dimension      D    width of the condition      M    width of the head G    adaLN groups, each of
+  n residual blocks that share one (scale, shift, gate) U    different solver tables      E
+  evaluations of the head for a token, at most
 """
 
 import math
@@ -22,7 +23,8 @@ from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.transformer import EPS, INIT
 
-# Rows that one product of the head should have at least: below, it waits for its weights rather than computes.
+# Rows that one product of the head should have at least: below, it waits for its weights rather
+# than computes.
 PRODUCT_ROWS = 256
 XAVIER = nn.initializers.xavier_uniform()
 ZERO = nn.initializers.zeros
@@ -30,15 +32,22 @@ TIME_DIM = 256
 
 
 def time_sinusoid(t, dim=TIME_DIM, period=10000.0):
-    """[cos, sin] of t·1000 at the dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim) float32."""
-    # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its rounding shows
-    freqs = np.exp(np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
+    """[cos, sin] of t·1000 at the dim/2 frequencies period^(−i/(dim/2)). (...) → (..., dim)
+    float32.
+    """
+    # exp of a float32 exponent, as the published weights were trained with: at 1000 rad its
+    # rounding shows
+    freqs = np.exp(
+        np.float32(-math.log(period)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2)
+    )
     angles = 1000 * t.astype(jnp.float32)[..., None] * freqs.reshape(*(1,) * t.ndim, -1)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class ResBlock(nn.Module):
-    """x + gate · MLP(LayerNorm(x)·(1 + scale) + shift), the MLP a SwiGLU M → 1.5M → M with biases. (N, M) → (N, M)."""
+    """x + gate · MLP(LayerNorm(x)·(1 + scale) + shift), the MLP a SwiGLU M → 1.5M → M with biases.
+    (N, M) → (N, M).
+    """
 
     dtype: Any = jnp.float32
 
@@ -47,7 +56,11 @@ class ResBlock(nn.Module):
         scale, shift, gate = modulation
         M = x.shape[-1]
         dense = dict(kernel_init=XAVIER, dtype=self.dtype, dot_general=transformer.product)
-        h = nn.LayerNorm(EPS, use_fast_variance=False, dtype=self.dtype, name='norm')(x) * (1 + scale) + shift
+        h = (
+            nn.LayerNorm(EPS, use_fast_variance=False, dtype=self.dtype, name='norm')(x)
+            * (1 + scale)
+            + shift
+        )
         h = nn.DenseGeneral((2, int(1.5 * M)), name='w1', **dense)(h)
         h = nn.silu(h[..., 0, :]) * h[..., 1, :]
         return x + gate * nn.Dense(M, name='w2', **dense)(h), None
@@ -59,7 +72,9 @@ def _parts(ada):
 
 
 class Group(nn.Module):
-    """n residual blocks under one adaLN modulation, a linear M → (scale, shift, gate) of y. (N, M) → (N, M)."""
+    """n residual blocks under one adaLN modulation, a linear M → (scale, shift, gate) of y. (N, M)
+    → (N, M).
+    """
 
     width: int
     depth: int
@@ -68,9 +83,13 @@ class Group(nn.Module):
     scan: bool = True
 
     def setup(self):
-        self.ada = nn.DenseGeneral((3, self.width), kernel_init=ZERO, dtype=self.dtype, dot_general=transformer.product)
+        self.ada = nn.DenseGeneral(
+            (3, self.width), kernel_init=ZERO, dtype=self.dtype, dot_general=transformer.product
+        )
         if self.scan:
-            self.blocks = transformer.scanned(ResBlock, self.depth, self.unroll, 'layers')(self.dtype)
+            self.blocks = transformer.scanned(ResBlock, self.depth, self.unroll, 'layers')(
+                self.dtype
+            )
         else:
             self.blocks = [ResBlock(self.dtype) for _ in range(self.depth)]
 
@@ -89,7 +108,8 @@ class Group(nn.Module):
 
 
 class Solver(NamedTuple):
-    """What a sampler computes once for all tokens: the solver tables with the embeddings of their times.
+    """What a sampler computes once for all tokens: the solver tables with the embeddings of their
+    times.
 
     Attributes:
       t: (U, E) times. weights: (U, E, 2, 4). count: (U,) evaluations. t_emb: (U, E, M).
@@ -102,7 +122,9 @@ class Solver(NamedTuple):
 
 
 def chunk_size(evaluations: int, rows: int) -> int:
-    """Evaluations of a token whose modulations are one product, for so many rows of the sampler on a device."""
+    """Evaluations of a token whose modulations are one product, for so many rows of the sampler on
+    a device.
+    """
     products = -(-evaluations // max(1, PRODUCT_ROWS // rows))
     return -(-evaluations // products)
 
@@ -110,12 +132,15 @@ def chunk_size(evaluations: int, rows: int) -> int:
 class FlowHead(nn.Module):
     """Velocity of the flow: v(x_t, t, c).
 
-    What depends on time or condition alone has methods of its own. A sampler thereby computes the embeddings once per
-    step or token, and with scan=False the adaLN modulations of many steps in one large product.
+    What depends on time or condition alone has methods of its own. A sampler thereby computes the
+    embeddings once per step or token, and with scan=False the adaLN modulations of many steps in
+    one large product.
 
     Attributes:
-      latent_dim: d. width: M. depth: residual blocks in all. groups: G, divides depth. unroll: scanned groups and
-      blocks per iteration (speed only). dtype: of the computation; parameters and the returned velocity are float32.
+      latent_dim: d. width: M. depth: residual blocks in all. groups: G, divides depth. unroll:
+        scanned groups and
+      blocks per iteration (speed only). dtype: of the computation; parameters and the returned
+        velocity are float32.
       scan: see `transformer.Stack`.
     Raises ValueError where groups does not divide depth.
     """
@@ -131,7 +156,9 @@ class FlowHead(nn.Module):
 
     def setup(self):
         if self.depth % self.groups:
-            raise ValueError(f'{self.groups} adaLN groups do not divide the {self.depth} blocks of the flow head')
+            raise ValueError(
+                f'{self.groups} adaLN groups do not divide the {self.depth} blocks of the flow head'
+            )
         self.time1 = nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype)
         self.time2 = nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype)
         self.cond_embed = nn.Dense(self.width, kernel_init=XAVIER, dtype=self.dtype)
@@ -139,11 +166,15 @@ class FlowHead(nn.Module):
         group = nn.remat(Group, prevent_cse=False) if self.remat else Group
         arguments = (self.width, self.depth // self.groups, self.unroll, self.dtype, self.scan)
         if self.scan:
-            self.res_groups = transformer.scanned(group, self.groups, self.unroll, 'groups')(*arguments)
+            self.res_groups = transformer.scanned(group, self.groups, self.unroll, 'groups')(
+                *arguments
+            )
         else:
             self.res_groups = [Group(*arguments) for _ in range(self.groups)]
         self.final_ada = nn.DenseGeneral((2, self.width), kernel_init=ZERO, dtype=self.dtype)
-        self.final_norm = nn.LayerNorm(EPS, use_scale=False, use_bias=False, use_fast_variance=False, dtype=self.dtype)
+        self.final_norm = nn.LayerNorm(
+            EPS, use_scale=False, use_bias=False, use_fast_variance=False, dtype=self.dtype
+        )
         self.final_linear = nn.Dense(self.latent_dim, kernel_init=ZERO, dtype=self.dtype)
 
     def embed_time(self, t: jax.Array) -> jax.Array:
@@ -167,12 +198,16 @@ class FlowHead(nn.Module):
         return self._output(x, _parts(self.final_ada(y)))
 
     def modulation(self, t_emb: jax.Array, c_emb: jax.Array) -> Any:
-        """All that x is modulated by: t_emb (E, M), c_emb (N, M) → a tree of arrays (E, N, M). Needs scan=False."""
+        """All that x is modulated by: t_emb (E, M), c_emb (N, M) → a tree of arrays (E, N, M).
+        Needs scan=False.
+        """
         y = nn.silu(t_emb[:, None] + c_emb[None])
         return tuple(group.modulation(y) for group in self.res_groups), _parts(self.final_ada(y))
 
     def modulated(self, x: jax.Array, modulation: Any) -> jax.Array:
-        """`__call__` under one element of `modulation`: x (N, d), arrays (N, M) → velocity (N, d). Needs scan=False."""
+        """`__call__` under one element of `modulation`: x (N, d), arrays (N, M) → velocity (N, d).
+        Needs scan=False.
+        """
         groups, final = modulation
         x = self.input_proj(x)
         for group, part in zip(self.res_groups, groups, strict=True):
@@ -180,11 +215,14 @@ class FlowHead(nn.Module):
         return self._output(x, final)
 
     def velocity(self, x: jax.Array, c: jax.Array, *times: jax.Array) -> jax.Array:
-        """v(x_t, t, c) in one call: x (N, d), c (N, D), and the arguments (N,) of `embed_time` → (N, d) float32."""
+        """v(x_t, t, c) in one call: x (N, d), c (N, D), and the arguments (N,) of `embed_time` →
+        (N, d) float32.
+        """
         return self(x, self.embed_time(*times), self.embed_condition(c))
 
     def velocities(self, x_t: jax.Array, c: jax.Array, *times: jax.Array) -> jax.Array:
-        """Velocities of m noisy copies of every token; each condition is embedded once and used m times.
+        """Velocities of m noisy copies of every token; each condition is embedded once and used m
+        times.
 
         Args:
           x_t: (m, B, L, d). c: (B, L, D). times: the arguments of `embed_time`, each (m, B, L).
@@ -223,14 +261,18 @@ class FlowHead(nn.Module):
     def loss(
         self, c: jax.Array, z: jax.Array, draws: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Rectified-flow loss of every token given its condition: mean (v(x_t, t, c) − (z − noise))².
+        """Rectified-flow loss of every token given its condition: mean (v(x_t, t, c) − (z −
+        noise))².
 
-        t = sigmoid(t_normal) and x_t = (1 − t)·noise + t·z; each condition is used for m noisy copies.
+        t = sigmoid(t_normal) and x_t = (1 − t)·noise + t·z; each condition is used for m noisy
+        copies.
 
         Args:
-          c: (B, L, D) conditions. z: (B, L, d) tokens; no gradient flows into them. draws: see `draws`.
+          c: (B, L, D) conditions. z: (B, L, d) tokens; no gradient flows into them. draws: see
+            `draws`.
         Returns:
-          (loss, scalars): loss () float32; scalars token_norm, the mean norm of the predicted data point
+          (loss, scalars): loss () float32; scalars token_norm, the mean norm of the predicted data
+            point
           x_t + (1 − t)·v before projection (a mean over possible tokens: within the sphere).
         """
         t_normal, noise = draws
@@ -248,20 +290,27 @@ class FlowHead(nn.Module):
         return (jnp.asarray(tables.t),)
 
     def prepare(self, params: Any, plan: Plan) -> Solver:
-        """What `draw_token` needs of a plan and does not depend on the token, with a leading axis of tables."""
+        """What `draw_token` needs of a plan and does not depend on the token, with a leading axis
+        of tables.
+        """
         tables = plan.tables
         t_emb = self.apply({'params': params}, *self._times(tables), method='embed_time')
-        return Solver(jnp.asarray(tables.t), jnp.asarray(tables.weights), jnp.asarray(plan.count), t_emb)
+        return Solver(
+            jnp.asarray(tables.t), jnp.asarray(tables.weights), jnp.asarray(plan.count), t_emb
+        )
 
     def draw_token(
         self, params: Any, c: jax.Array, noise: jax.Array, solver: Solver, guidance: Guidance | None
     ) -> jax.Array:
-        """Integrate the flow of one token for every row; the sampler projects the result. Needs scan=False.
+        """Integrate the flow of one token for every row; the sampler projects the result. Needs
+        scan=False.
 
         Args:
-          params: of this head. c: (R, D) conditions; with guidance conditional rows, then null rows.
+          params: of this head. c: (R, D) conditions; with guidance conditional rows, then null
+            rows.
           noise: (n, R, d) standard normal, x₀ and the noise of a stochastic solver's steps.
-          solver: one table of `prepare`, without the leading axis. guidance: None evaluates all rows alike.
+          solver: one table of `prepare`, without the leading axis. guidance: None evaluates all
+            rows alike.
         Returns:
           z (R, d) float32.
         """
@@ -269,7 +318,9 @@ class FlowHead(nn.Module):
         half = len(c) // 2
         E = len(solver.t)
         c_emb = self.apply(variables, c, method='embed_condition')
-        low, high = (0.0, 1.0) if guidance is None or guidance.interval is None else guidance.interval
+        low, high = (
+            (0.0, 1.0) if guidance is None or guidance.interval is None else guidance.interval
+        )
         end = high if high < 1 else math.inf  # Heun's last evaluation is at t = 1
 
         def evaluate(x, modulation):

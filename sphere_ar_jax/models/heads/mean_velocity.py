@@ -22,7 +22,8 @@ class Segments(NamedTuple):
     """Parts of a flow's trajectories, with the mean velocity over each.
 
     Attributes:
-      x: (P, N, d) where a segment begins. t: (P,) when. h: (P,) its width in time. u: (P, N, d) its mean velocity.
+      x: (P, N, d) where a segment begins. t: (P,) when. h: (P,) its width in time. u: (P, N, d) its
+        mean velocity.
     """
 
     x: jax.Array
@@ -32,9 +33,11 @@ class Segments(NamedTuple):
 
 
 class MeanVelocity(FlowHead):
-    """A flow head that gives the mean velocity over [t, t + h] and takes h as well (MeanFlow, arXiv 2505.13447).
+    """A flow head that gives the mean velocity over [t, t + h] and takes h as well (MeanFlow, arXiv
+    2505.13447).
 
-    The embedding of h is added to that of t and starts at zero, so that a head begins as the one it is distilled from.
+    The embedding of h is added to that of t and starts at zero, so that a head begins as the one it
+    is distilled from.
     """
 
     def setup(self):
@@ -44,7 +47,16 @@ class MeanVelocity(FlowHead):
 
     def teacher(self) -> FlowHead:
         """The flow head of the same sizes, whose velocities this one learns the means of."""
-        fields = (self.latent_dim, self.width, self.depth, self.groups, self.remat, self.unroll, self.dtype, self.scan)
+        fields = (
+            self.latent_dim,
+            self.width,
+            self.depth,
+            self.groups,
+            self.remat,
+            self.unroll,
+            self.dtype,
+            self.scan,
+        )
         return FlowHead(*fields, parent=None)
 
     def embed_time(self, t: jax.Array, h: jax.Array) -> jax.Array:
@@ -56,7 +68,9 @@ class MeanVelocity(FlowHead):
         return jnp.asarray(tables.t), jnp.asarray(tables.h)
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-        """Starts of trajectories, one key for each image: keys (B,), shape (1, L, d) → (B, L, d) standard normal."""
+        """Starts of trajectories, one key for each image: keys (B,), shape (1, L, d) → (B, L, d)
+        standard normal.
+        """
 
         def draw(key):
             return jax.random.normal(key, shape[1:])
@@ -68,13 +82,17 @@ class MeanVelocity(FlowHead):
         x = jnp.zeros((1, *shape[1:]))
         return Segments(x, jnp.zeros(1), jnp.zeros(1), x)
 
-    def loss(self, c: jax.Array, z: jax.Array, draws: Segments) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, c: jax.Array, z: jax.Array, draws: Segments
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Error of the mean velocities: mean (u(x, t, h, c) − u)² over segments.
 
         Args:
-          c: (B, L, D) conditions. z: (B, L, d) tokens, of which only the shape is read. draws: `Segments` of a teacher.
+          c: (B, L, D) conditions. z: (B, L, d) tokens, of which only the shape is read. draws:
+            `Segments` of a teacher.
         Returns:
-          (loss, scalars): loss () float32; scalars one_step, the part of the steps from noise to data in one.
+          (loss, scalars): loss () float32; scalars one_step, the part of the steps from noise to
+            data in one.
         """
         del z
         P, N = draws.u.shape[:2]
@@ -83,23 +101,31 @@ class MeanVelocity(FlowHead):
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
         errors = jnp.mean(jnp.square(predicted.reshape(draws.u.shape) - draws.u), axis=(1, 2))
         whole = draws.h == 1
-        one_step = jnp.sum(jnp.where(whole, errors, 0.0)) / jnp.maximum(jnp.sum(whole.astype(jnp.float32)), 1)
+        one_step = jnp.sum(jnp.where(whole, errors, 0.0)) / jnp.maximum(
+            jnp.sum(whole.astype(jnp.float32)), 1
+        )
         return jnp.mean(errors), {'one_step': one_step}
 
 
 def mean_velocity_targets(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, levels: Sequence[int], num_steps: int
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: jax.Array,
+    levels: Sequence[int],
+    num_steps: int,
 ) -> Segments:
     """Mean velocities of a flow over the segments that samplers of few steps take, by solving it.
 
-    For every n of `levels` and every segment [i/n, (i + 1)/n]: u = (x at its end − x at its start)·n, along one
-    trajectory from x₀ = noise, solved by Adams–Bashforth in num_steps equal steps.
+    For every n of `levels` and every segment [i/n, (i + 1)/n]: u = (x at its end − x at its
+    start)·n, along one trajectory from x₀ = noise, solved by Adams–Bashforth in num_steps equal
+    steps.
 
     Args:
-      velocity: function (x (N, d), t ()) → (N, d). noise: (N, d). levels: ints that divide num_steps.
+      velocity: function (x (N, d), t ()) → (N, d). noise: (N, d). levels: ints that divide
+        num_steps.
     Returns:
       `Segments`, P = Σ levels of them.
-    Raises ValueError where a level does not divide num_steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
+    Raises ValueError where a level does not divide num_steps. Source: u of MeanFlow (arXiv
+    2505.13447, eq. 3).
     """
     if any(num_steps % n for n in levels):
         raise ValueError(f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher')
@@ -132,21 +158,29 @@ def distillation_loss(
     levels: Sequence[int],
     num_steps: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Teach a head the mean velocity of a teacher's guided flow: mean (u(x, t, h, c) − its targets)².
+    """Teach a head the mean velocity of a teacher's guided flow: mean (u(x, t, h, c) − its
+    targets)².
 
-    The AR model is frozen. The teacher's guidance, s_k at token k, becomes part of the head, which needs no null rows.
+    The AR model is frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
+    needs no null rows.
 
     Args:
-      ar: `ar.AR` with a `MeanVelocity` head. head: that head's parameters, the only ones trained. teacher: parameters
-      of the same AR model with the head `MeanVelocity.teacher`. labels: of B images. z: (B, L, d) tokens.
+      ar: `ar.AR` with a `MeanVelocity` head. head: that head's parameters, the only ones trained.
+        teacher: parameters
+      of the same AR model with the head `MeanVelocity.teacher`. labels: of B images. z: (B, L, d)
+        tokens.
       noise: (B, L, d). scales: (L,) s_k. levels, num_steps: see `mean_velocity_targets`.
     Returns:
       (loss, scalars) of `MeanVelocity.loss`.
     """
     B, L, d = z.shape
     flow_head = ar.head.teacher()
-    both = jax.tree.map(lambda a, null: jnp.concatenate([a, null]), labels, ar.condition.null(labels))
-    c = ar.clone(head=flow_head).apply({'params': teacher}, both, jnp.concatenate([z, z]), method='conditions')
+    both = jax.tree.map(
+        lambda a, null: jnp.concatenate([a, null]), labels, ar.condition.null(labels)
+    )
+    c = ar.clone(head=flow_head).apply(
+        {'params': teacher}, both, jnp.concatenate([z, z]), method='conditions'
+    )
     rows = c.reshape(2 * B * L, -1)
 
     def guided(x, t):

@@ -1,7 +1,9 @@
-"""Posteriors q(z | image) of the tokenizer: families of distributions, chosen by a word of the config.
+"""Posteriors q(z | image) of the tokenizer: families of distributions, chosen by a word of the
+config.
 
-A family is a small frozen object, a field of `vae.VAE`. Called with the encoder's output it gives a distribution, a
-tree of arrays whose leading axes are images and tokens. Logs, pictures and pages ask the family what there is to show.
+A family is a small frozen object, a field of `vae.VAE`. Called with the encoder's output it gives a
+distribution, a tree of arrays whose leading axes are images and tokens. Logs, pictures and pages
+ask the family what there is to show.
 
 Dimensions:
   B  images     L  tokens of an image     d  latent dimension
@@ -52,7 +54,9 @@ class Posterior(Protocol):
         """The distribution that the encoder's output x (B, L, outputs(d)) float32 stands for."""
 
     def project(self, z: jax.Array) -> jax.Array:
-        """The point of the latent space that stands for z (..., d): N_R(z) on a sphere, z itself in a plane."""
+        """The point of the latent space that stands for z (..., d): N_R(z) on a sphere, z itself in
+        a plane.
+        """
 
     def faults(self, scalars: dict[str, float]) -> str | None:
         """What is wrong with a tokenizer's latents by their `statistics`, in one sentence, or None."""

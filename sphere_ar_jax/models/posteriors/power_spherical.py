@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-# A dimension is dead where the tokens' directions spread less than this share of uniform ones' spread.
+# A dimension is dead where the tokens' directions spread less than this share of uniform ones'
+# spread.
 DEAD = 0.1
 
 
@@ -22,7 +23,8 @@ class PowerSphericalTokens(NamedTuple):
     """q(x | image) of every token, a power-spherical distribution on the unit sphere.
 
     Attributes:
-      mu: (B, L, d) float32 unit vectors, the directions. kappa: (B, L) float32 > 1, the concentrations.
+      mu: (B, L, d) float32 unit vectors, the directions. kappa: (B, L) float32 > 1, the
+        concentrations.
     """
 
     mu: jax.Array
@@ -39,7 +41,9 @@ class PowerSphericalTokens(NamedTuple):
 
     def sample(self, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Tokens z = R · x, (B, L, d), differentiable in mu and kappa."""
-        return geometry.radius(self.mu.shape[-1]) * power_spherical.sample_from_draws(self.mu, self.kappa, *draws)
+        return geometry.radius(self.mu.shape[-1]) * power_spherical.sample_from_draws(
+            self.mu, self.kappa, *draws
+        )
 
     def kl(self) -> jax.Array:
         """KL divergence from the uniform distribution on the sphere, (B, L), in nats."""
@@ -49,9 +53,12 @@ class PowerSphericalTokens(NamedTuple):
         """How much of the sphere the tokens of a batch use; `PowerSpherical.faults` judges it.
 
         Returns:
-          Scalars () float32. kappa: mean. kl: mean, nats per token. spread_min and spread_mean: over the dimensions, of
-          √d · std of mu's coordinate over batch and tokens (1 for uniform directions, 0 for equal ones). dead_share:
-          share of the dimensions with a spread below `DEAD`. mean_direction: norm of the mean of mu (0 for uniform
+          Scalars () float32. kappa: mean. kl: mean, nats per token. spread_min and spread_mean:
+            over the dimensions, of
+          √d · std of mu's coordinate over batch and tokens (1 for uniform directions, 0 for equal
+            ones). dead_share:
+          share of the dimensions with a spread below `DEAD`. mean_direction: norm of the mean of mu
+            (0 for uniform
           directions, 1 for equal ones).
         """
         mu = self.mu.reshape(-1, self.mu.shape[-1])
@@ -68,7 +75,9 @@ class PowerSphericalTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PowerSpherical:
-    """The published family: direction mu and concentration kappa on the sphere, the uniform distribution as prior."""
+    """The published family: direction mu and concentration kappa on the sphere, the uniform
+    distribution as prior.
+    """
 
     shown: ClassVar = {
         'kl': 'KL of the posterior to the uniform distribution, nats per token',
@@ -92,8 +101,9 @@ class PowerSpherical:
     def faults(self, scalars: dict[str, float]) -> str | None:
         """What is wrong with a tokenizer's latents, in one sentence, or None.
 
-        Wrong are: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, any dead dimension. The
-        tokens of an untrained encoder look collapsed too, for the first some hundred steps.
+        Wrong are: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, any
+        dead dimension. The tokens of an untrained encoder look collapsed too, for the first some
+        hundred steps.
 
         Args:
           scalars: the `statistics`, as floats.
@@ -106,11 +116,15 @@ class PowerSpherical:
             return 'the latents are no numbers'
         wrong = []
         if kappa < 1.1:
-            wrong.append(f'kappa is {kappa:.2f}, at its floor of 1: the posterior ignores the image')
+            wrong.append(
+                f'kappa is {kappa:.2f}, at its floor of 1: the posterior ignores the image'
+            )
         if kl < 0.1:
             wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')
         if direction > 0.9:
-            wrong.append(f'all tokens point the same way: their mean direction has norm {direction:.2f}')
+            wrong.append(
+                f'all tokens point the same way: their mean direction has norm {direction:.2f}'
+            )
         if dead > 0:
             wrong.append(
                 f'{dead:.0%} of the dimensions are dead: directions spread there by less than {DEAD} of uniform ones'
