@@ -1,11 +1,12 @@
 """What README and docs/ show: their commands and their Python."""
 
 import ast
+import re
 import subprocess
 import sys
 
 from tests import read_commands
-from tests.words import ROOT
+from tests.words import ROOT, documents
 
 
 def test_every_command_is_understood(tmp_path):
@@ -41,3 +42,11 @@ def test_a_wrong_command_is_named(tmp_path):
 def test_the_python_of_the_documents_is_whole():
     for name, block in read_commands.blocks('python'):
         assert ast.parse(block).body, name
+
+
+def test_every_file_that_is_named_is_there():
+    """Paths in backticks below the folders of the repository; NAME stands for any name."""
+    folders = '(?:sphere_ar_jax|configs|tests|launch|docs)/'
+    for document, text in documents():
+        for path in re.findall(rf'`({folders}[\w/.]*)`', text):
+            assert 'NAME' in path or (ROOT / path).exists(), f'{document} names {path}'
