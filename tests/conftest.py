@@ -69,8 +69,9 @@ def accurate() -> dict[str, int | bool] | None:
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 # (number in torchvision's list, input channels, output channels) of VGG16's convolutions
 VGG16 = (
-    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
-    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512),
+    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256),
+    (14, 256, 256), (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512),
+    (28, 512, 512),
 )  # fmt: skip
 
 
@@ -95,8 +96,9 @@ def tiny_vae(torch_tensors):
     """(model, parameters) of the golden S-VAE."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
     model = vae.s_vae(
-        grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
-        encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
+        grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']),
+        heads=1, encoder_depth=options['vae']['encoder_vit_layers'],
+        decoder_depth=options['vae']['decoder_vit_layers'],
     )  # fmt: skip
     return model, torch_names.from_torch(
         torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))
@@ -108,9 +110,10 @@ def tiny_ar(torch_tensors):
     """(model, parameters) of the golden AR model."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
     model = ar.sphere_ar(
-        depth=options['n_layer'], heads=options['n_head'], width=options['dim'], head_depth=options['diff_layers'],
-        head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
-        num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
+        depth=options['n_layer'], heads=options['n_head'], width=options['dim'],
+        head_depth=options['diff_layers'], head_width=options['diff_dim'],
+        head_groups=options['diff_adanln_layers'], grid=(4, 4), num_classes=options['num_classes'],
+        class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
     )  # fmt: skip
     return model, torch_names.from_torch(
         torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))

@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def _run(*arguments):
     return subprocess.run(
-        [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
+        [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)], cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -36,8 +36,8 @@ def test_every_part_runs_and_is_counted():
     batch, d = 4, 8
     shapes = {
         'prefill': (8, 16), 'transformer': (8, 8, 16), 'head': (8, d), 'decode': (batch, 16, 16, 1),
-        'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,), 'sample': (batch, 16, 16, 1),
-        'cold': (8, d),
+        'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,),
+        'sample': (batch, 16, 16, 1), 'cold': (8, d),
     }  # fmt: skip
     assert {*shapes, 'cached'} == set(our_parts.PARTS)  # which is `cold` twice
     for name, shape in shapes.items():
@@ -99,7 +99,8 @@ def test_the_command(tmp_path):
     line.
     """
     result = _run(
-        '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2', '--repeats=2'
+        '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2',
+        '--repeats=2'
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / 'benchmark.json').read_text())

@@ -218,7 +218,11 @@ def test_missing_packages():
 
 
 def test_a_package_that_is_missing_is_no_traceback():
-    code = 'import sys; sys.modules["optax"] = None\nfrom sphere_ar_jax import doctor\nsys.exit(doctor.main(["x"]))'
+    code = (
+        'import sys; sys.modules["optax"] = None\n'
+        'from sphere_ar_jax import doctor\n'
+        'sys.exit(doctor.main(["x"]))'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
@@ -366,8 +370,8 @@ def test_what_is_split_counts_once():
 @pytest.mark.parametrize(
     'data, fsdp, tensor, images, pieces, fits',
     [
-        (8, 1, 1, 16, 1, True), (8, 1, 1, 12, 1, False), (8, 1, 1, 16, 2, True), (8, 1, 1, 24, 2, False),
-        (2, 4, 2, 8, 1, True), (2, 4, 1, 12, 1, False),
+        (8, 1, 1, 16, 1, True), (8, 1, 1, 12, 1, False), (8, 1, 1, 16, 2, True),
+        (8, 1, 1, 24, 2, False), (2, 4, 2, 8, 1, True), (2, 4, 1, 12, 1, False),
     ],
 )  # fmt: skip
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
@@ -438,7 +442,8 @@ class _Closed(_Store):
         (
             _Closed,
             'FAIL',
-            'cannot be written: Anonymous caller does not have storage.objects.create access; logged in?',
+            'cannot be written: Anonymous caller does not have storage.objects.create access; '
+            'logged in?',
         ),
     ],
 )
@@ -580,7 +585,10 @@ def test_a_process_that_comes_alone_says_so_and_ends(index):
         [sys.executable, '-c', code], cwd=ROOT, text=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
     )  # fmt: skip
-    said = f'waiting for the other processes of this run at localhost:{port}: was each of them started, once?'
+    said = (
+        f'waiting for the other processes of this run at localhost:{port}: '
+        'was each of them started, once?'
+    )
     assert done.returncode == -signal.SIGABRT and done.stderr.startswith(f'{said}\n'), done.stderr
 
 

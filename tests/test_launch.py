@@ -40,7 +40,8 @@ NASTY = [
 # CODES/NAME, 0 without one.
 STUB = """#!{python} -S
 import json, os, sys
-name, log, codes = os.path.basename(sys.argv[0]), {log!r}, {codes!r} + '/' + os.path.basename(sys.argv[0])
+name, log, codes = os.path.basename(sys.argv[0]), {log!r}, \
+{codes!r} + '/' + os.path.basename(sys.argv[0])
 with open(log, 'a') as f:
     environ = {{k: v for k, v in os.environ.items() if k.startswith(('JAX_', 'SPHERE_'))}}
     f.write(json.dumps([name, sys.argv[1:], environ]) + '\\n')
@@ -166,11 +167,12 @@ def test_slurm_submits_the_job(stubs, words):
     ((call, environ),) = _printed(stubs, 'slurm', words, **variables)
     assert call == [
         'sbatch', '--job-name=sphere_ar', '--output=my logs/%j', '--open-mode=append', '--nodes=4',
-        '--ntasks-per-node=8', '--cpus-per-task=8', '--gpus-per-node=8', '--requeue', '--signal=TERM@300',
-        '--export=ALL', str(LAUNCH / 'slurm_job.sh'), *words,
+        '--ntasks-per-node=8', '--cpus-per-task=8', '--gpus-per-node=8', '--requeue',
+        '--signal=TERM@300', '--export=ALL', str(LAUNCH / 'slurm_job.sh'), *words,
     ]  # fmt: skip
     assert environ == {
-        'SPHERE_AR_LAUNCH': str(LAUNCH), 'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/compilation_cache'
+        'SPHERE_AR_LAUNCH': str(LAUNCH),
+        'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/compilation_cache'
     }  # fmt: skip
 
 
@@ -221,14 +223,17 @@ def test_xpk_builds_pushes_and_creates(stubs, words):
     calls = [call for call, _ in _printed(stubs, 'xpk', words, **variables)]
     *create, command = calls[2]
     assert calls[:2] == [
-        ['docker', 'build', '--platform=linux/amd64', f'--file={LAUNCH}/Dockerfile', '--build-arg', 'extra=tpu',
-         '--build-arg', 'user=root', '--tag=r/p/i:1', str(ROOT)],
+        [
+            'docker', 'build', '--platform=linux/amd64', f'--file={LAUNCH}/Dockerfile',
+            '--build-arg', 'extra=tpu', '--build-arg', 'user=root', '--tag=r/p/i:1', str(ROOT),
+        ],
         ['docker', 'push', 'r/p/i:1'],
     ]  # fmt: skip
     assert create == [
-        'xpk', 'workload', 'create', '--cluster=c', '--workload=sphere-ar', '--tpu-type=v6e-64', '--num-slices=2',
-        '--docker-image=r/p/i:1', '--max-restarts=1000', '--termination-grace-period-seconds=300', '--project=p',
-        '--zone=z', '--priority=high', '--storage=data',
+        'xpk', 'workload', 'create', '--cluster=c', '--workload=sphere-ar', '--tpu-type=v6e-64',
+        '--num-slices=2', '--docker-image=r/p/i:1', '--max-restarts=1000',
+        '--termination-grace-period-seconds=300', '--project=p', '--zone=z', '--priority=high',
+        '--storage=data',
     ]  # fmt: skip
     command = command.removeprefix('--command=')
     assert '\n' not in command  # XPK puts it into a line of YAML
@@ -295,14 +300,15 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
     everywhere = ['--node=all', '--worker=all', '--batch-size=all']
     create, look, package, copy, *on_hosts, delete = calls
     assert create == [
-        *tpus, 'create', 'l', *place, '--accelerator-type=v6e-64', '--runtime-version=v2-alpha-tpuv6e', '--node-id=l',
-        '--spot', '--network=mine', '--reserved',
+        *tpus, 'create', 'l', *place, '--accelerator-type=v6e-64',
+        '--runtime-version=v2-alpha-tpuv6e', '--node-id=l', '--spot', '--network=mine',
+        '--reserved',
     ]  # fmt: skip
     assert look == [*tpus, 'describe', 'l', *place, '--format=value(state.state)']
     archive = f'{tmp_path}/sphere_ar-l.tgz'
     assert package == [
-        'tar', '-czf', archive, '-C', str(ROOT), '--exclude=__pycache__', 'sphere_ar_jax', 'configs', 'launch',
-        'pyproject.toml', 'README.md', 'LICENSE',
+        'tar', '-czf', archive, '-C', str(ROOT), '--exclude=__pycache__', 'sphere_ar_jax',
+        'configs', 'launch', 'pyproject.toml', 'README.md', 'LICENSE',
     ]  # fmt: skip
     assert copy == [*tpus, 'scp', archive, 'l:sphere_ar.tgz', *place, *everywhere]
     assert delete == [*tpus, 'delete', 'l', *place, '--force', '--quiet']
@@ -563,7 +569,8 @@ if verb == 'create':
     open(state, 'w').write('ACTIVE')
 elif verb == 'describe':
     if not look():
-        sys.exit('ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found')
+        sys.exit('ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: \
+Resource was not found')
     print(look())
 elif verb == 'delete':
     os.remove(state)

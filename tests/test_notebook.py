@@ -23,10 +23,12 @@ from sphere_ar_jax.flow import plan
 from sphere_ar_jax.sampling import tokens
 from sphere_ar_jax.sphere import geometry
 apart = False if s.guidance == 'linear' else None
-options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, first_token_apart=apart)
+options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, \
+first_token_apart=apart)
 first, rest = np.asarray(noise[None, :, 0]), np.asarray(noise[:, 1:]).swapaxes(0, 1)[:, None]
 z = tokens.sample_tokens(
-    run.ar, run.ar_params, labels, None, options, 3.0, noise=(np.concatenate([first, first], axis=1), rest)
+    run.ar, run.ar_params, labels, None, options, 3.0, \
+noise=(np.concatenate([first, first], axis=1), rest)
 )
 x = unprojected(run.ar_params, labels, z, noise, 3.0)
 assert np.abs(np.linalg.norm(x, axis=-1) - np.sqrt(d)).max() > 0.01

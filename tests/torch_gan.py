@@ -7,8 +7,8 @@ from flax import traverse_util as traverse
 
 # Modules of the public PatchGAN, in its order → ours.
 PATCHGAN = {
-    'main.0': 'conv0', 'main.2': 'conv1', 'main.3': 'norm1', 'main.5': 'conv2', 'main.6': 'norm2', 'main.8': 'conv3',
-    'main.9': 'norm3', 'main.11': 'conv_out',
+    'main.0': 'conv0', 'main.2': 'conv1', 'main.3': 'norm1', 'main.5': 'conv2', 'main.6': 'norm2',
+    'main.8': 'conv3', 'main.9': 'norm3', 'main.11': 'conv_out',
 }  # fmt: skip
 
 

@@ -451,8 +451,8 @@ def test_digits_are_scored_again(tuned, capsys):
 def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     workdir = digits_run
     _main(
-        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced',
-        f'--png={tmp_path}/png',
+        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14',
+        '--labels=balanced', f'--png={tmp_path}/png',
     )  # fmt: skip
     with np.load(tmp_path / 's' / 'a.npz') as file:
         images, labels = file['arr_0'], file['arr_1']

@@ -156,8 +156,10 @@ def test_variants_of_the_digits():
     assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
     assert build.build_sampler(cfg).options.plan(16).evaluations == 2
     for wrong, message in (
-        ({'sampling.num_steps': 3}, 'knows equal steps'), ({'distillation_training.teacher_steps': 3}, 'divisors'),
-        ({'distillation_training.teacher_steps': 0}, 'at least 1'), ({'sampling.solver': 'ab2'}, 'plain steps'),
+        ({'sampling.num_steps': 3}, 'knows equal steps'),
+        ({'distillation_training.teacher_steps': 3}, 'divisors'),
+        ({'distillation_training.teacher_steps': 0}, 'at least 1'),
+        ({'sampling.solver': 'ab2'}, 'plain steps'),
     ):  # fmt: skip
         changed = cfg.copy_and_resolve_references()
         changed.update_from_flattened_dict(wrong)

@@ -123,8 +123,8 @@ def test_every_mode_becomes_rgb():
     alpha.putalpha(Image.fromarray(picture(4)[..., 0]))
     palette = rgb.quantize(17)
     for image, kind in (
-        (rgb, 'PNG'), (rgb.convert('L'), 'PNG'), (rgb.convert('LA'), 'PNG'), (alpha, 'PNG'), (palette, 'PNG'),
-        (rgb.convert('1'), 'PNG'), (rgb, 'BMP'), (rgb, 'PPM'), (rgb, 'TIFF'),
+        (rgb, 'PNG'), (rgb.convert('L'), 'PNG'), (rgb.convert('LA'), 'PNG'), (alpha, 'PNG'),
+        (palette, 'PNG'), (rgb.convert('1'), 'PNG'), (rgb, 'BMP'), (rgb, 'PPM'), (rgb, 'TIFF'),
     ):  # fmt: skip
         ours = augment.decode(encode(image, kind))
         assert ours.mode == 'RGB'

@@ -189,7 +189,8 @@ def test_state_is_checked():
     assert state == json.loads(json.dumps(state)) == {'examples': 56, 'images': 48, 'seed': 0}
     data_batches.batches(Numbered(), batch_size=8, seed=0, first_step=7).check_state(state)
     for options, old in (
-        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state), ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
+        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state),
+        ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
         ({'batch_size': 8, 'seed': 0, 'first_step': 6}, state),
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, {'next_index': 7}),
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, state | {'images': 47}),
@@ -314,9 +315,11 @@ from sphere_ar_jax.runtime.console import UserError
 from tests.fake_images import Pictures
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in \
+the background without it
     iterator = batches.batches(
-        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, threads=1
+        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, \
+threads=1
     )
     next(iterator)
     workers = [p.pid for p in multiprocessing.active_children()]
@@ -373,8 +376,8 @@ def test_nothing_hangs(driver, tmp_path, what):
     """
     with open(tmp_path / 'errors', 'w') as errors_file:
         process = subprocess.Popen(
-            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
-            env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
+            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file,
+            text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
         )  # fmt: skip
         too_long = threading.Timer(150, os.killpg, (process.pid, signal.SIGKILL))
         too_long.start()

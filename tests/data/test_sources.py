@@ -605,8 +605,10 @@ def test_sources_go_to_other_processes(source, spawned):
 
 
 def test_folders_are_read_in_order(tmp_path):
-    files = ['b/2.png', 'b/10.JPG', 'b/in/deep/1.webp', 'a/x.Jpeg', 'a/é\n.bmp', 'a/.hidden.jpg', 'a/notes.txt',
-             'b/.git/1.png', '.cache/1.png', 'top.jpg']  # fmt: skip
+    files = [
+        'b/2.png', 'b/10.JPG', 'b/in/deep/1.webp', 'a/x.Jpeg', 'a/é\n.bmp', 'a/.hidden.jpg',
+        'a/notes.txt', 'b/.git/1.png', '.cache/1.png', 'top.jpg',
+    ]  # fmt: skip
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(file.encode())
@@ -786,9 +788,10 @@ def _changed(tfds_dir, to, changes):
 def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
     refusal = lambda *a: _refusal(sources.TFDS, *a)
     assert 'Dataset nosuch not found' in refusal('nosuch', 'train', str(tmp_path))
-    assert re.search(r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow", refusal(
-        'mnist', 'train', str(tmp_path)
-    ))  # fmt: skip
+    assert re.search(
+        r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow",
+        refusal('mnist', 'train', str(tmp_path)),
+    )
     assert "Unknown split 'test'" in refusal('stand_in', 'test', str(tfds_dir))
     as_tfrecord = _changed(
         tfds_dir, tmp_path / 'a', [('dataset_info.json', '"array_record"', '"tfrecord"')]

@@ -93,7 +93,8 @@ def test_load_lists_all_faults_at_once(lpips_files):
     message = str(error.value)
     for fault in (
         'vgg.pth lacks lin3.model.1.weight;', 'vgg16-397923af.pth lacks features.0.bias;',
-        'vgg.pth has unexpected lin5.model.1.weight;', 'vgg16-397923af.pth has unexpected features.30.weight',
+        'vgg.pth has unexpected lin5.model.1.weight;',
+        'vgg16-397923af.pth has unexpected features.30.weight',
         'lin0.model.1.weight has shape (1, 65, 1, 1), not (1, 64, 1, 1);',
         'features.28.weight has shape (), not (512, 512, 3, 3);',
     ):  # fmt: skip
@@ -136,7 +137,8 @@ def test_read_says_where_the_files_come_from(tmp_path):
     for paths, missing in (
         (
             (None, None),
-            "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth",
+            "no path to taming-transformers' vgg.pth "
+            "and no path to torchvision's vgg16-397923af.pth",
         ),
         ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
         ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
@@ -146,7 +148,8 @@ def test_read_says_where_the_files_come_from(tmp_path):
         message = str(error.value)
         for part in (
             missing, 'vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)',
-            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)', 'perceptual_weight=0',
+            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)',
+            'perceptual_weight=0',
         ):  # fmt: skip
             assert part in message
         assert '\n' not in message

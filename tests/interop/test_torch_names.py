@@ -211,10 +211,17 @@ from sphere_ar_jax.models import vae
 tree = torch_file.open_file(sys.argv[1])
 tensors = torch_sizes.state_dict(tree)
 sizes = torch_sizes.sizes(tensors, tree.get('args'))
-shared = dict(num_classes=sizes.num_classes, grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'])
+shared = dict(
+    num_classes=sizes.num_classes, grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim']
+)
 models = vae.s_vae(**sizes.vae), ar.sphere_ar(**sizes.ar, **shared)
-params = [torch_names.from_torch(tensors, jax.eval_shape(m.init_params, jax.random.key(0))) for m in models]
-peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
+params = [
+    torch_names.from_torch(tensors, jax.eval_shape(m.init_params, jax.random.key(0)))
+    for m in models
+]
+peak = 1024 * next(
+    int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')
+)
 last = params[1]['stack']['blocks']['mlp']['w2']['kernel'][-1]
 print(peak, sum(a.nbytes for a in jax.tree.leaves(params)), last[7, 3], sizes.name)
 """

@@ -53,7 +53,8 @@ HloModule hand, num_partitions=8
 
 %begun (p.1: f32[64]) -> f32[512] {
   %p.1 = f32[64]{0} parameter(0)
-  ROOT %early = f32[512]{0} all-gather(%p.1), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %early = f32[512]{0} all-gather(%p.1), channel_id=3, \
+replica_groups=[1,8]<=[8], dimensions={0}
 }
 
 %ended (p.2: f32[64]) -> f32[512] {
@@ -69,7 +70,8 @@ HloModule hand, num_partitions=8
 %nested (s.2: f32[64]) -> f32[8,8] {
   %s.2 = f32[64]{0} parameter(0)
   %inner = f32[8,8]{1,0} fusion(%s.2), kind=kLoop, calls=%turned
-  ROOT %product = f32[8,8]{1,0} dot(%inner, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %product = f32[8,8]{1,0} dot(%inner, %inner), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
 }
 
 %sliced (whole: f32[5,128], i: s32[]) -> f32[128] {
@@ -107,13 +109,16 @@ ENTRY %main (x.1: f32[128], all.1: f32[5,128], y.1: bf16[100], s.1: f32[64]) -> 
   %start = s32[] constant(0)
   %state.2 = (s32[], f32[128]{0}, f32[5,128]{1,0}) tuple(%start, %x.1, %all.1)
   %loop = (s32[], f32[128]{0}, f32[5,128]{1,0}) while(%state.2), condition=%condition, body=%body
-  %gather = (f32[128]{0}, f32[1024]{0}) all-gather-start(%x.1), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %gather = (f32[128]{0}, f32[1024]{0}) all-gather-start(%x.1), \
+replica_groups=mesh['a'=2,'b'=4] {'a','b'}
   %gathered = f32[1024]{0} all-gather-done(%gather)
-  %permuted = bf16[100]{0:T(256)(128)(2,1)S(1)} collective-permute(%y.1), source_target_pairs={{0,1},{1,0}}
+  %permuted = bf16[100]{0:T(256)(128)(2,1)S(1)} collective-permute(%y.1), \
+source_target_pairs={{0,1},{1,0}}
   %begin = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%begun
   %end.1 = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%ended
   %multiplied = f32[8,8]{1,0} fusion(%s.1), kind=kOutput, calls=%nested
-  %scatter = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%scattered, metadata={op_name="all-reduce-scatter"}
+  %scatter = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%scattered, \
+metadata={op_name="all-reduce-scatter"}
   ROOT %result = f32[128]{0} get-tuple-element(%loop), index=1
 }
 """
@@ -215,27 +220,34 @@ def test_slices_have_two_names():
     for text in ('v6e-256', 'v6e:16x16'):
         piece = devices.find_slice(text)
         assert (piece.name, piece.topology, piece.chips) == ('v6e-256', 'v6e:16x16', 256)
-    for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16),
-                                  ('v5litepod-16', 'v5e:4x4', 16)):  # fmt: skip
-        assert (devices.find_slice(text).topology, devices.find_slice(text).chips) == (
-            topology,
-            count,
-        )
+    for text, topology, count in (
+        ('v4-128', 'v4:4x4x4', 64),
+        ('v5p-64', 'v5p:2x4x4', 32),
+        ('v5e-16', 'v5e:4x4', 16),
+        ('v5litepod-16', 'v5e:4x4', 16),
+    ):
+        piece = devices.find_slice(text)
+        assert (piece.topology, piece.chips) == (topology, count)
     for chip in devices.CHIPS.values():
         assert all(
             count == np.prod([int(n) for n in shape.split('x')])
             for count, shape in chip.shapes.items()
         )
-    for text, known in (('v6e-255', r'there are v6e-1 \(v6e:1x1\)'), ('v5p:2x2', 'v5p-8'), ('v9', 'known are v4'),
-                        ('', 'known are v4')):  # fmt: skip
+    for text, known in (
+        ('v6e-255', r'there are v6e-1 \(v6e:1x1\)'),
+        ('v5p:2x2', 'v5p-8'),
+        ('v9', 'known are v4'),
+        ('', 'known are v4'),
+    ):
         with pytest.raises(ValueError, match=known):
             devices.find_slice(text)
 
 
 def test_what_does_not_fit_is_read():
     said = (
-        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
-        'temporaries (159.64G) exceeds available HBM (31.24G). HLO module: jit_step.'
+        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total '
+        'memory required for HLO temporaries (159.64G) exceeds available HBM '
+        '(31.24G). HLO module: jit_step.'
     )
 
     def compile(**_):
@@ -460,9 +472,14 @@ def _on_eight_devices(cases, broken):
 
 def _spawn(cases, broken=False):
     env = os.environ | {
-        'XLA_FLAGS': forced_devices(8), 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
-    }  # fmt: skip
-    code = f'from tests.measure import test_compile_ahead; test_compile_ahead._on_eight_devices({cases}, {broken})'
+        'XLA_FLAGS': forced_devices(8),
+        'PYTHONPATH': str(ROOT),
+        'JAX_PLATFORMS': 'cpu',
+    }
+    code = (
+        'from tests.measure import test_compile_ahead; '
+        f'test_compile_ahead._on_eight_devices({cases}, {broken})'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
@@ -470,11 +487,22 @@ def _spawn(cases, broken=False):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize('stage, axes', [
-    ('ar', 'fsdp'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('ar', 'data'), ('ar', 'tensor'), ('tokenizer', 'data'), ('tokenizer', 'fsdp'), ('tokenizer', 'tensor')
-    ))
-])  # fmt: skip
+SLOW_LAYOUTS = (
+    ('ar', 'data'),
+    ('ar', 'tensor'),
+    ('tokenizer', 'data'),
+    ('tokenizer', 'fsdp'),
+    ('tokenizer', 'tensor'),
+)
+
+
+@pytest.mark.parametrize(
+    'stage, axes',
+    [
+        ('ar', 'fsdp'),
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
+    ],
+)
 def test_no_device_has_images_of_another(stage, axes):
     ((replicated, sent),) = _spawn([(stage, axes)]).values()
     assert replicated == []

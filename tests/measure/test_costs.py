@@ -56,7 +56,8 @@ def test_the_model_costs_what_its_matrices_cost():
     params = jax.eval_shape(model.init_params, jax.random.key(0))
     z = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
     counted = costs.flops(
-        lambda p, z: model.apply({'params': p}, jnp.zeros(2, jnp.int32), z, method='conditions'), params, z
+        lambda p, z: model.apply({'params': p}, jnp.zeros(2, jnp.int32), z, method='conditions'),
+        params, z
     )  # fmt: skip
     S, weights = 19, sum(np.prod(w.shape) for w in jax.tree.leaves(params['stack']) if w.ndim > 2)
     by_hand = 2 * 2 * S * weights + 2 * 2 * 15 * 8 * 64 + 3 * 2 * 2 * 2 * S * S * 64

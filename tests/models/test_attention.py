@@ -231,23 +231,30 @@ mesh = sharding.make_mesh(2, 4, 2, devices)
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-        q, k, v = (x * self.param(name, nn.initializers.ones, (64,), jnp.bfloat16) for name in 'qkv')
+        q, k, v = (
+            x * self.param(name, nn.initializers.ones, (64,), jnp.bfloat16) for name in 'qkv'
+        )
         return x + attention.attend(q, k, v, CAUSAL), None
 
 class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block, prevent_cse=False)
-        return nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=4)()(x)[0]
+        blocks = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=4)
+        return blocks()(x)[0]
 
 def loss(params, x):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jnp.sum(Stack().apply({'params': params}, x).astype(jnp.float32) ** 2)
 
-params = jax.eval_shape(Stack().init, jax.random.key(0), jnp.zeros((8, T, 2, 64), jnp.bfloat16))['params']
+example = jnp.zeros((8, T, 2, 64), jnp.bfloat16)
+params = jax.eval_shape(Stack().init, jax.random.key(0), example)['params']
 on = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
 params = jax.tree.map(lambda a: on(a, sharding.P()), params)
-x = on(jax.ShapeDtypeStruct((48, T, 6, 64), jnp.bfloat16), sharding.P(('data', 'fsdp'), None, 'tensor'))
+x = on(
+    jax.ShapeDtypeStruct((48, T, 6, 64), jnp.bfloat16),
+    sharding.P(('data', 'fsdp'), None, 'tensor'),
+)
 print(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile().as_text())
 """
 

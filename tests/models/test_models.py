@@ -465,8 +465,9 @@ def test_initialisation():
         sep='/',
     )
     fan_in = {
-        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16, 'quant_proj/kernel': 128,
-        'quant_proj/bias': 128, 'post_quant_proj/kernel': 16, 'encoder/output/kernel': 128,
+        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16,
+        'quant_proj/kernel': 128, 'quant_proj/bias': 128, 'post_quant_proj/kernel': 16,
+        'encoder/output/kernel': 128,
     }  # fmt: skip
     for name, fan in fan_in.items():
         largest = np.abs(params[name]).max()

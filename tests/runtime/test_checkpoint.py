@@ -208,8 +208,8 @@ def test_damage_is_said_in_a_line_each(tmp_path, mesh):
     for step, damage in ((2, _truncate), (3, _flip), (4, _drop)):
         damage(tmp_path / str(step))
     done = subprocess.run(
-        [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parents[2], capture_output=True,
-        text=True, timeout=300,
+        [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == '7\n', done.stderr
     said = done.stderr.splitlines()

@@ -31,7 +31,8 @@ STEPS = 24
 ABORTED = -signal.SIGABRT  # how JAX ends a process where another one is lost
 # What Gloo prints, whose threads may interrupt each other in the middle of a line
 GLOO = re.compile(
-    r'\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d\s]'
+    r'\[Gloo\] Rank|is connected to|peer ranks\.|'
+    r'Expected number of connected peer ranks is :|[\d\s]'
 )
 
 

@@ -127,9 +127,9 @@ def test_what_cannot_be_split_is_whole_and_named():
     spec = sharding.tree_shardings(mesh, shapes)['stack']['attention']['qkv']['kernel'].spec
     assert spec == P(None, 'fsdp', None, None, None)  # 3 heads on 2 devices
     said = sharding.describe_not_split(mesh, shapes)
-    assert (
-        said
-        == 'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, as stack/attention/qkv/kernel'
+    assert said == (
+        'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, '
+        'as stack/attention/qkv/kernel'
     )
     assert sharding.describe_not_split(_mesh(1, 4, 3), shapes) == ''
 
@@ -137,8 +137,8 @@ def test_what_cannot_be_split_is_whole_and_named():
 @pytest.mark.parametrize(
     'sizes, devices, shape',
     [
-        ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 1), 8, (2, 4, 1)), ((-1, 2, 2), 8, (2, 2, 2)), ((1, 1, 1), 8, (1, 1, 1)),
-        ((-1, 3, 1), 8, (2, 3, 1)),
+        ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 1), 8, (2, 4, 1)), ((-1, 2, 2), 8, (2, 2, 2)),
+        ((1, 1, 1), 8, (1, 1, 1)), ((-1, 3, 1), 8, (2, 3, 1)),
     ],
 )  # fmt: skip
 def test_sizes_of_a_mesh(sizes, devices, shape):

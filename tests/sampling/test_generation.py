@@ -155,7 +155,8 @@ def progress(done):
     time.sleep(0.2)
 labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
 generation.generate(
-    tiny_config.random_run(), labels, 5, sys.argv[1], batch_size=4, mesh=sharding.make_mesh(), progress=progress
+    tiny_config.random_run(), labels, 5, sys.argv[1],
+    batch_size=4, mesh=sharding.make_mesh(), progress=progress
 )
 """
 

@@ -301,12 +301,13 @@ def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
 def test_options_without_use_are_errors(golden, tiny_ar):
     for wrong in (
         dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0),
-        dict(solver='euler', last_step=0.1), dict(last_step=1.0),
-        dict(last_step=0.0), dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
-        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0), dict(shift=0.0),
-        dict(final_steps=3), dict(annealing='linear'), dict(final_steps=0, annealing='linear'),
-        dict(final_steps=3, annealing='steps'), dict(guidance=None, guidance_interval=(0.0, 0.5)),
-        dict(guidance_interval=(0.5, 0.5)), dict(guidance_interval=(0.0, 2.0)),
+        dict(solver='euler', last_step=0.1), dict(last_step=1.0), dict(last_step=0.0),
+        dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
+        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0),
+        dict(shift=0.0), dict(final_steps=3), dict(annealing='linear'),
+        dict(final_steps=0, annealing='linear'), dict(final_steps=3, annealing='steps'),
+        dict(guidance=None, guidance_interval=(0.0, 0.5)), dict(guidance_interval=(0.5, 0.5)),
+        dict(guidance_interval=(0.0, 2.0)),
     ):  # fmt: skip
         with pytest.raises(ValueError):
             Options(**wrong)

@@ -34,8 +34,8 @@ def standard_promotion():
 
 def _options(**values):
     published = dict(
-        discriminator='patchgan', disc_loss='hinge', disc_start=20_000, disc_weight=0.5, perceptual_weight=1.0,
-        l2_weight=0.0, kl_weight=0.004,
+        discriminator='patchgan', disc_loss='hinge', disc_start=20_000, disc_weight=0.5,
+        perceptual_weight=1.0, l2_weight=0.0, kl_weight=0.004,
     )  # fmt: skip
     return ConfigDict(schema.default().tokenizer_training.to_dict() | published | values)
 
@@ -117,7 +117,8 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
                 scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm
             )
         for network, *trees in (
-            ('vae', state.params, state.opt_state), ('disc', state.disc_params, state.disc_opt_state)
+            ('vae', state.params, state.opt_state),
+            ('disc', state.disc_params, state.disc_opt_state)
         ):  # fmt: skip
             params, moments, norms = _moments(network, *trees)
             expected, largest = public[f'{network}/m'], np.abs(public[f'{network}/m']).max()
@@ -141,7 +142,8 @@ def small():
     begins at step 3.
     """
     model = vae.s_vae(
-        grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1, heads=2
+        grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1,
+        heads=2
     )  # fmt: skip
     options = _options(
         perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2

@@ -193,10 +193,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
     leaves[-1] = leaves[-1].copy()
     leaves[-1].view(np.uint32).flat[0] ^= 1
-    with pytest.raises(
-        UserError,
-        match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
-    ):
+    refusal = r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$'
+    with pytest.raises(UserError, match=refusal):
         loop.train(
             stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh
         )
@@ -322,7 +320,8 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.training import loop
 from tests.tiny_config import long_config, stages
 which, directory = int(sys.argv[1]), sys.argv[2]
-loop.train(stages(long_config())[which], digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
+stage = stages(long_config())[which]
+loop.train(stage, digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
 """
 
 
@@ -331,8 +330,8 @@ def _spawn(which, directory, cache):
         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 

@@ -142,8 +142,9 @@ def test_latents_that_are_all_alike():
     well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
     assert power_spherical.PowerSpherical().faults(well) is None
     for name, value, part in (
-        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'), ('mean_direction', 0.95, 'same way'),
-        ('dead_share', 0.0625, '6% of the dimensions'), ('kl', float('nan'), 'no numbers'),
+        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'),
+        ('mean_direction', 0.95, 'same way'), ('dead_share', 0.0625, '6% of the dimensions'),
+        ('kl', float('nan'), 'no numbers'),
     ):  # fmt: skip
         said = power_spherical.PowerSpherical().faults(well | {name: value})
         assert part in said and ';' not in said
@@ -157,7 +158,8 @@ def test_adversarial_losses_in_closed_form():
     logistic = -(np.log(sigmoid(real)).mean() + np.log(1 - sigmoid(fake)).mean()) / 2
     hinge = (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2
     for name, of_discriminator, of_generator, slope in (
-        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)), ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
+        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)),
+        ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
         ('non_saturating', logistic, -np.log(sigmoid(fake)).mean(), sigmoid(fake) - 1),
     ):  # fmt: skip
         discriminator, generator = discriminators.ADVERSARIAL[name]
@@ -249,7 +251,8 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     apart, params = ar.unstacked(teacher_model, teacher)
     null = jnp.full_like(golden['class_id'], 10)
     conditions = apart.apply(
-        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='conditions'
+        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]),
+        method='conditions'
     )  # fmt: skip
     velocity = jax.jit(
         lambda x, t, c: teacher_model.apply(
