@@ -26,9 +26,8 @@ EMITTERS_ARE_A_CHOICE = (
 )
 if EMITTERS_ARE_A_CHOICE:
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
-if QUICK not in os.environ.get(
-    'XLA_FLAGS', ''
-):  # XLA reads it when JAX is first asked for its devices
+# XLA reads the variable when JAX is first asked for its devices.
+if QUICK not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share

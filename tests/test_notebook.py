@@ -98,9 +98,8 @@ def test_it_runs(name, tmp_path, monkeypatch):
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
     if name == 'checkpoint':
         notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
-    resources = {
-        'metadata': {'path': str(tmp_path)}
-    }  # not the checkout: it is to be found from anywhere
+    # The directory is not the checkout: the package must be found from anywhere.
+    resources = {'metadata': {'path': str(tmp_path)}}
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name='python3', resources=resources
     ).execute()

@@ -60,9 +60,8 @@ def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
     chex.assert_tree_all_finite((images, z))
     tokens = np.asarray(z)
     expected = measured[f'{name}/z']
-    if (
-        name == 'converted'
-    ):  # a random model, which on another platform amplifies one rounding from token to token
+    # On another platform the random model amplifies one rounding from token to token.
+    if name == 'converted':
         chex.assert_trees_all_close(tokens[:, :4], expected[:, :4], atol=1e-5)
         chex.assert_trees_all_close(tokens, expected, atol=0.2)
         return

@@ -137,9 +137,8 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
     assert run.vae == tiny_vae[0]
-    stored = run.ar.clone(
-        remat=False, head=run.ar.head.clone(remat=False)
-    )  # the recipe computes blocks again
+    # The recipe recomputes blocks; what is stored does not.
+    stored = run.ar.clone(remat=False, head=run.ar.head.clone(remat=False))
     assert stored == tiny_ar[0]
     for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -266,9 +265,8 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
     _checkpoint(tmp_path / 'vae.pt', tensors)
     workdir = tmp_path / 'w'
-    shutil.copytree(
-        converted / 'ar', workdir / 'ar'
-    )  # as a broken conversion of a whole model leaves it
+    # A broken conversion of a whole model leaves this.
+    shutil.copytree(converted / 'ar', workdir / 'ar')
     _main('--mode=convert', f'--checkpoint={tmp_path}/vae.pt', f'--workdir={workdir}')
     assert 'a tokenizer, ' in capsys.readouterr().out and not (workdir / 'ar' / 'weights').exists()
     run = load_run(str(workdir), tokenizer_only=True)
@@ -515,9 +513,8 @@ def test_grid(digits_run, tmp_path, capsys):
     for i, image in enumerate(enlarged):
         y, x = top + i // 2 * 132, left + i % 2 * 132
         np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
-    assert (picture[:, left + 268 :] >= 96).all() and (
-        picture[top + 400 :] == 255
-    ).all()  # no more of them
+    # The picture has no more of them.
+    assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()
     for more, message in (
         ([], "give --classes='golden retriever; 388'"),
         (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),

@@ -35,9 +35,8 @@ def test_the_digits_are_built_and_traced():
         smoke.vae,
         smoke.ar,
     ) and smoke.ar_training.steps < cfg.ar_training.steps
-    assert (
-        cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
-    )  # runs on 8 devices
+    # Both stages run on 8 devices.
+    assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
     vae, ar = build.build_vae(cfg), build.build_ar(cfg)
     build.build_sampler(cfg)
     source = digits.Digits('train', cfg.seed, cfg.data.holdout)

@@ -131,9 +131,8 @@ def test_every_mode_becomes_rgb():
         np.testing.assert_array_equal(
             np.asarray(ours), np.asarray(image.convert('RGB')), err_msg=f'{image.mode} {kind}'
         )
-    np.testing.assert_array_equal(
-        np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3)
-    )  # dropped, not blended
+    # The alpha channel is dropped, not blended.
+    np.testing.assert_array_equal(np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3))
 
 
 def test_every_jpeg_becomes_rgb():

@@ -350,9 +350,8 @@ threads=1
 
 @pytest.fixture(scope='module')
 def driver(tmp_path_factory):
-    path = (
-        tmp_path_factory.mktemp('driver') / 'driver.py'
-    )  # a file: worker processes read the main program again
+    # The program is a file, because worker processes read the main program again.
+    path = tmp_path_factory.mktemp('driver') / 'driver.py'
     path.write_text(DRIVER)
     return path
 

@@ -115,9 +115,8 @@ def test_a_rotated_file_shows_upright():
     shown = ImageOps.exif_transpose(
         Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated')))
     )
-    np.testing.assert_allclose(
-        np.asarray(shown, float), upright, atol=60
-    )  # JPEG's error at the edges
+    # The tolerance allows for JPEG's error at the edges.
+    np.testing.assert_allclose(np.asarray(shown, float), upright, atol=60)
 
 
 def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
@@ -304,9 +303,8 @@ def test_a_change_while_in_use_is_noticed(path):
     path.write_bytes(_tar(SMALL))
     source = sources.ImageNetTar(path)
     good = path.read_bytes()
-    renamed = _tar(
-        SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})}
-    )  # same places and sizes
+    # The places and sizes stay the same.
+    renamed = _tar(SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})})
     moved = _tar(
         {
             'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}),
@@ -347,15 +345,8 @@ def test_every_damaged_header_is_noticed(path):
     headers += [o - 512 for o in sources.ImageNetTar(path)._offsets.tolist()]
     assert len(headers) == 5
     for header in headers:
-        for byte in (
-            0,
-            100,
-            124,
-            150,
-            156,
-            257,
-            511,
-        ):  # name, mode, size, checksum, kind, magic, padding
+        # These bytes lie in: name, mode, size, checksum, kind, magic, padding.
+        for byte in (0, 100, 124, 150, 156, 257, 511):
             damaged = bytearray(whole)
             damaged[header + byte] ^= 3
             path.write_bytes(damaged)
@@ -664,9 +655,8 @@ def test_packed_is_the_same(stand_in_tar, packed):
     ]
     readers = [array_record_module.ArrayRecordReader(str(file)) for file in files]
     assert [reader.num_records() for reader in readers] == [4, 5, 5, 5, 5]
-    assert all(
-        'group_size:1,' in reader.writer_options_string() for reader in readers
-    )  # else reads take a group
+    # With larger groups every read would take a whole group.
+    assert all('group_size:1,' in reader.writer_options_string() for reader in readers)
 
 
 def test_packing_tells_how_far_it_is(tmp_path):

@@ -9,9 +9,8 @@ from sphere_ar_jax.evaluation.fidelity import inception, inception_weights
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
-ROWS = json.loads(
-    (GOLDENS / 'inception.json').read_text()
-)  # [PyTorch name, node of the graph, PyTorch shape]
+# [PyTorch name, node of the graph, PyTorch shape]
+ROWS = json.loads((GOLDENS / 'inception.json').read_text())
 MAPS = {
     'Conv2d_1a_3x3': 'conv',
     'Mixed_5b': 'mixed',
@@ -121,9 +120,8 @@ def test_features_of_bytes_and_floats_agree(inception_params, golden):
 def graph_def(fill=None, scaled=True, epsilon=1e-3, skip=(), shapes=(), extra=()):
     """A GraphDef with the published one's constants: random ones, or each a single repeated number."""
     graph = graph_pb2.GraphDef()
-    graph.node.add(name='ResizeBilinear/size', op='Const').attr[
-        'value'
-    ].tensor.dtype = 3  # an int32
+    output_size = graph.node.add(name='ResizeBilinear/size', op='Const')
+    output_size.attr['value'].tensor.dtype = 3  # an int32
     rows = [(node, shape) for _, node, shape in ROWS] + [(name, [4]) for name in extra]
     for i, (name, shape) in enumerate(rows):
         if name in skip:
@@ -241,9 +239,8 @@ def test_files_that_are_no_graph(tmp_path):
     for content in [b'', b'\x80\x04K\x01.', *damaged]:
         path.write_bytes(content)
         try:
-            inception_weights.load_graph_def(
-                path
-            )  # a changed number within a constant is no fault of the file's form
+            # A changed number within a constant is no fault of the file's form.
+            inception_weights.load_graph_def(path)
         except UserError as error:
             refused += 1
             assert '\n' not in str(error) and len(str(error)) < 3000

@@ -144,9 +144,8 @@ def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
     assert abs(x.mean() - MEAN) < 5 * STD / np.sqrt(n) + 2e-3
     assert abs(x.std() / STD - 1) < 0.02
     start = np.asarray(draws[0]).ravel()
-    kept = np.corrcoef(start, x.ravel())[
-        0, 1
-    ]  # the flow without noise keeps all, dx = −γx near t = 0 forgets
+    # The flow without noise keeps all of it; dx = −γx near t = 0 forgets it.
+    kept = np.corrcoef(start, x.ravel())[0, 1]
     assert kept < np.exp(-0.8 * noise_scale)
 
 
@@ -183,9 +182,8 @@ def test_euler_maruyama_has_the_law_of_a_mixture(shift):
     x = run(mixture_velocity, draws[0], table, draws[1:]).ravel()
     weights, means, stds = MIXTURE
     cdf = lambda z: np.sum(weights * stats.norm.cdf(z[:, None], means, stds), axis=1)
-    assert (
-        stats.kstest(x, cdf).statistic < 1.63 / np.sqrt(n) + 0.01
-    )  # 1% of exact samples are farther, and the step's bias
+    # 1% of exact samples are farther than the first term; the second one is for the step's bias.
+    assert stats.kstest(x, cdf).statistic < 1.63 / np.sqrt(n) + 0.01
 
 
 def test_published_euler_maruyama():
@@ -216,9 +214,8 @@ def test_grids():
         times = solvers.grid(8, shift)
         assert times[0] == 0 and times[-1] == 1 and (np.diff(times) > 0).all()
         np.testing.assert_allclose(times[4], 1 / (1 + shift))
-        noise = 1 - solvers.grid(
-            8
-        )  # the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ)
+        # This is the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ).
+        noise = 1 - solvers.grid(8)
         np.testing.assert_allclose(1 - times, shift * noise / (1 + (shift - 1) * noise))
     assert np.diff(solvers.grid(8, 3.0))[0] < 1 / 8 < np.diff(solvers.grid(8, 3.0))[-1]
 

@@ -245,11 +245,6 @@ def test_ten_thousand_mutated_files_are_read_right_or_refused():
     results = found['results']
     assert results['hostile'].keys() == {'refused'}
     assert sum(sum(outcomes.values()) for outcomes in results.values()) >= count + len(fuzz.HOSTILE)
-    for what in (
-        'bytes of zip',
-        'bytes of stream',
-        'directory',
-        'members',
-        'pickle',
-    ):  # the mutations do something
+    # The mutations do something.
+    for what in ('bytes of zip', 'bytes of stream', 'directory', 'members', 'pickle'):
         assert min(results[what]['read'], results[what]['refused']) > 20, (what, results[what])

@@ -269,7 +269,6 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
     peak, params, last, name = out.stdout.split()
     print(f'peak {int(peak) / 1e9:.2f} GB, parameters {int(params) / 1e9:.2f} GB')
     assert name == 'H' and int(params) == 4 * (943_854_096 + 75_393_297)
-    assert (
-        float(last) == noise[1 + 3 * 3584 + 7]
-    )  # of `ema`; (out, in) = (1280, 3584), ours transposed
+    # The number is that of `ema`; (out, in) = (1280, 3584), and ours is transposed.
+    assert float(last) == noise[1 + 3 * 3584 + 7]
     assert int(peak) < int(params) + 1e9

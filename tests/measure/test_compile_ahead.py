@@ -165,23 +165,16 @@ def test_unsplit_by_hand():
     )
     find = lambda shape: hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
     assert find('7,5') == find('35,1') == find('5,42000') == find('6,34') == find('128,1') == []
-    for shape in (
-        '42,5',
-        '5,42',
-        '1,210',
-        '21,5',
-        '14,5',
-    ):  # whole, whole, whole, and along one axis
+    # The first three are whole; the last two are split along one axis.
+    for shape in ('42,5', '5,42', '1,210', '21,5', '14,5'):
         ((size, text, opcode, _),) = find(shape)
         assert (size, text, opcode) == (
             4 * np.prod([int(n) for n in shape.split(',')]),
             f'f32[{shape}]',
             'all-reduce',
         )
-    both = {
-        (42, 5),
-        (42, 5, 6),
-    }  # 6 times as many numbers: their number does not tell whose array it is, its shape does
+    # The second one has 6 times as many numbers, so that only its shape tells whose array it is.
+    both = {(42, 5), (42, 5, 6)}
     assert (
         hlo.unsplit(array('210,1'), both, 42, 2, 3)
         == []

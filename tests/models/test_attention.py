@@ -162,9 +162,8 @@ def lowered(platform, T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=N
 
 def test_tpus_get_splash_where_it_pays():
     kernels = lambda *a, **kw: lowered('tpu', *a, mesh=ONE, **kw).count('@tpu_custom_call')
-    assert (
-        kernels(1039) == 4 and kernels(512, K=64) == 4
-    )  # forward, and that again with the two of the backward pass
+    # The forward kernel, and the same again with the two of the backward pass.
+    assert kernels(1039) == 4 and kernels(512, K=64) == 4
     assert kernels(271) == kernels(511) == kernels(1039, K=32) == kernels(1039, jnp.float32) == 0
     # two devices for three heads; and no mesh, so that nobody knows how a program for several
     # devices is split

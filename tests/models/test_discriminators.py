@@ -79,9 +79,8 @@ def test_statistics_of_a_sharded_batch(patchgan):
     """Those of the whole batch (a real check only where there are several devices)."""
     model, params = patchgan
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)
-    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[
-        :, None, None, None
-    ]  # rows unlike each other
+    # The rows are unlike each other.
+    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[:, None, None, None]
     judge = jax.jit(lambda images: model.apply({'params': params}, images))
     one, every = (
         jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1)

@@ -172,9 +172,8 @@ def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damag
     state, data_state, _ = _restored(tmp_path, mesh)
     assert int(state['step']) == 2 and data_state == {'next_index': 2}
     assert f'{tmp_path}/3 cannot be read' in capfd.readouterr().err
-    assert (tmp_path / 'damaged-3').is_dir() and not (
-        tmp_path / '3'
-    ).exists()  # set aside, not deleted
+    # The checkpoint is set aside, not deleted.
+    assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()
     _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
     assert int(_restored(tmp_path, mesh)[0]['step']) == 3
 

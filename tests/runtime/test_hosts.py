@@ -397,9 +397,8 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
     one, two, four = (np.load(f'{tmp_path}/{count}.npz') for count in (1, 2, 4))
     assert one['arr_0'].shape == (40, 16, 16, 1)
     np.testing.assert_array_equal(one['arr_0'], two['arr_0'])  # both of two devices
-    assert (
-        np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
-    )  # of four: other batches, other roundings
+    # Four processes have other batches, hence other roundings.
+    assert np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
     for other in two, four:
         np.testing.assert_array_equal(one['arr_1'], other['arr_1'])
     assert scores[0] == scores[1] and scores[0]['samples/classes_drawn'] > 0

@@ -230,9 +230,8 @@ def _run(sizes):
             )
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         found |= {f'{stage.name}/scalars/{name}': value for name, value in scalars.items()}
-        adam = next(
-            s for s in state.opt_state[1] if hasattr(s, 'mu')
-        )  # (1 − b1)·gradients after one step
+        # After one step its first moments are (1 − b1)·gradients.
+        adam = next(s for s in state.opt_state[1] if hasattr(s, 'mu'))
         found |= {
             f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()
         }

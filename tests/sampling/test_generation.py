@@ -131,9 +131,8 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
     np.testing.assert_array_equal(
         images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8)
     )
-    assert (
-        images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
-    )  # else the rest would show nothing
+    # Otherwise the rest of the test would show nothing.
+    assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
     np.testing.assert_allclose(floats, one, atol=1e-5)
     assert np.abs(other.astype(int) - images).max() <= 1
     shorter, _ = _generate(run, labels[:5], tmp_path / 'five.npz', batch_size=1)

@@ -263,10 +263,8 @@ def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
         for path in paths
         if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
     ]
-    assert sorted(map(len, solver)) == [
-        2,
-        3,
-    ]  # once, inside the scan: a loop over chunks and in it one
+    # The loop stands there once, inside the scan: a loop over chunks and in it one.
+    assert sorted(map(len, solver)) == [2, 3]
     for path in solver:
         text = body(path[-1])
         assert ' cos ' not in text and ' sin ' not in text

@@ -136,18 +136,12 @@ def test_gradients_of_a_batch_in_pieces(which):
         new, scalars = step(state, stage.frozen, batch)
         found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
     ((one, scalars), memory), ((four, pieces), less) = found[1], found[4]
-    of_batches = {
-        'psnr',
-        'spread_min',
-        'spread_mean',
-        'dead_share',
-        'mean_direction',
-    }  # no means over images
+    # These are no means over images.
+    of_batches = {'psnr', 'spread_min', 'spread_mean', 'dead_share', 'mean_direction'}
     for name in set(scalars) - of_batches:
         np.testing.assert_allclose(pieces[name], scalars[name], rtol=2e-5, err_msg=name)
-    chex.assert_trees_all_close(
-        four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6
-    )  # its moments are the gradients
+    # The optimizer's moments are the gradients.
+    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)
     assert less < 0.5 * memory
 
 

@@ -98,9 +98,8 @@ def test_latents_that_are_well():
     scalars = {
         name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()
     }
-    assert (
-        0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
-    )  # at most 1: the squares sum to d
+    # The spread is at most 1, because the squares sum to d.
+    assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
@@ -170,9 +169,8 @@ def test_adversarial_losses_in_closed_form():
     to_real, to_fake = jax.grad(discriminators.logistic_loss, (0, 1))(real, fake)
     np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
-    assert np.isfinite(
-        discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4))
-    )  # no logarithm of 0
+    # No logarithm of 0 is taken.
+    assert np.isfinite(discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4)))
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():
