@@ -1,4 +1,4 @@
-"""Shared by all tests: strict promotion rules, and the tiny golden model (see goldens/README.md)."""
+"""Shared by all tests: strict promotion rules and the tiny golden model (goldens/README.md)."""
 
 import functools
 import importlib.util
@@ -143,12 +143,13 @@ def inception_params():
 
 @pytest.fixture(scope='session')
 def lpips_files():
-    """The tensors of LPIPS's two files by the goldens' formula (see goldens/README.md): (lin, vgg)."""
+    """(lin, vgg): the tensors of LPIPS's two files by the goldens' formula (goldens/README.md)."""
 
     def tensor(i, shape):
         return np.random.RandomState(i).standard_normal(shape)
 
-    lin, vgg = {}, {'classifier.0.weight': np.zeros(1)}
+    lin = {}
+    vgg = {'classifier.0.weight': np.zeros(1)}
     for i, (n, before, channels) in enumerate(VGG16):
         kernel = tensor(2 * i, (channels, before, 3, 3)) * (1.4 / np.sqrt(before * 9))
         vgg[f'features.{n}.weight'] = kernel.astype(np.float32)

@@ -31,7 +31,8 @@ class Pictures:
 
     def __init__(self, n=50, broken=(), missing=()):
         self.files = [encode(picture(i, 40 + i % 9, 56 - i % 11)) for i in range(n)]
-        self.broken, self.missing = broken, missing
+        self.broken = broken
+        self.missing = missing
 
     def __len__(self):
         return len(self.files)

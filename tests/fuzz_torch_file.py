@@ -239,7 +239,9 @@ def hostile_file(what, container):
 
 def tensors_in(tree):
     """[(name, Tensor)] of a tree, each object visited once."""
-    found, todo, seen = [], [('', tree)], set()
+    found = []
+    todo = [('', tree)]
+    seen = set()
     while todo:
         name, node = todo.pop()
         if isinstance(node, torch_file.Tensor):
@@ -365,8 +367,10 @@ def members_mutated(rng, data):
     """The zip is written again with members doubled, renamed, compressed, left out or exchanged."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    out, method = io.BytesIO(), zipfile.ZIP_STORED
-    at, other = rng.randrange(len(members)), rng.randrange(len(members))
+    out = io.BytesIO()
+    method = zipfile.ZIP_STORED
+    at = rng.randrange(len(members))
+    other = rng.randrange(len(members))
     name, content = members[at]
     kind = rng.randrange(6)
     if kind == 0:
@@ -409,7 +413,8 @@ def pickle_mutated(rng, value):
     ends = [pos for _, _, pos in pickletools.genops(w.pickle(value))]
     parts = [w.pickle(value)[a:b] for a, b in itertools.pairwise(ends[1:])]
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
+        at = rng.randrange(len(parts))
+        other = rng.randrange(len(parts))
         kind = rng.randrange(6)
         if kind == 0:
             del parts[at]
@@ -439,7 +444,8 @@ class Watch:
     """Notes what Python reports to its audit hooks while `on`."""
 
     def __init__(self):
-        self.on, self.events = False, []
+        self.on = False
+        self.events = []
         sys.addaudithook(self.hook)
 
     def hook(self, event, args):
@@ -519,7 +525,8 @@ def mutants(rng, count):
 
 def main(count, seed, directory):
     path = pathlib.Path(directory) / 'mutant.pt'
-    rng, watch = random.Random(seed), Watch()
+    rng = random.Random(seed)
+    watch = Watch()
     warnings.simplefilter('ignore')  # of zipfile, which writes what it warns of
     signal.signal(signal.SIGVTALRM, hang)
     value, storages = small_tree()
@@ -527,7 +534,8 @@ def main(count, seed, directory):
     truth = {'zip': contents(path), 'torch_zip.pt': contents(GOLDENS / 'torch_zip.pt')}
     pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-    results, bad = {}, []
+    results = {}
+    bad = []
     cases = [(what, hostile_file(what, w.zip_file), 'refused') for what in HOSTILE]
     cases += [
         (what, hostile_file(what, w.stream_file), 'refused')

@@ -58,7 +58,9 @@ class Stubs:
     """A directory of stand-ins, first on PATH, and what they wrote down."""
 
     def __init__(self, path):
-        self.path, self.log, self.codes = path / 'bin', path / 'log', path / 'codes'
+        self.path = path / 'bin'
+        self.log = path / 'log'
+        self.codes = path / 'codes'
         self.path.mkdir()
         self.codes.mkdir()
         for name in (
@@ -269,7 +271,10 @@ def test_xpk_without_building_and_deleting(stubs):
 
 
 def test_sigterm_reaches_the_program_under_xpk(stubs):
-    """XPK runs (COMMAND) & and passes SIGTERM on to that process alone, which must be the program."""
+    """XPK runs (COMMAND) & and passes SIGTERM on to that process alone.
+
+    The process must therefore be the program.
+    """
     stubs.add('python', SAVES)
     command = stubs.run('xpk', *PLAIN, '--dry-run', BUILD='0').stdout
     (command,) = [word for word in shlex.split(command) if word.startswith('--command=')]
@@ -293,10 +298,8 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
         'SETUP': "echo 'a b'",
     }
     calls = [call for call, _ in _printed(stubs, 'tpu', words, **variables)]
-    tpus, place = (
-        ['gcloud', 'compute', 'tpus', 'queued-resources'],
-        ['--zone=us-east5-b', '--project=p'],
-    )
+    tpus = ['gcloud', 'compute', 'tpus', 'queued-resources']
+    place = ['--zone=us-east5-b', '--project=p']
     everywhere = ['--node=all', '--worker=all', '--batch-size=all']
     create, look, package, copy, *on_hosts, delete = calls
     assert create == [
@@ -359,10 +362,14 @@ def test_tpu_stops_and_deletes(stubs):
 
 
 def test_the_worker_prints_what_it_runs(stubs):
-    show = lambda *words, **variables: [
-        shlex.split(line)
-        for line in stubs.run('tpu_worker', *words, '--dry-run', **variables).stdout.splitlines()
-    ]
+    def show(*words, **variables):
+        return [
+            shlex.split(line)
+            for line in stubs.run(
+                'tpu_worker', *words, '--dry-run', **variables
+            ).stdout.splitlines()
+        ]
+
     assert show('install', SETUP='echo a')[-3:] == [
         ['uv', 'venv', '--quiet', '--python=3.12', '.venv'],
         ['uv', 'pip', 'install', '--quiet', '--python=.venv/bin/python', '-e', '.[tpu,gcs]'],
@@ -663,7 +670,10 @@ def test_a_tpu_run_does_not_start_what_the_doctor_refuses(cloud):
 
 @pytest.fixture
 def on_host(cloud):
-    """Runs words of tpu_worker.sh on a host where all is installed and a first run has ended well."""
+    """Runs words of tpu_worker.sh on a host.
+
+    All is installed there, and a first run has ended well.
+    """
     assert cloud.run('tpu', *PLAIN, KEEP='1').returncode == 0
     cloud.add('python', SAVES)
     command = ['bash', str(cloud.host / 'sphere_ar' / 'launch' / 'tpu_worker.sh')]

@@ -210,7 +210,10 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
 
 @pytest.mark.slow
 def test_digits_smoke(environment, tmp_path):
-    """configs/digits.py:smoke runs through (its time stands in docs/speed.md and is not asserted)."""
+    """configs/digits.py:smoke runs through.
+
+    Its time stands in docs/speed.md and is not asserted.
+    """
     result = _run(
         environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
     )

@@ -1,4 +1,7 @@
-"""launch/sphere_ar_colab.ipynb, executed whole: on digits, and on a checkpoint of the public kind."""
+"""launch/sphere_ar_colab.ipynb, executed whole.
+
+It runs on digits and on a checkpoint of the public kind.
+"""
 
 import ast
 import base64
@@ -105,7 +108,10 @@ def test_it_runs(name, tmp_path, monkeypatch):
     ).execute()
 
     cells = {cell.id: cell for cell in notebook.cells}
-    outputs = lambda id: cells[id].outputs
+
+    def outputs(id):
+        return cells[id].outputs
+
     sizes = {}
     for id in ('grid', 'scales', 'plot'):
         (png,) = [

@@ -28,7 +28,10 @@ from tests.conftest import GOLDENS, libraries_promote
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """The directory of the runs: digits, one distilled from it, and a converted PyTorch checkpoint."""
+    """The directory of the runs.
+
+    They are digits, one distilled from it, and a converted PyTorch checkpoint.
+    """
     directory = tmp_path_factory.mktemp('old_runs')
     with tarfile.open(GOLDENS / 'old_runs.tar.xz') as archive:
         archive.extractall(directory, filter='data')

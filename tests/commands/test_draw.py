@@ -399,7 +399,8 @@ def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
     """
     before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')
-    cfg.data.num_classes, cfg.init_from = CLASSES, str(digits_run)
+    cfg.data.num_classes = CLASSES
+    cfg.init_from = str(digits_run)
     with libraries_promote():
         metrics = train.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
     assert np.isfinite(metrics['samples/frechet'])
@@ -453,7 +454,8 @@ def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
         '--labels=balanced', f'--png={tmp_path}/png',
     )  # fmt: skip
     with np.load(tmp_path / 's' / 'a.npz') as file:
-        images, labels = file['arr_0'], file['arr_1']
+        images = file['arr_0']
+        labels = file['arr_1']
     assert labels.tolist() == [*range(12), 0, 1] and images.shape == (14, 16, 16, 1)
     assert sorted(os.listdir(tmp_path / 'png')) == [f'{i:06d}.png' for i in range(14)]
     for i, image in enumerate(images):
@@ -511,7 +513,8 @@ def test_grid(digits_run, tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / 'new' / 'grid.png').convert('L'))
     top, left = _place(picture, enlarged[0])
     for i, image in enumerate(enlarged):
-        y, x = top + i // 2 * 132, left + i % 2 * 132
+        y = top + i // 2 * 132
+        x = left + i % 2 * 132
         np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
     # The picture has no more of them.
     assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()

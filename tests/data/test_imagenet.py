@@ -41,7 +41,10 @@ def test_against_other_lists():
     """SHA-256 of two public lists, line by line: Keras' imagenet_class_index.json has each class's
     first name, timm's imagenet_synsets.txt with imagenet_synset_to_lemma.txt all of them.
     """
-    digest = lambda lines: hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+    def digest(lines):
+        return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
     keras = [
         f'{synset} {names.split(", ")[0].replace(" ", "_")}' for synset, names in imagenet.classes()
     ]

@@ -147,7 +147,8 @@ def test_the_stand_in_by_its_command(tmp_path, capsys):
 
 
 def test_every_byte_is_what_tarfile_extracts(stand_in_tar):
-    source, truth = sources.ImageNetTar(stand_in_tar), _truth(stand_in_tar)
+    source = sources.ImageNetTar(stand_in_tar)
+    truth = _truth(stand_in_tar)
     assert source.class_names == tuple(sorted(SYNSETS)) and source.num_classes == 3
     rank = {synset: k for k, synset in enumerate(sorted(SYNSETS))}
     assert _contents(source) == [
@@ -325,7 +326,8 @@ def test_a_change_while_in_use_is_noticed(path):
 def test_every_cut_is_noticed_or_harmless(path):
     whole = _tar(SMALL)
     path.write_bytes(whole)
-    truth, harmless = _contents(sources.ImageNetTar(path)), 0
+    truth = _contents(sources.ImageNetTar(path))
+    harmless = 0
     for cut in [*range(0, len(whole), 512), *range(1, len(whole), 1013)]:
         path.write_bytes(whole[:cut])
         try:
@@ -357,7 +359,8 @@ def _link(name):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
         member = tarfile.TarInfo(name)
-        member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        member.type = tarfile.SYMTYPE
+        member.linkname = '/etc/passwd'
         archive.addfile(member)
     return buffer.getvalue()
 
@@ -439,11 +442,9 @@ def test_without_permission():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     with tempfile.TemporaryDirectory() as root:
-        data, cache, tar = (
-            pathlib.Path(root, 'data'),
-            pathlib.Path(root, 'cache'),
-            pathlib.Path(root, 'data', 'a.tar'),
-        )
+        data = pathlib.Path(root, 'data')
+        cache = pathlib.Path(root, 'cache')
+        tar = pathlib.Path(root, 'data', 'a.tar')
         data.mkdir()
         cache.mkdir()
         other = pathlib.Path(root, 'other.tar')
@@ -629,7 +630,8 @@ def test_folders_without_images_are_refused(tmp_path):
 class Files:
     """Ten short files; reading entry `fails` is an error."""
 
-    num_classes, class_names = 7, None
+    num_classes = 7
+    class_names = None
     fails = None
 
     def __len__(self):
@@ -776,7 +778,9 @@ def _changed(tfds_dir, to, changes):
 
 
 def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
-    refusal = lambda *a: _refusal(sources.TFDS, *a)
+    def refusal(*a):
+        return _refusal(sources.TFDS, *a)
+
     assert 'Dataset nosuch not found' in refusal('nosuch', 'train', str(tmp_path))
     assert re.search(
         r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow",

@@ -34,9 +34,11 @@ def measure():
     """Compiled: (parameters, real, fake) → (distances (B,), gradient of their mean for `fake`),
     both NumPy.
     """
-    loss = lambda fake, params, real: (lambda d: (jnp.mean(d), d))(
-        LPIPS().apply({'params': params}, real, fake)
-    )
+
+    def loss(fake, params, real):
+        distances = LPIPS().apply({'params': params}, real, fake)
+        return jnp.mean(distances), distances
+
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def measure(params, real, fake):
@@ -83,7 +85,8 @@ def test_load_gives_the_tree_of_the_model(params):
 
 
 def test_load_lists_all_faults_at_once(lpips_files):
-    lin, vgg = dict(lpips_files[0]), dict(lpips_files[1])
+    lin = dict(lpips_files[0])
+    vgg = dict(lpips_files[1])
     del lin['lin3.model.1.weight'], vgg['features.0.bias']
     lin['lin0.model.1.weight'] = np.zeros((1, 65, 1, 1))
     vgg['features.28.weight'] = {}
@@ -109,9 +112,10 @@ def test_load_lists_all_faults_at_once(lpips_files):
 def _write(path, tensors):
     """The tensors as a file of PyTorch's."""
     arrays = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
-    stored = lambda name, a: torch_writer.tensor(
-        torch_writer.storage(name, a.size, 'Float'), a.shape
-    )
+
+    def stored(name, a):
+        return torch_writer.tensor(torch_writer.storage(name, a.size, 'Float'), a.shape)
+
     content = torch_writer.dictionary({name: stored(name, a) for name, a in arrays.items()})
     path.write_bytes(
         torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()})
@@ -202,7 +206,8 @@ def test_ssim_against_its_definition():
     expected = np.zeros(3)
     for k, i, j, c in np.ndindex(3, 5, 3, 2):
         x, y = (image[k, i : i + 11, j : j + 11, c] / 255 for image in (a, b))
-        mx, my = np.sum(weights * x), np.sum(weights * y)
+        mx = np.sum(weights * x)
+        my = np.sum(weights * y)
         vx, vy, cov = (
             np.sum(weights * p * q)
             for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my))
@@ -234,7 +239,9 @@ def test_psnr_of_each_image_and_of_all_pixels():
 
 @libraries_promote()
 def test_shapes_are_checked():
-    lpips = lambda a, b: jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
+    def lpips(a, b):
+        return jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
+
     good = np.zeros((2, 16, 17, 3), np.float32)
     lpips(good, good)
     for a, b in (

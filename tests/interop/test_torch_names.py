@@ -118,7 +118,8 @@ def test_a_tokenizer_alone_needs_to_say_its_grid(torch_tensors):
 
 
 def test_state_dict_picks_and_strips(torch_tensors):
-    a, b = np.zeros(1), np.ones(1)
+    a = np.zeros(1)
+    b = np.ones(1)
     both = {'model': {'_orig_mod.module.x': a}, 'ema': {'module._orig_mod.x': b}, 'epochs': 3}
     assert torch_sizes.state_dict(both)['x'] is b
     assert torch_sizes.state_dict(both, ema=False)['x'] is a
@@ -237,12 +238,15 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
     shapes = json.loads((KEYS / 'SphereAR_H.json').read_text())
     noise = np.random.default_rng(0).normal(size=2**25).astype(np.float16)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    entry = lambda e: w.dictionary(
-        {
-            name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
-    )
+
+    def entry(e):
+        return w.dictionary(
+            {
+                name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape)
+                for i, (name, shape) in enumerate(shapes.items())
+            }
+        )
+
     storages = {f'{e}{i}': (e, n) for e in 'me' for i, n in enumerate(sizes.values())}
 
     def write(archive, name, data):

@@ -160,10 +160,15 @@ def test_unsplit_by_hand():
     """A batch of 2·3·7 images, of 5 numbers each, on 2 × 3 devices: a device's own array has 35
     numbers.
     """
-    array = lambda shape: hlo.Program(
-        HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)')
-    )
-    find = lambda shape: hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
+
+    def array(shape):
+        return hlo.Program(
+            HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)')
+        )
+
+    def find(shape):
+        return hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
+
     assert find('7,5') == find('35,1') == find('5,42000') == find('6,34') == find('128,1') == []
     # The first three are whole; the last two are split along one axis.
     for shape in ('42,5', '5,42', '1,210', '21,5', '14,5'):
@@ -189,12 +194,20 @@ def _read(function, *arguments):
 
 def test_memory_traffic_is_what_xla_counts():
     """Without loops the compiler's own count is right; with one it counts the body once."""
-    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    step = lambda x, w: jnp.tanh(x @ w) + x
+
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def step(x, w):
+        return jnp.tanh(x @ w) + x
+
     program, analysis = _read(lambda x, w: step(step(x, w), w).sum(0), f32(256, 256), f32(256, 256))
     assert program.memory_traffic() == pytest.approx(analysis['bytes accessed'], rel=0.01)
     once, _ = _read(step, f32(256, 256), f32(256, 256))
-    loop = lambda x, w: jax.lax.scan(lambda x, _: (step(x, w), None), x, None, length=50)[0]
+
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (step(x, w), None), x, None, length=50)[0]
+
     program, analysis = _read(loop, f32(256, 256), f32(256, 256))
     assert program.memory_traffic() == pytest.approx(50 * once.memory_traffic(), rel=0.2)
     assert analysis['bytes accessed'] < 5 * once.memory_traffic()
@@ -303,14 +316,16 @@ def _fake(monkeypatch):
 def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     """All of it but the TPU: one CPU device in place of a v6e-1. Its numbers are the compiler's."""
     _fake(monkeypatch)
-    compiled, compile_work = [], compile_ahead.compile_work
+    compiled = []
+    compile_work = compile_ahead.compile_work
     monkeypatch.setattr(
         compile_ahead,
         'compile_work',
         lambda work: compiled.append(compile_work(work)) or compiled[-1],
     )
     cfg = tiny_config.get_config()
-    cfg.tokenizer, cfg.ar.remat = '/somewhere', True
+    cfg.tokenizer = '/somewhere'
+    cfg.ar.remat = True
     results = compile_ahead.run(cfg, 'v6e-1', output=str(tmp_path / 'all.json'))
     assert json.loads((tmp_path / 'all.json').read_text()) == results
     assert [r['part'] for r in results] == ['ar step', 'tokens', 'decode', 'reconstruct']
@@ -350,7 +365,10 @@ def test_programs_are_compiled_anew_each_time(tmp_path):
     """From JAX's cache they would come without text; nor are they kept there, which others are
     again afterwards.
     """
-    cached = lambda: sorted(path.name for path in tmp_path.glob('*-cache'))
+
+    def cached():
+        return sorted(path.name for path in tmp_path.glob('*-cache'))
+
     before = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_persistent_cache_min_compile_time_secs,
@@ -386,7 +404,8 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     analysis = types.SimpleNamespace(
         **{f'{name}_size_in_bytes': size for name, size in sizes.items()}
     )
-    fits_at, tried = 3, []
+    fits_at = 3
+    tried = []
 
     def compile_work(work):
         tried.append(work)
@@ -409,7 +428,8 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     monkeypatch.setattr(
         compile_ahead, 'replicated', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')]
     )
-    fits_at, _ = 1, tried.clear()
+    fits_at = 1
+    tried.clear()
     compile_ahead.run(cfg, 'v6e-1', ('train',))
     assert (
         "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]"
@@ -449,7 +469,9 @@ MESHES = {'data': {}, 'fsdp': {'data': 2, 'fsdp': 4}, 'tensor': {'data': 4, 'ten
 @libraries_promote()
 def _on_eight_devices(cases, broken):
     """Prints what the tests below assert; in a process of its own, with 8 forced CPU devices."""
-    found, cfg, compile_work = {}, tiny_config.get_config(), compile_ahead.compile_work
+    found = {}
+    cfg = tiny_config.get_config()
+    compile_work = compile_ahead.compile_work
     if broken:
         sharding.keep_rows_split = lambda mesh, function: function
     for stage, axes in cases:
@@ -530,8 +552,12 @@ def test_the_programs_of_sampling_are_those_that_run():
 
 def test_inception_looks_at_colours_only():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    names = lambda cfg: [work.name for work in programs.evaluation_works(cfg, mesh)]
-    grey, colours = tiny_config.get_config(), tiny_config.get_config()
+
+    def names(cfg):
+        return [work.name for work in programs.evaluation_works(cfg, mesh)]
+
+    grey = tiny_config.get_config()
+    colours = tiny_config.get_config()
     colours.vae.image_channels = 3
     assert names(grey) == ['reconstruct'] and names(colours) == ['features', 'reconstruct']
 
@@ -549,9 +575,11 @@ def test_libtpu_knows_the_slices(name):
 def test_memory_traffic_on_tpus():
     """Products in fusions in fusions: the compiler's own count, without a loop, is right."""
     mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice('v6e-4')))
-    array = lambda *shape, spec: jax.ShapeDtypeStruct(
-        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec)
-    )
+
+    def array(*shape, spec):
+        return jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
 
     def step(x, w, v):
         hidden = jax.nn.gelu(x @ w)

@@ -63,7 +63,8 @@ class Process:
     """A process that the server starts. Its files begin with `path`."""
 
     def __init__(self, server, path, environ, words):
-        self._path, self._server = path, server
+        self._path = path
+        self._server = server
         order = {'path': str(path), 'environ': environ, 'words': words}
         server.stdin.write(json.dumps(order) + '\n')
         server.stdin.flush()
@@ -169,7 +170,8 @@ def words(tmp_path_factory):
     """The words of a training of the AR model on a tokenizer with weights at random, which needs no
     training.
     """
-    cfg, tokenizer = get_config(), tmp_path_factory.mktemp('tokenizer')
+    cfg = get_config()
+    tokenizer = tmp_path_factory.mktemp('tokenizer')
     weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
     weights.save(
         0,
@@ -349,10 +351,8 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
              for key in ('steps=16', 'checkpoint_every=2', 'log_every=1')]  # fmt: skip
     with start(tmp_path, 1, 2, TINY, f'--workdir={tmp_path / "alone"}', *steps) as run:
         assert run.end() == [0], run.err
-    words, checkpoints = (
-        (TINY, f'--workdir={tmp_path / "w"}', *steps),
-        tmp_path / 'w' / 'tokenizer' / 'checkpoints',
-    )
+    words = (TINY, f'--workdir={tmp_path / "w"}', *steps)
+    checkpoints = tmp_path / 'w' / 'tokenizer' / 'checkpoints'
 
     def part(count, devices, until, *mesh):
         with start(tmp_path, count, devices, *words, *mesh) as run:

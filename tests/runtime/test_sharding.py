@@ -75,7 +75,8 @@ def _mesh(*sizes):
 
 
 def test_the_layout_of_every_parameter_of_L():
-    model, key = ar.sphere_ar(**ar.VARIANTS['L']), jax.random.key(0)
+    model = ar.sphere_ar(**ar.VARIANTS['L'])
+    key = jax.random.key(0)
     shapes = jax.eval_shape(model.init_params, key)
     found = {
         name: s.spec for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()
@@ -209,13 +210,19 @@ def _run(sizes):
     """What a mesh of `sizes` gives, as NumPy arrays: scalars and gradients of a step of each stage,
     and samples.
     """
-    cfg, mesh, rng = small_config(), sharding.make_mesh(*sizes), np.random.default_rng(0)
+    cfg = small_config()
+    mesh = sharding.make_mesh(*sizes)
+    rng = np.random.default_rng(0)
     batch = {
         'image': rng.uniform(-1, 1, (16, 16, 16, 1)).astype(np.float32),
         'label': rng.integers(0, 10, 16).astype(np.int32),
     }
-    run, found = tiny_config.random_run(cfg), {}
-    place = lambda tree: jax.device_put(tree, sharding.tree_shardings(mesh, tree))
+    run = tiny_config.random_run(cfg)
+    found = {}
+
+    def place(tree):
+        return jax.device_put(tree, sharding.tree_shardings(mesh, tree))
+
     vae_params = place(run.vae_params)
     stages = (
         ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, 0),
@@ -241,7 +248,8 @@ def _run(sizes):
     found['images'], found['tokens'] = draw(
         params, vae_params, *sharding.place_batch(mesh, arrays), jax.random.key(5), 1.5, 1.0
     )
-    key, images = jax.random.key(5), batch['image']
+    key = jax.random.key(5)
+    images = batch['image']
     recon, statistics = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)
     found |= {'reconstructions': recon, **statistics}
     return {name: np.asarray(value) for name, value in found.items()}
