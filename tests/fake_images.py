@@ -23,8 +23,9 @@ def picture(index, height=40, width=56):
 
 
 class Pictures:
-    """n JPEGs, whose labels are their indices. Those in `broken` are cut off half-way, `missing`
-    cannot be read.
+    """n JPEGs, whose labels are their indices.
+
+    Those in `broken` are cut off half-way, `missing` cannot be read.
     """
 
     num_classes = 1000

@@ -131,8 +131,9 @@ def _program(what, words):
 
 
 def _printed(stubs, script, words, **variables):
-    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins. Returns [(its
-    call, environment)].
+    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins.
+
+    Returns [(its call, environment)].
     """
     done = stubs.run(script, *words, '--dry-run', **variables)
     assert (done.returncode, done.stderr) == (0, '')

@@ -48,8 +48,9 @@ def _code(notebook):
 
 
 def test_the_file_is_clean():
-    """Valid nbformat 4.5 with ids, no outputs; every name of ours that it uses exists, in branches
-    not run here too.
+    """Valid nbformat 4.5 with ids, no outputs.
+
+    Every name of ours that it uses exists, in branches not run here too.
     """
     notebook = _read()
     nbformat.validate(notebook)

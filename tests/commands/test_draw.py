@@ -198,8 +198,9 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not
-    found.
+    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR.
+
+    All else is not found.
     """
 
     def do_HEAD(self):
@@ -222,8 +223,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_checkpoint_from_the_hub(converted, tmp_path):
-    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there
-    is named.
+    """Fetched by Hugging Face's own client from a server of this machine.
+
+    A file that is not there is named.
     """
     pytest.importorskip('huggingface_hub')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub)
@@ -394,8 +396,9 @@ def test_training_goes_on_from_converted_weights(tuned):
 
 @pytest.mark.slow
 def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
-    """A published model, whatever it was trained on, teaches a head; all else stays as it was
-    converted.
+    """A published model, whatever it was trained on, teaches a head.
+
+    All else stays as it was converted.
     """
     before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')

@@ -173,8 +173,9 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
 
 @pytest.mark.slow
 def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
-    """It is that of as many samples as wished, with the EMA; the network is replaced by the colours
-    of four places.
+    """It is that of as many samples as wished, with the EMA.
+
+    The network is replaced by the colours of four places.
     """
     seen = []
 
@@ -233,7 +234,8 @@ def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
 
 
 def test_the_classes_of_a_folder(tmp_path):
-    """A model gets as many classes as there are directories, unless the config says more;
+    """A model gets as many classes as there are directories, unless the config says more.
+
     config.json says how many.
     """
     for name, colour in (('a', 'red'), ('b', 'blue')):

@@ -27,8 +27,9 @@ def _load(name, argument):
 
 @libraries_promote()
 def test_the_digits_are_built_and_traced():
-    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the
-    same models.
+    """Models, sampler and a step of both stages, as shapes: the slow tests run them.
+
+    :smoke has the same models.
     """
     cfg = checks.check(_load('digits', ''))
     smoke = checks.check(_load('digits', 'smoke'))
@@ -144,8 +145,9 @@ def test_smoke_is_small(name):
 
 
 def test_variants_of_the_digits():
-    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher,
-    and then is built.
+    """The fast sampler makes 10 evaluations.
+
+    The distilled head wants to be told of its teacher, and then is built.
     """
     assert (
         build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations

@@ -1,5 +1,6 @@
-"""Sources of images: every byte as tarfile or the file system has it; what is damaged is said in
-one line.
+"""Sources of images: every byte as tarfile or the file system has it.
+
+What is damaged is said in one line.
 """
 
 import concurrent.futures

@@ -432,8 +432,9 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_scores_two_files(tmp_path, monkeypatch, capsys):
-    """From files to the five scores; a set against itself has the distances 0, precision and recall
-    1.
+    """From files to the five scores.
+
+    A set against itself has the distances 0, precision and recall 1.
     """
     (tmp_path / 'weights.pb').write_bytes(graph_def(fill=0.01).SerializeToString())
     np.savez(tmp_path / 'a.npz', arr_0=np.stack([image(i, 20, 24) for i in range(5)]))

@@ -195,8 +195,9 @@ def test_ssim_and_psnr_against_scikit_image():
 
 
 def test_ssim_against_its_definition():
-    """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels
-    most.
+    """Every window by itself, in float64.
+
+    One pair is almost white and flat, where float32 cancels most.
     """
     a, b = (x[:, :15, :13, :2] for x in _bytes())
     a, b = (np.concatenate([x, 253 + x[:1] // 128]) for x in (a, b))
@@ -224,8 +225,9 @@ def test_equal_images():
 
 
 def test_psnr_of_each_image_and_of_all_pixels():
-    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07; all pixels together are below
-    it.
+    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07.
+
+    All pixels together are below it.
     """
     a = np.zeros((2, 11, 11, 1), np.uint8)
     b = a + np.array([51, 5], np.uint8)[:, None, None, None]

@@ -32,8 +32,9 @@ def _abstract(model):
 
 @pytest.mark.parametrize('name', ['vae', 'SphereAR_B', 'SphereAR_L', 'SphereAR_H'])
 def test_full_size_names_and_sizes_are_the_published_ones(name):
-    """Every tensor of the published key lists, and none else; the sizes that they tell build those
-    very models.
+    """Every tensor of the published key lists, and none else.
+
+    The sizes that they tell build those very models.
     """
     tensors = _published(name)
     sizes = torch_sizes.sizes(

@@ -143,8 +143,9 @@ def test_on_a_cpu_nothing_changes(causal):
 
 @libraries_promote()
 def test_no_weights_are_kept():
-    """Nothing larger than q outlives a bfloat16 call until the backward pass; the plain one keeps
-    the weights.
+    """Nothing larger than q outlives a bfloat16 call until the backward pass.
+
+    The plain one keeps the weights.
     """
     q, k, v = arrays(600, jnp.bfloat16, 3)
 

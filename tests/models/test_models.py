@@ -251,8 +251,9 @@ def test_norm_silu_is_group_norm_and_silu():
 
 
 def test_a_long_cache_is_read_to_where_it_is_filled():
-    """Every position of a cache of many lengths gives what plain causal attention gives; so does a
-    few at a time.
+    """Every position of a cache of many lengths gives what plain causal attention gives.
+
+    So does a few at a time.
     """
     attention = transformer.Attention(heads=2, causal=True)
     x = jax.random.normal(jax.random.key(0), (2, 700, 16))
@@ -341,8 +342,9 @@ def _relative_error(ours, truth):
 
 @libraries_promote()
 def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
-    """Within 1.5% root mean square of the goldens; parameters, gradients and what the spec wants so
-    are float32.
+    """Within 1.5% root mean square of the goldens.
+
+    Parameters, gradients and what the spec wants so are float32.
     """
     model, params = tiny_ar
     half = _with(model, dtype=jnp.bfloat16)

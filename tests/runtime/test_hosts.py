@@ -262,8 +262,9 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
     ],
 )
 def test_what_stops_one_process_ends_all(start, tmp_path, where, how, culprit, code, line):
-    """They end wherever they are. The first process, through which they hear it, does not end too
-    soon.
+    """They end wherever they are.
+
+    The first process, through which they hear it, does not end too soon.
     """
     words = (tmp_path / 'w', where, how, culprit, joining.SILENCE)
     with start(tmp_path / 'said', 3, 1, *words) as run:

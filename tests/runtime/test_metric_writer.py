@@ -12,8 +12,9 @@ from sphere_ar_jax.runtime import files, hosts, metric_writer
 
 
 def _events(directory):
-    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length,
-    crc, event, crc.
+    """The scalars of the TensorBoard files in a directory: [(step, tag, value)].
+
+    Records: length, crc, event, crc.
     """
     found = []
     for path in sorted(directory.glob('events.*')):

@@ -165,8 +165,9 @@ def test_meshes_that_cannot_be(sizes, devices, message):
 
 @pytest.mark.parametrize('stage', ['tokenizer_training', 'ar_training'])
 def test_batches_that_do_not_split(tmp_path, stage):
-    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not; 3 × 2 are
-    refused in a line.
+    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not.
+
+    3 × 2 are refused in a line.
     """
     assert sharding.misfit(_mesh(2, 2, 3), 16) == sharding.misfit(_mesh(2, 2, 3), 16, 4) == ''
     assert (

@@ -95,9 +95,11 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
 
 @pytest.mark.parametrize('case', CASES)
 def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
-    """Sampling freely, by the one compiled program. Without guidance to 1e-4. With it, this random
-    model amplifies a difference of one rounding a thousandfold along the sequence (see the next
-    test): tokens 0 to 6 are held to 1e-4, the later ones to 5e-3.
+    """Sampling freely, by the one compiled program.
+
+    Without guidance to 1e-4. With it, this random model amplifies a difference of one rounding a
+    thousandfold along the sequence (see the next test): tokens 0 to 6 are held to 1e-4, the later
+    ones to 5e-3.
     """
     model, params = tiny_ar
     tokens = _sample(golden, model, params, case, _noise(golden, case))
@@ -246,8 +248,10 @@ def _loops(jaxpr, outside=()):
 
 
 def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
-    """The tokens are one scan. The solver's loop holds neither the time embedding nor the
-    condition's, and its inner loop, one evaluation of the head, none of the adaLN products either.
+    """The tokens are one scan.
+
+    The solver's loop holds neither the time embedding nor the condition's, and its inner loop, one
+    evaluation of the head, none of the adaLN products either.
     """
     model, params = ar.unstacked(*tiny_ar)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -213,8 +213,9 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 
 def test_a_look_at_the_model_changes_nothing(tmp_path):
-    """It is called at its steps with the parameters to sample with; the training is the same bit
-    for bit.
+    """It is called at its steps with the parameters to sample with.
+
+    The training is the same bit for bit.
     """
     cfg = get_config()
     calls = []
@@ -281,8 +282,9 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
 
 
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
-    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data
-    are refused.
+    """What `reading` gives reaches the batches, which begin with the epoch of the step.
+
+    Other data are refused.
     """
     cfg = get_config()
     epochs = []
