@@ -1,4 +1,4 @@
-"""Shared by all tests: strict promotion rules, and the tiny golden model (see goldens/README.md)."""
+"""Shared by all tests: strict promotion rules and the tiny golden model (goldens/README.md)."""
 
 import functools
 import importlib.util
@@ -26,9 +26,8 @@ EMITTERS_ARE_A_CHOICE = (
 )
 if EMITTERS_ARE_A_CHOICE:
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
-if QUICK not in os.environ.get(
-    'XLA_FLAGS', ''
-):  # XLA reads it when JAX is first asked for its devices
+# XLA reads the variable when JAX is first asked for its devices.
+if QUICK not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share
@@ -69,8 +68,9 @@ def accurate() -> dict[str, int | bool] | None:
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 # (number in torchvision's list, input channels, output channels) of VGG16's convolutions
 VGG16 = (
-    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
-    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512),
+    (0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256),
+    (14, 256, 256), (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512),
+    (28, 512, 512),
 )  # fmt: skip
 
 
@@ -95,8 +95,9 @@ def tiny_vae(torch_tensors):
     """(model, parameters) of the golden S-VAE."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
     model = vae.s_vae(
-        grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']), heads=1,
-        encoder_depth=options['vae']['encoder_vit_layers'], decoder_depth=options['vae']['decoder_vit_layers'],
+        grid=(4, 4), latent_dim=options['latent_dim'], channels=tuple(options['vae']['cnn_chs']),
+        heads=1, encoder_depth=options['vae']['encoder_vit_layers'],
+        decoder_depth=options['vae']['decoder_vit_layers'],
     )  # fmt: skip
     return model, torch_names.from_torch(
         torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))
@@ -108,9 +109,10 @@ def tiny_ar(torch_tensors):
     """(model, parameters) of the golden AR model."""
     options = json.loads((GOLDENS / 'tiny.json').read_text())
     model = ar.sphere_ar(
-        depth=options['n_layer'], heads=options['n_head'], width=options['dim'], head_depth=options['diff_layers'],
-        head_width=options['diff_dim'], head_groups=options['diff_adanln_layers'], grid=(4, 4),
-        num_classes=options['num_classes'], class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
+        depth=options['n_layer'], heads=options['n_head'], width=options['dim'],
+        head_depth=options['diff_layers'], head_width=options['diff_dim'],
+        head_groups=options['diff_adanln_layers'], grid=(4, 4), num_classes=options['num_classes'],
+        class_tokens=options['cls_token_num'], latent_dim=options['latent_dim'],
     )  # fmt: skip
     return model, torch_names.from_torch(
         torch_tensors, jax.eval_shape(model.init_params, jax.random.key(0))
@@ -141,12 +143,13 @@ def inception_params():
 
 @pytest.fixture(scope='session')
 def lpips_files():
-    """The tensors of LPIPS's two files by the goldens' formula (see goldens/README.md): (lin, vgg)."""
+    """(lin, vgg): the tensors of LPIPS's two files by the goldens' formula (goldens/README.md)."""
 
     def tensor(i, shape):
         return np.random.RandomState(i).standard_normal(shape)
 
-    lin, vgg = {}, {'classifier.0.weight': np.zeros(1)}
+    lin = {}
+    vgg = {'classifier.0.weight': np.zeros(1)}
     for i, (n, before, channels) in enumerate(VGG16):
         kernel = tensor(2 * i, (channels, before, 3, 3)) * (1.4 / np.sqrt(before * 9))
         vgg[f'features.{n}.weight'] = kernel.astype(np.float32)

@@ -23,15 +23,17 @@ def picture(index, height=40, width=56):
 
 
 class Pictures:
-    """n JPEGs, whose labels are their indices. Those in `broken` are cut off half-way, `missing`
-    cannot be read.
+    """n JPEGs, whose labels are their indices.
+
+    Those in `broken` are cut off half-way, `missing` cannot be read.
     """
 
     num_classes = 1000
 
     def __init__(self, n=50, broken=(), missing=()):
         self.files = [encode(picture(i, 40 + i % 9, 56 - i % 11)) for i in range(n)]
-        self.broken, self.missing = broken, missing
+        self.broken = broken
+        self.missing = missing
 
     def __len__(self):
         return len(self.files)

@@ -56,12 +56,27 @@ HOSTILE = {
     'eval': (call('builtins', 'eval', w.text('1')), r"asks for 'builtins\.eval'"),
     'exec in Python 2': (call('__builtin__', 'exec', w.text('1')), r"asks for '__builtin__\.exec'"),
     'getattr': (call('builtins', 'getattr', b'N', w.text('x')), r"asks for 'builtins\.getattr'"),
-    'import': (call('importlib', 'import_module', w.text('os')), r"asks for 'importlib\.import_module'"),
-    'popen': (call('subprocess', 'Popen', w.text('x'), code=b'\x81'), r"asks for 'subprocess\.Popen'"),
-    'dotted': (b'\x8c\x05torch\x8c\x12serialization.load\x93', r"asks for 'torch\.serialization\.load'"),
-    'dotted beyond': (b'\x8c\x08argparse\x8c\x10Namespace.__init\x93', r"asks for 'argparse\.Namespace\.__init'"),
+    'import': (
+        call('importlib', 'import_module', w.text('os')),
+        r"asks for 'importlib\.import_module'",
+    ),
+    'popen': (
+        call('subprocess', 'Popen', w.text('x'), code=b'\x81'),
+        r"asks for 'subprocess\.Popen'",
+    ),
+    'dotted': (
+        b'\x8c\x05torch\x8c\x12serialization.load\x93',
+        r"asks for 'torch\.serialization\.load'",
+    ),
+    'dotted beyond': (
+        b'\x8c\x08argparse\x8c\x10Namespace.__init\x93',
+        r"asks for 'argparse\.Namespace\.__init'",
+    ),
     'name of no text': (b'K\x01K\x02\x93', 'asks for a name that is no text'),
-    'numpy array': (call('numpy._core.multiarray', '_reconstruct', b'N'), r"'numpy\._core\.multiarray\._recon"),
+    'numpy array': (
+        call('numpy._core.multiarray', '_reconstruct', b'N'),
+        r"'numpy\._core\.multiarray\._recon",
+    ),
     'new with keywords': (w.name('argparse', 'Namespace') + b')}\x92', 'opcode NEWOBJ_EX'),
     'instance': (b'(ios\nsystem\n', 'opcode INST'),
     'object': (b'(' + w.name('argparse', 'Namespace') + b'o', 'opcode OBJ'),
@@ -80,8 +95,14 @@ HOSTILE = {
     'call of a tensor': (ONE + b')R', 'calls something that is no function'),
     'call with a list': (w.name('torch', 'Size') + b']R', 'calls something that is no function'),
     'state of a function': (w.name('argparse', 'Namespace') + b'}b', 'sets the state of a _Call'),
-    'slots of a function': (w.name('argparse', 'Namespace') + b'N}\x86b', 'sets the state of a _Call'),
-    'new with a list': (w.name('argparse', 'Namespace') + b']\x81', 'calls something that is no function'),
+    'slots of a function': (
+        w.name('argparse', 'Namespace') + b'N}\x86b',
+        'sets the state of a _Call',
+    ),
+    'new with a list': (
+        w.name('argparse', 'Namespace') + b']\x81',
+        'calls something that is no function',
+    ),
     'state of a list': (b']}b', 'sets the state of a list'),
     'state of a storage': (w.storage('0', 4) + b'}b', 'sets the state of a _Storage'),
     'state in slots': (SPACE + b'}}\x86b', 'a Namespace is damaged'),
@@ -103,7 +124,10 @@ HOSTILE = {
     ),
     'dtype that is a bomb': (call('numpy', 'dtype', BOMB), 'NumPy dtype is unknown'),
     'dtype of objects': (call('numpy', 'dtype', w.text('O8')), 'NumPy dtype is unknown'),
-    'big-endian number': (call('numpy', 'dtype', w.text('f8')) + b'(K\x03U\x01>tb', 'NumPy dtype is unknown'),
+    'big-endian number': (
+        call('numpy', 'dtype', w.text('f8')) + b'(K\x03U\x01>tb',
+        'NumPy dtype is unknown',
+    ),
     'number cut off': (
         call('numpy.core.multiarray', 'scalar', call('numpy', 'dtype', w.text('f8')), b'C\x03abc'),
         'damaged',
@@ -113,21 +137,31 @@ HOSTILE = {
     'list within itself': (b']q\x00h\x00a', 'nests more than 100 levels'),
     'many steps': (b']' + b'Na' * 600_000, 'takes more than 1000000 steps'),
     'many sets': (b'\x8f' * 1_100_000, 'takes more than 1000000 steps'),
-    'many copies': (b'](' + b'N' * 300_000 + b'eq\x00' + COPIES % (call('torch', 'Size', b'h\x00') * 200), 'copy more'),
+    'many copies': (
+        b'](' + b'N' * 300_000 + b'eq\x00' + COPIES % (call('torch', 'Size', b'h\x00') * 200),
+        'copy more',
+    ),
     'many copies of nothings': (
         b'(' + b')' * 300_000 + b'tq\x00' + COPIES % (b'}h\x00b' * 200),
         'copy more',
     ),
     'many copies of text': (
-        w.text('x' * 300_000) + b'q\x00' + COPIES % (call('_codecs', 'encode', b'h\x00', w.text('latin1')) * 200),
+        w.text('x' * 300_000)
+        + b'q\x00'
+        + COPIES % (call('_codecs', 'encode', b'h\x00', w.text('latin1')) * 200),
         'copy more',
     ),
     'many states': (
-        w.dictionary({str(i): b'N' for i in range(90_000)}) + b'q\x00' + COPIES % ((SPACE + b'h\x00b') * 200),
+        w.dictionary({str(i): b'N' for i in range(90_000)})
+        + b'q\x00'
+        + COPIES % ((SPACE + b'h\x00b') * 200),
         'copy more',
     ),
     'endless name': (w.text('x' * 10_000) + w.text('y') + b'\x93', 'a name without end'),
-    'endless number': (b'\x8b' + struct.pack('<i', 100_000) + b'\x7f' * 100_000, 'an endless number'),
+    'endless number': (
+        b'\x8b' + struct.pack('<i', 100_000) + b'\x7f' * 100_000,
+        'an endless number',
+    ),
     'endless number in text': (b'I0x' + b'f' * 10_000 + b'\n', '(an endless number|damaged)'),
     'long text': (b'X\xff\xff\xff\x7fabc', 'damaged'),
     'longer text': (b'\x8d' + b'\xff' * 7 + b'\x7fabc', 'damaged'),
@@ -151,14 +185,26 @@ HOSTILE = {
     'empty and huge': (view((0, 2**50), (1, 1)), 'impossible shape'),
     'strides too few': (view((2, 2), (1,)), 'impossible shape'),
     'many axes': (view((1,) * 40, (1,) * 40), 'impossible shape'),
-    'negative shape': (ONE.replace(w.numbers((2, 2)), b'(J\xff\xff\xff\xffK\x02t'), 'impossible shape'),
-    'negative stride': (ONE.replace(w.numbers((2, 1)), b'(J\xff\xff\xff\xffK\x01t'), 'impossible shape'),
+    'negative shape': (
+        ONE.replace(w.numbers((2, 2)), b'(J\xff\xff\xff\xffK\x02t'),
+        'impossible shape',
+    ),
+    'negative stride': (
+        ONE.replace(w.numbers((2, 1)), b'(J\xff\xff\xff\xffK\x01t'),
+        'impossible shape',
+    ),
     'negative offset': (ONE.replace(w.number(0), b'J\xff\xff\xff\xff', 1), 'impossible shape'),
-    'shape of floats': (ONE.replace(w.numbers((2, 2)), b'(G@\x00\x00\x00\x00\x00\x00\x00K\x02t'), 'impossible shape'),
+    'shape of floats': (
+        ONE.replace(w.numbers((2, 2)), b'(G@\x00\x00\x00\x00\x00\x00\x00K\x02t'),
+        'impossible shape',
+    ),
     'shape of truth': (ONE.replace(w.numbers((2, 2)), b'(\x88K\x02t'), 'impossible shape'),
     'shape of a list': (ONE.replace(w.numbers((2, 2)), b']'), 'impossible shape'),
     'conjugated': (ONE[:-2] + b'}(X\x04\x00\x00\x00conj\x88utR', 'conjugated or negated'),
-    'tensor of text': (call('torch._utils', '_rebuild_tensor_v2', w.text('x'), b'K\x00', b')', b')'), 'has no storage'),
+    'tensor of text': (
+        call('torch._utils', '_rebuild_tensor_v2', w.text('x'), b'K\x00', b')', b')'),
+        'has no storage',
+    ),
     'parameter of text': (call('torch._utils', '_rebuild_parameter', w.text('x')), 'has no tensor'),
     'storage of bytes': (stored(pid=b'C\x07storage'), 'of unknown kind'),
     'module': (stored(pid=w.text('module')), 'of unknown kind'),
@@ -167,9 +213,18 @@ HOSTILE = {
     'storage of -1': (stored(count=b'J\xff\xff\xff\xff'), 'has an impossible size'),
     'storage of other size': (w.tensor(w.storage('0', 5), (2,)), 'does not have the size'),
     'huge storage': (w.tensor(stored(count=w.number(2**62)), (2,)), 'does not have the size'),
-    'storage as two dtypes': (b']' + ONE + b'a' + w.tensor(w.storage('0', 4, 'Float'), (1,)) + b'a', 'described twice'),
-    'storage that is not there': (w.tensor(w.storage('9', 4), (2,)), "(lacks storage|does not match)"),
-    'storage outside': (w.tensor(w.storage('../data.pkl', 4), (2,)), "(lacks storage|does not match)"),
+    'storage as two dtypes': (
+        b']' + ONE + b'a' + w.tensor(w.storage('0', 4, 'Float'), (1,)) + b'a',
+        'described twice',
+    ),
+    'storage that is not there': (
+        w.tensor(w.storage('9', 4), (2,)),
+        "(lacks storage|does not match)",
+    ),
+    'storage outside': (
+        w.tensor(w.storage('../data.pkl', 4), (2,)),
+        "(lacks storage|does not match)",
+    ),
 }  # fmt: skip
 
 
@@ -184,7 +239,9 @@ def hostile_file(what, container):
 
 def tensors_in(tree):
     """[(name, Tensor)] of a tree, each object visited once."""
-    found, todo, seen = [], [('', tree)], set()
+    found = []
+    todo = [('', tree)]
+    seen = set()
     while todo:
         name, node = todo.pop()
         if isinstance(node, torch_file.Tensor):
@@ -310,8 +367,10 @@ def members_mutated(rng, data):
     """The zip is written again with members doubled, renamed, compressed, left out or exchanged."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    out, method = io.BytesIO(), zipfile.ZIP_STORED
-    at, other = rng.randrange(len(members)), rng.randrange(len(members))
+    out = io.BytesIO()
+    method = zipfile.ZIP_STORED
+    at = rng.randrange(len(members))
+    other = rng.randrange(len(members))
     name, content = members[at]
     kind = rng.randrange(6)
     if kind == 0:
@@ -354,7 +413,8 @@ def pickle_mutated(rng, value):
     ends = [pos for _, _, pos in pickletools.genops(w.pickle(value))]
     parts = [w.pickle(value)[a:b] for a, b in itertools.pairwise(ends[1:])]
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, other = rng.randrange(len(parts)), rng.randrange(len(parts))
+        at = rng.randrange(len(parts))
+        other = rng.randrange(len(parts))
         kind = rng.randrange(6)
         if kind == 0:
             del parts[at]
@@ -384,7 +444,8 @@ class Watch:
     """Notes what Python reports to its audit hooks while `on`."""
 
     def __init__(self):
-        self.on, self.events = False, []
+        self.on = False
+        self.events = []
         sys.addaudithook(self.hook)
 
     def hook(self, event, args):
@@ -464,7 +525,8 @@ def mutants(rng, count):
 
 def main(count, seed, directory):
     path = pathlib.Path(directory) / 'mutant.pt'
-    rng, watch = random.Random(seed), Watch()
+    rng = random.Random(seed)
+    watch = Watch()
     warnings.simplefilter('ignore')  # of zipfile, which writes what it warns of
     signal.signal(signal.SIGVTALRM, hang)
     value, storages = small_tree()
@@ -472,7 +534,8 @@ def main(count, seed, directory):
     truth = {'zip': contents(path), 'torch_zip.pt': contents(GOLDENS / 'torch_zip.pt')}
     pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-    results, bad = {}, []
+    results = {}
+    bad = []
     cases = [(what, hostile_file(what, w.zip_file), 'refused') for what in HOSTILE]
     cases += [
         (what, hostile_file(what, w.stream_file), 'refused')

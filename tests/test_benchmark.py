@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def _run(*arguments):
     return subprocess.run(
-        [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
+        [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)], cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -33,16 +33,18 @@ def _run(*arguments):
 def test_every_part_runs_and_is_counted():
     """Each part gives finite numbers of its shape, twice the same where nothing is trained."""
     cfg = checks.check(get_config())
-    batch, d = 4, 8
+    batch = 4
+    d = 8
     shapes = {
         'prefill': (8, 16), 'transformer': (8, 8, 16), 'head': (8, d), 'decode': (batch, 16, 16, 1),
-        'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,), 'sample': (batch, 16, 16, 1),
-        'cold': (8, d),
+        'encode': (batch, 16, d), 'train_tokenizer': (1,), 'train_ar': (1,),
+        'sample': (batch, 16, 16, 1), 'cold': (8, d),
     }  # fmt: skip
     assert {*shapes, 'cached'} == set(our_parts.PARTS)  # which is `cold` twice
     for name, shape in shapes.items():
         part = our_parts.Part(cfg, name, batch)
-        first, second = part.run(), part.run()
+        first = part.run()
+        second = part.run()
         assert first.shape == shape and np.isfinite(first).all() and np.isfinite(second).all(), name
         if name.startswith('train'):
             assert first != second
@@ -63,7 +65,8 @@ def test_a_token_costs_what_its_matrices_cost():
         if path.endswith('kernel')
     }
     met = sum(size for path, size in kernels.items() if not path.startswith(('time', 'cond_embed')))
-    rows, evaluations = 8, 3
+    rows = 8
+    evaluations = 3
     time = sum(size for path, size in kernels.items() if path.startswith('time'))
     assert (
         part.flops
@@ -83,7 +86,9 @@ def test_the_public_code_gives_the_same(tmp_path):
     """What the benchmark times on both sides is the same work: equal results from equal weights and
     inputs.
     """
-    cfg, weights, tensors = checks.check(digits_config()), str(tmp_path / 'weights.npz'), {}
+    cfg = checks.check(digits_config())
+    weights = str(tmp_path / 'weights.npz')
+    tensors = {}
     for seed, model in ((1, build.build_ar(cfg)), (2, build.build_vae(cfg))):
         tensors |= torch_names.to_torch(our_parts.random_params(model, seed))
     np.savez(weights, **tensors)
@@ -99,7 +104,8 @@ def test_the_command(tmp_path):
     line.
     """
     result = _run(
-        '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2', '--repeats=2'
+        '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2',
+        '--repeats=2'
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / 'benchmark.json').read_text())

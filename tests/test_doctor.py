@@ -180,7 +180,8 @@ def test_what_does_not_answer_is_given_up():
     assert commands_checks.limited(lambda: 7, 5) == 7
     with pytest.raises(KeyError, match='gone'):
         commands_checks.limited(lambda: {}['gone'], 5)
-    gate, said = threading.Event(), []
+    gate = threading.Event()
+    said = []
     examination = commands_checks.Examination(0.05, said.append)
     assert examination.run('data', gate.wait, slow='wait for it') is None
     gate.set()
@@ -218,7 +219,11 @@ def test_missing_packages():
 
 
 def test_a_package_that_is_missing_is_no_traceback():
-    code = 'import sys; sys.modules["optax"] = None\nfrom sphere_ar_jax import doctor\nsys.exit(doctor.main(["x"]))'
+    code = (
+        'import sys; sys.modules["optax"] = None\n'
+        'from sphere_ar_jax import doctor\n'
+        'sys.exit(doctor.main(["x"]))'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
@@ -268,7 +273,10 @@ def test_the_memory_of_cpus():
 def test_the_compilation_cache(tmp_path):
     for name, count in {'a-cache': 2**20, 'a-atime': 8, 'b-cache': 2**20}.items():
         (tmp_path / name).write_bytes(bytes(count))
-    cache = lambda name, place: commands_checks.check_cache({name: place})
+
+    def cache(name, place):
+        return commands_checks.check_cache({name: place})
+
     check = cache('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
     assert check == commands_checks.Check(
         'cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB'
@@ -281,7 +289,8 @@ def test_the_compilation_cache(tmp_path):
 
 # ---- the run
 
-MESH, KEY = sharding.make_mesh(1), jax.random.key(0)
+MESH = sharding.make_mesh(1)
+KEY = jax.random.key(0)
 
 
 def _bytes(function):
@@ -298,7 +307,8 @@ def test_memory_is_that_of_the_state(disc_weight):
     cfg.tokenizer_training.disc_weight = disc_weight
     cfg.ar_training.more_ema_decays = (0.99,)
     cfg.vae.grid = (8, 8)  # a discriminator needs 24×24 pixels
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
     (_, (tokenizer, nothing)), (_, (model, frozen)) = programs.stages(cfg).items()
     parts = programs.state_bytes(tokenizer, nothing, MESH)
     n = _bytes(vae.init_params)
@@ -356,9 +366,12 @@ def test_trainings_that_are_not_run_take_nothing():
 
 def test_what_is_split_counts_once():
     mesh = sharding.make_mesh()
-    make = lambda spec: jax.ShapeDtypeStruct(
-        (mesh.size * 3, 5), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
-    )
+
+    def make(spec):
+        return jax.ShapeDtypeStruct(
+            (mesh.size * 3, 5), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
+        )
+
     assert costs.device_bytes([make(PartitionSpec('data'))]) == 3 * 5 * 2
     assert costs.device_bytes({'a': make(PartitionSpec())}) == mesh.size * 3 * 5 * 2
 
@@ -366,8 +379,8 @@ def test_what_is_split_counts_once():
 @pytest.mark.parametrize(
     'data, fsdp, tensor, images, pieces, fits',
     [
-        (8, 1, 1, 16, 1, True), (8, 1, 1, 12, 1, False), (8, 1, 1, 16, 2, True), (8, 1, 1, 24, 2, False),
-        (2, 4, 2, 8, 1, True), (2, 4, 1, 12, 1, False),
+        (8, 1, 1, 16, 1, True), (8, 1, 1, 12, 1, False), (8, 1, 1, 16, 2, True),
+        (8, 1, 1, 24, 2, False), (2, 4, 2, 8, 1, True), (2, 4, 1, 12, 1, False),
     ],
 )  # fmt: skip
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
@@ -412,7 +425,9 @@ def test_a_directory_that_may_not_be_written(tmp_path):
 class _Store(MemoryFileSystem):
     """A bucket."""
 
-    protocol, store, pseudo_dirs = 'store', {}, ['']
+    protocol = 'store'
+    store = {}
+    pseudo_dirs = ['']
 
 
 class _Forgetful(_Store):
@@ -438,7 +453,8 @@ class _Closed(_Store):
         (
             _Closed,
             'FAIL',
-            'cannot be written: Anonymous caller does not have storage.objects.create access; logged in?',
+            'cannot be written: Anonymous caller does not have storage.objects.create access; '
+            'logged in?',
         ),
     ],
 )
@@ -532,7 +548,10 @@ def test_processes_that_make_no_sense(wrong, said):
 
 
 def _processes(environs, *words):
-    """Starts a process for each environment, all at once. Returns [(exit code, what it printed)]."""
+    """Starts a process for each environment, all at once.
+
+    Returns [(exit code, what it printed)].
+    """
     start = functools.partial(
         subprocess.Popen,
         [sys.executable, *words],
@@ -580,7 +599,10 @@ def test_a_process_that_comes_alone_says_so_and_ends(index):
         [sys.executable, '-c', code], cwd=ROOT, text=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environ, capture_output=True, timeout=200,
     )  # fmt: skip
-    said = f'waiting for the other processes of this run at localhost:{port}: was each of them started, once?'
+    said = (
+        f'waiting for the other processes of this run at localhost:{port}: '
+        'was each of them started, once?'
+    )
     assert done.returncode == -signal.SIGABRT and done.stderr.startswith(f'{said}\n'), done.stderr
 
 

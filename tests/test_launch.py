@@ -40,7 +40,8 @@ NASTY = [
 # CODES/NAME, 0 without one.
 STUB = """#!{python} -S
 import json, os, sys
-name, log, codes = os.path.basename(sys.argv[0]), {log!r}, {codes!r} + '/' + os.path.basename(sys.argv[0])
+name, log, codes = os.path.basename(sys.argv[0]), {log!r}, \
+{codes!r} + '/' + os.path.basename(sys.argv[0])
 with open(log, 'a') as f:
     environ = {{k: v for k, v in os.environ.items() if k.startswith(('JAX_', 'SPHERE_'))}}
     f.write(json.dumps([name, sys.argv[1:], environ]) + '\\n')
@@ -57,7 +58,9 @@ class Stubs:
     """A directory of stand-ins, first on PATH, and what they wrote down."""
 
     def __init__(self, path):
-        self.path, self.log, self.codes = path / 'bin', path / 'log', path / 'codes'
+        self.path = path / 'bin'
+        self.log = path / 'log'
+        self.codes = path / 'codes'
         self.path.mkdir()
         self.codes.mkdir()
         for name in (
@@ -128,8 +131,9 @@ def _program(what, words):
 
 
 def _printed(stubs, script, words, **variables):
-    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins. Returns [(its
-    call, environment)].
+    """Runs `script --dry-run` and then its lines, one by one, with the stand-ins.
+
+    Returns [(its call, environment)].
     """
     done = stubs.run(script, *words, '--dry-run', **variables)
     assert (done.returncode, done.stderr) == (0, '')
@@ -166,11 +170,12 @@ def test_slurm_submits_the_job(stubs, words):
     ((call, environ),) = _printed(stubs, 'slurm', words, **variables)
     assert call == [
         'sbatch', '--job-name=sphere_ar', '--output=my logs/%j', '--open-mode=append', '--nodes=4',
-        '--ntasks-per-node=8', '--cpus-per-task=8', '--gpus-per-node=8', '--requeue', '--signal=TERM@300',
-        '--export=ALL', str(LAUNCH / 'slurm_job.sh'), *words,
+        '--ntasks-per-node=8', '--cpus-per-task=8', '--gpus-per-node=8', '--requeue',
+        '--signal=TERM@300', '--export=ALL', str(LAUNCH / 'slurm_job.sh'), *words,
     ]  # fmt: skip
     assert environ == {
-        'SPHERE_AR_LAUNCH': str(LAUNCH), 'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/compilation_cache'
+        'SPHERE_AR_LAUNCH': str(LAUNCH),
+        'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/compilation_cache'
     }  # fmt: skip
 
 
@@ -221,14 +226,17 @@ def test_xpk_builds_pushes_and_creates(stubs, words):
     calls = [call for call, _ in _printed(stubs, 'xpk', words, **variables)]
     *create, command = calls[2]
     assert calls[:2] == [
-        ['docker', 'build', '--platform=linux/amd64', f'--file={LAUNCH}/Dockerfile', '--build-arg', 'extra=tpu',
-         '--build-arg', 'user=root', '--tag=r/p/i:1', str(ROOT)],
+        [
+            'docker', 'build', '--platform=linux/amd64', f'--file={LAUNCH}/Dockerfile',
+            '--build-arg', 'extra=tpu', '--build-arg', 'user=root', '--tag=r/p/i:1', str(ROOT),
+        ],
         ['docker', 'push', 'r/p/i:1'],
     ]  # fmt: skip
     assert create == [
-        'xpk', 'workload', 'create', '--cluster=c', '--workload=sphere-ar', '--tpu-type=v6e-64', '--num-slices=2',
-        '--docker-image=r/p/i:1', '--max-restarts=1000', '--termination-grace-period-seconds=300', '--project=p',
-        '--zone=z', '--priority=high', '--storage=data',
+        'xpk', 'workload', 'create', '--cluster=c', '--workload=sphere-ar', '--tpu-type=v6e-64',
+        '--num-slices=2', '--docker-image=r/p/i:1', '--max-restarts=1000',
+        '--termination-grace-period-seconds=300', '--project=p', '--zone=z', '--priority=high',
+        '--storage=data',
     ]  # fmt: skip
     command = command.removeprefix('--command=')
     assert '\n' not in command  # XPK puts it into a line of YAML
@@ -264,7 +272,10 @@ def test_xpk_without_building_and_deleting(stubs):
 
 
 def test_sigterm_reaches_the_program_under_xpk(stubs):
-    """XPK runs (COMMAND) & and passes SIGTERM on to that process alone, which must be the program."""
+    """XPK runs (COMMAND) & and passes SIGTERM on to that process alone.
+
+    The process must therefore be the program.
+    """
     stubs.add('python', SAVES)
     command = stubs.run('xpk', *PLAIN, '--dry-run', BUILD='0').stdout
     (command,) = [word for word in shlex.split(command) if word.startswith('--command=')]
@@ -288,21 +299,20 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
         'SETUP': "echo 'a b'",
     }
     calls = [call for call, _ in _printed(stubs, 'tpu', words, **variables)]
-    tpus, place = (
-        ['gcloud', 'compute', 'tpus', 'queued-resources'],
-        ['--zone=us-east5-b', '--project=p'],
-    )
+    tpus = ['gcloud', 'compute', 'tpus', 'queued-resources']
+    place = ['--zone=us-east5-b', '--project=p']
     everywhere = ['--node=all', '--worker=all', '--batch-size=all']
     create, look, package, copy, *on_hosts, delete = calls
     assert create == [
-        *tpus, 'create', 'l', *place, '--accelerator-type=v6e-64', '--runtime-version=v2-alpha-tpuv6e', '--node-id=l',
-        '--spot', '--network=mine', '--reserved',
+        *tpus, 'create', 'l', *place, '--accelerator-type=v6e-64',
+        '--runtime-version=v2-alpha-tpuv6e', '--node-id=l', '--spot', '--network=mine',
+        '--reserved',
     ]  # fmt: skip
     assert look == [*tpus, 'describe', 'l', *place, '--format=value(state.state)']
     archive = f'{tmp_path}/sphere_ar-l.tgz'
     assert package == [
-        'tar', '-czf', archive, '-C', str(ROOT), '--exclude=__pycache__', 'sphere_ar_jax', 'configs', 'launch',
-        'pyproject.toml', 'README.md', 'LICENSE',
+        'tar', '-czf', archive, '-C', str(ROOT), '--exclude=__pycache__', 'sphere_ar_jax',
+        'configs', 'launch', 'pyproject.toml', 'README.md', 'LICENSE',
     ]  # fmt: skip
     assert copy == [*tpus, 'scp', archive, 'l:sphere_ar.tgz', *place, *everywhere]
     assert delete == [*tpus, 'delete', 'l', *place, '--force', '--quiet']
@@ -353,10 +363,14 @@ def test_tpu_stops_and_deletes(stubs):
 
 
 def test_the_worker_prints_what_it_runs(stubs):
-    show = lambda *words, **variables: [
-        shlex.split(line)
-        for line in stubs.run('tpu_worker', *words, '--dry-run', **variables).stdout.splitlines()
-    ]
+    def show(*words, **variables):
+        return [
+            shlex.split(line)
+            for line in stubs.run(
+                'tpu_worker', *words, '--dry-run', **variables
+            ).stdout.splitlines()
+        ]
+
     assert show('install', SETUP='echo a')[-3:] == [
         ['uv', 'venv', '--quiet', '--python=3.12', '.venv'],
         ['uv', 'pip', 'install', '--quiet', '--python=.venv/bin/python', '-e', '.[tpu,gcs]'],
@@ -563,7 +577,8 @@ if verb == 'create':
     open(state, 'w').write('ACTIVE')
 elif verb == 'describe':
     if not look():
-        sys.exit('ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found')
+        sys.exit('ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: \
+Resource was not found')
     print(look())
 elif verb == 'delete':
     os.remove(state)
@@ -656,7 +671,10 @@ def test_a_tpu_run_does_not_start_what_the_doctor_refuses(cloud):
 
 @pytest.fixture
 def on_host(cloud):
-    """Runs words of tpu_worker.sh on a host where all is installed and a first run has ended well."""
+    """Runs words of tpu_worker.sh on a host.
+
+    All is installed there, and a first run has ended well.
+    """
     assert cloud.run('tpu', *PLAIN, KEEP='1').returncode == 0
     cloud.add('python', SAVES)
     command = ['bash', str(cloud.host / 'sphere_ar' / 'launch' / 'tpu_worker.sh')]

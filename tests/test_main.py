@@ -88,7 +88,8 @@ WRONG = {
 def test_bad_input_is_one_line(environment, tmp_path, arguments):
     bad = tmp_path / 'bad.py'
     bad.write_text(
-        'from tests.tiny_config import get_config as tiny\ndef get_config():\n c = tiny()\n c.ar.widht = 3\n return c'
+        'from tests.tiny_config import get_config as tiny\n'
+        'def get_config():\n c = tiny()\n c.ar.widht = 3\n return c'
     )
     given = [a.replace('=W', f'={tmp_path}/w').replace('BAD', str(bad)) for a in arguments]
     result = _run(environment, *given)
@@ -111,9 +112,10 @@ def test_the_whole_job(finished):
     """Trains, samples, scores and reports."""
     workdir, metrics = finished
     assert {
-        'vae/psnr', 'vae/kl', 'samples/accuracy', 'classifier/accuracy', 'samples/frechet', 'samples/frechet_heldout',
-        'real/frechet', 'samples/precision', 'samples/recall', 'memorisation/samples_to_train',
-        'memorisation/heldout_to_train', 'wall_s/tokenizer', 'wall_s/ar', 'wall_s/sampling', 'peak_rss_mb',
+        'vae/psnr', 'vae/kl', 'samples/accuracy', 'classifier/accuracy', 'samples/frechet',
+        'samples/frechet_heldout', 'real/frechet', 'samples/precision', 'samples/recall',
+        'memorisation/samples_to_train', 'memorisation/heldout_to_train', 'wall_s/tokenizer',
+        'wall_s/ar', 'wall_s/sampling', 'peak_rss_mb',
     } <= set(metrics)  # fmt: skip
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics['classifier/accuracy'] > 0.97
@@ -208,7 +210,10 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
 
 @pytest.mark.slow
 def test_digits_smoke(environment, tmp_path):
-    """configs/digits.py:smoke runs through (its time stands in docs/speed.md and is not asserted)."""
+    """configs/digits.py:smoke runs through.
+
+    Its time stands in docs/speed.md and is not asserted.
+    """
     result = _run(
         environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
     )

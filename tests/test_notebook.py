@@ -1,4 +1,7 @@
-"""launch/sphere_ar_colab.ipynb, executed whole: on digits, and on a checkpoint of the public kind."""
+"""launch/sphere_ar_colab.ipynb, executed whole.
+
+It runs on digits and on a checkpoint of the public kind.
+"""
 
 import ast
 import base64
@@ -23,10 +26,12 @@ from sphere_ar_jax.flow import plan
 from sphere_ar_jax.sampling import tokens
 from sphere_ar_jax.sphere import geometry
 apart = False if s.guidance == 'linear' else None
-options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, first_token_apart=apart)
+options = plan.Options(solver='euler', num_steps=STEPS, guidance=s.guidance, \
+first_token_apart=apart)
 first, rest = np.asarray(noise[None, :, 0]), np.asarray(noise[:, 1:]).swapaxes(0, 1)[:, None]
 z = tokens.sample_tokens(
-    run.ar, run.ar_params, labels, None, options, 3.0, noise=(np.concatenate([first, first], axis=1), rest)
+    run.ar, run.ar_params, labels, None, options, 3.0, \
+noise=(np.concatenate([first, first], axis=1), rest)
 )
 x = unprojected(run.ar_params, labels, z, noise, 3.0)
 assert np.abs(np.linalg.norm(x, axis=-1) - np.sqrt(d)).max() > 0.01
@@ -43,8 +48,9 @@ def _code(notebook):
 
 
 def test_the_file_is_clean():
-    """Valid nbformat 4.5 with ids, no outputs; every name of ours that it uses exists, in branches
-    not run here too.
+    """Valid nbformat 4.5 with ids, no outputs.
+
+    Every name of ours that it uses exists, in branches not run here too.
     """
     notebook = _read()
     nbformat.validate(notebook)
@@ -96,15 +102,17 @@ def test_it_runs(name, tmp_path, monkeypatch):
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
     if name == 'checkpoint':
         notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
-    resources = {
-        'metadata': {'path': str(tmp_path)}
-    }  # not the checkout: it is to be found from anywhere
+    # The directory is not the checkout: the package must be found from anywhere.
+    resources = {'metadata': {'path': str(tmp_path)}}
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name='python3', resources=resources
     ).execute()
 
     cells = {cell.id: cell for cell in notebook.cells}
-    outputs = lambda id: cells[id].outputs
+
+    def outputs(id):
+        return cells[id].outputs
+
     sizes = {}
     for id in ('grid', 'scales', 'plot'):
         (png,) = [

@@ -28,7 +28,10 @@ from tests.conftest import GOLDENS, libraries_promote
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """The directory of the runs: digits, one distilled from it, and a converted PyTorch checkpoint."""
+    """The directory of the runs.
+
+    They are digits, one distilled from it, and a converted PyTorch checkpoint.
+    """
     directory = tmp_path_factory.mktemp('old_runs')
     with tarfile.open(GOLDENS / 'old_runs.tar.xz') as archive:
         archive.extractall(directory, filter='data')
@@ -60,9 +63,8 @@ def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
     chex.assert_tree_all_finite((images, z))
     tokens = np.asarray(z)
     expected = measured[f'{name}/z']
-    if (
-        name == 'converted'
-    ):  # a random model, which on another platform amplifies one rounding from token to token
+    # On another platform the random model amplifies one rounding from token to token.
+    if name == 'converted':
         chex.assert_trees_all_close(tokens[:, :4], expected[:, :4], atol=1e-5)
         chex.assert_trees_all_close(tokens, expected, atol=0.2)
         return

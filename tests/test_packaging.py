@@ -90,7 +90,10 @@ def test_every_command_knows_the_bare_words(capsys):
     'words', [['--version'], ['--help'], ['--nope'], ['--config=nope', '--workdir=w']]
 )
 def test_what_needs_no_jax_does_not_import_it(words):
-    code = f'import sys; sys.modules["jax"] = None; sys.argv[1:] = {words}; from sphere_ar_jax import main; main.run()'
+    code = (
+        f'import sys; sys.modules["jax"] = None; sys.argv[1:] = {words}; '
+        'from sphere_ar_jax import main; main.run()'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
     )

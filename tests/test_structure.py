@@ -60,16 +60,15 @@ def _imports(path: pathlib.Path) -> set[str]:
 
 
 def test_every_file_stands_on_a_floor():
+    folders = ', '.join(FLOORS[1:])
     for module, path in MODULES.items():
         if path.parent == PACKAGE and path.stem != '__init__':
             assert path.stem in DOORS, (
-                f'{module} stands beside the four doors: move it into one of {", ".join(FLOORS[1:])}'
+                f'{module} stands beside the four doors: move it into one of {folders}'
             )
         elif path.parent != PACKAGE:
             folder = path.relative_to(PACKAGE).parts[0]
-            assert folder in FLOORS, (
-                f'the folder {folder} is no floor: use one of {", ".join(FLOORS[1:])}'
-            )
+            assert folder in FLOORS, f'the folder {folder} is no floor: use one of {folders}'
 
 
 def test_imports_only_go_down():
@@ -131,9 +130,8 @@ def test_every_module_can_be_imported_without(absent):
 def test_models_know_no_mesh(floor):
     for path in (PACKAGE / floor).rglob('*.py'):
         text = path.read_text().lower()
-        if (
-            path.stem != 'attention'
-        ):  # the kernels of a platform are laid out on the mesh that a program names
+        # The kernels of a platform are laid out on the mesh that a program names.
+        if path.stem != 'attention':
             assert not re.search(r'\b(mesh|sharding)\b', text), (
                 f'{path} speaks of a mesh: that is runtime/sharding.py'
             )

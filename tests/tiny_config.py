@@ -14,8 +14,9 @@ LONG = 80
 
 
 def get_config(arg=''):
-    """Both stages, or with 'distilled' that one, in a few steps of a few images; quality is none of
-    its business.
+    """Both stages, or with 'distilled' that one, in a few steps of a few images.
+
+    Quality is none of its business.
     """
     c = schema.default()
     c.vae.update(

@@ -7,8 +7,8 @@ from flax import traverse_util as traverse
 
 # Modules of the public PatchGAN, in its order → ours.
 PATCHGAN = {
-    'main.0': 'conv0', 'main.2': 'conv1', 'main.3': 'norm1', 'main.5': 'conv2', 'main.6': 'norm2', 'main.8': 'conv3',
-    'main.9': 'norm3', 'main.11': 'conv_out',
+    'main.0': 'conv0', 'main.2': 'conv1', 'main.3': 'norm1', 'main.5': 'conv2', 'main.6': 'norm2',
+    'main.8': 'conv3', 'main.9': 'norm3', 'main.11': 'conv_out',
 }  # fmt: skip
 
 
@@ -17,7 +17,8 @@ def stylegan(side):
     order → ours.
     """
     block = {'conv_res': 'shortcut', 'net.0': 'conv1', 'net.2': 'conv2', 'downsample.1': 'conv3'}
-    modules, number = {'blocks.0': 'conv_in'}, 2
+    modules = {'blocks.0': 'conv_in'}
+    number = 2
     while side > 4:
         side //= 2
         modules |= {
@@ -67,7 +68,8 @@ def by_formula(abstract, modules):
     """Our parameters of the goldens, by their place in PyTorch's order; `abstract`: a tree of their
     shapes.
     """
-    flat, params = traverse.flatten_dict(abstract, sep='/'), {}
+    flat = traverse.flatten_dict(abstract, sep='/')
+    params = {}
     for i, (name, path) in enumerate(_named(flat, modules)):
         n = np.random.RandomState(i).standard_normal(
             _theirs(path, np.empty(flat[path].shape)).shape

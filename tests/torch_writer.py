@@ -48,9 +48,11 @@ def storage(key, count, kind='Half'):
 
 def tensor(stored, shape, strides=None, offset=0):
     if strides is None:
-        strides, step = [], 1
+        strides = []
+        step = 1
         for n in reversed(shape):
-            strides, step = [step, *strides], step * n
+            strides = [step, *strides]
+            step *= n
     args = tuple_(stored, number(offset), numbers(shape), numbers(strides), b'\x89', b'N')
     return name('torch._utils', '_rebuild_tensor_v2') + args + b'R'
 

@@ -137,9 +137,8 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
     assert run.vae == tiny_vae[0]
-    stored = run.ar.clone(
-        remat=False, head=run.ar.head.clone(remat=False)
-    )  # the recipe computes blocks again
+    # The recipe recomputes blocks; what is stored does not.
+    stored = run.ar.clone(remat=False, head=run.ar.head.clone(remat=False))
     assert stored == tiny_ar[0]
     for params, expected in ((run.vae_params, tiny_vae[1]), (run.ar_params, tiny_ar[1])):
         jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -199,8 +198,9 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR; all else is not
-    found.
+    """What huggingface_hub asks for of the file tiny.pt in guolinke/SphereAR.
+
+    All else is not found.
     """
 
     def do_HEAD(self):
@@ -223,8 +223,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_checkpoint_from_the_hub(converted, tmp_path):
-    """Fetched by Hugging Face's own client from a server of this machine; a file that is not there
-    is named.
+    """Fetched by Hugging Face's own client from a server of this machine.
+
+    A file that is not there is named.
     """
     pytest.importorskip('huggingface_hub')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Hub)
@@ -266,9 +267,8 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
     _checkpoint(tmp_path / 'vae.pt', tensors)
     workdir = tmp_path / 'w'
-    shutil.copytree(
-        converted / 'ar', workdir / 'ar'
-    )  # as a broken conversion of a whole model leaves it
+    # A broken conversion of a whole model leaves this.
+    shutil.copytree(converted / 'ar', workdir / 'ar')
     _main('--mode=convert', f'--checkpoint={tmp_path}/vae.pt', f'--workdir={workdir}')
     assert 'a tokenizer, ' in capsys.readouterr().out and not (workdir / 'ar' / 'weights').exists()
     run = load_run(str(workdir), tokenizer_only=True)
@@ -396,12 +396,14 @@ def test_training_goes_on_from_converted_weights(tuned):
 
 @pytest.mark.slow
 def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
-    """A published model, whatever it was trained on, teaches a head; all else stays as it was
-    converted.
+    """A published model, whatever it was trained on, teaches a head.
+
+    All else stays as it was converted.
     """
     before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')
-    cfg.data.num_classes, cfg.init_from = CLASSES, str(digits_run)
+    cfg.data.num_classes = CLASSES
+    cfg.init_from = str(digits_run)
     with libraries_promote():
         metrics = train.train(cfg, str(tmp_path / 'w'), 'the command', time.perf_counter())
     assert np.isfinite(metrics['samples/frechet'])
@@ -451,11 +453,12 @@ def test_digits_are_scored_again(tuned, capsys):
 def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     workdir = digits_run
     _main(
-        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14', '--labels=balanced',
-        f'--png={tmp_path}/png',
+        '--mode=sample', f'--workdir={workdir}', f'--output={tmp_path}/s/a.npz', '--num_images=14',
+        '--labels=balanced', f'--png={tmp_path}/png',
     )  # fmt: skip
     with np.load(tmp_path / 's' / 'a.npz') as file:
-        images, labels = file['arr_0'], file['arr_1']
+        images = file['arr_0']
+        labels = file['arr_1']
     assert labels.tolist() == [*range(12), 0, 1] and images.shape == (14, 16, 16, 1)
     assert sorted(os.listdir(tmp_path / 'png')) == [f'{i:06d}.png' for i in range(14)]
     for i, image in enumerate(images):
@@ -513,11 +516,11 @@ def test_grid(digits_run, tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / 'new' / 'grid.png').convert('L'))
     top, left = _place(picture, enlarged[0])
     for i, image in enumerate(enlarged):
-        y, x = top + i // 2 * 132, left + i % 2 * 132
+        y = top + i // 2 * 132
+        x = left + i % 2 * 132
         np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
-    assert (picture[:, left + 268 :] >= 96).all() and (
-        picture[top + 400 :] == 255
-    ).all()  # no more of them
+    # The picture has no more of them.
+    assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()
     for more, message in (
         ([], "give --classes='golden retriever; 388'"),
         (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),

@@ -121,7 +121,8 @@ def test_a_tokenizer_alone(tokenizer):
 def test_an_ar_model_on_it(tar, tokenizer, trained):
     workdir, _ = trained
     assert not (workdir / 'tokenizer').exists()
-    run, alone = load_run(str(workdir)), load_run(str(tokenizer[0]), tokenizer_only=True)
+    run = load_run(str(workdir))
+    alone = load_run(str(tokenizer[0]), tokenizer_only=True)
     chex.assert_trees_all_equal(run.vae_params, alone.vae_params)
     assert run.ar.condition.num_classes == 1000
     page = (workdir / 'report.html').read_text()
@@ -138,8 +139,10 @@ def test_an_ar_model_on_it(tar, tokenizer, trained):
 def test_the_ema_to_sample_with(trained):
     workdir, _ = trained
     cfg = load_config(str(workdir))
-    slow, fast = cfg.copy_and_resolve_references(), cfg.copy_and_resolve_references()
-    slow.sampling.ema_decay, fast.sampling.ema_decay = 0.9, 0.5
+    slow = cfg.copy_and_resolve_references()
+    fast = cfg.copy_and_resolve_references()
+    slow.sampling.ema_decay = 0.9
+    fast.sampling.ema_decay = 0.5
     of = [load_run(str(workdir), cfg=c).ar_params for c in (cfg, slow, fast)]
     chex.assert_trees_all_equal(of[0], of[1])
     away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), of[1], of[2])
@@ -170,8 +173,9 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
 
 @pytest.mark.slow
 def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
-    """It is that of as many samples as wished, with the EMA; the network is replaced by the colours
-    of four places.
+    """It is that of as many samples as wished, with the EMA.
+
+    The network is replaced by the colours of four places.
     """
     seen = []
 
@@ -230,7 +234,8 @@ def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
 
 
 def test_the_classes_of_a_folder(tmp_path):
-    """A model gets as many classes as there are directories, unless the config says more;
+    """A model gets as many classes as there are directories, unless the config says more.
+
     config.json says how many.
     """
     for name, colour in (('a', 'red'), ('b', 'blue')):

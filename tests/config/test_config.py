@@ -27,18 +27,20 @@ def _load(name, argument):
 
 @libraries_promote()
 def test_the_digits_are_built_and_traced():
-    """Models, sampler and a step of both stages, as shapes: the slow tests run them. :smoke has the
-    same models.
+    """Models, sampler and a step of both stages, as shapes: the slow tests run them.
+
+    :smoke has the same models.
     """
-    cfg, smoke = checks.check(_load('digits', '')), checks.check(_load('digits', 'smoke'))
+    cfg = checks.check(_load('digits', ''))
+    smoke = checks.check(_load('digits', 'smoke'))
     assert (cfg.vae, cfg.ar) == (
         smoke.vae,
         smoke.ar,
     ) and smoke.ar_training.steps < cfg.ar_training.steps
-    assert (
-        cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
-    )  # runs on 8 devices
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    # Both stages run on 8 devices.
+    assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
     build.build_sampler(cfg)
     source = digits.Digits('train', cfg.seed, cfg.data.holdout)
     vae_params = jax.eval_shape(vae.init_params, jax.random.key(0))
@@ -60,7 +62,8 @@ def test_the_published_configs(name, argument):
     same.
     """
     cfg = checks.check(_load(name, argument))
-    model, sampler = build.build_ar(cfg), build.build_sampler(cfg).options
+    model = build.build_ar(cfg)
+    sampler = build.build_sampler(cfg).options
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))
     counts = {'ar_b': 204_499_216, 'ar_l': 476_380_176, 'ar_h': 943_854_096}
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == counts[name]
@@ -142,8 +145,9 @@ def test_smoke_is_small(name):
 
 
 def test_variants_of_the_digits():
-    """The fast sampler makes 10 evaluations; the distilled head wants to be told of its teacher,
-    and then is built.
+    """The fast sampler makes 10 evaluations.
+
+    The distilled head wants to be told of its teacher, and then is built.
     """
     assert (
         build.build_sampler(checks.check(_load('digits', 'fast'))).options.plan(16).evaluations
@@ -156,8 +160,10 @@ def test_variants_of_the_digits():
     assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
     assert build.build_sampler(cfg).options.plan(16).evaluations == 2
     for wrong, message in (
-        ({'sampling.num_steps': 3}, 'knows equal steps'), ({'distillation_training.teacher_steps': 3}, 'divisors'),
-        ({'distillation_training.teacher_steps': 0}, 'at least 1'), ({'sampling.solver': 'ab2'}, 'plain steps'),
+        ({'sampling.num_steps': 3}, 'knows equal steps'),
+        ({'distillation_training.teacher_steps': 3}, 'divisors'),
+        ({'distillation_training.teacher_steps': 0}, 'at least 1'),
+        ({'sampling.solver': 'ab2'}, 'plain steps'),
     ):  # fmt: skip
         changed = cfg.copy_and_resolve_references()
         changed.update_from_flattened_dict(wrong)
@@ -172,10 +178,13 @@ def test_configs_are_all_tested_here():
 def test_default_is_the_published_model():
     """Sizes, optimizers and loss weights; steps, data and sampling are for a config file to set."""
     cfg = schema.default()
-    count = lambda model: sum(
-        int(np.prod(leaf.shape))
-        for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
-    )
+
+    def count(model):
+        return sum(
+            int(np.prod(leaf.shape))
+            for leaf in jax.tree.leaves(jax.eval_shape(model.init_params, jax.random.key(0)))
+        )
+
     assert count(build.build_vae(cfg)) == 75_393_297
     t = cfg.ar_training
     assert (t.batch_size, t.learning_rate, t.final_learning_rate, t.warmup_steps) == (
@@ -276,6 +285,10 @@ def test_json_round_trip():
 
 
 def test_differences():
-    old, new = get_config(), get_config()
-    new.ar.width, new.sampling.num_steps, new.ar_training.log_every, new.ar.unroll = 32, 7, 1, 4
+    old = get_config()
+    new = get_config()
+    new.ar.width = 32
+    new.sampling.num_steps = 7
+    new.ar_training.log_every = 1
+    new.ar.unroll = 4
     assert schema.differences(old.to_dict(), new.to_dict()) == ['ar.width 16 → 32']

@@ -123,17 +123,16 @@ def test_every_mode_becomes_rgb():
     alpha.putalpha(Image.fromarray(picture(4)[..., 0]))
     palette = rgb.quantize(17)
     for image, kind in (
-        (rgb, 'PNG'), (rgb.convert('L'), 'PNG'), (rgb.convert('LA'), 'PNG'), (alpha, 'PNG'), (palette, 'PNG'),
-        (rgb.convert('1'), 'PNG'), (rgb, 'BMP'), (rgb, 'PPM'), (rgb, 'TIFF'),
+        (rgb, 'PNG'), (rgb.convert('L'), 'PNG'), (rgb.convert('LA'), 'PNG'), (alpha, 'PNG'),
+        (palette, 'PNG'), (rgb.convert('1'), 'PNG'), (rgb, 'BMP'), (rgb, 'PPM'), (rgb, 'TIFF'),
     ):  # fmt: skip
         ours = augment.decode(encode(image, kind))
         assert ours.mode == 'RGB'
         np.testing.assert_array_equal(
             np.asarray(ours), np.asarray(image.convert('RGB')), err_msg=f'{image.mode} {kind}'
         )
-    np.testing.assert_array_equal(
-        np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3)
-    )  # dropped, not blended
+    # The alpha channel is dropped, not blended.
+    np.testing.assert_array_equal(np.asarray(augment.decode(encode(alpha, 'PNG'))), picture(3))
 
 
 def test_every_jpeg_becomes_rgb():
@@ -158,9 +157,12 @@ def test_exif_rotation_is_ignored():
 
 def _bomb(width, height):
     """A PNG that is small, but says it is large."""
-    chunk = lambda kind, data: (
-        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    )
+
+    def chunk(kind, data):
+        return (
+            struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        )
+
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
     return (
         b'\x89PNG\r\n\x1a\n'
@@ -222,7 +224,8 @@ def test_a_long_thin_image_is_no_bomb():
 
 
 def test_draft_is_another_size_only_where_the_image_is_large():
-    small, large = encode(picture(1, 60, 80)), encode(picture(1, 140, 180))
+    small = encode(picture(1, 60, 80))
+    large = encode(picture(1, 140, 180))
     np.testing.assert_array_equal(augment.decode(small, 32), augment.decode(small))
     assert augment.decode(large, 32).size == (45, 35)  # a quarter; an eighth would be below 32
     assert augment.decode(encode(picture(1, 140, 180), 'PNG'), 32).size == (180, 140)
@@ -230,7 +233,8 @@ def test_draft_is_another_size_only_where_the_image_is_large():
 
 def _by_hand(image, ratio, rng):
     """The augmentation from its documented draws and PIL alone."""
-    pixels, rng = image, np.random.default_rng(rng)
+    pixels = image
+    rng = np.random.default_rng(rng)
     if rng.random() < ratio:
         shorter = int(rng.integers(32, 41))
         scale = shorter / min(image.size)
@@ -238,9 +242,11 @@ def _by_hand(image, ratio, rng):
         y = int(rng.integers(0, height - 32 + 1))
         x = int(rng.integers(0, width - 32 + 1))
     else:
-        shorter, scale = 32, 32 / min(image.size)
+        shorter = 32
+        scale = 32 / min(image.size)
         width, height = (round(side * scale) for side in image.size)
-        y, x = (height - 32) // 2, (width - 32) // 2
+        y = (height - 32) // 2
+        x = (width - 32) // 2
     pixels = _public_crop(image, 32, shorter, y, x)
     if rng.integers(0, 2):
         pixels = pixels[:, ::-1]

@@ -34,7 +34,8 @@ def _rows(batches):
 class Numbered:
     """A source whose images are their own index."""
 
-    image_shape, num_classes = (1, 1, 1), 3
+    image_shape = (1, 1, 1)
+    num_classes = 3
 
     def __len__(self):
         return 48
@@ -47,7 +48,10 @@ def test_digits_are_the_real_ones_and_the_split_is_clean():
     train, heldout = digits.splits(3, 0.2)
     assert (len(train), len(heldout)) == (1438, 359)
     real = load_digits()
-    key = lambda images: sorted(map(bytes, np.ascontiguousarray(images).reshape(len(images), -1)))
+
+    def key(images):
+        return sorted(map(bytes, np.ascontiguousarray(images).reshape(len(images), -1)))
+
     assert key(np.concatenate([train.pixels, heldout.pixels]) * 16) == key(real.images)
     assert sorted(train.labels.tolist() + heldout.labels.tolist()) == sorted(real.target.tolist())
     again = digits.Digits('heldout', seed=3)
@@ -150,9 +154,11 @@ def test_a_resume_with_other_processes_goes_on_bit_for_bit():
     """8, 4, 1, 8 processes after another: the augmented batches of an undisturbed run; no image
     twice in an epoch, none left out, though 50 images are no multiple of the 16 of a batch.
     """
-    source, transform = Pictures(50), augment.Augmentation(32, decay_from=0, decay_to=3)
+    source = Pictures(50)
+    transform = augment.Augmentation(32, decay_from=0, decay_to=3)
     whole = _global_batches(source, 14, 0, 1, transform=transform)
-    pieces, step = [], 0
+    pieces = []
+    step = 0
     for hosts, steps, threads in ((8, 3, 1), (4, 5, 3), (1, 2, 2), (8, 4, 2)):
         pieces += _global_batches(source, steps, step, hosts, transform=transform, threads=threads)
         step += steps
@@ -189,7 +195,8 @@ def test_state_is_checked():
     assert state == json.loads(json.dumps(state)) == {'examples': 56, 'images': 48, 'seed': 0}
     data_batches.batches(Numbered(), batch_size=8, seed=0, first_step=7).check_state(state)
     for options, old in (
-        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state), ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
+        ({'batch_size': 16, 'seed': 0, 'first_step': 7}, state),
+        ({'batch_size': 8, 'seed': 1, 'first_step': 7}, state),
         ({'batch_size': 8, 'seed': 0, 'first_step': 6}, state),
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, {'next_index': 7}),
         ({'batch_size': 8, 'seed': 0, 'first_step': 7}, state | {'images': 47}),
@@ -206,7 +213,8 @@ def test_broken_images_are_replaced(capfd):
     """By hand: the attempts' indices are the first draws of (seed, position, attempt); their labels
     come along.
     """
-    whole, source = Pictures(50), Pictures(50, BROKEN)
+    whole = Pictures(50)
+    source = Pictures(50, BROKEN)
     transform = augment.Augmentation(32)
     good = _global_batches(whole, 7, 0, 1, transform=transform)
     capfd.readouterr()
@@ -214,11 +222,14 @@ def test_broken_images_are_replaced(capfd):
         source, batch_size=16, seed=3, transform=transform, max_broken=0.2
     ) as iterator:
         ours = _take(iterator, 7)
-        expected, tried = [], 0
+        expected = []
+        tried = 0
         for position, label in enumerate(np.concatenate([batch['label'] for batch in good])):
-            attempt, tried = 0, tried + 1
+            attempt = 0
+            tried += 1
             while label in BROKEN:
-                attempt, tried = attempt + 1, tried + 1
+                attempt += 1
+                tried += 1
                 label = np.random.default_rng((3, position, attempt)).integers(50)
             expected.append(label)
         labels = np.concatenate([batch['label'] for batch in ours])
@@ -285,7 +296,9 @@ def _children():
 
 def test_worker_processes_change_nothing(capfd):
     """Images that are broken among the rest; errors arrive in one line; no process stays behind."""
-    source, transform, before = Pictures(50, BROKEN), augment.Augmentation(32), _children()
+    source = Pictures(50, BROKEN)
+    transform = augment.Augmentation(32)
+    before = _children()
     expected = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2)
     capfd.readouterr()
     ours = _global_batches(source, 7, 1, 1, 48, transform=transform, max_broken=0.2, workers=2)
@@ -314,9 +327,11 @@ from sphere_ar_jax.runtime.console import UserError
 from tests.fake_images import Pictures
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in \
+the background without it
     iterator = batches.batches(
-        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, threads=1
+        Pictures(50), batch_size=32, seed=0, transform=augment.Augmentation(32), workers=2, \
+threads=1
     )
     next(iterator)
     workers = [p.pid for p in multiprocessing.active_children()]
@@ -347,9 +362,8 @@ if __name__ == '__main__':
 
 @pytest.fixture(scope='module')
 def driver(tmp_path_factory):
-    path = (
-        tmp_path_factory.mktemp('driver') / 'driver.py'
-    )  # a file: worker processes read the main program again
+    # The program is a file, because worker processes read the main program again.
+    path = tmp_path_factory.mktemp('driver') / 'driver.py'
     path.write_text(DRIVER)
     return path
 
@@ -373,8 +387,8 @@ def test_nothing_hangs(driver, tmp_path, what):
     """
     with open(tmp_path / 'errors', 'w') as errors_file:
         process = subprocess.Popen(
-            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file, text=True,
-            env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
+            [sys.executable, str(driver), what], stdout=subprocess.PIPE, stderr=errors_file,
+            text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
         )  # fmt: skip
         too_long = threading.Timer(150, os.killpg, (process.pid, signal.SIGKILL))
         too_long.start()

@@ -10,9 +10,10 @@ ANCHORS = {
     88: ('n01818515', 'macaw'), 134: ('n02012849', 'crane'), 207: ('n02099601', 'golden retriever'),
     250: ('n02110185', 'Siberian husky'), 281: ('n02123045', 'tabby'), 360: ('n02444819', 'otter'),
     388: ('n02510455', 'giant panda'), 417: ('n02782093', 'balloon'), 517: ('n03126707', 'crane'),
-    638: ('n03710637', 'maillot'), 744: ('n04008634', 'projectile'), 817: ('n04285008', 'sports car'),
-    933: ('n07697313', 'cheeseburger'), 979: ('n09468604', 'valley'), 980: ('n09472597', 'volcano'),
-    985: ('n11939491', 'daisy'), 999: ('n15075141', 'toilet tissue'),
+    638: ('n03710637', 'maillot'), 744: ('n04008634', 'projectile'),
+    817: ('n04285008', 'sports car'), 933: ('n07697313', 'cheeseburger'),
+    979: ('n09468604', 'valley'), 980: ('n09472597', 'volcano'), 985: ('n11939491', 'daisy'),
+    999: ('n15075141', 'toilet tissue'),
 }  # fmt: skip
 
 
@@ -40,7 +41,10 @@ def test_against_other_lists():
     """SHA-256 of two public lists, line by line: Keras' imagenet_class_index.json has each class's
     first name, timm's imagenet_synsets.txt with imagenet_synset_to_lemma.txt all of them.
     """
-    digest = lambda lines: hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+    def digest(lines):
+        return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
     keras = [
         f'{synset} {names.split(", ")[0].replace(" ", "_")}' for synset, names in imagenet.classes()
     ]
@@ -87,9 +91,8 @@ def test_find_is_lenient_in_spelling_only():
 
 
 def test_errors_in_words():
-    assert (
-        _error('crane')
-        == "'crane' may be class 134 = n02012849 (crane) or 517 = n03126707 (crane): give the number"
+    assert _error('crane') == (
+        "'crane' may be class 134 = n02012849 (crane) or 517 = n03126707 (crane): give the number"
     )
     assert (
         _error('xyzzy')
@@ -97,6 +100,6 @@ def test_errors_in_words():
     )
     assert _error('daisi').startswith("ImageNet has no class 'daisi': similar names are daisy")
     assert _error('retriever') == (
-        "ImageNet has no class 'retriever': similar names are flat-coated retriever, curly-coated retriever, "
-        'golden retriever, Labrador retriever, Chesapeake Bay retriever'
+        "ImageNet has no class 'retriever': similar names are flat-coated retriever, "
+        'curly-coated retriever, golden retriever, Labrador retriever, Chesapeake Bay retriever'
     )

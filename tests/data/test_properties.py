@@ -59,6 +59,9 @@ def test_a_shrunken_digit_is_the_digit_before_it_was_enlarged(factor, n, seed):
 
 
 def test_bytes_come_back_from_the_models_range():
-    """Every byte, to [−1, 1] and back, as the published code rounds: clip(127.5·x + 128), cut off."""
+    """Every byte survives the way to [−1, 1] and back.
+
+    The rounding is that of the published code: clip(127.5·x + 128), cut off.
+    """
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     np.testing.assert_array_equal(pixels.to_uint8(pixels.to_float(values)), values)

@@ -1,5 +1,6 @@
-"""Sources of images: every byte as tarfile or the file system has it; what is damaged is said in
-one line.
+"""Sources of images: every byte as tarfile or the file system has it.
+
+What is damaged is said in one line.
 """
 
 import concurrent.futures
@@ -115,9 +116,8 @@ def test_a_rotated_file_shows_upright():
     shown = ImageOps.exif_transpose(
         Image.open(io.BytesIO(stand_in._encode(Image.fromarray(upright), 'rotated')))
     )
-    np.testing.assert_allclose(
-        np.asarray(shown, float), upright, atol=60
-    )  # JPEG's error at the edges
+    # The tolerance allows for JPEG's error at the edges.
+    np.testing.assert_allclose(np.asarray(shown, float), upright, atol=60)
 
 
 def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
@@ -148,7 +148,8 @@ def test_the_stand_in_by_its_command(tmp_path, capsys):
 
 
 def test_every_byte_is_what_tarfile_extracts(stand_in_tar):
-    source, truth = sources.ImageNetTar(stand_in_tar), _truth(stand_in_tar)
+    source = sources.ImageNetTar(stand_in_tar)
+    truth = _truth(stand_in_tar)
     assert source.class_names == tuple(sorted(SYNSETS)) and source.num_classes == 3
     rank = {synset: k for k, synset in enumerate(sorted(SYNSETS))}
     assert _contents(source) == [
@@ -304,9 +305,8 @@ def test_a_change_while_in_use_is_noticed(path):
     path.write_bytes(_tar(SMALL))
     source = sources.ImageNetTar(path)
     good = path.read_bytes()
-    renamed = _tar(
-        SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})}
-    )  # same places and sizes
+    # The places and sizes stay the same.
+    renamed = _tar(SMALL | {'n01.tar': _tar({'n01_1.JPEG': b'one', 'n01_9.JPEG': b'3' * 700})})
     moved = _tar(
         {
             'n01.tar': _tar({'n01_2.JPEG': b'2' * 700, 'n01_1.JPEG': b'one'}),
@@ -327,7 +327,8 @@ def test_a_change_while_in_use_is_noticed(path):
 def test_every_cut_is_noticed_or_harmless(path):
     whole = _tar(SMALL)
     path.write_bytes(whole)
-    truth, harmless = _contents(sources.ImageNetTar(path)), 0
+    truth = _contents(sources.ImageNetTar(path))
+    harmless = 0
     for cut in [*range(0, len(whole), 512), *range(1, len(whole), 1013)]:
         path.write_bytes(whole[:cut])
         try:
@@ -347,15 +348,8 @@ def test_every_damaged_header_is_noticed(path):
     headers += [o - 512 for o in sources.ImageNetTar(path)._offsets.tolist()]
     assert len(headers) == 5
     for header in headers:
-        for byte in (
-            0,
-            100,
-            124,
-            150,
-            156,
-            257,
-            511,
-        ):  # name, mode, size, checksum, kind, magic, padding
+        # These bytes lie in: name, mode, size, checksum, kind, magic, padding.
+        for byte in (0, 100, 124, 150, 156, 257, 511):
             damaged = bytearray(whole)
             damaged[header + byte] ^= 3
             path.write_bytes(damaged)
@@ -366,7 +360,8 @@ def _link(name):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
         member = tarfile.TarInfo(name)
-        member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        member.type = tarfile.SYMTYPE
+        member.linkname = '/etc/passwd'
         archive.addfile(member)
     return buffer.getvalue()
 
@@ -448,11 +443,9 @@ def test_without_permission():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     with tempfile.TemporaryDirectory() as root:
-        data, cache, tar = (
-            pathlib.Path(root, 'data'),
-            pathlib.Path(root, 'cache'),
-            pathlib.Path(root, 'data', 'a.tar'),
-        )
+        data = pathlib.Path(root, 'data')
+        cache = pathlib.Path(root, 'cache')
+        tar = pathlib.Path(root, 'data', 'a.tar')
         data.mkdir()
         cache.mkdir()
         other = pathlib.Path(root, 'other.tar')
@@ -605,8 +598,10 @@ def test_sources_go_to_other_processes(source, spawned):
 
 
 def test_folders_are_read_in_order(tmp_path):
-    files = ['b/2.png', 'b/10.JPG', 'b/in/deep/1.webp', 'a/x.Jpeg', 'a/é\n.bmp', 'a/.hidden.jpg', 'a/notes.txt',
-             'b/.git/1.png', '.cache/1.png', 'top.jpg']  # fmt: skip
+    files = [
+        'b/2.png', 'b/10.JPG', 'b/in/deep/1.webp', 'a/x.Jpeg', 'a/é\n.bmp', 'a/.hidden.jpg',
+        'a/notes.txt', 'b/.git/1.png', '.cache/1.png', 'top.jpg',
+    ]  # fmt: skip
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(file.encode())
@@ -636,7 +631,8 @@ def test_folders_without_images_are_refused(tmp_path):
 class Files:
     """Ten short files; reading entry `fails` is an error."""
 
-    num_classes, class_names = 7, None
+    num_classes = 7
+    class_names = None
     fails = None
 
     def __len__(self):
@@ -662,9 +658,8 @@ def test_packed_is_the_same(stand_in_tar, packed):
     ]
     readers = [array_record_module.ArrayRecordReader(str(file)) for file in files]
     assert [reader.num_records() for reader in readers] == [4, 5, 5, 5, 5]
-    assert all(
-        'group_size:1,' in reader.writer_options_string() for reader in readers
-    )  # else reads take a group
+    # With larger groups every read would take a whole group.
+    assert all('group_size:1,' in reader.writer_options_string() for reader in readers)
 
 
 def test_packing_tells_how_far_it_is(tmp_path):
@@ -784,11 +779,14 @@ def _changed(tfds_dir, to, changes):
 
 
 def test_tfds_data_of_other_kinds_are_refused(tfds_dir, tmp_path):
-    refusal = lambda *a: _refusal(sources.TFDS, *a)
+    def refusal(*a):
+        return _refusal(sources.TFDS, *a)
+
     assert 'Dataset nosuch not found' in refusal('nosuch', 'train', str(tmp_path))
-    assert re.search(r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow", refusal(
-        'mnist', 'train', str(tmp_path)
-    ))  # fmt: skip
+    assert re.search(
+        r"mnist is not prepared in .*file_format='array_record'.* where TensorFlow",
+        refusal('mnist', 'train', str(tmp_path)),
+    )
     assert "Unknown split 'test'" in refusal('stand_in', 'test', str(tfds_dir))
     as_tfrecord = _changed(
         tfds_dir, tmp_path / 'a', [('dataset_info.json', '"array_record"', '"tfrecord"')]

@@ -28,7 +28,8 @@ def rotation(n, seed):
 
 def test_frechet_of_diagonal_and_of_commuting_covariances():
     """|Δμ|² + Σ(σ₁ − σ₂)² in any basis, also with directions that one of the two or both lack."""
-    scale1, scale2 = np.array([1.0, 2, 0.5, 1, 3, 0, 0]), np.array([1.0, 1, 4, 0, 1e-3, 2, 0])
+    scale1 = np.array([1.0, 2, 0.5, 1, 3, 0, 0])
+    scale2 = np.array([1.0, 1, 4, 0, 1e-3, 2, 0])
     mu = np.array([0, 1, 0, -2, 0, 0.5, 3])
     expected = np.sum(mu**2) + np.sum((scale1 - scale2) ** 2)
     # a variance of 0 that rounding made 1e-16 has the root 1e-8: no method can know better
@@ -69,8 +70,10 @@ def test_frechet_against_scipys_root_of_the_product():
     rng = np.random.default_rng(1)
     for spread in (0, 4):
         mix = rotation(10, 3) * np.logspace(-spread, 0, 10)
-        a, b = rng.normal(size=(400, 10)) @ mix, rng.normal(size=(300, 10)) @ mix + 0.3
-        (mu1, sigma1), (mu2, sigma2) = statistics.statistics(a), statistics.statistics(b)
+        a = rng.normal(size=(400, 10)) @ mix
+        b = rng.normal(size=(300, 10)) @ mix + 0.3
+        mu1, sigma1 = statistics.statistics(a)
+        mu2, sigma2 = statistics.statistics(b)
         root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
         expected = (
             np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root)
@@ -90,7 +93,8 @@ def test_statistics_are_computed_in_float64():
 
 
 def test_statistics_that_do_not_belong_together():
-    one, other = (np.zeros(3), np.eye(3)), (np.zeros(4), np.eye(4))
+    one = (np.zeros(3), np.eye(3))
+    other = (np.zeros(4), np.eye(4))
     with pytest.raises(UserError, match=r'\(3,\), \(3, 3\), \(4,\), \(4, 4\)'):
         statistics.frechet_distance(*one, *other)
     with pytest.raises(UserError, match='finite'):
@@ -162,9 +166,13 @@ def on_manifold(x, of, k):
 @pytest.mark.parametrize('block, k', [(7, 3), (25, 3), (1000, 1)])
 def test_precision_recall_against_brute_force(dtype, block, k):
     rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(60, 2)), rng.normal(size=(50, 2)) * 0.9 + 1
+    real = rng.normal(size=(60, 2))
+    fake = rng.normal(size=(50, 2)) * 0.9 + 1
     seen = []
-    progress = lambda done, total: seen.append((done, total))
+
+    def progress(done, total):
+        seen.append((done, total))
+
     found = precision_recall.precision_recall(
         real, fake, k, dtype=dtype, block=block, progress=progress
     )
@@ -178,20 +186,24 @@ def half_distances(u, v):
     overflows.
     """
     with np.errstate(over='ignore', invalid='ignore'):
-        a, b = u.astype(np.float16), v.astype(np.float16)
+        a = u.astype(np.float16)
+        b = v.astype(np.float16)
         norms = [(x * x).astype(np.float64).sum(1).astype(np.float16) for x in (a, b)]
         product = (a.astype(np.float64) @ b.T.astype(np.float64)).astype(np.float16)
         square = (norms[0][:, None] - np.float16(2) * product) + norms[1][None]
     assert square.dtype == np.float16
     if np.isfinite(square).all():
         return np.maximum(square, 0).astype(np.float32)
-    u, v = u.astype(np.float32), v.astype(np.float32)
+    u = u.astype(np.float32)
+    v = v.astype(np.float32)
     return np.maximum((u * u).sum(1)[:, None] - 2 * u @ v.T + (v * v).sum(1)[None], 0)
 
 
 def half_precision_recall(real, fake, k, block):
     def all_distances(a, b):
-        parts = lambda x: [x[i : i + block] for i in range(0, len(x), block)]
+        def parts(x):
+            return [x[i : i + block] for i in range(0, len(x), block)]
+
         return np.block([[half_distances(u, v) for v in parts(b)] for u in parts(a)])
 
     radii = [np.sort(all_distances(x, x), axis=1)[:, k] for x in (real, fake)]
@@ -209,7 +221,8 @@ def features(n, seed):
 
 def test_precision_recall_in_the_evaluators_float16():
     """Equal to the last point; and float16 does matter: exact distances give other numbers."""
-    real, fake = features(300, 0), features(200, 1)
+    real = features(300, 0)
+    fake = features(200, 1)
     found = precision_recall.precision_recall(real, fake, block=100)
     assert found == half_precision_recall(real, fake, 3, 100)
     assert found != precision_recall.precision_recall(real, fake, dtype=np.float64)
@@ -218,7 +231,8 @@ def test_precision_recall_in_the_evaluators_float16():
 
 def test_a_block_that_overflows_float16_is_done_in_float32():
     """One point with a squared norm beyond 65504 moves its blocks, and only these, to float32."""
-    real, fake = features(100, 0), features(100, 1)
+    real = features(100, 0)
+    fake = features(100, 1)
     real[5] += 64
     assert (real[5] ** 2).sum() > 65504
     found = precision_recall.precision_recall(real, fake, block=50)
@@ -255,7 +269,8 @@ def _npz(path, **arrays):
 
 
 def test_files_that_hold_no_images(tmp_path):
-    path, images = tmp_path / 'a.npz', np.zeros((3, 4, 5, 3), np.uint8)
+    path = tmp_path / 'a.npz'
+    images = np.zeros((3, 4, 5, 3), np.uint8)
     whole = _npz(path, arr_0=images)
     wrong = {
         'uint8': _npz(path, arr_0=images.astype(np.float32)),
@@ -320,7 +335,8 @@ def test_batches_that_are_no_images():
 
 def reference_arrays(seed):
     """Statistics as the npz of ADM has them: mu, sigma, mu_s, sigma_s."""
-    rng, arrays = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    arrays = {}
     for suffix, width in (('', 2048), ('_s', 2023)):
         arrays[f'mu{suffix}'] = rng.normal(size=width)
         arrays[f'sigma{suffix}'] = np.diag(rng.uniform(size=width))
@@ -328,7 +344,8 @@ def reference_arrays(seed):
 
 
 def test_statistics_of_a_file_come_before_those_of_its_images(tmp_path, inception_params):
-    arrays, path = reference_arrays(0), tmp_path / 'reference.npz'
+    arrays = reference_arrays(0)
+    path = tmp_path / 'reference.npz'
     images = np.stack([image(i, 20, 24) for i in range(2)])
     np.savez(path, arr_0=images, **arrays)
     seen = []
@@ -350,7 +367,8 @@ def test_statistics_of_a_file_come_before_those_of_its_images(tmp_path, inceptio
 
 
 def test_statistics_that_cannot_be_used(tmp_path):
-    path, arrays = tmp_path / 'reference.npz', reference_arrays(0)
+    path = tmp_path / 'reference.npz'
+    arrays = reference_arrays(0)
     cases = {
         'no sigma_s': {k: v for k, v in arrays.items() if k != 'sigma_s'},
         r'mu_s must be floats \(2023,\), but is float64 \(2048,\)': arrays | {'mu_s': arrays['mu']},
@@ -365,13 +383,16 @@ def test_statistics_that_cannot_be_used(tmp_path):
 
 def summary(n, seed):
     rng = np.random.default_rng(seed)
-    pool, spatial = features(n, seed), rng.normal(size=(n, 8))
+    pool = features(n, seed)
+    spatial = rng.normal(size=(n, 8))
     found = inception.Features(pool, spatial, rng.normal(size=(n, 5)))
     return protocol.Summary(found, statistics.statistics(pool), statistics.statistics(spatial))
 
 
 def test_evaluate_puts_the_scores_together():
-    samples, reference, parts = summary(60, 0), summary(80, 1), []
+    samples = summary(60, 0)
+    reference = summary(80, 1)
+    parts = []
     found = protocol.evaluate(samples, reference, None, progress=lambda *a: parts.append(a))
     expected = {
         'fid': statistics.frechet_distance(*reference.pool, *samples.pool),
@@ -411,8 +432,9 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_scores_two_files(tmp_path, monkeypatch, capsys):
-    """From files to the five scores; a set against itself has the distances 0, precision and recall
-    1.
+    """From files to the five scores.
+
+    A set against itself has the distances 0, precision and recall 1.
     """
     (tmp_path / 'weights.pb').write_bytes(graph_def(fill=0.01).SerializeToString())
     np.savez(tmp_path / 'a.npz', arr_0=np.stack([image(i, 20, 24) for i in range(5)]))

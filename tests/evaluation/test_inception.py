@@ -9,9 +9,8 @@ from sphere_ar_jax.evaluation.fidelity import inception, inception_weights
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
-ROWS = json.loads(
-    (GOLDENS / 'inception.json').read_text()
-)  # [PyTorch name, node of the graph, PyTorch shape]
+# [PyTorch name, node of the graph, PyTorch shape]
+ROWS = json.loads((GOLDENS / 'inception.json').read_text())
 MAPS = {
     'Conv2d_1a_3x3': 'conv',
     'Mixed_5b': 'mixed',
@@ -53,7 +52,9 @@ def captured(inception_params):
 
     @jax.jit
     def run(params, images):
-        chosen = lambda module, _: module.name in MAPS.values() and len(module.path) == 1
+        def chosen(module, _):
+            return module.name in MAPS.values() and len(module.path) == 1
+
         return inception.Inception().apply({'params': params}, images, capture_intermediates=chosen)
 
     features, state = run(inception_params, np.concatenate(resized))
@@ -82,9 +83,12 @@ def tf1_resize(image, size):
         y = float(np.float32(i) * step_y)
         for j in range(size):
             x = float(np.float32(j) * step_x)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            fy, fx = y - top, x - left
+            top = int(y)
+            left = int(x)
+            bottom = min(top + 1, height - 1)
+            right = min(left + 1, width - 1)
+            fy = y - top
+            fx = x - left
             upper = (1 - fx) * image[top, left] + fx * image[top, right]
             lower = (1 - fx) * image[bottom, left] + fx * image[bottom, right]
             out[i, j] = (1 - fy) * upper + fy * lower
@@ -119,11 +123,10 @@ def test_features_of_bytes_and_floats_agree(inception_params, golden):
 
 
 def graph_def(fill=None, scaled=True, epsilon=1e-3, skip=(), shapes=(), extra=()):
-    """A GraphDef with the published one's constants: random ones, or each a single repeated number."""
+    """A GraphDef with the published one's constants: random, or each a single repeated number."""
     graph = graph_pb2.GraphDef()
-    graph.node.add(name='ResizeBilinear/size', op='Const').attr[
-        'value'
-    ].tensor.dtype = 3  # an int32
+    output_size = graph.node.add(name='ResizeBilinear/size', op='Const')
+    output_size.attr['value'].tensor.dtype = 3  # an int32
     rows = [(node, shape) for _, node, shape in ROWS] + [(name, [4]) for name in extra]
     for i, (name, shape) in enumerate(rows):
         if name in skip:
@@ -232,7 +235,8 @@ def test_an_epsilon_of_another_network_is_refused(tmp_path):
 def test_files_that_are_no_graph(tmp_path):
     """Cut, changed or random bytes end in UserError, never in an error of something inside."""
     whole = graph_def(fill=1.0).SerializeToString()
-    rng, path = np.random.default_rng(0), tmp_path / 'broken.pb'
+    rng = np.random.default_rng(0)
+    path = tmp_path / 'broken.pb'
     damaged = [whole[:cut] for cut in rng.integers(1, len(whole), 20)]
     damaged += [rng.bytes(2000) for _ in range(20)]
     for at in rng.integers(0, len(whole), 150):
@@ -241,16 +245,16 @@ def test_files_that_are_no_graph(tmp_path):
     for content in [b'', b'\x80\x04K\x01.', *damaged]:
         path.write_bytes(content)
         try:
-            inception_weights.load_graph_def(
-                path
-            )  # a changed number within a constant is no fault of the file's form
+            # A changed number within a constant is no fault of the file's form.
+            inception_weights.load_graph_def(path)
         except UserError as error:
             refused += 1
             assert '\n' not in str(error) and len(str(error)) < 3000
     assert refused > 100
     tensor = graph_pb2.GraphDef()
     value = tensor.node.add(name='conv/conv2d_params', op='Const').attr['value'].tensor
-    value.dtype, value.tensor_content = 1, bytes(4)
+    value.dtype = 1
+    value.tensor_content = bytes(4)
     for _ in range(4):
         value.tensor_shape.dim.add(size=2**40)  # must not be believed
     with pytest.raises(UserError, match='shape'):

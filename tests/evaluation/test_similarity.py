@@ -34,9 +34,11 @@ def measure():
     """Compiled: (parameters, real, fake) → (distances (B,), gradient of their mean for `fake`),
     both NumPy.
     """
-    loss = lambda fake, params, real: (lambda d: (jnp.mean(d), d))(
-        LPIPS().apply({'params': params}, real, fake)
-    )
+
+    def loss(fake, params, real):
+        distances = LPIPS().apply({'params': params}, real, fake)
+        return jnp.mean(distances), distances
+
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def measure(params, real, fake):
@@ -83,7 +85,8 @@ def test_load_gives_the_tree_of_the_model(params):
 
 
 def test_load_lists_all_faults_at_once(lpips_files):
-    lin, vgg = dict(lpips_files[0]), dict(lpips_files[1])
+    lin = dict(lpips_files[0])
+    vgg = dict(lpips_files[1])
     del lin['lin3.model.1.weight'], vgg['features.0.bias']
     lin['lin0.model.1.weight'] = np.zeros((1, 65, 1, 1))
     vgg['features.28.weight'] = {}
@@ -93,7 +96,8 @@ def test_load_lists_all_faults_at_once(lpips_files):
     message = str(error.value)
     for fault in (
         'vgg.pth lacks lin3.model.1.weight;', 'vgg16-397923af.pth lacks features.0.bias;',
-        'vgg.pth has unexpected lin5.model.1.weight;', 'vgg16-397923af.pth has unexpected features.30.weight',
+        'vgg.pth has unexpected lin5.model.1.weight;',
+        'vgg16-397923af.pth has unexpected features.30.weight',
         'lin0.model.1.weight has shape (1, 65, 1, 1), not (1, 64, 1, 1);',
         'features.28.weight has shape (), not (512, 512, 3, 3);',
     ):  # fmt: skip
@@ -108,9 +112,10 @@ def test_load_lists_all_faults_at_once(lpips_files):
 def _write(path, tensors):
     """The tensors as a file of PyTorch's."""
     arrays = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
-    stored = lambda name, a: torch_writer.tensor(
-        torch_writer.storage(name, a.size, 'Float'), a.shape
-    )
+
+    def stored(name, a):
+        return torch_writer.tensor(torch_writer.storage(name, a.size, 'Float'), a.shape)
+
     content = torch_writer.dictionary({name: stored(name, a) for name, a in arrays.items()})
     path.write_bytes(
         torch_writer.zip_file(content, {name: a.tobytes() for name, a in arrays.items()})
@@ -136,7 +141,8 @@ def test_read_says_where_the_files_come_from(tmp_path):
     for paths, missing in (
         (
             (None, None),
-            "no path to taming-transformers' vgg.pth and no path to torchvision's vgg16-397923af.pth",
+            "no path to taming-transformers' vgg.pth "
+            "and no path to torchvision's vgg16-397923af.pth",
         ),
         ((there, None), "there is no path to torchvision's vgg16-397923af.pth:"),
         ((tmp_path / 'absent.pth', there), f'there is no file {tmp_path}/absent.pth:'),
@@ -146,7 +152,8 @@ def test_read_says_where_the_files_come_from(tmp_path):
         message = str(error.value)
         for part in (
             missing, 'vgg.pth (https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1)',
-            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)', 'perceptual_weight=0',
+            'vgg16-397923af.pth (https://download.pytorch.org/models/vgg16-397923af.pth)',
+            'perceptual_weight=0',
         ):  # fmt: skip
             assert part in message
         assert '\n' not in message
@@ -188,8 +195,9 @@ def test_ssim_and_psnr_against_scikit_image():
 
 
 def test_ssim_against_its_definition():
-    """Every window by itself, in float64; one pair is almost white and flat, where float32 cancels
-    most.
+    """Every window by itself, in float64.
+
+    One pair is almost white and flat, where float32 cancels most.
     """
     a, b = (x[:, :15, :13, :2] for x in _bytes())
     a, b = (np.concatenate([x, 253 + x[:1] // 128]) for x in (a, b))
@@ -199,7 +207,8 @@ def test_ssim_against_its_definition():
     expected = np.zeros(3)
     for k, i, j, c in np.ndindex(3, 5, 3, 2):
         x, y = (image[k, i : i + 11, j : j + 11, c] / 255 for image in (a, b))
-        mx, my = np.sum(weights * x), np.sum(weights * y)
+        mx = np.sum(weights * x)
+        my = np.sum(weights * y)
         vx, vy, cov = (
             np.sum(weights * p * q)
             for p, q in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my))
@@ -216,8 +225,9 @@ def test_equal_images():
 
 
 def test_psnr_of_each_image_and_of_all_pixels():
-    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07; all pixels together are below
-    it.
+    """51 of 255 off is 13.98 dB, 5 off is 34.15: the mean is 24.07.
+
+    All pixels together are below it.
     """
     a = np.zeros((2, 11, 11, 1), np.uint8)
     b = a + np.array([51, 5], np.uint8)[:, None, None, None]
@@ -231,7 +241,9 @@ def test_psnr_of_each_image_and_of_all_pixels():
 
 @libraries_promote()
 def test_shapes_are_checked():
-    lpips = lambda a, b: jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
+    def lpips(a, b):
+        return jax.eval_shape(LPIPS().init, jax.random.key(0), a, b)
+
     good = np.zeros((2, 16, 17, 3), np.float32)
     lpips(good, good)
     for a, b in (

@@ -31,8 +31,12 @@ def test_psnr():
 
 
 def test_digit_scores_of_real_digits_and_of_nonsense():
-    """Real held-out digits score as such through the same door; shuffled labels and noise do not."""
-    train, heldout = digits.Digits('train', 0), digits.Digits('heldout', 0)
+    """Real held-out digits score as such through the same door.
+
+    Shuffled labels and noise do not.
+    """
+    train = digits.Digits('train', 0)
+    heldout = digits.Digits('heldout', 0)
     pixels = digit_pixels(heldout.images)
     np.testing.assert_allclose(pixels, heldout.pixels.reshape(-1, 64), atol=1e-6)
     scores = score_digits(pixels, heldout.labels, train, heldout)

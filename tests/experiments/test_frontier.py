@@ -13,9 +13,8 @@ def test_settings_cover_every_solver_and_can_be_built():
     assert frontier.REFERENCE in found
     assert {options['solver'] for options, _ in found.values()} == set(solvers.SOLVERS)
     assert {scale for _, scale in found.values()} == {1.0, 1.5, 2.0, 3.0, 4.5}
-    assert len({(str(sorted(o.items())), s) for o, s in found.values()}) == len(
-        found
-    )  # no setting twice
+    # No setting occurs twice.
+    assert len({(str(sorted(o.items())), s) for o, s in found.values()}) == len(found)
     plans = {
         name: plan.Options(**options).plan(16).evaluations for name, (options, _) in found.items()
     }

@@ -9,7 +9,8 @@ from sphere_ar_jax.flow import guidance, path
 
 def test_path_and_velocity():
     """x_t runs straight from noise to data, and its derivative in t is the target velocity."""
-    noise, z = jnp.asarray([[1.0, 2.0]]), jnp.asarray([[3.0, -2.0]])
+    noise = jnp.asarray([[1.0, 2.0]])
+    z = jnp.asarray([[3.0, -2.0]])
     np.testing.assert_array_equal(path.interpolate(noise, z, jnp.zeros(1)), noise)
     np.testing.assert_array_equal(path.interpolate(noise, z, jnp.ones(1)), z)
     _, slope = jax.jvp(lambda t: path.interpolate(noise, z, t), (jnp.full(1, 0.3),), (jnp.ones(1),))
@@ -29,7 +30,8 @@ def _gaussian_velocity(mean, std):
 
 
 def test_guidance():
-    v_cond, v_null = jnp.asarray([[2.0]]), jnp.asarray([[1.0]])
+    v_cond = jnp.asarray([[2.0]])
+    v_null = jnp.asarray([[1.0]])
     assert guidance.guide(v_cond, v_null, 1.0) == 2 and guidance.guide(v_cond, v_null, 0.0) == 1
     assert guidance.guide(v_cond, v_null, 4.5) == 5.5
     linear = guidance.guidance_scales(4.5, 16, 'linear')

@@ -15,7 +15,8 @@ DETERMINISTIC = {
     'ab2': (1.85, 2.2),
     'dpmpp_2m': (1.6, 2.1),
 }
-MEAN, STD = 0.7, 0.4
+MEAN = 0.7
+STD = 0.4
 # A mixture of two normal distributions in one dimension: weights, means, standard deviations.
 MIXTURE = np.array([0.3, 0.7]), np.array([-1.5, 1.0]), np.array([0.2, 0.5])
 
@@ -29,8 +30,12 @@ def gaussian_velocity(x, t):
 
 
 def mixture_velocity(x, t):
-    """The same for `MIXTURE`: the components' velocities weighted by their posterior probabilities."""
-    parts, logits = [], []
+    """The same for `MIXTURE`.
+
+    It is the mean of the components' velocities, weighted by their posterior probabilities.
+    """
+    parts = []
+    logits = []
     for weight, mean, std in zip(*MIXTURE, strict=True):
         variance = (1 - t) ** 2 + (t * std) ** 2
         parts.append(mean + (t * std**2 - (1 - t)) / variance * (x - t * mean))
@@ -48,7 +53,10 @@ def mixture_flow(x):
     from scipy import optimize, stats
 
     weights, means, stds = MIXTURE
-    cdf = lambda z: float(np.sum(weights * stats.norm.cdf(z, means, stds)))
+
+    def cdf(z):
+        return float(np.sum(weights * stats.norm.cdf(z, means, stds)))
+
     return np.array(
         [optimize.brentq(lambda z, q=q: cdf(z) - q, -20, 20, xtol=1e-14) for q in stats.norm.cdf(x)]
     )
@@ -56,7 +64,10 @@ def mixture_flow(x):
 
 def run(velocity, x, table, noise=None, **options):
     t = jnp.asarray(table.t)
-    prepare = lambda index: t[jnp.minimum(index, len(t) - 1)]
+
+    def prepare(index):
+        return t[jnp.minimum(index, len(t) - 1)]
+
     return np.asarray(
         solvers.integrate(velocity, x, table.weights, noise, prepare=prepare, **options)
     )
@@ -64,7 +75,8 @@ def run(velocity, x, table, noise=None, **options):
 
 def run64(velocity, x, table):
     """A table by the definition of `solvers`, in float64 and plain Python."""
-    x, memory = np.asarray(x, np.float64), 0.0
+    x = np.asarray(x, np.float64)
+    memory = 0.0
     for t, w in zip(table.t.astype(np.float64), table.weights.astype(np.float64), strict=True):
         v = np.asarray(velocity(x, t), np.float64)
         x, memory = (w[row, 0] * x + w[row, 1] * memory + w[row, 2] * v for row in range(2))
@@ -111,8 +123,12 @@ def test_the_loop_is_the_definition(solver):
 
 
 def _padded(padded, counts, i, x):
-    t, weights = jnp.asarray(padded.t)[i], jnp.asarray(padded.weights)[i]
-    prepare = lambda index: t[jnp.minimum(index, len(t) - 1)]
+    t = jnp.asarray(padded.t)[i]
+    weights = jnp.asarray(padded.weights)[i]
+
+    def prepare(index):
+        return t[jnp.minimum(index, len(t) - 1)]
+
     return solvers.integrate(
         gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5
     )
@@ -122,10 +138,16 @@ def test_two_lines_of_dpm_solver():
     """Its second-order step against the exponential integrator of its paper, written in λ."""
     times = solvers.grid(4)
     table = solvers.dpmpp_2m(times)
-    lam = lambda t: np.log(t / (1 - t))
-    x, before, v = 0.3, -0.2, 0.5
+
+    def lam(t):
+        return np.log(t / (1 - t))
+
+    x = 0.3
+    before = -0.2
+    v = 0.5
     s, t, u = times[1:4]  # step from t to u; s is the time before t
-    h, h_before = lam(u) - lam(t), lam(t) - lam(s)
+    h = lam(u) - lam(t)
+    h_before = lam(t) - lam(s)
     data = x + (1 - t) * v
     data_2m = (1 + h / (2 * h_before)) * data - h / (2 * h_before) * before
     expected = (1 - u) / (1 - t) * x - u * np.expm1(-h) * data_2m
@@ -144,9 +166,8 @@ def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
     assert abs(x.mean() - MEAN) < 5 * STD / np.sqrt(n) + 2e-3
     assert abs(x.std() / STD - 1) < 0.02
     start = np.asarray(draws[0]).ravel()
-    kept = np.corrcoef(start, x.ravel())[
-        0, 1
-    ]  # the flow without noise keeps all, dx = −γx near t = 0 forgets
+    # The flow without noise keeps all of it; dx = −γx near t = 0 forgets it.
+    kept = np.corrcoef(start, x.ravel())[0, 1]
     assert kept < np.exp(-0.8 * noise_scale)
 
 
@@ -158,14 +179,17 @@ def test_euler_maruyama_is_of_weak_order_one(noise_scale):
 
     def moments(n):
         table = solvers.table('euler_maruyama', n, noise_scale=noise_scale, last_step=1 / n)
-        mean, variance = 0.0, 1.0
+        mean = 0.0
+        variance = 1.0
         for t, w in zip(table.t.astype(np.float64), table.weights.astype(np.float64), strict=True):
             at_zero, at_one = (float(gaussian_velocity(np.float64(x), t)) for x in (0.0, 1.0))
             slope = w[0, 0] + w[0, 2] * (at_one - at_zero)
-            mean, variance = slope * mean + w[0, 2] * at_zero, slope**2 * variance + w[0, 3] ** 2
+            mean = slope * mean + w[0, 2] * at_zero
+            variance = slope**2 * variance + w[0, 3] ** 2
         return np.array([mean - MEAN, variance - STD**2])
 
-    coarse, fine = moments(400), moments(800)
+    coarse = moments(400)
+    fine = moments(800)
     assert (np.abs(fine) < 5e-3).all()
     assert 0.85 < np.log2(np.linalg.norm(coarse) / np.linalg.norm(fine)) < 1.15
 
@@ -182,10 +206,12 @@ def test_euler_maruyama_has_the_law_of_a_mixture(shift):
     draws = jax.random.normal(jax.random.key(1), (201, n, 1))
     x = run(mixture_velocity, draws[0], table, draws[1:]).ravel()
     weights, means, stds = MIXTURE
-    cdf = lambda z: np.sum(weights * stats.norm.cdf(z[:, None], means, stds), axis=1)
-    assert (
-        stats.kstest(x, cdf).statistic < 1.63 / np.sqrt(n) + 0.01
-    )  # 1% of exact samples are farther, and the step's bias
+
+    def cdf(z):
+        return np.sum(weights * stats.norm.cdf(z[:, None], means, stds), axis=1)
+
+    # 1% of exact samples are farther than the first term; the second one is for the step's bias.
+    assert stats.kstest(x, cdf).statistic < 1.63 / np.sqrt(n) + 0.01
 
 
 def test_published_euler_maruyama():
@@ -199,7 +225,8 @@ def test_published_euler_maruyama():
         [table.t[-1], table.h[-1], table.h.sum()], [0.96, 0.04, 1], rtol=1e-6
     )
     x, v, eps = (np.random.default_rng(i).normal(size=5).astype(np.float32) for i in range(3))
-    t, h = table.t[60], table.h[60]
+    t = table.t[60]
+    h = table.h[60]
     score = (t * v - x) / (1 - t)  # ∇log p_t, since t(1−t) + (1−t)² = 1 − t
     drift = v + (1 - t) * score
     expected = x + drift * h + np.sqrt(2 * (1 - t) * h) * eps
@@ -216,9 +243,8 @@ def test_grids():
         times = solvers.grid(8, shift)
         assert times[0] == 0 and times[-1] == 1 and (np.diff(times) > 0).all()
         np.testing.assert_allclose(times[4], 1 / (1 + shift))
-        noise = 1 - solvers.grid(
-            8
-        )  # the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ)
+        # This is the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ).
+        noise = 1 - solvers.grid(8)
         np.testing.assert_allclose(1 - times, shift * noise / (1 + (shift - 1) * noise))
     assert np.diff(solvers.grid(8, 3.0))[0] < 1 / 8 < np.diff(solvers.grid(8, 3.0))[-1]
 

@@ -66,8 +66,9 @@ def test_files_of_pytorch_read_as_pytorch_reads_them(name):
     del plain['args']
     assert plain == {
         'size': (2, 3), 'device': 'cuda:1', 'dtype': np.dtype(ml_dtypes.bfloat16), 'set': {1, 2},
-        'frozen': frozenset('ab'), 'bytes': b'\x00\xff', 'complex': 1 - 2j, 'none': None, 'big': 2**100,
-        'numpy': 0.1, 'numpy_int': -7, 'key': {1: 'a', 2.5: 'b', None: 'c', 'ü': 'd'},
+        'frozen': frozenset('ab'), 'bytes': b'\x00\xff', 'complex': 1 - 2j, 'none': None,
+        'big': 2**100, 'numpy': 0.1, 'numpy_int': -7,
+        'key': {1: 'a', 2.5: 'b', None: 'c', 'ü': 'd'},
     }  # fmt: skip
     assert type(plain['frozen']) is frozenset and type(plain['numpy_int']) is int
 
@@ -78,7 +79,12 @@ def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     """
     counts = []
     fromfile = np.fromfile
-    monkeypatch.setattr(np, 'fromfile', lambda path, dtype, count, **k: counts.append(count) or fromfile(path, dtype, count, **k))  # fmt: skip  # noqa: E501
+
+    def counted(path, dtype, count, **options):
+        counts.append(count)
+        return fromfile(path, dtype, count, **options)
+
+    monkeypatch.setattr(np, 'fromfile', counted)
     value = w.dictionary({'a': w.tensor(w.storage('0', 9000), (2, 3), (3, 1), 7)})
     for data, want in (
         (w.zip_file(value, {'0': np.arange(9000, dtype=np.float16).tobytes()}), [18000, 12, 12]),
@@ -239,11 +245,6 @@ def test_ten_thousand_mutated_files_are_read_right_or_refused():
     results = found['results']
     assert results['hostile'].keys() == {'refused'}
     assert sum(sum(outcomes.values()) for outcomes in results.values()) >= count + len(fuzz.HOSTILE)
-    for what in (
-        'bytes of zip',
-        'bytes of stream',
-        'directory',
-        'members',
-        'pickle',
-    ):  # the mutations do something
+    # The mutations do something.
+    for what in ('bytes of zip', 'bytes of stream', 'directory', 'members', 'pickle'):
         assert min(results[what]['read'], results[what]['refused']) > 20, (what, results[what])

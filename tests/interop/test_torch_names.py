@@ -32,8 +32,9 @@ def _abstract(model):
 
 @pytest.mark.parametrize('name', ['vae', 'SphereAR_B', 'SphereAR_L', 'SphereAR_H'])
 def test_full_size_names_and_sizes_are_the_published_ones(name):
-    """Every tensor of the published key lists, and none else; the sizes that they tell build those
-    very models.
+    """Every tensor of the published key lists, and none else.
+
+    The sizes that they tell build those very models.
     """
     tensors = _published(name)
     sizes = torch_sizes.sizes(
@@ -118,7 +119,8 @@ def test_a_tokenizer_alone_needs_to_say_its_grid(torch_tensors):
 
 
 def test_state_dict_picks_and_strips(torch_tensors):
-    a, b = np.zeros(1), np.ones(1)
+    a = np.zeros(1)
+    b = np.ones(1)
     both = {'model': {'_orig_mod.module.x': a}, 'ema': {'module._orig_mod.x': b}, 'epochs': 3}
     assert torch_sizes.state_dict(both)['x'] is b
     assert torch_sizes.state_dict(both, ema=False)['x'] is a
@@ -211,10 +213,17 @@ from sphere_ar_jax.models import vae
 tree = torch_file.open_file(sys.argv[1])
 tensors = torch_sizes.state_dict(tree)
 sizes = torch_sizes.sizes(tensors, tree.get('args'))
-shared = dict(num_classes=sizes.num_classes, grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'])
+shared = dict(
+    num_classes=sizes.num_classes, grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim']
+)
 models = vae.s_vae(**sizes.vae), ar.sphere_ar(**sizes.ar, **shared)
-params = [torch_names.from_torch(tensors, jax.eval_shape(m.init_params, jax.random.key(0))) for m in models]
-peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024
+params = [
+    torch_names.from_torch(tensors, jax.eval_shape(m.init_params, jax.random.key(0)))
+    for m in models
+]
+peak = 1024 * next(
+    int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')
+)
 last = params[1]['stack']['blocks']['mlp']['w2']['kernel'][-1]
 print(peak, sum(a.nbytes for a in jax.tree.leaves(params)), last[7, 3], sizes.name)
 """
@@ -230,12 +239,15 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
     shapes = json.loads((KEYS / 'SphereAR_H.json').read_text())
     noise = np.random.default_rng(0).normal(size=2**25).astype(np.float16)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    entry = lambda e: w.dictionary(
-        {
-            name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
-    )
+
+    def entry(e):
+        return w.dictionary(
+            {
+                name: w.tensor(w.storage(f'{e}{i}', sizes[name]), shape)
+                for i, (name, shape) in enumerate(shapes.items())
+            }
+        )
+
     storages = {f'{e}{i}': (e, n) for e in 'me' for i, n in enumerate(sizes.values())}
 
     def write(archive, name, data):
@@ -262,7 +274,6 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
     peak, params, last, name = out.stdout.split()
     print(f'peak {int(peak) / 1e9:.2f} GB, parameters {int(params) / 1e9:.2f} GB')
     assert name == 'H' and int(params) == 4 * (943_854_096 + 75_393_297)
-    assert (
-        float(last) == noise[1 + 3 * 3584 + 7]
-    )  # of `ema`; (out, in) = (1280, 3584), ours transposed
+    # The number is that of `ema`; (out, in) = (1280, 3584), and ours is transposed.
+    assert float(last) == noise[1 + 3 * 3584 + 7]
     assert int(peak) < int(params) + 1e9

@@ -53,7 +53,8 @@ HloModule hand, num_partitions=8
 
 %begun (p.1: f32[64]) -> f32[512] {
   %p.1 = f32[64]{0} parameter(0)
-  ROOT %early = f32[512]{0} all-gather(%p.1), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %early = f32[512]{0} all-gather(%p.1), channel_id=3, \
+replica_groups=[1,8]<=[8], dimensions={0}
 }
 
 %ended (p.2: f32[64]) -> f32[512] {
@@ -69,7 +70,8 @@ HloModule hand, num_partitions=8
 %nested (s.2: f32[64]) -> f32[8,8] {
   %s.2 = f32[64]{0} parameter(0)
   %inner = f32[8,8]{1,0} fusion(%s.2), kind=kLoop, calls=%turned
-  ROOT %product = f32[8,8]{1,0} dot(%inner, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %product = f32[8,8]{1,0} dot(%inner, %inner), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
 }
 
 %sliced (whole: f32[5,128], i: s32[]) -> f32[128] {
@@ -107,13 +109,16 @@ ENTRY %main (x.1: f32[128], all.1: f32[5,128], y.1: bf16[100], s.1: f32[64]) -> 
   %start = s32[] constant(0)
   %state.2 = (s32[], f32[128]{0}, f32[5,128]{1,0}) tuple(%start, %x.1, %all.1)
   %loop = (s32[], f32[128]{0}, f32[5,128]{1,0}) while(%state.2), condition=%condition, body=%body
-  %gather = (f32[128]{0}, f32[1024]{0}) all-gather-start(%x.1), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %gather = (f32[128]{0}, f32[1024]{0}) all-gather-start(%x.1), \
+replica_groups=mesh['a'=2,'b'=4] {'a','b'}
   %gathered = f32[1024]{0} all-gather-done(%gather)
-  %permuted = bf16[100]{0:T(256)(128)(2,1)S(1)} collective-permute(%y.1), source_target_pairs={{0,1},{1,0}}
+  %permuted = bf16[100]{0:T(256)(128)(2,1)S(1)} collective-permute(%y.1), \
+source_target_pairs={{0,1},{1,0}}
   %begin = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%begun
   %end.1 = f32[512]{0} fusion(%s.1), kind=kCustom, calls=%ended
   %multiplied = f32[8,8]{1,0} fusion(%s.1), kind=kOutput, calls=%nested
-  %scatter = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%scattered, metadata={op_name="all-reduce-scatter"}
+  %scatter = f32[16]{0} fusion(%s.1), kind=kCustom, calls=%scattered, \
+metadata={op_name="all-reduce-scatter"}
   ROOT %result = f32[128]{0} get-tuple-element(%loop), index=1
 }
 """
@@ -155,28 +160,26 @@ def test_unsplit_by_hand():
     """A batch of 2·3·7 images, of 5 numbers each, on 2 × 3 devices: a device's own array has 35
     numbers.
     """
-    array = lambda shape: hlo.Program(
-        HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)')
-    )
-    find = lambda shape: hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
+
+    def array(shape):
+        return hlo.Program(
+            HLO.replace('f32[128]{0} all-reduce(%w)', f'f32[{shape}]{{1,0}} all-reduce(%w)')
+        )
+
+    def find(shape):
+        return hlo.unsplit(array(shape), {(42, 5)}, 42, 2, 3)
+
     assert find('7,5') == find('35,1') == find('5,42000') == find('6,34') == find('128,1') == []
-    for shape in (
-        '42,5',
-        '5,42',
-        '1,210',
-        '21,5',
-        '14,5',
-    ):  # whole, whole, whole, and along one axis
+    # The first three are whole; the last two are split along one axis.
+    for shape in ('42,5', '5,42', '1,210', '21,5', '14,5'):
         ((size, text, opcode, _),) = find(shape)
         assert (size, text, opcode) == (
             4 * np.prod([int(n) for n in shape.split(',')]),
             f'f32[{shape}]',
             'all-reduce',
         )
-    both = {
-        (42, 5),
-        (42, 5, 6),
-    }  # 6 times as many numbers: their number does not tell whose array it is, its shape does
+    # The second one has 6 times as many numbers, so that only its shape tells whose array it is.
+    both = {(42, 5), (42, 5, 6)}
     assert (
         hlo.unsplit(array('210,1'), both, 42, 2, 3)
         == []
@@ -191,12 +194,20 @@ def _read(function, *arguments):
 
 def test_memory_traffic_is_what_xla_counts():
     """Without loops the compiler's own count is right; with one it counts the body once."""
-    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    step = lambda x, w: jnp.tanh(x @ w) + x
+
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def step(x, w):
+        return jnp.tanh(x @ w) + x
+
     program, analysis = _read(lambda x, w: step(step(x, w), w).sum(0), f32(256, 256), f32(256, 256))
     assert program.memory_traffic() == pytest.approx(analysis['bytes accessed'], rel=0.01)
     once, _ = _read(step, f32(256, 256), f32(256, 256))
-    loop = lambda x, w: jax.lax.scan(lambda x, _: (step(x, w), None), x, None, length=50)[0]
+
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (step(x, w), None), x, None, length=50)[0]
+
     program, analysis = _read(loop, f32(256, 256), f32(256, 256))
     assert program.memory_traffic() == pytest.approx(50 * once.memory_traffic(), rel=0.2)
     assert analysis['bytes accessed'] < 5 * once.memory_traffic()
@@ -215,27 +226,34 @@ def test_slices_have_two_names():
     for text in ('v6e-256', 'v6e:16x16'):
         piece = devices.find_slice(text)
         assert (piece.name, piece.topology, piece.chips) == ('v6e-256', 'v6e:16x16', 256)
-    for text, topology, count in (('v4-128', 'v4:4x4x4', 64), ('v5p-64', 'v5p:2x4x4', 32), ('v5e-16', 'v5e:4x4', 16),
-                                  ('v5litepod-16', 'v5e:4x4', 16)):  # fmt: skip
-        assert (devices.find_slice(text).topology, devices.find_slice(text).chips) == (
-            topology,
-            count,
-        )
+    for text, topology, count in (
+        ('v4-128', 'v4:4x4x4', 64),
+        ('v5p-64', 'v5p:2x4x4', 32),
+        ('v5e-16', 'v5e:4x4', 16),
+        ('v5litepod-16', 'v5e:4x4', 16),
+    ):
+        piece = devices.find_slice(text)
+        assert (piece.topology, piece.chips) == (topology, count)
     for chip in devices.CHIPS.values():
         assert all(
             count == np.prod([int(n) for n in shape.split('x')])
             for count, shape in chip.shapes.items()
         )
-    for text, known in (('v6e-255', r'there are v6e-1 \(v6e:1x1\)'), ('v5p:2x2', 'v5p-8'), ('v9', 'known are v4'),
-                        ('', 'known are v4')):  # fmt: skip
+    for text, known in (
+        ('v6e-255', r'there are v6e-1 \(v6e:1x1\)'),
+        ('v5p:2x2', 'v5p-8'),
+        ('v9', 'known are v4'),
+        ('', 'known are v4'),
+    ):
         with pytest.raises(ValueError, match=known):
             devices.find_slice(text)
 
 
 def test_what_does_not_fit_is_read():
     said = (
-        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
-        'temporaries (159.64G) exceeds available HBM (31.24G). HLO module: jit_step.'
+        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total '
+        'memory required for HLO temporaries (159.64G) exceeds available HBM '
+        '(31.24G). HLO module: jit_step.'
     )
 
     def compile(**_):
@@ -298,14 +316,16 @@ def _fake(monkeypatch):
 def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     """All of it but the TPU: one CPU device in place of a v6e-1. Its numbers are the compiler's."""
     _fake(monkeypatch)
-    compiled, compile_work = [], compile_ahead.compile_work
+    compiled = []
+    compile_work = compile_ahead.compile_work
     monkeypatch.setattr(
         compile_ahead,
         'compile_work',
         lambda work: compiled.append(compile_work(work)) or compiled[-1],
     )
     cfg = tiny_config.get_config()
-    cfg.tokenizer, cfg.ar.remat = '/somewhere', True
+    cfg.tokenizer = '/somewhere'
+    cfg.ar.remat = True
     results = compile_ahead.run(cfg, 'v6e-1', output=str(tmp_path / 'all.json'))
     assert json.loads((tmp_path / 'all.json').read_text()) == results
     assert [r['part'] for r in results] == ['ar step', 'tokens', 'decode', 'reconstruct']
@@ -345,7 +365,10 @@ def test_programs_are_compiled_anew_each_time(tmp_path):
     """From JAX's cache they would come without text; nor are they kept there, which others are
     again afterwards.
     """
-    cached = lambda: sorted(path.name for path in tmp_path.glob('*-cache'))
+
+    def cached():
+        return sorted(path.name for path in tmp_path.glob('*-cache'))
+
     before = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_persistent_cache_min_compile_time_secs,
@@ -381,7 +404,8 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     analysis = types.SimpleNamespace(
         **{f'{name}_size_in_bytes': size for name, size in sizes.items()}
     )
-    fits_at, tried = 3, []
+    fits_at = 3
+    tried = []
 
     def compile_work(work):
         tried.append(work)
@@ -404,7 +428,8 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     monkeypatch.setattr(
         compile_ahead, 'replicated', lambda *_: [(4, 'f32[1]', 'all-gather', 'here')]
     )
-    fits_at, _ = 1, tried.clear()
+    fits_at = 1
+    tried.clear()
     compile_ahead.run(cfg, 'v6e-1', ('train',))
     assert (
         "NOT SPLIT: each device has 1 arrays of others' images, the largest f32[1]"
@@ -444,7 +469,9 @@ MESHES = {'data': {}, 'fsdp': {'data': 2, 'fsdp': 4}, 'tensor': {'data': 4, 'ten
 @libraries_promote()
 def _on_eight_devices(cases, broken):
     """Prints what the tests below assert; in a process of its own, with 8 forced CPU devices."""
-    found, cfg, compile_work = {}, tiny_config.get_config(), compile_ahead.compile_work
+    found = {}
+    cfg = tiny_config.get_config()
+    compile_work = compile_ahead.compile_work
     if broken:
         sharding.keep_rows_split = lambda mesh, function: function
     for stage, axes in cases:
@@ -460,9 +487,14 @@ def _on_eight_devices(cases, broken):
 
 def _spawn(cases, broken=False):
     env = os.environ | {
-        'XLA_FLAGS': forced_devices(8), 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'
-    }  # fmt: skip
-    code = f'from tests.measure import test_compile_ahead; test_compile_ahead._on_eight_devices({cases}, {broken})'
+        'XLA_FLAGS': forced_devices(8),
+        'PYTHONPATH': str(ROOT),
+        'JAX_PLATFORMS': 'cpu',
+    }
+    code = (
+        'from tests.measure import test_compile_ahead; '
+        f'test_compile_ahead._on_eight_devices({cases}, {broken})'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
@@ -470,11 +502,22 @@ def _spawn(cases, broken=False):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize('stage, axes', [
-    ('ar', 'fsdp'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('ar', 'data'), ('ar', 'tensor'), ('tokenizer', 'data'), ('tokenizer', 'fsdp'), ('tokenizer', 'tensor')
-    ))
-])  # fmt: skip
+SLOW_LAYOUTS = (
+    ('ar', 'data'),
+    ('ar', 'tensor'),
+    ('tokenizer', 'data'),
+    ('tokenizer', 'fsdp'),
+    ('tokenizer', 'tensor'),
+)
+
+
+@pytest.mark.parametrize(
+    'stage, axes',
+    [
+        ('ar', 'fsdp'),
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
+    ],
+)
 def test_no_device_has_images_of_another(stage, axes):
     ((replicated, sent),) = _spawn([(stage, axes)]).values()
     assert replicated == []
@@ -509,8 +552,12 @@ def test_the_programs_of_sampling_are_those_that_run():
 
 def test_inception_looks_at_colours_only():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    names = lambda cfg: [work.name for work in programs.evaluation_works(cfg, mesh)]
-    grey, colours = tiny_config.get_config(), tiny_config.get_config()
+
+    def names(cfg):
+        return [work.name for work in programs.evaluation_works(cfg, mesh)]
+
+    grey = tiny_config.get_config()
+    colours = tiny_config.get_config()
     colours.vae.image_channels = 3
     assert names(grey) == ['reconstruct'] and names(colours) == ['features', 'reconstruct']
 
@@ -528,9 +575,11 @@ def test_libtpu_knows_the_slices(name):
 def test_memory_traffic_on_tpus():
     """Products in fusions in fusions: the compiler's own count, without a loop, is right."""
     mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice('v6e-4')))
-    array = lambda *shape, spec: jax.ShapeDtypeStruct(
-        shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec)
-    )
+
+    def array(*shape, spec):
+        return jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
 
     def step(x, w, v):
         hidden = jax.nn.gelu(x @ w)

@@ -20,28 +20,40 @@ SIZE = dict(
 
 
 def test_products_and_convolutions_by_hand():
-    x, w = jnp.ones((5, 7)), jnp.ones((7, 11))
+    x = jnp.ones((5, 7))
+    w = jnp.ones((7, 11))
     assert costs.flops(lambda x, w: x @ w, x, w) == 2 * 5 * 7 * 11
     # forward, and in the backward pass one product for each operand
     assert (
         costs.flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), (0, 1)), x, w)
         == 3 * 2 * 5 * 7 * 11
     )
-    repeated = lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, jnp.ones((6, 7, 7)))[0]
+
+    def repeated(x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, jnp.ones((6, 7, 7)))[0]
+
     assert costs.flops(jax.jit(repeated), x) == 6 * 2 * 5 * 7 * 7
-    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
-    conv = lambda x, k, **kw: jax.lax.conv_general_dilated(
-        x, k, dimension_numbers=convolutions.NHWC, padding=((1, 1), (1, 1)), **kw
-    )
+    image = jnp.ones((2, 8, 8, 3))
+    kernel = jnp.ones((3, 3, 3, 5))
+
+    def conv(x, k, **kw):
+        return jax.lax.conv_general_dilated(
+            x, k, dimension_numbers=convolutions.NHWC, padding=((1, 1), (1, 1)), **kw
+        )
+
     assert (
         costs.flops(lambda x, k: conv(x, k, window_strides=(2, 2)), image, kernel)
         == 2 * 2 * 4 * 4 * 9 * 3 * 5
     )
-    dilated = lambda x, k: conv(x, k, window_strides=(1, 1), lhs_dilation=(2, 2))
+
+    def dilated(x, k):
+        return conv(x, k, window_strides=(1, 1), lhs_dilation=(2, 2))
+
     assert costs.flops(dilated, image, kernel) == pytest.approx(2 * 2 * 15 * 15 * 9 * 3 * 5 / 4)
-    either = lambda i, x, w: jax.lax.switch(
-        i, [lambda x, w: x @ w, lambda x, w: 0 * (x @ w) @ w.T @ w], x, w
-    )
+
+    def either(i, x, w):
+        return jax.lax.switch(i, [lambda x, w: x @ w, lambda x, w: 0 * (x @ w) @ w.T @ w], x, w)
+
     assert costs.flops(either, 0, x, w) == 2 * 2 * 5 * 7 * 11
     with pytest.raises(ValueError, match='unknown length'):
         costs.flops(lambda n, x: jax.lax.fori_loop(0, n, lambda i, x: x @ x.T @ x, x), 3, x)
@@ -56,9 +68,11 @@ def test_the_model_costs_what_its_matrices_cost():
     params = jax.eval_shape(model.init_params, jax.random.key(0))
     z = jax.ShapeDtypeStruct((2, 16, 8), jnp.float32)
     counted = costs.flops(
-        lambda p, z: model.apply({'params': p}, jnp.zeros(2, jnp.int32), z, method='conditions'), params, z
+        lambda p, z: model.apply({'params': p}, jnp.zeros(2, jnp.int32), z, method='conditions'),
+        params, z
     )  # fmt: skip
-    S, weights = 19, sum(np.prod(w.shape) for w in jax.tree.leaves(params['stack']) if w.ndim > 2)
+    S = 19
+    weights = sum(np.prod(w.shape) for w in jax.tree.leaves(params['stack']) if w.ndim > 2)
     by_hand = 2 * 2 * S * weights + 2 * 2 * 15 * 8 * 64 + 3 * 2 * 2 * 2 * S * S * 64
     assert counted == by_hand
 

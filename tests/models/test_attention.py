@@ -61,7 +61,8 @@ def float64(q, k, v, g, causal):
     q, k, v, g = (
         np.asarray(x.astype(jnp.float32), np.float64).swapaxes(1, 2) for x in (q, k, v, g)
     )
-    T, scale = q.shape[2], q.shape[3] ** -0.5
+    T = q.shape[2]
+    scale = q.shape[3] ** -0.5
     logits = q @ k.swapaxes(2, 3) * scale
     logits = np.where(np.tri(T, dtype=bool) | (not causal), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -90,12 +91,13 @@ def both(kernel, q, k, v, g):
 @pytest.mark.parametrize('T', [20, 271, 400])
 @libraries_promote()
 def test_numbers(T, causal, dtype):
-    """The output and all gradients, plain and splash, are those of float64 and those of each other."""
+    """The output and all gradients, plain and splash, agree with float64 and with each other."""
     inputs = arrays(T, dtype)
     truth = float64(*inputs, causal)
-    run = lambda kernel: jax.jit(functools.partial(both, functools.partial(kernel, causal=causal)))(
-        *inputs
-    )
+
+    def run(kernel):
+        return jax.jit(functools.partial(both, functools.partial(kernel, causal=causal)))(*inputs)
+
     found = {name: run(kernel) for name, kernel in KERNELS.items()}
     for name, results in found.items():
         for what, result, true in zip(('out', 'dq', 'dk', 'dv'), results, truth, strict=True):
@@ -109,9 +111,13 @@ def test_splash_is_causal():
     """Where a position's output depends on k and v: on itself and those before it, across the
     borders of blocks.
     """
-    T, at = 271, 130
+    T = 271
+    at = 130
     q, k, v = arrays(T, jnp.float32, 3)
-    out = lambda k, v, causal: jnp.sum(jnp.square(KERNELS['splash'](q, k, v, causal)[:, at]))
+
+    def out(k, v, causal):
+        return jnp.sum(jnp.square(KERNELS['splash'](q, k, v, causal)[:, at]))
+
     for causal, last in (True, at), (False, T - 1):
         for gradient in jax.jit(jax.grad(out, (0, 1)), static_argnums=2)(k, v, causal):
             seen = np.flatnonzero(np.abs(gradient).max((0, 2, 3)))
@@ -137,20 +143,24 @@ def test_on_a_cpu_nothing_changes(causal):
 
 @libraries_promote()
 def test_no_weights_are_kept():
-    """Nothing larger than q outlives a bfloat16 call until the backward pass; the plain one keeps
-    the weights.
+    """Nothing larger than q outlives a bfloat16 call until the backward pass.
+
+    The plain one keeps the weights.
     """
     q, k, v = arrays(600, jnp.bfloat16, 3)
-    largest = lambda f: max(
-        x.size for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v))
-    )
+
+    def largest(f):
+        return max(
+            x.size for x in jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v))
+        )
+
     assert largest(functools.partial(attention.attend, causal=True)) == q.size
     assert largest(functools.partial(attention._plain, causal=True)) >= 2 * 2 * 600**2
 
 
 @libraries_promote()
 def lowered(platform, T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=NONE):
-    """The program of the gradients, lowered for a platform, in a program that names a mesh or none."""
+    """The lowered program of the gradients for a platform, where `mesh` is named, or none."""
 
     def gradients(*x):
         with jax.sharding.use_abstract_mesh(mesh):
@@ -161,10 +171,11 @@ def lowered(platform, T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=N
 
 
 def test_tpus_get_splash_where_it_pays():
-    kernels = lambda *a, **kw: lowered('tpu', *a, mesh=ONE, **kw).count('@tpu_custom_call')
-    assert (
-        kernels(1039) == 4 and kernels(512, K=64) == 4
-    )  # forward, and that again with the two of the backward pass
+    def kernels(*a, **kw):
+        return lowered('tpu', *a, mesh=ONE, **kw).count('@tpu_custom_call')
+
+    # The forward kernel, and the same again with the two of the backward pass.
+    assert kernels(1039) == 4 and kernels(512, K=64) == 4
     assert kernels(271) == kernels(511) == kernels(1039, K=32) == kernels(1039, jnp.float32) == 0
     # two devices for three heads; and no mesh, so that nobody knows how a program for several
     # devices is split
@@ -176,7 +187,9 @@ def test_tpus_get_splash_where_it_pays():
 
 
 def test_gpus_get_cudnn_where_it_can(monkeypatch):
-    calls = lambda *a, **kw: re.findall(r'@__cudnn\$(\w+)', lowered('cuda', *a, **kw))
+    def calls(*a, **kw):
+        return re.findall(r'@__cudnn\$(\w+)', lowered('cuda', *a, **kw))
+
     assert calls(271) == []  # there is no cuDNN on this machine
     monkeypatch.setattr(
         'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000
@@ -231,23 +244,30 @@ mesh = sharding.make_mesh(2, 4, 2, devices)
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-        q, k, v = (x * self.param(name, nn.initializers.ones, (64,), jnp.bfloat16) for name in 'qkv')
+        q, k, v = (
+            x * self.param(name, nn.initializers.ones, (64,), jnp.bfloat16) for name in 'qkv'
+        )
         return x + attention.attend(q, k, v, CAUSAL), None
 
 class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block, prevent_cse=False)
-        return nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=4)()(x)[0]
+        blocks = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, length=4)
+        return blocks()(x)[0]
 
 def loss(params, x):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jnp.sum(Stack().apply({'params': params}, x).astype(jnp.float32) ** 2)
 
-params = jax.eval_shape(Stack().init, jax.random.key(0), jnp.zeros((8, T, 2, 64), jnp.bfloat16))['params']
+example = jnp.zeros((8, T, 2, 64), jnp.bfloat16)
+params = jax.eval_shape(Stack().init, jax.random.key(0), example)['params']
 on = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
 params = jax.tree.map(lambda a: on(a, sharding.P()), params)
-x = on(jax.ShapeDtypeStruct((48, T, 6, 64), jnp.bfloat16), sharding.P(('data', 'fsdp'), None, 'tensor'))
+x = on(
+    jax.ShapeDtypeStruct((48, T, 6, 64), jnp.bfloat16),
+    sharding.P(('data', 'fsdp'), None, 'tensor'),
+)
 print(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile().as_text())
 """
 

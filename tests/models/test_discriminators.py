@@ -45,9 +45,10 @@ def test_patchgan(gan, patchgan):
         np.testing.assert_allclose(
             discriminators.ADVERSARIAL[name][0](real, fake), gan[f'd_{name}'], rtol=1e-5
         )
-    loss = lambda images: discriminators.ADVERSARIAL['hinge'][1](
-        model.apply({'params': params}, images)
-    )
+
+    def loss(images):
+        return discriminators.ADVERSARIAL['hinge'][1](model.apply({'params': params}, images))
+
     value, gradient = jax.jit(jax.value_and_grad(loss))(gan['fake'])
     np.testing.assert_allclose(value, gan['patchgan_hinge_gen'], rtol=1e-4)
     scale = np.abs(gan['patchgan_hinge_gen_dfake']).max()
@@ -67,8 +68,10 @@ def test_stylegan(gan):
 def test_batch_norm_by_hand():
     """By the mean and the biased variance of the batch, in float64."""
     x = np.random.default_rng(0).normal(3, 2, (2, 2, 3, 5)).astype(np.float32)
-    scale, bias = np.linspace(0.5, 1.5, 5, dtype=np.float32), np.arange(5, dtype=np.float32)
-    norm, params = discriminators.BatchNorm(), {'scale': scale, 'bias': bias}
+    scale = np.linspace(0.5, 1.5, 5, dtype=np.float32)
+    bias = np.arange(5, dtype=np.float32)
+    norm = discriminators.BatchNorm()
+    params = {'scale': scale, 'bias': bias}
     rows = x.reshape(-1, 5).astype(np.float64)
     y = norm.apply({'params': params}, x)
     expected = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) * scale + bias
@@ -79,9 +82,8 @@ def test_statistics_of_a_sharded_batch(patchgan):
     """Those of the whole batch (a real check only where there are several devices)."""
     model, params = patchgan
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)
-    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[
-        :, None, None, None
-    ]  # rows unlike each other
+    # The rows are unlike each other.
+    images *= np.linspace(0.2, 1, 8, dtype=np.float32)[:, None, None, None]
     judge = jax.jit(lambda images: model.apply({'params': params}, images))
     one, every = (
         jax.device_get(judge(sharding.place_batch(sharding.make_mesh(n), images))) for n in (1, -1)
@@ -111,9 +113,12 @@ def test_initialisation():
             'params'
         ]
         assert sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) == count
-    init = lambda name, side: jax.jit(discriminators.build(name, (side, side, 3)).init)(
-        jax.random.key(0), jnp.zeros((1, side, side, 3))
-    )
+
+    def init(name, side):
+        return jax.jit(discriminators.build(name, (side, side, 3)).init)(
+            jax.random.key(0), jnp.zeros((1, side, side, 3))
+        )
+
     variables = init('patchgan', 32)
     for name, module in variables['params'].items():
         if 'kernel' in module:

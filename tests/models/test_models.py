@@ -64,7 +64,8 @@ def test_encoder_and_decoder(golden, tiny_vae):
 def test_ar_and_head(golden, tiny_ar):
     model, params = tiny_ar
     variables = {'params': params}
-    class_id, z = golden['class_id'], golden['z']
+    class_id = golden['class_id']
+    z = golden['z']
     embedded = model.apply(variables, class_id, z[:, :-1], method='embed')
     np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
     first = jax.tree.map(lambda a: a[:1], params['stack'])
@@ -104,7 +105,10 @@ def test_causality_by_gradients(golden, tiny_ar):
 
 def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
     model, params = tiny_vae
-    mu = lambda image: model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
+
+    def mu(image):
+        return model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
+
     assert (
         np.abs(jax.jit(jax.grad(mu))(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4))
         > 0
@@ -136,8 +140,13 @@ def test_conv_transpose_is_the_dilated_convolution(k):
     zeros.
     """
     rng = np.random.default_rng(k)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    x, kernel, g = draw(2, 5, 7, 3), draw(k, k, 3, 6), draw(2, 10, 14, 6)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x = draw(2, 5, 7, 3)
+    kernel = draw(k, k, 3, 6)
+    g = draw(2, 10, 14, 6)
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -171,19 +180,22 @@ def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, mon
     monkeypatch.setattr(convolutions, '_LARGE', large)
     monkeypatch.setattr(convolutions, '_PATCHES', piece)
     rng = np.random.default_rng(channels)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    x, kernel, g = (
-        draw(2, 8, 6, 3),
-        draw(3, 3, 3, channels),
-        draw(2, 8 // stride, 6 // stride, channels),
-    )
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x = draw(2, 8, 6, 3)
+    kernel = draw(3, 3, 3, channels)
+    g = draw(2, 8 // stride, 6 // stride, channels)
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=convolutions.NHWC
         )
 
-    ours = lambda x, kernel: convolutions.conv3(x, kernel, stride)
+    def ours(x, kernel):
+        return convolutions.conv3(x, kernel, stride)
+
     np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
     for mine, truth in zip(
         jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
@@ -228,7 +240,8 @@ def test_norm_silu_is_group_norm_and_silu():
         'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}
     }
     groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
-    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    mean = groups.mean((1, 3), keepdims=True)
+    variance = groups.var((1, 3), keepdims=True)
     normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
     scale, bias = (np.asarray(variables['params'][n], np.float64) for n in ('scale', 'bias'))
     y = normal * scale + bias
@@ -238,8 +251,9 @@ def test_norm_silu_is_group_norm_and_silu():
 
 
 def test_a_long_cache_is_read_to_where_it_is_filled():
-    """Every position of a cache of many lengths gives what plain causal attention gives; so does a
-    few at a time.
+    """Every position of a cache of many lengths gives what plain causal attention gives.
+
+    So does a few at a time.
     """
     attention = transformer.Attention(heads=2, causal=True)
     x = jax.random.normal(jax.random.key(0), (2, 700, 16))
@@ -253,7 +267,9 @@ def test_a_long_cache_is_read_to_where_it_is_filled():
 
     @functools.partial(jax.jit, static_argnums=1)
     def feed(start, T, cache):
-        part = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, T, axis)
+        def part(a, axis):
+            return jax.lax.dynamic_slice_in_dim(a, start, T, axis)
+
         return attention.apply(variables, part(x, 1), part(angles, 0), cache, start)
 
     start = 60
@@ -305,7 +321,10 @@ def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
             lambda m, p: m.apply({'params': p}, golden['z'][:1, :4], method='decode'),
         ),
     ):
-        value = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(m, p) ** 2)))(params)
+
+        def value(m):
+            return jax.jit(jax.value_and_grad(lambda p: jnp.sum(run(m, p) ** 2)))(params)
+
         plain = value(model)
         shapes = jax.eval_shape(model.init_params, jax.random.key(0))
         for changed in (_with(model, unroll=2), _with(model, remat=True)):
@@ -316,14 +335,16 @@ def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
 
 
 def _relative_error(ours, truth):
-    ours, truth = np.asarray(ours, np.float64), np.asarray(truth, np.float64)
+    ours = np.asarray(ours, np.float64)
+    truth = np.asarray(truth, np.float64)
     return np.sqrt(np.mean((ours - truth) ** 2) / np.mean(truth**2))
 
 
 @libraries_promote()
 def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
-    """Within 1.5% root mean square of the goldens; parameters, gradients and what the spec wants so
-    are float32.
+    """Within 1.5% root mean square of the goldens.
+
+    Parameters, gradients and what the spec wants so are float32.
     """
     model, params = tiny_ar
     half = _with(model, dtype=jnp.bfloat16)
@@ -343,8 +364,12 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     v = half.apply(variables, *arguments, method=lambda m, x, t, c: m.head.velocity(x, c, t))
     assert v.dtype == np.float32 and 1e-5 < _relative_error(v, golden['head_v']) < 0.02
     example = golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
-    run = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(m.apply({'params': p}, *example))))(params)
-    gradient, exact = run(half), run(model)
+
+    def run(m):
+        return jax.jit(jax.grad(lambda p: jnp.sum(m.apply({'params': p}, *example))))(params)
+
+    gradient = run(half)
+    exact = run(model)
     chex.assert_trees_all_equal_dtypes(gradient, params)
     assert _relative_error(gradient['proj_in']['kernel'], exact['proj_in']['kernel']) < 0.05
 
@@ -394,7 +419,10 @@ def test_size_of_the_program_does_not_grow_with_depth():
             jnp.zeros((1, 1, 4, 16)),
             jnp.zeros((1, 1, 4)),
         )
-        loss = lambda p: jnp.sum(model.apply({'params': p}, *example))
+
+        def loss(p):
+            return jnp.sum(model.apply({'params': p}, *example))
+
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count('\n')
 
     assert lines(2) == lines(12)
@@ -465,8 +493,9 @@ def test_initialisation():
         sep='/',
     )
     fan_in = {
-        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16, 'quant_proj/kernel': 128,
-        'quant_proj/bias': 128, 'post_quant_proj/kernel': 16, 'encoder/output/kernel': 128,
+        'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16,
+        'quant_proj/kernel': 128, 'quant_proj/bias': 128, 'post_quant_proj/kernel': 16,
+        'encoder/output/kernel': 128,
     }  # fmt: skip
     for name, fan in fan_in.items():
         largest = np.abs(params[name]).max()

@@ -172,9 +172,8 @@ def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damag
     state, data_state, _ = _restored(tmp_path, mesh)
     assert int(state['step']) == 2 and data_state == {'next_index': 2}
     assert f'{tmp_path}/3 cannot be read' in capfd.readouterr().err
-    assert (tmp_path / 'damaged-3').is_dir() and not (
-        tmp_path / '3'
-    ).exists()  # set aside, not deleted
+    # The checkpoint is set aside, not deleted.
+    assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()
     _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
     assert int(_restored(tmp_path, mesh)[0]['step']) == 3
 
@@ -208,8 +207,8 @@ def test_damage_is_said_in_a_line_each(tmp_path, mesh):
     for step, damage in ((2, _truncate), (3, _flip), (4, _drop)):
         damage(tmp_path / str(step))
     done = subprocess.run(
-        [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parents[2], capture_output=True,
-        text=True, timeout=300,
+        [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == '7\n', done.stderr
     said = done.stderr.splitlines()

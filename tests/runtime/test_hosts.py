@@ -31,7 +31,8 @@ STEPS = 24
 ABORTED = -signal.SIGABRT  # how JAX ends a process where another one is lost
 # What Gloo prints, whose threads may interrupt each other in the middle of a line
 GLOO = re.compile(
-    r'\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d\s]'
+    r'\[Gloo\] Rank|is connected to|peer ranks\.|'
+    r'Expected number of connected peer ranks is :|[\d\s]'
 )
 
 
@@ -62,7 +63,8 @@ class Process:
     """A process that the server starts. Its files begin with `path`."""
 
     def __init__(self, server, path, environ, words):
-        self._path, self._server = path, server
+        self._path = path
+        self._server = server
         order = {'path': str(path), 'environ': environ, 'words': words}
         server.stdin.write(json.dumps(order) + '\n')
         server.stdin.flush()
@@ -168,7 +170,8 @@ def words(tmp_path_factory):
     """The words of a training of the AR model on a tokenizer with weights at random, which needs no
     training.
     """
-    cfg, tokenizer = get_config(), tmp_path_factory.mktemp('tokenizer')
+    cfg = get_config()
+    tokenizer = tmp_path_factory.mktemp('tokenizer')
     weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
     weights.save(
         0,
@@ -259,8 +262,9 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
     ],
 )
 def test_what_stops_one_process_ends_all(start, tmp_path, where, how, culprit, code, line):
-    """They end wherever they are. The first process, through which they hear it, does not end too
-    soon.
+    """They end wherever they are.
+
+    The first process, through which they hear it, does not end too soon.
     """
     words = (tmp_path / 'w', where, how, culprit, joining.SILENCE)
     with start(tmp_path / 'said', 3, 1, *words) as run:
@@ -348,10 +352,8 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
              for key in ('steps=16', 'checkpoint_every=2', 'log_every=1')]  # fmt: skip
     with start(tmp_path, 1, 2, TINY, f'--workdir={tmp_path / "alone"}', *steps) as run:
         assert run.end() == [0], run.err
-    words, checkpoints = (
-        (TINY, f'--workdir={tmp_path / "w"}', *steps),
-        tmp_path / 'w' / 'tokenizer' / 'checkpoints',
-    )
+    words = (TINY, f'--workdir={tmp_path / "w"}', *steps)
+    checkpoints = tmp_path / 'w' / 'tokenizer' / 'checkpoints'
 
     def part(count, devices, until, *mesh):
         with start(tmp_path, count, devices, *words, *mesh) as run:
@@ -396,9 +398,8 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
     one, two, four = (np.load(f'{tmp_path}/{count}.npz') for count in (1, 2, 4))
     assert one['arr_0'].shape == (40, 16, 16, 1)
     np.testing.assert_array_equal(one['arr_0'], two['arr_0'])  # both of two devices
-    assert (
-        np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
-    )  # of four: other batches, other roundings
+    # Four processes have other batches, hence other roundings.
+    assert np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
     for other in two, four:
         np.testing.assert_array_equal(one['arr_1'], other['arr_1'])
     assert scores[0] == scores[1] and scores[0]['samples/classes_drawn'] > 0

@@ -12,8 +12,9 @@ from sphere_ar_jax.runtime import files, hosts, metric_writer
 
 
 def _events(directory):
-    """The scalars of the TensorBoard files in a directory: [(step, tag, value)]. Records: length,
-    crc, event, crc.
+    """The scalars of the TensorBoard files in a directory: [(step, tag, value)].
+
+    Records: length, crc, event, crc.
     """
     found = []
     for path in sorted(directory.glob('events.*')):
@@ -85,9 +86,8 @@ def test_in_a_bucket(monkeypatch):
     """
     store = MemoryFileSystem(skip_instance_cache=True)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
-    monkeypatch.setattr(
-        metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock()
-    )  # it knows Google's itself
+    # The library knows Google's buckets itself.
+    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())
     for last in (3, 5):  # the second start drops the line of step 3
         writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
         writer.write(1, {'loss': 4.0}, ()) if last == 3 else None

@@ -75,7 +75,8 @@ def _mesh(*sizes):
 
 
 def test_the_layout_of_every_parameter_of_L():
-    model, key = ar.sphere_ar(**ar.VARIANTS['L']), jax.random.key(0)
+    model = ar.sphere_ar(**ar.VARIANTS['L'])
+    key = jax.random.key(0)
     shapes = jax.eval_shape(model.init_params, key)
     found = {
         name: s.spec for name, s in _named(sharding.tree_shardings(_mesh(2, 8, 4), shapes)).items()
@@ -127,9 +128,9 @@ def test_what_cannot_be_split_is_whole_and_named():
     spec = sharding.tree_shardings(mesh, shapes)['stack']['attention']['qkv']['kernel'].spec
     assert spec == P(None, 'fsdp', None, None, None)  # 3 heads on 2 devices
     said = sharding.describe_not_split(mesh, shapes)
-    assert (
-        said
-        == 'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, as stack/attention/qkv/kernel'
+    assert said == (
+        'not split by mesh.tensor, which does not divide: 1 array(s) of 0.0 MB, '
+        'as stack/attention/qkv/kernel'
     )
     assert sharding.describe_not_split(_mesh(1, 4, 3), shapes) == ''
 
@@ -137,8 +138,8 @@ def test_what_cannot_be_split_is_whole_and_named():
 @pytest.mark.parametrize(
     'sizes, devices, shape',
     [
-        ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 1), 8, (2, 4, 1)), ((-1, 2, 2), 8, (2, 2, 2)), ((1, 1, 1), 8, (1, 1, 1)),
-        ((-1, 3, 1), 8, (2, 3, 1)),
+        ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 1), 8, (2, 4, 1)), ((-1, 2, 2), 8, (2, 2, 2)),
+        ((1, 1, 1), 8, (1, 1, 1)), ((-1, 3, 1), 8, (2, 3, 1)),
     ],
 )  # fmt: skip
 def test_sizes_of_a_mesh(sizes, devices, shape):
@@ -164,8 +165,9 @@ def test_meshes_that_cannot_be(sizes, devices, message):
 
 @pytest.mark.parametrize('stage', ['tokenizer_training', 'ar_training'])
 def test_batches_that_do_not_split(tmp_path, stage):
-    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not; 3 × 2 are
-    refused in a line.
+    """16 images on 2 × 2 × 3 devices, of which tensor's do not count, in pieces or not.
+
+    3 × 2 are refused in a line.
     """
     assert sharding.misfit(_mesh(2, 2, 3), 16) == sharding.misfit(_mesh(2, 2, 3), 16, 4) == ''
     assert (
@@ -209,13 +211,19 @@ def _run(sizes):
     """What a mesh of `sizes` gives, as NumPy arrays: scalars and gradients of a step of each stage,
     and samples.
     """
-    cfg, mesh, rng = small_config(), sharding.make_mesh(*sizes), np.random.default_rng(0)
+    cfg = small_config()
+    mesh = sharding.make_mesh(*sizes)
+    rng = np.random.default_rng(0)
     batch = {
         'image': rng.uniform(-1, 1, (16, 16, 16, 1)).astype(np.float32),
         'label': rng.integers(0, 10, 16).astype(np.int32),
     }
-    run, found = tiny_config.random_run(cfg), {}
-    place = lambda tree: jax.device_put(tree, sharding.tree_shardings(mesh, tree))
+    run = tiny_config.random_run(cfg)
+    found = {}
+
+    def place(tree):
+        return jax.device_put(tree, sharding.tree_shardings(mesh, tree))
+
     vae_params = place(run.vae_params)
     stages = (
         ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, 0),
@@ -230,9 +238,8 @@ def _run(sizes):
             )
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         found |= {f'{stage.name}/scalars/{name}': value for name, value in scalars.items()}
-        adam = next(
-            s for s in state.opt_state[1] if hasattr(s, 'mu')
-        )  # (1 − b1)·gradients after one step
+        # After one step its first moments are (1 − b1)·gradients.
+        adam = next(s for s in state.opt_state[1] if hasattr(s, 'mu'))
         found |= {
             f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()
         }
@@ -242,7 +249,8 @@ def _run(sizes):
     found['images'], found['tokens'] = draw(
         params, vae_params, *sharding.place_batch(mesh, arrays), jax.random.key(5), 1.5, 1.0
     )
-    key, images = jax.random.key(5), batch['image']
+    key = jax.random.key(5)
+    images = batch['image']
     recon, statistics = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)
     found |= {'reconstructions': recon, **statistics}
     return {name: np.asarray(value) for name, value in found.items()}

@@ -66,7 +66,8 @@ def _floats(run, labels, batch_size, mesh):
 
 def _tokens(run, labels, mesh):
     """The tokens of the first 8 images, one on each device at a time."""
-    s, model = run.config.sampling, ar.unstacked(run.ar, run.ar_params)
+    s = run.config.sampling
+    model = ar.unstacked(run.ar, run.ar_params)
     draw = on_mesh.program(model[0], run.vae, build.build_sampler(run.config).options, mesh)
     parts = []
     for start in range(0, 8, mesh.size):
@@ -131,9 +132,8 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
     np.testing.assert_array_equal(
         images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8)
     )
-    assert (
-        images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
-    )  # else the rest would show nothing
+    # Otherwise the rest of the test would show nothing.
+    assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
     np.testing.assert_allclose(floats, one, atol=1e-5)
     assert np.abs(other.astype(int) - images).max() <= 1
     shorter, _ = _generate(run, labels[:5], tmp_path / 'five.npz', batch_size=1)
@@ -155,13 +155,15 @@ def progress(done):
     time.sleep(0.2)
 labels = generation.draw_labels('uniform', test_generation.N, 10, 0)
 generation.generate(
-    tiny_config.random_run(), labels, 5, sys.argv[1], batch_size=4, mesh=sharding.make_mesh(), progress=progress
+    tiny_config.random_run(), labels, 5, sys.argv[1],
+    batch_size=4, mesh=sharding.make_mesh(), progress=progress
 )
 """
 
 
 def test_goes_on_after_a_kill(run, labels, tmp_path):
-    path, parts = tmp_path / 'a.npz', tmp_path / 'a.npz.parts'
+    path = tmp_path / 'a.npz'
+    parts = tmp_path / 'a.npz.parts'
     with _process(_SLOW, path, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == '0\n'
         while not (parts / '00000000.npy').exists():
@@ -217,7 +219,8 @@ def whole(run, labels, tmp_path_factory):
     ids=['one byte short', 'in the header', 'empty', 'zeros'],
 )  # fmt: skip
 def test_a_part_that_is_cut_off_is_drawn_again(run, labels, whole, tmp_path, damage):
-    path, calls = tmp_path / 'a.npz', []
+    path = tmp_path / 'a.npz'
+    calls = []
     with pytest.raises(_Stop):
         _generate(run, labels, path, progress=_stop_at(12))
     part = tmp_path / 'a.npz.parts' / '00000004.npy'
@@ -228,7 +231,8 @@ def test_a_part_that_is_cut_off_is_drawn_again(run, labels, whole, tmp_path, dam
 
 
 def test_other_batches_go_on_with_the_parts_there_are(run, labels, whole, tmp_path):
-    path, calls = tmp_path / 'a.npz', []
+    path = tmp_path / 'a.npz'
+    calls = []
     with pytest.raises(_Stop):
         _generate(run, labels, path, progress=_stop_at(8))
     images, _ = _generate(run, labels, path, batch_size=7, progress=calls.append)
@@ -238,7 +242,8 @@ def test_other_batches_go_on_with_the_parts_there_are(run, labels, whole, tmp_pa
 
 
 def test_the_file_is_whole_or_not_there(run, labels, whole, tmp_path, monkeypatch):
-    path, calls = tmp_path / 'a.npz', []
+    path = tmp_path / 'a.npz'
+    calls = []
 
     write = np.lib.format.write_array
 

@@ -21,7 +21,8 @@ CASES = {'cfg1': (None, None), 'cfg_linear': ('linear', 4.5), 'cfg_const': ('con
 
 def _noise(golden, case):
     """The golden's draws, with null rows for token 0 where it has none (they are not read)."""
-    first, rest = golden[f'sample/{case}/noise_token0'], golden[f'sample/{case}/noise']
+    first = golden[f'sample/{case}/noise_token0']
+    rest = golden[f'sample/{case}/noise']
     if CASES[case][0] and first.shape[1] == 3:
         first = np.concatenate([first, np.full_like(first, np.nan)], axis=1)
     return first, rest
@@ -63,7 +64,10 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     tokens = golden[f'sample/{case}/tokens']
     scales = guidance.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
     guided = schedule is not None
-    double = lambda x, axis=0: jnp.concatenate([x, x], axis=axis) if guided else x
+
+    def double(x, axis=0):
+        return jnp.concatenate([x, x], axis=axis) if guided else x
+
     class_id = (
         np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
         if guided
@@ -91,15 +95,15 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
 
 @pytest.mark.parametrize('case', CASES)
 def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
-    """Sampling freely, by the one compiled program. Without guidance to 1e-4. With it, this random
-    model amplifies a difference of one rounding a thousandfold along the sequence (see the next
-    test): tokens 0 to 6 are held to 1e-4, the later ones to 5e-3.
+    """Sampling freely, by the one compiled program.
+
+    Without guidance to 1e-4. With it, this random model amplifies a difference of one rounding a
+    thousandfold along the sequence (see the next test): tokens 0 to 6 are held to 1e-4, the later
+    ones to 5e-3.
     """
     model, params = tiny_ar
-    tokens, expected = (
-        _sample(golden, model, params, case, _noise(golden, case)),
-        golden[f'sample/{case}/tokens'],
-    )
+    tokens = _sample(golden, model, params, case, _noise(golden, case))
+    expected = golden[f'sample/{case}/tokens']
     chex.assert_shape(tokens, (3, 16, 8))
     np.testing.assert_allclose(tokens[:, :7], expected[:, :7], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(tokens, expected, atol=1e-4 if case == 'cfg1' else 5e-3)
@@ -133,7 +137,8 @@ def test_euler_against_golden(golden, tiny_ar):
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     table = solvers.table('euler', 8)
-    head, variables = model.head, {'params': variables['params']['head']}
+    head = model.head
+    variables = {'params': variables['params']['head']}
     t_emb = head.apply(variables, jnp.asarray(table.t), method='embed_time')
     c_emb = head.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
     out = solvers.integrate(
@@ -194,16 +199,15 @@ def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
     m = options.num_draws(16)
     assert m == {'euler': 1, 'euler_maruyama': 4}[solver]
     rng = np.random.default_rng(0)
-    first, rest = (
-        rng.normal(size=(m, 3, 8)).astype(np.float32),
-        rng.normal(size=(15, m, 3, 8)).astype(np.float32),
-    )
+    first = rng.normal(size=(m, 3, 8)).astype(np.float32)
+    rest = rng.normal(size=(15, m, 3, 8)).astype(np.float32)
     sample = jax.jit(
         lambda noise, t: sample_tokens(
             model, params, golden['class_id'], None, options, None, t, noise
         )
     )
-    cold_first, cold_rest = first.copy(), rest.copy()
+    cold_first = first.copy()
+    cold_rest = rest.copy()
     cold_first[0] *= 0.5
     cold_rest[:, 0] *= 0.5
     cold = sample((first, rest), 0.5)
@@ -215,7 +219,8 @@ def test_one_compilation(tiny_ar, tiny_vae):
     """One program, whatever the key, the labels, the scale or the temperature, and however they are
     written.
     """
-    (model, params), (decoder, decoder_params) = tiny_ar, tiny_vae
+    model, params = tiny_ar
+    decoder, decoder_params = tiny_vae
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     seen = []
     before = on_mesh.program.cache_info().misses
@@ -243,8 +248,10 @@ def _loops(jaxpr, outside=()):
 
 
 def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
-    """The tokens are one scan. The solver's loop holds neither the time embedding nor the
-    condition's, and its inner loop, one evaluation of the head, none of the adaLN products either.
+    """The tokens are one scan.
+
+    The solver's loop holds neither the time embedding nor the condition's, and its inner loop, one
+    evaluation of the head, none of the adaLN products either.
     """
     model, params = ar.unstacked(*tiny_ar)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -256,17 +263,20 @@ def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
     tokens = [path for path in paths if path[-1].params.get('length') == 16]  # L
     assert len(tokens) == 1 and len(tokens[0]) == 1
     M = model.head.width
-    shape = lambda *kernel: 'f32[' + ','.join(map(str, kernel)) + ']'
-    body = lambda equation: str(equation.params['body_jaxpr'])
+
+    def shape(*kernel):
+        return 'f32[' + ','.join(map(str, kernel)) + ']'
+
+    def body(equation):
+        return str(equation.params['body_jaxpr'])
+
     solver = [
         path
         for path in paths
         if path[-1].primitive.name == 'while' and shape(M, 2, int(1.5 * M)) in body(path[-1])
     ]
-    assert sorted(map(len, solver)) == [
-        2,
-        3,
-    ]  # once, inside the scan: a loop over chunks and in it one
+    # The loop stands there once, inside the scan: a loop over chunks and in it one.
+    assert sorted(map(len, solver)) == [2, 3]
     for path in solver:
         text = body(path[-1])
         assert ' cos ' not in text and ' sin ' not in text
@@ -301,20 +311,22 @@ def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
 def test_options_without_use_are_errors(golden, tiny_ar):
     for wrong in (
         dict(solver='midpoint'), dict(solver='heun', last_step=0.1), dict(num_steps=0),
-        dict(solver='euler', last_step=0.1), dict(last_step=1.0),
-        dict(last_step=0.0), dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
-        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0), dict(shift=0.0),
-        dict(final_steps=3), dict(annealing='linear'), dict(final_steps=0, annealing='linear'),
-        dict(final_steps=3, annealing='steps'), dict(guidance=None, guidance_interval=(0.0, 0.5)),
-        dict(guidance_interval=(0.5, 0.5)), dict(guidance_interval=(0.0, 2.0)),
+        dict(solver='euler', last_step=0.1), dict(last_step=1.0), dict(last_step=0.0),
+        dict(guidance='cosine'), dict(guidance=None, first_token_apart=True),
+        dict(guidance='constant', first_token_apart=False), dict(solver='euler', noise_scale=1.0),
+        dict(shift=0.0), dict(final_steps=3), dict(annealing='linear'),
+        dict(final_steps=0, annealing='linear'), dict(final_steps=3, annealing='steps'),
+        dict(guidance=None, guidance_interval=(0.0, 0.5)), dict(guidance_interval=(0.5, 0.5)),
+        dict(guidance_interval=(0.0, 2.0)),
     ):  # fmt: skip
         with pytest.raises(ValueError):
             Options(**wrong)
     model, params = tiny_ar
     keys = jax.random.split(jax.random.key(0), 3)
-    sample = lambda options, *a, **k: sample_tokens(
-        model, params, golden['class_id'], *a, options, **k
-    )
+
+    def sample(options, *a, **k):
+        return sample_tokens(model, params, golden['class_id'], *a, options, **k)
+
     with pytest.raises(ValueError, match='guidance_scale'):
         sample(Options(guidance=None), keys, guidance_scale=2.0)
     with pytest.raises(ValueError, match='guidance_scale'):
@@ -346,9 +358,13 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     model, params = ar.unstacked(*tiny_ar)
     variables = {'params': params}
     options = Options(solver, 5, guidance='constant', final_steps=2, annealing='cosine')
-    steps, m = annealed_steps(5, 2, 16, 'cosine'), options.num_draws(16)
+    steps = annealed_steps(5, 2, 16, 'cosine')
+    m = options.num_draws(16)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     noise = draw(m, 6, 8), draw(15, m, 3, 8)
     tokens = jax.jit(
         lambda p: sample_tokens(model, p, golden['class_id'], None, options, 1.5, noise=noise)
@@ -383,10 +399,14 @@ def test_guidance_interval(golden, tiny_ar):
     np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
     np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
     np.testing.assert_allclose(token((0.9, 1.0), 3.0), token(None, 1.0), atol=1e-5)
-    x, scales = noise[0], [1, 1, 3, 3, 1, 1]
-    head = lambda x, t: model.apply(
-        variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t)
-    )
+    x = noise[0]
+    scales = [1, 1, 3, 3, 1, 1]
+
+    def head(x, t):
+        return model.apply(
+            variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t)
+        )
+
     for i, scale in enumerate(scales):
         v = head(x, i / 6)
         guided = guidance.guide(v[:3], v[3:], scale)

@@ -25,7 +25,8 @@ def test_projection_has_the_radius_and_the_direction():
 def test_derivative_is_the_tangent_projection():
     """Against finite differences and against (R/‖z‖)(I − uuᵀ), in float64."""
     with jax.enable_x64(True):
-        z, z_dot = _points((7, 16), np.float64), _points((7, 16), np.float64, 1)
+        z = _points((7, 16), np.float64)
+        z_dot = _points((7, 16), np.float64, 1)
         _, tangent = jax.jvp(geometry.project, (z,), (z_dot,))
         h = 1e-6
         difference = (geometry.project(z + h * z_dot) - geometry.project(z - h * z_dot)) / (2 * h)
@@ -56,7 +57,10 @@ def test_finite_everywhere(dtype, scale):
     if dtype == np.float16:
         z = jnp.clip(z, -6e4, 6e4)
     z = z.astype(dtype)
-    loss = lambda z: jnp.sum(geometry.project(z).astype(jnp.float32))
+
+    def loss(z):
+        return jnp.sum(geometry.project(z).astype(jnp.float32))
+
     value = geometry.project(z)
     assert value.dtype == dtype
     chex.assert_tree_all_finite(value.astype(jnp.float32))
@@ -77,8 +81,12 @@ def test_below_eps_the_value_is_the_clamped_quotient():
 def test_reverse_and_second_derivatives():
     """Reverse mode is the transpose of forward mode, and the Hessian matches finite differences."""
     with jax.enable_x64(True):
-        z, w = _points((8,), np.float64), _points((8,), np.float64, 1)
-        loss = lambda z: jnp.sum(w * geometry.project(z) ** 3)
+        z = _points((8,), np.float64)
+        w = _points((8,), np.float64, 1)
+
+        def loss(z):
+            return jnp.sum(w * geometry.project(z) ** 3)
+
         np.testing.assert_allclose(
             jax.jacfwd(geometry.project)(z), jax.jacrev(geometry.project)(z), atol=1e-14
         )
@@ -95,9 +103,15 @@ def test_reverse_and_second_derivatives():
 @pytest.mark.parametrize('scale', [0.0, 1e-37, 1e-32, 1e-30, 1e-8, 1.0, 1e30])
 def test_second_derivatives_are_finite_everywhere(dtype, scale):
     """Hessian-vector products along ordinary directions, also under vmap."""
-    z, direction = (_points((3, 16)) * scale).astype(dtype), _points((3, 16), dtype, 1)
-    loss = lambda z: jnp.sum(geometry.project(z).astype(jnp.float32) ** 2 * jnp.arange(16.0))
-    product = lambda z, d: jax.jvp(jax.grad(loss), (z,), (d,))[1]
+    z = (_points((3, 16)) * scale).astype(dtype)
+    direction = _points((3, 16), dtype, 1)
+
+    def loss(z):
+        return jnp.sum(geometry.project(z).astype(jnp.float32) ** 2 * jnp.arange(16.0))
+
+    def product(z, d):
+        return jax.jvp(jax.grad(loss), (z,), (d,))[1]
+
     chex.assert_tree_all_finite(jax.vmap(product)(z, direction).astype(jnp.float32))
 
 
@@ -131,7 +145,8 @@ def test_householder_takes_e1_to_mu_and_keeps_lengths():
 
 
 def test_householder_at_the_poles():
-    e1, y = jnp.eye(1, 5), _points((1, 5))
+    e1 = jnp.eye(1, 5)
+    y = _points((1, 5))
     np.testing.assert_array_equal(geometry.householder(y, e1), y)
     np.testing.assert_allclose(
         geometry.householder(y, -e1), y * jnp.asarray([[-1.0, 1, 1, 1, 1]]), atol=1e-7

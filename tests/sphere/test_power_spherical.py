@@ -7,12 +7,8 @@ from scipy import integrate, special, stats
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-KL_TABLE = {
-    1.0: 0.0322247,
-    10.0: 1.3929067,
-    100.0: 10.8717478,
-    1000.0: 26.8112195,
-}  # d = 16, from the closed form
+# {kappa: divergence} for d = 16, from the closed form
+KL_TABLE = {1.0: 0.0322247, 10.0: 1.3929067, 100.0: 10.8717478, 1000.0: 26.8112195}
 
 
 def _log_normalizer(kappa, d):
@@ -63,7 +59,9 @@ def test_kl_table(kappa):
 
 
 def test_goldens(golden):
-    mu, kappa, d = golden['mu'], golden['kappa'], 8
+    mu = golden['mu']
+    kappa = golden['kappa']
+    d = 8
     np.testing.assert_allclose(power_spherical.entropy(kappa, d), golden['entropy'], atol=1e-5)
     np.testing.assert_allclose(power_spherical.kl_to_uniform(kappa, d), golden['kl'], atol=1e-5)
     np.testing.assert_allclose(
@@ -105,9 +103,8 @@ def test_normaliser_entropy_and_kl_against_scipy(kappa, d):
         power_spherical.entropy(jnp.float32(kappa), d), entropy, rtol=1e-5, atol=1e-5
     )
     kl = power_spherical.kl_to_uniform(jnp.float32(kappa), d)
-    truth = (
-        power_spherical.log_surface(d) - entropy
-    )  # a small difference of numbers of the size of the entropy
+    # The truth is a small difference of numbers of the size of the entropy.
+    truth = power_spherical.log_surface(d) - entropy
     np.testing.assert_allclose(kl, truth, rtol=1e-5, atol=1e-5 + 5e-7 * abs(entropy))
 
 
@@ -138,7 +135,8 @@ def test_sample_moments(kappa, pole):
     """The mean along mu, its variance, no mean across, and the whole law of the cosine
     (Kolmogorov–Smirnov).
     """
-    n, d = 20_000, 8
+    n = 20_000
+    d = 8
     mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(
         pole, geometry.l2_normalize(jnp.arange(1.0, d + 1))
     )
@@ -198,8 +196,9 @@ def test_implicit_gradient_is_finite_for_any_draw():
 
 @pytest.mark.parametrize('kappa', [1.0, 20.0, 500.0])
 def test_gradient_of_expectation_against_quadrature(kappa):
-    """d/d kappa of E[f(x)], f = exp(⟨mu, x⟩), by 20,000 reparameterised samples and by quadrature."""
-    n, d = 20_000, 8
+    """d/d kappa of E[exp(⟨mu, x⟩)] by 20,000 reparameterised samples and by quadrature."""
+    n = 20_000
+    d = 8
     mu = geometry.l2_normalize(jnp.arange(1.0, d + 1))
     b = (d - 1) / 2
 
@@ -209,9 +208,10 @@ def test_gradient_of_expectation_against_quadrature(kappa):
 
     keys = jax.random.split(jax.random.key(2), n)
     slopes = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(jnp.float32(kappa), keys)
-    expectation = lambda kappa: stats.beta(kappa + b, b).expect(
-        lambda s: np.exp(2 * s - 1), epsabs=1e-12
-    )
+
+    def expectation(kappa):
+        return stats.beta(kappa + b, b).expect(lambda s: np.exp(2 * s - 1), epsabs=1e-12)
+
     h = 1e-3 * kappa
     truth = (expectation(kappa + h) - expectation(kappa - h)) / (2 * h)
     assert abs(float(slopes.mean()) - truth) < 5 * float(slopes.std()) / np.sqrt(n)
@@ -221,7 +221,9 @@ def test_gradient_reaches_mu():
     """d/d mu of E⟨a, x⟩ = E[cosine]·a on the tangent space: the sample mean of gradients against
     the closed form.
     """
-    n, d, kappa = 20_000, 8, 10.0
+    n = 20_000
+    d = 8
+    kappa = 10.0
     mu = geometry.l2_normalize(jnp.arange(1.0, d + 1))
     a = jnp.asarray(np.random.default_rng(0).normal(size=d), jnp.float32)
 
@@ -255,7 +257,9 @@ def test_gradients_are_finite_at_the_poles(kappa, sign):
 
 def test_implicit_gradient_has_less_variance_than_jax_random_beta():
     """Both are unbiased for E[s]; the implicit one spreads less (the reason for having it)."""
-    n, alpha, beta = 20_000, 8.0, 7.5
+    n = 20_000
+    alpha = 8.0
+    beta = 7.5
     keys = jax.random.split(jax.random.key(4), n)
     direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, beta)), (None, 0)))(
         alpha, keys

@@ -24,7 +24,10 @@ log_prob = jax.jit(power_spherical.log_prob)
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.float32, (3, D), elements=WIDE))
 def test_projected_points_lie_on_the_sphere_and_stay(z):
-    """‖N_R(z)‖ = √d where ‖z‖ ≥ 1e-7, in the direction of z; a second projection changes nothing."""
+    """‖N_R(z)‖ = √d where ‖z‖ ≥ 1e-7, in the direction of z.
+
+    A second projection changes nothing.
+    """
     once = np.asarray(project(z))
     chex.assert_tree_all_finite(once)
     exact = z.astype(np.float64)

@@ -34,8 +34,8 @@ def standard_promotion():
 
 def _options(**values):
     published = dict(
-        discriminator='patchgan', disc_loss='hinge', disc_start=20_000, disc_weight=0.5, perceptual_weight=1.0,
-        l2_weight=0.0, kl_weight=0.004,
+        discriminator='patchgan', disc_loss='hinge', disc_start=20_000, disc_weight=0.5,
+        perceptual_weight=1.0, l2_weight=0.0, kl_weight=0.004,
     )  # fmt: skip
     return ConfigDict(schema.default().tokenizer_training.to_dict() | published | values)
 
@@ -59,13 +59,20 @@ def _moments(network, params, opt_state):
     the whole moments).
     """
     if network == 'vae':
-        tensors = lambda tree: {
-            n.removeprefix('vae.'): a for n, a in torch_names.to_torch(tree).items()
-        }
+
+        def tensors(tree):
+            return {n.removeprefix('vae.'): a for n, a in torch_names.to_torch(tree).items()}
     else:
-        tensors = lambda tree: torch_gan.to_torch(tree, torch_gan.PATCHGAN)
-    params, moments = tensors(params), tensors(optax.tree.get(opt_state, 'mu'))
-    chosen = lambda a: np.ravel(a)[np.linspace(0, a.size - 1, min(16, a.size)).astype(int)]
+
+        def tensors(tree):
+            return torch_gan.to_torch(tree, torch_gan.PATCHGAN)
+
+    params = tensors(params)
+    moments = tensors(optax.tree.get(opt_state, 'mu'))
+
+    def chosen(a):
+        return np.ravel(a)[np.linspace(0, a.size - 1, min(16, a.size)).astype(int)]
+
     names = PUBLIC[f'{network}/names']
     rows = (np.concatenate([chosen(t[n]) for n in names]) for t in (params, moments))
     return *rows, np.array([np.linalg.norm(moments[n]) for n in names])
@@ -100,10 +107,8 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
         state, scalars = step(
             state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)}
         )
-        public, weight = (
-            {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')},
-            0.5 * (i > 0),
-        )
+        public = {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')}
+        weight = 0.5 * (i > 0)
         for ours, theirs in dict(
             kl='kl_loss', l1='recon_loss', perceptual='p_loss', loss='loss'
         ).items():
@@ -117,10 +122,12 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
                 scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm
             )
         for network, *trees in (
-            ('vae', state.params, state.opt_state), ('disc', state.disc_params, state.disc_opt_state)
+            ('vae', state.params, state.opt_state),
+            ('disc', state.disc_params, state.disc_opt_state)
         ):  # fmt: skip
             params, moments, norms = _moments(network, *trees)
-            expected, largest = public[f'{network}/m'], np.abs(public[f'{network}/m']).max()
+            expected = public[f'{network}/m']
+            largest = np.abs(public[f'{network}/m']).max()
             np.testing.assert_allclose(moments, expected, atol=tolerance * largest)
             # Processors round otherwise: the smallest tensors' norms show what the whole backward
             # pass rounds.
@@ -141,7 +148,8 @@ def small():
     begins at step 3.
     """
     model = vae.s_vae(
-        grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1, heads=2
+        grid=(12, 12), latent_dim=8, stem=4, channels=(4, 16), encoder_depth=1, decoder_depth=1,
+        heads=2
     )  # fmt: skip
     options = _options(
         perceptual_weight=0.0, batch_size=8, steps=4, disc_start=3, log_every=2, checkpoint_every=2
@@ -156,7 +164,10 @@ def _stage(model, options):
     def init(_):
         """Waves for parameters: compiled in a fraction of the time that true ones take."""
         state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        wave = lambda a: 0.1 * jnp.sin(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape)
+
+        def wave(a):
+            return 0.1 * jnp.sin(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape)
+
         params, disc_params = jax.tree.map(wave, (state.params, state.disc_params))
         return state.replace(params=params, disc_params=disc_params)
 
@@ -217,7 +228,8 @@ def test_the_same_on_many_devices(small, disc_start, atol):
         state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(0))
         return jax.device_get(jax.jit(stage.step)(state, None, sharding.place_batch(mesh, batch)))
 
-    (one, scalars), (every, others) = step(sharding.make_mesh(1)), step(sharding.make_mesh())
+    one, scalars = step(sharding.make_mesh(1))
+    every, others = step(sharding.make_mesh())
     assert (scalars['disc_grad_norm'] > 1e-3) == (disc_start == 1)
     chex.assert_trees_all_close(others, scalars, rtol=1e-4, atol=1e-6)
     for a, b in ((one.opt_state, every.opt_state), (one.disc_opt_state, every.disc_opt_state)):
@@ -285,9 +297,10 @@ def test_an_old_state_with_running_statistics_goes_on(tmp_path, capsys):
 
 def test_options_that_cannot_be(small):
     model, options = small
-    make = lambda model=model, **values: adversarial.tokenizer_stage(
-        model, ConfigDict(options.to_dict() | values), 0
-    )
+
+    def make(model=model, **values):
+        return adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
+
     for message, wrong in (
         (
             "'wgan', but must be one of hinge, vanilla, non_saturating",

@@ -75,7 +75,8 @@ def test_a_step_is_the_recipe():
     state = state.replace(step=jnp.int32(1), ema=(jax.tree.map(lambda p: p + 1, state.params),))
     new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
 
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
     keys = jax.vmap(
         lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), i)
     )(jnp.arange(16))
@@ -86,7 +87,10 @@ def test_a_step_is_the_recipe():
     z = posterior.sample(posterior.draws(split[:, 0]))
     draws = ar.head.draws(split[:, 1], (2, 16, 8))
     labels = ar.condition.drop(split[:, 2], batch['label'], 0.1)
-    run = lambda p: ar.apply({'params': p}, labels, z, draws, method='loss')
+
+    def run(p):
+        return ar.apply({'params': p}, labels, z, draws, method='loss')
+
     (loss, _), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(state.params)
     np.testing.assert_allclose(scalars['loss'], loss, rtol=1e-5)
     np.testing.assert_allclose(scalars['grad_norm'], optax.tree.norm(gradients), rtol=1e-4)
@@ -123,7 +127,10 @@ def test_a_step_is_the_recipe():
     'which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar']
 )
 def test_gradients_of_a_batch_in_pieces(which):
-    """Four pieces give the step of the whole batch, to rounding, and compute one piece at a time."""
+    """Four pieces give the step of the whole batch, to rounding.
+
+    They are computed one at a time.
+    """
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
     found = {}
     for parts in (1, 4):
@@ -135,19 +142,14 @@ def test_gradients_of_a_batch_in_pieces(which):
         step = jax.jit(stage.step).lower(state, stage.frozen, batch).compile()
         new, scalars = step(state, stage.frozen, batch)
         found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
-    ((one, scalars), memory), ((four, pieces), less) = found[1], found[4]
-    of_batches = {
-        'psnr',
-        'spread_min',
-        'spread_mean',
-        'dead_share',
-        'mean_direction',
-    }  # no means over images
+    (one, scalars), memory = found[1]
+    (four, pieces), less = found[4]
+    # These are no means over images.
+    of_batches = {'psnr', 'spread_min', 'spread_mean', 'dead_share', 'mean_direction'}
     for name in set(scalars) - of_batches:
         np.testing.assert_allclose(pieces[name], scalars[name], rtol=2e-5, err_msg=name)
-    chex.assert_trees_all_close(
-        four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6
-    )  # its moments are the gradients
+    # The optimizer's moments are the gradients.
+    chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)
     assert less < 0.5 * memory
 
 
@@ -160,7 +162,10 @@ def test_emas_of_several_rates():
     expected = [state.params] * 3
     for _ in range(3):
         state, _ = jax.jit(stage.step)(state, stage.frozen, batch)
-        mix = lambda rate, e: jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
+
+        def mix(rate, e):
+            return jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
+
         expected = [mix(rate, e) for rate, e in zip((0.9, 0.5, 0.99), expected, strict=True)]
     chex.assert_trees_all_close(list(state.ema), expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(state.eval_params, state.ema[0])
@@ -188,15 +193,14 @@ def test_another_tokenizer_is_refused(tmp_path):
     """
     cfg = get_config()
     stage = stages(cfg)[1]
-    source, mesh = digits.Digits('train', 0), sharding.make_mesh()
+    source = digits.Digits('train', 0)
+    mesh = sharding.make_mesh()
     loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh)
     leaves, tree = jax.tree.flatten(jax.device_get(stage.frozen))
     leaves[-1] = leaves[-1].copy()
     leaves[-1].view(np.uint32).flat[0] ^= 1
-    with pytest.raises(
-        UserError,
-        match=r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$',
-    ):
+    refusal = r'was trained on another tokenizer than is given .weights [0-9a-f]{8} → [0-9a-f]{8}.$'
+    with pytest.raises(UserError, match=refusal):
         loop.train(
             stage._replace(frozen=tree.unflatten(leaves)), source, str(tmp_path), seed=0, mesh=mesh
         )
@@ -209,11 +213,15 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 
 def test_a_look_at_the_model_changes_nothing(tmp_path):
-    """It is called at its steps with the parameters to sample with; the training is the same bit
-    for bit.
+    """It is called at its steps with the parameters to sample with.
+
+    The training is the same bit for bit.
     """
-    cfg, calls = get_config(), []
-    stage, source, mesh = stages(cfg)[1], digits.Digits('train', 0), sharding.make_mesh()
+    cfg = get_config()
+    calls = []
+    stage = stages(cfg)[1]
+    source = digits.Digits('train', 0)
+    mesh = sharding.make_mesh()
     plain, _ = loop.train(stage, source, str(tmp_path / 'plain'), seed=0, mesh=mesh)
 
     def look(step, params, writer):
@@ -257,7 +265,8 @@ def test_a_finished_stage_is_only_read(tmp_path):
 
 
 def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatch):
-    cfg, wait = get_config(), checkpoint.Checkpoints.wait
+    cfg = get_config()
+    wait = checkpoint.Checkpoints.wait
 
     def terminated(checkpoints):
         monkeypatch.undo()
@@ -273,14 +282,25 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
 
 
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
-    """What `reading` gives reaches the batches, which begin with the epoch of the step; other data
-    are refused.
+    """What `reading` gives reaches the batches, which begin with the epoch of the step.
+
+    Other data are refused.
     """
-    cfg, epochs, source = get_config(), [], digits.Digits('train', 0, holdout=0.99)
+    cfg = get_config()
+    epochs = []
+    source = digits.Digits('train', 0, holdout=0.99)
     reading = {'transform': lambda record, epoch, rng: epochs.append(epoch) or record, 'threads': 1}
-    run = lambda: loop.train(
-        stages(cfg)[1], source, str(tmp_path), seed=0, mesh=sharding.make_mesh(), reading=reading
-    )
+
+    def run():
+        return loop.train(
+            stages(cfg)[1],
+            source,
+            str(tmp_path),
+            seed=0,
+            mesh=sharding.make_mesh(),
+            reading=reading,
+        )
+
     run()
     assert min(epochs) == 0
     epochs.clear()
@@ -322,7 +342,8 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.training import loop
 from tests.tiny_config import long_config, stages
 which, directory = int(sys.argv[1]), sys.argv[2]
-loop.train(stages(long_config())[which], digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
+stage = stages(long_config())[which]
+loop.train(stage, digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
 """
 
 
@@ -331,8 +352,8 @@ def _spawn(which, directory, cache):
         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -359,10 +380,12 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which):
     training, while it starts, by SIGTERM too. Left alone in the end, it has the very state of the
     undisturbed run, and the same log.
     """
-    cache, checkpoints = tmp_path / 'cache', tmp_path / 'killed' / 'checkpoints'
+    cache = tmp_path / 'cache'
+    checkpoints = tmp_path / 'killed' / 'checkpoints'
     whole = _spawn(which, tmp_path / 'whole', cache)
     assert whole.wait(300) == 0, whole.stdout.read()
-    rng, in_a_save = random.Random(which), 0
+    rng = random.Random(which)
+    in_a_save = 0
     for moment in ('save', 'training', 'start', 'term', 'save'):
         process = _spawn(which, tmp_path / 'killed', cache)
         if moment == 'save':

@@ -40,13 +40,12 @@ def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
     model, params = tiny_ar
     posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
     z = posterior.sample((golden['train_beta'], golden['train_tangent']))
-    t_normal, noise = (
-        golden['train_t_normal'].reshape(2, 3, 16),
-        golden['train_noise'].reshape(2, 3, 16, 8),
-    )
-    loss = lambda p: model.apply(
-        {'params': p}, golden['class_id'], z, (t_normal, noise), method='loss'
-    )
+    t_normal = golden['train_t_normal'].reshape(2, 3, 16)
+    noise = golden['train_noise'].reshape(2, 3, 16, 8)
+
+    def loss(p):
+        return model.apply({'params': p}, golden['class_id'], z, (t_normal, noise), method='loss')
+
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
     assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
@@ -59,10 +58,14 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     """
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    images, weights = golden['images'], {'kl_weight': 0.004, 'l2_weight': 0.0}
-    loss = lambda p: losses.reconstruction_loss(
-        images, *autoencode(model, p, images, lambda q: draws), **weights
-    )
+    images = golden['images']
+    weights = {'kl_weight': 0.004, 'l2_weight': 0.0}
+
+    def loss(p):
+        return losses.reconstruction_loss(
+            images, *autoencode(model, p, images, lambda q: draws), **weights
+        )
+
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
     np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
@@ -98,9 +101,8 @@ def test_latents_that_are_well():
     scalars = {
         name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()
     }
-    assert (
-        0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
-    )  # at most 1: the squares sum to d
+    # The spread is at most 1, because the squares sum to d.
+    assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
@@ -142,8 +144,9 @@ def test_latents_that_are_all_alike():
     well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
     assert power_spherical.PowerSpherical().faults(well) is None
     for name, value, part in (
-        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'), ('mean_direction', 0.95, 'same way'),
-        ('dead_share', 0.0625, '6% of the dimensions'), ('kl', float('nan'), 'no numbers'),
+        ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'),
+        ('mean_direction', 0.95, 'same way'), ('dead_share', 0.0625, '6% of the dimensions'),
+        ('kl', float('nan'), 'no numbers'),
     ):  # fmt: skip
         said = power_spherical.PowerSpherical().faults(well | {name: value})
         assert part in said and ';' not in said
@@ -153,11 +156,15 @@ def test_adversarial_losses_in_closed_form():
     real, fake = (
         np.random.default_rng(i).normal(0, 2, (2, 3, 4)).astype(np.float32) for i in range(2)
     )
-    sigmoid = lambda x: 1 / (1 + np.exp(-x.astype(np.float64)))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x.astype(np.float64)))
+
     logistic = -(np.log(sigmoid(real)).mean() + np.log(1 - sigmoid(fake)).mean()) / 2
     hinge = (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()) / 2
     for name, of_discriminator, of_generator, slope in (
-        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)), ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
+        ('hinge', hinge, -fake.mean(), -np.ones_like(fake)),
+        ('vanilla', logistic, -fake.mean(), -np.ones_like(fake)),
         ('non_saturating', logistic, -np.log(sigmoid(fake)).mean(), sigmoid(fake) - 1),
     ):  # fmt: skip
         discriminator, generator = discriminators.ADVERSARIAL[name]
@@ -168,9 +175,8 @@ def test_adversarial_losses_in_closed_form():
     to_real, to_fake = jax.grad(discriminators.logistic_loss, (0, 1))(real, fake)
     np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
-    assert np.isfinite(
-        discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4))
-    )  # no logarithm of 0
+    # No logarithm of 0 is taken.
+    assert np.isfinite(discriminators.logistic_loss(np.float32(-1e4), np.float32(1e4)))
 
 
 def test_draws_depend_on_the_sample_not_on_the_batch():
@@ -198,9 +204,15 @@ def test_label_dropout():
 
 
 def test_mean_velocities_of_a_known_flow():
-    """Between normal distributions the flow is x_t = t·m + x₀·√((1 − t)² + t²s²), in closed form."""
-    mean, std = 0.7, 0.4
-    spread = lambda t: np.sqrt((1 - t) ** 2 + (t * std) ** 2)
+    """Between normal distributions the flow has a closed form.
+
+    It is x_t = t·m + x₀·√((1 − t)² + t²s²).
+    """
+    mean = 0.7
+    std = 0.4
+
+    def spread(t):
+        return np.sqrt((1 - t) ** 2 + (t * std) ** 2)
 
     def velocity(x, t):
         variance = (1 - t) ** 2 + (t * std) ** 2
@@ -212,8 +224,12 @@ def test_mean_velocities_of_a_known_flow():
     np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
     np.testing.assert_allclose(h, [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
     for i in range(7):
-        at = lambda t: t * mean + np.asarray(noise) * spread(t)
-        start, end = float(t[i]), float(t[i] + h[i])
+
+        def at(t):
+            return t * mean + np.asarray(noise) * spread(t)
+
+        start = float(t[i])
+        end = float(t[i] + h[i])
         np.testing.assert_allclose(x[i], at(start), atol=1e-3)
         np.testing.assert_allclose(u[i], (at(end) - at(start)) / (end - start), atol=3e-3)
     with pytest.raises(ValueError, match='divide'):
@@ -236,9 +252,12 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     z = jnp.asarray(golden['z'])
     noise = jax.random.normal(jax.random.key(1), z.shape)
     scales = guidance.guidance_scales(2.0, 16, 'linear')
-    loss = lambda head, teacher: mean_velocity.distillation_loss(
-        model, head, teacher, golden['class_id'], z, noise, scales, (1, 2), 4
-    )[0]  # fmt: skip
+
+    def loss(head, teacher):
+        return mean_velocity.distillation_loss(
+            model, head, teacher, golden['class_id'], z, noise, scales, (1, 2), 4
+        )[0]
+
     value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(head, teacher)
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
     assert all(
@@ -249,7 +268,8 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     apart, params = ar.unstacked(teacher_model, teacher)
     null = jnp.full_like(golden['class_id'], 10)
     conditions = apart.apply(
-        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]), method='conditions'
+        {'params': params}, jnp.append(golden['class_id'], null), jnp.concatenate([z, z]),
+        method='conditions'
     )  # fmt: skip
     velocity = jax.jit(
         lambda x, t, c: teacher_model.apply(
@@ -258,8 +278,11 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     )
     errors = []
     for k in range(16):
-        c, x, memory = conditions[:, k], noise[:, k], jnp.zeros((3, 8))
-        path, table = [x], solvers.table('ab2', 4)
+        c = conditions[:, k]
+        x = noise[:, k]
+        memory = jnp.zeros((3, 8))
+        path = [x]
+        table = solvers.table('ab2', 4)
         for t, w in zip(table.t, table.weights, strict=True):
             v = guidance.guide(velocity(x, t, c[:3]), velocity(x, t, c[3:]), scales[k])
             x, memory = solvers.step(w, x, memory, v)
