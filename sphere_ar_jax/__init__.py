@@ -1,5 +1,6 @@
-"""SphereAR in JAX: continuous-token autoregressive image generation on a hypersphere (arXiv
-2509.24335).
+"""SphereAR in JAX: autoregressive generation of images with tokens on a hypersphere.
+
+The method is that of arXiv 2509.24335; `docs/method.md` says what the package computes.
 """
 
 import importlib
@@ -9,7 +10,11 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Finds `recipes`, which config files of version 0.1 import from here."""
+    """Finds `recipes`, which config files of version 0.1 import from here.
+
+    Raises:
+      AttributeError: `name` is any other name.
+    """
     if name == 'recipes':
         return importlib.import_module('sphere_ar_jax.config.recipes')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,4 +1,10 @@
-"""Classifier-free guidance of a velocity, and its scale over the tokens (paper §4.1)."""
+"""Classifier-free guidance of a velocity, and its scale over the tokens (paper §4.1).
+
+See `docs/method.md`, "Guidance".
+
+Dimensions:
+  B  images     L  tokens of an image     d  latent dimension
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +15,7 @@ SCHEDULES = ('linear', 'constant')
 
 
 def guide(v_cond: jax.Array, v_null: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Classifier-free guidance on the velocity: v_null + scale·(v_cond − v_null), (..., d)."""
+    """Classifier-free guidance of the velocity: v_null + scale·(v_cond − v_null), (..., d)."""
     return v_null + scale * (v_cond - v_null)
 
 
@@ -17,8 +23,9 @@ class Guidance(NamedTuple):
     """How the velocities of conditional rows and null rows of one token become one.
 
     Attributes:
-      scale: () s_k. apart: () bool, whether conditional and null rows go their own ways, each with
-        its own velocity.
+      scale: () s_k.
+      apart: () bool, whether conditional and null rows go their own ways, each with its own
+        velocity.
       interval: (low, high), the times t with low ≤ t < high that are guided; None guides at all
         times.
     """
@@ -28,18 +35,31 @@ class Guidance(NamedTuple):
     interval: tuple[float, float] | None = None
 
     def combine(self, v: jax.Array) -> jax.Array:
-        """v (2B, d), conditional rows first → the velocities (2B, d) that the rows follow."""
-        guided = guide(*jnp.split(v, 2), self.scale)
+        """The velocities (2B, d) that the rows follow.
+
+        Args:
+          v: (2B, d), the velocities of the conditional rows, then those of the null rows.
+        """
+        v_cond, v_null = jnp.split(v, 2)
+        guided = guide(v_cond, v_null, self.scale)
         return jnp.where(self.apart, v, jnp.concatenate([guided, guided]))
 
 
-def guidance_scales(scale: jax.Array | float, num_tokens: int, schedule: str) -> jax.Array:
-    """The scale s_k of every token k of L: 'linear' 1 + (scale − 1)·k/L, 'constant' scale.
+def guidance_scales(scale: jax.typing.ArrayLike, num_tokens: int, schedule: str) -> jax.Array:
+    """The guidance scale s_k of every token k.
+
+    The schedule 'linear' gives 1 + (scale − 1)·k/L, and 'constant' gives the scale itself.
 
     Args:
-      scale: float or scalar array, ≥ 1 in normal use. num_tokens: L. schedule: one of `SCHEDULES`.
+      scale: () s, at least 1 in normal use.
+      num_tokens: L.
+      schedule: one of `SCHEDULES`.
+
     Returns:
       (L,) float32.
+
+    Raises:
+      ValueError: there is no such schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f'guidance schedule {schedule!r} is not one of {", ".join(SCHEDULES)}')

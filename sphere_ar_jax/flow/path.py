@@ -1,19 +1,29 @@
 """Rectified flow between noise (t = 0) and data (t = 1): path and target (paper §3.3).
 
+See `docs/method.md`, "Flow loss".
+
 Dimensions:
-  N    rows, i.e. tokens that are integrated at once
-  d    latent dimension
+  d  latent dimension
 """
 
+import jax
 
-def interpolate(noise, z, t):
-    """x_t = (1 − t)·noise + t·z, the straight path. noise, z: (..., d); t: (...) in [0, 1]. → (...,
-    d).
+
+def interpolate(noise: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
+    """The point x_t = (1 − t)·noise + t·z of the straight path.
+
+    Args:
+      noise: (..., d), the start of the path.
+      z: (..., d), its end.
+      t: (...) times in [0, 1].
+
+    Returns:
+      (..., d).
     """
     t = t[..., None]
     return (1 - t) * noise + t * z
 
 
-def target_velocity(noise, z):
-    """The velocity of `interpolate`, v = z − noise, (..., d)."""
+def target_velocity(noise: jax.Array, z: jax.Array) -> jax.Array:
+    """The velocity v = z − noise of the path of `interpolate`, (..., d)."""
     return z - noise

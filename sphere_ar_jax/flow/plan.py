@@ -1,13 +1,16 @@
-"""What every token's solver does: the options of a sampler and the tables they stand for.
+"""What every token's solver does: the options of a sampler, and the solver tables they stand for.
+
+See `docs/method.md`, "Sampling".
 
 Dimensions:
-  L  tokens     E  evaluations of the flow head for a token, at most     U  different solver tables
-  among the tokens
+  L  tokens of an image
+  E  evaluations of the flow head for a token, at most
+  U  different solver tables among the tokens
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,54 +20,80 @@ from sphere_ar_jax.flow.guidance import guidance_scales
 ANNEALING = ('linear', 'cosine', 'two_stage')
 
 
-def annealed_steps(first, last, num_tokens, shape):
-    """Solver steps of every token, from `first` (token 0) down or up to `last` (token L − 1), (L,)
-    int.
+def annealed_steps(first: int, last: int, num_tokens: int, shape: str) -> np.ndarray:
+    """Solver steps of every token, from those of token 0 to those of token L − 1.
 
-    'linear' in k; 'cosine', last + (first − last)·(1 + cos πu)/2 with u = k/(L − 1); 'two_stage',
-    `first` for the first half of the tokens and `last` for the others. Source: DiSA (arXiv
-    2505.20297), where these anneal MAR's steps.
+    The shape 'linear' is linear in k. The shape 'cosine' is last + (first − last)·(1 + cos πu)/2
+    with u = k/(L − 1). The shape 'two_stage' is `first` for the first half of the tokens and `last`
+    for the others. DiSA (arXiv 2505.20297) anneals MAR's steps in these ways.
+
+    Args:
+      first: steps of token 0.
+      last: steps of token L − 1; they may be fewer or more.
+      num_tokens: L.
+      shape: one of `ANNEALING`.
+
+    Returns:
+      (L,) int.
     """
     u = np.arange(num_tokens) / max(num_tokens - 1, 1)
-    weight = {'linear': 1 - u, 'cosine': (1 + np.cos(np.pi * u)) / 2, 'two_stage': u < 0.5}[shape]
-    return np.rint(last + (first - last) * weight).astype(int)
+    weights = {
+        'linear': 1 - u,
+        'cosine': (1 + np.cos(np.pi * u)) / 2,
+        'two_stage': u < 0.5,
+    }
+    return np.rint(last + (first - last) * weights[shape]).astype(int)
 
 
 class Plan(NamedTuple):
-    """What every token's solver does: tables (U, E, …), count (U,) of their evaluations, which (L,)
-    of them it is.
+    """What every token's solver does.
+
+    Attributes:
+      tables: the different solver tables, each array with a leading axis U.
+      count: (U,) evaluations that each table makes.
+      which: (L,) number of the table that each token follows.
     """
 
     tables: solvers.Table
-    count: Any
-    which: Any
+    count: np.ndarray  # type: ignore[assignment]  # It hides the method `tuple.count`.
+    which: np.ndarray
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> float:
         """Mean number of evaluations per token."""
         return float(self.count[self.which].mean())
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is compiled into a sampler. The defaults are the published sampler. An option without
-    use is an error.
+    """What is compiled into a sampler.
+
+    The defaults are the published sampler. The constructor refuses an option that has no use.
 
     Attributes:
-      solver: one of `solvers.SOLVERS`. num_steps: its steps (Heun makes two evaluations in each).
-      last_step, noise_scale: of 'euler_maruyama' alone (0.04 and 1 if None): see
-        `solvers.euler_maruyama`.
-      shift: warp of the time grid, see `solvers.grid` (1 if None: equal steps).
-      final_steps, annealing: steps of the last token, and how they go there from num_steps at the
-        first; see `annealed_steps`. None: as many for every token.
-      guidance: schedule of the guidance scale over tokens, 'linear' or 'constant'; None samples
+      solver: one of `solvers.SOLVERS`.
+      num_steps: steps of the solver, at token 0 if they are annealed. Heun makes two evaluations in
+        each step.
+      last_step: width of the last step of 'euler_maruyama', see there; None stands for 0.04. Only
+        this solver has it.
+      guidance: schedule of the guidance scale over the tokens, 'linear' or 'constant'; None samples
         without null rows.
-      guidance_interval: (low, high): guidance only at evaluations with low ≤ t < high (≤ 1 if high
-        is 1); elsewhere the null rows' head is not evaluated (arXiv 2404.07724). None: everywhere.
-      first_token_apart: the published quirk, True if None. Where token 0's scale is exactly 1
-        (always so in the linear schedule) guidance is off: conditional and null rows then draw
-        their own noise, and feed their own, different, first tokens back. False: both continue from
-        the conditional token. Only with the linear schedule.
+      first_token_apart: whether token 0 keeps the quirk of the published sampler; None stands for
+        True. Where the scale of token 0 is exactly 1, as it always is in the linear schedule,
+        guidance is off there: conditional and null rows draw noise of their own, and feed
+        different first tokens back. False lets both continue from the conditional token. Only the
+        linear schedule has this option. See `docs/method.md`, "First token".
+      noise_scale: γ of 'euler_maruyama', see there; None stands for 1. Only this solver has it.
+      shift: warp of the time grid, see `solvers.grid`; None stands for 1, equal steps.
+      final_steps: steps of the last token; None gives every token as many.
+      annealing: how the steps go from `num_steps` to `final_steps`, see `annealed_steps`. The two
+        are given together or not at all.
+      guidance_interval: (low, high), the times low ≤ t < high (t ≤ 1 if high is 1) of the
+        evaluations that are guided; the head does not evaluate null rows at the others (arXiv
+        2404.07724). None guides all evaluations.
+
+    Raises:
+      ValueError: an option has no use, or a value is not possible.
     """
 
     solver: str = 'euler_maruyama'
@@ -76,47 +105,61 @@ class Options:
     shift: float | None = None
     final_steps: int | None = None
     annealing: str | None = None
-    guidance_interval: tuple | None = None
+    guidance_interval: tuple[float, float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.final_steps is None) != (self.annealing is None):
             raise ValueError('final_steps and annealing are given together or not at all')
         if self.annealing not in (None, *ANNEALING):
             raise ValueError(f'annealing {self.annealing!r} is not one of {", ".join(ANNEALING)}')
-        for steps in {
-            self.num_steps,
-            self.num_steps if self.final_steps is None else self.final_steps,
-        }:
-            self._table(steps)  # refuses what the solver cannot do
+        for steps in {self.num_steps, self._last_steps}:
+            self._table(steps)  # Raises ValueError for what the solver cannot do.
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        """Raises ValueError for an option of guidance that has no use or is not possible."""
         if self.guidance is not None:
             guidance_scales(1.0, 1, self.guidance)
         if self.guidance != 'linear' and self.first_token_apart is not None:
             raise ValueError('first_token_apart is only used with linear guidance: leave it out')
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if self.guidance is None:
-                raise ValueError('guidance_interval is only used with guidance: leave it out')
-            if not 0 <= low < high <= 1:
-                raise ValueError(
-                    f'guidance_interval is {self.guidance_interval}, but must be 0 ≤ low < high ≤ 1'
-                )
+        if self.guidance_interval is None:
+            return
+        if self.guidance is None:
+            raise ValueError('guidance_interval is only used with guidance: leave it out')
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f'guidance_interval is {self.guidance_interval}, but must be 0 ≤ low < high ≤ 1'
+            )
 
-    def _table(self, steps):
+    @property
+    def _last_steps(self) -> int:
+        """Steps of the last token."""
+        return self.num_steps if self.final_steps is None else self.final_steps
+
+    def _table(self, steps: int) -> solvers.Table:
+        """The solver's table for a number of steps."""
+        shift = 1.0 if self.shift is None else self.shift
         arguments = {'noise_scale': self.noise_scale, 'last_step': self.last_step}
         given = {name: value for name, value in arguments.items() if value is not None}
-        return solvers.table(self.solver, steps, 1.0 if self.shift is None else self.shift, **given)
+        return solvers.table(self.solver, steps, shift, **given)
 
     @functools.cache  # noqa: B019, a handful of frozen objects
-    def plan(self, num_tokens):
+    def plan(self, num_tokens: int) -> Plan:
         """The `Plan` of L tokens, in NumPy arrays."""
-        last = self.num_steps if self.final_steps is None else self.final_steps
-        steps = annealed_steps(self.num_steps, last, num_tokens, self.annealing or 'linear')
+        shape = 'linear' if self.annealing is None else self.annealing
+        steps = annealed_steps(self.num_steps, self._last_steps, num_tokens, shape)
         different, which = np.unique(steps, return_inverse=True)
-        return Plan(*solvers.pad([self._table(int(n)) for n in different]), which)
+        tables, count = solvers.pad([self._table(int(n)) for n in different])
+        return Plan(tables, count, which)
 
-    def num_draws(self, num_tokens):
-        """m, the standard normal draws per token."""
+    def num_draws(self, num_tokens: int) -> int:
+        """The number of standard normal draws per token: x₀, and one for each noisy step.
+
+        The noisy steps are counted up to the last one of any token's table.
+        """
         plan = self.plan(num_tokens)
         if not solvers.is_stochastic(plan.tables):
             return 1
-        return 2 + int(np.nonzero(plan.tables.weights[..., 3])[1].max())
+        noisy = np.nonzero(plan.tables.weights[..., 3])[1]
+        return 2 + int(noisy.max())

@@ -1,20 +1,22 @@
 """Solvers of the flow from noise (t = 0) to data (t = 1), each one a table of numbers.
 
-Every solver here is linear in what it knows: at evaluation i it has the point x, one remembered
+Every solver here is linear in what it knows. At evaluation i it has the point x, one remembered
 array m, the velocity v = v(x, t_i) and fresh noise ε, and goes on from
 
     (x, m) ← W_i · (x, m, v, ε),   W_i of shape (2, 4).
 
-A solver on a grid of times is therefore (t_i, W_i), and one loop, `integrate`, runs them all: with
-another table it needs no other program, and the number of evaluations may differ from token to
-token.
+A solver on a grid of times is therefore (t_i, W_i), and one loop, `integrate`, runs them all.
+Another table needs no other program, and the number of evaluations may differ from token to token.
+See `docs/method.md`, "Solvers".
 
 Dimensions:
-  n    steps of the grid, n + 1 times     E    evaluations of the velocity
-  N    rows, i.e. tokens integrated at once, each of d numbers
+  n  steps of the grid, n + 1 times
+  E  evaluations of the velocity
+  N  rows, i.e. tokens integrated at once, each of d numbers
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,21 +27,34 @@ LAST_STEP = 0.04
 
 
 class Table(NamedTuple):
-    """Times t (E,) of the evaluations, widths h (E,) of the steps they belong to, weights W (E, 2,
-    4), all float32.
+    """A solver on a grid of times; all arrays are float32.
+
+    Attributes:
+      t: (E,) times of the evaluations.
+      h: (E,) widths of the steps that the evaluations belong to.
+      weights: (E, 2, 4), the matrices W.
     """
 
-    t: Any
-    h: Any
-    weights: Any
+    t: np.ndarray
+    h: np.ndarray
+    weights: np.ndarray
 
 
-def grid(num_steps, shift=1.0):
-    """n + 1 times from 0 to 1: uniform u warped to t = u/(u + s·(1 − u)).
+def grid(num_steps: int, shift: float = 1.0) -> np.ndarray:
+    """Times from 0 to 1: a uniform grid u, warped to t = u/(u + s·(1 − u)).
 
-    shift: s > 0. s > 1 puts more steps near noise, s < 1 near data, 1 keeps them equal (the
-    "timestep shift" of Stable Diffusion 3, arXiv 2403.03206, eq. 23, for a time that runs from
-    noise to data). Returns (n + 1,) float64. Raises ValueError for impossible numbers.
+    This is the "timestep shift" of Stable Diffusion 3 (arXiv 2403.03206, eq. 23), for a time that
+    runs from noise to data.
+
+    Args:
+      num_steps: n.
+      shift: s > 0. Above 1 it puts more steps near noise, below 1 near data; 1 keeps them equal.
+
+    Returns:
+      (n + 1,) float64.
+
+    Raises:
+      ValueError: there is no step, or the shift is not above 0.
     """
     if num_steps < 1:
         raise ValueError(f'num_steps is {num_steps}, but a solver needs at least one step')
@@ -49,66 +64,85 @@ def grid(num_steps, shift=1.0):
     return u / (u + shift * (1 - u))
 
 
-def _table(t, h, rows):
+def _table(t: jax.typing.ArrayLike, h: jax.typing.ArrayLike, rows: list | np.ndarray) -> Table:
+    """A table of float32 arrays."""
     return Table(np.asarray(t, np.float32), np.asarray(h, np.float32), np.asarray(rows, np.float32))
 
 
-def _steps(times):
-    """(t, h) of a grid's steps. t is a running float32 sum, as published: the head sees 1000·t,
-    where that shows.
+def _steps(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times t and widths h of a grid's steps, each (n,).
+
+    t is a running float32 sum, as published: the head sees 1000·t, where its rounding shows.
     """
     h = np.diff(times).astype(np.float32)
-    return np.cumsum(np.append(np.float32(0), h[:-1]), dtype=np.float32), h
+    t = np.cumsum(np.append(np.float32(0), h[:-1]), dtype=np.float32)
+    return t, h
 
 
-def euler(times):
-    """x ← x + h·v. First order, one evaluation per step."""
+def euler(times: np.ndarray) -> Table:
+    """Euler's method, x ← x + h·v.
+
+    It is of first order and makes one evaluation per step.
+
+    Args:
+      times: (n + 1,), see `grid`.
+    """
     t, h = _steps(times)
-    return _table(t, h, [[[1, 0, h, 0], [0, 0, 0, 0]] for h in h])
+    rows = [[[1, 0, step, 0], [0, 0, 0, 0]] for step in h]
+    return _table(t, h, rows)
 
 
-def heun(times):
-    """The trapezoid: x_e = x + h·v, then x + h·(v(x, t) + v(x_e, t + h))/2. Second order, two
-    evaluations a step.
+def heun(times: np.ndarray) -> Table:
+    """Heun's method: x_e = x + h·v, then x ← x + h·(v(x, t) + v(x_e, t + h))/2.
+
+    It is of second order and makes two evaluations per step.
+
+    Args:
+      times: (n + 1,), see `grid`.
     """
     t, h = _steps(times)
     rows = []
     for step in h:
-        rows += [[[1, 0, step, 0], [1, 0, step / 2, 0]], [[0, 1, step / 2, 0], [0, 0, 0, 0]]]
+        rows.append([[1, 0, step, 0], [1, 0, step / 2, 0]])
+        rows.append([[0, 1, step / 2, 0], [0, 0, 0, 0]])
     end = np.append(t[1:], np.float32(1))
     return _table(np.stack([t, end], 1).ravel(), np.repeat(h, 2), rows)
 
 
-def ab2(times):
-    """Adams–Bashforth in the velocity: x + h·[(1 + r/2)·v − (r/2)·v_before], r = h/h_before; the
-    first step is Euler's.
+def ab2(times: np.ndarray) -> Table:
+    """Adams–Bashforth in the velocity: x ← x + h·[(1 + r/2)·v − (r/2)·v_before].
 
-    Second order, one evaluation per step.
+    Here r = h/h_before; the first step is Euler's. The method is of second order and makes one
+    evaluation per step.
+
+    Args:
+      times: (n + 1,), see `grid`.
     """
     t, h = _steps(times)
-    ratio = np.append(0, h[1:] / h[:-1])
-    return _table(
-        t,
-        h,
-        [
-            [[1, -h * r / 2, h * (1 + r / 2), 0], [0, 0, 1, 0]]
-            for h, r in zip(h, ratio, strict=True)
-        ],
-    )
+    ratios = np.append(0, h[1:] / h[:-1])
+    rows = []
+    for step, r in zip(h, ratios, strict=True):
+        rows.append([[1, -step * r / 2, step * (1 + r / 2), 0], [0, 0, 1, 0]])
+    return _table(t, h, rows)
 
 
-def dpmpp_2m(times):
-    """DPM-Solver++(2M): multistep in the predicted data D = x + (1 − t)·v, linear in λ = log(t/(1 −
-    t)).
+def dpmpp_2m(times: np.ndarray) -> Table:
+    """DPM-Solver++(2M), a multistep method in the predicted data D = x + (1 − t)·v.
 
-    From t to s: x ← (1 − s)/(1 − t)·x + (s − t·(1 − s)/(1 − t))·[D + (D −
-    D_before)·Δλ/(2·Δλ_before)]. The first step, the second (whose Δλ_before is infinite) and the
-    last (Δλ infinite) are of first order, which keeps the second order of the whole. One evaluation
-    per step. Source: arXiv 2211.01095, algorithm 2, with α = t, σ = 1 − t.
+    It is linear in λ = log(t/(1 − t)). A step from t to s is
+
+        x ← (1 − s)/(1 − t)·x + (s − t·(1 − s)/(1 − t))·[D + (D − D_before)·Δλ/(2·Δλ_before)].
+
+    The first step, the second (whose Δλ_before is infinite) and the last (whose Δλ is infinite) are
+    of first order, which keeps the second order of the whole. There is one evaluation per step.
+    Source: arXiv 2211.01095, algorithm 2, with α = t and σ = 1 − t.
+
+    Args:
+      times: (n + 1,), see `grid`.
     """
     t, h = _steps(times)
     with np.errstate(divide='ignore'):
-        steps = np.diff(np.log(times) - np.log1p(-times))  # Δλ, the first and the last infinite
+        steps = np.diff(np.log(times) - np.log1p(-times))  # Δλ; the first and last are infinite.
     rows = []
     for i, (t_i, h_i) in enumerate(zip(t.astype(np.float64), h.astype(np.float64), strict=True)):
         end = 1.0 if i == len(t) - 1 else t_i + h_i
@@ -120,111 +154,171 @@ def dpmpp_2m(times):
     return _table(t, h, rows)
 
 
-def euler_maruyama(times, noise_scale=1.0, last_step=LAST_STEP):
+def euler_maruyama(
+    times: np.ndarray, noise_scale: float = 1.0, last_step: float = LAST_STEP
+) -> Table:
     """Stochastic steps over [0, 1 − last_step], then one plain Euler step of `last_step`.
 
-    A stochastic step: x + [v + γ(1−t)·∇log p_t]·h + √(2γ(1−t)·h)·ε with (1−t)·∇log p_t = t·v − x.
-    Any γ = noise_scale ≥ 0 has the flow's marginals; γ = 1 with 100 equal steps and 0.04 is the
-    published sampler (101 evaluations).
+    A stochastic step is x ← x + [v + γ(1−t)·∇log p_t]·h + √(2γ(1−t)·h)·ε, with (1−t)·∇log p_t =
+    t·v − x. Any γ ≥ 0 has the flow's marginals. The published sampler has γ = 1, 100 equal steps
+    and a last step of 0.04, so 101 evaluations.
+
+    Args:
+      times: (n + 1,), see `grid`.
+      noise_scale: γ.
+      last_step: width of the last step, between 0 and 1.
+
+    Raises:
+      ValueError: `noise_scale` or `last_step` is out of range.
     """
     if not 0 < last_step < 1:
         raise ValueError(f'last_step is {last_step}, but must lie between 0 and 1')
     if not 0 <= noise_scale < math.inf:
         raise ValueError(f'noise_scale is {noise_scale}, but must not be negative')
     t, h = _steps((1 - last_step) * times)
-    rows = []
+    rows: list[list[list[float]]] = []
     for t_i, h_i in zip(t.astype(np.float64), h.astype(np.float64), strict=True):
-        drift, spread = h_i * (1 + noise_scale * t_i), math.sqrt(2 * noise_scale * (1 - t_i) * h_i)
+        drift = h_i * (1 + noise_scale * t_i)
+        spread = math.sqrt(2 * noise_scale * (1 - t_i) * h_i)
         rows.append([[1 - noise_scale * h_i, 0, drift, spread], [0, 0, 0, 0]])
     rows.append([[1, 0, last_step, 0], [0, 0, 0, 0]])
     return _table(np.append(t, 1 - last_step), np.append(h, last_step), rows)
 
 
-SOLVERS = {f.__name__: f for f in (euler, heun, ab2, dpmpp_2m, euler_maruyama)}
+SOLVERS: dict[str, Callable[..., Table]] = {
+    'euler': euler,
+    'heun': heun,
+    'ab2': ab2,
+    'dpmpp_2m': dpmpp_2m,
+    'euler_maruyama': euler_maruyama,
+}
 
 
-def table(solver, num_steps, shift=1.0, **arguments):
-    """The `Table` of a solver by name, on the grid of n steps with the given shift.
+def table(solver: str, num_steps: int, shift: float = 1.0, **arguments: float) -> Table:
+    """The table of a solver by name, on the grid of n steps with the given shift.
 
-    arguments: noise_scale and last_step, for 'euler_maruyama' only. Raises ValueError for what no
-    solver has.
+    Args:
+      solver: one of `SOLVERS`.
+      num_steps: n.
+      shift: see `grid`.
+      **arguments: noise_scale and last_step, which 'euler_maruyama' alone has.
+
+    Raises:
+      ValueError: there is no such solver, or the solver cannot have such values.
     """
     if solver not in SOLVERS:
         raise ValueError(f'solver {solver!r} is not one of {", ".join(SOLVERS)}')
     if arguments and solver != 'euler_maruyama':
-        raise ValueError(
-            f'{" and ".join(arguments)}: only for the solver euler_maruyama; leave it out'
-        )
+        names = ' and '.join(arguments)
+        raise ValueError(f'{names}: only for the solver euler_maruyama; leave it out')
     return SOLVERS[solver](grid(num_steps, shift), **arguments)
 
 
-def is_stochastic(table):
+def is_stochastic(table: Table) -> bool:
     """Whether any step of the table takes noise."""
     return bool(np.any(table.weights[..., 3]))
 
 
-def pad(tables):
-    """Tables of different lengths as one: (Table with a leading axis of tables, number of
-    evaluations of each).
+def pad(tables: Sequence[Table]) -> tuple[Table, np.ndarray]:
+    """Tables of different lengths as one.
 
-    What is added behind the shorter ones is never evaluated; it repeats the last time, so that
+    What is added behind the shorter ones is never evaluated. It repeats the last time, so that
     nothing there is out of range.
+
+    Returns:
+      (table, count): arrays with a leading axis of tables, and the number of evaluations of each
+        table.
     """
-    longest = max(len(a.t) for a in tables)
-    mode = lambda a: np.pad(a, [(0, longest - len(a))] + [(0, 0)] * (a.ndim - 1), 'edge')
-    return Table(
-        *(np.stack([mode(a) for a in column]) for column in zip(*tables, strict=True))
-    ), np.array([len(a.t) for a in tables])
+    longest = max(len(one.t) for one in tables)
+
+    def extend(a: np.ndarray) -> np.ndarray:
+        return np.pad(a, [(0, longest - len(a))] + [(0, 0)] * (a.ndim - 1), 'edge')
+
+    t = np.stack([extend(one.t) for one in tables])
+    h = np.stack([extend(one.h) for one in tables])
+    weights = np.stack([extend(one.weights) for one in tables])
+    return Table(t, h, weights), np.array([len(one.t) for one in tables])
 
 
-def step(w, *known):
-    """One step of a table: w (2, 4) and what is known, x, m, v and perhaps ε, each (N, d) → the
-    next (x, m).
+def step(w: jax.Array, *known: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One step of a table.
+
+    Args:
+      w: (2, 4), the weights W of the step.
+      *known: x, m, v and, where the table takes noise, ε; each (N, d).
+
+    Returns:
+      The next (x, m).
     """
-    return tuple(sum(w[row, j] * a for j, a in enumerate(known)) for row in range(2))
+
+    def combine(row: int) -> jax.Array:
+        terms = (w[row, j] * a for j, a in enumerate(known))
+        return sum(terms)  # type: ignore[return-value]  # The terms are never none.
+
+    return combine(0), combine(1)
 
 
-def integrate(velocity, x, weights, noise=None, *, count=None, prepare=lambda i: i, chunk=1):
+def _itself(index: jax.Array) -> jax.Array:
+    """The numbers of the evaluations, where nothing else is prepared for them."""
+    return index
+
+
+def integrate(
+    velocity: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    weights: jax.typing.ArrayLike,
+    noise: jax.Array | None = None,
+    *,
+    count: jax.Array | int | None = None,
+    prepare: Callable[[jax.Array], Any] = _itself,
+    chunk: int = 1,
+) -> jax.Array:
     """Runs a table from x at t = 0 to t = 1.
 
     Args:
       velocity: function (x, prepared) → v of x's shape; `prepared` is one element of what `prepare`
         returned.
-      x: (N, d) float32, the start. weights: (E, 2, 4), of a `Table`; it may be traced.
-      noise: (m, N, d) float32, the ε of the evaluations 0 to m − 1 (later ones, which have none,
-        read the last), or None for a table without noise.
-      count: () int, the evaluations to make, E if None.
-      prepare: function indices (chunk,) int → a tree of arrays (chunk, …): whatever an evaluation
+      x: (N, d) float32, the start.
+      weights: (E, 2, 4) of a `Table`; it may be traced.
+      noise: (m, N, d) float32, the ε of the evaluations 0 to m − 1, or None for a table without
+        noise. Later evaluations, whose weights of ε are 0, read the last one.
+      count: () int, the evaluations to make; None stands for E.
+      prepare: function indices (chunk,) int → a tree of arrays (chunk, …), whatever an evaluation
         needs that does not depend on x. It is computed for `chunk` evaluations at a time, so that
-        large products can be made of small ones; indices may run past the last evaluation by less
+        large products can be made of small ones. Indices may run past the last evaluation by less
         than a chunk.
+      chunk: evaluations that are prepared together.
+
     Returns:
       (N, d) float32.
     """
     weights = jnp.asarray(weights)
-    count = len(weights) if count is None else count
+    evaluations = len(weights) if count is None else count
 
     def advance(i, prepared, state):
+        """Evaluation i: (x, m) → the next (x, m)."""
         x, memory = state
         known = [x, memory, velocity(x, prepared)]
         if noise is not None:
-            known.append(
-                jax.lax.dynamic_index_in_dim(noise, jnp.minimum(i, len(noise) - 1), keepdims=False)
-            )
+            row = jnp.minimum(i, len(noise) - 1)
+            known.append(jax.lax.dynamic_index_in_dim(noise, row, keepdims=False))
         return step(jax.lax.dynamic_index_in_dim(weights, i, keepdims=False), *known)
 
     def run_chunk(j, state):
+        """The evaluations of chunk j: (x, m) → the next (x, m)."""
         start = j * chunk
         prepared = prepare(start + jnp.arange(chunk))
-        take = lambda i: jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), prepared
-        )
-        return jax.lax.fori_loop(
-            0,
-            jnp.minimum(chunk, count - start),
-            lambda i, state: advance(start + i, take(i), state),
-            state,
-        )
 
-    x, _ = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, run_chunk, (x, jnp.zeros_like(x)))
+        def advance_inside(i, state):
+            number = start + i
+            one = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), prepared
+            )
+            return advance(number, one, state)
+
+        length = jnp.minimum(chunk, evaluations - start)
+        return jax.lax.fori_loop(0, length, advance_inside, state)
+
+    chunks = (evaluations + chunk - 1) // chunk
+    x, _ = jax.lax.fori_loop(0, chunks, run_chunk, (x, jnp.zeros_like(x)))
     return x

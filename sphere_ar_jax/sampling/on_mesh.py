@@ -1,12 +1,22 @@
-"""Sampling and autoencoding on all devices of a mesh."""
+"""Sampling and autoencoding on all devices of a mesh.
+
+Dimensions:
+  n  images in all
+  B  images of a batch
+  b  images of a batch on one device
+  L  tokens of an image
+  d  latent dimension
+  images are float32 (…, H, W, c)
+"""
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from sphere_ar_jax.config.build import Sampler
 from sphere_ar_jax.flow.plan import Options
@@ -14,52 +24,69 @@ from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Labels
 from sphere_ar_jax.models.vae import VAE, draw_tokens
 from sphere_ar_jax.runtime import hosts, sharding
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling.tokens import sample_tokens
 
 
 class Models(Protocol):
-    """What is sampled from: both models and their parameters, as `run.Run` has them."""
+    """What is sampled from: both models and their parameters, as `training.run.Run` has them."""
 
-    vae: VAE
-    vae_params: Any
-    ar: AR
-    ar_params: Any
+    @property
+    def vae(self) -> VAE:
+        """The tokenizer."""
+
+    @property
+    def vae_params(self) -> PyTree:
+        """Parameters of the tokenizer."""
+
+    @property
+    def ar(self) -> AR:
+        """The AR model."""
+
+    @property
+    def ar_params(self) -> PyTree:
+        """Parameters of the AR model."""
 
 
 def _nothing(done: int) -> None:
     """Progress that nobody watches."""
 
 
-def _arrays(labels: Any) -> Any:
-    """Labels as a tree of NumPy arrays; whole numbers become int32. A list is one array."""
+def _arrays(labels: PyTree) -> PyTree:
+    """Labels as a tree of NumPy arrays; whole numbers become int32, and a list is one array."""
 
-    def array(a):
+    def array(a: ArrayLike | list) -> np.ndarray:
         a = np.asarray(a)
         return a.astype(np.int32) if a.dtype.kind in 'iu' else a
 
     return jax.tree.map(array, labels, is_leaf=lambda a: isinstance(a, list))
 
 
-def _count(labels: Any) -> int:
+def _count(labels: PyTree) -> int:
     """The number of images that labels are for."""
     return len(jax.tree.leaves(labels)[0])
 
 
 def _rows_of_process(start: int, size: int, n: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a batch that this process loads. The last batch begins anew: so one compilation
-    serves them all.
+    """Numbers of the images of a batch that this process loads.
+
+    The last batch is filled up with the first images, so that one compilation serves all batches.
     """
     return (start + sharding.local_rows(mesh, size)) % n
 
 
 @functools.cache
-def autoencoder(vae: VAE) -> Callable[..., Any]:
-    """For one device, the compiled ((params, key's data), (images, index)) → results (b, …) of
-    `reconstruct`.
+def autoencoder(vae: VAE) -> Callable[..., tuple[jax.Array, PyTree]]:
+    """The compiled program of `reconstruct` for one device.
+
+    Returns:
+      function of ((params, key's data), (images (b, H, W, c), index (b,))) → (reconstructions
+        (b, H, W, c), the posterior).
     """
 
     def run(frozen, rows):
-        (params, key), (images, index) = frozen, rows
+        params, key = frozen
+        images, index = rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key), index)
         z, q = draw_tokens(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), q
@@ -69,27 +96,34 @@ def autoencoder(vae: VAE) -> Callable[..., Any]:
 
 def reconstruct(
     vae: VAE,
-    params: Any,
+    params: PyTree,
     images: np.ndarray,
     key: jax.Array,
     batch_size: int,
     mesh: Mesh,
     first: int = 0,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Autoencode images (n, H, W, c) with posterior samples, one key per image folded by `first` +
-    its index.
+    """Autoencodes images by samples of the posterior; image i has the key folded by first + i.
 
-    Every device takes its own rows in a program of its own: libtpu 0.0.52 aborts on the decoder
-    with rows split by `sharding.BATCH`. All processes call it with the same images.
+    Every device takes its own rows in a program of its own, since libtpu 0.0.52 aborts on the
+    decoder with rows split by `sharding.BATCH`. All processes call it with the same images.
+
+    Args:
+      vae: the tokenizer.
+      params: its parameters.
+      images: (n, H, W, c), in [−1, 1].
+      key: PRNG key of all images.
+      batch_size: B, rounded up to a multiple of the mesh's devices.
+      mesh: devices to use.
+      first: number of the first image.
 
     Returns:
       (reconstructions (n, H, W, c), the posterior's statistics over all images), whole in each
         process.
     """
-    key = np.asarray(
-        jax.random.key_data(key)
-    )  # keys themselves cannot be put on other processes' devices
-    frozen = jax.device_put((params, key), sharding.whole(mesh))  # once for all batches
+    # The key goes as numbers, since keys cannot be put on other processes' devices.
+    key_data = np.asarray(jax.random.key_data(key))
+    frozen = jax.device_put((params, key_data), sharding.whole(mesh))  # Once for all batches.
     n = len(images)
     size = sharding.whole_rows(mesh, batch_size)
     index = first + np.arange(n)
@@ -103,13 +137,21 @@ def reconstruct(
     return recon, {name: float(value) for name, value in q.statistics().items()}
 
 
-def sampling_programs(ar: AR, vae: VAE, options: Options, mesh: Mesh) -> tuple[Any, Any]:
-    """The two programs of `program`, not compiled yet.
+def sampling_programs(
+    ar: AR, vae: VAE, options: Options, mesh: Mesh
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """The two jitted programs of `program`, not compiled yet.
+
+    Args:
+      ar: the AR model with scan=False, see `ar.unstacked`.
+      vae: the tokenizer.
+      options: what the sampler does.
+      mesh: devices that draw.
 
     Returns:
-      (tokens, of all devices: (ar_params, labels, index, key, guidance_scale, temperature) → (B, L,
-        d); decode, of one
-      device and its rows: (vae_params, tokens) → images).
+      (tokens, decode). The program tokens, of all devices, is (ar_params, labels, index, key,
+        guidance_scale, temperature) → (B, L, d). The program decode, of one device and its rows,
+        is (vae_params, tokens) → images.
     """
 
     def rows(ar_params, labels, index, key, guidance_scale, temperature):
@@ -125,37 +167,47 @@ def sampling_programs(ar: AR, vae: VAE, options: Options, mesh: Mesh) -> tuple[A
             project=vae.posterior.project,
         )
 
-    whole, split = sharding.P(), sharding.BATCH
-    specs = (whole, split, split, whole, whole, whole)
-    by_rows = {'data', 'fsdp'}  # along 'tensor' the compiler splits, as the parameters are
-    tokens = jax.jit(
-        jax.shard_map(
-            rows, mesh=mesh, in_specs=specs, out_specs=split, axis_names=by_rows, check_vma=False
-        )
+    def decode(params, z):
+        return vae.apply({'params': params}, z, method='decode')
+
+    whole = sharding.P()
+    split = sharding.BATCH
+    tokens = jax.shard_map(
+        rows,
+        mesh=mesh,
+        in_specs=(whole, split, split, whole, whole, whole),
+        out_specs=split,
+        # The compiler splits along the axis 'tensor', as the parameters are split.
+        axis_names={'data', 'fsdp'},
+        check_vma=False,
     )
-    return tokens, jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+    return jax.jit(tokens), jax.jit(decode)
 
 
 @functools.cache
 def program(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Tokens and images of a batch, compiled for a mesh: every device draws and decodes its own
-    rows.
+    """Tokens and images of a batch on a mesh: every device draws and decodes its own rows.
 
     The compiler's own split of conditional and null rows would send data between devices at every
-    token; this way none is sent but along the axis 'tensor', along which the devices share the
-    heads and the cache of their rows. Parameters that are split along 'fsdp' are gathered once a
-    batch. Where each device gets equally many rows and 'tensor' is 1, the images are the same bit
-    for bit on any number of devices (seen on CPUs in float32); the decoder is a program of each
-    device for that, since XLA fuses its loops otherwise where it compiles for several at once. ar:
-    see `ar.unstacked`. options: `plan.Options`.
+    token. Here none is sent except along the axis 'tensor', along which the devices share the heads
+    and the cache of their rows. Parameters that are split along 'fsdp' are gathered once a batch.
+
+    Where each device gets equally many rows and 'tensor' is 1, the images are the same bit for bit
+    on any number of devices (seen on CPUs in float32). The decoder is a program of each device for
+    that reason, since XLA fuses its loops differently where it compiles for several at once.
+
+    Args:
+      ar: the AR model with scan=False, see `ar.unstacked`.
+      vae: the tokenizer.
+      options: what the sampler does.
+      mesh: devices that draw.
 
     Returns:
       function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale,
-        temperature) →
-      (images (B, H, W, c) float32, tokens (B, L, d)); labels and index as `sharding.place_batch`
-        lays them out.
+        temperature) → (images (B, H, W, c) float32, tokens (B, L, d)). Labels and index are laid
+        out by `sharding.place_batch`.
     """
     tokens, decode = sampling_programs(ar, vae, options, mesh)
 
@@ -167,8 +219,9 @@ def program(
 
 
 def sampling_key(seed: int) -> jax.Array:
-    """The key of all images that a seed stands for; training's draws have another. Image i folds it
-    by i.
+    """The key of all images that a seed stands for; image i folds it by i.
+
+    The draws of training have another key. See `docs/method.md`, "Random numbers".
     """
     return jax.random.key(seed + 1)
 
@@ -184,29 +237,36 @@ def draw_batches(
     mesh: Mesh | None = None,
     start: int = 0,
 ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-    """Draw one image per label, batch by batch; every command that samples goes through here.
+    """Draws one image per label, batch by batch; every command that samples goes through here.
 
-    Image i is drawn from `sampling_key` folded by i alone, or by index[i]: in whatever batch and on
-    whatever devices it is, it is the same up to rounding. See `program`. All processes call it with
-    the same arguments.
+    Image i is drawn from `sampling_key` folded by i alone, or by index[i]. Whatever batch and
+    devices it is drawn in, it is the same up to rounding; see `program`. All processes call this
+    with the same arguments.
 
     Args:
-      labels: of n images, see `conditions`. index: (n,) ints or None. start: the first image, a
-        multiple of the batch
-      size. batch_size: n if that is less, rounded up to a multiple of the mesh's devices. mesh: all
-        devices if None.
+      models: both models and their parameters.
+      sampler: how they are sampled.
+      labels: labels of n images, see `conditions`.
+      seed: see `sampling_key`.
+      index: (n,) ints, or None for 0 to n − 1.
+      batch_size: B; it is at most n, and then rounded up to a multiple of the mesh's devices.
+      mesh: devices that draw; None stands for all devices.
+      start: number of the first image, a multiple of the batch size.
+
     Yields:
       (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of
-        each batch, which is
-      computed in the background. What goes beyond n in the last one is to be left out.
-    Raises ValueError, one line, for labels that the model does not know.
+        each batch, which is computed in the background. In the last batch, what goes beyond n is to
+        be left out.
+
+    Raises:
+      ValueError: the model does not know the labels; the message is one line.
     """
     labels = _arrays(labels)
     models.ar.condition.check(labels)
     mesh = sharding.make_mesh() if mesh is None else mesh
     ar, ar_params = unstacked(models.ar, models.ar_params)
     draw = program(ar, models.vae, sampler.options, mesh)
-    vae_params = jax.device_put(models.vae_params, sharding.whole(mesh))  # once for all batches
+    vae_params = jax.device_put(models.vae_params, sharding.whole(mesh))  # Once for all batches.
     n = _count(labels)
     index = np.arange(n, dtype=np.int32) if index is None else _arrays(index)
     key = sampling_key(seed)
@@ -233,10 +293,18 @@ def sample_images(
     mesh: Mesh | None = None,
     progress: Callable[[int], None] = _nothing,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image per label: `draw_batches`, gathered.
+    """Draws one image per label: `draw_batches`, gathered.
 
     Args:
-      progress: called with the number of images done. The others: see `draw_batches`.
+      models: see `draw_batches`.
+      sampler: see `draw_batches`.
+      labels: see `draw_batches`.
+      seed: see `draw_batches`.
+      index: see `draw_batches`.
+      batch_size: see `draw_batches`.
+      mesh: see `draw_batches`.
+      progress: called with the number of images done.
+
     Returns:
       (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)), whole in each process.
     """

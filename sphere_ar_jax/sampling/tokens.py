@@ -1,14 +1,17 @@
-"""Sampling as one program: prefill, a scan over tokens with a static cache, in it the head's
-sampler (paper §3.4).
+"""Sampling as one program: a prefill, then a scan over tokens with a static cache (paper §3.4).
+
+The head's sampler runs inside the scan. See `docs/method.md`, "Sampling".
 
 Dimensions:
-  B  images      R  rows: B, or 2B with guidance (conditional rows, then null rows) L  tokens      d
-  latent dimension m  standard normal draws per token: x₀, and for a stochastic solver one for each
-  of its noisy steps
+  B  images
+  R  rows: B, or 2B with guidance (conditional rows, then null rows)
+  L  tokens of an image
+  d  latent dimension
+  D  width of the AR model
+  m  standard normal draws per token: x₀, and for a stochastic solver one for each noisy step
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,13 @@ from sphere_ar_jax.flow.guidance import Guidance, guidance_scales
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Labels
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sphere import geometry
 
 
 def sample_tokens(
     ar: AR,
-    params: Any,
+    params: PyTree,
     labels: Labels,
     keys: jax.Array | None,
     options: Options,
@@ -31,21 +35,26 @@ def sample_tokens(
     noise: tuple[jax.Array, jax.Array] | None = None,
     project: Callable[[jax.Array], jax.Array] = geometry.project,
 ) -> jax.Array:
-    """Draw the tokens of B images.
+    """Draws the tokens of B images.
 
     Args:
-      ar: the model. params: its parameters; stacked ones are copied apart first, see
-        `ar.unstacked`.
-      labels: of B images, see `conditions`. options: what the sampler does.
+      ar: the model.
+      params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
+      labels: labels of B images, see `conditions`.
       keys: (B,) PRNG keys, one per image (fold them by global index), or None if noise is given.
-      guidance_scale: () s, needed with guidance and refused without. temperature: () factor of x₀'s
-        noise.
-      noise: explicit draws instead of keys: (first (m, R, d), rest (L − 1, m, B, d)); with
+      options: what the sampler does.
+      guidance_scale: () s, needed with guidance and refused without.
+      temperature: () factor of x₀'s noise.
+      noise: explicit draws in place of keys: (first (m, R, d), rest (L − 1, m, B, d)). With
         guidance, the null rows of `first` are used only where token 0 goes apart.
       project: the tokenizer's `Posterior.project`; every token goes through it before it is fed
         back.
+
     Returns:
-      z (B, L, d) float32. Raises ValueError for an option without use or misshapen noise.
+      z (B, L, d) float32.
+
+    Raises:
+      ValueError: an argument has no use or is missing, or the noise has other shapes.
     """
     guided = options.guidance is not None
     if guided != (guidance_scale is not None):
@@ -53,72 +62,127 @@ def sample_tokens(
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
     ar, params = unstacked(ar, params)
-    variables = {'params': params}
     B = len(jax.tree.leaves(labels)[0])
     L = ar.num_tokens
     d = ar.latent_dim
     m = options.num_draws(L)
-    expected = (m, 2 * B if guided else B, d), (L - 1, m, B, d)
-    if noise is not None and tuple(n.shape for n in noise) != expected:
-        raise ValueError(
-            f'noise has the shapes {tuple(n.shape for n in noise)}, but these options need {expected}'
-        )
+    if noise is not None:
+        _check_noise(noise, ((m, 2 * B if guided else B, d), (L - 1, m, B, d)))
 
-    def draw(keys, k):
-        """Standard normals (m, B, d) of token k, one key per image."""
-
-        def one(key):
-            return jax.random.normal(jax.random.fold_in(key, k), (m, d))
-
-        return jax.vmap(one, out_axes=1)(keys)
-
-    def double(x, axis=0):
-        return jnp.concatenate([x, x], axis=axis) if guided else x
-
-    scales = guidance_scales(guidance_scale, L, options.guidance) if guided else jnp.ones(L)
+    scales = _scales(options, guidance_scale, L)
     plan = options.plan(L)
     prepared = ar.head.prepare(params['head'], plan)
-
-    rows = labels
-    if guided:  # all null rows begin alike: one is computed
-        rows = jax.tree.map(
-            lambda a, null: jnp.concatenate([a, null[:1]]), labels, ar.condition.null(labels)
-        )
-    c, cache = ar.apply(variables, rows, method='prefill')
-    if guided:
-        copies = jnp.minimum(jnp.arange(2 * B), B)
-        c, cache = jax.tree.map(lambda a: jnp.take(a, copies, axis=0), (c, cache))
-    # Token 0 goes apart, or not, by its scale, its null rows' noise, and this.
-    first_apart = options.guidance == 'linear' and options.first_token_apart is not False
-    apart = (scales == 1).at[0].set((scales[0] == 1) & (options.first_token_apart is not False))
-    if noise is not None:
-        first, rest = noise
-        if guided:
-            first = jnp.where(apart[0], first, double(first[:, :B], 1))
-        noise = jnp.concatenate([first[None], double(rest, 2)])
+    c, cache = _prefill(ar, params, labels, guided)
+    apart = _apart(options, scales)
+    given = None if noise is None else _join_noise(noise, apart[0], guided)
 
     def step(carry, inputs):
+        """Draws token k and feeds it: (condition, cache) of token k → those of token k + 1."""
         c, cache = carry
         k, which, scale, apart, draws = inputs
-        if noise is None:
-            draws = draw(keys, k)
-            if guided:
-                null = (
-                    jax.lax.cond(k == 0, lambda: draw(keys, L), lambda: draws)
-                    if first_apart
-                    else draws
-                )
-                draws = jnp.concatenate([draws, null], axis=1)
+        if draws is None:
+            draws = _draw_rows(options, keys, k, L, (m, d))
         draws = jnp.concatenate([temperature * draws[:1], draws[1:]])
         solver = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), prepared
         )
         guidance = Guidance(scale, apart, options.guidance_interval) if guided else None
         z = project(ar.head.draw_token(params['head'], c, draws, solver, guidance))
-        # Runs once more after the last token, so that token 0 shares the program
-        return ar.apply(variables, z, k + 1, cache, method='decode_step'), z[:B]
+        # This runs once more after the last token, so that token 0 shares the program.
+        carry = ar.apply({'params': params}, z, k + 1, cache, method='decode_step')
+        return carry, z[:B]
 
-    _, z = jax.lax.scan(
-        step, (c, cache), (jnp.arange(L), jnp.asarray(plan.which), scales, apart, noise)
-    )
+    tokens = (jnp.arange(L), jnp.asarray(plan.which), scales, apart, given)
+    _, z = jax.lax.scan(step, (c, cache), tokens)
     return z.swapaxes(0, 1)
+
+
+def _check_noise(
+    noise: tuple[jax.Array, jax.Array], expected: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """Raises ValueError for explicit draws of other shapes than expected."""
+    shapes = tuple(a.shape for a in noise)
+    if shapes != expected:
+        raise ValueError(f'noise has the shapes {shapes}, but these options need {expected}')
+
+
+def _scales(options: Options, scale: jax.Array | float | None, num_tokens: int) -> jax.Array:
+    """The guidance scale s_k of every token, (L,); 1 without guidance."""
+    if options.guidance is None or scale is None:
+        return jnp.ones(num_tokens)
+    return guidance_scales(scale, num_tokens, options.guidance)
+
+
+def _apart(options: Options, scales: jax.Array) -> jax.Array:
+    """Whether the conditional and null rows of each token go their own ways, (L,) bool.
+
+    They do where the scale is 1. At token 0 `Options.first_token_apart` may forbid it.
+    """
+    allowed = options.first_token_apart is not False
+    return (scales == 1).at[0].set((scales[0] == 1) & allowed)
+
+
+def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> tuple[jax.Array, PyTree]:
+    """Condition (R, D) of token 0 and the filled cache of all rows."""
+    if not guided:
+        return ar.apply({'params': params}, labels, method='prefill')
+    # All null rows begin alike, so one of them is computed and then copied.
+    null = ar.condition.null(labels)
+    rows = jax.tree.map(lambda a, null: jnp.concatenate([a, null[:1]]), labels, null)
+    c, cache = ar.apply({'params': params}, rows, method='prefill')
+    B = len(c) - 1
+    copies = jnp.minimum(jnp.arange(2 * B), B)
+    return jax.tree.map(lambda a: jnp.take(a, copies, axis=0), (c, cache))
+
+
+def _join_noise(
+    noise: tuple[jax.Array, jax.Array], first_apart: jax.Array, guided: bool
+) -> jax.Array:
+    """Explicit draws as one array (L, m, R, d).
+
+    Args:
+      noise: (first (m, R, d), rest (L − 1, m, B, d)).
+      first_apart: () bool, whether the null rows of token 0 have the noise given for them. In all
+        other places they have that of the conditional rows.
+      guided: whether there are null rows.
+    """
+    first, rest = noise
+    if not guided:
+        return jnp.concatenate([first[None], rest])
+    B = rest.shape[2]
+    shared = first[:, :B]
+    first = jnp.where(first_apart, first, jnp.concatenate([shared, shared], axis=1))
+    return jnp.concatenate([first[None], jnp.concatenate([rest, rest], axis=2)])
+
+
+def _draw_rows(
+    options: Options, keys: jax.Array, k: jax.Array, num_tokens: int, shape: tuple[int, int]
+) -> jax.Array:
+    """Standard normals (m, R, d) of token k.
+
+    Null rows share those of the conditional rows. At token 0 they have draws of their own, from the
+    keys folded by L, where the options let them go apart.
+
+    Args:
+      options: what the sampler does.
+      keys: (B,) PRNG keys.
+      k: () int.
+      num_tokens: L.
+      shape: (m, d).
+    """
+    draws = _draw(keys, k, shape)
+    if options.guidance is None:
+        return draws
+    null = draws
+    if options.guidance == 'linear' and options.first_token_apart is not False:
+        null = jax.lax.cond(k == 0, lambda: _draw(keys, num_tokens, shape), lambda: draws)
+    return jnp.concatenate([draws, null], axis=1)
+
+
+def _draw(keys: jax.Array, number: jax.Array | int, shape: tuple[int, int]) -> jax.Array:
+    """Standard normals (m, B, d) from the keys (B,) folded by a number; the shape is (m, d)."""
+
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, number), shape)
+
+    return jax.vmap(one, out_axes=1)(keys)

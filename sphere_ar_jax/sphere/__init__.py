@@ -1,1 +1,1 @@
-
+"""Geometry and probability distributions on the sphere that tokens live on."""

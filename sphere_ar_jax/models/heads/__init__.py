@@ -1,14 +1,19 @@
-"""Heads of the AR model: how one token is drawn given its condition, chosen by a word of the
-config.
+"""Heads of the AR model: how one token is drawn given its condition.
 
-A head is a Flax module, the field `head` of `ar.AR`. It owns its loss and the steps of its sampler.
+A head is a Flax module, the field `head` of `ar.AR`, chosen by a word of the config. It owns its
+loss and the steps of its sampler.
+See `docs/extending.md` for one of your own.
 
 Dimensions:
-  B  images     L  tokens of an image     m  noisy copies of every token while training     R  rows
-  of the sampler d  latent dimension     D  width of the AR model
+  B  images
+  L  tokens of an image
+  m  noisy copies of every token while training
+  R  rows of the sampler
+  d  latent dimension
+  D  width of the AR model
 """
 
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import jax
 
@@ -16,41 +21,76 @@ from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models.heads.flow import FlowHead
 from sphere_ar_jax.models.heads.mean_velocity import MeanVelocity
+from sphere_ar_jax.runtime.types import PyTree
 
-Draws = Any  # a tree of arrays
+# What the loss of a head needs besides conditions and tokens: a tree of arrays.
+Draws: TypeAlias = PyTree
 
 
 class Head(Protocol):
-    """A distribution of the next token. `loss` reads parameters through Flax; `draw_token` is given
-    them.
+    """A distribution of the next token.
+
+    `loss` reads parameters through Flax; `prepare` and `draw_token` are given them.
     """
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> Draws:
-        """The random draws of `loss`, one key for each image: keys (B,), shape (m, L, d)."""
+        """The random draws of `loss`.
+
+        Args:
+          keys: (B,) PRNG keys, one for each image.
+          shape: (m, L, d).
+        """
 
     def example(self, shape: tuple[int, int, int]) -> Draws:
-        """Draws of one image, of the right shapes; their values do not matter."""
+        """What `loss` takes as draws for one image, in the right shapes; values do not matter.
+
+        Args:
+          shape: (m, L, d).
+        """
 
     def loss(
         self, c: jax.Array, z: jax.Array, draws: Draws
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss () float32, scalars ()) of tokens z (B, L, d) given their conditions c (B, L, D)."""
+        """Loss of the tokens given their conditions.
 
-    def prepare(self, params: Any, plan: Plan) -> Any:
-        """What `draw_token` needs of a plan and computes once for all tokens: a tree with a leading
-        axis of tables.
+        Args:
+          c: (B, L, D) conditions.
+          z: (B, L, d) tokens.
+          draws: see `example`.
+
+        Returns:
+          (loss, scalars): the loss () float32, and scalars () for the log by name.
+        """
+
+    def prepare(self, params: PyTree, plan: Plan) -> PyTree:
+        """What `draw_token` needs of a plan and computes once for all tokens.
+
+        Args:
+          params: parameters of the head.
+          plan: what every token's solver does.
+
+        Returns:
+          A tree of arrays with a leading axis of the plan's tables.
         """
 
     def draw_token(
-        self, params: Any, c: jax.Array, noise: jax.Array, solver: Any, guidance: Guidance | None
+        self,
+        params: PyTree,
+        c: jax.Array,
+        noise: jax.Array,
+        solver: PyTree,
+        guidance: Guidance | None,
     ) -> jax.Array:
         """One token of every row, (R, d), which the sampler then projects.
 
         Args:
-          params: of the head. c: (R, D) conditions; with guidance conditional rows, then null rows.
-          noise: (n, R, d) standard normal. solver: one element of `prepare`.
+          params: parameters of the head.
+          c: (R, D) conditions; with guidance, conditional rows come first, then null rows.
+          noise: (n, R, d) standard normal.
+          solver: one element of what `prepare` returned.
+          guidance: how the two kinds of rows act together; None where all rows are alike.
         """
 
 
-# The config's words `ar.head` and `distillation_training.head` → the module.
+# The words of `ar.head` and `distillation_training.head` in the config, and their modules.
 HEADS = {'flow': FlowHead, 'mean_velocity': MeanVelocity}

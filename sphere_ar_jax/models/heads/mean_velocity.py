@@ -1,12 +1,19 @@
 """A head of mean velocities, distilled from a flow head: one or two evaluations a token.
 
+See `docs/method.md`, "Mean-velocity distillation".
+
 Dimensions:
-  B  images     L  tokens of an image     N  rows, B·L     d  latent dimension
+  B  images
+  L  tokens of an image
+  N  rows, B·L
+  d  latent dimension
+  D  width of the AR model
+  M  width of the head
   P  segments of the time axis
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,14 +23,17 @@ from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.flow.guidance import guide
 from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, time_sinusoid
 from sphere_ar_jax.models.transformer import INIT
+from sphere_ar_jax.runtime.types import PyTree
 
 
 class Segments(NamedTuple):
     """Parts of a flow's trajectories, with the mean velocity over each.
 
     Attributes:
-      x: (P, N, d) where a segment begins. t: (P,) when. h: (P,) its width in time. u: (P, N, d) its
-        mean velocity.
+      x: (P, N, d), the points where the segments begin.
+      t: (P,) times when they begin.
+      h: (P,) their widths in time.
+      u: (P, N, d), the mean velocities.
     """
 
     x: jax.Array
@@ -33,14 +43,13 @@ class Segments(NamedTuple):
 
 
 class MeanVelocity(FlowHead):
-    """A flow head that gives the mean velocity over [t, t + h] and takes h as well (MeanFlow, arXiv
-    2505.13447).
+    """A flow head that gives the mean velocity over [t, t + h], u(x_t, t, h, c).
 
-    The embedding of h is added to that of t and starts at zero, so that a head begins as the one it
-    is distilled from.
+    The embedding of h is added to that of t. It starts at zero, so that a head begins as the one it
+    is distilled from. The mean velocity is that of MeanFlow (arXiv 2505.13447).
     """
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         self.span1 = nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype)
         self.span2 = nn.Dense(self.width, kernel_init=ZERO, dtype=self.dtype)
@@ -59,8 +68,13 @@ class MeanVelocity(FlowHead):
         )
         return FlowHead(*fields, parent=None)
 
-    def embed_time(self, t: jax.Array, h: jax.Array) -> jax.Array:
-        """t (...) in [0, 1] and the step's width h (...) → (..., M)."""
+    def embed_time(self, *times: jax.Array) -> jax.Array:
+        """Embedding (..., M) of a step.
+
+        Args:
+          *times: t (...) in [0, 1], and the width h (...) of the step.
+        """
+        t, h = times
         return super().embed_time(t) + self.span2(nn.silu(self.span1(time_sinusoid(h))))
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
@@ -68,17 +82,27 @@ class MeanVelocity(FlowHead):
         return jnp.asarray(tables.t), jnp.asarray(tables.h)
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-        """Starts of trajectories, one key for each image: keys (B,), shape (1, L, d) → (B, L, d)
-        standard normal.
+        """Starts of trajectories, from which a teacher makes the `Segments` of `loss`.
+
+        Args:
+          keys: (B,) PRNG keys, one for each image.
+          shape: (1, L, d).
+
+        Returns:
+          (B, L, d) standard normal.
         """
 
-        def draw(key):
+        def draw(key: jax.Array) -> jax.Array:
             return jax.random.normal(key, shape[1:])
 
         return jax.vmap(draw)(keys)
 
     def example(self, shape: tuple[int, int, int]) -> Segments:
-        """One segment for one image, all zero; shape (1, L, d)."""
+        """One segment for one image, all zero.
+
+        Args:
+          shape: (1, L, d).
+        """
         x = jnp.zeros((1, *shape[1:]))
         return Segments(x, jnp.zeros(1), jnp.zeros(1), x)
 
@@ -88,11 +112,13 @@ class MeanVelocity(FlowHead):
         """Error of the mean velocities: mean (u(x, t, h, c) − u)² over segments.
 
         Args:
-          c: (B, L, D) conditions. z: (B, L, d) tokens, of which only the shape is read. draws:
-            `Segments` of a teacher.
+          c: (B, L, D) conditions.
+          z: (B, L, d) tokens, which are not read.
+          draws: segments of a teacher's trajectories.
+
         Returns:
-          (loss, scalars): loss () float32; scalars one_step, the part of the steps from noise to
-            data in one.
+          (loss, scalars): the loss () float32. The scalar one_step is the error of the steps from
+            noise to data in one.
         """
         del z
         P, N = draws.u.shape[:2]
@@ -101,9 +127,8 @@ class MeanVelocity(FlowHead):
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
         errors = jnp.mean(jnp.square(predicted.reshape(draws.u.shape) - draws.u), axis=(1, 2))
         whole = draws.h == 1
-        one_step = jnp.sum(jnp.where(whole, errors, 0.0)) / jnp.maximum(
-            jnp.sum(whole.astype(jnp.float32)), 1
-        )
+        number = jnp.sum(whole.astype(jnp.float32))
+        one_step = jnp.sum(jnp.where(whole, errors, 0.0)) / jnp.maximum(number, 1)
         return jnp.mean(errors), {'one_step': one_step}
 
 
@@ -115,26 +140,31 @@ def mean_velocity_targets(
 ) -> Segments:
     """Mean velocities of a flow over the segments that samplers of few steps take, by solving it.
 
-    For every n of `levels` and every segment [i/n, (i + 1)/n]: u = (x at its end − x at its
-    start)·n, along one trajectory from x₀ = noise, solved by Adams–Bashforth in num_steps equal
-    steps.
+    For every n of `levels` and every segment [i/n, (i + 1)/n], u = (x at its end − x at its
+    start)·n. All segments lie on one trajectory from x₀ = noise, solved by Adams–Bashforth in equal
+    steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
 
     Args:
-      velocity: function (x (N, d), t ()) → (N, d). noise: (N, d). levels: ints that divide
-        num_steps.
+      velocity: function (x (N, d), t ()) → (N, d).
+      noise: (N, d) standard normal.
+      levels: numbers of steps, which divide num_steps.
+      num_steps: steps of the teacher's solver.
+
     Returns:
-      `Segments`, P = Σ levels of them.
-    Raises ValueError where a level does not divide num_steps. Source: u of MeanFlow (arXiv
-    2505.13447, eq. 3).
+      `Segments`; there are P = Σ levels of them.
+
+    Raises:
+      ValueError: a level does not divide num_steps.
     """
     if any(num_steps % n for n in levels):
         raise ValueError(f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher')
     table = solvers.table('ab2', num_steps)
 
     def advance(state, inputs):
+        x, memory = state
         t, w = inputs
-        state = solvers.step(w, *state, velocity(state[0], t))
-        return state, state[0]
+        x, memory = solvers.step(w, x, memory, velocity(x, t))
+        return (x, memory), x
 
     start_state = (noise, jnp.zeros_like(noise))
     _, path = jax.lax.scan(advance, start_state, (jnp.asarray(table.t), jnp.asarray(table.weights)))
@@ -148,28 +178,32 @@ def mean_velocity_targets(
 
 
 def distillation_loss(
-    ar: Any,
-    head: Any,
-    teacher: Any,
-    labels: Any,
+    ar: nn.Module,
+    head: PyTree,
+    teacher: PyTree,
+    labels: PyTree,
     z: jax.Array,
     noise: jax.Array,
     scales: jax.Array,
     levels: Sequence[int],
     num_steps: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Teach a head the mean velocity of a teacher's guided flow: mean (u(x, t, h, c) − its
-    targets)².
+    """Loss of a head that learns the mean velocity of a teacher's guided flow.
 
-    The AR model is frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
-    needs no null rows.
+    It is mean (u(x, t, h, c) − its targets)². The AR model is frozen. The teacher's guidance, s_k
+    at token k, becomes part of the head, which needs no null rows.
 
     Args:
-      ar: `ar.AR` with a `MeanVelocity` head. head: that head's parameters, the only ones trained.
-        teacher: parameters
-      of the same AR model with the head `MeanVelocity.teacher`. labels: of B images. z: (B, L, d)
-        tokens.
-      noise: (B, L, d). scales: (L,) s_k. levels, num_steps: see `mean_velocity_targets`.
+      ar: an `ar.AR` with a `MeanVelocity` head.
+      head: parameters of that head, the only ones that are trained.
+      teacher: parameters of the same AR model with the head `MeanVelocity.teacher`.
+      labels: labels of B images, see `conditions`.
+      z: (B, L, d) tokens.
+      noise: (B, L, d) standard normal, the starts of the trajectories.
+      scales: (L,) s_k.
+      levels: see `mean_velocity_targets`.
+      num_steps: see `mean_velocity_targets`.
+
     Returns:
       (loss, scalars) of `MeanVelocity.loss`.
     """
@@ -178,15 +212,16 @@ def distillation_loss(
     both = jax.tree.map(
         lambda a, null: jnp.concatenate([a, null]), labels, ar.condition.null(labels)
     )
-    c = ar.clone(head=flow_head).apply(
-        {'params': teacher}, both, jnp.concatenate([z, z]), method='conditions'
-    )
+    model = ar.clone(head=flow_head)
+    c = model.apply({'params': teacher}, both, jnp.concatenate([z, z]), method='conditions')
     rows = c.reshape(2 * B * L, -1)
 
-    def guided(x, t):
+    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+        """The teacher's guided velocity of all tokens, (B·L, d)."""
         arguments = (jnp.concatenate([x, x]), rows, jnp.full(len(rows), t))
         v = flow_head.apply({'params': teacher['head']}, *arguments, method='velocity')
-        return guide(*jnp.split(v, 2), jnp.tile(scales, B)[:, None])
+        v_cond, v_null = jnp.split(v, 2)
+        return guide(v_cond, v_null, jnp.tile(scales, B)[:, None])
 
     targets = mean_velocity_targets(guided, noise.reshape(B * L, d), levels, num_steps)
     frozen = jax.lax.stop_gradient((c[:B], z, targets))
