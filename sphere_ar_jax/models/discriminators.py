@@ -52,7 +52,7 @@ def _conv(
 ) -> jax.Array:
     """Applies a convolution k × k to x, padded by 1 (a 1×1 by 0).
 
-    Its initialization is PyTorch's default unless `kernel_init` says otherwise.
+    Its initialisation is PyTorch's default unless `kernel_init` says otherwise.
     """
     layer = nn.Conv(
         channels,
@@ -69,7 +69,7 @@ def _conv(
 
 
 def _dense(x: jax.Array, features: int, dtype: DTypeLike, name: str) -> jax.Array:
-    """Applies a linear layer to x, initialized by PyTorch's default."""
+    """Applies a linear layer to x, initialised by PyTorch's default."""
     layer = nn.Dense(
         features,
         dtype=dtype,
@@ -94,7 +94,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes x (B, H, W, c) → (B, H, W, c) in `dtype`."""
+        """Normalises x (B, H, W, c) → (B, H, W, c) in `dtype`."""
 
         def scale_init(key: jax.Array, shape: Sequence[int]) -> jax.Array:
             return 1 + 0.02 * jax.random.normal(key, shape)
@@ -197,8 +197,8 @@ class StyleGAN(nn.Module):
     """Judges an image as a whole.
 
     It is a conv3×3 with leaky ReLU, `Halving` down to 4×4 pixels, and then conv3×3, leaky ReLU,
-    linear, leaky ReLU, linear. As published, it has no minibatch-deviation layer and no equalized
-    learning rates. Its initialization is PyTorch's.
+    linear, leaky ReLU, linear. As published, it has no minibatch-deviation layer and no equalised
+    learning rates. Its initialisation is PyTorch's.
 
     It has 36,500,225 parameters for 256×256 pixels. The source is the residual discriminator of
     Karras et al. 2020 (arXiv 1912.04958), as in the public SphereAR code.

@@ -1,10 +1,10 @@
 """Functions whose value or gradients are computed by faster programs than XLA's own.
 
-Some programs that XLA makes of a derivative are slow on one platform, and some kernels exist on one
-platform only. `fast` puts such a program in the place of a plain function's value or gradient. The
-result stays differentiable in every way that the plain function is: forward, in reverse, repeatedly,
-and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the plain functions run alone, so
-that the two can be compared.
+Some programs that XLA makes of a derivative are slow on one platform, and some kernels exist on
+one platform only. `fast` lets a faster program compute a plain function's value or gradient there.
+The result stays differentiable in every way that the plain function is: forward, in reverse,
+repeatedly, and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the plain functions
+run alone, so that the two can be compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -206,7 +206,10 @@ def _batch(
     maps: _Maps,
     count: int,
 ) -> tuple[list[jax.Array], list[int]]:
-    """Applies one map to all rows in the place of a map for each; its outputs have the rows first."""
+    """Applies one map to all rows, in the place of a map for each.
+
+    The outputs have the rows first.
+    """
     residual_axes = tuple(axes[:count])
     input_axes = tuple(axes[count:])
     output_axes = (0,) * len(jaxpr.out_avals)

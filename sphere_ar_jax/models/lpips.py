@@ -31,7 +31,7 @@ class VGG16(nn.Module):
         """Returns the features at the end of each stage.
 
         Args:
-          x: (B, H, W, 3) images, normalized by `SHIFT` and `SCALE`.
+          x: (B, H, W, 3) images, normalised by `SHIFT` and `SCALE`.
 
         Returns:
           Five arrays (B, H/2^i, W/2^i, c), i = 0 … 4, with sizes rounded down.
@@ -59,12 +59,12 @@ def _unit(x: jax.Array) -> jax.Array:
 class LPIPS(nn.Module):
     """Computes Σ over VGG16's stages of mean over pixels of Σ_c w_c·(f̂_c(a) − f̂_c(b))².
 
-    f̂ are the features of a pixel, normalized to length 1, and w are learned weights.
+    f̂ are the features of a pixel, normalised to length 1, and w are learned weights.
     `sphere_ar_jax.interop.lpips` reads published parameters. The source is Zhang et al. 2018 (arXiv
     1801.03924), eq. 1, in version 0.1 as in taming-transformers.
 
     Attributes:
-      dtype: dtype of the convolutions; normalization and distance are float32.
+      dtype: dtype of the convolutions; normalisation and distance are float32.
     """
 
     dtype: DTypeLike = jnp.float32

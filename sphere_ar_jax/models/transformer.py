@@ -166,16 +166,14 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes x (..., D) → (..., D) in `dtype`."""
+        """Normalises x (..., D) → (..., D) in `dtype`."""
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
         return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
 
 
-def _attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int
-) -> jax.Array:
+def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> jax.Array:
     """Computes softmax(q·kᵀ/√K)·v of T positions from `start` on, over a cache.
 
     With heads before positions each product streams its cache as it lies in memory.
