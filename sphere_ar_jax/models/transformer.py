@@ -255,14 +255,10 @@ class Attention(nn.Module):
             out = attend(q, k, v, self.causal)
         else:
             assert start is not None, 'a cache needs a start'
-            keys, values = cache
-            keys = _write(keys, k, start)
-            values = _write(values, v, start)
+            keys = _write(cache[0], k, start)
+            values = _write(cache[1], v, start)
             cache = (keys, values)
-            if self.prefill:
-                out = attend(q, k, v, self.causal)
-            else:
-                out = _attend(q, keys, values, start)
+            out = attend(q, k, v, self.causal) if self.prefill else _attend(q, keys, values, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 

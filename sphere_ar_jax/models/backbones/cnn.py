@@ -40,8 +40,9 @@ class NormSiLU(nn.Module):
             return jnp.repeat(per_group, channels // groups, axis=-1)[:, None, None]
 
         center = mean(x)
+        gain = scale[None, None, None]
         variance = mean(jnp.square(x - center))
-        a = scale[None, None, None] * jax.lax.rsqrt(variance + transformer.EPS)
+        a = gain * jax.lax.rsqrt(variance + transformer.EPS)
         return nn.silu(a * (x - center) + bias[None, None, None]).astype(self.dtype)
 
 
