@@ -1,1 +1,1 @@
-
+"""The tokenizer, the autoregressive model, and the networks that judge images."""

@@ -1,4 +1,7 @@
-"""The causal transformer over the condition's tokens and past tokens, and its head (paper §3.3).
+"""The autoregressive model: a causal transformer and a head that draws tokens.
+
+The transformer reads the condition's tokens and past tokens (paper §3.3; `docs/method.md`,
+"Autoregressive model").
 
 Dimensions:
   B    images                       L    tokens of an image (grid H × W, raster order)
@@ -6,23 +9,32 @@ Dimensions:
   d    latent dimension             S = C + L − 1, the length of the sequence and of the cache
 """
 
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.conditions import Classes, Condition, Labels
 from sphere_ar_jax.models.heads import Draws, FlowHead, Head
 from sphere_ar_jax.models.sizes import VARIANTS
+from sphere_ar_jax.runtime.types import PyTree
 
 __all__ = ['AR', 'VARIANTS', 'sphere_ar', 'unstacked']
 
+Caches: TypeAlias = tuple[transformer.Cache, ...]  # one for each block
+
 
 class Positions(nn.Module):
-    """The learned embedding (L, D) that tells a head which token it draws; its parameter stands
-    beside the model's.
+    """The learned embedding that tells a head which token it draws.
+
+    `AR` shares its scope, so that the parameter stands beside the model's.
+
+    Attributes:
+      num_tokens: L.
+      width: D.
     """
 
     num_tokens: int
@@ -30,17 +42,27 @@ class Positions(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        """Returns the embedding (L, D)."""
         return self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
 
 
 class AR(nn.Module):
-    """SphereAR without its tokenizer. `sphere_ar(**VARIANTS['L'])` is the published L at 256×256.
+    """SphereAR without its tokenizer.
+
+    `sphere_ar(**VARIANTS['L'])` is the published L at 256×256 pixels.
 
     Attributes:
-      depth, heads, width: of the transformer. condition: see `conditions`. head: see `heads`. grid:
-        (H, W).
-      latent_dim: d. remat, unroll, scan: see `transformer.Stack`. dtype: of the computation;
-        parameters are float32.
+      depth: blocks of the transformer.
+      heads: N.
+      width: D.
+      condition: see `conditions`.
+      head: see `heads`.
+      grid: (H, W) tokens.
+      latent_dim: d.
+      remat: see `transformer.Stack`.
+      unroll: see `transformer.Stack`.
+      dtype: dtype of the computation; parameters are float32.
+      scan: see `transformer.Stack`.
     """
 
     depth: int
@@ -52,10 +74,10 @@ class AR(nn.Module):
     latent_dim: int = 16
     remat: bool = False
     unroll: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = True
 
-    def setup(self):
+    def setup(self) -> None:
         nn.share_scope(self, self.condition)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
         self.emb_norm = transformer.RMSNorm()
@@ -68,34 +90,51 @@ class AR(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """L = H·W."""
+        """Number L = H·W of an image's tokens."""
         return self.grid[0] * self.grid[1]
 
-    def _angles(self):
+    def _angles(self) -> jax.Array:
+        """Computes the rotary angles of the sequence, (S, K/2)."""
         head_dim = transformer.head_dim(self.width, self.heads)
-        return jnp.asarray(transformer.rope_table(*self.grid, self.condition.length, head_dim)[:-1])
+        table = transformer.rope_table(*self.grid, self.condition.length, head_dim)
+        return jnp.asarray(table[:-1])  # the last token is never an input
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
-        """The joint sequence after `emb_norm`: the condition's tokens, then z (B, T, d) → (B, C +
-        T, D) float32.
+        """Joins the condition's tokens and an image's own, and normalises them by `emb_norm`.
+
+        Args:
+          labels: labels of B images.
+          z: (B, T, d) tokens.
+
+        Returns:
+          (B, C + T, D) float32.
         """
         past = self.proj_in(z).astype(jnp.float32)
         return self.emb_norm(jnp.concatenate([self.condition.embed(labels), past], axis=1))
 
     def conditions(self, labels: Labels, z: jax.Array) -> jax.Array:
-        """Conditions c of all tokens in one pass, each from the labels and the tokens before it.
+        """Computes the conditions c of all tokens in one pass.
+
+        Each comes from the labels and the tokens before it.
 
         Args:
-          labels: of B images. z: (B, L, d) tokens; the last one is not read.
+          labels: labels of B images.
+          z: (B, L, d) tokens. The last one is not read.
+
         Returns:
           (B, L, D) float32.
         """
         x, _ = self.stack(self.embed(labels, z[:, :-1]), self._angles())
         return self.norm(x[:, -self.num_tokens :]) + self.positions()[None]
 
-    def prefill(self, labels: Labels) -> tuple[jax.Array, Any]:
-        """Read the condition: labels of B images → condition of token 0 (B, D), the filled cache.
-        Needs scan=False.
+    def prefill(self, labels: Labels) -> tuple[jax.Array, Caches]:
+        """Reads the condition into a new cache. It needs scan=False.
+
+        Args:
+          labels: labels of B images.
+
+        Returns:
+          The condition of token 0, (B, D) float32, and the cache.
         """
         B = len(jax.tree.leaves(labels)[0])
         length = self.condition.length + self.num_tokens - 1
@@ -106,47 +145,66 @@ class AR(nn.Module):
         x, cache = self.stack(x, self._angles()[: self.condition.length], cache, 0, prefill=True)
         return self.norm(x[:, -1]) + self.positions()[:1], cache
 
-    def decode_step(self, z: jax.Array, k: jax.Array | int, cache: Any) -> tuple[jax.Array, Any]:
-        """Feed token k − 1, z (B, d), and return the condition of token k (B, D) with the updated
-        cache.
+    def decode_step(
+        self, z: jax.Array, k: jax.Array | int, cache: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """Feeds token k − 1 and returns the condition of token k. It needs scan=False.
 
         Args:
-          k: () int, 1 ≤ k < L; it is clamped, not checked. Needs scan=False.
+          z: token k − 1 of each image, (B, d).
+          k: () int, 1 ≤ k < L; it is clamped, not checked.
+          cache: the cache after token k − 2, or after `prefill`.
+
+        Returns:
+          The condition of token k, (B, D) float32, and the updated cache.
         """
         start = self.condition.length + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
-        return self.norm(x[:, 0]) + jnp.take(self.positions(), jnp.asarray(k)[None], axis=0), cache
+        c = self.norm(x[:, 0]) + jnp.take(self.positions(), jnp.asarray(k)[None], axis=0)
+        return c, cache
 
     def loss(
         self, labels: Labels, z: jax.Array, draws: Draws
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The head's (loss, scalars) of clean tokens z (B, L, d), each given the labels and the
-        tokens before it.
+        """Computes the head's loss of tokens, each given the labels and the tokens before it.
+
+        Args:
+          labels: labels of B images.
+          z: (B, L, d) clean tokens.
+          draws: the random draws of the head's loss.
+
+        Returns:
+          The loss () float32, and scalars () by their names.
         """
         return self.head.loss(self.conditions(labels, z), z, draws)
 
     def __call__(
         self, labels: Labels, z: jax.Array, x_t: jax.Array, *times: jax.Array
     ) -> jax.Array:
-        """Velocities of m noisy copies of every token, from a head that has them
-        (`FlowHead.velocities`).
+        """Computes velocities of m noisy copies of every token.
+
+        The head must be a `FlowHead`, or another that has `FlowHead.velocities`.
 
         Args:
-          labels: of B images. z: (B, L, d) clean tokens. x_t: (m, B, L, d) noisy tokens. times:
-            each (m, B, L), t in
-          [0, 1], and for mean velocities the widths h of the steps.
+          labels: labels of B images.
+          z: (B, L, d) clean tokens.
+          x_t: (m, B, L, d) noisy tokens.
+          *times: t in [0, 1], (m, B, L), and for mean velocities the widths h of the steps, (m, B,
+            L).
+
         Returns:
           v (m, B, L, d) float32.
         """
-        return self.head.velocities(x_t, self.conditions(labels, z), *times)
+        head = cast(FlowHead, self.head)
+        return head.velocities(x_t, self.conditions(labels, z), *times)
 
     def apart(self) -> 'AR':
-        """The same model with scan=False, as sampling needs it."""
+        """Returns the same model with scan=False, as sampling needs it."""
         return self.clone(scan=False, head=self.head.clone(scan=False))
 
-    def init_params(self, key: jax.Array) -> Any:
-        """Fresh parameters from a PRNG key."""
+    def init_params(self, key: jax.Array) -> PyTree:
+        """Makes fresh parameters from a PRNG key."""
         z = jnp.zeros((1, self.num_tokens, self.latent_dim))
         draws = self.head.example((1, self.num_tokens, self.latent_dim))
         return self.init(key, self.condition.example(), z, draws, method='loss')['params']
@@ -165,23 +223,46 @@ def sphere_ar(
     latent_dim: int = 16,
     remat: bool = False,
     unroll: int = 1,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> AR:
-    """The published composition, class tokens in front and a flow head, from flat sizes such as
-    `VARIANTS['B']`.
+    """Makes the published composition: class tokens in front, and a flow head.
+
+    Args:
+      depth: see `AR`.
+      heads: see `AR`.
+      width: see `AR`.
+      head_depth: residual blocks of the flow head.
+      head_width: width of the flow head.
+      head_groups: adaLN groups of the flow head.
+      num_classes: number of the data's classes.
+      class_tokens: C.
+      grid: see `AR`.
+      latent_dim: see `AR`.
+      remat: see `transformer.Stack`.
+      unroll: see `transformer.Stack`.
+      dtype: see `AR`.
+
+    Returns:
+      The Flax module. The sizes of the published ones are in `VARIANTS`.
     """
-    speed = {'remat': remat, 'unroll': unroll, 'dtype': dtype}
+    speed: dict[str, Any] = {'remat': remat, 'unroll': unroll, 'dtype': dtype}
     condition = Classes(num_classes, class_tokens, width)
     head = FlowHead(latent_dim, head_width, head_depth, head_groups, **speed)
     return AR(depth, heads, width, condition, head, tuple(grid), latent_dim, **speed)
 
 
-def unstacked(ar: AR, params: Any) -> tuple[AR, Any]:
-    """The model and its parameters as sampling uses them: scan=False, `transformer.unstack` of the
-    parameters.
+def unstacked(ar: AR, params: PyTree) -> tuple[AR, PyTree]:
+    """Turns the model and its parameters into what sampling uses: scan=False, parameters apart.
 
-    Parameters that are so already stay as they are. Under jit the program copies them each time it
-    runs; call this once, outside, where many batches are drawn.
+    A model with scan=False and its parameters stay as they are. Under jit the program copies the
+    parameters each time it runs: where many batches are drawn, call this once, outside.
+
+    Args:
+      ar: the model.
+      params: its parameters.
+
+    Returns:
+      The model with scan=False, and its parameters after `transformer.unstack`.
     """
     if not ar.scan:
         return ar, params

@@ -3,12 +3,14 @@
 Dimensions:
   B    batch                       N    heads, K the head dimension
   T    positions                   S    T, rounded up to a multiple of the TPU's 128 lanes
-The platform is the one that a program is lowered for: ahead of time, a machine without a TPU
-compiles what a TPU runs.
+The platform is the one that a program is lowered for: a machine without a TPU that compiles ahead
+of time compiles what a TPU runs.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,92 +21,127 @@ from jax.sharding import PartitionSpec
 from sphere_ar_jax.models import kernels
 
 LANES = 128
-HEADS = 'tensor'  # axis of the mesh over which heads are split; all others split rows of the batch
-LONG = 512  # positions from which on a TPU's kernel pays: BUILD_NOTES.md, "Attention"
+# Axis of the mesh over which heads are split. All other axes split rows of the batch.
+HEADS = 'tensor'
+# Number of positions from which a TPU's kernel pays: BUILD_NOTES.md, "Attention".
+LONG = 512
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
-    """softmax(q·kᵀ/√K)·v, softmax in float32; causal: over a position itself and those before it.
+    """Computes softmax(q·kᵀ/√K)·v, with the softmax in float32.
 
     In bfloat16 GPUs run cuDNN's flash attention where K is a multiple of 8 up to 128 and, unless
     causal, T is even. TPUs run splash attention where T ≥ 512, K = 64 and the program names its
-    mesh (`jax.sharding.use_abstract_mesh`), on which rows and heads are then split evenly: each
-    device gets its own part, no other. All else is `jax.nn.dot_product_attention`. The backward
-    pass of a bfloat16 call keeps q, k and v only, and computes the weights again: no array
-    (B, N, T, T) outlives it. Tangents in forward mode come from the plain attention everywhere.
+    mesh (`jax.sharding.use_abstract_mesh`). Rows and heads are then split evenly over the mesh, and
+    each device gets its own part alone. All else is `jax.nn.dot_product_attention`.
+
+    The backward pass of a bfloat16 call keeps q, k and v only, and computes the weights again: no
+    array (B, N, T, T) outlives the call. Tangents in forward mode come from the plain attention
+    everywhere.
 
     Args:
-      q, k, v: (B, T, N, K), of one dtype.
-      causal: whether a position sees those before it and itself alone.
+      q: queries (B, T, N, K).
+      k: keys (B, T, N, K), of q's dtype.
+      v: values (B, T, N, K), of q's dtype.
+      causal: whether a position sees only itself and the positions before it.
+
     Returns:
-      (B, T, N, K) in that dtype.
+      (B, T, N, K) in q's dtype.
     """
     if q.dtype == jnp.bfloat16:
         return _by_platform(causal)(q, k, v)
     return _plain(q, k, v, causal)
 
 
-def _plain(q, k, v, causal):
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _cudnn(q, k, v, causal):
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     T = q.shape[1]
 
-    def even(x):
-        """x with an even number of positions: JAX differentiates no other lengths."""
+    def even(x: jax.Array) -> jax.Array:
+        """Pads x to an even number of positions: JAX differentiates no other lengths."""
         return jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
 
     attention = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
     try:
         out = attention(even(q), even(k), even(v), is_causal=causal)
-    except NotImplementedError:  # a RuntimeError too
+    except NotImplementedError:  # a subclass of RuntimeError
         raise
     except RuntimeError:
-        return _plain(q, k, v, causal)  # where this is traced there is no cuDNN
+        return _plain(q, k, v, causal)  # the machine that traces this has no cuDNN
     return out[:, :T]
 
 
-def _splash(q, k, v, causal, interpret=False):
-    """K must be a power of four, so that q/√K rounds nothing."""
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False
+) -> jax.Array:
+    """Runs splash attention. K must be a power of four, so that q/√K rounds nothing."""
     T, N, K = q.shape[1:]
     S = -(-T // LANES) * LANES
     block = max(b for b in range(LANES, LONG + 1, LANES) if S % b == 0)
-    names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-    layouts = ('q_layout', 'k_layout', 'v_layout')
-    options = {f'block_{name}': block for name in names}
-    options |= dict.fromkeys(layouts, splash_attention.QKVLayout.SEQ_MINOR)
-    if causal:  # which hides what T is filled up with
+    layout = splash_attention.QKVLayout.SEQ_MINOR
+    block_sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
+    )
+    mask: splash_attention.Mask
+    if causal:  # This also hides the positions that T is padded with.
         mask = splash_attention.CausalMask((S, S))
     else:
         mask = splash_attention.NumpyMask(np.broadcast_to(np.arange(S) < T, (S, S)))
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * N),
-        block_sizes=splash_attention.BlockSizes(**options),
+        block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
 
-    def fill(x):
+    def pad(x: jax.Array) -> jax.Array:
+        """Turns (B, T, N, K) into (B, N, S, K)."""
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, S - T), (0, 0)))
 
-    out = jax.vmap(kernel)(fill(q * np.asarray(K**-0.5, q.dtype)), fill(k), fill(v))
+    scaled = q * np.asarray(K**-0.5, q.dtype)
+    out = jax.vmap(kernel)(pad(scaled), pad(k), pad(v))
     return out[:, :, :T].swapaxes(1, 2)
 
 
-def _forward(kernel):
-    """(q, k, v) → out, by the call that `_backward` makes again: under remat XLA merges the two."""
-    return lambda q, k, v: jax.vjp(kernel, q, k, v)[0]
+def _forward(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes (q, k, v) → out, by the call that `_backward` repeats: under remat XLA merges both."""
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out, _ = jax.vjp(kernel, q, k, v)
+        return out
+
+    return forward
 
 
-def _backward(kernel):
-    """(q, k, v, gradient of out) → their gradients."""
-    return lambda q, k, v, g: jax.vjp(kernel, q, k, v)[1](g)
+def _backward(kernel: Callable[..., jax.Array]) -> Callable[..., kernels.Arrays]:
+    """Makes (q, k, v, gradient of out) → gradients of q, k and v."""
+
+    def backward(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> kernels.Arrays:
+        _, transposed = jax.vjp(kernel, q, k, v)
+        return transposed(g)
+
+    return backward
 
 
-def _own_part(B, N):
-    """How the program's mesh splits arrays (B, T, N, K); None without a mesh or an even split."""
+def _own_part(B: int, N: int) -> PartitionSpec | None:
+    """Returns how the program's mesh splits arrays (B, T, N, K).
+
+    It is None where there is no mesh, or where the mesh does not split them evenly.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -114,34 +151,41 @@ def _own_part(B, N):
     return PartitionSpec(rows, None, HEADS if HEADS in mesh.axis_names else None, None)
 
 
-def _choose(direction, causal, *arrays):
-    """direction(kernel) of the arrays, by the kernel of the platform."""
+def _choose(
+    direction: Callable[[Callable[..., jax.Array]], Callable[..., Any]],
+    causal: bool,
+    *arrays: jax.Array,
+) -> Any:
+    """Calls `direction(kernel)` with the arrays, for the kernel of the platform."""
 
-    def of(kernel):
+    def directed(kernel: Callable[..., jax.Array]) -> Callable[..., Any]:
         return direction(functools.partial(kernel, causal=causal))
 
     B, T, N, K = arrays[0].shape
     chosen = {}
     part = _own_part(B, N)
     if K % 8 == 0 and K <= 128 and (causal or T % 2 == 0):
-        chosen['cuda'] = of(_cudnn)  # XLA can split this one itself
+        chosen['cuda'] = directed(_cudnn)  # XLA can split this one itself
     if T >= LONG and K == 64 and part is not None:
-        chosen['tpu'] = of(_splash)
+        chosen['tpu'] = directed(_splash)
     if part is not None:
         each = functools.partial(jax.shard_map, in_specs=part, out_specs=part, check_vma=False)
         chosen = {platform: each(kernel) for platform, kernel in chosen.items()}
-    return jax.lax.platform_dependent(*arrays, **chosen, default=of(_plain))
+    return jax.lax.platform_dependent(*arrays, **chosen, default=directed(_plain))
 
 
 @functools.cache
-def _by_platform(causal):
-    """`_plain` by the platform's kernel, as a function of q, k and v.
+def _by_platform(causal: bool) -> Callable[..., jax.Array]:
+    """Makes the platform's kernel in the place of `_plain`, as a function of q, k and v.
 
     Lowering comes after differentiation, which must therefore be the same on all platforms: it
     keeps q, k and v.
     """
-    return kernels.fast(
-        plain=functools.partial(_plain, causal=causal),
-        forward=lambda q, k, v: _choose(_forward, causal, q, k, v),
-        backward=lambda arrays, g: _choose(_backward, causal, *arrays, g),
-    )
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _choose(_forward, causal, q, k, v)
+
+    def backward(arrays: kernels.Arrays, g: jax.Array) -> kernels.Arrays:
+        return _choose(_backward, causal, *arrays, g)
+
+    return kernels.fast(functools.partial(_plain, causal=causal), backward, forward)

@@ -1,4 +1,4 @@
-"""The S-VAE's convolutions, with backward passes that XLA is quick at.
+"""The S-VAE's convolutions, with backward passes that XLA compiles well.
 
 XLA's own gradients are right but slow on CPUs: those of a kernel take 3 to 60 times as long as the
 forward pass (BUILD_NOTES.md, "Speed").
@@ -9,27 +9,34 @@ Dimensions:
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
-_LARGE = 1024  # pixels; below, XLA's own gradient of a kernel is as quick
-_PATCHES = 1_250_000  # numbers in a piece of `_kernel_gradient`'s patches: 5 MB, for a CPU's cache
+# Number of pixels below which XLA's own gradient of a kernel is as fast.
+_LARGE = 1024
+# Numbers in one piece of the patches of `_kernel_gradient`: 5 MB, which fit a CPU's cache.
+_PATCHES = 1_250_000
 
 
-def torch_init(transposed: bool = False) -> Callable:
-    """PyTorch's default for linear layers and convolutions: uniform ±1/√fan_in.
+def torch_init(transposed: bool = False) -> Callable[..., jax.Array]:
+    """Makes PyTorch's default initializer of linear layers and convolutions: uniform ±1/√fan_in.
 
-    PyTorch counts the fan-in of a transposed convolution on its output channels, and so does this.
+    Args:
+      transposed: whether the layer is a transposed convolution, whose fan-in PyTorch counts on its
+        output channels.
+
+    Returns:
+      An initializer (key, shape, dtype) → array, as Flax takes it.
     """
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
         channels = shape[-1] if transposed else shape[-2]
         bound = (math.prod(shape[:-2]) * channels) ** -0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -38,51 +45,65 @@ def torch_init(transposed: bool = False) -> Callable:
 
 
 def conv3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolve with a kernel of 3 × 3 and a padding of 1.
+    """Convolves with a kernel of 3 × 3 and a padding of 1.
 
-    (B, H, W, in) → (B, H/s, W/s, out), s = 1 or 2.
+    Args:
+      x: (B, H, W, in).
+      kernel: (3, 3, in, out).
+      stride: s, 1 or 2.
+
+    Returns:
+      (B, H/s, W/s, out).
     """
     return _conv3(stride)(x, kernel)
 
 
-def _plain(x, kernel, stride):
+def _plain(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padding = ((1, 1), (1, 1))
     strides = (stride, stride)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
 @functools.cache
-def _conv3(stride):
-    """`conv3` of one stride, as a function of x and the kernel."""
+def _conv3(stride: int) -> Callable[..., jax.Array]:
+    """Makes `conv3` of one stride, as a function of x and the kernel."""
     plain = functools.partial(_plain, stride=stride)
 
-    def xla(x, g):
-        """XLA's gradient of the kernel, which `plain` is linear in."""
+    def xla(x: jax.Array, g: jax.Array) -> jax.Array:
+        """Computes XLA's gradient of the kernel, in which `plain` is linear."""
         shape = (3, 3, x.shape[-1], g.shape[-1])
         example = jax.ShapeDtypeStruct(shape, x.dtype)
         (gradient,) = jax.linear_transpose(functools.partial(plain, x), example)(g)
         return gradient
 
-    def patches(x, g):
+    def patches(x: jax.Array, g: jax.Array) -> jax.Array:
         return _kernel_gradient(x, g, stride).astype(x.dtype)
 
-    by_platform = functools.partial(jax.lax.platform_dependent, cpu=patches, default=xla)
-
-    def backward(arrays, g):
+    def backward(arrays: kernels.Arrays, g: jax.Array) -> kernels.Arrays:
         x, kernel = arrays
-        of_kernel = xla if g.shape[1] * g.shape[2] < _LARGE else by_platform
-        dkernel = of_kernel(x, g)
+        if g.shape[1] * g.shape[2] < _LARGE:
+            dkernel = xla(x, g)
+        else:
+            dkernel = jax.lax.platform_dependent(x, g, cpu=patches, default=xla)
         (dx,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(g)
         return dx, dkernel
 
     return kernels.fast(plain, backward)
 
 
-def _kernel_gradient(x, g, stride):
-    """The gradient (3, 3, in, out), float32, of `conv3`'s kernel for a gradient g of its result.
+def _kernel_gradient(x: jax.Array, g: jax.Array, stride: int) -> jax.Array:
+    """Computes the gradient of the kernel of `conv3`.
 
-    It is a sum of products with patches of x, or of g where that has fewer channels, made for a few
-    rows of pixels at a time.
+    It is a sum of products with patches of x, or of g where that has fewer channels. Patches are
+    made for a few rows of pixels at a time.
+
+    Args:
+      x: the input of `conv3`.
+      g: the gradient of its result.
+      stride: the stride of `conv3`.
+
+    Returns:
+      (3, 3, in, out) float32.
     """
     if stride == 1 and g.shape[-1] < x.shape[-1]:
         return _kernel_gradient(g, x, 1)[::-1, ::-1].swapaxes(2, 3)
@@ -92,11 +113,11 @@ def _kernel_gradient(x, g, stride):
     rows = max(r for r in divisors if r == 1 or B * r * w * 9 * features <= _PATCHES)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
-    def tap(part, i, j):
-        """The pixels of x that entry (i, j) of the kernel meets."""
+    def tap(part: jax.Array, i: int, j: int) -> jax.Array:
+        """Takes the pixels of x that entry (i, j) of the kernel meets."""
         return part[:, i : i + stride * rows : stride, j : j + stride * w : stride]
 
-    def add(total, row):
+    def add(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
         part = jax.lax.dynamic_slice_in_dim(padded, stride * row, stride * rows + 2, axis=1)
         taps = [tap(part, i, j) for i in range(3) for j in range(3)]
         patches = jnp.concatenate(taps, axis=-1).reshape(-1, 9 * features)
@@ -109,9 +130,14 @@ def _kernel_gradient(x, g, stride):
 
 
 def patchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve with a kernel of 2 × 2 and a stride of 2, as one product.
+    """Convolves with a kernel of 2 × 2 and a stride of 2, as one product.
 
-    (B, H, W, in) → (B, H/2, W/2, out).
+    Args:
+      x: (B, H, W, in).
+      kernel: (2, 2, in, out).
+
+    Returns:
+      (B, H/2, W/2, out).
     """
     B, H, W, features = x.shape
     patches = x.reshape(B, H // 2, 2, W // 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
@@ -120,22 +146,23 @@ def patchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Transposed convolution of stride 2, PyTorch's with padding k/2 − 1.
+    """Computes a transposed convolution of stride 2, PyTorch's with padding k/2 − 1.
 
-    It is computed as a plain convolution to the 2 × 2 pixels at each input pixel, and interleaved:
-    no zeros of a dilated input are multiplied.
+    A plain convolution gives the 2 × 2 output pixels at each input pixel, which are then
+    interleaved: no zeros of a dilated input are multiplied.
 
     Args:
       x: (B, H, W, in).
       kernel: (k, k, in, out), k = 2 or 4, PyTorch's flipped in space.
+
     Returns:
       (B, 2H, 2W, out).
     """
     return _conv_transpose(x, kernel)
 
 
-def _interleaved(x, kernel):
-    """`conv_transpose`, with the gradients that JAX makes of it."""
+def _interleaved(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Computes `conv_transpose`, with the gradients that JAX makes of it."""
     B, H, W, features = x.shape
     k, _, _, channels = kernel.shape
     half = k // 2
@@ -148,8 +175,8 @@ def _interleaved(x, kernel):
     padding = ((half - 1, half - 1),) * 2
     phases = jax.lax.conv_general_dilated(x, taps, (1, 1), padding, dimension_numbers=NHWC)
 
-    def part(a, b):
-        """Phase (a, b) of every pixel, (B, H, W, out)."""
+    def part(a: int, b: int) -> jax.Array:
+        """Takes phase (a, b) of every pixel, (B, H, W, out)."""
         phase = 2 * a + b
         return phases[:, a : a + H, b : b + W, phase * channels : (phase + 1) * channels]
 
@@ -159,8 +186,11 @@ def _interleaved(x, kernel):
     return phases.reshape(B, 2 * H, 2 * W, channels)
 
 
-def _conv_transpose_backward(arrays, g):
-    """Gradients of x, by a convolution, and of the kernel, by a large product for each entry."""
+def _conv_transpose_backward(arrays: kernels.Arrays, g: jax.Array) -> kernels.Arrays:
+    """Computes the gradients of `conv_transpose`.
+
+    That of x is a convolution, and that of the kernel is a large product for each entry.
+    """
     x, kernel = arrays
     B, H, W, _ = x.shape
     k = len(kernel)
@@ -171,14 +201,14 @@ def _conv_transpose_backward(arrays, g):
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     g = g.reshape(B, H, 2, W, 2, -1)
 
-    def place(i):
-        """Where entry i of a kernel's axis takes from: phase of g, first pixel of the padded x."""
+    def place(i: int) -> tuple[int, int]:
+        """Returns what entry i of a kernel's axis meets: phase of g, first pixel of padded x."""
         if k == 2:
             return 1 - i, 0
         tap, phase = divmod(i, 2)
         return phase, phase + tap
 
-    def product(i, j):
+    def product(i: int, j: int) -> jax.Array:
         a, top = place(i)
         b, left = place(j)
         shifted = padded[:, top : top + H, left : left + W]
@@ -195,15 +225,23 @@ _conv_transpose = kernels.fast(_interleaved, _conv_transpose_backward)
 
 
 class Conv(nn.Module):
-    """`conv3`, or `patchify` for a kernel of 2, with the kernel as a parameter."""
+    """Convolution with its kernel as a parameter: `patchify` for a kernel of 2, else `conv3`.
+
+    Attributes:
+      channels: output channels.
+      kernel: size of the kernel, 2 or 3.
+      stride: stride of a kernel of 3. That of a kernel of 2 is 2.
+      dtype: dtype of the computation; the kernel is float32.
+    """
 
     channels: int
     kernel: int = 3
     stride: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves x (B, H, W, in) → (B, H/s, W/s, out)."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param('kernel', torch_init(), shape)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
@@ -211,17 +249,21 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """`conv_transpose` with its kernel, of size 4 or 2, as a parameter.
+    """`conv_transpose` with its kernel as a parameter.
 
-    (B, H, W, in) → (B, 2H, 2W, out).
+    Attributes:
+      channels: output channels.
+      kernel: size of the kernel, 2 or 4.
+      dtype: dtype of the computation; the kernel is float32.
     """
 
     channels: int
     kernel: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves x (B, H, W, in) → (B, 2H, 2W, out)."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param('kernel', torch_init(transposed=True), shape)
         return conv_transpose(*nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype))

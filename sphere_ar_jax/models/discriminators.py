@@ -1,65 +1,102 @@
-"""Discriminators for the tokenizer's adversarial loss: PatchGAN, and the one of StyleGAN2 as
-MaskGIT has it.
+"""Discriminators for the tokenizer's adversarial loss, and that loss.
+
+There are PatchGAN, and the discriminator of StyleGAN2 as MaskGIT has it. See `docs/method.md`,
+"Adversarial training".
 
 Dimensions:
   B  images of the batch     H, W  pixels     c  image channels
-Images are (B, H, W, c), float in [−1, 1]. Logits are float32, the higher the more an image is taken
-for real.
+Images are (B, H, W, c), float in [−1, 1]. Logits are float32. The higher a logit, the more an image
+is taken for real.
 """
 
-import functools
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models.convolutions import torch_init
 from sphere_ar_jax.runtime.console import UserError, pick
 
-EPS = 1e-5  # of PyTorch's BatchNorm
+EPS = 1e-5  # PyTorch's default for BatchNorm
 SLOPE = 0.2
+_TORCH_INIT = torch_init()
+_NORMAL_INIT = nn.initializers.normal(0.02)
 
 
-leaky = functools.partial(nn.leaky_relu, negative_slope=SLOPE)
+def leaky(x: jax.Array) -> jax.Array:
+    """Applies the leaky ReLU of slope 0.2."""
+    return nn.leaky_relu(x, negative_slope=SLOPE)
 
 
-def _bias_init(fan_in):
-    return lambda key, shape, dtype: jax.random.uniform(
-        key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5
-    )
+def _bias_init(fan_in: int) -> Callable[..., jax.Array]:
+    """Makes PyTorch's default initializer of biases: uniform ±1/√fan_in."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
-def _conv(x, channels, kernel, stride, dtype, name, **options):
-    """A layer k×k, padded by 1 (a 1×1 by 0), with PyTorch's default initialisation unless told
-    otherwise, on x.
+def _conv(
+    x: jax.Array,
+    channels: int,
+    kernel: int,
+    stride: int,
+    dtype: DTypeLike,
+    name: str,
+    kernel_init: Callable[..., jax.Array] = _TORCH_INIT,
+    use_bias: bool = True,
+) -> jax.Array:
+    """Applies a convolution k × k to x, padded by 1 (a 1×1 by 0).
+
+    Its initialisation is PyTorch's default unless `kernel_init` says otherwise.
     """
-    options = (
-        dict(kernel_init=torch_init(), bias_init=_bias_init(kernel**2 * x.shape[-1])) | options
+    layer = nn.Conv(
+        channels,
+        (kernel, kernel),
+        strides=stride,
+        padding=int(kernel > 1),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        bias_init=_bias_init(kernel**2 * x.shape[-1]),
+        name=name,
     )
-    return nn.Conv(
-        channels, (kernel, kernel), stride, int(kernel > 1), dtype=dtype, name=name, **options
-    )(x)
+    return layer(x)
 
 
-def _dense(x, features, dtype, name):
-    options = dict(kernel_init=torch_init(), bias_init=_bias_init(x.shape[-1]))
-    return nn.Dense(features, dtype=dtype, name=name, **options)(x)
+def _dense(x: jax.Array, features: int, dtype: DTypeLike, name: str) -> jax.Array:
+    """Applies a linear layer to x, initialised by PyTorch's default."""
+    layer = nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=_TORCH_INIT,
+        bias_init=_bias_init(x.shape[-1]),
+        name=name,
+    )
+    return layer(x)
 
 
 class BatchNorm(nn.Module):
-    """(x − mean)·scale/√(var + 1e-5) + bias over B, H and W, computed in float32. (B, H, W, c) →
-    the same in `dtype`.
+    """Computes (x − mean)·scale/√(var + 1e-5) + bias over B, H and W, in float32.
 
-    Mean and variance (biased) are those of the whole batch, also of one that is split over devices.
-    There are no running statistics: a discriminator judges in training alone.
+    Mean and (biased) variance are those of the whole batch, also where it is split over devices.
+    There are no running statistics, since a discriminator judges in training alone.
+
+    Attributes:
+      dtype: dtype of the result.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def scale_init(key, shape):
+        """Normalises x (B, H, W, c) → (B, H, W, c) in `dtype`."""
+
+        def scale_init(key: jax.Array, shape: Sequence[int]) -> jax.Array:
             return 1 + 0.02 * jax.random.normal(key, shape)
 
         shape = x.shape[-1:]
@@ -72,54 +109,56 @@ class BatchNorm(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Judges every patch of an image (70×70 pixels at the defaults) by itself. 2,765,633 parameters
-    for c = 3.
+    """Judges every patch of an image by itself, at the defaults of 70×70 pixels.
 
-    conv4×4 stride 2, leaky ReLU; then `layers` times [conv4×4 without bias, BatchNorm, leaky ReLU],
-    the last of stride 1, the others of 2; then conv4×4 to one logit. Channels double from layer to
-    layer up to 8 times `width`. Weights start as N(0, 0.02), scales of BatchNorm as N(1, 0.02),
-    biases of convolutions as PyTorch's.
+    It is a conv4×4 of stride 2 with leaky ReLU, then `layers` times [conv4×4 without bias,
+    BatchNorm, leaky ReLU], then a conv4×4 to one logit. The last of the `layers` has stride 1, the
+    others stride 2. Channels double from layer to layer, up to 8 times `width`. Weights start as
+    N(0, 0.02), scales of BatchNorm as N(1, 0.02), biases of convolutions as PyTorch's.
+
+    The defaults have 2,765,633 parameters for c = 3. The source is Isola et al. 2017 (arXiv
+    1611.07004), as in the public SphereAR code.
 
     Attributes:
-      width: channels of the first layer. layers: with BatchNorm. dtype: of the convolutions;
-        parameters and all
-      statistics are float32.
-    Source: Isola et al. 2017 (arXiv 1611.07004), as in the public SphereAR code.
+      width: channels of the first layer.
+      layers: number of layers with BatchNorm.
+      dtype: dtype of the convolutions; parameters and all statistics are float32.
     """
 
     width: int = 64
     layers: int = 3
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    def check(self, image_shape):
-        """Raises UserError where images (H, W, c) are too small for one logit."""
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Checks that images (H, W, c) are large enough for one logit.
+
+        Raises:
+          UserError: they are not.
+        """
         least = 3 * 2**self.layers
-        if min(image_shape[:2]) < least:
-            H, W, _ = image_shape
-            raise UserError(
-                f'PatchGAN needs images of at least {least}×{least} pixels, not {H}×{W}'
-            )
+        H, W, _ = image_shape
+        if min(H, W) < least:
+            needed = f'images of at least {least}×{least} pixels'
+            raise UserError(f'PatchGAN needs {needed}, not {H}×{W}')
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images (B, H, W, c) → logits (B, H/8 − 2, W/8 − 2) at the defaults."""
-
-        conv = lambda *args, **options: _conv(
-            *args, kernel_init=nn.initializers.normal(0.02), **options
-        )
-        x = leaky(conv(images, self.width, 4, 2, self.dtype, 'conv0'))
+        """Judges images (B, H, W, c) → logits, (B, H/8 − 2, W/8 − 2) at the defaults."""
+        x = _conv(images, self.width, 4, 2, self.dtype, 'conv0', _NORMAL_INIT)
+        x = leaky(x)
         for i in range(1, self.layers + 1):
+            channels = self.width * min(2**i, 8)
             stride = 2 if i < self.layers else 1
-            x = conv(
-                x, self.width * min(2**i, 8), 4, stride, self.dtype, f'conv{i}', use_bias=False
-            )
+            x = _conv(x, channels, 4, stride, self.dtype, f'conv{i}', _NORMAL_INIT, use_bias=False)
             x = leaky(BatchNorm(self.dtype, name=f'norm{i}')(x))
-        return conv(x, 1, 4, 1, self.dtype, 'conv_out')[..., 0].astype(jnp.float32)
+        x = _conv(x, 1, 4, 1, self.dtype, 'conv_out', _NORMAL_INIT)
+        return x[..., 0].astype(jnp.float32)
 
 
-def _blur(x):
-    """Means of 3×3 pixels with weights (1, 2, 1)/4 along each axis; images are mirrored at their
-    outermost pixels.
+def _blur(x: jax.Array) -> jax.Array:
+    """Averages 3×3 pixels with weights (1, 2, 1)/4 along each axis.
+
+    Images are mirrored at their outermost pixels.
     """
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='reflect')
     x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
@@ -127,41 +166,54 @@ def _blur(x):
 
 
 class Halving(nn.Module):
-    """Halves the resolution: (conv1×1 stride 2 + [twice conv3×3 and leaky ReLU, then blur, conv3×3
-    stride 2])/√2.
+    """Halves the resolution by a residual block.
+
+    It computes (conv1×1 stride 2 + [twice conv3×3 and leaky ReLU, then blur, conv3×3 stride 2])/√2.
+
+    Attributes:
+      channels: output channels.
+      dtype: dtype of the convolutions; parameters are float32.
     """
 
     channels: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        conv = lambda x, kernel, stride, name: _conv(
-            x, self.channels, kernel, stride, self.dtype, name
-        )
-        h = leaky(conv(x, 3, 1, 'conv1'))
-        h = leaky(conv(h, 3, 1, 'conv2'))
-        return (conv(x, 1, 2, 'shortcut') + conv(_blur(h), 3, 2, 'conv3')) * 0.5**0.5
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (B, H, W, in) → (B, H/2, W/2, channels)."""
+        h = leaky(_conv(x, self.channels, 3, 1, self.dtype, 'conv1'))
+        h = leaky(_conv(h, self.channels, 3, 1, self.dtype, 'conv2'))
+        shortcut = _conv(x, self.channels, 1, 2, self.dtype, 'shortcut')
+        h = _conv(_blur(h), self.channels, 3, 2, self.dtype, 'conv3')
+        return (shortcut + h) * 0.5**0.5
+
+
+def _stylegan_channels(side: int) -> int:
+    """Returns the channels of `StyleGAN` where it has side × side pixels."""
+    return min(512, 16384 // side)
 
 
 class StyleGAN(nn.Module):
-    """Judges an image as a whole. 36,500,225 parameters for 256×256 pixels.
+    """Judges an image as a whole.
 
-    conv3×3, leaky ReLU; `Halving` down to 4×4 pixels; conv3×3, leaky ReLU, linear, leaky ReLU,
-    linear. As published without a minibatch-deviation layer and without equalised learning rates.
-    Initialisation: PyTorch's.
+    It is a conv3×3 with leaky ReLU, `Halving` down to 4×4 pixels, and then conv3×3, leaky ReLU,
+    linear, leaky ReLU, linear. As published, it has no minibatch-deviation layer and no equalised
+    learning rates. Its initialisation is PyTorch's.
+
+    It has 36,500,225 parameters for 256×256 pixels. The source is the residual discriminator of
+    Karras et al. 2020 (arXiv 1912.04958), as in the public SphereAR code.
 
     Attributes:
-      dtype: of convolutions and products; parameters are float32.
-    Source: the residual discriminator of Karras et al. 2020 (arXiv 1912.04958), as in the public
-    SphereAR code.
+      dtype: dtype of convolutions and products; parameters are float32.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    def check(self, image_shape):
-        """Raises UserError for images (H, W, c) that are no squares of a power of two from 8 to
-        1024.
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Checks that images (H, W, c) are squares of a power of two from 8 to 1024.
+
+        Raises:
+          UserError: they are not.
         """
         H, W, _ = image_shape
         if H != W or H not in (8, 16, 32, 64, 128, 256, 512, 1024):
@@ -169,14 +221,14 @@ class StyleGAN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images (B, H, H, c) → logits (B,)."""
-        channels = lambda side: min(512, 16384 // side)
+        """Judges images (B, H, H, c) → logits (B,)."""
         side = images.shape[1]
-        x = leaky(_conv(images, channels(side), 3, 1, self.dtype, 'conv_in'))
+        x = leaky(_conv(images, _stylegan_channels(side), 3, 1, self.dtype, 'conv_in'))
         while side > 4:
             side //= 2
-            x = Halving(channels(side), self.dtype, name=f'down{side}')(x)
-        x = leaky(_conv(x, 512, 3, 1, self.dtype, 'conv_out')).reshape(len(x), -1)
+            x = Halving(_stylegan_channels(side), self.dtype, name=f'down{side}')(x)
+        x = leaky(_conv(x, 512, 3, 1, self.dtype, 'conv_out'))
+        x = x.reshape(len(x), -1)
         x = leaky(_dense(x, 512, self.dtype, 'dense1'))
         return _dense(x, 1, self.dtype, 'dense2')[:, 0].astype(jnp.float32)
 
@@ -184,37 +236,72 @@ class StyleGAN(nn.Module):
 KINDS = {'patchgan': PatchGAN, 'stylegan': StyleGAN}
 
 
-def build(name, image_shape, dtype=jnp.float32):
-    """The published discriminator of that name for images (H, W, c).
+def build(
+    name: str, image_shape: tuple[int, int, int], dtype: DTypeLike = jnp.float32
+) -> PatchGAN | StyleGAN:
+    """Makes a published discriminator.
 
-    Raises UserError, one line, for another name than those of `KINDS` and for images it cannot
-    judge.
+    Args:
+      name: a key of `KINDS`.
+      image_shape: (H, W, c) of the images.
+      dtype: dtype of the computation.
+
+    Returns:
+      The Flax module.
+
+    Raises:
+      UserError: no discriminator has that name, or it cannot judge such images. The message is one
+        line.
     """
     discriminator = pick(KINDS, 'discriminator', name)(dtype=dtype)
     discriminator.check(image_shape)
     return discriminator
 
 
-def hinge_loss(real, fake):
-    """A discriminator's ½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake), of its logits, any
-    shapes. () float32.
+def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Computes a discriminator's ½ mean max(0, 1 − real) + ½ mean max(0, 1 + fake).
+
+    Args:
+      real: logits of real images, of any shape.
+      fake: logits of generated images, of any shape.
+
+    Returns:
+      () float32.
     """
     return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
 
 
-def logistic_loss(real, fake):
-    """A discriminator's −½ mean log σ(real) − ½ mean log(1 − σ(fake)), of its logits, any shapes.
-    () float32.
+def logistic_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Computes a discriminator's −½ mean log σ(real) − ½ mean log(1 − σ(fake)).
+
+    Args:
+      real: logits of real images, of any shape.
+      fake: logits of generated images, of any shape.
+
+    Returns:
+      () float32.
     """
     return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
 
 
-# Name: the discriminator's loss of its logits of (real, fake) images, and the generator's of those
-# of its own images. The public code's non-saturating losses have logits and targets swapped. Set
-# right, its discriminator's is the vanilla one; with that and with hinge its generator raises the
-# logits themselves.
-ADVERSARIAL = {
-    'hinge': (hinge_loss, lambda fake: -jnp.mean(fake)),
-    'vanilla': (logistic_loss, lambda fake: -jnp.mean(fake)),
-    'non_saturating': (logistic_loss, lambda fake: jnp.mean(jax.nn.softplus(-fake))),
+def _linear_generator_loss(fake: jax.Array) -> jax.Array:
+    """Computes a generator's −mean fake."""
+    return -jnp.mean(fake)
+
+
+def _logistic_generator_loss(fake: jax.Array) -> jax.Array:
+    """Computes a generator's −mean log σ(fake)."""
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+DiscriminatorLoss = Callable[[jax.Array, jax.Array], jax.Array]
+GeneratorLoss = Callable[[jax.Array], jax.Array]
+# Name → (the discriminator's loss from its logits of real and of generated images, the generator's
+# loss from the logits of its images). The public code's non-saturating losses have logits and
+# targets swapped. Set right, its discriminator's loss is the vanilla one. In the vanilla and the
+# hinge losses of the public code the generator raises the logits themselves.
+ADVERSARIAL: dict[str, tuple[DiscriminatorLoss, GeneratorLoss]] = {
+    'hinge': (hinge_loss, _linear_generator_loss),
+    'vanilla': (logistic_loss, _linear_generator_loss),
+    'non_saturating': (logistic_loss, _logistic_generator_loss),
 }

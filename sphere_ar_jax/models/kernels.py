@@ -1,15 +1,15 @@
-"""The door to quick kernels: a function whose value or gradients come from programs of their own.
+"""Functions whose value or gradients are computed by faster programs than XLA's own.
 
-Some programs that XLA makes of a derivative are slow on one platform, and some kernels are there
-on one platform only. `fast` puts such a program in the place of a plain function's value or
-gradient. It stays differentiable in every way that the plain function is: forward, in reverse, over
-and over, and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the plain functions run
-alone, so that the two can be compared.
+Some programs that XLA makes of a derivative are slow on one platform, and some kernels exist on
+one platform only. `fast` lets a faster program compute a plain function's value or gradient there.
+The result stays differentiable in every way that the plain function is: forward, in reverse,
+repeatedly, and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the plain functions
+run alone, so that the two can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +18,46 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
-_plain_alone = jax.make_user_context(default_value=False)  # `jax.jit` traces anew where it changes
+Arrays: TypeAlias = tuple[jax.Array, ...]
+# Takes residuals and inputs, and is linear in the inputs.
+LinearMap: TypeAlias = Callable[[Arrays, Arrays], Arrays]
+
+_plain_alone = jax.make_user_context(default_value=False)  # `jax.jit` retraces where it changes
 
 
 def plain() -> AbstractContextManager:
-    """A context in which the functions made by `fast` are the plain ones."""
+    """Returns a context in which the functions made by `fast` are the plain ones."""
     return _plain_alone(True)
 
 
-def fast(plain: Callable, backward: Callable, forward: Callable | None = None) -> Callable:
-    """A function with the values and derivatives of `plain`, some of them by quicker programs.
+def fast(
+    plain: Callable[..., jax.Array],
+    backward: Callable[[Arrays, jax.Array], Arrays],
+    forward: Callable[..., jax.Array] | None = None,
+) -> Callable[..., jax.Array]:
+    """Makes a function with the values and derivatives of `plain`, some of them by faster programs.
 
-    The value is that of `forward`. Gradients are those of `backward`; they read the arguments and
-    nothing else, so that nothing else is kept for them. Tangents are those of `plain`, and so are
+    The value comes from `forward`. Gradients come from `backward`, which reads the arguments and
+    nothing else, so that nothing else is kept for it. Tangents come from `plain`, and so do
     derivatives of gradients.
 
     Args:
-      plain: (*arrays) → an array, of operations that JAX can differentiate.
-      backward: (arrays, gradient of the value) → gradients of all arrays, each of its array's
-        dtype. It may be of operations that JAX cannot differentiate.
-      forward: (*arrays) → an array, like `backward`; `plain` if None.
+      plain: maps arrays to an array by operations that JAX can differentiate.
+      backward: maps (arrays, gradient of the value) to the gradients of all arrays, each of its
+        array's dtype. JAX need not be able to differentiate its operations.
+      forward: maps arrays to an array. JAX need not be able to differentiate its operations. None
+        stands for `plain`.
+
     Returns:
-      (*arrays) → an array.
+      A function of the same arrays as `plain`.
     """
+    evaluate = plain if forward is None else forward
 
     @jax.custom_jvp
-    def quick(*arrays):
-        return (forward or plain)(*arrays)
+    def quick(*arrays: jax.Array) -> jax.Array:
+        return evaluate(*arrays)
 
-    def jvp(arrays, tangents):
+    def jvp(arrays: Arrays, tangents: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         value = quick(*arrays)
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
         if not moving:
@@ -57,69 +68,78 @@ def fast(plain: Callable, backward: Callable, forward: Callable | None = None) -
 
     quick.defjvp(jvp, symbolic_zeros=True)
 
-    def function(*arrays):
+    def function(*arrays: jax.Array) -> jax.Array:
         return plain(*arrays) if _plain_alone.value else quick(*arrays)
 
     return function
 
 
 class _Maps(NamedTuple):
-    """A linear map and its transpose, each by a quick program and by a plain one.
+    """A linear map and its transpose, each by a faster program and by a plain one.
 
-    All four are functions of two tuples of arrays, residuals and inputs, to a tuple of outputs,
-    and linear in the inputs. JAX can differentiate the plain ones.
+    JAX can differentiate the plain ones.
+
+    Attributes:
+      run: the map.
+      plain: the same map by plain operations.
+      transpose: the transpose of the map.
+      plain_transpose: the same transpose by plain operations.
     """
 
-    run: Callable
-    plain: Callable
-    transpose: Callable
-    plain_transpose: Callable
+    run: LinearMap
+    plain: LinearMap
+    transpose: LinearMap
+    plain_transpose: LinearMap
 
-    def turned(self):
-        """The same of the transpose."""
+    def turned(self) -> '_Maps':
+        """Returns the maps of the transpose, whose transpose is this map."""
         return _Maps(self.transpose, self.plain_transpose, self.run, self.plain)
 
 
-def _differential(plain, backward, moving):
-    """The `_Maps` from tangents of the arrays numbered `moving` to the tangent of the value.
+def _differential(
+    plain: Callable[..., jax.Array],
+    backward: Callable[[Arrays, jax.Array], Arrays],
+    moving: Sequence[int],
+) -> _Maps:
+    """Makes the maps from tangents of the arrays numbered `moving` to the tangent of the value.
 
-    Its residuals are the arrays.
+    Their residuals are all arrays.
     """
 
-    def of_moving(arrays):
-        """`plain` as a function of the moving arrays, and those."""
+    def split(arrays: Arrays) -> tuple[Callable[..., jax.Array], Arrays]:
+        """Returns `plain` as a function of the moving arrays alone, and the moving arrays."""
 
-        def function(*moved):
+        def function(*moved: jax.Array) -> jax.Array:
             replaced = dict(zip(moving, moved, strict=True))
             return plain(*(replaced.get(i, array) for i, array in enumerate(arrays)))
 
         return function, tuple(arrays[i] for i in moving)
 
-    def push(arrays, tangents):
-        function, moved = of_moving(arrays)
+    def push(arrays: Arrays, tangents: Arrays) -> Arrays:
+        function, moved = split(arrays)
         _, tangent = jax.jvp(function, moved, tuple(tangents))
         return (tangent,)
 
-    def pull(arrays, cotangents):
+    def pull(arrays: Arrays, cotangents: Arrays) -> Arrays:
         gradients = backward(arrays, *cotangents)
         return tuple(gradients[i] for i in moving)
 
-    def plain_pull(arrays, cotangents):
-        function, moved = of_moving(arrays)
+    def plain_pull(arrays: Arrays, cotangents: Arrays) -> Arrays:
+        function, moved = split(arrays)
         _, transposed = jax.vjp(function, *moved)
         return transposed(*cotangents)
 
-    return _Maps(push, push, pull, plain_pull)
+    return _Maps(run=push, plain=push, transpose=pull, plain_transpose=plain_pull)
 
 
-# `jax.custom_derivatives.linear_call` is much the same, but cannot be used under `vmap`, nor be
-# differentiated in its residuals.
+# `jax.custom_derivatives.linear_call` does much the same. But it cannot be used under `vmap`, and
+# it cannot be differentiated in its residuals.
 _linear = Primitive('linear_map')
 _linear.multiple_results = True
 
 
-def _apply(maps, residuals, inputs):
-    """The outputs of maps.run; transposed, those of maps.transpose."""
+def _apply(maps: _Maps, residuals: Sequence[Any], inputs: Sequence[Any]) -> list[jax.Array]:
+    """Returns the outputs of `maps.run`, as a primitive whose transpose is `maps.transpose`."""
     traced = jax.make_jaxpr(maps.run)(tuple(residuals), tuple(inputs))
     # Gradients that nobody asked for are not computed.
     needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals), instantiate=True)
@@ -127,31 +147,48 @@ def _apply(maps, residuals, inputs):
     return _linear.bind(*residuals, *inputs, jaxpr=jaxpr, maps=maps, count=len(residuals))
 
 
-def _run(*arrays, jaxpr, maps, count):
+# The rules of the primitive. Its operands are `count` residuals and then the inputs. `jaxpr` is the
+# trace of `maps.run`.
+
+
+def _run(*arrays: jax.Array, jaxpr: ClosedJaxpr, maps: _Maps, count: int) -> Sequence[jax.Array]:
+    """Evaluates the map. XLA gets the same operations."""
     del maps, count
     return jaxpr_as_fun(jaxpr)(*arrays)
 
 
-def _shapes(*arrays, jaxpr, maps, count):
+def _shapes(*arrays: Any, jaxpr: ClosedJaxpr, maps: _Maps, count: int) -> Sequence[Any]:
+    """Returns shapes and dtypes of the outputs."""
     del arrays, maps, count
     return jaxpr.out_avals
 
 
-def _jvp(primals, tangents, *, jaxpr, maps, count):
+def _jvp(
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    jaxpr: ClosedJaxpr,
+    maps: _Maps,
+    count: int,
+) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
+    """Differentiates the map, which is the same map again where the residuals do not move."""
     outputs = _linear.bind(*primals, jaxpr=jaxpr, maps=maps, count=count)
-    known = all(isinstance(tangent, ad.Zero) for tangent in tangents[:count])
+    residuals_stand = all(isinstance(tangent, ad.Zero) for tangent in tangents[:count])
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    if known:
+    if residuals_stand:
         return outputs, _apply(maps, primals[:count], tangents[count:])
 
-    def plain(*arrays):
+    def plain(*arrays: jax.Array) -> Arrays:
         return tuple(maps.plain(arrays[:count], arrays[count:]))
 
     _, moved = jax.jvp(plain, tuple(primals), tuple(tangents))
     return outputs, moved
 
 
-def _transpose(cotangents, *arrays, jaxpr, maps, count):
+def _transpose(
+    cotangents: Sequence[Any], *arrays: Any, jaxpr: ClosedJaxpr, maps: _Maps, count: int
+) -> list[jax.Array | None]:
+    """Applies the transposed map to the cotangents; residuals get none."""
     del jaxpr
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     results = _apply(maps.turned(), arrays[:count], cotangents)
@@ -161,28 +198,44 @@ def _transpose(cotangents, *arrays, jaxpr, maps, count):
     return [None] * count + inputs
 
 
-def _batch(arrays, axes, *, jaxpr, maps, count):
-    """One map of all rows in the place of a map for each; its outputs have the rows first."""
-    of_residuals = tuple(axes[:count])
-    of_inputs = tuple(axes[count:])
+def _batch(
+    arrays: Sequence[Any],
+    axes: Sequence[int | None],
+    *,
+    jaxpr: ClosedJaxpr,
+    maps: _Maps,
+    count: int,
+) -> tuple[list[jax.Array], list[int]]:
+    """Applies one map to all rows, in the place of a map for each.
 
-    def forth(function):
-        return jax.vmap(function, in_axes=(of_residuals, of_inputs))
+    The outputs have the rows first.
+    """
+    residual_axes = tuple(axes[:count])
+    input_axes = tuple(axes[count:])
+    output_axes = (0,) * len(jaxpr.out_avals)
 
-    def back(function):
-        of_rows = jax.vmap(function, in_axes=(of_residuals, (0,) * len(jaxpr.out_avals)))
+    def forth(function: LinearMap) -> LinearMap:
+        return jax.vmap(function, in_axes=(residual_axes, input_axes))
 
-        def transposed(residuals, cotangents):
+    def back(function: LinearMap) -> LinearMap:
+        of_rows = jax.vmap(function, in_axes=(residual_axes, output_axes))
+
+        def transposed(residuals: Arrays, cotangents: Arrays) -> Arrays:
             results = of_rows(residuals, cotangents)
             return tuple(
                 jnp.sum(result, 0) if axis is None else jnp.moveaxis(result, 0, axis)
-                for result, axis in zip(results, of_inputs, strict=True)
+                for result, axis in zip(results, input_axes, strict=True)
             )
 
         return transposed
 
-    maps = _Maps(*map(forth, maps[:2]), *map(back, maps[2:]))
-    outputs = _apply(maps, arrays[:count], arrays[count:])
+    batched = _Maps(
+        run=forth(maps.run),
+        plain=forth(maps.plain),
+        transpose=back(maps.transpose),
+        plain_transpose=back(maps.plain_transpose),
+    )
+    outputs = _apply(batched, arrays[:count], arrays[count:])
     return outputs, [0] * len(outputs)
 
 

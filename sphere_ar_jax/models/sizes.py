@@ -1,7 +1,7 @@
-"""Sizes of the published models (paper, table 5), free of JAX so that the config reads quickly."""
+"""Sizes of the published models (paper, table 5), without JAX so that configs read quickly."""
 
-# Everything that is not here has the defaults of `ar.sphere_ar`.
-VARIANTS = {
+# Arguments of `ar.sphere_ar`; those that are not here keep their defaults.
+VARIANTS: dict[str, dict[str, int]] = {
     'B': {
         'depth': 24,
         'heads': 12,

@@ -5,42 +5,46 @@ Dimensions:
   D    width                       N    heads, K = D/N the head dimension
   F    hidden width of the SwiGLU  n    blocks in the stack (leading axis of stacked parameters)
   S    length of the static key/value cache
-Parameters come in two layouts. Stacked (`scan=True`), for training and checkpoints: one block's
-program, compiled once and scanned. Apart (`scan=False`, made by `unstack`), for sampling: no
-product waits for its weights to be sliced out of a stack, and every block's cache is an array of
-its own, updated in place.
 
-The architecture is that of SphereAR (arXiv 2509.24335): pre-norm blocks, SwiGLU, 2-D RoPE.
+Parameters come in two layouts. Training and checkpoints use the stacked one (`scan=True`): one
+block's program is compiled once and scanned. Sampling uses parameters apart (`scan=False`, made by
+`unstack`): no product waits for its weights to be sliced out of a stack, and every block's cache is
+an array of its own, updated in place.
+
+The architecture is that of SphereAR (arXiv 2509.24335): pre-norm blocks, SwiGLU, 2-D RoPE. See
+`docs/method.md`, "Transformer block".
 """
 
 import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
 from sphere_ar_jax.models.attention import attend
 
 INIT = nn.initializers.normal(0.02)
 EPS = 1e-6
-Cache = tuple[jax.Array, jax.Array]  # keys and values of one block
+Cache: TypeAlias = tuple[jax.Array, jax.Array]  # keys and values of one block
 
 
 def swiglu_width(width: int) -> int:
-    """Hidden width of the SwiGLU: int(2·4D/3), rounded up to a multiple of 256."""
+    """Returns the hidden width of the SwiGLU: int(2·4D/3), rounded up to a multiple of 256."""
     return -(-int(2 * 4 * width / 3) // 256) * 256
 
 
 def head_dim(width: int, heads: int) -> int:
-    """K = D/N.
+    """Returns the head dimension K = D/N.
 
-    Raises ValueError where N does not divide D, or K is no multiple of 4 as the 2-D RoPE needs.
+    Raises:
+      ValueError: N does not divide D, or K is not a multiple of 4 as the 2-D RoPE needs.
     """
     if width % heads:
         raise ValueError(f'{heads} heads do not divide the width {width}')
@@ -54,20 +58,25 @@ def head_dim(width: int, heads: int) -> int:
 def product(
     x: jax.Array,
     kernel: jax.Array,
-    dimensions: tuple,
+    dimensions: jax.lax.DotDimensionNumbers,
     precision: None = None,
     preferred_element_type: None = None,
 ) -> jax.Array:
-    """Product of x (..., *in) and a kernel (*in, *out) → (..., *out), for Flax's `dot_general`.
+    """Multiplies x (..., *in) by a kernel (*in, *out) → (..., *out), for Flax's `dot_general`.
 
-    Its numbers are those of `lax.dot_general`. But the kernel's gradient comes in the kernel's own
-    order, where CPUs would turn it round after the product (BUILD_NOTES.md, "Speed"). Only rows
-    are merged, since heads and features may be split over devices.
+    The numbers are those of `lax.dot_general`. But the kernel's gradient comes in the kernel's own
+    order, where CPUs would transpose it after the product (BUILD_NOTES.md, "Speed"). Only rows are
+    merged, since heads and features may be split over devices.
 
     Args:
-      x, kernel: as above, of one dtype.
-      dimensions: those of `lax.dot_general`; no others than these.
-      precision, preferred_element_type: None; Flax gives them.
+      x: (..., *in).
+      kernel: (*in, *out), of x's dtype.
+      dimensions: dimension numbers of `lax.dot_general`. No others than those of this product.
+      precision: None, which Flax passes.
+      preferred_element_type: None, which Flax passes.
+
+    Returns:
+      (..., *out).
     """
     n = len(dimensions[0][0])
     contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
@@ -79,18 +88,19 @@ def product(
 
 
 @functools.cache
-def _product(n):
-    """The product of x (rows, *in) and a kernel (*in, *out), where *in are n axes."""
+def _product(n: int) -> Callable[..., jax.Array]:
+    """Makes the product of x (rows, *in) and a kernel (*in, *out), where *in are n axes."""
 
-    def plain(x, kernel):
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         contracted = (tuple(range(1, n + 1)), tuple(range(n)))
         return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
 
-    def backward(arrays, g):
+    def backward(arrays: kernels.Arrays, g: jax.Array) -> kernels.Arrays:
         x, kernel = arrays
         outputs = (tuple(range(1, g.ndim)), tuple(range(n, kernel.ndim)))
         dx = jax.lax.dot_general(g, kernel, (outputs, ((), ())))
-        return dx, jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+        dkernel = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+        return dx, dkernel
 
     return kernels.fast(plain, backward)
 
@@ -102,13 +112,21 @@ def rope_table(
     head_dim: int,
     theta: float = 10000.0,
 ) -> np.ndarray:
-    """2-D rotary angles, in raster order after `extra` tokens at position 0 (identity rotation).
+    """Computes 2-D rotary angles (`docs/method.md`, "RoPE").
 
-    Token (row, col) sits at (x, y) = (col + 1½, row + 1½); its angles are [x·freqs, y·freqs] with
-    freqs_i = theta^(−2i/half), half = head_dim/2.
+    Token (row, col) sits at (x, y) = (col + 1½, row + 1½). Its angles are [x·freqs, y·freqs] with
+    freqs_i = theta^(−2i/half), half = head_dim/2. Extra tokens sit at 0, so their rotation is the
+    identity.
+
+    Args:
+      height: rows of the grid.
+      width: columns of the grid.
+      extra: tokens in front of the grid.
+      head_dim: K, a multiple of 4.
+      theta: base of the frequencies.
 
     Returns:
-      (extra + height·width, head_dim/2) float32, radians.
+      (extra + height·width, head_dim/2) float32, in radians. The grid is in raster order.
     """
     half = head_dim // 2
     freqs = theta ** (-2 * np.arange(half // 2) / half)
@@ -120,9 +138,14 @@ def rope_table(
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate the channel pairs (0,1), (2,3), … of x (B, T, N, K) by angles (T, K/2), in float32.
+    """Rotates the channel pairs (0, 1), (2, 3), … of each head, in float32.
 
-    The result has x's dtype.
+    Args:
+      x: (B, T, N, K).
+      angles: (T, K/2), in radians.
+
+    Returns:
+      (B, T, N, K) in x's dtype.
     """
     cos = jnp.cos(angles)[None, :, None, :]
     sin = jnp.sin(angles)[None, :, None, :]
@@ -133,26 +156,36 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32.
+    """Computes x / rms(x) · scale over the last axis in float32, with eps 1e-6.
 
-    (..., D) → (..., D) in `dtype`.
+    Attributes:
+      dtype: dtype of the result.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x (..., D) → (..., D) in `dtype`."""
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
         return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
 
 
-def _attend(q, keys, values, start):
-    """softmax(q·kᵀ/√K)·v of T positions from `start` on over a cache filled to start + T entries.
+def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Computes softmax(q·kᵀ/√K)·v of T positions from `start` on, over a cache.
 
-    q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). With heads before positions each
-    product streams its cache as it lies in memory.
+    With heads before positions each product streams its cache as it lies in memory.
+
+    Args:
+      q: (B, T, N, K).
+      keys: (B, N, S, K), of which start + T entries are filled.
+      values: (B, N, S, K), filled likewise.
+      start: first of the T positions.
+
+    Returns:
+      (B, T, N, K).
     """
     T = q.shape[1]
     S = keys.shape[2]
@@ -163,29 +196,31 @@ def _attend(q, keys, values, start):
     return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
 
 
+def _write(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Writes new entries (B, T, N, K) into a cache (B, N, S, K) from `start` on."""
+    new = new.swapaxes(1, 2).astype(cached.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q·kᵀ/√K)·v, with 2-D RoPE on q and k and no biases.
 
-    Without a cache all T positions attend to each other (`causal`: to themselves and what is
-    before). With one, the keys and values of the T positions are written to it from position
-    `start` on, and position i attends to the first start + i + 1 entries. `prefill` says that the
-    cache is empty (start = 0): the T positions then attend to themselves only, whatever the cache's
-    length. The softmax is float32.
+    Without a cache all T positions attend to each other. With one, the keys and values of the T
+    positions are written to it from position `start` on, and position i attends to the first
+    start + i + 1 entries. The softmax is float32.
 
-    Args of the call:
-      x: (B, T, D).
-      angles: (T, K/2) radians.
-      cache: None, or (keys, values), each (B, N, S, K).
-      start: int or () int with start + T ≤ S; it is clamped, not checked.
-    Returns:
-      (B, T, D) in `dtype`, and the cache.
-    Raises ValueError where heads do not divide D.
+    Attributes:
+      heads: N, which must divide D.
+      causal: whether, without a cache, a position attends only to itself and those before it.
+      prefill: whether the cache is empty (start = 0). The T positions then attend to themselves
+        only, whatever the cache's length.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     heads: int
     causal: bool
     prefill: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -195,6 +230,20 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         start: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """Attends.
+
+        Args:
+          x: (B, T, D).
+          angles: (T, K/2), in radians.
+          cache: (keys, values), each (B, N, S, K), or None.
+          start: () int with start + T ≤ S, needed with a cache; it is clamped, not checked.
+
+        Returns:
+          (B, T, D) in `dtype`, and the updated cache, None without one.
+
+        Raises:
+          ValueError: `head_dim` refuses the sizes.
+        """
         width = x.shape[-1]
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         features = (3, self.heads, head_dim(width, self.heads))
@@ -202,29 +251,31 @@ class Attention(nn.Module):
         q, k, v = (part.squeeze(-3) for part in jnp.split(qkv, 3, axis=-3))
         q = apply_rope(q, angles)
         k = apply_rope(k, angles)
-        if cache is not None:
-            cache = (_write(cache[0], k, start), _write(cache[1], v, start))
-        whole = cache is None or self.prefill
-        out = attend(q, k, v, self.causal) if whole else _attend(q, *cache, start)
+        if cache is None:
+            out = attend(q, k, v, self.causal)
+        else:
+            assert start is not None, 'a cache needs a start'
+            keys = _write(cache[0], k, start)
+            values = _write(cache[1], v, start)
+            cache = (keys, values)
+            out = attend(q, k, v, self.causal) if self.prefill else _attend(q, keys, values, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 
-def _write(cached, new, start):
-    """A cache (B, N, S, K) with new entries (B, T, N, K) from `start` on."""
-    new = new.swapaxes(1, 2).astype(cached.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)
-
-
 class SwiGLU(nn.Module):
-    """w2(silu(gate)·up), gate and up from one fused matrix (gate first), no biases.
+    """Computes w2(silu(gate)·up), without biases.
 
-    (B, T, D) → (B, T, D).
+    One fused matrix makes gate and up, gate first.
+
+    Attributes:
+      dtype: dtype of the computation; parameters are float32.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (B, T, D) → (B, T, D)."""
         dense = dict(use_bias=False, kernel_init=INIT, dtype=self.dtype, dot_general=product)
         hidden = nn.DenseGeneral((2, swiglu_width(x.shape[-1])), name='w1', **dense)(x)
         gate, up = (part.squeeze(-2) for part in jnp.split(hidden, 2, axis=-2))
@@ -234,14 +285,18 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)).
 
-    (B, T, D) → (B, T, D), and the cache. x is float32 whatever `dtype` is: a sum over many blocks
-    must not be rounded at each.
+    Attributes:
+      heads: N.
+      causal: see `Attention`.
+      prefill: see `Attention`.
+      dtype: dtype of the attention and the SwiGLU; parameters and x are float32, since a sum over
+        many blocks must not be rounded at each.
     """
 
     heads: int
     causal: bool
     prefill: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -251,6 +306,7 @@ class Block(nn.Module):
         cache: Cache | None = None,
         start: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """Maps x (B, T, D) float32 → (B, T, D) float32, and updates the cache, as `Attention`."""
         attention = Attention(self.heads, self.causal, self.prefill, self.dtype, name='attention')
         y = RMSNorm(self.dtype, name='attention_norm')(x)
         y, cache = attention(y, angles, cache, start)
@@ -260,12 +316,22 @@ class Block(nn.Module):
         return x + y.astype(x.dtype), cache
 
 
-def scanned(module: type[nn.Module], length: int, unroll: int, axis: str) -> Callable:
-    """A module `length` times, one after the other, compiled once.
+def scanned(
+    module: Callable[..., nn.Module], length: int, unroll: int, axis: str
+) -> Callable[..., nn.Module]:
+    """Repeats a module `length` times, one after the other, compiled once.
 
-    It is called as (carry, *inputs) → (carry, outputs); every repetition gets the same inputs.
-    Parameters have a leading axis `length`, by the name of `axis`. `unroll` repetitions, up to
-    `length`, form one iteration of the loop.
+    The result is called as (carry, *inputs) → (carry, outputs), and every repetition gets the same
+    inputs.
+
+    Args:
+      module: the module's class.
+      length: number of repetitions. Parameters have a leading axis of this length.
+      unroll: repetitions in one iteration of the loop, up to `length`.
+      axis: name of the parameters' leading axis.
+
+    Returns:
+      The class of the repeated module.
     """
     return nn.scan(
         module,
@@ -279,14 +345,18 @@ def scanned(module: type[nn.Module], length: int, unroll: int, axis: str) -> Cal
 
 
 class Stack(nn.Module):
-    """n blocks, one after the other.
+    """Runs n blocks, one after the other.
 
     Attributes:
+      depth: n.
+      heads: N.
+      causal: see `Attention`.
       remat: recompute each block's activations in the backward pass instead of keeping them.
       unroll: blocks per iteration of the scan, up to n. It changes speed alone: parameters and
         results are the same.
-      scan: whether parameters are stacked on a leading axis n, and compile time does not grow with
-        n; a cache needs them apart (scan=False).
+      dtype: see `Block`.
+      scan: whether parameters are stacked on a leading axis n, so that compile time does not grow
+        with n. A cache needs them apart (scan=False).
     """
 
     depth: int
@@ -294,7 +364,7 @@ class Stack(nn.Module):
     causal: bool
     remat: bool = False
     unroll: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = True
 
     @nn.compact
@@ -306,9 +376,20 @@ class Stack(nn.Module):
         start: jax.Array | int | None = None,
         prefill: bool = False,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-        """x (B, T, D) → (B, T, D) float32, and the updated cache, n pairs as in `Attention`.
+        """Runs all blocks.
 
-        The cache is None where none is given. Raises ValueError for a cache with scan=True.
+        Args:
+          x: (B, T, D).
+          angles: (T, K/2), in radians.
+          cache: n pairs as in `Attention`, or None.
+          start: see `Attention`.
+          prefill: see `Attention`.
+
+        Returns:
+          (B, T, D) float32, and the updated cache, None without one.
+
+        Raises:
+          ValueError: a cache is given, but scan is True.
         """
         x = x.astype(jnp.float32)
         angles = jnp.asarray(angles)
@@ -321,8 +402,15 @@ class Stack(nn.Module):
         blocks = scanned(block, self.depth, self.unroll, 'layers')
         return blocks(self.heads, self.causal, dtype=self.dtype, name='blocks')(x, angles)
 
-    def _apart(self, x, angles, cache, start, prefill):
-        """`__call__` where each block has parameters of its own."""
+    def _apart(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        cache: tuple[Cache, ...] | None,
+        start: jax.Array | int | None,
+        prefill: bool,
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        """Does what `__call__` does where each block has parameters of its own."""
         caches = []
         for i in range(self.depth):
             block = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')
@@ -331,10 +419,10 @@ class Stack(nn.Module):
         return x, None if cache is None else tuple(caches)
 
 
-def unstack(params: dict) -> dict:
-    """Parameters of scan=True in the layout of scan=False.
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Turns parameters of scan=True into the layout of scan=False.
 
-    `blocks/…` (n, …) becomes `blocks_0/…` to `blocks_{n−1}/…`, and `res_groups` likewise; all else
+    `blocks/…` (n, …) becomes `blocks_0/…` to `blocks_{n−1}/…`, and `res_groups` likewise. All else
     stays.
     """
     out = {}
@@ -355,11 +443,23 @@ def empty_cache(
     length: int,
     heads: int,
     head_dim: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Cache, ...]:
-    """A zeroed key/value cache for `Stack`: n pairs (keys, values), each (B, N, S, K)."""
+    """Makes a key/value cache of zeros for `Stack`.
 
-    def zeros():
+    Args:
+      depth: n.
+      batch: B.
+      length: S.
+      heads: N.
+      head_dim: K.
+      dtype: dtype of keys and values.
+
+    Returns:
+      n pairs (keys, values), each (B, N, S, K).
+    """
+
+    def zeros() -> jax.Array:
         return jnp.zeros((batch, heads, length, head_dim), dtype)
 
     return tuple((zeros(), zeros()) for _ in range(depth))

@@ -1,46 +1,55 @@
-"""The S-VAE (paper §3): a backbone between images and tokens, and the posterior of the tokens.
+"""The S-VAE: a backbone between images and tokens, and the posterior of the tokens.
+
+It is the tokenizer of paper §3. See `docs/method.md`, "Tokenizer".
 
 Dimensions:
   B    images               H, W   token grid, L = H·W tokens in raster order
   c    image channels       d      latent dimension
   D    width of the backbone
-Images are float (B, H·p, W·p, c) in [−1, 1]; p, the patch size, is the backbone's.
+  p    pixels per token along each axis, the patch size of the backbone
+Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models.backbones import Backbone, Hybrid
 from sphere_ar_jax.models.convolutions import torch_init
 from sphere_ar_jax.models.posteriors import Distribution, Draws, Posterior, PowerSpherical
+from sphere_ar_jax.runtime.types import PyTree
 
 
 class VAE(nn.Module):
-    """The tokenizer. The defaults are the published 256×256 S-VAE (75,393,297 parameters).
+    """The tokenizer.
+
+    The defaults are the published S-VAE for 256×256 pixels, with 75,393,297 parameters.
 
     Attributes:
-      grid: (H, W) tokens. latent_dim: d. backbone: see `backbones`; it computes in a dtype of its
-        own. posterior: see
-      `posteriors`. dtype: of the two projections; parameters are float32. `computing_in` sets both
-        dtypes.
+      grid: (H, W) tokens.
+      latent_dim: d.
+      backbone: see `backbones`. It computes in a dtype of its own.
+      posterior: see `posteriors`.
+      dtype: dtype of the two projections; parameters are float32. `computing_in` sets it and the
+        backbone's dtype.
     """
 
     grid: tuple[int, int] = (16, 16)
     latent_dim: int = 16
     backbone: Backbone = Hybrid()
     posterior: Posterior = PowerSpherical()
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         nn.share_scope(self, self.backbone)  # its parameters stand beside the projections
         width = self.backbone.width
         bound = width**-0.5  # fan_in = D also bounds the bias, as in PyTorch
 
-        def bias_init(key, shape, dtype):
+        def bias_init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         outputs = self.posterior.outputs(self.latent_dim)
@@ -57,26 +66,35 @@ class VAE(nn.Module):
         p = self.backbone.patch_size
         return (self.grid[0] * p, self.grid[1] * p, self.backbone.image_channels)
 
-    def computing_in(self, dtype: Any) -> 'VAE':
-        """The same model, computing in another dtype."""
+    def computing_in(self, dtype: DTypeLike) -> 'VAE':
+        """Returns the same model, computing in another dtype."""
         return self.clone(dtype=dtype, backbone=self.backbone.clone(dtype=dtype))
 
     def encode(self, images: jax.Array) -> Distribution:
-        """Images (B, H·p, W·p, c) in [−1, 1] → the posterior of their tokens, float32."""
-        return self.posterior(self.quant_proj(self.backbone.encode(images)).astype(jnp.float32))
+        """Turns images (B, H·p, W·p, c) in [−1, 1] into the posterior of their tokens, float32."""
+        hidden = self.backbone.encode(images)
+        return self.posterior(self.quant_proj(hidden).astype(jnp.float32))
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Tokens z (B, L, d) → images (B, H·p, W·p, c), float32, not clipped."""
+        """Turns tokens z (B, L, d) into images (B, H·p, W·p, c), float32, not clipped."""
         x = self.post_quant_proj(z.astype(self.dtype))
         return self.backbone.decode(x.reshape(x.shape[0], *self.grid, x.shape[-1]))
 
     def __call__(self, images: jax.Array, z: jax.Array) -> tuple[jax.Array, Distribution]:
-        """The decoded tokens z and the posterior of the images: every parameter is read."""
+        """Reads every parameter: decodes tokens, and encodes images apart from them.
+
+        Args:
+          images: (B, H·p, W·p, c) in [−1, 1].
+          z: (B, L, d).
+
+        Returns:
+          The decoded tokens (B, H·p, W·p, c), and the posterior of the images.
+        """
         q = self.encode(images)
         return self.decode(z), q
 
-    def init_params(self, key: jax.Array) -> Any:
-        """Fresh parameters from a PRNG key."""
+    def init_params(self, key: jax.Array) -> PyTree:
+        """Makes fresh parameters from a PRNG key."""
         images = jnp.zeros((1, *self.image_shape))
         z = jnp.zeros((1, self.grid[0] * self.grid[1], self.latent_dim))
         return self.init(key, images, z)['params']
@@ -85,35 +103,54 @@ class VAE(nn.Module):
 def s_vae(
     grid: tuple[int, int] = (16, 16),
     latent_dim: int = 16,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     **backbone: Any,
 ) -> VAE:
-    """The published composition, a hybrid CNN–ViT with a power-spherical posterior, from flat
-    sizes.
+    """Makes the published S-VAE, a hybrid CNN–ViT with a power-spherical posterior.
 
     Args:
-      grid, latent_dim, dtype: of `VAE`. backbone: the fields of `Hybrid`.
+      grid: see `VAE`.
+      latent_dim: see `VAE`.
+      dtype: dtype of the backbone and the projections.
+      **backbone: fields of `Hybrid`.
+
+    Returns:
+      The Flax module.
     """
     return VAE(tuple(grid), latent_dim, Hybrid(**backbone, dtype=dtype), PowerSpherical(), dtype)
 
 
 def draw_tokens(
-    vae: VAE, params: Any, images: jax.Array, keys: jax.Array
+    vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, Distribution]:
-    """Draw tokens from the posterior of images (B, H, W, c), one key per image: (z (B, L, d), the
-    posterior).
+    """Draws tokens from the posterior of images.
+
+    Args:
+      vae: the tokenizer.
+      params: its parameters.
+      images: (B, H·p, W·p, c) in [−1, 1].
+      keys: one PRNG key for each image, (B,).
+
+    Returns:
+      The tokens z (B, L, d), and the posterior.
     """
     q = vae.apply({'params': params}, images, method='encode')
     return q.sample(q.draws(keys)), q
 
 
 def autoencode(
-    vae: VAE, params: Any, images: jax.Array, draws: Callable[[Distribution], Draws]
+    vae: VAE, params: PyTree, images: jax.Array, draws: Callable[[Distribution], Draws]
 ) -> tuple[jax.Array, jax.Array, Distribution]:
-    """Images (B, H, W, c) through the S-VAE: (reconstructions, tokens z (B, L, d), the posterior).
+    """Encodes images, draws tokens and decodes them.
 
     Args:
-      draws: a function of the posterior that gives the draws for its samples.
+      vae: the tokenizer.
+      params: its parameters.
+      images: (B, H·p, W·p, c) in [−1, 1].
+      draws: makes the draws for the posterior's samples from the posterior.
+
+    Returns:
+      The reconstructions (B, H·p, W·p, c), the tokens z (B, L, d), and the posterior.
     """
     q = vae.apply({'params': params}, images, method='encode')
     z = q.sample(draws(q))

@@ -1,39 +1,49 @@
-"""Backbones of the tokenizer: the networks between images and tokens, chosen by a word of the
-config.
+"""Backbones of the tokenizer: the networks between images and tokens.
 
 A backbone is a Flax module, a field of `vae.VAE`, whose parameters stand at the top of the
-tokenizer's.
+tokenizer's. The config chooses it by a word.
 
 Dimensions:
-  B  images     H, W  token grid, L = H·W     D  width     p  pixels per token along each axis     c
-  image channels
+  B  images     H, W  token grid, L = H·W     D  width     c  image channels
+  p  pixels per token along each axis
 """
 
 from typing import Any, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.models.backbones.hybrid import Hybrid
 
 
 class Backbone(Protocol):
-    """The networks of a tokenizer.
+    """The networks of a tokenizer: an encoder and a decoder."""
 
-    Attributes:
-      patch_size: p. width: D. image_channels: c. dtype: of the computation; parameters are float32.
-    """
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token along each axis, p."""
 
-    patch_size: int
-    width: int
-    image_channels: int
-    dtype: Any
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+
+    @property
+    def image_channels(self) -> int:
+        """Channels c of the images."""
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """Dtype of the computation; parameters are float32."""
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images (B, H·p, W·p, c) in [−1, 1] → hidden states (B, L, D)."""
+        """Turns images (B, H·p, W·p, c) in [−1, 1] into hidden states (B, L, D)."""
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Hidden states (B, H, W, D) → images (B, H·p, W·p, c), float32, not clipped."""
+        """Turns hidden states (B, H, W, D) into images (B, H·p, W·p, c), float32, not clipped."""
+
+    def clone(self, **updates: Any) -> 'Backbone':
+        """Copies the module with other values for some fields, as every Flax module does."""
 
 
 # The config's word `vae.backbone` → the module.
-BACKBONES = {'hybrid': Hybrid}
+BACKBONES: dict[str, type[Backbone]] = {'hybrid': Hybrid}

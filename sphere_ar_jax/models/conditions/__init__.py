@@ -1,47 +1,57 @@
-"""Conditions of the AR model: what an image is drawn for, chosen by a word of the config.
+"""Conditions of the AR model: what an image is drawn for.
 
 A condition is a Flax module, a field of `ar.AR`, whose parameters stand at the top of the AR
-model's. Labels are a tree of arrays with a leading axis of images; what stands for "no condition"
-is known here alone.
+model's. The config chooses it by a word. Labels are a tree of arrays with a leading axis of images.
+The condition alone knows which labels stand for "no condition".
 
 Dimensions:
   B  images     C  tokens of the condition     D  width of the AR model
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 
 from sphere_ar_jax.models.conditions.classes import Classes
 
-Labels = Any  # a tree of arrays (B, …)
+Labels: TypeAlias = Any  # a tree of arrays (B, …)
 
 
 class Condition(Protocol):
-    """The tokens in front of an image's own, and how they are left out for classifier-free
-    guidance.
+    """The tokens in front of an image's own, and how classifier-free guidance leaves them out."""
 
-    Attributes:
-      length: C, the same for all labels.
-    """
-
-    length: int
+    @property
+    def length(self) -> int:
+        """Number C of the condition's tokens, the same for all labels."""
 
     def example(self) -> Labels:
-        """Labels of one image, of the right shapes; their values do not matter."""
+        """Returns labels of one image, of the right shapes; their values do not matter."""
 
     def embed(self, labels: Labels) -> jax.Array:
-        """The condition's tokens (B, C, D) float32. Reads parameters."""
+        """Turns labels into the condition's tokens (B, C, D) float32. It reads parameters."""
 
     def null(self, labels: Labels) -> Labels:
-        """Labels of the same shapes that stand for no condition."""
+        """Returns labels of the same shapes that stand for no condition."""
 
     def drop(self, keys: jax.Array, labels: Labels, probability: float) -> Labels:
-        """Labels of which each image's is replaced by the null label with a probability; keys (B,)."""
+        """Replaces each image's labels by the null labels with a probability.
+
+        Args:
+          keys: one PRNG key for each image, (B,).
+          labels: labels of B images.
+          probability: a number in [0, 1].
+
+        Returns:
+          The labels, some of them replaced.
+        """
 
     def check(self, labels: Labels) -> None:
-        """Raise ValueError, one line, for labels that the model does not know."""
+        """Checks that the model knows the labels.
+
+        Raises:
+          ValueError: it does not. The message is one line.
+        """
 
 
 # The config's word `ar.condition` → the module.
-CONDITIONS = {'classes': Classes}
+CONDITIONS: dict[str, type[Condition]] = {'classes': Classes}

@@ -1,5 +1,6 @@
-"""Class labels as a condition (paper §4): C learned tokens for each class; one more class stands
-for no label.
+"""Class labels as a condition (paper §4; `docs/method.md`, "Condition").
+
+Each class is C learned tokens. One more class stands for no label.
 
 Dimensions:
   B  images     C  class tokens     D  width of the AR model
@@ -9,16 +10,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sphere_ar_jax.models import transformer
 
 
 class Classes(nn.Module):
-    """A table of class tokens. Class ids run from 0 to num_classes − 1; num_classes itself is the
-    null class.
+    """A table of class tokens.
+
+    Classes have the numbers 0 to num_classes − 1; num_classes itself is the null class.
 
     Attributes:
-      num_classes: as the data has. length: C. width: D.
+      num_classes: number of the data's classes.
+      length: C.
+      width: D.
     """
 
     num_classes: int
@@ -26,32 +31,43 @@ class Classes(nn.Module):
     width: int
 
     def example(self) -> jax.Array:
-        """The class of one image, (1,) int32."""
+        """Returns the class of one image, (1,) int32."""
         return jnp.zeros(1, jnp.int32)
 
     @nn.compact
     def embed(self, labels: jax.Array) -> jax.Array:
-        """labels (B,) int32 → tokens (B, C, D) float32."""
+        """Turns labels (B,) int32 into tokens (B, C, D) float32."""
         shape = (self.num_classes + 1, self.length, self.width)
         table = self.param('cls_embedding', transformer.INIT, shape)
         return jnp.take(table, labels, axis=0)
 
     def null(self, labels: jax.Array) -> jax.Array:
-        """The null class for every image, (B,) of the labels' dtype."""
+        """Returns the null class for every image, (B,) of the labels' dtype."""
         return jnp.full_like(labels, self.num_classes)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-        """labels (B,), each replaced by the null class with the given probability in [0, 1]; keys
-        (B,).
+        """Replaces each label by the null class with a probability.
+
+        Args:
+          keys: one PRNG key for each image, (B,).
+          labels: (B,) int32.
+          probability: a number in [0, 1].
+
+        Returns:
+          (B,) int32.
         """
 
-        def draw(key):
+        def draw(key: jax.Array) -> jax.Array:
             return jax.random.bernoulli(key, probability)
 
         return jnp.where(jax.vmap(draw)(keys), self.num_classes, labels)
 
-    def check(self, labels: np.ndarray) -> None:
-        """Raise ValueError for labels that are not whole numbers from 0 to num_classes − 1."""
+    def check(self, labels: ArrayLike) -> None:
+        """Checks that labels are whole numbers from 0 to num_classes − 1.
+
+        Raises:
+          ValueError: they are not.
+        """
         labels = np.asarray(labels)
         if labels.dtype.kind not in 'iu':
             raise ValueError(f'labels are {labels.dtype}, but must be whole numbers')

@@ -1,4 +1,6 @@
-"""The power-spherical posterior of the S-VAE (paper §3.2): tokens on the sphere of radius R = √d.
+"""The power-spherical posterior of the S-VAE (paper §3.2; `docs/method.md`, "Posterior").
+
+Tokens lie on the sphere of radius R = √d.
 
 Dimensions:
   B  images     L  tokens of an image     d  latent dimension
@@ -14,52 +16,61 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-# A dimension is dead where the tokens' directions spread less than this share of uniform ones'
-# spread.
+# A dimension is dead where the tokens' directions spread less than this share of the spread of
+# uniform ones.
 DEAD = 0.1
 
 
 class PowerSphericalTokens(NamedTuple):
-    """q(x | image) of every token, a power-spherical distribution on the unit sphere.
+    """A power-spherical distribution q(x | image) of every token, on the unit sphere.
 
     Attributes:
-      mu: (B, L, d) float32 unit vectors, the directions. kappa: (B, L) float32 > 1, the
-        concentrations.
+      mu: directions, unit vectors (B, L, d) float32.
+      kappa: concentrations (B, L) float32, above 1.
     """
 
     mu: jax.Array
     kappa: jax.Array
 
     def draws(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Draws (s (B, L), normal (B, L, d−1)) for `sample`, one key for each image: keys (B,)."""
+        """Makes the random draws for `sample`.
+
+        Args:
+          keys: one PRNG key for each image, (B,).
+
+        Returns:
+          s (B, L) and standard normal numbers (B, L, d−1).
+        """
         d = self.mu.shape[-1]
 
-        def draw(key, kappa):
+        def draw(key: jax.Array, kappa: jax.Array) -> tuple[jax.Array, jax.Array]:
             return power_spherical.draw(key, kappa, d)
 
         return jax.vmap(draw)(keys, self.kappa)
 
     def sample(self, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Tokens z = R · x, (B, L, d), differentiable in mu and kappa."""
-        return geometry.radius(self.mu.shape[-1]) * power_spherical.sample_from_draws(
-            self.mu, self.kappa, *draws
-        )
+        """Makes tokens z = R · x, (B, L, d), differentiable in mu and kappa."""
+        x = power_spherical.sample_from_draws(self.mu, self.kappa, *draws)
+        return geometry.radius(self.mu.shape[-1]) * x
 
     def kl(self) -> jax.Array:
-        """KL divergence from the uniform distribution on the sphere, (B, L), in nats."""
+        """Computes the KL divergence from the uniform distribution, (B, L), in nats."""
         return power_spherical.kl_to_uniform(self.kappa, self.mu.shape[-1])
 
     def statistics(self) -> dict[str, jax.Array]:
-        """How much of the sphere the tokens of a batch use; `PowerSpherical.faults` judges it.
+        """Computes how much of the sphere the tokens of a batch use; `faults` judges it.
+
+        The spread of a dimension is √d · std of mu's coordinate over batch and tokens. It is 1 for
+        uniform directions and 0 for equal ones.
 
         Returns:
-          Scalars () float32. kappa: mean. kl: mean, nats per token. spread_min and spread_mean:
-            over the dimensions, of
-          √d · std of mu's coordinate over batch and tokens (1 for uniform directions, 0 for equal
-            ones). dead_share:
-          share of the dimensions with a spread below `DEAD`. mean_direction: norm of the mean of mu
-            (0 for uniform
-          directions, 1 for equal ones).
+          Scalars () float32:
+            kappa: mean of kappa.
+            kl: mean of the divergence, nats per token.
+            spread_min: smallest spread of a dimension.
+            spread_mean: mean spread of the dimensions.
+            dead_share: share of the dimensions with a spread below `DEAD`.
+            mean_direction: norm of the mean of mu, 0 for uniform directions and 1 for equal ones.
         """
         mu = self.mu.reshape(-1, self.mu.shape[-1])
         spread = geometry.radius(mu.shape[-1]) * jnp.std(mu, axis=0)
@@ -75,38 +86,41 @@ class PowerSphericalTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PowerSpherical:
-    """The published family: direction mu and concentration kappa on the sphere, the uniform
-    distribution as prior.
-    """
+    """The published family: direction mu and concentration kappa, with a uniform prior."""
 
-    shown: ClassVar = {
+    shown: ClassVar[dict[str, str]] = {
         'kl': 'KL of the posterior to the uniform distribution, nats per token',
         'kappa': 'mean concentration of the posterior',
     }
-    labels: ClassVar = {'kl': 'KL, nats per token', 'kappa': 'mean κ'}
-    logarithmic: ClassVar = frozenset({'kappa'})
+    labels: ClassVar[dict[str, str]] = {'kl': 'KL, nats per token', 'kappa': 'mean κ'}
+    logarithmic: ClassVar[frozenset[str]] = frozenset({'kappa'})
 
     def outputs(self, d: int) -> int:
-        """d numbers for the direction and one for the concentration."""
+        """Returns d + 1: d numbers for the direction and one for the concentration."""
         return d + 1
 
     def __call__(self, x: jax.Array) -> PowerSphericalTokens:
-        """mu = l2_normalize(first d numbers), kappa = softplus(last number) + 1."""
-        return PowerSphericalTokens(geometry.l2_normalize(x[..., :-1]), nn.softplus(x[..., -1]) + 1)
+        """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1."""
+        mu = geometry.l2_normalize(x[..., :-1])
+        kappa = nn.softplus(x[..., -1]) + 1
+        return PowerSphericalTokens(mu, kappa)
 
     def project(self, z: jax.Array) -> jax.Array:
-        """N_R(z), the nearest point of the sphere of radius R = √d. (..., d) → (..., d)."""
+        """Returns N_R(z) (..., d), the nearest point of the sphere of radius R = √d."""
         return geometry.project(z)
 
     def faults(self, scalars: dict[str, float]) -> str | None:
-        """What is wrong with a tokenizer's latents, in one sentence, or None.
+        """Says what is wrong with a tokenizer's latents.
 
-        Wrong are: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, any
-        dead dimension. The tokens of an untrained encoder look collapsed too, for the first some
-        hundred steps.
+        These are wrong: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction >
+        0.9, and any dead dimension. The tokens of an untrained encoder look collapsed too, for the
+        first few hundred steps.
 
         Args:
           scalars: the `statistics`, as floats.
+
+        Returns:
+          One sentence, or None where nothing is wrong.
         """
         kappa = scalars['kappa']
         kl = scalars['kl']
@@ -116,17 +130,14 @@ class PowerSpherical:
             return 'the latents are no numbers'
         wrong = []
         if kappa < 1.1:
-            wrong.append(
-                f'kappa is {kappa:.2f}, at its floor of 1: the posterior ignores the image'
-            )
+            floor = f'kappa is {kappa:.2f}, at its floor of 1'
+            wrong.append(f'{floor}: the posterior ignores the image')
         if kl < 0.1:
             wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')
         if direction > 0.9:
-            wrong.append(
-                f'all tokens point the same way: their mean direction has norm {direction:.2f}'
-            )
+            norm = f'their mean direction has norm {direction:.2f}'
+            wrong.append(f'all tokens point the same way: {norm}')
         if dead > 0:
-            wrong.append(
-                f'{dead:.0%} of the dimensions are dead: directions spread there by less than {DEAD} of uniform ones'
-            )
-        return '; '.join(wrong) or None
+            spread = f'directions spread there by less than {DEAD} of uniform ones'
+            wrong.append(f'{dead:.0%} of the dimensions are dead: {spread}')
+        return '; '.join(wrong) if wrong else None
