@@ -31,8 +31,8 @@ class BrokenImageError(ValueError):
 
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')  # PIL would run Ghostscript for EPS
-# The number above which PIL warns; PIL itself refuses only images of more than twice as many pixels.
-# At the 4 bytes that PIL takes for a pixel of RGB they are 341 MiB.
+# PIL warns above this number, and refuses only images of more than twice as many pixels. PIL takes 4
+# bytes for a pixel of RGB, so that this many are 341 MiB.
 MAX_PIXELS = 2**30 // 12
 SMALLEST_SHARE = 0.8  # of the shorter side, that a random crop keeps
 
@@ -100,7 +100,7 @@ def _resized_crop(
     """
     bicubic = Image.Resampling.BICUBIC
     step = image.height / height
-    # For such images Pillow 13 and later resize along y first (12.2 did so above a factor of 100).
+    # Pillow 13 and later resize such images along y first; 12.2 did so only above a ratio of 100.
     y_first = image.height - height > max(0, 2 * (image.width - width))
     if y_first:
         return image.resize((width, height), bicubic).crop((x, y, x + size, y + size))
