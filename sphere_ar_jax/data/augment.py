@@ -31,8 +31,8 @@ class BrokenImageError(ValueError):
 
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')  # PIL would run Ghostscript for EPS
-# PIL warns above this number, and refuses only images of more than twice as many pixels. PIL takes 4
-# bytes for a pixel of RGB, so that this many are 341 MiB.
+# PIL warns above this number, and refuses only images of more than twice as many pixels. It takes
+# 4 bytes for a pixel of RGB, so that this many pixels are 341 MiB.
 MAX_PIXELS = 2**30 // 12
 SMALLEST_SHARE = 0.8  # of the shorter side, that a random crop keeps
 
