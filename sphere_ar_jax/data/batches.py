@@ -1,12 +1,13 @@
 """Data sources and the Grain pipeline.
 
-A source is a random-access sequence of {'image', 'label': int32 ()} with the attribute
-`num_classes` and, if its images can be broken, a method `name(index)`. An image is float32 (H, W,
-c) in [−1, 1], or whatever the transform takes.
+A source is a random-access sequence of {'image', 'label': int32 ()}, a `Source`. It has the
+attribute `num_classes` and, if its images can be broken, a method `name(index)`. An image is
+float32 (H, W, c) in [−1, 1], or whatever the transform takes.
 
 Dimensions:
-  B  images of the global batch      b  those of them that this process loads      n  images of the
-  source
+  B  images of the global batch
+  b  those of them that this process loads
+  n  images of the source
 """
 
 import math
@@ -16,6 +17,8 @@ import signal
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import grain
 import numpy as np
@@ -27,29 +30,57 @@ from sphere_ar_jax.runtime.console import UserError, first_line
 _ENDLESS = 2**60  # rows: more than any run sees
 _ATTEMPTS = 8  # images in turn that may be broken
 _JUDGED_FROM = 100  # images seen, before the share of the broken ones counts
-_PART = (
-    16  # images that threads and processes hand over at a time: more costs memory, fewer costs time
-)
+# Images that threads and processes hand over at a time: more costs memory, fewer costs time.
+_PART = 16
+
+# One image with its label, or a batch of them.
+Record: TypeAlias = dict[str, Any]
+# Makes a record of the source's one, called as transform(record, epoch, rng).
+Transform: TypeAlias = Callable[[Record, int, np.random.Generator], Record]
 
 
-def _one_line(error):
+class Source(Protocol):
+    """What `batches` needs of a source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def _one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {first_line(error, 300)}'
 
 
 class _Loader:
-    """Row i of all rows that a process loads, from its first step on → a record. Picklable, for
-    worker processes.
+    """Loads row i of all rows that a process loads, counted from its first step on.
+
+    It is picklable, for worker processes.
     """
 
-    def __init__(self, source, transform, seed, first_step, rows, batch_size):
-        self.source, self.transform, self.seed = source, transform, seed
-        self.first_step, self.rows, self.batch_size = first_step, rows, batch_size
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform | None,
+        seed: int,
+        first_step: int,
+        rows: np.ndarray,
+        batch_size: int,
+    ):
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.first_step = first_step
+        self.rows = rows
+        self.batch_size = batch_size
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
-    def name(self, index):
-        return self.source.name(index) if hasattr(self.source, 'name') else f'image {index}'
+    def name(self, index: int) -> str:
+        """Names an image in messages."""
+        if hasattr(self.source, 'name'):
+            return self.source.name(index)
+        return f'image {index}'
 
-    def _load(self, index, epoch, rng):
+    def _load(self, index: int, epoch: int, rng: np.random.Generator) -> Record:
         try:
             record = self.source[index]
             return record if self.transform is None else self.transform(record, epoch, rng)
@@ -58,10 +89,16 @@ class _Loader:
         except Exception as error:
             raise UserError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
 
-    def __call__(self, i):
+    def __call__(self, i: int) -> Record:
+        """Loads row i, or a replacement if its image is broken.
+
+        The record's entry 'broken' (attempts,) holds the indices of broken images, and −1 for each
+        attempt that was not needed or was good.
+        """
         step, row = divmod(i, len(self.rows))
         position = (self.first_step + step) * self.batch_size + int(self.rows[row])
-        index, broken = int(self.order[position]), np.full(_ATTEMPTS, -1)
+        index = int(self.order[position])
+        broken = np.full(_ATTEMPTS, -1)
         for attempt in range(_ATTEMPTS):
             rng = np.random.default_rng((self.seed, position, attempt))
             if attempt:
@@ -69,90 +106,122 @@ class _Loader:
             try:
                 return self._load(index, position // len(self.source), rng) | {'broken': broken}
             except augment.BrokenImageError as error:
-                broken[attempt], reason = index, error
+                broken[attempt] = index
+                reason = error
         raise UserError(
             f'{_ATTEMPTS} images in turn are broken, the last one {self.name(index)}: {reason}'
         )
 
 
-def _start_worker(*_):
-    """In a worker process: signals are the main process's business, and without that there is
-    nothing to do.
+def _start_worker(*_: Any) -> None:
+    """Lets a worker process ignore signals, and end when the main process ends.
+
+    Signals are the main process's business.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def end_with_parent():
-        multiprocessing.parent_process().join()
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this runs in a worker
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _join(parts):
+def _join(parts: Sequence[Record]) -> Record:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _close_all(iterators):
-    """Drops them as well: Grain's destructors are loud if they run when the interpreter is half
-    gone.
+def _close_all(iterators: list[Any]) -> None:
+    """Closes the iterators and empties the list.
+
+    Grain's destructors are loud if they run when the interpreter is half gone.
     """
     while iterators:
         iterators.pop().close()
 
 
 class Batches:
-    """What `batches` returns: an endless iterator, and a context manager that closes it.
+    """An endless iterator over batches, and a context manager that closes it; see `batches`.
 
     Attributes:
-      seen: images that this process has tried to decode since its start. broken: how many of them
-        it could not.
+      seen: number of images that this process has tried to decode since its start.
+      broken: how many of them it could not decode.
     """
 
-    def __init__(self, loader, first_step, dataset, max_broken):
-        self._loader, self._step, self._max_broken = loader, first_step, max_broken
-        self._iterators = [iter(dataset)]  # none, once it is closed
-        self._close = weakref.finalize(self, _close_all, self._iterators)  # at exit too
-        self._named = set()
-        self.seen = self.broken = 0
+    def __init__(
+        self,
+        loader: _Loader,
+        first_step: int,
+        dataset: grain.IterDataset,
+        max_broken: float,
+    ):
+        self._loader = loader
+        self._step = first_step
+        self._max_broken = max_broken
+        self._iterators = [iter(dataset)]  # empty once these batches are closed
+        # This closes them at the exit of the interpreter too.
+        self._close = weakref.finalize(self, _close_all, self._iterators)
+        self._named: set[int] = set()
+        self.seen = 0
+        self.broken = 0
 
-    def __iter__(self):
+    def __iter__(self) -> 'Batches':
         return self
 
-    def __next__(self):
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Loads the next batch.
+
+        Returns:
+          {'image': (b, H, W, c) float32, 'label': (b,) int32}.
+
+        Raises:
+          UserError: too many images are broken, the source or the transform failed in another way,
+            or a worker died; one line.
+          ValueError: these batches are closed.
+        """
         if not self._iterators:
             raise ValueError('these batches are closed')
         try:
             batch = next(self._iterators[0])
-        except UserError as error:  # to which Grain may have added lines
+        except UserError as error:  # Grain may have added lines to it
             raise UserError(first_line(error, 2000)) from error
-        except Exception as error:  # of Grain, for a worker that died
+        except Exception as error:  # Grain raises it where a worker died
             raise UserError(f'reading images stopped: {_one_line(error)}') from error
         self._count(batch.pop('broken'))
         self._step += 1
         return batch
 
-    def _count(self, broken):
-        """broken (b, attempts): indices of broken images, −1 where there is none."""
+    def _count(self, broken: np.ndarray) -> None:
+        """Counts and names the broken images of a batch.
+
+        Args:
+          broken: (b, attempts), indices of broken images, −1 where there is none.
+
+        Raises:
+          UserError: too large a share of the images is broken.
+        """
         found = broken[broken >= 0].tolist()
         self.seen += len(broken) + len(found)
         self.broken += len(found)
         for index in found:
             if index not in self._named:
                 self._named.add(index)
-                print(
-                    f'{self._loader.name(index)} is broken: another image takes its place',
-                    file=sys.stderr,
-                )
+                name = self._loader.name(index)
+                print(f'{name} is broken: another image takes its place', file=sys.stderr)
         if self.seen >= _JUDGED_FROM and self.broken > self._max_broken * self.seen:
             raise UserError(
-                f'{self.broken} of {self.seen} images are broken, more than the share max_broken = {self._max_broken}; '
+                f'{self.broken} of {self.seen} images are broken, '
+                f'more than the share max_broken = {self._max_broken}; '
                 f'the last one is {self._loader.name(found[-1])}'
             )
 
-    def get_state(self):
-        """What a checkpoint notes, to be checked by `check_state`; the position itself follows from
-        the step.
+    def get_state(self) -> dict[str, int]:
+        """Gives what a checkpoint notes, to be checked by `check_state`.
+
+        The position itself follows from the step.
         """
         loader = self._loader
         return {
@@ -161,82 +230,92 @@ class Batches:
             'seed': loader.seed,
         }
 
-    def check_state(self, state):
-        """Raises UserError if `state`, of a checkpoint, is not of this place in this order of these
-        images.
+    def check_state(self, state: dict[str, int]) -> None:
+        """Checks that a checkpoint's state belongs to this place in this order of these images.
+
+        Args:
+          state: what `get_state` gave when the checkpoint was written.
+
+        Raises:
+          UserError: it does not.
         """
-        if (ours := self.get_state()) != state:
+        ours = self.get_state()
+        if ours != state:
             raise UserError(
-                f'the checkpoint belongs to other data: it notes {state}, the run would go on from {ours}. '
-                f'Give it the batch size, the images and the seed that it had, or start in another directory'
+                f'the checkpoint belongs to other data: it notes {state}, '
+                f'the run would go on from {ours}. Give it the batch size, the images and the seed '
+                'that it had, or start in another directory'
             )
 
-    def close(self):
+    def close(self) -> None:
         """Ends threads and worker processes."""
         self._close()
 
-    def __enter__(self):
+    def __enter__(self) -> 'Batches':
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
 
 def batches(
-    source,
+    source: Source,
     *,
-    batch_size,
-    seed,
-    transform=None,
-    first_step=0,
-    rows=None,
-    threads=2,
-    workers=0,
-    max_broken=0.01,
-):
-    """An endless iterator over shuffled batches, a function of (seed, step) alone: not of
-    processes, threads, workers.
+    batch_size: int,
+    seed: int,
+    transform: Transform | None = None,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
+    threads: int = 2,
+    workers: int = 0,
+    max_broken: float = 0.01,
+) -> Batches:
+    """Makes an endless iterator over shuffled batches, which are a function of (seed, step) alone.
 
-    Row r of the global batch of step k is at the position q = k·B + r; its epoch is ⌊q/n⌋ for n
-    images, and each epoch has all of them in an order of its own. A process loads some rows of
-    every global batch. All random draws for an image are made from numpy.random.default_rng((seed,
-    q, attempt)).
+    So they do not depend on the number of processes, threads or workers. Row r of the global batch
+    of step k is at the position q = k·B + r. Its epoch is ⌊q/n⌋ for n images, and each epoch has
+    all of them in an order of its own. A process loads some rows of every global batch. All random
+    draws for an image are made from numpy.random.default_rng((seed, q, attempt)).
 
     An image that is broken is replaced: its attempt was 0, and attempt a = 1, 2, … takes the image
     with the index rng.integers(n), the first draw of that attempt's rng, and its label. Broken
     images are named once on stderr.
 
     Args:
-      source: see the module. batch_size: B. seed: of order and draws.
+      source: the images, see the module's docstring.
+      batch_size: B.
+      seed: decides the order and all draws.
       transform: function (record of the source, epoch, rng) → {'image', 'label'}, which may raise
-        augment.BrokenImageError; picklable, if there are workers. None: the source's own records.
-      first_step: k of the first batch. rows: (b,) ints, those to load, see `sharding.local_rows`;
-        None: all.
-      threads: that read ahead, in each process that reads.
-      workers: processes that read, 0 for none but this one. They cost seconds to start, need the
-        main program to be guarded by `if __name__ == '__main__'`, and hand images over in /dev/shm,
-        which containers may keep too small.
-      max_broken: the run stops at the first batch after which ≥ 100 images were tried by this
-        process since its start, replacements included, and a larger share than this was broken;
-        also where 8 in turn are.
+        augment.BrokenImageError. It must be picklable if there are workers. None gives the source's
+        own records.
+      first_step: k of the first batch.
+      rows: (b,) ints, the rows to load, see `sharding.local_rows`; None loads all.
+      threads: number of threads that read ahead, in each process that reads.
+      workers: number of processes that read; with 0 this process reads. They cost seconds to start,
+        need the main program to be guarded by `if __name__ == '__main__'`, and hand images over in
+        /dev/shm, which containers may keep too small.
+      max_broken: the run stops where a larger share than this was broken, at the first batch after
+        which at least 100 images were tried by this process since its start, replacements included.
+        It also stops where 8 images in turn are broken.
+
     Returns:
-      `Batches`, of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises
-        UserError, one line, for
-      too many broken images, for any other error of source or transform, and if a worker dies.
+      `Batches` of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises
+      UserError, one line, for too many broken images, for any other error of source or transform,
+      and if a worker dies.
+
     Raises:
       UserError: there are no images.
     """
     if not len(source):
         raise UserError('there are no images to train on')
-    rows = np.arange(batch_size) if rows is None else rows
+    if rows is None:
+        rows = np.arange(batch_size)
     loader = _Loader(source, transform, seed, first_step, rows, batch_size)
     part = math.gcd(len(rows), _PART)
     parts = len(rows) // part
-    ahead = -(-parts // max(workers, 1))  # one batch, beside what is being read
-    dataset = grain.MapDataset.range(_ENDLESS).map(loader).batch(part)
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + ahead)
-    )
+    ahead = -(-parts // max(workers, 1))  # one batch, besides what is being read
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + ahead)
+    dataset = grain.MapDataset.range(_ENDLESS).map(loader).batch(part).to_iter_dataset(reading)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags, which only programs of absl parse
@@ -244,7 +323,7 @@ def batches(
         dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
     dataset = dataset.batch(parts, batch_fn=_join)
     if workers:
-        # In a thread: freeing what workers hand over runs Python code, in which a Ctrl-C would be
-        # lost
+        # This runs in a thread, because freeing what workers hand over runs Python code, in which
+        # a Ctrl-C would be lost.
         dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
     return Batches(loader, first_step, dataset, max_broken)

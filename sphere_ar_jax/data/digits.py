@@ -5,48 +5,78 @@ import numpy as np
 UPSAMPLE = 2  # digits are 8×8 pixels; the models see 16×16
 
 
-def enlarge(images, factor=UPSAMPLE):
-    """(..., h, w, c) → (..., factor·h, factor·w, c), every pixel repeated."""
+def enlarge(images: np.ndarray, factor: int = UPSAMPLE) -> np.ndarray:
+    """Repeats every pixel `factor` times along both axes.
+
+    Args:
+      images: (..., h, w, c).
+      factor: how often each pixel is repeated.
+
+    Returns:
+      (..., factor·h, factor·w, c).
+    """
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def shrink(images, factor=UPSAMPLE):
-    """The mean of every factor × factor square, the inverse of `enlarge`."""
+def shrink(images: np.ndarray, factor: int = UPSAMPLE) -> np.ndarray:
+    """Takes the mean of every factor × factor square, the inverse of `enlarge`.
+
+    Args:
+      images: (..., H, W, c), where `factor` divides H and W.
+      factor: side of the squares.
+
+    Returns:
+      (..., H/factor, W/factor, c).
+    """
     *batch, H, W, c = images.shape
-    return images.reshape(*batch, H // factor, factor, W // factor, factor, c).mean((-4, -2))
+    squares = images.reshape(*batch, H // factor, factor, W // factor, factor, c)
+    return squares.mean((-4, -2))
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits (UCI optdigits test set), 8×8 grey scans, enlarged to
-    16×16.
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8×8 to 16×16 pixels.
+
+    They are the grey scans of the test set of UCI's optdigits.
 
     Attributes:
-      pixels: (n, 8, 8) float64 in [0, 1]. labels: (n,) int. image_shape: (16, 16, 1). num_classes:
-        10.
+      pixels: (n, 8, 8) float64 in [0, 1].
+      labels: (n,) int.
+      images: (n, 16, 16, 1) float32 in [−1, 1], the enlarged pixels.
+      image_shape: (16, 16, 1).
+      num_classes: 10.
+      class_names: the ten digits as text.
     """
 
     image_shape = (8 * UPSAMPLE, 8 * UPSAMPLE, 1)
     num_classes = 10
     class_names = tuple('0123456789')
 
-    def __init__(self, split, seed, holdout=0.2):
-        """split: 'train' or 'heldout'; `holdout` is the held-out share, drawn by `seed`."""
-        from sklearn.datasets import load_digits  # a second to import: only where digits are wanted
+    def __init__(self, split: str, seed: int, holdout: float = 0.2):
+        """Loads one of the two parts that the digits are split into.
+
+        Args:
+          split: 'train' or 'heldout'.
+          seed: decides which digits are held out.
+          holdout: the share of the digits that is held out.
+        """
+        # scikit-learn takes a second to import, so only those who want digits wait for it.
+        from sklearn.datasets import load_digits
 
         digits = load_digits()
         order = np.random.default_rng(seed).permutation(len(digits.target))
         cut = round(len(order) * (1 - holdout))
         chosen = {'train': order[:cut], 'heldout': order[cut:]}[split]
-        self.pixels, self.labels = digits.images[chosen] / 16, digits.target[chosen]
+        self.pixels: np.ndarray = digits.images[chosen] / 16
+        self.labels: np.ndarray = digits.target[chosen]
         self.images = (enlarge(self.pixels[..., None]) * 2 - 1).astype(np.float32)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
 
 
 def splits(seed: int, holdout: float) -> tuple[Digits, Digits]:
-    """The digits to train on and those held out; see `Digits`."""
+    """Loads the digits to train on and those held out; see `Digits`."""
     return Digits('train', seed, holdout), Digits('heldout', seed, holdout)

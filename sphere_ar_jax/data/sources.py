@@ -1,22 +1,24 @@
 """Labelled images, as their files hold them: the tar of ImageNet, directories, ArrayRecord, TFDS.
 
-A source is a random-access sequence: `len(source)`, and `source[i]`, a dictionary of
+A source is a random-access sequence, `Images`: `len(source)`, and `source[i]`, a dictionary of
   image   bytes of one encoded image file (JPEG, PNG, …; it may be broken)
   label   np.int32 (), 0 … num_classes − 1
-with the attributes `num_classes` and `class_names` (a tuple of str, for ImageNet the synsets, or
-None), and `name(i)`, a str to tell entry i by in messages. Threads may share a source, and
-processes get it by pickle, without its open files. What is wrong with the data is a `UserError`, on
-opening wherever it shows there.
+Threads may share a source. Processes get it by pickle, without its open files. Whatever is wrong
+with the data raises a `UserError`, on opening wherever it shows there.
 
-  KINDS   the sources by name      pack   any source → the files of `ArrayRecords`
+  KINDS   the sources by name      pack   copies any source to the files of `ArrayRecords`
 
 Dimensions:
-  n  entries      k  classes      H, W  height and width of an image
+  n     entries
+  k     classes
+  H, W  height and width of an image
 """
 
 import json
 import os
 import tarfile
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
 import filelock
 import msgpack
@@ -24,78 +26,107 @@ import numpy as np
 
 from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable
 from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.types import Progress
+
+
+class Images(Protocol):
+    """What every source of this module offers.
+
+    Attributes:
+      num_classes: the number of classes.
+      class_names: their names, for ImageNet the synsets, or None where they have none.
+    """
+
+    num_classes: int
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+
+    def name(self, i: int, /) -> str:
+        """Names entry i in messages."""
 
 
 class ImageNetTar:
-    """ILSVRC2012_img_train.tar as it is fetched: a tar of a tar for each synset, which is not
-    unpacked.
+    """ILSVRC2012_img_train.tar as it is fetched: a tar of tars, one for each synset.
 
-    Every image is one read at an offset that an index holds. The index is made when the tar is
-    opened for the first time, by a walk over all headers, and kept beside the tar as
-    `TAR.index.npz`, or, where nothing can be written there, in ~/.cache/sphere_ar_jax. It is made
-    anew when the tar's size, time of change or synset headers differ. The header in front of each
-    image is read with it and must be the one that the index saw.
+    It is not unpacked. Every image is one read at an offset that an index holds. The index is made
+    by a walk over all headers when the tar is opened for the first time. It is kept beside the tar
+    as `TAR.index.npz`, or, where nothing can be written there, in ~/.cache/sphere_ar_jax. It is
+    made anew when the tar's size, time of change or synset headers differ. The header in front of
+    each image is read with it and must be the one that the index saw.
 
-    Order: the tar's. Labels: the places of the synsets, sorted. If there are 1,000 they must be
-    ILSVRC2012's; fewer are taken as they are.
+    The order is the tar's. Labels are the places of the synsets, sorted. If there are 1,000 synsets
+    they must be ILSVRC2012's; fewer are taken as they are.
 
-    Args:
-      path: of the tar.
-      progress: called as progress(done, total), in bytes, after each synset while the index is
-        made.
-    Raises:
-      UserError: it is not there, cannot be read, is not of this make, or is damaged or cut off.
-        From `source[i]`: it has changed since.
+    Attributes:
+      path: the tar, absolute.
+      num_classes: number of synsets.
+      class_names: the synsets, sorted.
     """
 
-    def __init__(self, path, progress=lambda done, total: None):
+    def __init__(self, path: str | os.PathLike[str], progress: Progress = lambda done, total: None):
+        """Opens a tar.
+
+        Args:
+          path: the tar.
+          progress: called as progress(done, total), in bytes, after each synset while the index is
+            made.
+
+        Raises:
+          UserError: the tar is not there, cannot be read, is not of this make, or is damaged or cut
+            off. `source[i]` raises it where the tar has changed since.
+        """
         self.path = os.path.abspath(path)
         self._open()
         index = open_index(self.path, self._file.fileno(), progress)
-        self._offsets, self._sizes, self._labels, self._checksums = (
-            index[key] for key in ('offsets', 'sizes', 'labels', 'checksums')
-        )
-        self.class_names = tuple(index['synsets'].tolist())
+        self._offsets = index['offsets']
+        self._sizes = index['sizes']
+        self._labels = index['labels']
+        self._checksums = index['checksums']
+        self.class_names: tuple[str, ...] = tuple(index['synsets'].tolist())
         self.num_classes = len(self.class_names)
 
-    def _open(self):
+    def _open(self) -> None:
         try:
             self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != '_file'}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._labels)
 
-    def _read(self, i, size):
-        """The header of entry i and `size` bytes of its data."""
+    def _read(self, i: int, size: int) -> bytes:
+        """Reads the header of entry i and `size` bytes of its data."""
         return os.pread(self._file.fileno(), BLOCK + size, int(self._offsets[i]) - BLOCK)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         size = int(self._sizes[i])
         block = self._read(i, size)
         try:
-            seen = tarfile.TarInfo.frombuf(block[:BLOCK], 'utf-8', 'surrogateescape')
+            header = tarfile.TarInfo.frombuf(block[:BLOCK], 'utf-8', 'surrogateescape')
+            same = header.size == size and header.chksum == self._checksums[i]
         except tarfile.TarError:
-            seen = None
-        if (
-            len(block) != BLOCK + size
-            or seen is None
-            or (seen.size, seen.chksum) != (size, self._checksums[i])
-        ):
+            same = False
+        if len(block) != BLOCK + size or not same:
             raise UserError(f'{self.path} has changed since it was opened: start again')
         return {'image': block[BLOCK:], 'label': self._labels[i]}
 
-    def name(self, i):
-        """As 'n01440764/n01440764_10026.JPEG', read from the tar: at most 100 bytes; of a pax tar,
-        its ASCII form.
+    def name(self, i: int) -> str:
+        """Reads the name of entry i from the tar, as 'n01440764/n01440764_10026.JPEG'.
+
+        It has at most 100 bytes. In a pax tar it is the ASCII form of the name.
         """
         name = self._read(i, 0)[:100].split(b'\0')[0].decode('utf-8', 'surrogateescape')
         return f'{self.class_names[self._labels[i]]}/{printable(name)}'
@@ -104,18 +135,32 @@ class ImageNetTar:
 # ---- directories
 
 
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 class ImageFolder:
-    """A directory of a directory for each class, as PATH/CLASS/…/NAME.jpg.
+    """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
 
-    Order: sorted, class by class. Labels: the places of the classes, sorted. Files are told by
-    their suffix, in upper or lower case; what begins with a dot is not looked at.
+    The order is sorted, class by class. Labels are the places of the classes, sorted. Images are
+    told by their suffix, in upper or lower case. Names that begin with a dot are ignored.
 
-    Raises:
-      UserError: there are no classes, one without images, or it cannot be read. From `source[i]`: a
-        file is gone.
+    Attributes:
+      path: the directory, absolute.
+      num_classes: number of classes.
+      class_names: the classes' directories, sorted, printable.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]):
+        """Lists the images of a directory.
+
+        Args:
+          path: the directory.
+
+        Raises:
+          UserError: there are no classes, a class has no images, or the directory cannot be read.
+            `source[i]` raises it where a file is gone.
+        """
         self.path = os.path.abspath(path)
         try:
             classes = sorted(
@@ -123,52 +168,46 @@ class ImageFolder:
             )
             found = [self._list(name) for name in classes]
         except OSError as error:
-            raise UserError(
-                f'{error.filename or self.path} cannot be read: {first_line(error)}'
-            ) from None
+            where = error.filename or self.path
+            raise UserError(f'{where} cannot be read: {first_line(error)}') from None
         if not classes:
             raise UserError(f'{self.path} has no directories, but must have one for each class')
         for name, files in zip(classes, found, strict=True):
             if not files:
-                raise UserError(
-                    f'{self.path}/{printable(name)} holds no images: fill it, or remove it'
-                )
+                where = f'{self.path}/{printable(name)}'
+                raise UserError(f'{where} holds no images: fill it, or remove it')
         self._names = [name for files in found for name in files]
-        self._labels = np.repeat(
-            np.arange(len(classes), dtype=np.int32), [len(files) for files in found]
-        )
-        self.class_names, self.num_classes = tuple(map(printable, classes)), len(classes)
+        counts = [len(files) for files in found]
+        self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self.class_names = tuple(map(printable, classes))
+        self.num_classes = len(classes)
 
-    def _list(self, name):
-        """The image files of a class, as paths below PATH."""
-
-        def fail(error):
-            raise error
-
+    def _list(self, name: str) -> list[str]:
+        """Lists the image files of a class, as paths below PATH."""
         files = []
-        for directory, below, names in os.walk(os.path.join(self.path, name), onerror=fail):
+        for directory, below, names in os.walk(os.path.join(self.path, name), onerror=_raise):
+            # os.walk goes only into the directories that stay in this list.
             below[:] = [n for n in below if not n.startswith('.')]
-            names = [
+            images = [
                 n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith('.')
             ]
-            directory = os.path.relpath(directory, self.path)
-            files += [os.path.join(directory, n) for n in names]
+            inside = os.path.relpath(directory, self.path)
+            files += [os.path.join(inside, n) for n in images]
         return sorted(files)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         try:
             with open(os.path.join(self.path, self._names[i]), 'rb') as f:
                 return {'image': f.read(), 'label': self._labels[i]}
         except OSError as error:
-            raise UserError(
-                f'{self.path}/{self.name(i)} cannot be read: {first_line(error)}'
-            ) from None
+            where = f'{self.path}/{self.name(i)}'
+            raise UserError(f'{where} cannot be read: {first_line(error)}') from None
 
-    def name(self, i):
-        """The path of an image file below PATH."""
+    def name(self, i: int) -> str:
+        """Gives the path of image file i below PATH."""
         return printable(self._names[i])
 
 
@@ -180,21 +219,29 @@ _FORMAT = 'sphere_ar_jax images 1'
 
 
 class ArrayRecords:
-    """A directory that `pack` wrote: ArrayRecord files, and images.json, which is written last and
-    says what they hold.
+    """A directory that `pack` wrote: ArrayRecord files, and images.json.
 
-    A record is a msgpack of {'image': bytes, 'label': int, 'name': str}. Damage to one is noticed
-    when it is read.
+    images.json says what the files hold, and is written last. A record is a msgpack of {'image':
+    bytes, 'label': int, 'name': str}. Damage to a record is noticed when it is read.
 
-    Raises:
-      UserError: it is not there, not packed to the end, or a file is missing or of another length.
-        From `source[i]`: the record is damaged.
+    Attributes:
+      path: the directory, absolute.
+      num_classes: number of classes.
+      class_names: the classes' names, or None.
     """
 
-    def __init__(self, path):
-        from array_record.python import (
-            array_record_data_source,
-        )  # of Grain, where there is any: not on Windows
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens a directory.
+
+        Args:
+          path: the directory.
+
+        Raises:
+          UserError: the directory is not there, was not packed to the end, or a file is missing or
+            of another length. `source[i]` raises it where the record is damaged.
+        """
+        # Grain brings this package along where there is any, which is not on Windows.
+        from array_record.python import array_record_data_source
 
         self.path = os.path.abspath(path)
         try:
@@ -211,7 +258,7 @@ class ArrayRecords:
             raise UserError(
                 f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again'
             )
-        self.class_names = names and tuple(names)
+        self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         try:
             for name, size in files.items():
                 if os.path.getsize(os.path.join(self.path, name)) != size:
@@ -223,43 +270,66 @@ class ArrayRecords:
         except (OSError, RuntimeError) as error:
             raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def _record(self, i):
+    def _record(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         try:
             return msgpack.unpackb(self._records[i])
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f'{self.path}: record {i} is damaged: {first_line(error)}') from None
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         record = self._record(i)
         return {'image': record['image'], 'label': np.int32(record['label'])}
 
-    def name(self, i):
-        """As the source that was packed named it."""
+    def name(self, i: int) -> str:
+        """Gives the name that the packed source had for entry i."""
         return self._record(i)['name']
 
 
-def pack(source, directory, shards=128, progress=lambda done, total: None):
+def _write_entries(writer: Any, source: Images, entries: range, progress: Progress) -> None:
+    """Writes some entries of a source to an open ArrayRecord file."""
+    for i in entries:
+        entry = source[i]
+        record = {
+            'image': entry['image'],
+            'label': int(entry['label']),
+            'name': source.name(i),
+        }
+        writer.write(msgpack.packb(record))
+        progress(i + 1, len(source))
+
+
+def pack(
+    source: Images,
+    directory: str | os.PathLike[str],
+    shards: int = 128,
+    progress: Progress = lambda done, total: None,
+) -> None:
     """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes.
 
-    All is written to DIRECTORY.partial, which becomes the directory when it is whole; what a run
-    that was killed has left there is written anew.
+    Everything is written to DIRECTORY.partial, which becomes the directory when it is complete.
+    What a killed run has left there is removed first.
 
     Args:
-      directory: must not exist. shards: number of files (of ImageNet, with 128: 1.1 GB each), at
-        most one each image.
+      source: the images.
+      directory: the directory to make; it must not exist.
+      shards: number of files, reduced to the number of images where it is larger. With 128 files of
+        ImageNet each has 1.1 GB.
       progress: called as progress(done, total), in images.
+
     Raises:
-      UserError: the directory exists, cannot be written, or another process is writing it; or from
-        the source.
+      UserError: the directory exists, cannot be written, or is being written by another process; or
+        the source raises it.
     """
     from array_record.python import array_record_module
 
-    directory, n = os.path.abspath(directory), len(source)
-    partial, shards = f'{directory}.partial', min(shards, n)
+    directory = os.path.abspath(directory)
+    partial = f'{directory}.partial'
+    n = len(source)
+    shards = min(shards, n)
     if os.path.exists(directory):
         raise UserError(f'{directory} exists: remove it, or take another')
     if shards < 1:
@@ -267,33 +337,27 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
     try:
         os.makedirs(partial, exist_ok=True)
         with filelock.FileLock(os.path.join(partial, 'lock'), timeout=0):
-            files = {}
             for name in set(os.listdir(partial)) - {'lock'}:
                 os.remove(os.path.join(partial, name))
+            files = {}
             for shard in range(shards):
                 name = f'images-{shard:05d}-of-{shards:05d}.array_record'
                 path = os.path.join(partial, name)
-                # Groups of one record for random access, as Grain asks; the images are compressed
+                # Grain asks for groups of one record, for random access. The images are compressed
                 # already.
                 writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
-                for i in range(n * shard // shards, n * (shard + 1) // shards):
-                    entry = source[i]
-                    record = {
-                        'image': entry['image'],
-                        'label': int(entry['label']),
-                        'name': source.name(i),
-                    }
-                    writer.write(msgpack.packb(record))
-                    progress(i + 1, n)
+                entries = range(n * shard // shards, n * (shard + 1) // shards)
+                _write_entries(writer, source, entries, progress)
                 writer.close()
                 files[name] = os.path.getsize(path)
             about = {
                 'format': _FORMAT,
                 'num_classes': source.num_classes,
                 'class_names': source.class_names,
+                'files': files,
             }
             with open(os.path.join(partial, _METADATA), 'w') as f:
-                json.dump(about | {'files': files}, f, indent=2)
+                json.dump(about, f, indent=2)
             os.rename(partial, directory)
             os.remove(os.path.join(directory, 'lock'))
     except filelock.Timeout:
@@ -305,9 +369,21 @@ def pack(source, directory, shards=128, progress=lambda done, total: None):
 # ---- TFDS
 
 
-def _image_and_label(tfds, info):
-    """The keys of the image and of the label of a data set."""
-    features, keys = info.features, info.supervised_keys or ('image', 'label')
+def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
+    """Finds the keys of the image and of the label of a data set.
+
+    Args:
+      tfds: the package.
+      info: the data set's `tfds.core.DatasetInfo`.
+
+    Returns:
+      (key of the image, key of the label).
+
+    Raises:
+      UserError: the data set has no uint8 image with a class label.
+    """
+    features = info.features
+    keys = info.supervised_keys or ('image', 'label')
     match [features[key] if isinstance(key, str) and key in features else None for key in keys]:
         case [tfds.features.Image(np_dtype=np.uint8), tfds.features.ClassLabel()]:
             return keys
@@ -317,31 +393,50 @@ def _image_and_label(tfds, info):
 
 
 class TFDS:
-    """A split of a TFDS data set, as it was prepared: the encoded images, without TensorFlow.
+    """A split of a TFDS data set as it was prepared: the encoded images, without TensorFlow.
 
-    The data set must be stored as array_record (TFDS's own default is tfrecord, which has no random
-    access) and have an image, uint8, and a class label: its supervised keys, or else 'image' and
-    'label'. It is not prepared here. With TFDS 4.9.10 TensorFlow is needed to prepare imagenet2012,
-    mnist and all others whose code opens files through it, and for `tfds.ImageFolder`; not to read
-    them once prepared, nor for a `GeneratorBasedBuilder` of one's own with
-    file_format='array_record' that yields encoded images.
+    The data set must be stored as array_record; TFDS's own default is tfrecord, which has no random
+    access. It must have a uint8 image and a class label: its supervised keys, or else 'image' and
+    'label'.
 
-    Args:
-      name: as 'imagenet2012:5.1.0'. split: as 'train' or 'train[:90%]'. data_dir:
-        ~/tensorflow_datasets if None.
-    Raises:
-      UserError: TFDS is not installed, or the data set is not prepared, stored otherwise, or of
-        another kind. From `source[i]`: the entry is damaged or has no label.
+    The data set is not prepared here. With TFDS 4.9.10 TensorFlow is needed to prepare
+    imagenet2012, mnist and all others whose code opens files through it, and for
+    `tfds.ImageFolder`. It is not needed to read them once prepared, nor to prepare a
+    `GeneratorBasedBuilder` of one's own with file_format='array_record' that yields encoded images.
+
+    Attributes:
+      num_classes: number of classes.
+      class_names: the label's names.
     """
 
-    def __init__(self, name, split='train', data_dir=None):
+    def __init__(
+        self,
+        name: str,
+        split: str = 'train',
+        data_dir: str | os.PathLike[str] | None = None,
+    ):
+        """Opens a split of a prepared data set.
+
+        Args:
+          name: the data set, as 'imagenet2012:5.1.0'.
+          split: the split, as 'train' or 'train[:90%]'.
+          data_dir: where data sets are kept, ~/tensorflow_datasets if None.
+
+        Raises:
+          UserError: TFDS is not installed, or the data set is not prepared, stored otherwise, or of
+            another kind. `source[i]` raises it where the entry is damaged or has no label.
+        """
         try:
-            import tensorflow_datasets as tfds  # seconds to import: only where it is wanted
+            # TFDS takes seconds to import, so only those who want it wait for it.
+            import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(f'TFDS cannot be imported ({error})') from None
-        self._arguments = name, split, data_dir
-        make = f"tfds.builder({name!r}, data_dir={data_dir!r}, file_format='array_record').download_and_prepare()"
-        again = f'{make}, where TensorFlow is installed'
+        self._arguments = (name, split, data_dir)
+        builder_arguments = f"{name!r}, data_dir={data_dir!r}, file_format='array_record'"
+        again = (
+            f'tfds.builder({builder_arguments}).download_and_prepare(), '
+            'where TensorFlow is installed'
+        )
         try:
             builder = tfds.builder(name, data_dir=data_dir)
             if not builder.is_prepared():
@@ -360,22 +455,22 @@ class TFDS:
             ) from None
         except ImportError as error:
             raise UserError(f'TFDS cannot read {name} ({first_line(error)}): run {again}') from None
+        except UserError:
+            raise
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f'TFDS cannot read {name}, split {split}: {first_line(error)}'
-            ) from None
+            reason = first_line(error)
+            raise UserError(f'TFDS cannot read {name}, split {split}: {reason}') from None
         label = builder.info.features[self._keys[1]]
-        self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+        self.num_classes: int = label.num_classes
+        self.class_names: tuple[str, ...] = tuple(label.names)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TFDS, self._arguments
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]
         try:
             entry = self._data[i]
@@ -386,22 +481,39 @@ class TFDS:
             raise UserError(f'{self.name(i)} has no label')
         return {'image': image, 'label': np.int32(label)}
 
-    def name(self, i):
-        """The data set, the split and the number of an entry."""
+    def name(self, i: int) -> str:
+        """Names entry i by the data set, the split and its number."""
         name, split, _ = self._arguments
         return f'{name} {split} [{range(len(self))[i]}]'
 
 
-def open_source(kind, path, split='train', data_dir=None, progress=lambda done, total: None):
-    """The source of a kind of KINDS at a path (of tfds, a name). split, data_dir: of tfds;
-    progress: of imagenet.
+def open_source(
+    kind: str,
+    path: str,
+    split: str = 'train',
+    data_dir: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Images:
+    """Opens a source by the name of its kind.
+
+    Args:
+      kind: one of KINDS.
+      path: the tar or the directory; for tfds the name of the data set.
+      split: the split of the data set, for tfds only.
+      data_dir: where data sets are kept, for tfds only.
+      progress: called while an index is made, for imagenet only; see `ImageNetTar`.
+
+    Raises:
+      UserError: the images cannot be opened, see the classes.
     """
     if kind == 'tfds':
         return TFDS(path, split, data_dir)
-    return ImageNetTar(path, progress=progress) if kind == 'imagenet' else KINDS[kind](path)
+    if kind == 'imagenet':
+        return ImageNetTar(path, progress=progress)
+    return KINDS[kind](path)
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., Images]] = {
     'imagenet': ImageNetTar,
     'folder': ImageFolder,
     'array_records': ArrayRecords,

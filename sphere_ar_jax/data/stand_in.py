@@ -2,14 +2,15 @@
 
   python -m sphere_ar_jax.data.stand_in DIR [--synsets 5 --images 12 --seed 0 --broken 2]
 
-A tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon and the
-colours of an image tell its class, so that there is something to learn; the rest is random. As in
-ImageNet some files are odd: grey, CMYK or progressive JPEG, PNG in a file named .JPEG, JPEG that an
-EXIF tag rotates; `broken` ones are cut off or empty, which ImageNet's are not. The same seed gives
-the same bytes (with the same Pillow). What is odd stands in TAR.json.
+It writes a tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon
+and the colours of an image tell its class, so that there is something to learn; the rest is random.
+As in ImageNet some files are odd: grey, CMYK or progressive JPEG, PNG in a file named .JPEG, JPEG
+that an EXIF tag rotates. Files that are cut off or empty (`broken`) do not occur in ImageNet. The
+same seed gives the same bytes with the same Pillow. TAR.json lists the odd and the broken files.
 
 Dimensions:
-  h, w  height and width of an image      k  class, its place among the given synsets
+  h, w  height and width of an image
+  k     class, its place among the given synsets
 """
 
 import argparse
@@ -19,6 +20,8 @@ import json
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,75 +32,105 @@ ODD = ('grey', 'cmyk', 'progressive', 'png', 'rotated')
 BROKEN = ('truncated', 'empty')
 _ROTATED = 6  # EXIF: turn by 90° clockwise to show
 _ORIENTATION = 0x0112  # the EXIF tag that says so
+_TIME = 1_339_000_000  # of every file, in 2012: any time would do, but it must always be the same
 
 
-def _draw(rng, k):
-    """A random image of class k, RGB: a smooth background and a polygon, with the class's hues and
-    corners.
+def _colour(hue: float, value: float) -> tuple[int, int, int]:
+    """Gives the RGB colour of a hue, 0 to 255 each."""
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, 0.8, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _draw(rng: np.random.Generator, k: int) -> Image.Image:
+    """Draws a random RGB image of class k.
+
+    It is a smooth background with a polygon; the class decides the hues and the number of corners.
     """
     w, h = (round(60 * 10**x) for x in rng.uniform(0, 1, 2).tolist())
-    hue = k * 0.618034  # golden ratio: neighbours differ
-    colour = lambda offset, value: [
-        round(255 * c) for c in colorsys.hsv_to_rgb((hue + offset) % 1, 0.8, value)
-    ]
-    noise = rng.uniform(-70, 70, (4, 5, 3)) + colour(0, 0.55)
-    image = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize(
-        (w, h), Image.Resampling.BICUBIC
-    )
-    pen, fill = ImageDraw.Draw(image), tuple(colour(0.4, rng.uniform(0.75, 1)))
-    r = rng.uniform(0.2, 0.35) * min(w, h)
-    x, y = rng.uniform(r, w - r), rng.uniform(r, h - r)
-    pen.regular_polygon((x, y, r), 3 + k % 5, fill=fill)
+    hue = k * 0.618034  # by the golden ratio, so that neighbours differ
+    noise = rng.uniform(-70, 70, (4, 5, 3)) + _colour(hue, 0.55)
+    small = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+    image = small.resize((w, h), Image.Resampling.BICUBIC)
+    fill = _colour(hue + 0.4, rng.uniform(0.75, 1))
+    radius = rng.uniform(0.2, 0.35) * min(w, h)
+    x = rng.uniform(radius, w - radius)
+    y = rng.uniform(radius, h - radius)
+    ImageDraw.Draw(image).regular_polygon((x, y, radius), 3 + k % 5, fill=fill)
     return image
 
 
-def _encode(image, kind):
-    """The file of an image, bytes: JPEG, or as odd as `kind` says."""
+def _encode(image: Image.Image, kind: str | None) -> bytes:
+    """Encodes an image as a JPEG file, or as odd as `kind` says.
+
+    Args:
+      image: an RGB image of PIL.
+      kind: one of ODD or BROKEN, or None for a plain JPEG.
+    """
     if kind == 'empty':
         return b''
-    options = {'format': 'PNG'} if kind == 'png' else {'format': 'JPEG', 'quality': 90}
-    if kind in ('grey', 'cmyk'):
-        image = image.convert({'grey': 'L', 'cmyk': 'CMYK'}[kind])
+    options: dict[str, Any] = {'format': 'JPEG', 'quality': 90}
+    if kind == 'png':
+        options = {'format': 'PNG'}
+    elif kind == 'grey':
+        image = image.convert('L')
+    elif kind == 'cmyk':
+        image = image.convert('CMYK')
     elif kind == 'progressive':
         options['progressive'] = True
     elif kind == 'rotated':
-        image, options['exif'] = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-        options['exif'][_ORIENTATION] = _ROTATED
+        image = image.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[_ORIENTATION] = _ROTATED
+        options['exif'] = exif
     file = io.BytesIO()
     image.save(file, **options)
     content = file.getvalue()
-    return content[: len(content) * 6 // 10] if kind == 'truncated' else content
+    if kind == 'truncated':
+        return content[: len(content) * 6 // 10]
+    return content
 
 
-def _add(archive, name, content):
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a tar."""
     member = tarfile.TarInfo(name)
-    member.size, member.mtime = len(content), 1_339_000_000  # 2012; any, but the same every time
+    member.size = len(content)
+    member.mtime = _TIME
     archive.addfile(member, io.BytesIO(content))
 
 
-def write_tar(path, synsets, images, seed=0, broken=2):
+def write_tar(
+    path: str | os.PathLike[str],
+    synsets: Sequence[str],
+    images: int,
+    seed: int = 0,
+    broken: int = 2,
+) -> dict[str, str]:
     """Writes a tar of tars to `path`, and what is odd in it to `path`.json.
 
     Args:
-      synsets: names of the classes, the order of their tars. images: number in each. seed: of all
-        that is drawn.
-      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. Among the others is
-        one of each kind in `ODD`, as far as there are enough.
+      path: the tar to write.
+      synsets: names of the classes, in the order of their tars.
+      images: number of images in each class.
+      seed: decides everything that is drawn.
+      broken: how many files cannot be decoded, 'truncated' and 'empty' in turn. The other files
+        include one of each kind in `ODD`, as far as there are enough files.
+
     Returns:
-      {'n01440764/n01440764_3.JPEG': 'grey', …}, the odd ones, which the JSON holds too.
+      {'n01440764/n01440764_3.JPEG': 'grey', …}, the odd and the broken ones, as in the JSON.
     """
     rng = np.random.default_rng(seed)
     kinds = [BROKEN[i % len(BROKEN)] for i in range(broken)] + list(ODD)
-    kinds = dict(zip(rng.permutation(len(synsets) * images).tolist(), kinds, strict=False))
+    places = rng.permutation(len(synsets) * images).tolist()
+    kind_at = dict(zip(places, kinds, strict=False))
     odd = {}
     with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as outer:
         for k, synset in enumerate(synsets):
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode='w', format=tarfile.USTAR_FORMAT) as inner:
-                for i, number in enumerate(
-                    rng.permutation(20 * images)[:images]
-                ):  # numbers with gaps, in no order
-                    name, kind = f'{synset}_{number}.JPEG', kinds.get(k * images + i)
+                numbers = rng.permutation(20 * images)[:images]  # with gaps, in no order
+                for i, number in enumerate(numbers):
+                    name = f'{synset}_{number}.JPEG'
+                    kind = kind_at.get(k * images + i)
                     _add(inner, name, _encode(_draw(rng, k), kind))
                     if kind:
                         odd[f'{synset}/{name}'] = kind
@@ -107,8 +140,8 @@ def write_tar(path, synsets, images, seed=0, broken=2):
     return odd
 
 
-def main(arguments):
-    """Write a stand-in for the words of a command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Writes a stand-in, as the words of a command line say."""
     parser = argparse.ArgumentParser(
         prog='python -m sphere_ar_jax.data.stand_in', description='A small ImageNet to try on.'
     )
@@ -124,18 +157,16 @@ def main(arguments):
         parser.error(
             '--synsets must lie between 1 and 1000, --images be at least 1, --seed not negative'
         )
-    if not 0 <= options.broken <= options.synsets * options.images:
-        parser.error(
-            f'--broken must lie between 0 and {options.synsets * options.images}, the number of images'
-        )
+    total = options.synsets * options.images
+    if not 0 <= options.broken <= total:
+        parser.error(f'--broken must lie between 0 and {total}, the number of images')
     names = [synset for synset, _ in imagenet.classes()]
     chosen = [names[i * len(names) // options.synsets] for i in range(options.synsets)]
     os.makedirs(options.directory, exist_ok=True)
     path = os.path.join(options.directory, 'ILSVRC2012_img_train.tar')
     write_tar(path, chosen, options.images, options.seed, options.broken)
-    print(
-        f'{path}: {options.synsets} classes of {options.images} images, {os.path.getsize(path):,} bytes'
-    )
+    size = os.path.getsize(path)
+    print(f'{path}: {options.synsets} classes of {options.images} images, {size:,} bytes')
 
 
 if __name__ == '__main__':

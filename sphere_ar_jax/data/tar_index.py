@@ -1,11 +1,12 @@
-"""Where the images are in a tar of tars: an index, made once by a walk over all headers and kept in
-an npz.
+"""An index of where the images are in a tar of tars.
 
-`tarfile` finds the headers; what it lets pass in silence, a tar that is cut off or damaged between
-two files, is looked for here.
+The index is made once by a walk over all headers and kept in an npz. `tarfile` finds the headers.
+It passes over a tar that is cut off or damaged between two files in silence, so that this is looked
+for here.
 
 Dimensions:
-  n  images      k  classes, an inner tar each, which a synset names
+  n  images
+  k  classes, an inner tar each, which a synset names
 """
 
 import contextlib
@@ -14,47 +15,60 @@ import os
 import tarfile
 import uuid
 import zipfile
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
 from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.types import Progress
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
-
-
-def printable(text):
-    """The text with everything escaped that is no printable character."""
-    return repr(text)[1:-1]
-
-
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks
 _INDEX_VERSION = 1
 
 
-def _identity(fd, tars):
-    """What tells one tar from another: its size, its time of change and a hash of the headers at
-    `tars`.
+def printable(text: str) -> str:
+    """Escapes every character of a text that is not printable."""
+    return repr(text)[1:-1]
+
+
+def _identity(fd: int, tars: np.ndarray) -> str:
+    """Computes what tells one tar from another.
+
+    This is its size, its time of change and a hash of the headers at `tars`.
 
     Args:
+      fd: the tar, open.
       tars: (k,) int, the offsets of the inner tars' headers.
     """
-    stat, digest = os.fstat(fd), hashlib.sha256()
+    stat = os.fstat(fd)
+    digest = hashlib.sha256()
     for start in tars:
         digest.update(os.pread(fd, 2 * BLOCK, int(start)))  # also the first header of the inner tar
     return f'{stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}'
 
 
-def _open_tar(file, what):
+def _open_tar(file: IO[bytes], what: str) -> tarfile.TarFile:
+    """Opens an uncompressed tar; `what` names it in messages."""
     try:
         return tarfile.open(fileobj=file, mode='r:')
     except (tarfile.TarError, OSError) as error:
         raise UserError(f'{what} is no uncompressed tar: {first_line(error)}') from None
 
 
-def _files(archive, what):
-    """Yields the plain files of an open tar, `tarfile.TarInfo`; directories are passed over, links
-    are refused.
+def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
+    """Yields the plain files of an open tar.
+
+    Directories are passed over, links are refused.
+
+    Args:
+      archive: the tar.
+      what: names it in messages.
+
+    Raises:
+      UserError: the tar is damaged, or holds something that is not a plain file.
     """
     while True:
         try:
@@ -70,58 +84,94 @@ def _files(archive, what):
         yield member
 
 
-def _check_end(fd, end, what):
-    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped: it does not
-    tell.
+def _check_end(fd: int, end: int, what: str) -> None:
+    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped.
+
+    `tarfile` itself does not tell.
+
+    Args:
+      fd: the outer tar, open.
+      end: the byte where `tarfile` stopped.
+      what: names the tar in messages.
     """
     if os.pread(fd, BLOCK, end) != bytes(BLOCK):
         raise UserError(f'{what} is damaged at byte {end:,}: fetch it again')
 
 
-def _class_tars(outer, path):
-    """{synset: member of the outer tar}, in the order of the tar."""
-    found = {}
+def _class_tars(outer: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
+    """Finds the inner tars.
+
+    Args:
+      outer: the tar of tars.
+      path: names it in messages.
+
+    Returns:
+      {synset: member of the outer tar}, in the order of the tar.
+
+    Raises:
+      UserError: the tar holds something else, a synset twice or nothing, or has 1,000 classes that
+        are not those of ILSVRC2012.
+    """
+    found: dict[str, tarfile.TarInfo] = {}
     for member in _files(outer, path):
         synset, suffix = os.path.splitext(printable(os.path.basename(member.name)))
         if suffix.lower() in IMAGE_SUFFIXES:
             raise UserError(
-                f'{path} holds images, not a tar for each class, so no labels: ILSVRC2012_img_train.tar is needed '
+                f'{path} holds images, not a tar for each class, so no labels: '
+                'ILSVRC2012_img_train.tar is needed '
                 '(validation images: unpack them into a directory for each class, an ImageFolder)'
             )
         if suffix != '.tar':
-            raise UserError(
-                f'{path} holds {printable(member.name)}, but must hold only tars, one for each class'
-            )
+            name = printable(member.name)
+            raise UserError(f'{path} holds {name}, but must hold only tars, one for each class')
         if synset in found:
             raise UserError(f'{path} holds {synset}.tar twice')
         found[synset] = member
     if not found:
         raise UserError(f'{path} holds no files')
-    known = [synset for synset, _ in imagenet.classes()]
-    if len(found) == len(known) and (other := sorted(set(found) - set(known))):
+    known = {synset for synset, _ in imagenet.classes()}
+    others = sorted(set(found) - known)
+    if len(found) == len(known) and others:
         raise UserError(
-            f'{path} has 1,000 classes, but not those of ILSVRC2012: {other[0]} is none of them'
+            f'{path} has 1,000 classes, but not those of ILSVRC2012: {others[0]} is none of them'
         )
     return found
 
 
-def _build_index(path, fd, progress):
-    """The index of a tar of tars, by a walk over all headers.
+def _ends_like_a_tar(fd: int, size: int) -> bool:
+    """Tells whether a file of `size` bytes has whole blocks, the last two of them zero."""
+    if size % BLOCK or size < 2 * BLOCK:
+        return False
+    return os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) == bytes(2 * BLOCK)
 
-    identity: see `_identity`. tars: (k,) int64, offsets of the inner tars' headers. synsets: (k,)
-    str, sorted. Every image has an entry in the others. offsets, sizes: (n,) int64, of its data in
-    the outer tar. labels: (n,) int32, the place of its synset. checksums: (n,) int32, that its
-    header holds.
+
+def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
+    """Builds the index of a tar of tars by a walk over all headers.
+
+    Args:
+      path: the tar, absolute; names it in messages.
+      fd: the tar, open.
+      progress: called as progress(done, total), in bytes, after each inner tar.
+
+    Returns:
+      version: of the index's format.
+      identity: see `_identity`.
+      tars: (k,) int64, offsets of the inner tars' headers.
+      synsets: (k,) str, sorted.
+      offsets: (n,) int64, where each image's data begins in the outer tar.
+      sizes: (n,) int64, bytes of each image's data.
+      labels: (n,) int32, the place of each image's synset.
+      checksums: (n,) int32, the checksum that each image's header holds.
+
+    Raises:
+      UserError: the tar is damaged, of another make, or changed while it was read.
     """
     before = os.fstat(fd)
     size = before.st_size
-    if (
-        size % BLOCK
-        or size < 2 * BLOCK
-        or os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) != bytes(2 * BLOCK)
-    ):
+    if not _ends_like_a_tar(fd, size):
         raise UserError(
-            f'{path} does not end as an uncompressed tar does: it is none, or cut off; fetch it again'
+            f'{path} does not end as an uncompressed tar does: '
+            'it is none, or cut off; fetch it again'
         )
     rows = []
     with open(fd, 'rb', closefd=False) as file, _open_tar(file, path) as outer:
@@ -130,18 +180,22 @@ def _build_index(path, fd, progress):
         synsets = sorted(members)
         label = {synset: k for k, synset in enumerate(synsets)}
         for synset, member in members.items():
-            what, first, start = f'{path}: {synset}.tar', len(rows), member.offset_data
-            with _open_tar(outer.extractfile(member), what) as inner:
-                rows += [
+            what = f'{path}: {synset}.tar'
+            start = member.offset_data
+            data = outer.extractfile(member)
+            assert data is not None  # since it is a plain file
+            with _open_tar(data, what) as inner:
+                found = [
                     (start + m.offset_data, m.size, label[synset], m.chksum)
                     for m in _files(inner, what)
                 ]
-                if (
-                    inner.offset != member.size
-                ):  # a mark is not needed where the outer tar has the length
+                # Where the files fill the inner tar, its length in the outer tar tells its end, and
+                # no mark is needed.
+                if inner.offset != member.size:
                     _check_end(fd, start + inner.offset, what)
-            if len(rows) == first:
+            if not found:
                 raise UserError(f'{what} holds no images')
+            rows += found
             progress(start + member.size, size)
     after = os.fstat(fd)
     if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
@@ -150,46 +204,56 @@ def _build_index(path, fd, progress):
     offsets, sizes, labels, checksums = np.array(rows, np.int64).T
     tars = np.array([members[synset].offset for synset in synsets])
     return {
-        'version': _INDEX_VERSION, 'identity': _identity(fd, tars), 'tars': tars, 'synsets': np.array(synsets),
-        'offsets': offsets, 'sizes': sizes, 'labels': labels.astype(np.int32), 'checksums': checksums.astype(np.int32),
-    }  # fmt: skip
+        'version': _INDEX_VERSION,
+        'identity': _identity(fd, tars),
+        'tars': tars,
+        'synsets': np.array(synsets),
+        'offsets': offsets,
+        'sizes': sizes,
+        'labels': labels.astype(np.int32),
+        'checksums': checksums.astype(np.int32),
+    }
 
 
-def _load_index(index_path, fd):
-    """The index at a path, or None if there is none, or it is another tar's or damaged."""
+def _load_index(index_path: str, fd: int) -> dict[str, np.ndarray] | None:
+    """Loads the index at a path, or None if there is none, or it is another tar's or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         with np.load(index_path, allow_pickle=False) as file:
             index = dict(file)
-        if index['version'] == _INDEX_VERSION and str(index['identity']) == _identity(
-            fd, index['tars']
-        ):
+        if index['version'] != _INDEX_VERSION:
+            return None
+        if str(index['identity']) == _identity(fd, index['tars']):
             return index
     return None
 
 
-def open_index(path, fd, progress):
-    """The index of a tar, a dictionary of arrays (see `_build_index`): loaded from where it is
-    kept, or built and kept.
+def open_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
+    """Loads the index of a tar from where it is kept, or builds and keeps it.
 
-    That is beside the tar, or in the user's cache where nothing can be written there.
+    It is kept beside the tar, or in the user's cache where nothing can be written there.
 
     Args:
-      path: of the tar, absolute. fd: the tar, open. progress, and what is raised: see
-        `sources.ImageNetTar`.
+      path: the tar, absolute.
+      fd: the tar, open.
+      progress: see `sources.ImageNetTar`.
+
+    Returns:
+      The index, a dictionary of arrays; see `_build_index`.
+
+    Raises:
+      UserError: see `sources.ImageNetTar`; or the index cannot be written.
     """
-    cache = os.path.join(
-        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'sphere_ar_jax'
-    )
-    places = [os.path.dirname(path), cache]
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    places = [os.path.dirname(path), os.path.join(cache, 'sphere_ar_jax')]
     name = f'{os.path.basename(path)}.index.npz'
     for place in places:
-        index = _load_index(os.path.join(place, name), fd)
-        if index is not None:
-            return index
+        found = _load_index(os.path.join(place, name), fd)
+        if found is not None:
+            return found
     index = _build_index(path, fd, progress)
     for place in places:
         target = os.path.join(place, name)
-        # several processes may build it at once: the last one stays
+        # Several processes may build the index at once; the last one's stays.
         temporary = f'{target}.{uuid.uuid4().hex}'
         try:
             os.makedirs(place, exist_ok=True)

@@ -1,1 +1,1 @@
-
+"""Files of PyTorch that others have published: reading them, and writing their names."""

@@ -7,16 +7,21 @@ opcodes that build plain data (`_OPCODES`) and can call only what does the same 
 a file reads the pickle alone; a `Tensor` reads its own bytes each time it is asked for them.
 Nothing is extracted, imported or executed.
 
-Refused, each by name: any other global, opcode or storage; compressed, overlapping or doubled
-members of the zip; sizes that the file does not have; views that leave their storage or repeat it;
-keys that are no scalar; big-endian files, TorchScript archives, the tar files of PyTorch 0.1, nests
-of more than MAX_DEPTH and pickles of more than MAX_STEPS or MAX_BYTES.
+The following is refused, with a message that names it:
+  any other global, opcode or storage
+  compressed, overlapping or doubled members of the zip
+  sizes that the file does not have
+  views that leave their storage or repeat it
+  keys that are not scalars
+  big-endian files, TorchScript archives, and the tar files of PyTorch 0.1
+  nests of more than MAX_DEPTH levels, and pickles of more than MAX_STEPS or MAX_BYTES
 
-A zip has a checksum of every member. It is verified where there is one (PyTorch can be told to
-write none), once per storage. The old stream has none: flipped bits of its numbers go unnoticed.
+A zip has a checksum of every member. It is verified once per storage where there is one; PyTorch
+can be told to write none. The old stream has no checksums, so that flipped bits of its numbers go
+unnoticed.
 
 Dimensions:
-  shape and strides of a tensor count elements, offsets of a file bytes
+  shape and strides of a tensor count elements, offsets of a file count bytes
 """
 
 import argparse
@@ -35,6 +40,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from sphere_ar_jax.runtime.console import UserError
 
@@ -44,24 +50,31 @@ MAX_DEPTH = 100
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _CHUNK = 2**24
-# What a stack or memo with nothing in it raises, and arguments cut off or of wrong number.
+# A stack or memo with nothing in it raises these, and so do arguments cut off or of wrong number.
 _BAD = (
-    LookupError, ValueError, TypeError, OverflowError, EOFError, struct.error, pickle.PickleError,
-)  # fmt: skip
+    LookupError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    pickle.PickleError,
+)
 
 
 def _require(condition: Any, message: str) -> None:
+    """Raises UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def _short(text: str | bytes) -> str:
-    """Text from the file as it may be printed: in ASCII, of bounded length."""
+    """Makes text from the file fit to be printed: in ASCII, of bounded length."""
     return ascii(text[:60])
 
 
 def _read(path: str, start: int, count: int) -> np.ndarray:
-    """Bytes start to start + count of a file, as uint8."""
+    """Reads bytes start to start + count of a file, as uint8."""
     data = np.fromfile(path, np.uint8, count, offset=start)
     _require(len(data) == count, f'{path} has become shorter since it was opened')
     return data
@@ -69,9 +82,15 @@ def _read(path: str, start: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Storage:
-    """`count` elements of `dtype` that lie in the file from byte `start` on.
+    """Elements of one dtype that lie in the file one after the other.
 
-    crc: their checksum; 0 where there is none, or it was verified.
+    Attributes:
+      path: the file.
+      key: names the storage in the file.
+      dtype: of the elements.
+      count: number of the elements.
+      start: byte of the file where they begin.
+      crc: their checksum; 0 where there is none, or it was verified.
     """
 
     path: str
@@ -81,35 +100,36 @@ class _Storage:
     start: int = 0
     crc: int = 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'storage {_short(self.key)}'
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """The number of its bytes."""
         return self.count * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return bytes start to stop of it; verify all of it the first time."""
+        """Reads bytes start to stop of it, and verifies all of it the first time."""
         if self.crc:
             crc = 0
             for at in range(0, self.size, _CHUNK):
                 length = min(_CHUNK, self.size - at)
-                crc = zlib.crc32(_read(self.path, self.start + at, length), crc)
-            _require(
-                crc == self.crc, f'{self.path} is damaged: the checksum of {self} does not match'
-            )
+                crc = zlib.crc32(_read(self.path, self.start + at, length).data, crc)
+            message = f'{self.path} is damaged: the checksum of {self} does not match'
+            _require(crc == self.crc, message)
             self.crc = 0
         return _read(self.path, self.start + start, stop - start)
 
 
 @dataclasses.dataclass(eq=False)
 class Tensor:
-    """A tensor that lies in a file: `shape`, NumPy `dtype`, and its numbers by `read()` or
-    `np.asarray(tensor)`.
+    """A tensor that lies in a file; `read()` or `np.asarray(tensor)` give its numbers.
 
-    It keeps nothing: each reading opens the file anew. Raises UserError where the file has changed
-    or its checksum does not match, OSError where it cannot be opened any more.
+    It keeps no numbers: each reading opens the file anew.
+
+    Attributes:
+      shape: its shape.
+      dtype: its NumPy dtype.
     """
 
     shape: tuple[int, ...]
@@ -119,12 +139,18 @@ class Tensor:
     _strides: tuple[int, ...] = dataclasses.field(repr=False)
 
     def check(self) -> None:
-        """Raise UserError unless every element lies in the storage and there are no more of them
-        than it has."""
+        """Checks that every element lies in the storage, and that it has as many.
+
+        Raises:
+          UserError: an element lies outside, or the tensor repeats elements, or its shape is
+            impossible.
+        """
         numbers = (*self.shape, *self._strides, self._offset)
-        sound = len(self.shape) == len(self._strides) <= 32
-        sound = sound and all(type(n) is int and 0 <= n < 2**64 for n in numbers)
-        sound = sound and math.prod(n for n in self.shape if n) < 2**48  # of empty ones too
+        sound = (
+            len(self.shape) == len(self._strides) <= 32
+            and all(type(n) is int and 0 <= n < 2**64 for n in numbers)
+            and math.prod(n for n in self.shape if n) < 2**48  # empty tensors are held to it too
+        )
         _require(sound, 'a tensor has an impossible shape')
         storage = self._storage
         have = storage.size // self.dtype.itemsize
@@ -133,23 +159,28 @@ class Tensor:
 
     @property
     def _end(self) -> int:
-        """Where in the storage the last element ends."""
+        """The place in the storage after the last element, in elements."""
         steps = zip(self.shape, self._strides, strict=True)
         return self._offset + sum((n - 1) * stride for n, stride in steps) + 1
 
     def read(self) -> np.ndarray:
-        """The numbers, in a new array in C order. bfloat16 is that of ml_dtypes."""
+        """Reads the numbers into a new array in C order; bfloat16 is that of ml_dtypes.
+
+        Raises:
+          UserError: the file has changed, or its checksum does not match.
+          OSError: the file cannot be opened any more.
+        """
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         size = self.dtype.itemsize
         data = self._storage.read(self._offset * size, self._end * size).view(self.dtype)
-        # strides of axes of length 1 mean nothing and may be any number
+        # The strides of axes of length 1 mean nothing and may be any number.
         axes = zip(self.shape, self._strides, strict=True)
         strides = [stride * size if n > 1 else 0 for n, stride in axes]
         view = np.lib.stride_tricks.as_strided(data, self.shape, strides)
         return view if view.flags.c_contiguous else view.copy()
 
-    def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError('a tensor in a file cannot be had without a copy')
         return self.read().astype(dtype or self.dtype, copy=False)
@@ -157,13 +188,25 @@ class Tensor:
 
 @dataclasses.dataclass
 class _Call:
-    """What a name in a pickle stands for if it can be called: a function that builds plain data."""
+    """A function that builds plain data, which a name in a pickle stands for."""
 
-    function: Callable
+    function: Callable[..., Any]
 
 
-def _tensor(storage, offset, shape, strides, grad=False, hooks=None, dtype=None, metadata=None):
-    """torch._utils._rebuild_tensor, _v2 (its metadata comes in the place of dtype) and _v3."""
+def _tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any = False,
+    hooks: Any = None,
+    dtype: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    """Stands for torch._utils._rebuild_tensor, _v2 and _v3; `Tensor.check` judges the numbers.
+
+    The metadata of _v2 come in the place of dtype.
+    """
     if not isinstance(dtype, np.dtype):
         metadata = dtype
         dtype = None
@@ -173,62 +216,92 @@ def _tensor(storage, offset, shape, strides, grad=False, hooks=None, dtype=None,
     return Tensor(shape, dtype or storage.dtype, storage, offset, strides)
 
 
-def _parameter(data, *state) -> Tensor:
+def _parameter(data: Any, *state: Any) -> Tensor:
+    """Stands for torch._utils._rebuild_parameter and torch.nn.parameter.Parameter."""
     _require(type(data) is Tensor, 'a parameter has no tensor')
     return data
 
 
 def _plain(value: Any) -> Any:
-    """The value, if it may be a key or a member of a set: a scalar, whose hash is quick."""
+    """Returns the value if it may be a key or a member of a set: a scalar, whose hash is quick."""
     plain = type(value) in (str, bytes, int, float, bool, type(None))
     _require(plain, 'a key or a member of a set is no plain value')
     # Python's hash of an integer n is n mod 2⁶¹ − 1. 40,000 keys of one hash take half a minute.
-    _require(
-        type(value) is not int or abs(value) < 2**60, 'a key or a member of a set is a huge number'
-    )
+    small = type(value) is not int or abs(value) < 2**60
+    _require(small, 'a key or a member of a set is a huge number')
     return value
 
 
-def _update(target: Any, pairs: Iterable) -> None:
+def _plain_set(items: Iterable[Any]) -> set[Any]:
+    """Stands for builtins.set."""
+    return set(map(_plain, items))
+
+
+def _plain_frozenset(items: Iterable[Any]) -> frozenset[Any]:
+    """Stands for builtins.frozenset."""
+    return frozenset(map(_plain, items))
+
+
+def _update(target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Sets items of a dictionary."""
     _require(type(target) is dict, 'something that is no dictionary is given items')
     for key, value in pairs:
         target[_plain(key)] = value
 
 
-def _dictionary(pairs: Iterable = ()) -> dict:
-    result = {}
+def _dictionary(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    """Stands for collections.OrderedDict."""
+    result: dict[Any, Any] = {}
     _update(result, pairs)
     return result
 
 
-def _extend(target: Any, values: Iterable) -> None:
+def _extend(target: Any, values: Iterable[Any]) -> None:
+    """Appends values to a list."""
     _require(type(target) is list, 'something that is no list is appended to')
     target.extend(values)
 
 
-def _numpy_dtype(code, *rest) -> np.dtype:
+def _device(*parts: Any) -> str:
+    """Stands for torch.device, as in 'cuda:0'."""
+    return ':'.join(str(_plain(part)) for part in parts)
+
+
+def _numpy_dtype(code: Any, *rest: Any) -> np.dtype:
+    """Stands for numpy.dtype."""
     _require(type(code) is str and re.fullmatch(r'[biufc]\d\d?', code), 'a NumPy dtype is unknown')
     return np.dtype(code)
 
 
-def _numpy_scalar(dtype, data) -> Any:
+def _numpy_scalar(dtype: Any, data: Any) -> Any:
+    """Stands for numpy's scalar; gives Python's number."""
     _require(isinstance(dtype, np.dtype) and type(data) is bytes, 'a NumPy number is damaged')
     (value,) = np.frombuffer(data, dtype)
     return value.item()
 
 
-def _encode(text, encoding) -> bytes:
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Stands for _codecs.encode, by which old pickles store bytes."""
     _require(type(text) is str, 'bytes are made of something that is no text')
     _require(encoding in ('latin1', 'latin-1'), 'bytes are in an unknown encoding')
     return text.encode('latin1')
 
 
 _TYPES = {
-    'Float': np.float32, 'Double': np.float64, 'Half': np.float16, 'BFloat16': ml_dtypes.bfloat16,
-    'Byte': np.uint8, 'Char': np.int8, 'Short': np.int16, 'Int': np.int32, 'Long': np.int64,
-    'Bool': np.bool_, 'ComplexFloat': np.complex64, 'ComplexDouble': np.complex128,
-}  # fmt: skip
-_NAMES = {
+    'Float': np.float32,
+    'Double': np.float64,
+    'Half': np.float16,
+    'BFloat16': ml_dtypes.bfloat16,
+    'Byte': np.uint8,
+    'Char': np.int8,
+    'Short': np.int16,
+    'Int': np.int32,
+    'Long': np.int64,
+    'Bool': np.bool_,
+    'ComplexFloat': np.complex64,
+    'ComplexDouble': np.complex128,
+}
+_NAMES: dict[str, np.dtype | _Call] = {
     **{f'torch.{name}Storage': np.dtype(dtype) for name, dtype in _TYPES.items()},
     **{f'torch.{np.dtype(dtype).name}': np.dtype(dtype) for dtype in _TYPES.values()},
     **{f'torch.uint{bits}': np.dtype(f'uint{bits}') for bits in (16, 32, 64)},
@@ -240,7 +313,7 @@ _NAMES = {
     'torch._utils._rebuild_parameter': _Call(_parameter),
     'torch.nn.parameter.Parameter': _Call(_parameter),
     'torch.Size': _Call(tuple),
-    'torch.device': _Call(lambda *parts: ':'.join(str(_plain(part)) for part in parts)),
+    'torch.device': _Call(_device),
     'collections.OrderedDict': _Call(_dictionary),
     'argparse.Namespace': _Call(argparse.Namespace),
     '_codecs.encode': _Call(_encode),
@@ -249,9 +322,10 @@ _NAMES = {
     'numpy._core.multiarray.scalar': _Call(_numpy_scalar),
 }
 for _module in ('__builtin__', 'builtins'):  # Python 2 and 3
-    _NAMES[f'{_module}.set'] = _Call(lambda items: set(map(_plain, items)))
-    _NAMES[f'{_module}.frozenset'] = _Call(lambda items: frozenset(map(_plain, items)))
+    _NAMES[f'{_module}.set'] = _Call(_plain_set)
+    _NAMES[f'{_module}.frozenset'] = _Call(_plain_frozenset)
     _NAMES[f'{_module}.complex'] = _Call(complex)
+_OPCODE_OF = {opcode.code: opcode for opcode in pickletools.opcodes}
 _OPCODES = {
     'PROTO', 'FRAME', 'STOP', 'MARK', 'NONE', 'NEWTRUE', 'NEWFALSE', 'INT', 'BININT', 'BININT1',
     'BININT2', 'LONG1', 'LONG4', 'BINFLOAT', 'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8',
@@ -263,18 +337,22 @@ _OPCODES = {
 
 
 class _Opcodes:
-    """The table in which Python's unpickler looks up each opcode that it meets, as a method of
-    `_Unpickler`. It counts them and refuses those that no checkpoint needs."""
+    """The table in which Python's unpickler looks up the method for each opcode that it meets.
 
-    def __init__(self):
+    The methods are those of `_Unpickler`. The table counts the opcodes and refuses those that no
+    checkpoint needs.
+    """
+
+    def __init__(self) -> None:
         self.steps = 0
 
-    def __getitem__(self, code: int) -> Callable:
+    def __getitem__(self, code: int) -> Callable[['_Unpickler'], None]:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise UserError(f'its pickle takes more than {MAX_STEPS} steps')
-        opcode = pickletools.code2op.get(chr(code))
-        _require(opcode, 'its pickle is damaged')
+        opcode = _OPCODE_OF.get(chr(code))
+        if opcode is None:
+            raise UserError('its pickle is damaged')
         if opcode.name not in _OPCODES:
             raise UserError(f'it uses the opcode {opcode.name}, which no checkpoint needs')
         return getattr(_Unpickler, pickle._Unpickler.dispatch[code].__name__)
@@ -287,15 +365,30 @@ class _Unpickler(pickle._Unpickler):
     hashes a dictionary's keys before they can be checked: a key of sixty nested tuples, each of
     which holds the next one twice, stops it for good, and no signal ends that.
 
-    Args:
-      stream: stands at the start of the pickle; `load` leaves it after the end.
-      path: names the file that holds the storages.
-      parts: counts the parts of a storage's description; 0 where no storage may stand.
+    Attributes:
+      path: the file that holds the storages.
+      parts: number of parts of a storage's description; 0 where no storage may stand.
+      storages: {key: storage} that the pickle has named so far.
+      copied: number of elements that its calls have copied so far.
     """
 
+    # The stack machine of `pickle._Unpickler`, which the types of the standard library leave out.
+    stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, stream: BinaryIO, path: str, parts: int = 0):
+        """Prepares to read a pickle.
+
+        Args:
+          stream: stands at the start of the pickle; `load` leaves it after the end.
+          path: the file that holds the storages.
+          parts: number of parts of a storage's description; 0 where no storage may stand.
+        """
         super().__init__(stream, encoding='latin1')
-        self.dispatch = _Opcodes()
+        # The standard library's types say that this is a dictionary, and of the class alone.
+        self.dispatch = _Opcodes()  # type: ignore[misc, assignment]  # see above
         self.path = path
         self.parts = parts
         self.storages: dict[str, _Storage] = {}
@@ -309,9 +402,8 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> np.dtype | _Call:
         _require(len(module) + len(name) < 200, 'it asks for a name without end')
         name = f'{module}.{name}'
-        _require(
-            name in _NAMES, f'it asks for {_short(name)}, which is not among the names it may use'
-        )
+        message = f'it asks for {_short(name)}, which is not among the names it may use'
+        _require(name in _NAMES, message)
         return _NAMES[name]
 
     def persistent_load(self, description: Any) -> _Storage:
@@ -330,7 +422,7 @@ class _Unpickler(pickle._Unpickler):
     def load_stack_global(self) -> None:
         names = self.stack[-2:]
         _require(all(type(n) is str for n in names), 'it asks for a name that is no text')
-        super().load_stack_global()
+        super().load_stack_global()  # type: ignore[misc]  # the types leave it out
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -359,9 +451,10 @@ class _Unpickler(pickle._Unpickler):
         self.append(frozenset(map(_plain, items)))
 
     def _pop_argument(self) -> Any:
-        """Take the arguments of a call, or a state, from the stack.
+        """Takes the arguments of a call, or a state, from the stack.
 
-        One call can copy everything that was made before it. What all of them copy is limited."""
+        One call can copy everything that was made before it. What all of them copy is limited.
+        """
         argument = self.stack.pop()
         parts = argument if type(argument) is tuple else (argument,)
         self.copied += sum(1 + len(part) if hasattr(part, '__len__') else 1 for part in parts)
@@ -371,17 +464,17 @@ class _Unpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self._pop_argument()
         call = self.stack.pop()
-        _require(
-            type(call) is _Call and type(arguments) is tuple,
-            'it calls something that is no function',
-        )
+        is_call = type(call) is _Call and type(arguments) is tuple
+        _require(is_call, 'it calls something that is no function')
         self.append(call.function(*arguments))
 
     load_newobj = load_reduce
 
     def load_build(self) -> None:
-        """Set the attributes of a Namespace. Those of a dictionary (a module's version) and of a
-        Parameter are left out."""
+        """Sets the attributes of a Namespace.
+
+        Those of a dictionary (a module's version) and of a Parameter are left out.
+        """
         state = self._pop_argument()
         target = self.stack[-1]
         if type(target) is argparse.Namespace:
@@ -392,17 +485,23 @@ class _Unpickler(pickle._Unpickler):
             native = type(state) is tuple and len(state) > 1 and state[1] in ('<', '|', '=')
             _require(native, 'a NumPy dtype is unknown')
         else:
-            _require(
-                type(target) in (dict, Tensor), f'it sets the state of a {type(target).__name__}'
-            )
+            known = type(target) in (dict, Tensor)
+            _require(known, f'it sets the state of a {type(target).__name__}')
 
 
 def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
-    """Raise UserError for what is no plain data, views outside their storage and nests too deep,
-    or endless.
+    """Checks that a value is plain data.
 
-    seen: {id: height} of what was checked before, since a pickle can name one thing many times.
-    Returns the height.
+    Args:
+      node: the value.
+      seen: {id: height} of what was checked before, since a pickle can name one thing many times.
+      depth: number of levels above the value.
+
+    Returns:
+      The value's height: the number of levels that it has.
+
+    Raises:
+      UserError: it holds something else, a view outside its storage, or a nest too deep or endless.
     """
     if id(node) not in seen:
         _require(depth < MAX_DEPTH, f'it nests more than {MAX_DEPTH} levels deep')
@@ -422,8 +521,14 @@ def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
 
 
 def _members(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, int, int]]:
-    """{name: (start, size, crc)} of a zip's members, after its own claims were checked against each
-    other."""
+    """Finds where a zip's members lie, after checking its claims against each other.
+
+    Returns:
+      {name: (start, size, crc)}, in bytes of the file.
+
+    Raises:
+      UserError: members are compressed, overlap or are there twice, or the claims differ.
+    """
     members = {}
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
@@ -447,6 +552,7 @@ def _members(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, i
 
 
 def _open_zip(path: str, file: BinaryIO) -> Any:
+    """Reads the pickle of a zip file, see `open_file`."""
     with zipfile.ZipFile(file) as archive:
         members = _members(file, archive)
     pickles = [name for name in members if re.fullmatch(r'[^/]+/data\.pkl', name)]
@@ -455,21 +561,20 @@ def _open_zip(path: str, file: BinaryIO) -> Any:
     script = f'{root}constants.pkl' in members
     _require(not script, 'it is a TorchScript archive: save its state_dict instead')
 
-    def small(name: str) -> bytes:
+    def read_small(name: str) -> bytes:
         start, size, crc = members[root + name]
         _require(size <= MAX_BYTES, f'its {name} has more than {MAX_BYTES} bytes')
         data = _read(path, start, size).tobytes()
-        _require(
-            crc in (0, zlib.crc32(data)), f'it is damaged: the checksum of {name} does not match'
-        )
+        sound = crc in (0, zlib.crc32(data))
+        _require(sound, f'it is damaged: the checksum of {name} does not match')
         return data
 
-    order = small('byteorder') if f'{root}byteorder' in members else b'little'
-    _require(
-        order == b'little',
-        f'its byte order is {_short(order)}: only little-endian files can be read',
-    )
-    unpickler = _Unpickler(io.BytesIO(small('data.pkl')), path, parts=5)
+    order = b'little'
+    if f'{root}byteorder' in members:
+        order = read_small('byteorder')
+    message = f'its byte order is {_short(order)}: only little-endian files can be read'
+    _require(order == b'little', message)
+    unpickler = _Unpickler(io.BytesIO(read_small('data.pkl')), path, parts=5)
     value = unpickler.load()
     for key, storage in unpickler.storages.items():
         _require(f'{root}data/{key}' in members, f'it lacks {storage}')
@@ -479,6 +584,7 @@ def _open_zip(path: str, file: BinaryIO) -> Any:
 
 
 def _open_stream(path: str, file: BinaryIO) -> Any:
+    """Reads the pickles of a stream, see `open_file`."""
     stream = io.BytesIO(file.read(MAX_BYTES))
     end = os.fstat(file.fileno()).st_size
     for number in (_MAGIC, _PROTOCOL):
@@ -491,15 +597,16 @@ def _open_stream(path: str, file: BinaryIO) -> Any:
     value = unpickler.load()
     storages = unpickler.storages
     keys = _Unpickler(stream, path).load()
-    _require(
-        type(keys) is list and all(type(key) is str for key in keys),
-        'its list of storages is damaged',
-    )
+    sound = type(keys) is list and all(type(key) is str for key in keys)
+    _require(sound, 'its list of storages is damaged')
     same = len(keys) == len(storages) and set(keys) == set(storages)
     _require(same, 'its list of storages does not match its pickle')
     at = stream.tell()
-    for storage in (storages[key] for key in keys):
-        (count,) = struct.unpack('<q', _read(path, at, 8)) if at + 8 <= end else (None,)
+    for key in keys:
+        storage = storages[key]
+        count = None
+        if at + 8 <= end:
+            (count,) = struct.unpack('<q', _read(path, at, 8).data)
         _require(count == storage.count, f'{storage} does not have the size that the pickle says')
         storage.start = at + 8
         at = storage.start + storage.size
@@ -508,19 +615,20 @@ def _open_stream(path: str, file: BinaryIO) -> Any:
     return value
 
 
-def open_file(path: str | os.PathLike) -> Any:
-    """The contents of a `.pt` or `.pth` file, with a `Tensor` for each tensor; their numbers are
-    not read yet.
+def open_file(path: str | os.PathLike[str]) -> Any:
+    """Opens a `.pt` or `.pth` file; the numbers of its tensors are not read yet.
 
     Args:
-      path: of a file in either container.
+      path: a file in either container.
+
     Returns:
-      what was saved, in dict (OrderedDict too), list, tuple (torch.Size too), set,
-      argparse.Namespace, str, bytes, numbers (NumPy's as Python's), None, NumPy dtype (for torch's)
-      and str (for torch.device).
+      What was saved, with a `Tensor` for each tensor. The rest is dict (OrderedDict too), list,
+      tuple (torch.Size too), set, argparse.Namespace, str, bytes, numbers (NumPy's as Python's),
+      None, NumPy dtype (for torch's) and str (for torch.device).
+
     Raises:
-      UserError: with the reason in one line, see the module's docstring. OSError: the file cannot
-      be opened.
+      UserError: the file is refused; one line tells the reason, see the module's docstring.
+      OSError: the file cannot be opened.
     """
     path = os.fspath(path)
     with open(path, 'rb') as file:

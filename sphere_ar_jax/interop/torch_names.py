@@ -1,30 +1,38 @@
-"""Our parameter trees ↔ the tensors of the public PyTorch checkpoints: names, layouts, sizes.
+"""Translates between parameter trees and the tensors of the public PyTorch checkpoints.
 
-In: `torch_file.open_file(path)` → `state_dict` → `sizes`, which the models are built with →
-`from_torch` for each of them, which reads one tensor at a time. Out: `export`.
+Names, layouts and sizes differ. To read a file, `torch_file.open_file(path)` opens it, `state_dict`
+finds its tensors, and `sizes` tells what the models are built with; `from_torch` then fills each
+model's tree, one tensor at a time. To write one there is `export`.
 
-Ours are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are (in, *out),
-convolutions HWIO. Theirs are one tensor per layer, linear weights (out, in), convolutions OIHW,
-transposed ones IOHW.
+Our tensors are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are
+(in, *out), convolutions HWIO. PyTorch's are one tensor per layer, linear weights (out, in),
+convolutions OIHW, transposed ones IOHW.
 
 Dimensions:
-  leading axes of our leaf, one per `{}` in its PyTorch name (for the flow head's blocks two axes,
-  group and block, are counted through in one number)
+  A leaf of ours has one leading axis for each `{}` in its PyTorch name. Only the flow head's blocks
+  have two axes, group and block, which are counted through in one number.
 """
 
 import difflib
 import functools
 import math
+import os
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import flax.traverse_util as traverse
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.backbones import vit
+from sphere_ar_jax.models import transformer, vae
+from sphere_ar_jax.models.backbones import Hybrid, vit
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
+
+Array = TypeVar('Array', np.ndarray, jax.Array)
+Shape: TypeAlias = tuple[int, ...]
 
 _BLOCK = {
     'attention/qkv/kernel': 'attention.wqkv.weight',
@@ -34,71 +42,64 @@ _BLOCK = {
     'attention_norm/scale': 'attention_norm.weight',
     'mlp_norm/scale': 'ffn_norm.weight',
 }
-# (our path, their name, leading stacked axes, kind of tensor); regular expressions, first match wins.
-_RULES = (
-    *(
-        (f'stack/blocks/{ours}', f'layers.{{}}.{theirs}', 1, 'linear')
-        for ours, theirs in _BLOCK.items()
-    ),
-    *(
-        (
-            rf'(encoder|decoder)/vit/stack/blocks/{ours}',
-            rf'vae.\1.layers.{{}}.{theirs}',
-            1,
-            'linear',
-        )
-        for ours, theirs in _BLOCK.items()
-    ),
+_AR_BLOCKS = tuple(
+    (f'stack/blocks/{ours}', f'layers.{{}}.{theirs}', 1, 'linear')
+    for ours, theirs in _BLOCK.items()
+)
+_VAE_BLOCKS = tuple(
+    (f'(encoder|decoder)/vit/stack/blocks/{ours}', rf'vae.\1.layers.{{}}.{theirs}', 1, 'linear')
+    for ours, theirs in _BLOCK.items()
+)
+_DOWN = r'vae.encoder.patchify.0.net.\1'
+_UP = r'vae.decoder.unpatchify.1.net.\1'
+# Each rule has our path, their name, the number of leading stacked axes and the kind of tensor.
+# Paths and names are regular expressions and their replacements; the first match counts.
+_RULES: tuple[tuple[str, str, int, str], ...] = (
+    *_AR_BLOCKS,
+    *_VAE_BLOCKS,
     ('cls_embedding', 'cls_embedding.weight', 0, 'plain'),
     ('pos_for_diff', 'pos_for_diff.weight', 0, 'plain'),
     ('(proj_in|emb_norm|norm)/(.*)', r'\1.\2', 0, 'linear'),
-    (r'head/time1/(.*)', r'head.net.time_embed.mlp.0.\1', 0, 'linear'),
-    (r'head/time2/(.*)', r'head.net.time_embed.mlp.2.\1', 0, 'linear'),
-    (r'head/(cond_embed|input_proj)/(.*)', r'head.net.\1.\2', 0, 'linear'),
-    (r'head/res_groups/ada/(.*)', r'head.net.ada_ln_blocks.{}.\1', 1, 'linear'),
-    (r'head/res_groups/blocks/(norm|w1|w2)/(.*)', r'head.net.res_blocks.{}.\1.\2', 2, 'linear'),
-    (r'head/final_ada/(.*)', r'head.net.final_layer.ada_ln_modulation.\1', 0, 'linear'),
-    (r'head/final_linear/(.*)', r'head.net.final_layer.linear.\1', 0, 'linear'),
-    (r'(quant_proj|post_quant_proj)/(.*)', r'vae.\1.\2', 0, 'linear'),
-    (r'(encoder|decoder)/vit/registers', r'vae.\1.register_token.weight', 0, 'plain'),
-    (r'encoder/(norm|output)/(.*)', r'vae.encoder.\1.\2', 0, 'linear'),
-    (r'encoder/conv_in/kernel', r'vae.encoder.conv_in.weight', 0, 'conv'),
-    (r'encoder/down(\d)/norm1/(.*)', r'vae.encoder.patchify.0.net.\1.block.0.\2', 0, 'plain'),
-    (r'encoder/down(\d)/conv1/kernel', r'vae.encoder.patchify.0.net.\1.block.2.weight', 0, 'conv'),
-    (r'encoder/down(\d)/norm2/(.*)', r'vae.encoder.patchify.0.net.\1.block.3.\2', 0, 'plain'),
-    (r'encoder/down(\d)/conv2/kernel', r'vae.encoder.patchify.0.net.\1.block.5.weight', 0, 'conv'),
-    (
-        r'encoder/down(\d)/shortcut/kernel',
-        r'vae.encoder.patchify.0.net.\1.shortcut.weight',
-        0,
-        'conv',
-    ),
-    (r'decoder/conv_in/kernel', r'vae.decoder.conv_in.1.weight', 0, 'conv'),
-    (r'decoder/up(\d)/norm1/(.*)', r'vae.decoder.unpatchify.1.net.\1.block.0.\2', 0, 'plain'),
-    (
-        r'decoder/up(\d)/conv1/kernel',
-        r'vae.decoder.unpatchify.1.net.\1.block.2.weight',
-        0,
-        'transposed',
-    ),
-    (r'decoder/up(\d)/norm2/(.*)', r'vae.decoder.unpatchify.1.net.\1.block.3.\2', 0, 'plain'),
-    (r'decoder/up(\d)/conv2/kernel', r'vae.decoder.unpatchify.1.net.\1.block.5.weight', 0, 'conv'),
-    (
-        r'decoder/up(\d)/shortcut/kernel',
-        r'vae.decoder.unpatchify.1.net.\1.shortcut.weight',
-        0,
-        'transposed',
-    ),
-    (r'decoder/up(\d)/norm3/(.*)', r'vae.decoder.unpatchify.1.net.\1.block2.0.\2', 0, 'plain'),
-    (r'decoder/up(\d)/conv3/kernel', r'vae.decoder.unpatchify.1.net.\1.block2.2.weight', 0, 'conv'),
-    (r'decoder/up(\d)/norm4/(.*)', r'vae.decoder.unpatchify.1.net.\1.block2.3.\2', 0, 'plain'),
-    (r'decoder/up(\d)/conv4/kernel', r'vae.decoder.unpatchify.1.net.\1.block2.5.weight', 0, 'conv'),
-    (r'decoder/norm_out/(.*)', r'vae.decoder.conv_out.0.\1', 0, 'plain'),
-    (r'decoder/conv_out/kernel', r'vae.decoder.conv_out.2.weight', 0, 'conv'),
+    ('head/time1/(.*)', r'head.net.time_embed.mlp.0.\1', 0, 'linear'),
+    ('head/time2/(.*)', r'head.net.time_embed.mlp.2.\1', 0, 'linear'),
+    ('head/(cond_embed|input_proj)/(.*)', r'head.net.\1.\2', 0, 'linear'),
+    ('head/res_groups/ada/(.*)', r'head.net.ada_ln_blocks.{}.\1', 1, 'linear'),
+    ('head/res_groups/blocks/(norm|w1|w2)/(.*)', r'head.net.res_blocks.{}.\1.\2', 2, 'linear'),
+    ('head/final_ada/(.*)', r'head.net.final_layer.ada_ln_modulation.\1', 0, 'linear'),
+    ('head/final_linear/(.*)', r'head.net.final_layer.linear.\1', 0, 'linear'),
+    ('(quant_proj|post_quant_proj)/(.*)', r'vae.\1.\2', 0, 'linear'),
+    ('(encoder|decoder)/vit/registers', r'vae.\1.register_token.weight', 0, 'plain'),
+    ('encoder/(norm|output)/(.*)', r'vae.encoder.\1.\2', 0, 'linear'),
+    ('encoder/conv_in/kernel', 'vae.encoder.conv_in.weight', 0, 'conv'),
+    (r'encoder/down(\d)/norm1/(.*)', rf'{_DOWN}.block.0.\2', 0, 'plain'),
+    (r'encoder/down(\d)/conv1/kernel', f'{_DOWN}.block.2.weight', 0, 'conv'),
+    (r'encoder/down(\d)/norm2/(.*)', rf'{_DOWN}.block.3.\2', 0, 'plain'),
+    (r'encoder/down(\d)/conv2/kernel', f'{_DOWN}.block.5.weight', 0, 'conv'),
+    (r'encoder/down(\d)/shortcut/kernel', f'{_DOWN}.shortcut.weight', 0, 'conv'),
+    ('decoder/conv_in/kernel', 'vae.decoder.conv_in.1.weight', 0, 'conv'),
+    (r'decoder/up(\d)/norm1/(.*)', rf'{_UP}.block.0.\2', 0, 'plain'),
+    (r'decoder/up(\d)/conv1/kernel', f'{_UP}.block.2.weight', 0, 'transposed'),
+    (r'decoder/up(\d)/norm2/(.*)', rf'{_UP}.block.3.\2', 0, 'plain'),
+    (r'decoder/up(\d)/conv2/kernel', f'{_UP}.block.5.weight', 0, 'conv'),
+    (r'decoder/up(\d)/shortcut/kernel', f'{_UP}.shortcut.weight', 0, 'transposed'),
+    (r'decoder/up(\d)/norm3/(.*)', rf'{_UP}.block2.0.\2', 0, 'plain'),
+    (r'decoder/up(\d)/conv3/kernel', f'{_UP}.block2.2.weight', 0, 'conv'),
+    (r'decoder/up(\d)/norm4/(.*)', rf'{_UP}.block2.3.\2', 0, 'plain'),
+    (r'decoder/up(\d)/conv4/kernel', f'{_UP}.block2.5.weight', 0, 'conv'),
+    ('decoder/norm_out/(.*)', r'vae.decoder.conv_out.0.\1', 0, 'plain'),
+    ('decoder/conv_out/kernel', 'vae.decoder.conv_out.2.weight', 0, 'conv'),
 )
 
 
-def _rule(path):
+def _rule(path: str) -> tuple[str, int, str]:
+    """Finds the rule for a parameter of ours.
+
+    Returns:
+      (PyTorch name with a `{}` where a layer's number stands, number of stacked axes, kind).
+
+    Raises:
+      UserError: the parameter has no PyTorch name.
+    """
     for ours, theirs, stacked, kind in _RULES:
         match = re.fullmatch(ours, path)
         if match:
@@ -107,8 +108,8 @@ def _rule(path):
     raise UserError(f'the parameter {path} has no PyTorch name')
 
 
-def _to_theirs(a, path, kind):
-    """One layer's tensor in PyTorch's layout."""
+def _to_theirs(a: Array, path: str, kind: str) -> Array:
+    """Brings one layer's tensor into PyTorch's layout."""
     if kind == 'conv':
         return a.transpose(3, 2, 0, 1)
     if kind == 'transposed':
@@ -122,8 +123,8 @@ def _to_theirs(a, path, kind):
     return a.ravel() if path.endswith('bias') else a
 
 
-def _to_ours(a, path, kind):
-    """The inverse of `_to_theirs`, but for axes that stay joined."""
+def _to_ours(a: np.ndarray, path: str, kind: str) -> np.ndarray:
+    """Inverts `_to_theirs`, except that axes which it joined stay joined."""
     if kind == 'conv':
         return a.transpose(2, 3, 1, 0)
     if kind == 'transposed':
@@ -131,22 +132,40 @@ def _to_ours(a, path, kind):
     return a.T if path.endswith('kernel') else a
 
 
-def torch_shapes(params):
-    """{PyTorch name: shape} of a parameter tree, abstract or not; no tensor is touched.
+def torch_shapes(params: PyTree) -> dict[str, Shape]:
+    """Gives the shapes that a parameter tree has in PyTorch; no tensor is touched.
 
-    Raises UserError for a leaf that has no PyTorch name.
+    Args:
+      params: parameters of the AR model or the S-VAE, abstract or not.
+
+    Returns:
+      {PyTorch name: shape}.
+
+    Raises:
+      UserError: a leaf has no PyTorch name.
     """
     shapes = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
         name, stacked, kind = _rule(path)
         layer = jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype)
         shape = jax.eval_shape(functools.partial(_to_theirs, path=path, kind=kind), layer).shape
-        shapes |= {name.format(i): shape for i in range(math.prod(leaf.shape[:stacked]))}
+        for i in range(math.prod(leaf.shape[:stacked])):
+            shapes[name.format(i)] = shape
     return shapes
 
 
-def to_torch(params):
-    """{PyTorch name: array in PyTorch's layout} of a parameter tree (AR or S-VAE) of arrays."""
+def to_torch(params: PyTree) -> dict[str, np.ndarray]:
+    """Translates a parameter tree to PyTorch's names and layouts.
+
+    Args:
+      params: parameters of the AR model or the S-VAE.
+
+    Returns:
+      {PyTorch name: array in PyTorch's layout}.
+
+    Raises:
+      UserError: a leaf has no PyTorch name.
+    """
     tensors = {}
     for path, leaf in traverse.flatten_dict(params, sep='/').items():
         name, stacked, kind = _rule(path)
@@ -155,84 +174,123 @@ def to_torch(params):
     return tensors
 
 
-def nearest_names(name, others):
-    """' (nearest: NAME)' for the name most like this one, '' where none is like it."""
-    parts = set(name.split('.'))  # first by common parts, since difflib is slow
-    alike = sorted(others, key=lambda other: len(parts & set(other.split('.'))), reverse=True)[:20]
+def nearest_names(name: str, others: Iterable[str]) -> str:
+    """Gives ' (nearest: NAME)' for the name most like this one, '' where none is like it."""
+    parts = set(name.split('.'))
+
+    def common_parts(other: str) -> int:
+        return len(parts & set(other.split('.')))
+
+    # difflib is slow, so it sees only the names with most parts in common.
+    alike = sorted(others, key=common_parts, reverse=True)[:20]
     near = difflib.get_close_matches(name, alike, 1)
     return f' (nearest: {near[0]})' if near else ''
 
 
-def _require_fit(tensors, shapes):
-    """Raises UserError, a line for each tensor that is missing, unexpected or of another shape than
+def _require_fit(tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """Raises UserError unless the tensors are those wanted.
+
+    Its message has a line for each tensor that is missing, unexpected or of another shape than in
     `shapes`.
     """
-    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-    shaped = [
-        name for name in shapes if name in tensors and tuple(tensors[name].shape) != shapes[name]
-    ]
+    missing = sorted(set(shapes) - set(tensors))
+    unexpected = sorted(set(tensors) - set(shapes))
+    found = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
+    misshaped = [name for name, shape in found.items() if shape != shapes[name]]
     lines = [f'missing: {name}{nearest_names(name, unexpected)}' for name in missing]
     lines += [f'unexpected: {name}{nearest_names(name, missing)}' for name in unexpected]
     lines += [
-        f'shape: {name} has {tuple(tensors[name].shape)}, but the model needs {shapes[name]}'
-        for name in shaped
+        f'shape: {name} has {found[name]}, but the model needs {shapes[name]}' for name in misshaped
     ]
     if lines:
-        counts = (
-            f'{len(missing)} missing, {len(unexpected)} unexpected and {len(shaped)} mis-shaped'
+        summary = (
+            f'the checkpoint does not fit the model: {len(missing)} missing, '
+            f'{len(unexpected)} unexpected and {len(misshaped)} mis-shaped tensors'
         )
-        raise UserError(
-            '\n'.join([f'the checkpoint does not fit the model: {counts} tensors', *lines])
-        )
+        raise UserError('\n'.join([summary, *lines]))
 
 
-def _empty(shape):
-    """float32 array at an address that JAX on a CPU takes over as it is: no copy."""
+def _empty(shape: Shape) -> np.ndarray:
+    """Allocates a float32 array at an address that JAX on a CPU takes over without a copy."""
     size = 4 * math.prod(shape)
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + size].view(np.float32).reshape(shape)
 
 
-def from_torch(tensors, like, progress=lambda done: None):
-    """The parameter tree shaped as `like` (abstract or not), float32 NumPy, from {PyTorch name:
-    tensor}.
+def from_torch(
+    tensors: Mapping[str, Any],
+    like: PyTree,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PyTree:
+    """Translates PyTorch's tensors to a parameter tree.
 
-    Each leaf is made once and filled tensor by tensor: of lazy ones (`torch_file.Tensor`) one at a
-    time is in memory. `tensors` may hold S-VAE and AR model, as the published files do: those of
-    the one that `like` is are read, and RoPE tables passed over. progress: called with the number
-    of tensors done.
+    Each leaf is allocated once and filled tensor by tensor, so that only one lazy tensor
+    (`torch_file.Tensor`) at a time is in memory. `tensors` may hold the S-VAE and the AR model, as
+    the published files do. Only those of the model that `like` belongs to are read; RoPE tables are
+    passed over.
 
-    Raises UserError that lists every missing, unexpected and mis-shaped tensor, before any is read.
+    Args:
+      tensors: {PyTorch name: tensor}.
+      like: a parameter tree of the wanted structure and shapes, abstract or not.
+      progress: called with the number of tensors done.
+
+    Returns:
+      A tree like `like` of float32 NumPy arrays.
+
+    Raises:
+      UserError: tensors are missing, unexpected or mis-shaped. It lists them all, before any is
+        read.
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
-    tensors = {
+    chosen = {
         name: tensor
         for name, tensor in tensors.items()
         if name.startswith('vae.') == of_vae and name.split('.')[-1] != 'freqs_cis'
     }
-    _require_fit(tensors, shapes)
-    params, done = {}, 0
+    _require_fit(chosen, shapes)
+    params = {}
+    done = 0
     for path, leaf in traverse.flatten_dict(like, sep='/').items():
         name, stacked, kind = _rule(path)
         inner = leaf.shape[stacked:]
         params[path] = _empty(leaf.shape)
         for i, part in enumerate(params[path].reshape(-1, *inner)):
-            part[...] = _to_ours(np.asarray(tensors[name.format(i)]), path, kind).reshape(inner)
+            part[...] = _to_ours(np.asarray(chosen[name.format(i)]), path, kind).reshape(inner)
             done += 1
             progress(done)
     return traverse.unflatten_dict(params, sep='/')
 
 
-def export(path, model, vae_params, ar_params=None):
-    """Writes parameters under the public names to a safetensors file, float32, as the published
-    files have them: the S-VAE `model` with its RoPE tables, and the AR model if given. Raises
-    UserError for a distilled head.
+def export(
+    path: str | os.PathLike[str],
+    model: vae.VAE,
+    vae_params: PyTree,
+    ar_params: PyTree | None = None,
+) -> None:
+    """Writes parameters under the public names to a safetensors file.
+
+    They are float32 as in the published files: the S-VAE with its RoPE tables, and the AR model if
+    it is given.
+
+    Args:
+      path: the file to write.
+      model: the S-VAE.
+      vae_params: its parameters.
+      ar_params: those of the AR model, or None.
+
+    Raises:
+      UserError: a parameter has no PyTorch name, as in a distilled head.
     """
-    tensors = to_torch(vae_params) | ({} if ar_params is None else to_torch(ar_params))
-    head_dim = transformer.head_dim(model.backbone.width, model.backbone.heads)
+    tensors = to_torch(vae_params)
+    if ar_params is not None:
+        tensors |= to_torch(ar_params)
+    backbone = model.backbone
+    assert isinstance(backbone, Hybrid)  # parameters of other backbones have no PyTorch names
+    head_dim = transformer.head_dim(backbone.width, backbone.heads)
     angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
-    tensors |= {f'vae.{part}.freqs_cis': table.copy() for part in ('encoder', 'decoder')}
+    for part in ('encoder', 'decoder'):
+        tensors[f'vae.{part}.freqs_cis'] = table.copy()
     save_file(tensors, path, metadata={'format': 'pt'})

@@ -3,42 +3,55 @@
 import functools
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, transformer
 from sphere_ar_jax.models.backbones import vit
 from sphere_ar_jax.runtime.console import UserError
 
+Value = TypeVar('Value')
 
-def state_dict(tree, ema=True):
-    """{name: tensor} of a checkpoint file's contents, names without leading `module.` and
-    `_orig_mod.`.
+
+def _is_state_dict(entry: Any) -> bool:
+    """Tells whether something is a dictionary of tensors by name, and not empty."""
+    if not isinstance(entry, dict) or not entry:
+        return False
+    return all(isinstance(name, str) and hasattr(entry[name], 'shape') for name in entry)
+
+
+def state_dict(tree: Any, ema: bool = True) -> dict[str, Any]:
+    """Finds the tensors in a checkpoint file's contents.
 
     Args:
       tree: as `torch_file.open_file` returns it: a dictionary with `ema` or `model`, or a bare
         state_dict.
-      ema: prefer `ema`, where there is one, to `model`.
+      ema: whether to prefer `ema`, where there is one, to `model`.
+
     Returns:
-      a dictionary; RoPE tables are still in it, for `sizes`. Raises UserError where tree is none of
-        the above.
+      {name: tensor}, the names without leading `module.` and `_orig_mod.`. RoPE tables are still in
+      it, for `sizes`.
+
+    Raises:
+      UserError: `tree` is none of the above.
     """
     entries = tree if isinstance(tree, dict) else {}
-    chosen = next((name for name in ('ema', 'model')[not ema :] if entries.get(name)), None)
-    entry = entries if chosen is None else entries[chosen]
-    if not (
-        isinstance(entry, dict)
-        and entry
-        and all(isinstance(n, str) and hasattr(entry[n], 'shape') for n in entry)
-    ):
-        where = 'the file' if chosen is None else f'its entry {chosen}'
-        found = f'is a {type(tree if chosen is None else entry).__name__}'
+    candidates = ('ema', 'model') if ema else ('model',)
+    chosen = next((name for name in candidates if entries.get(name)), None)
+    if chosen is None:
+        where = 'the file'
+        entry = tree
+        wanted = ', '.join(candidates) + ' or tensors alone'
+    else:
+        where = f'its entry {chosen}'
+        entry = entries[chosen]
+        wanted = 'tensors alone'
+    if not _is_state_dict(entry):
+        found = f'is a {type(entry).__name__}'
         if isinstance(entry, dict) and entry:
             found = 'has the keys ' + ', '.join(ascii(name)[:60] for name in list(entry)[:20])
-        wanted = 'ema, model or tensors alone' if ema else 'model or tensors alone'
-        raise UserError(
-            f'{where} {found}: expected {wanted if chosen is None else "tensors alone"}'
-        )
+        raise UserError(f'{where} {found}: expected {wanted}')
     tensors = {
         re.sub(r'^((module|_orig_mod)\.)+', '', name): tensor for name, tensor in entry.items()
     }
@@ -50,31 +63,43 @@ def state_dict(tree, ema=True):
 
 
 class Sizes(NamedTuple):
-    """What a checkpoint's shapes tell. vae, ar: values for the sections of that name in
-    `schema.default()`; the S-VAE's has grid and latent_dim, which the AR model shares. ar and
-    num_classes are None in a file of the S-VAE alone. name: of the published AR model that it is,
-    B, L or H, else None.
+    """What a checkpoint's shapes tell.
+
+    Attributes:
+      vae: values for the section of that name in `schema.default()`. It has grid and latent_dim,
+        which the AR model shares.
+      ar: values for the section of that name; None in a file of the S-VAE alone.
+      num_classes: the number of classes; None in a file of the S-VAE alone.
+      name: B, L or H for a published AR model, else None.
     """
 
-    vae: dict
-    ar: dict | None = None
+    vae: dict[str, Any]
+    ar: dict[str, Any] | None = None
     num_classes: int | None = None
     name: str | None = None
 
 
-def _size(tensors, name, axis):
+def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int:
+    """Gives the length of a tensor's axis.
+
+    Raises:
+      UserError: there is no such tensor, or it has no such axis or an empty one.
+    """
     shape = getattr(tensors.get(name), 'shape', None)
     if shape is None:
-        raise UserError(
-            f'the checkpoint is no SphereAR model: it lacks {name}{torch_names.nearest_names(name, tensors)}'
-        )
+        nearest = torch_names.nearest_names(name, tensors)
+        raise UserError(f'the checkpoint is no SphereAR model: it lacks {name}{nearest}')
     if axis >= len(shape) or shape[axis] < 1:
         raise UserError(f'the checkpoint is no SphereAR model: {name} has shape {tuple(shape)}')
     return shape[axis]
 
 
-def _count(tensors, prefix):
-    """How many modules are numbered under a prefix: 1 + the largest number there."""
+def _count(tensors: Mapping[str, Any], prefix: str) -> int:
+    """Counts the modules numbered under a prefix: 1 + the largest number there.
+
+    Raises:
+      UserError: there are none, or more than 1000.
+    """
     matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in tensors)
     count = 1 + max((int(match[1]) for match in matches if match), default=-1)
     if not 1 <= count <= 1000:
@@ -82,44 +107,79 @@ def _count(tensors, prefix):
     return count
 
 
-def _agree(what, values):
-    """The one value of {source: value or None}, None where no source has one. Raises UserError for
-    two.
+def _agree(what: str, values: Mapping[str, Value | None]) -> Value | None:
+    """Gives the one value that all sources have.
+
+    Args:
+      what: names the values in the message.
+      values: {source: its value, or None where it has none}.
+
+    Returns:
+      The value; None where no source has one.
+
+    Raises:
+      UserError: two sources have different values.
     """
     known = {source: value for source, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
-        raise UserError(
-            f'{what} disagree: '
-            + ', '.join(f'{value} by {source}' for source, value in known.items())
-        )
+        said = ', '.join(f'{value} by {source}' for source, value in known.items())
+        raise UserError(f'{what} disagree: {said}')
     return next(iter(known.values()), None)
 
 
-def _vae_sizes(tensors, num_tokens, args):
+def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None) -> int:
+    """Finds H = W of the token grid.
+
+    Args:
+      tensors: the state_dict.
+      num_tokens: L as the AR model tells it, or None.
+      pixels: the side of an image as `args` tells it, or None.
+
+    Raises:
+      UserError: two sources disagree, or none tells a square number of tokens.
+    """
+    by_source: dict[str, int | None] = {
+        name: _size(tensors, name, 0) - vit.NUM_REGISTERS for name in _rope_tables(tensors)
+    }
+    by_source['pos_for_diff'] = num_tokens
+    if pixels is not None:
+        stages = _count(tensors, 'vae.encoder.patchify.0.net')
+        by_source['args.image_size'] = (pixels >> stages) ** 2
+    L = _agree('numbers of tokens', by_source)
+    if L is None or L < 1 or math.isqrt(L) ** 2 != L:
+        number = 'nowhere' if L is None else L
+        raise UserError(
+            f'the grid of tokens cannot be told: their number is {number}, it must be a square'
+        )
+    return math.isqrt(L)
+
+
+def _rope_tables(tensors: Mapping[str, Any]) -> list[str]:
+    """Names the RoPE tables that a state_dict has."""
+    names = ('vae.encoder.freqs_cis', 'vae.decoder.freqs_cis')
+    return [name for name in names if name in tensors]
+
+
+def _vae_sizes(
+    tensors: Mapping[str, Any], num_tokens: int | None, args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Finds the sizes of the S-VAE.
+
+    Args:
+      tensors: the state_dict.
+      num_tokens: L as the AR model tells it, or None.
+      args: what the checkpoint's `args` say of sizes.
+    """
     size = functools.partial(_size, tensors)
-    up, down = (
-        'vae.decoder.unpatchify.1.net.{}.block.2.weight',
-        'vae.encoder.patchify.0.net.{}.block.2.weight',
-    )
+    up = 'vae.decoder.unpatchify.1.net.{}.block.2.weight'
+    down = 'vae.encoder.patchify.0.net.{}.block.2.weight'
     stages = _count(tensors, 'vae.encoder.patchify.0.net')
     width = size('vae.post_quant_proj.weight', 0)
-    tables = [
-        name for name in ('vae.encoder.freqs_cis', 'vae.decoder.freqs_cis') if name in tensors
-    ]
-    head_dim = _agree('head dimensions', {name: 2 * size(name, 1) for name in tables}) or 64
-    pixels = args.get('image_size')
-    L = _agree(
-        'numbers of tokens',
-        {name: size(name, 0) - vit.NUM_REGISTERS for name in tables}
-        | {
-            'pos_for_diff': num_tokens,
-            'args.image_size': None if pixels is None else (pixels >> stages) ** 2,
-        },
-    )
-    if L is None or L < 1 or math.isqrt(L) ** 2 != L:
-        raise UserError(
-            f'the grid of tokens cannot be told: their number is {"nowhere" if L is None else L}, it must be a square'
-        )
+    head_dims = {name: 2 * size(name, 1) for name in _rope_tables(tensors)}
+    head_dim = _agree('head dimensions', head_dims)
+    if head_dim is None:
+        head_dim = 64
+    side = _side(tensors, num_tokens, args.get('image_size'))
     latent_dims = {
         'vae.post_quant_proj.weight': size('vae.post_quant_proj.weight', 1),
         'args.latent_dim': args.get('latent_dim'),
@@ -128,80 +188,115 @@ def _vae_sizes(tensors, num_tokens, args):
         raise UserError(
             f"the heads' dimension {head_dim} does not divide the S-VAE's width {width}"
         )
-    return dict(
-        grid=(math.isqrt(L),) * 2,
-        latent_dim=_agree('latent dimensions', latent_dims),
-        image_channels=size('vae.encoder.conv_in.weight', 1),
-        stem=size('vae.encoder.conv_in.weight', 0),
-        channels=(
+    return {
+        'grid': (side, side),
+        'latent_dim': _agree('latent dimensions', latent_dims),
+        'image_channels': size('vae.encoder.conv_in.weight', 1),
+        'stem': size('vae.encoder.conv_in.weight', 0),
+        'channels': (
             size(up.format(stages - 1), 1),
             *(size(down.format(i), 0) for i in range(stages)),
         ),
-        encoder_depth=_count(tensors, 'vae.encoder.layers'),
-        decoder_depth=_count(tensors, 'vae.decoder.layers'),
-        heads=width // head_dim,
-    )
+        'encoder_depth': _count(tensors, 'vae.encoder.layers'),
+        'decoder_depth': _count(tensors, 'vae.decoder.layers'),
+        'heads': width // head_dim,
+    }
 
 
-def sizes(tensors, args=None, heads=None):
-    """The `Sizes` that a state_dict's shapes tell.
-
-    They do not tell the number of heads. The S-VAE's is its width over the head dimension of its
-    RoPE tables, or over 64, as in the public code, where there are none. The AR model's is that of
-    the published model with all these sizes, for any other `heads`, or its width over 64 where that
-    is None. Nor do they tell height from width: the grid is square, as in the public code; of a
-    file of the S-VAE alone its size is that of the RoPE tables or of args.
+def _published_name(found: dict[str, int], model: Any) -> str | None:
+    """Names the published AR model that has these sizes, None if none has them.
 
     Args:
-      tensors: {name: anything with a shape}, as `state_dict` returns it. args: the checkpoint's
-        `args`, if any: what it says of sizes must agree with the shapes. heads: of an AR model that
-        was not published.
+      found: sizes that shapes tell.
+      model: what `args` say, as 'SphereAR-B'.
+
+    Raises:
+      UserError: both disagree.
+    """
+    published = (name for name, variant in ar.VARIANTS.items() if found.items() <= variant.items())
+    name = next(published, None)
+    said = re.fullmatch(r'SphereAR-([BLH])', str(model))
+    by_source = {
+        'shapes': name or 'none that was published',
+        'args.model': said[1] if said else None,
+    }
+    _agree('models', by_source)
+    return name
+
+
+def _ar_heads(name: str | None, heads: int | None, width: int) -> int:
+    """Finds the AR model's number of heads.
+
+    Args:
+      name: of the published model, or None.
+      heads: what the caller says, or None.
+      width: of the transformer.
+
+    Raises:
+      UserError: name and caller disagree, or the number does not fit the width.
+    """
+    published = None if name is None else ar.VARIANTS[name]['heads']
+    found = _agree('numbers of heads', {'heads': heads, f'SphereAR-{name}': published})
+    if not found:
+        found = max(width // 64, 1)
+    try:
+        transformer.head_dim(width, found)
+    except ValueError as error:
+        raise UserError(f'the number of heads is not {found}: {error}; give heads') from None
+    return found
+
+
+def sizes(tensors: Mapping[str, Any], args: Any = None, heads: int | None = None) -> Sizes:
+    """Finds the sizes of the models that a state_dict belongs to.
+
+    Shapes do not tell the number of heads. That of the S-VAE is its width over the head dimension
+    of its RoPE tables; where there are none it is the width over 64, as in the public code. That of
+    the AR model is the one of the published model with all these sizes. For any other model it is
+    `heads`, or the width over 64 where that is None.
+
+    Shapes do not tell height from width either: the grid is square, as in the public code. In a
+    file of the S-VAE alone its size is that of the RoPE tables or of `args`.
+
+    Args:
+      tensors: {name: anything with a shape}, as `state_dict` returns it.
+      args: the checkpoint's `args`, if any: a dictionary or a Namespace. What they say of sizes
+        must agree with the shapes.
+      heads: number of heads of an AR model that was not published.
+
     Raises:
       UserError: a tensor that is needed here is missing, or two sources disagree.
     """
-    args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
-    args = {k: v for k, v in args.items() if type(v) is int or k == 'model'}
+    given = args if isinstance(args, dict) else getattr(args, '__dict__', {})
+    said = {key: value for key, value in given.items() if type(value) is int or key == 'model'}
     if not any(name.startswith('vae.') for name in tensors):
-        raise UserError(
-            f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {", ".join(list(tensors)[:5])}'
-        )
+        first = ', '.join(list(tensors)[:5])
+        raise UserError(f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {first}')
     if all(name.startswith('vae.') for name in tensors):
-        return Sizes(_vae_sizes(tensors, None, args))
+        return Sizes(_vae_sizes(tensors, None, said))
     size = functools.partial(_size, tensors)
-    vae_sizes = _vae_sizes(tensors, size('pos_for_diff.weight', 0), args)
+    vae_sizes = _vae_sizes(tensors, size('pos_for_diff.weight', 0), said)
     width = size('proj_in.weight', 0)
-    found = dict(
-        depth=_count(tensors, 'layers'),
-        width=width,
-        head_depth=_count(tensors, 'head.net.res_blocks'),
-        head_width=size('head.net.input_proj.weight', 0),
-        head_groups=_count(tensors, 'head.net.ada_ln_blocks'),
-    )
-    name = next(
-        (name for name, variant in ar.VARIANTS.items() if found.items() <= variant.items()), None
-    )
-    said = re.fullmatch(r'SphereAR-([BLH])', str(args.get('model')))
-    _agree('models', {'shapes': name or 'none that was published', 'args.model': said and said[1]})
-    heads = _agree(
-        'numbers of heads',
-        {'heads': heads, f'SphereAR-{name}': name and ar.VARIANTS[name]['heads']},
-    )
-    heads = heads or max(width // 64, 1)
-    try:
-        transformer.head_dim(width, heads)
-    except ValueError as error:
-        raise UserError(f'the number of heads is not {heads}: {error}; give heads') from None
-    _agree(
-        'latent dimensions',
-        {'proj_in.weight': size('proj_in.weight', 1), 'the S-VAE': vae_sizes['latent_dim']},
-    )
+    found = {
+        'depth': _count(tensors, 'layers'),
+        'width': width,
+        'head_depth': _count(tensors, 'head.net.res_blocks'),
+        'head_width': size('head.net.input_proj.weight', 0),
+        'head_groups': _count(tensors, 'head.net.ada_ln_blocks'),
+    }
+    name = _published_name(found, said.get('model'))
+    found['heads'] = _ar_heads(name, heads, width)
+    latent_dims = {
+        'proj_in.weight': size('proj_in.weight', 1),
+        'the S-VAE': vae_sizes['latent_dim'],
+    }
+    _agree('latent dimensions', latent_dims)
     classes = {
         'cls_embedding.weight': size('cls_embedding.weight', 0) - 1,
-        'args.num_classes': args.get('num_classes'),
+        'args.num_classes': said.get('num_classes'),
     }
-    tokens = {
+    class_tokens = {
         'cls_embedding.weight': size('cls_embedding.weight', 1) // width,
-        'args.cls_token_num': args.get('cls_token_num'),
+        'args.cls_token_num': said.get('cls_token_num'),
     }
-    found |= dict(heads=heads, class_tokens=_agree('numbers of class tokens', tokens))
-    return Sizes(vae_sizes, found, _agree('numbers of classes', classes), name)
+    ar_sizes = found | {'class_tokens': _agree('numbers of class tokens', class_tokens)}
+    return Sizes(vae_sizes, ar_sizes, _agree('numbers of classes', classes), name)
