@@ -142,10 +142,9 @@ def bars(lines: TextIO | None = None) -> Callable[[str, int, int | None], None]:
 
 def one_line(error: BaseException) -> str:
     """An exception's message in one line. Of a traceback inside a message it is the last line."""
+    message = str(error)
     if error.args and isinstance(error, KeyError | AttributeError):
-        message = str(error.args[0])
-    else:
-        message = str(error)
+        message = str(error.args[0])  # str() of a KeyError would put quotes around it.
     hint = re.search(r'Did you mean .*', message)  # ml_collections prints all keys before it.
     if hint:
         return hint.group()

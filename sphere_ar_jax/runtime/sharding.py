@@ -81,7 +81,8 @@ def make_mesh(
     text = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are'
+            f'{text}: sizes must be at least 1, and one of them may be -1, '
+            'for all devices there are'
         )
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
