@@ -1,12 +1,12 @@
 """Orbax checkpoints that tell damage: a fingerprint of every save, verified on every restore.
 
-A step directory holds `state` (the training state), `data` (the data iterator) and `meta`
-(fingerprint, seconds trained). Orbax writes it under a temporary name and renames it when whole, so
-that a kill leaves no half step; what it does not notice, bit flips in array data, the fingerprint
-does.
+A step directory holds `state` (the training state), `data` (what is noted of the data and of frozen
+parameters) and `meta` (fingerprint, seconds trained). Orbax writes it under a temporary name and
+renames it when it is whole, so that a kill leaves no half step. Orbax does not notice bit flips in
+array data, but the fingerprint does.
 
-With several processes all of them must make the same calls; each writes and reads what its devices
-hold, into one directory that all see, and all come to the same verdict on what they read.
+Where a run has several processes, all of them must make the same calls. Each writes and reads what
+its devices hold, in one directory that all see, and all come to the same verdict on what they read.
 """
 
 import errno
@@ -16,6 +16,8 @@ import logging
 import os
 import sys
 import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,122 +27,175 @@ from etils import epath
 
 from sphere_ar_jax.runtime import files, hosts
 from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.types import PyTree
 
 _LARGE = 2**22  # numbers in a leaf
 
+# What a step holds: (state, data_state, seconds).
+_Contents: TypeAlias = tuple[PyTree, Any, float]
+# A list of fingerprints, one for each leaf of the state, and a checksum of the rest.
+_Digest: TypeAlias = tuple[list[int], int]
+
 
 @jax.jit
-def _fingerprints(tree):
-    """A uint32 per leaf: Σ word·weight mod 2³², weights odd and position-dependent. Exact on any
-    mesh.
+def _fingerprints(tree: PyTree) -> jax.Array:
+    """A uint32 for each leaf: Σ word·weight mod 2³². It is exact on any mesh.
+
+    The weights are odd, so that any single flipped bit changes the sum, and depend on the position.
     """
 
     def part(a, first):
         """The sum over a piece of a leaf; its first word has the position `first`."""
-        width = a.dtype.itemsize
-        words = jax.lax.bitcast_convert_type(
-            a, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
-        )
+        word_type = {1: jnp.uint8, 2: jnp.uint16}.get(a.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(a, word_type)
         words = words.astype(jnp.uint32).ravel()
         position = jnp.arange(words.size, dtype=jnp.uint32) + first
-        weights = (position * np.uint32(2654435761)) ^ (
-            (position * np.uint32(40503)) >> np.uint32(7)
-        ) | np.uint32(1)
+        product = position * np.uint32(2654435761)
+        mixed = product ^ ((position * np.uint32(40503)) >> np.uint32(7))
+        weights = mixed | np.uint32(1)
         return jnp.sum(words * weights, dtype=jnp.uint32)
 
     def one(a):
+        """The sum over a leaf. A large one is summed row by row, without a second copy of it."""
         if a.ndim < 2 or a.size < _LARGE:
             return part(a, np.uint32(0))
         words = a.size // len(a) * max(a.dtype.itemsize // 4, 1)
-        rows = (
-            a,
-            jnp.arange(len(a), dtype=jnp.uint32) * np.uint32(words),
-        )  # row by row: no second copy in memory
-        return jax.lax.scan(lambda total, row: (total + part(*row), None), jnp.uint32(0), rows)[0]
+        firsts = jnp.arange(len(a), dtype=jnp.uint32) * np.uint32(words)
+
+        def add(total, row):
+            return total + part(*row), None
+
+        total, _ = jax.lax.scan(add, jnp.uint32(0), (a, firsts))
+        return total
 
     return jnp.stack([one(a) for a in jax.tree.leaves(tree)])
 
 
-def fingerprint(tree):
-    """A list of ints, one per leaf of a tree of arrays, that changes if any single bit of it does."""
+def fingerprint(tree: PyTree) -> list[int]:
+    """One number for each leaf of a tree of arrays, which changes if any single bit of it does.
+
+    All processes must call it.
+    """
     return [int(x) for x in hosts.gather(_fingerprints(tree))]
 
 
-def _digest(state, data_state, seconds):
+def _digest(state: PyTree, data_state: Any, seconds: float) -> _Digest:
     """What `meta` holds to be compared on restore."""
     text = json.dumps([data_state, seconds], sort_keys=True)
     return fingerprint(state), zlib.crc32(text.encode())
 
 
-# The machine's fault, not the checkpoint's: never a reason to skip one.
+# These are the machine's faults, not the checkpoint's: no reason to skip a checkpoint.
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
 
-def _causes(error):
+def _causes(error: BaseException) -> list[BaseException]:
     """An error and those that led to it, the first cause last."""
     return [error] if error.__cause__ is None else [error, *_causes(error.__cause__)]
 
 
-def _machine_error(errors):
-    """The errno of such a fault among errors, which TensorStore has in its words only; 0 if there
-    is none.
+def _machine_error(errors: Iterable[BaseException]) -> int:
+    """The errno of a fault of the machine among errors, 0 if there is none.
+
+    TensorStore's errors have it in their words only.
     """
-    of = lambda error, number: (
-        getattr(error, 'errno', None) == number or os.strerror(number) in str(error)
-    )
-    return next(
-        (number for number in _MACHINE_ERRORS if any(of(error, number) for error in errors)), 0
-    )
+    for number in _MACHINE_ERRORS:
+        words = os.strerror(number)
+        for error in errors:
+            if getattr(error, 'errno', None) == number or words in str(error):
+                return number
+    return 0
+
+
+def _left_behind(error: BaseException | None) -> bool:
+    """Whether an error is of a read that Orbax left behind when another one failed."""
+    text = str(error)
+    return any(word in text for word in ('TensorStore', 'OCDBT', 'Event loop is closed'))
+
+
+def _not_left_behind(record: logging.LogRecord) -> bool:
+    """Whether a record of a log is to be shown."""
+    return not (record.exc_info and _left_behind(record.exc_info[1]))
 
 
 @functools.cache
-def _quieten():
-    """For good: where one of Orbax' reads fails it leaves the others behind, of which each would
-    show a traceback.
+def _quieten() -> None:
+    """Hide the errors of reads that Orbax leaves behind, for the rest of the process.
+
+    Where one of its reads fails, Orbax abandons the others, of which each would show a traceback.
     """
-    left_behind = lambda error: any(
-        s in str(error) for s in ('TensorStore', 'OCDBT', 'Event loop is closed')
-    )
     show = sys.unraisablehook
-    sys.unraisablehook = lambda it: None if left_behind(it.exc_value) else show(it)
-    logging.getLogger('asyncio').addFilter(
-        lambda record: not (record.exc_info and left_behind(record.exc_info[1]))
-    )
+
+    def show_others(it: 'sys.UnraisableHookArgs') -> None:
+        if not _left_behind(it.exc_value):
+            show(it)
+
+    sys.unraisablehook = show_others
+    logging.getLogger('asyncio').addFilter(_not_left_behind)
 
 
 class Checkpoints:
     """The checkpoints of one training run in one directory.
 
     Attributes:
-      directory: where they are. keep: newest ones kept. keep_every: steps whose multiples are kept
-        for good (0: none).
-      read_only: nothing in the directory is made, moved or deleted.
+      directory: where they are.
     """
 
-    def __init__(self, directory, keep=2, keep_every=0, read_only=False):
-        self.directory, self._read_only = files.absolute(directory), read_only
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, keep_period=keep_every or None, read_only=read_only,
-            create=not read_only,
-        )  # fmt: skip
-        self._open = lambda: ocp.CheckpointManager(self.directory, options=options)
-        self._manager = (
-            None if read_only and not epath.Path(self.directory).is_dir() else self._open()
-        )
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 2,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ) -> None:
+        """Opens the directory, which is made if needed.
 
-    def steps(self):
-        """All steps there are, in order."""
+        Args:
+          directory: where the checkpoints are.
+          keep: number of newest ones that are kept.
+          keep_every: steps whose multiples are kept for good; 0: none.
+          read_only: nothing in the directory is made, moved or deleted.
+        """
+        self.directory = files.absolute(directory)
+        self._read_only = read_only
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            keep_period=keep_every or None,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self._manager: ocp.CheckpointManager | None = None
+        if not read_only or epath.Path(self.directory).is_dir():
+            self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options)
+
+    def steps(self) -> list[int]:
+        """All steps that have a checkpoint, ascending."""
         return [] if self._manager is None else sorted(self._manager.all_steps())
 
-    def save(self, step, state, data_state, seconds):
-        """Starts saving in the background; the state may be donated right after. A step saved
-        before is left as is.
+    def save(self, step: int, state: PyTree, data_state: Any, seconds: float) -> None:
+        """Starts saving in the background. The state may be donated right after.
+
+        A step that was saved before is left as it is.
+
+        Args:
+          step: the step.
+          state: a tree of arrays.
+          data_state: what to note beside it, as JSON takes it.
+          seconds: how long the training took so far.
+
+        Raises:
+          RuntimeError: Orbax takes no checkpoint at this step.
         """
+        assert self._manager is not None  # Only read_only leaves it out.
         if step in self._manager.all_steps():
             return
         state_digest, other_digest = _digest(state, data_state, seconds)
         meta = {'fingerprint': state_digest, 'crc32': other_digest, 'seconds': seconds}
-        args = ocp.args.Composite(  # files of 64 MB: as much waits in memory, of 2 GB otherwise
+        args = ocp.args.Composite(
+            # As much as one file holds waits in memory: 64 MB here, 2 GB by default.
             state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=2**26),
             data=ocp.args.JsonSave(data_state),
             meta=ocp.args.JsonSave(meta),
@@ -150,9 +205,11 @@ class Checkpoints:
                 f'{self.directory} took no checkpoint at step {step}: is there a newer one?'
             )
 
-    def _read(self, step, like):
-        """(state, data_state, seconds, digest noted) of a step. Each process reads on its own: one
-        that fails must not leave the others waiting inside Orbax.
+    def _read(self, step: int, like: PyTree) -> tuple[_Contents, _Digest]:
+        """What a step holds, and the digest that it notes.
+
+        Each process reads on its own: one that fails must not leave the others waiting inside
+        Orbax.
         """
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
@@ -162,62 +219,65 @@ class Checkpoints:
             read_only=True, create=False, multiprocessing_options=alone
         )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        # What a state of an older version had besides is left where it is.
-        restore = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
         args = ocp.args.Composite(
-            state=restore, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+            # A state of an older version may have further leaves. They are not read.
+            state=ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True),
+            data=ocp.args.JsonRestore(),
+            meta=ocp.args.JsonRestore(),
         )
         with ocp.CheckpointManager(self.directory, options=options) as reader:
             found = reader.restore(step, args=args)
-        return (
-            found.state,
-            found.data,
-            found.meta['seconds'],
-            (found.meta['fingerprint'], found.meta['crc32']),
-        )
+        contents = (found.state, found.data, found.meta['seconds'])
+        return contents, (found.meta['fingerprint'], found.meta['crc32'])
 
-    def _judge(self, step, like):
-        """((state, data_state, seconds) of a step, ''), or (None, why it cannot be read): the same
-        in all processes.
+    def _judge(self, step: int, like: PyTree) -> tuple[_Contents | None, str]:
+        """What a step holds, verified; the verdict is the same in all processes.
+
+        Returns:
+          (its contents, ''), or (None, why it cannot be read).
         """
         reason = ''
         _quieten()
         try:
-            *found, noted = self._read(step, like)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step
+            contents, noted = self._read(step, like)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step.
             causes = _causes(error)
             if any(isinstance(cause, MemoryError) for cause in causes):
                 raise
-            if number := _machine_error(causes):
+            number = _machine_error(causes)
+            if number:
                 raise OSError(number, os.strerror(number), f'{self.directory}/{step}') from error
             reason = first_line(causes[-1], 160)
         if int(hosts.largest(bool(reason))):
             return None, reason or 'not by another process'
-        leaves, other = _digest(*found)
-        # An older version's state may have had more leaves; they came last, and are not read.
-        if leaves != noted[0][: len(leaves)] or other != noted[1]:
+        noted_leaves, noted_other = noted
+        leaves, other = _digest(*contents)
+        # An older version's state may have had more leaves. They came last, and are not read.
+        if leaves != noted_leaves[: len(leaves)] or other != noted_other:
             return None, 'its contents do not match their fingerprint'
-        return tuple(found), ''
+        return contents, ''
 
-    def restore(self, like):
-        """The newest checkpoint that is whole, on any number of devices and processes.
+    def restore(self, like: PyTree) -> _Contents | None:
+        """Reads the newest checkpoint that is whole, on any number of devices and processes.
 
         Damaged newer ones are named on stderr and, unless read_only, moved aside to `damaged-STEP`,
         not deleted.
 
         Args:
           like: a tree of ShapeDtypeStructs with shardings.
+
         Returns:
           (state, data_state, seconds), or None if there is no checkpoint at all.
+
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
-            self._manager.wait_until_finished()  # a save of this process
+            self._manager.wait_until_finished()  # This process may be saving.
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
-            found, reason = self._judge(step, like)
-            if found is None:
+            contents, reason = self._judge(step, like)
+            if contents is None:
                 print(
                     f'checkpoint {self.directory}/{step} cannot be read ({reason}): skipped',
                     file=sys.stderr,
@@ -225,34 +285,35 @@ class Checkpoints:
                 continue
             if not self._read_only:
                 self.set_aside(steps[:i])
-            return found
+            return contents
         if steps:
             raise UserError(
-                f'none of the checkpoints in {self.directory} can be read: move the directory away to start anew'
+                f'none of the checkpoints in {self.directory} can be read: '
+                'move the directory away to start anew'
             )
         return None
 
-    def set_aside(self, steps):
-        """Renames steps to `damaged-STEP`: out of the way of the run that will pass them again, but
-        not deleted.
-        """
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Renames steps to `damaged-STEP`, out of the way of the run that will pass them again."""
         if not steps:
             return
         self.close()
-        for step in steps if hosts.is_first() else ():
-            target = f'{self.directory}/damaged-{step}'
-            while epath.Path(target).exists():
-                target += '+'
-            epath.Path(f'{self.directory}/{step}').rename(target)
-        hosts.wait()  # not before they are renamed
+        if hosts.is_first():
+            for step in steps:
+                target = f'{self.directory}/damaged-{step}'
+                while epath.Path(target).exists():
+                    target += '+'
+                epath.Path(f'{self.directory}/{step}').rename(target)
+        hosts.wait()  # The others open the directory when the steps are renamed.
         self._manager = self._open()
 
-    def wait(self):
-        """Returns when what is being saved is there."""
-        self._manager.wait_until_finished()
+    def wait(self) -> None:
+        """Returns when all that is being saved is there."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
-    def close(self):
-        """Waits for the saves under way."""
+    def close(self) -> None:
+        """Waits for the saves under way, and closes the directory."""
         if self._manager is not None:
             self.wait()
             self._manager.close()

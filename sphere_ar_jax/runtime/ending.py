@@ -13,14 +13,25 @@ import signal
 import socket
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+
+# `jax.distributed` has no public access to the key-value store of its coordination service (JAX
+# 0.10 and 0.11). A public client with `key_value_set` and `blocking_key_value_get` would replace
+# this private import. `multihost_utils` cannot: all processes must call it at the same point.
 from jax._src import distributed
 
-_KEY = 'sphere_ar_jax/end'  # the first process to stop leaves 'CODE LINE' here
+_KEY = 'sphere_ar_jax/end'  # The first process to stop leaves 'CODE LINE' under this key.
 _LONG = 2**31 - 1  # milliseconds, 24 days: the longest time that the store waits for a key
-_leaving = threading.Lock()  # the thread that holds it ends this process, all others wait
+_leaving = threading.Lock()  # The thread that holds it ends this process, and all others wait.
+
+
+def _client() -> Any:
+    """The client of the run's key-value store."""
+    client = distributed.global_state.client
+    assert client is not None  # `joining.join` comes first.
+    return client
 
 
 def _shut_down() -> None:
@@ -29,16 +40,15 @@ def _shut_down() -> None:
         jax.distributed.shutdown()
     except Exception as error:
         print(error, file=sys.stderr)
-        os.abort()  # JAX has mostly done so itself
+        os.abort()  # JAX has mostly aborted the process already.
 
 
 def _wait_for_the_first() -> None:
     """Wait until a process stops, then end this one too, whatever its other threads wait for."""
     try:
-        client = distributed.global_state.client
-        code, line = client.blocking_key_value_get(_KEY, _LONG).split(' ', 1)
+        code, line = _client().blocking_key_value_get(_KEY, _LONG).split(' ', 1)
     except jax.errors.JaxRuntimeError:
-        return  # the run is over, or the first process is lost
+        return  # The run is over, or the first process is lost.
     with _leaving:
         try:
             sys.stdout.flush()
@@ -52,13 +62,14 @@ _listener = threading.Thread(target=_wait_for_the_first, daemon=True)
 
 
 def _wait_for_the_last() -> None:
+    """Leave the run when all other processes do, at the end of this process."""
     with _leaving:
         _shut_down()
-    _listener.join()  # Python must not end while a thread is inside JAX
+    _listener.join()  # Python must not end while a thread is inside JAX.
 
 
 def listen() -> None:
-    """Make this process end when another one says so, and else no sooner than all others."""
+    """Make this process end when another one says so, and otherwise no sooner than all others."""
     _listener.start()
     atexit.register(_wait_for_the_last)
 
@@ -66,18 +77,24 @@ def listen() -> None:
 def end(code: int, line: str, details: str = '') -> NoReturn:
     """End this process, and those that it has joined, with an exit code and a line on stderr.
 
-    Where several processes call it at the same time, the first one's code and line count.
-    details: what this process prints besides, such as a traceback.
+    Where several processes call it at the same time, the code and the line of the first one count.
+
+    Args:
+      code: the exit code.
+      line: what every process prints. Where processes have joined, it begins with the name of this
+        one.
+      details: what only this process prints, before the line, such as a traceback.
     """
     with _leaving:
         sys.stderr.write(details)
         if not jax.distributed.is_initialized():
             print(line, file=sys.stderr)
             sys.exit(code)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C again would leave the others waiting
+        # Another Ctrl-C would end this process and leave the others waiting.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         run = distributed.global_state
         name = f'process {run.process_id} of {run.num_processes} ({socket.gethostname()})'
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has been faster
-            run.client.key_value_set(_KEY, f'{code} {name}: {line}')
-    _listener.join()  # it ends this process, too
-    os.abort()  # it has heard nothing, since the first process is lost
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process has been faster.
+            _client().key_value_set(_KEY, f'{code} {name}: {line}')
+    _listener.join()  # It ends this process, too.
+    os.abort()  # The listener has heard nothing, since the first process is lost.

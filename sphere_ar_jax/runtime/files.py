@@ -4,40 +4,54 @@ import json
 import os
 import platform
 import zlib
+from collections.abc import Callable, Mapping
+from typing import IO, Any
 
 from etils import epath
 
 from sphere_ar_jax.runtime import hosts
 
 
-def absolute(path):
+def absolute(path: str | os.PathLike[str]) -> str:
     """A directory's path from the root; gs://… as it is."""
-    return path if '://' in str(path) else os.path.abspath(path)
+    text = os.fspath(path)
+    return text if '://' in text else os.path.abspath(text)
 
 
-def compilation_cache(environ):
-    """Where compiled programs are kept for the next start, or None where JAX_COMPILATION_CACHE_DIR
-    says it already.
+def compilation_cache(environ: Mapping[str, str]) -> str | None:
+    """The directory that keeps compiled programs for the next start.
 
-    A directory of the user's for each kind of processor, since programs for CPUs are compiled for
-    the one they run on.
+    It is one of the user's directories for each kind of processor, since a program for CPUs is
+    compiled for the processor that it runs on.
+
+    Args:
+      environ: the environment variables.
+
+    Returns:
+      The directory, or None where JAX_COMPILATION_CACHE_DIR already names one.
     """
     if 'JAX_COMPILATION_CACHE_DIR' in environ:
         return None
-    root = environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    root = environ.get('XDG_CACHE_HOME')
+    if not root:
+        root = os.path.join(os.path.expanduser('~'), '.cache')
     try:
         with open('/proc/cpuinfo') as f:
             processor = next((line for line in f if line.startswith(('flags', 'Features'))), '')
     except OSError:
         processor = platform.processor()
-    return os.path.join(
-        root, 'sphere_ar_jax', f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}'
-    )
+    kind = f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}'
+    return os.path.join(root, 'sphere_ar_jax', kind)
 
 
-def replace(path, write):
-    """Calls write(file) on a temporary file that then becomes `path`: the old file or the new one,
-    never half of it.
+def replace(path: str | os.PathLike[str], write: Callable[[IO[Any]], object]) -> None:
+    """Writes a file at once, in the first process only.
+
+    Whoever reads `path` meanwhile finds the old file or the new one, never half of it.
+
+    Args:
+      path: the file, which may exist.
+      write: writes the contents to a binary file that then becomes `path`.
     """
     if not hosts.is_first():
         return
@@ -47,11 +61,11 @@ def replace(path, write):
     temporary.replace(path)
 
 
-def write_bytes(path, content):
-    """Writes bytes to a path at once."""
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes bytes to a file by `replace`."""
     replace(path, lambda f: f.write(content))
 
 
-def write_json(path, values):
-    """Writes a dictionary as an indented JSON file, at once."""
+def write_json(path: str | os.PathLike[str], values: Any) -> None:
+    """Writes a value, mostly a dictionary, as an indented JSON file by `replace`."""
     write_bytes(path, (json.dumps(values, indent=2) + '\n').encode())

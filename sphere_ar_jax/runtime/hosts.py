@@ -1,7 +1,7 @@
 """Several processes as one run: which one this is, and what they tell each other.
 
 All processes run the same program on the same global arrays. `joining` makes one run of them, and
-`ending` ends them together. A process that is alone gets the obvious answers here.
+`ending` ends them together. In a process that is alone, these functions give the obvious answers.
 """
 
 import functools
@@ -14,17 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def count() -> int:
-    """Number of processes of the run. A process that is alone starts no device for the answer."""
+    """The number of processes of the run. A process that is alone starts no device to answer."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process prints, and writes the files that are not shared out."""
+    """Whether this process prints, and writes the files that one process writes for all."""
     return count() == 1 or jax.process_index() == 0
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """A global array as a whole, in every process. All processes must call it."""
+    """The contents of a global array, in every process. All processes must call it."""
     return multihost_utils.process_allgather(array, tiled=True)
 
 

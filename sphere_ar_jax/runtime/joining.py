@@ -4,6 +4,8 @@ SLURM       srun, with more than one task
 Open MPI    mpirun, with more than one process
 Cloud TPU   a TPU VM or a GKE pod, whose slice may have more hosts than this one
 by hand     JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=n JAX_PROCESS_ID=0 … n − 1
+
+See `docs/devices.md`, "Many hosts".
 """
 
 import os
@@ -23,33 +25,39 @@ _BY_HAND = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
 def expected(environ: Mapping[str, str]) -> tuple[int | None, str]:
-    """(number of processes of which a variable speaks, its name), or (None, '')."""
+    """How many processes the environment speaks of.
+
+    Returns:
+      (their number, the variable that says so), or (None, '') where no variable does.
+    """
     several = ['JAX_NUM_PROCESSES', 'OMPI_COMM_WORLD_SIZE']
-    if 'SLURM_STEP_NODELIST' in environ:  # under srun, not in the script of a job
+    if 'SLURM_STEP_NODELIST' in environ:  # It is set under srun, but not in the script of a job.
         several.append('SLURM_NTASKS')
     for name in several:
         if int(environ.get(name, 1)) > 1:
             return int(environ[name]), name
-    if environ.get('TPU_WORKER_HOSTNAMES'):  # the hosts of one slice
+    if environ.get('TPU_WORKER_HOSTNAMES'):  # It lists the hosts of one slice.
         hosts = len(environ['TPU_WORKER_HOSTNAMES'].split(','))
         return hosts * int(environ.get('MEGASCALE_NUM_SLICES', 1)), 'TPU_WORKER_HOSTNAMES'
     return None, ''
 
 
 def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`, or None for a process that is alone.
+    """The arguments of `jax.distributed.initialize`, or None for a process that is alone.
 
-    They are empty where JAX finds everything by itself. Variables set by hand that make no sense
-    raise UserError.
+    They are empty where JAX finds everything by itself.
+
+    Raises:
+      UserError: variables that were set by hand make no sense.
     """
-    address, count, index = (environ.get(name, '') for name in _BY_HAND)
     if 'JAX_NUM_PROCESSES' not in environ and 'JAX_PROCESS_ID' not in environ:
         several = expected(environ)[1] in ('OMPI_COMM_WORLD_SIZE', 'SLURM_NTASKS')
-        tpu = 'TPU_ML_PLATFORM' in environ  # JAX sets it on import, where it finds chips
+        tpu = 'TPU_ML_PLATFORM' in environ  # JAX sets it on import, where it finds chips.
         return {} if several or tpu else None
     missing = [name for name in _BY_HAND if not environ.get(name)]
     if missing:
         raise UserError(f'{missing[0]} is not set, but {", ".join(_BY_HAND)} belong together')
+    address, count, index = (environ[name] for name in _BY_HAND)
     if not (count.isdigit() and index.isdigit()):
         raise UserError('JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers')
     if int(index) >= int(count):
@@ -58,10 +66,17 @@ def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def join(environ: Mapping[str, str] = os.environ, timeout: int = 300) -> None:
-    """Join the other processes of the run, if there are any, before JAX is asked for its devices.
+    """Join the other processes of the run, if there are any.
 
-    JAX aborts this process if they do not come within `timeout` seconds. Raises UserError as
-    `arguments` does, and where more or fewer processes have joined than the environment speaks of.
+    Call it before JAX is asked for its devices.
+
+    Args:
+      environ: the environment variables.
+      timeout: seconds to wait for the other processes. JAX aborts this process if they do not come.
+
+    Raises:
+      UserError: `arguments` raises it, or another number of processes has joined than the
+        environment speaks of.
     """
     found = arguments(environ)
     if found is None or jax.distributed.is_initialized():
@@ -72,11 +87,16 @@ def join(environ: Mapping[str, str] = os.environ, timeout: int = 300) -> None:
     line = f'waiting for the other processes of this run{where}: was each of them started, once?'
     late = threading.Timer(min(20, timeout / 2), print, [line], dict(file=sys.stderr, flush=True))
     late.start()
-    times = dict(heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=_DAY)
     try:
-        jax.distributed.initialize(**found, initialization_timeout=timeout, **times)
+        jax.distributed.initialize(
+            **found,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=_DAY,
+        )
     except ValueError as error:
-        if found or 'TPU_ML_PLATFORM' not in environ:  # a notebook's TPU is in no cluster: alone
+        # A notebook's TPU belongs to no cluster, so that JAX finds none: its process is alone.
+        if found or 'TPU_ML_PLATFORM' not in environ:
             raise UserError(f'jax.distributed: {error}') from None
     finally:
         late.cancel()

@@ -6,7 +6,10 @@ clu's own writers import TensorFlow; tensorboardX writes the same event files wi
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
 
+import numpy as np
 import tensorboardX
 from etils import epath
 from tqdm import tqdm
@@ -15,15 +18,24 @@ from sphere_ar_jax.runtime import hosts
 
 
 class MetricWriter:
-    """Writes scalars of one training stage and shows its progress; of several processes, the first
-    one alone.
+    """Writes the scalars of one training stage and shows its progress.
 
-    In a terminal: a progress bar with time left. Elsewhere: a plain line at every `write`. Lines of
-    `metrics.jsonl` after `step` (written by a run that was killed) are dropped when it opens.
+    In a terminal it shows a progress bar with the time left, elsewhere a plain line at every
+    `write`. Where a run has several processes, only the first one writes and shows anything.
     """
 
-    def __init__(self, directory, name, step, total):
-        self._name, self._total = name, total
+    def __init__(self, directory: str | os.PathLike[str], name: str, step: int, total: int) -> None:
+        """Opens the files of a directory, which is made if needed.
+
+        Args:
+          directory: where `metrics.jsonl` and the event files are.
+          name: the stage's name, for the console.
+          step: the step that the stage goes on from. Lines of `metrics.jsonl` after it, which a run
+            that was killed has written, are dropped.
+          total: the steps of the stage.
+        """
+        self._name = name
+        self._total = total
         self._silent = not hosts.is_first()
         if self._silent:
             return
@@ -35,21 +47,29 @@ class MetricWriter:
         self._path = epath.Path(path)
         epath.Path(f'{path}.tmp').write_text(self._text)
         epath.Path(f'{path}.tmp').replace(path)
-        # Nothing can be added to a file in a bucket: it is written anew.
-        self._file = None if '://' in str(directory) else open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
+        self._file: TextIO | None = None
+        # Nothing can be added to a file in a bucket, so that such a file is written anew.
+        if '://' not in str(directory):
+            self._file = open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
         self._events = tensorboardX.SummaryWriter(directory, purge_step=step + 1, flush_secs=10)
         bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
         self._bar = tqdm(
             total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty()
         )
 
-    def advance(self):
-        """One more step is done."""
+    def advance(self) -> None:
+        """Moves the progress bar on by one step."""
         if not self._silent:
             self._bar.update()
 
-    def write(self, step, scalars, shown):
-        """Records {name: float} at a step; `shown` are the names that the console shows."""
+    def write(self, step: int, scalars: Mapping[str, float], shown: Iterable[str]) -> None:
+        """Records the scalars of a step.
+
+        Args:
+          step: their step.
+          scalars: values by name.
+          shown: the names of those that the console shows.
+        """
         if self._silent:
             return
         line = json.dumps({'step': step, **scalars}) + '\n'
@@ -68,13 +88,13 @@ class MetricWriter:
         else:
             self._bar.set_postfix_str(text)
 
-    def picture(self, name, step, pixels):
-        """Adds uint8 (height, width, c) to the TensorBoard events."""
+    def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """Adds a picture, uint8 (height, width, c), to the TensorBoard events."""
         if not self._silent:
             self._events.add_image(name, pixels, step, dataformats='HWC')
 
-    def close(self):
-        """Close the files and the progress bar."""
+    def close(self) -> None:
+        """Closes the files and the progress bar."""
         if not self._silent:
             self._bar.close()
             self._events.close()
@@ -82,9 +102,10 @@ class MetricWriter:
                 self._file.close()
 
 
-def read_scalars(path):
-    """The lines of a `metrics.jsonl` as dictionaries, [] if there is no file; a line cut off by a
-    kill is left out.
+def read_scalars(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the lines of a `metrics.jsonl` as dictionaries; [] if there is no such file.
+
+    A line that was cut off when its process was killed is left out.
     """
     lines = []
     if epath.Path(path).exists():

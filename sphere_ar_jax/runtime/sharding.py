@@ -1,15 +1,18 @@
-"""The device mesh and the table that says how every array is laid out on it (GSPMD: the compiler
-does the rest).
+"""The device mesh, and the table that says how every array is laid out on it.
 
-Axes, in this order, neighbours last:
-  data    devices among which the rows of a batch are split; parameters are the same along it fsdp
-  the same for rows; parameters, optimizer state and EMAs are split as well, and gathered where they
-  are used tensor  attention heads and the hidden features of MLPs are split; the rows of a batch
-  are the same along it
+The compiler does the rest (GSPMD). The axes of the mesh, in this order, neighbours last:
+  data    Devices split the rows of a batch among them. Each has the same parameters.
+  fsdp    Devices split the rows of a batch, and parameters, optimizer state and EMAs as well. Those
+          are gathered where they are used.
+  tensor  Devices split attention heads and the hidden features of MLPs. Each has the same rows.
+
+See `docs/devices.md`.
 """
 
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,80 +21,120 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
 
 P = PartitionSpec
-AXES = 'data', 'fsdp', 'tensor'
+AXES = ('data', 'fsdp', 'tensor')
 
-# (pattern somewhere in a leaf's path, spec of its last dimensions), first match wins; what matches none is whole on
-# every device, as convolutions are: 56 MB, for which gathering would not pay. The same for
-# parameters, EMAs and the optimizer's moments, stacked or apart.
+# Pairs (pattern somewhere in a leaf's path, spec of its last dimensions). The first match wins. A
+# leaf that matches no pattern is replicated on every device. Convolutions are such leaves: they
+# take 56 MB, for which gathering would not pay. The rules hold for parameters, EMAs and the
+# optimizer's moments alike, whether layers are stacked or not.
 RULES = (
     (r'attention/qkv/kernel', P('fsdp', None, 'tensor', None)),  # (D, 3, N, K)
     (r'attention/out/kernel', P('tensor', None, 'fsdp')),  # (N, K, D)
     (r'w1/kernel', P('fsdp', None, 'tensor')),  # (D, 2, F), of every SwiGLU
     (r'w1/bias', P(None, 'tensor')),  # (2, F)
     (r'w2/kernel', P('tensor', 'fsdp')),  # (F, D)
-    (
-        r'cls_embedding',
-        P(None, None, 'tensor'),
-    ),  # (classes, C, D); split by fsdp, its gradient would gather the batch
+    # (classes, C, D). If it were split by fsdp, its gradient would gather the batch.
+    (r'cls_embedding', P(None, None, 'tensor')),
     (r'ada/kernel', P('fsdp', None, None)),  # (M, 2 or 3, M)
     (r'head/(cond_embed|time2|span2)/kernel', P('fsdp', None)),  # (in, M)
 )
+# The rows of a batch in training and sampling.
 BATCH = P(('data', 'fsdp'))
-ROWS = P(AXES)  # of a batch that networks look at whose parameters are whole on every device
+# The rows of a batch for networks whose parameters are replicated on every device.
+ROWS = P(AXES)
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A mesh of data × fsdp × tensor devices; one of the three may be −1: as many as there are
-    devices for.
+def _processes(devices: Iterable[jax.Device]) -> set[int]:
+    """The indices of the processes that devices belong to."""
+    return {device.process_index for device in devices}
 
-    devices: all of the run if None. On TPUs neighbours on the mesh are neighbours on the torus; of
-    several slices (of GPUs: nodes) each has a part of the axis 'data', where that divides. Raises
-    UserError for sizes that these devices cannot have.
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Make a mesh of data × fsdp × tensor devices.
+
+    On TPUs, neighbours on the mesh are neighbours on the torus. Where there are several slices (for
+    GPUs: nodes), each slice gets a part of the axis 'data', if their number divides it.
+
+    Args:
+      data: size of the axis 'data'. One of the three sizes may be −1, which stands for as many as
+        there are devices for.
+      fsdp: size of the axis 'fsdp'.
+      tensor: size of the axis 'tensor'.
+      devices: the devices to take from; all devices of the run if None.
+
+    Returns:
+      The mesh with the axes `AXES`.
+
+    Raises:
+      UserError: these devices cannot have such sizes.
     """
-    devices, sizes = jax.devices() if devices is None else list(devices), [data, fsdp, tensor]
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
     text = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            f'{text}: sizes must be at least 1, and one of them may be -1, for all devices there are'
+            f'{text}: sizes must be at least 1, and one of them may be -1, '
+            'for all devices there are'
         )
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if not 0 < math.prod(sizes) <= len(devices):
+    total = math.prod(sizes)
+    if not 0 < total <= len(devices):
         raise UserError(f'{text}: not possible with {len(devices)} device(s)')
-    processes = lambda devices: {device.process_index for device in devices}
-    if left_out := processes(devices) - processes(devices[: math.prod(sizes)]):
+    left_out = _processes(devices) - _processes(devices[:total])
+    if left_out:
         raise UserError(
             f'{text}: leaves out all devices of {len(left_out)} process(es), start fewer of them'
         )
-    devices = devices[: math.prod(sizes)]
-    slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    if slices == 1:
-        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    elif sizes[0] % slices == 0:
-        inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-        array = mesh_utils.create_hybrid_device_mesh(
-            inside, across, devices, allow_split_physical_axes=True
-        )
-    else:
-        array = np.array(devices).reshape(sizes)
+    array = _arrange(devices[:total], sizes)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_parts(mesh):
-    """Into how many parts a batch is split: it must have a multiple of so many rows."""
+def _arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """Devices as an array of the given sizes, near ones beside each other."""
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices == 0:
+        inside = (sizes[0] // slices, *sizes[1:])
+        across = (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
+    return np.array(devices).reshape(sizes)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """The number of parts that a mesh splits a batch into. It must divide the batch's rows."""
     return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def misfit(mesh, images, pieces=1):
-    """Why a batch cannot be split over a mesh, in so many pieces one after the other; '' if it can."""
+def misfit(mesh: Mesh, images: int, pieces: int = 1) -> str:
+    """Why a batch cannot be split over a mesh.
+
+    Args:
+      mesh: the mesh.
+      images: rows of the batch.
+      pieces: number of equal pieces of the batch that are computed one after the other.
+
+    Returns:
+      The reason, or '' where the batch can be split.
+    """
     devices = batch_parts(mesh)
     if images % (devices * pieces) == 0:
         return ''
-    return f'{images} images are no multiple of {devices} devices (mesh.data · mesh.fsdp)' + (
-        f' times {pieces} pieces' if pieces > 1 else ''
-    )
+    text = f'{images} images are no multiple of {devices} devices (mesh.data · mesh.fsdp)'
+    if pieces > 1:
+        text += f' times {pieces} pieces'
+    return text
 
 
 def whole_rows(mesh: Mesh, rows: int) -> int:
@@ -99,54 +142,87 @@ def whole_rows(mesh: Mesh, rows: int) -> int:
     return -(-rows // mesh.size) * mesh.size
 
 
-def whole(mesh):
-    """The layout of what every device has whole."""
+def whole(mesh: Mesh) -> NamedSharding:
+    """Sharding that replicates an array on every device."""
     return NamedSharding(mesh, P())
 
 
-def _name(path):
+def _name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf, its keys joined by slashes."""
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _split(path, shape, mesh):
-    """(spec of a leaf, the axes that its rule wants and its shape does not allow)."""
-    rule = next((spec for pattern, spec in RULES if re.search(pattern, _name(path))), P())
-    wanted = (None,) * (len(shape) - len(rule)) + tuple(rule)
-    fits = lambda axis, size: axis is None or size % mesh.shape[axis] == 0
-    axes = [axis if fits(axis, size) else None for axis, size in zip(wanted, shape, strict=True)]
-    return P(*axes), [
-        axis for axis, size in zip(wanted, shape, strict=True) if not fits(axis, size)
-    ]
+def _split(
+    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh
+) -> tuple[PartitionSpec, list[str]]:
+    """The layout of a leaf by `RULES`.
 
-
-def tree_shardings(mesh, tree):
-    """A tree of NamedShardings for `tree` by `RULES`; an axis that does not divide its dimension is
-    left out.
+    Returns:
+      (spec of the leaf, the axes that its rule asks for and its shape does not allow).
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: NamedSharding(mesh, _split(path, a.shape, mesh)[0]), tree
-    )
+    name = _name(path)
+    rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
+    wanted = (None,) * (len(shape) - len(rule)) + tuple(rule)
+    axes = []
+    left_out = []
+    for axis, size in zip(wanted, shape, strict=True):
+        if axis is None or size % mesh.shape[axis] == 0:
+            axes.append(axis)
+        else:
+            axes.append(None)
+            left_out.append(axis)
+    return P(*axes), left_out
 
 
-def abstract(mesh, tree):
-    """`tree` of arrays, abstract or not, as ShapeDtypeStructs laid out by `RULES`."""
-    make = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Lay out a tree of arrays by `RULES`.
+
+    An axis of the mesh that does not divide the dimension it should split is left out.
+
+    Args:
+      mesh: the mesh.
+      tree: arrays, abstract or not.
+
+    Returns:
+      A tree of NamedShardings.
+    """
+
+    def lay_out(path, a):
+        spec, _ = _split(path, a.shape, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(lay_out, tree)
+
+
+def abstract(mesh: Mesh, tree: PyTree) -> PyTree:
+    """A tree of arrays, abstract or not, as ShapeDtypeStructs that are laid out by `RULES`."""
+
+    def make(a, sharding):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
     return jax.tree.map(make, tree, tree_shardings(mesh, tree))
 
 
-def keep_rows_split(mesh, function):
-    """`function`, with the first dimension of what any Flax module in it makes of its inputs split
-    as `BATCH` says.
+def keep_rows_split(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the rows of a batch split in all Flax modules that a function calls.
 
-    Without that word the compiler may as well gather a batch as a split parameter. Other dimensions
-    are its choice. In it the mesh has its name, by which `attention.attend` finds it.
+    The first dimension of what a module makes of its inputs is split as `BATCH` says. The compiler
+    chooses the layout of the other dimensions. Without this constraint it may gather a batch in
+    place of a split parameter (measured in BUILD_NOTES.md, "Meshes, many hosts").
+
+    Args:
+      mesh: the mesh. It is in context while the function runs, where `attention.attend` finds it.
+      function: takes positional arguments only.
+
+    Returns:
+      The function with that constraint.
     """
-    parts, anything = batch_parts(mesh), P.UNCONSTRAINED
+    parts = batch_parts(mesh)
 
     def constrain(a):
         if mesh.size == 1 or not hasattr(a, 'ndim') or not a.ndim or a.shape[0] % parts:
             return a
-        spec = P(*BATCH, *(anything for _ in a.shape[1:]))
+        spec = P(*BATCH, *(P.UNCONSTRAINED for _ in a.shape[1:]))
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
 
     def interceptor(method, arguments, options, context):
@@ -162,52 +238,87 @@ def keep_rows_split(mesh, function):
     return kept
 
 
-def describe_not_split(mesh, tree):
-    """The leaves of `tree` that `RULES` would split along axes that their shapes forbid, in a line;
-    '' without any.
+def describe_not_split(mesh: Mesh, tree: PyTree) -> str:
+    """One line about the leaves that `RULES` would split along axes that their shapes forbid.
+
+    Args:
+      mesh: the mesh.
+      tree: arrays, abstract or not.
+
+    Returns:
+      The line, which names the largest of those leaves, or '' where there are none.
     """
-    found = [
-        (path, a, _split(path, a.shape, mesh)[1])
-        for path, a in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    found = [(a.size * a.dtype.itemsize, _name(path), axes) for path, a, axes in found if axes]
+    found = []
+    for path, a in jax.tree_util.tree_leaves_with_path(tree):
+        _, axes = _split(path, a.shape, mesh)
+        if axes:
+            found.append((a.size * a.dtype.itemsize, _name(path), axes))
     if not found:
         return ''
     _, name, axes = max(found, key=lambda leaf: leaf[0])
-    what = f'{len(found)} array(s) of {sum(leaf[0] for leaf in found) / 1e6:.1f} MB, as {name}'
+    megabytes = sum(size for size, _, _ in found) / 1e6
+    what = f'{len(found)} array(s) of {megabytes:.1f} MB, as {name}'
     return f'not split by mesh.{" and mesh.".join(axes)}, which does not divide: {what}'
 
 
-def local_rows(mesh, rows, spec=BATCH):
-    """The numbers, in order, of those rows of a batch of so many that this process's devices hold."""
+def local_rows(mesh: Mesh, rows: int, spec: PartitionSpec = BATCH) -> np.ndarray:
+    """The rows of a batch that this process's devices hold.
+
+    Args:
+      mesh: the mesh.
+      rows: number of rows of the global batch.
+      spec: how the rows are split.
+
+    Returns:
+      Their indices (b,), ascending.
+    """
     indices = NamedSharding(mesh, spec).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
 
 
-def place_batch(mesh, batch, spec=BATCH):
-    """This process's `local_rows` of a batch, a tree of NumPy arrays, as one global array each,
-    split by `spec`.
+def place_batch(mesh: Mesh, batch: PyTree, spec: PartitionSpec = BATCH) -> PyTree:
+    """Make global arrays of the parts of a batch that the processes have loaded.
+
+    Args:
+      mesh: the mesh.
+      batch: a tree of NumPy arrays, this process's `local_rows` of each.
+      spec: how the rows are split.
+
+    Returns:
+      A tree of global arrays.
     """
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), batch)
 
 
-def on_each_device(function, mesh, params, rows):
-    """function(params, rows) of every device's own rows, each a program of that device alone.
+def on_each_device(
+    function: Callable[[Any, Any], Any], mesh: Mesh, params: PyTree, rows: PyTree
+) -> PyTree:
+    """Compute function(params, rows) for every device's own rows, as a program of that device.
 
     Args:
-      function: jitted, rows (b, …) → (b, …). params: a tree that all devices get whole.
-      rows: (B, …), in any layout. Both rows and results may be trees of such arrays.
+      function: jitted, with rows (b, …) → results (b, …).
+      mesh: the mesh.
+      params: a tree of arrays that all devices get in full.
+      rows: an array (B, …) in any layout, or a tree of such arrays.
+
     Returns:
-      the results (B, …), split by `ROWS`.
+      The results (B, …), an array or a tree of arrays, split by `ROWS`.
     """
     split = NamedSharding(mesh, ROWS)
     params, rows = jax.device_put((params, rows), (whole(mesh), split))
-    on = lambda device: jax.tree.map(
-        lambda a: next(s.data for s in a.addressable_shards if s.device == device), (params, rows)
-    )
     first = jax.tree.leaves(rows)[0]
-    parts = [function(*on(shard.device)) for shard in first.addressable_shards]
-    join = lambda *a: jax.make_array_from_single_device_arrays(
-        (len(first), *a[0].shape[1:]), split, list(a)
-    )
-    return jax.tree.map(join, *parts)
+
+    def held_by(device):
+        """The parts of the parameters and of the rows that a device holds."""
+
+        def part(a):
+            return next(s.data for s in a.addressable_shards if s.device == device)
+
+        return jax.tree.map(part, (params, rows))
+
+    def join(*parts):
+        shape = (len(first), *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, split, list(parts))
+
+    results = [function(*held_by(shard.device)) for shard in first.addressable_shards]
+    return jax.tree.map(join, *results)

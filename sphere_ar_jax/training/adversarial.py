@@ -1,8 +1,8 @@
-"""The S-VAE's published training: reconstruction and KL, LPIPS, and a discriminator that is trained
-along.
+"""The S-VAE's published training, in which a discriminator is trained along.
 
-One step, in the public code's order: both networks see the reconstructions of one pass of the
-S-VAE, made before its update.
+Its loss has reconstruction, KL, LPIPS and an adversarial term. See `docs/method.md`, "Adversarial
+training". In a step, in the public code's order, both networks see the reconstructions of one pass
+of the S-VAE, made before its update:
   1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial
     loss).
   2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
@@ -10,10 +10,11 @@ Each has its own AdamW with the same options, clipped by its own gradient's norm
 from step number `disc_start` on (the first step has number 1) and 0 before. With w = 0 the
 discriminator's gradient is 0, not absent: its AdamW counts steps and its kernels decay.
 
-Three things differ from the public code. BatchNorm takes the statistics of the whole batch, there
-those of each GPU's 32 images. It keeps no running statistics, which the public code updates and
-never reads. LPIPS is deterministic; there the dropout of ½ before its linear weights, meant for
-fitting them, comes back on with `gan_model.train()`, which adds noise to the same mean.
+Three things differ from the public code. BatchNorm takes the statistics of the whole batch, which
+are those of each GPU's 32 images there. It keeps no running statistics, which the public code
+updates and never reads. LPIPS is deterministic: in the public code `gan_model.train()` turns the
+dropout of ½ before its linear weights, meant for fitting them, on again, which adds noise to the
+same mean.
 
 Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
@@ -24,37 +25,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.models import discriminators
-from sphere_ar_jax.models.vae import autoencode
+from sphere_ar_jax.models.vae import VAE, autoencode
 from sphere_ar_jax.runtime.console import pick
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training import state as training_state
 
 
 class AdversarialState(training_state.TrainState):
-    """`state.TrainState` of the S-VAE, and the discriminator's parameters and optimizer state."""
+    """`state.TrainState` of the S-VAE, and the discriminator's part.
+
+    Attributes:
+      disc_params: the discriminator's parameters.
+      disc_opt_state: the state of its optimizer.
+    """
 
     disc_params: Any
     disc_opt_state: Any
 
 
-def tokenizer_stage(vae, options, seed, lpips_params=None):
-    """Trains the S-VAE against a discriminator; with disc_weight 0 it is `stages.tokenizer_stage`.
+def tokenizer_stage(
+    vae: VAE, options: ConfigDict, seed: int, lpips_params: PyTree | None = None
+) -> training_state.Stage:
+    """The training of the S-VAE against a discriminator.
+
+    With disc_weight 0 it is `stages.tokenizer_stage`. The scalars of a step are those of
+    `losses.reconstruction_loss` and
+      loss                          of the S-VAE
+      adversarial, discriminator    the unweighted terms
+      logits_real, logits_fake      means
+      grad_norm, disc_grad_norm     before clipping
+      learning_rate                 of both networks
 
     Args:
-      vae: `vae.VAE`. The discriminator and LPIPS compute in its dtype.
-      options: the stage's section of the config. It has besides: discriminator, one of
-        `discriminators.KINDS`; disc_loss, one of `discriminators.ADVERSARIAL`; disc_start,
+      vae: the tokenizer. The discriminator and LPIPS compute in its dtype.
+      options: the stage's section of the config. Here it needs discriminator, one of
+        `discriminators.KINDS`, disc_loss, one of `discriminators.ADVERSARIAL`, disc_start,
         disc_weight, perceptual_weight, l2_weight and kl_weight.
-      seed: of the draws. lpips_params: of `lpips.LPIPS`, on the devices of the mesh; None where
+      seed: seed of all draws.
+      lpips_params: parameters of `lpips.LPIPS`, on the devices of the mesh. None where
         perceptual_weight is 0, or for a stage whose state is to be read and not trained.
+
     Returns:
-      `state.Stage`. Its scalars: those of `losses.reconstruction_loss`; loss, of the S-VAE;
-        perceptual, adversarial
-      and discriminator, the unweighted terms; logits_real and logits_fake, means; grad_norm and
-        disc_grad_norm, before
-      clipping; learning_rate.
+      The stage.
+
     Raises:
       UserError: an option names nothing, or the images cannot be judged.
     """
@@ -67,13 +84,18 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
     decays = training_state.ema_decays(options)
     schedule, tx = training_state.build_optimizer(options)
 
-    def init(key):
+    def init(key: jax.Array) -> AdversarialState:
         params = vae.init_params(key)
-        disc = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
+        variables = discriminator.init(jax.random.fold_in(key, 1), jnp.zeros((1, *vae.image_shape)))
+        disc_params = variables['params']
         return AdversarialState(
-            jnp.int32(0), params, tx.init(params), training_state.copies(params, decays),
-            disc['params'], tx.init(disc['params']),
-        )  # fmt: skip
+            step=jnp.int32(0),
+            params=params,
+            opt_state=tx.init(params),
+            ema=training_state.copies(params, decays),
+            disc_params=disc_params,
+            disc_opt_state=tx.init(disc_params),
+        )
 
     def generator_loss(params, state, lpips_params, images, keys, weight):
         recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
@@ -94,31 +116,48 @@ def tokenizer_stage(vae, options, seed, lpips_params=None):
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def step(state, lpips_params, batch):
+    def step(
+        state: AdversarialState, lpips_params: PyTree, batch: training_state.Batch
+    ) -> tuple[AdversarialState, training_state.Scalars]:
         images = batch['image']
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(images))
         weight = jnp.where(state.step + 1 < options.disc_start, 0.0, options.disc_weight)
 
-        compute = jax.value_and_grad(generator_loss, has_aux=True)
-        (loss, (scalars, recon)), grads = compute(
+        descend = jax.value_and_grad(generator_loss, has_aux=True)
+        (loss, (scalars, recon)), grads = descend(
             state.params, state, lpips_params, images, keys, weight
         )
         params, opt_state = update(state.params, state.opt_state, grads)
         ema = training_state.update_emas(state.ema, params, decays)
 
-        compute = jax.value_and_grad(discriminator_loss, has_aux=True)
-        (_, more), disc_grads = compute(state.disc_params, images, recon, weight)
+        judge = jax.value_and_grad(discriminator_loss, has_aux=True)
+        (_, more), disc_grads = judge(state.disc_params, images, recon, weight)
         disc_params, disc_opt_state = update(state.disc_params, state.disc_opt_state, disc_grads)
 
-        scalars |= more | dict(
-            loss=loss, grad_norm=optax.tree.norm(grads), disc_grad_norm=optax.tree.norm(disc_grads),
+        scalars |= more
+        scalars |= dict(
+            loss=loss,
+            grad_norm=optax.tree.norm(grads),
+            disc_grad_norm=optax.tree.norm(disc_grads),
             learning_rate=schedule(state.step),
-        )  # fmt: skip
-        return AdversarialState(
-            state.step + 1, params, opt_state, ema, disc_params, disc_opt_state
-        ), scalars
+        )
+        state = AdversarialState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            disc_params=disc_params,
+            disc_opt_state=disc_opt_state,
+        )
+        return state, scalars
 
-    shown = ('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake')
     return training_state.Stage(
-        'tokenizer', options, init, step, lpips_params, shown, 'LPIPS network', vae.posterior.faults
+        'tokenizer',
+        options,
+        init,
+        step,
+        frozen=lpips_params,
+        shown=('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake'),
+        about='LPIPS network',
+        warn=vae.posterior.faults,
     )

@@ -4,151 +4,274 @@ import math
 import signal
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 from clu import metrics as clu_metrics
 from clu import parameter_overview
+from jax.sharding import Mesh
 
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.runtime import checkpoint, hosts, metric_writer, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import state as training_state
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient is no number any more."""
+    """The loss or the gradient is not finite any more."""
 
 
 class Signals:
-    """While open, SIGTERM and SIGINT are noted in `arrived` instead of ending the process; a second
-    one ends it.
+    """While open, notes SIGTERM and SIGINT instead of letting them end the process.
+
+    A second signal of the same kind ends it.
+
+    Attributes:
+      arrived: the number of the signal that this process got, 0 for none.
     """
 
-    def __enter__(self):
-        self.arrived = self._last = 0
+    def __enter__(self) -> Self:
+        self.arrived = 0
+        self._last: int | jax.Array = 0
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _note(self, number, _):
+    def _note(self, number: int, _: Any) -> None:
         self.arrived = number
-        signal.signal(number, self._previous[number])
+        signal.signal(number, self._previous[signal.Signals(number)])
 
-    def agreed(self, now=False):
-        """The number of a signal that reached any process, 0 for none: the same in all, which call
-        it at each step.
+    def agreed(self, now: bool = False) -> int:
+        """The number of a signal that reached any process, the same in all processes.
 
-        It is one call late, so that the device is never idle, but for `now`."""
-        before, self._last = self._last, hosts.largest(self.arrived)
+        All processes must call it at each step.
+
+        Args:
+          now: answer for this call. Otherwise the answer is one call late, so that the device is
+            never idle.
+
+        Returns:
+          The signal's number, 0 for none.
+        """
+        before = self._last
+        self._last = hosts.largest(self.arrived)
         return int(self._last if now else before)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 class Watch(NamedTuple):
-    """Every so many steps of a training, look(step, eval_params, `metric_writer.MetricWriter`) is
-    called.
+    """A look at the model from time to time while it is trained.
+
+    Attributes:
+      every: the number of steps between looks.
+      look: called as look(step, eval_params, `metric_writer.MetricWriter`).
     """
 
     every: int
-    look: Any
+    look: Callable[[int, PyTree, metric_writer.MetricWriter], Any]
 
 
-def _check_finite(scalars, step, checkpoints, stage):
-    """Raises NonFiniteError where the loss or the gradient of `step` is not finite. Waits for that
-    step.
+def _check_finite(
+    scalars: training_state.Scalars,
+    step: int,
+    checkpoints: checkpoint.Checkpoints,
+    stage: training_state.Stage,
+) -> None:
+    """Wait for a step, and check that its loss and its gradient are finite.
 
-    A checkpoint of the step before holds the very parameters that failed: it is set aside.
+    If they are not, a checkpoint of the step before holds the very parameters that failed: it is
+    set aside.
+
+    Raises:
+      NonFiniteError: they are not.
     """
     if all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
         return
     checkpoints.set_aside([s for s in checkpoints.steps() if s == step - 1])
     steps = checkpoints.steps()
-    last = (
-        f'the last good checkpoint, step {steps[-1]}, was not touched'
-        if steps
-        else 'there is no checkpoint yet'
-    )
+    last = 'there is no checkpoint yet'
+    if steps:
+        last = f'the last good checkpoint, step {steps[-1]}, was not touched'
     raise NonFiniteError(
-        f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} at step {step}; {last}. '
+        f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} '
+        f'at step {step}; {last}. '
         f'Try the same command with a lower --config.{stage.name}_training.learning_rate'
     )
 
 
-def _averages(scalars):
-    """clu averages of a step's scalars: (empty collection, function that takes one step's scalars
-    in).
+def _averages(scalars: training_state.Scalars) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Averages of the scalars of steps, by clu.
+
+    Returns:
+      (an empty collection, a function that adds one step's scalars to a collection).
     """
     names = {name: clu_metrics.Average.from_output(name) for name in scalars}
     collection = clu_metrics.Collection.create(**names)
-    return collection.empty(), jax.jit(
-        lambda a, s: a.merge(collection.single_from_model_output(**s))
-    )
+
+    def add(averages, scalars):
+        return averages.merge(collection.single_from_model_output(**scalars))
+
+    return collection.empty(), jax.jit(add)
 
 
 _SETTLED = 500  # steps, before which a stage's warnings are of an untrained model
 
 
-def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
-    """Runs a stage from its newest whole checkpoint, or from `converted` weights, or from the
-    start, to its last step.
+class _Log:
+    """What a stage logs: averages of its scalars since the last line, its speed and warnings."""
 
-    A function of (config, seed) alone: however often it was killed and started again, the state is
-    the same bit for bit on the same machine. (Only logged averages differ where a start falls
-    between two log lines.) All processes of a run call it; on other numbers of them, or another
-    mesh, the state is the same up to rounding.
+    def __init__(self, stage: training_state.Stage, writer: metric_writer.MetricWriter) -> None:
+        self._stage = stage
+        self._writer = writer
+        self._warned: str | None = None
+
+    def start(self, step: int, scalars: training_state.Scalars) -> None:
+        """Begin after the first step, once it is computed: compilation is no training speed."""
+        self._empty, self._accumulate = _averages(scalars)
+        self._averages = self._empty
+        jax.block_until_ready(scalars)
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int) -> None:
+        """Measure the speed from this step on."""
+        self._since = step
+        self._time = time.perf_counter()
+
+    def add(self, scalars: training_state.Scalars) -> None:
+        """Take in the scalars of one step."""
+        self._averages = self._accumulate(self._averages, scalars)
+        self._writer.advance()
+
+    def write(self, step: int) -> None:
+        """Write a line of the averages up to a step, and a warning if they look wrong."""
+        values = {name: float(value) for name, value in self._averages.compute().items()}
+        if step > self._since:
+            seconds = (time.perf_counter() - self._time) / (step - self._since)
+            values['seconds_per_step'] = seconds
+            values['images_per_second'] = self._stage.options.batch_size / seconds
+        self._writer.write(step, values, self._stage.shown)
+        wrong = self._stage.warn(values) if step >= _SETTLED else None
+        if wrong and wrong != self._warned and hosts.is_first():
+            print(f'{self._stage.name}: step {step}: {wrong}', file=sys.stderr)
+        self._warned = wrong
+        self._averages = self._empty
+        self.restart_clock(step)
+
+
+def _say_what_is_not_split(stage: training_state.Stage, mesh: Mesh, abstract: Any) -> None:
+    """Print a line where the mesh cannot split a stage's state as `sharding.RULES` ask."""
+    said = sharding.describe_not_split(mesh, abstract)
+    if said:
+        print(f'{stage.name}: {said}', flush=True)
+
+
+def _begin(
+    stage: training_state.Stage,
+    checkpoints: checkpoint.Checkpoints,
+    directory: str,
+    abstract: Any,
+    frozen: dict[str, Any],
+    seed: int,
+) -> tuple[Any, dict[str, Any] | None, float]:
+    """The state that a stage goes on from.
 
     Args:
-      stage: `Stage`. source: see `data`. directory: for checkpoints, events and metrics.jsonl.
-        seed: of
-      initialisation and data order. mesh: see `sharding`. reading: a dict of what else
-      `batches.batches` takes: transform, threads, workers, max_broken. watch: `Watch` or None.
+      stage: the stage.
+      checkpoints: its checkpoints.
+      directory: its directory.
+      abstract: its `state.abstract_state`.
+      frozen: its `state.frozen_identity`.
+      seed: seed of the initialisation.
+
     Returns:
-      (state, seconds it took, those of earlier starts up to their last checkpoint included).
-    Raises:
-      NonFiniteError, Preempted, UserError.
+      (the state, what its checkpoint notes or None where the stage begins, seconds trained before).
     """
-    options, started = stage.options, time.perf_counter()
-    abstract = training_state.abstract_state(stage, mesh)
+    restored = checkpoints.restore(abstract)
+    if restored is not None:
+        state, data_state, seconds = restored
+        training_state.check_frozen(stage, frozen, data_state, directory)
+        print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
+        return state, data_state, seconds
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    if said := sharding.describe_not_split(mesh, abstract):
-        print(f'{stage.name}: {said}', flush=True)
+    state = training_state.initialise(stage, shardings, seed)
+    weights = training_state.converted(directory, abstract.params)
+    if weights is not None:
+        state = state.replace(params=weights, ema=training_state.copies(weights, state.ema))
+    overview = parameter_overview.get_parameter_overview(
+        state.params, include_stats=False, max_lines=12
+    )
+    print(overview, flush=True)
+    return state, None, 0.0
+
+
+def train(
+    stage: training_state.Stage,
+    source: Any,
+    directory: str,
+    *,
+    seed: int,
+    mesh: Mesh,
+    reading: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
+) -> tuple[Any, float]:
+    """Runs a stage to its last step.
+
+    It goes on from its newest whole checkpoint, or begins with `state.converted` weights, or anew.
+    The result is a function of (config, seed) alone: however often the run was killed and started
+    again, the state is the same bit for bit on the same machine. Only logged averages differ where
+    a start falls between two log lines. All processes of a run call it. On another number of
+    processes or another mesh, the state is the same up to rounding.
+
+    Args:
+      stage: the stage.
+      source: the images, see `batches`.
+      directory: where checkpoints, events and metrics.jsonl go.
+      seed: seed of the initialisation and of the order of the data.
+      mesh: see `sharding`.
+      reading: what else `batches.batches` takes: transform, threads, workers, max_broken.
+      watch: a look at the model from time to time.
+
+    Returns:
+      (the state, the seconds it took, with those of earlier starts up to their last checkpoint).
+
+    Raises:
+      NonFiniteError: the loss or the gradient is not finite.
+      Preempted: a signal arrived.
+      UserError: the checkpoints cannot be read, or belong to another tokenizer or other data, or
+        the images cannot be read.
+    """
+    options = stage.options
+    started = time.perf_counter()
+    abstract = training_state.abstract_state(stage, mesh)
+    _say_what_is_not_split(stage, mesh, abstract)
     checkpoints = checkpoint.Checkpoints(
         f'{directory}/checkpoints', options.keep, options.keep_every
     )
-    restored = checkpoints.restore(abstract)
-    before, frozen = 0.0, training_state.frozen_identity(stage)
-    if restored is None:
-        state = training_state.initialise(stage, shardings, seed)
-        weights = training_state.converted(directory, abstract.params)
-        if weights is not None:
-            state = state.replace(params=weights, ema=training_state.copies(weights, state.ema))
-        print(
-            parameter_overview.get_parameter_overview(
-                state.params, include_stats=False, max_lines=12
-            ),
-            flush=True,
-        )
-    else:
-        state, data_state, before = restored
-        training_state.check_frozen(stage, frozen, data_state, directory)
-        print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
-    elapsed = lambda: before + time.perf_counter() - started
+    frozen = training_state.frozen_identity(stage)
+    state, data_state, before = _begin(stage, checkpoints, directory, abstract, frozen, seed)
     step = int(state.step)
     if step >= options.steps:
         checkpoints.close()
         return state, before
+    started -= before  # as if earlier starts had come right before this one
     batches = data_batches.batches(
-        source, batch_size=options.batch_size, seed=seed, first_step=step,
-        rows=sharding.local_rows(mesh, options.batch_size), **reading or {},
-    )  # fmt: skip
-    if restored is not None:
+        source,
+        batch_size=options.batch_size,
+        seed=seed,
+        first_step=step,
+        rows=sharding.local_rows(mesh, options.batch_size),
+        **(reading or {}),
+    )
+    if data_state is not None:
         batches.check_state(data_state['batches'])
     step_fn = training_state.jitted_step(stage, mesh, abstract)
     writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
-    pending = warned = None
+    log = _Log(stage, writer)
+    pending = None  # the scalars of the step before
     print(f'{stage.name}: compiling', flush=True)
 
     try:
@@ -157,48 +280,33 @@ def train(stage, source, directory, *, seed, mesh, reading=None, watch=None):
                 batch = sharding.place_batch(mesh, next(batches))
                 state, scalars = step_fn(state, stage.frozen, batch)
                 if pending is None:
-                    empty, accumulate = _averages(scalars)
-                    averages = empty
-                    jax.block_until_ready(scalars)
-                    mark = step + 1, time.perf_counter()  # compilation is no training speed
-                else:  # one step late, so that the device is never idle
+                    log.start(step + 1, scalars)
+                else:  # The check is one step late, so that the device is never idle.
                     _check_finite(pending, step, checkpoints, stage)
-                step, pending = step + 1, scalars
-                averages = accumulate(averages, scalars)
-                writer.advance()
-                if step % options.log_every == 0 or step == options.steps:
-                    values = {name: float(value) for name, value in averages.compute().items()}
-                    if step > mark[0]:
-                        seconds = (time.perf_counter() - mark[1]) / (step - mark[0])
-                        values |= dict(
-                            seconds_per_step=seconds, images_per_second=options.batch_size / seconds
-                        )
-                    writer.write(step, values, stage.shown)
-                    wrong = stage.warn(values) if step >= _SETTLED else None
-                    if wrong and wrong != warned and hosts.is_first():
-                        print(f'{stage.name}: step {step}: {wrong}', file=sys.stderr)
-                    warned = wrong
-                    averages, mark = empty, (step, time.perf_counter())
+                step += 1
+                pending = scalars
+                log.add(scalars)
+                last = step == options.steps
+                if step % options.log_every == 0 or last:
+                    log.write(step)
                 if watch is not None and step % watch.every == 0:
                     watch.look(step, state.eval_params, writer)
-                    mark = step, time.perf_counter()
+                    log.restart_clock(step)
                 arrived = signals.agreed()
-                if step % options.checkpoint_every == 0 or step == options.steps or arrived:
-                    _check_finite(
-                        pending, step, checkpoints, stage
-                    )  # nothing that is not finite is ever saved
-                    checkpoints.save(
-                        step, state, {'batches': batches.get_state(), 'frozen': frozen}, elapsed()
-                    )
+                if step % options.checkpoint_every == 0 or last or arrived:
+                    # Nothing that is not finite is ever saved.
+                    _check_finite(pending, step, checkpoints, stage)
+                    noted = {'batches': batches.get_state(), 'frozen': frozen}
+                    checkpoints.save(step, state, noted, time.perf_counter() - started)
                 if arrived:
                     raise Preempted(arrived, step, options.steps)
             checkpoints.wait()
-            if arrived := signals.agreed(
-                now=True
-            ):  # at the last step, or while its state was saved
+            # A signal may have arrived at the last step, or while its state was saved.
+            arrived = signals.agreed(now=True)
+            if arrived:
                 raise Preempted(arrived, step, options.steps)
     finally:
         batches.close()
         checkpoints.close()
         writer.close()
-    return state, elapsed()
+    return state, time.perf_counter() - started

@@ -1,49 +1,82 @@
-"""The optimizer of both stages: clipped AdamW with a decay mask, its schedules, and the EMA.
+"""The optimizer of all stages: clipped AdamW with a decay mask, and its schedule.
 
-Trees of parameters have any shapes; leading axes of stacked layers do not make a vector a matrix
-here. Source: the public SphereAR code.
+Trees of parameters have any shapes. The leading axes of stacked layers do not make a vector a
+matrix here. The values are those of the public SphereAR code (`docs/method.md`, "Optimizer").
 """
 
 import jax
 import optax
 
+from sphere_ar_jax.runtime.types import PyTree
+
 # Tensors without weight decay though they have two dimensions or more.
 NO_DECAY_NAMES = ('proj_in', 'cls_embedding')
 
 
-def learning_rate(peak, warmup_steps, total_steps, final):
-    """Linear warm-up from 0 to `peak` over warmup_steps, then a cosine to `final` at total_steps.
+def learning_rate(peak: float, warmup_steps: int, total_steps: int, final: float) -> optax.Schedule:
+    """The schedule of the learning rate: a linear warm-up, then a cosine.
 
-    With warmup_steps = 0 and final = peak the rate is constant (the S-VAE's recipe).
+    With warmup_steps = 0 and final = peak the rate is constant, which is the S-VAE's recipe. See
+    `docs/method.md`, "Schedule".
+
+    Args:
+      peak: the rate at the end of the warm-up.
+      warmup_steps: the rate rises from 0 in so many steps.
+      total_steps: the step at which the rate has come down to `final`.
+      final: the last rate.
 
     Returns:
-      schedule: step () int → learning rate () float32.
+      A function step () int → learning rate () float32.
     """
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), final
     )
 
 
-def decay_mask(params):
-    """True for the leaves with weight decay: matrices, kernels and embeddings, except
-    `NO_DECAY_NAMES`.
+def decay_mask(params: PyTree) -> PyTree:
+    """Which leaves have weight decay: matrices, kernels and embeddings, except `NO_DECAY_NAMES`.
 
-    Told by name, since stacked layers give norm scales and biases a second dimension: every leaf
-    decays but those named scale or bias and those with a name of NO_DECAY_NAMES in their path.
+    The leaves are told apart by name, since stacked layers give norm scales and biases a second
+    dimension. Every leaf decays but those named scale or bias and those with a name of
+    `NO_DECAY_NAMES` in their path.
+
+    Args:
+      params: parameters, nested dictionaries.
+
+    Returns:
+      A tree of booleans in the structure of the parameters.
     """
 
     def decays(path, _):
         names = [entry.key for entry in path]
-        return names[-1] not in ('scale', 'bias') and not any(
-            name in names for name in NO_DECAY_NAMES
-        )
+        if names[-1] in ('scale', 'bias'):
+            return False
+        return not any(name in names for name in NO_DECAY_NAMES)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def adamw(schedule, *, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=1.0):
-    """Global-norm clip, then AdamW with decoupled decay on `decay_mask`; the rate is
-    schedule(step).
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.05,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW with decoupled decay on `decay_mask`, after the gradient was clipped.
+
+    Args:
+      schedule: the learning rate of a step.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: the decay, multiplied by the learning rate.
+      clip_norm: the largest global norm of a gradient.
+
+    Returns:
+      The optimizer.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),

@@ -2,31 +2,51 @@
 
 import json
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, stages, state
 
 
 class Run(NamedTuple):
-    """A training run as `load_run` reads it: the config, both models and the parameters to sample
-    with.
+    """A training run as `load_run` reads it.
+
+    Attributes:
+      config: its config.
+      vae: the tokenizer.
+      vae_params: the tokenizer's parameters to sample with.
+      ar: the AR model.
+      ar_params: the AR model's parameters to sample with, None if they were not asked for.
     """
 
-    config: Any
-    vae: Any
-    vae_params: Any
-    ar: Any
-    ar_params: Any
+    config: ConfigDict
+    vae: VAE
+    vae_params: PyTree
+    ar: AR
+    ar_params: PyTree
 
 
-def load_config(workdir):
-    """The config of a run. Raises OSError where there is none, UserError for a file that is no
-    config of ours.
+def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """Reads the config of a run.
+
+    Args:
+      workdir: the run's workdir.
+
+    Returns:
+      The checked config.
+
+    Raises:
+      OSError: there is no run.
+      UserError: the file is not a sphere_ar_jax config.
     """
     path = epath.Path(workdir, 'config.json')
     try:
@@ -38,79 +58,106 @@ def load_config(workdir):
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError):
-        raise UserError(f'{path} is no config of ours: use another --workdir') from None
+        raise UserError(f'{path} is not a sphere_ar_jax config: use another --workdir') from None
 
 
-def load_run(workdir, mesh=None, tokenizer_only=False, cfg=None):
-    """Reads the newest whole checkpoints of both stages in a workdir of `main`; parameters are EMA
-    where there is one.
-
-    A workdir that was converted from a PyTorch checkpoint and not trained since gives those
-    parameters. One with a distilled head gives that head, and all else comes from the workdir that
-    it was distilled from.
+def _restore(
+    stage: state.Stage, workdir: str | os.PathLike[str], mesh: Mesh, ema: int | None
+) -> PyTree:
+    """Reads the parameters of a stage.
 
     Args:
-      mesh: where the parameters go, all devices if None. tokenizer_only: leave the AR model's
-        parameters None.
-      cfg: in place of the run's own config, of the same models.
-    Raises:
-      OSError: there is no run, or no checkpoint of a stage yet. UserError: the head was distilled
-        from a distilled one,
-      or the tokenizer is another than the AR model's.
-    """
-    cfg = load_config(workdir) if cfg is None else cfg
-    rates, rate = state.ema_decays(cfg.ar_training), cfg.sampling.ema_decay
-    chosen = None if rate is None else rates.index(rate)
-    vae, ar, mesh = build.build_vae(cfg), build.build_ar(cfg), mesh or sharding.make_mesh()
+      stage: the stage.
+      workdir: the run's workdir.
+      mesh: where the parameters go.
+      ema: which of the EMAs to take; the stage's `eval_params` if None.
 
-    def restore(stage):
-        checkpoints = checkpoint.Checkpoints(
-            os.path.join(workdir, stage.name, 'checkpoints'), read_only=True
-        )
-        like = state.abstract_state(stage, mesh)
-        found = checkpoints.restore(like)
-        checkpoints.close()
-        if found is not None:
-            frozen = state.frozen_identity(stage)
-            state.check_frozen(stage, frozen, found[1], os.path.join(workdir, stage.name))
-            return (
-                found[0].ema[chosen]
-                if stage.name == 'ar' and chosen is not None
-                else found[0].eval_params
-            )
-        weights = state.converted(os.path.join(workdir, stage.name), like.params)
-        if weights is None:
-            raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
-        return weights
+    Raises:
+      FileNotFoundError: there is no checkpoint yet.
+    """
+    directory = os.path.join(workdir, stage.name)
+    checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
+    like = state.abstract_state(stage, mesh)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    if restored is not None:
+        found, data_state, _ = restored
+        state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
+        return found.eval_params if ema is None else found.ema[ema]
+    weights = state.converted(directory, like.params)
+    if weights is None:
+        raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
+    return weights
+
+
+def load_run(
+    workdir: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    tokenizer_only: bool = False,
+    cfg: ConfigDict | None = None,
+) -> Run:
+    """Reads the newest whole checkpoints of both stages in a workdir of `main`.
+
+    Parameters are EMAs where there are any. A workdir that was converted from a PyTorch checkpoint
+    and not trained since gives the converted parameters. One with a distilled head gives that head,
+    and all else comes from the workdir that it was distilled from.
+
+    Args:
+      workdir: the run's workdir.
+      mesh: where the parameters go, all devices if None.
+      tokenizer_only: leave the AR model's parameters None.
+      cfg: a config of the same models, in place of the run's own.
+
+    Returns:
+      The run.
+
+    Raises:
+      OSError: there is no run, or no checkpoint of a stage yet.
+      UserError: the head was distilled from a distilled one, or the tokenizer is another than the
+        AR model's.
+    """
+    if cfg is None:
+        cfg = load_config(workdir)
+    rate = cfg.sampling.ema_decay
+    ema = None if rate is None else state.ema_decays(cfg.ar_training).index(rate)
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
+    if mesh is None:
+        mesh = sharding.make_mesh()
 
     if cfg.init_from is not None:
         if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
             raise UserError(f'{workdir} is distilled from itself')
         teacher = load_teacher(cfg.init_from, mesh)
-        head = restore(
-            stages.distillation_stage(
-                ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
-            )
+        distillation = stages.distillation_stage(
+            ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
         )
+        head = _restore(distillation, workdir, mesh, None)
         return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
     if cfg.tokenizer is None:
-        vae_params = restore(adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed))
+        tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
+        vae_params = _restore(tokenizer, workdir, mesh, None)
     else:
         vae_params = load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
     if tokenizer_only:
         return Run(cfg, vae, vae_params, ar, None)
-    return Run(
-        cfg,
-        vae,
-        vae_params,
-        ar,
-        restore(stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)),
-    )
+    stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+    return Run(cfg, vae, vae_params, ar, _restore(stage, workdir, mesh, ema))
 
 
-def load_teacher(workdir, mesh=None):
-    """`load_run` of a run to distil from. Raises UserError as well where its head is a distilled
-    one itself.
+def load_teacher(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Run:
+    """Reads a run to distil from, as `load_run` does.
+
+    Args:
+      workdir: the run's workdir.
+      mesh: where the parameters go, all devices if None.
+
+    Returns:
+      The run.
+
+    Raises:
+      OSError: as `load_run`.
+      UserError: as `load_run`, or the run's head is a distilled one itself.
     """
     run = load_run(workdir, mesh)
     if run.config.init_from is not None:

@@ -1,84 +1,152 @@
 """The stages: tokenizer, AR model, distilled head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import lpips
+from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.heads import mean_velocity
-from sphere_ar_jax.models.vae import autoencode, draw_tokens
+from sphere_ar_jax.models.vae import VAE, autoencode, draw_tokens
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, state
 
 
-def tokenizer_weights(vae, options, lpips_params):
-    """The weights of `losses.reconstruction_loss`, and LPIPS, computed in the S-VAE's dtype.
+def tokenizer_weights(vae: VAE, options: ConfigDict, lpips_params: PyTree | None) -> dict[str, Any]:
+    """The arguments of `losses.reconstruction_loss` that a stage's options decide.
 
-    Raises ValueError where LPIPS has a weight but no parameters.
+    Args:
+      vae: the tokenizer. LPIPS computes in its dtype.
+      options: the stage's section of the config.
+      lpips_params: parameters of `lpips.LPIPS`; None where it has no weight.
+
+    Returns:
+      The weights and the distance, by name.
+
+    Raises:
+      ValueError: LPIPS has a weight but no parameters.
     """
     if options.perceptual_weight and lpips_params is None:
         raise ValueError(
             'there are no lpips_params for the perceptual loss: give them, or perceptual_weight=0'
         )
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lpips.LPIPS(vae.dtype).apply({'params': lpips_params}, a, b)
+
     return dict(
-        kl_weight=options.kl_weight, l2_weight=options.l2_weight, perceptual_weight=options.perceptual_weight,
-        distance=lambda a, b: lpips.LPIPS(vae.dtype).apply({'params': lpips_params}, a, b),
-    )  # fmt: skip
+        kl_weight=options.kl_weight,
+        l2_weight=options.l2_weight,
+        perceptual_weight=options.perceptual_weight,
+        distance=distance,
+    )
 
 
-def tokenizer_stage(vae, options, seed, lpips_params=None):
-    """Trains the S-VAE by `losses.reconstruction_loss`; lpips_params: of `lpips.LPIPS`, where it
-    has a weight.
+def tokenizer_stage(
+    vae: VAE, options: ConfigDict, seed: int, lpips_params: PyTree | None = None
+) -> state.Stage:
+    """The training of the S-VAE by `losses.reconstruction_loss`.
+
+    See `docs/method.md`, "Tokenizer losses".
+
+    Args:
+      vae: the tokenizer.
+      options: the stage's section of the config.
+      seed: seed of all draws.
+      lpips_params: parameters of `lpips.LPIPS`; None where it has no weight.
+
+    Returns:
+      The stage.
     """
 
     def loss(params, lpips_params, batch, keys):
         weights = tokenizer_weights(vae, options, lpips_params)
         images = batch['image']
-        return losses.reconstruction_loss(
-            images, *autoencode(vae, params, images, lambda q: q.draws(keys)), **weights
-        )
+        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
+        return losses.reconstruction_loss(images, recon, z, posterior, **weights)
 
     return state.make_stage(
-        'tokenizer', options, seed, vae.init_params, loss, lpips_params, ('loss', 'psnr', *vae.posterior.shown),
-        about='LPIPS network', warn=vae.posterior.faults,
-    )  # fmt: skip
+        'tokenizer',
+        options,
+        seed,
+        vae.init_params,
+        loss,
+        frozen=lpips_params,
+        shown=('loss', 'psnr', *vae.posterior.shown),
+        about='LPIPS network',
+        warn=vae.posterior.faults,
+    )
 
 
-def ar_stage(ar, vae, vae_params, options, seed):
-    """Trains the AR model by its head's loss on tokens drawn afresh at each step from the frozen
-    S-VAE.
+def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: int) -> state.Stage:
+    """The training of the AR model by its head's loss.
 
-    With options.encoder_dtype the S-VAE computes in that; its tokens are float32 all the same.
+    Its tokens are drawn anew at each step from the posterior of the frozen S-VAE
+    (`docs/method.md`, "Flow loss" and "Training").
+
+    Args:
+      ar: the AR model.
+      vae: the tokenizer. It computes in options.encoder_dtype, if that is given; its tokens are
+        float32 all the same.
+      vae_params: the tokenizer's parameters.
+      options: the stage's section of the config.
+      seed: seed of all draws.
+
+    Returns:
+      The stage.
     """
     if options.encoder_dtype:
         vae = vae.computing_in(getattr(jnp, options.encoder_dtype))
 
+    def split(key):
+        return jax.random.split(key, 3)
+
     def loss(params, vae_params, batch, keys):
-        posterior_keys, flow_keys, label_keys = jax.vmap(
-            lambda key: jax.random.split(key, 3), out_axes=1
-        )(keys)
+        posterior_keys, flow_keys, label_keys = jax.vmap(split, out_axes=1)(keys)
         z, _ = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
         draws = ar.head.draws(flow_keys, (options.copies, *z.shape[1:]))
         labels = ar.condition.drop(label_keys, batch['label'], options.label_dropout)
         return ar.apply({'params': params}, labels, z, draws, method='loss')
 
-    shown = 'loss', 'grad_norm', 'token_norm'
     return state.make_stage(
-        'ar', options, seed, ar.init_params, loss, vae_params, shown, about='tokenizer', model=vae
+        'ar',
+        options,
+        seed,
+        ar.init_params,
+        loss,
+        frozen=vae_params,
+        shown=('loss', 'grad_norm', 'token_norm'),
+        about='tokenizer',
+        model=vae,
     )
 
 
-def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
-    """Train a head of few evaluations by `mean_velocity.distillation_loss`, from the head of a
-    frozen AR model.
+def distillation_stage(
+    ar: AR, vae: VAE, vae_params: PyTree, ar_params: PyTree, options: ConfigDict, seed: int
+) -> state.Stage:
+    """The training of a head of few evaluations, from the head of a frozen AR model.
 
-    ar: with the new head. ar_params: of the trained model, with `head.teacher()`. The state holds
-    the new head alone.
+    Its loss is `mean_velocity.distillation_loss` (`docs/method.md`, "Mean-velocity distillation").
+    The state holds the new head alone.
+
+    Args:
+      ar: the AR model with the new head.
+      vae: the tokenizer.
+      vae_params: its parameters.
+      ar_params: parameters of the trained model, whose head is `ar.head.teacher()`.
+      options: the stage's section of the config.
+      seed: seed of all draws.
+
+    Returns:
+      The stage.
     """
 
     def init_head(key):
-        return (
-            ar.init_params(key)['head'] | ar_params['head']
-        )  # only the embedding of the step's width is new
+        # Only the embedding of the step's width is new.
+        return ar.init_params(key)['head'] | ar_params['head']
 
     def loss(head, frozen, batch, keys):
         vae_params, ar_params = frozen
@@ -98,7 +166,13 @@ def distillation_stage(ar, vae, vae_params, ar_params, options, seed):
             options.teacher_steps,
         )
 
-    frozen, shown = (vae_params, ar_params), ('loss', 'one_step')
     return state.make_stage(
-        'distillation', options, seed, init_head, loss, frozen, shown, about='tokenizer or teacher'
+        'distillation',
+        options,
+        seed,
+        init_head,
+        loss,
+        frozen=(vae_params, ar_params),
+        shown=('loss', 'one_step'),
+        about='tokenizer or teacher',
     )

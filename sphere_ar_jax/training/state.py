@@ -6,22 +6,39 @@ Dimensions:
 
 import dataclasses
 import json
+import os
 import zlib
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, optimizer
+
+# One step's images and labels.
+Batch: TypeAlias = dict[str, Any]
+# What one step has to log, each () float32.
+Scalars: TypeAlias = dict[str, jax.Array]
+# A loss, called as loss(params, frozen, batch, keys).
+Loss: TypeAlias = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Scalars]]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step () int32, the parameters, the optimizer's state, and EMAs of the parameters: a tuple,
-    one for each rate.
+    """The state of a training.
+
+    Attributes:
+      step: () int32, the number of steps done.
+      params: the parameters.
+      opt_state: the optimizer's state.
+      ema: EMAs of the parameters, a tuple with one for each rate.
     """
 
     step: jax.Array
@@ -30,67 +47,87 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
 
     @property
-    def eval_params(self):
-        """What sampling and evaluation use: the EMA of the first rate where there is one."""
+    def eval_params(self) -> PyTree:
+        """The parameters to sample with: the EMA of the first rate, if there is one."""
         return self.ema[0] if self.ema else self.params
 
 
+def _no_warning(scalars: dict[str, float]) -> str | None:
+    """Find nothing wrong in the logged scalars of a step."""
+    del scalars
+    return None
+
+
 class Stage(NamedTuple):
-    """One of the two trainings.
+    """One of the trainings: of the tokenizer, of the AR model, or of a distilled head.
 
     Attributes:
-      name: also its directory. options: its section of the config. init: key → TrainState.
-      step: (state, frozen, batch) → (state, scalars). frozen: parameters that it reads but does not
-        train.
-      shown: the scalars for the console. about: what the frozen parameters are, for messages. warn:
-        function of logged
-      scalars → what is wrong with them in words, or None. model: the frozen parameters' module,
-        noted in checkpoints.
+      name: its name, also that of its directory.
+      options: its section of the config.
+      init: key → `TrainState`.
+      step: (state, frozen, batch) → (state, scalars).
+      frozen: parameters that it reads but does not train.
+      shown: names of the scalars that the console shows.
+      about: what the frozen parameters are, for messages.
+      warn: logged scalars → what is wrong with them in words, or None.
+      model: the module of the frozen parameters, which checkpoints note, or None.
     """
 
     name: str
-    options: Any
-    init: Any
-    step: Any
-    frozen: Any
-    shown: tuple
+    options: ConfigDict
+    init: Callable[[jax.Array], Any]
+    step: Callable[[Any, PyTree, Batch], tuple[Any, Scalars]]
+    frozen: PyTree
+    shown: tuple[str, ...]
     about: str = ''
-    warn: Any = lambda scalars: None
+    warn: Callable[[dict[str, float]], str | None] = _no_warning
     model: Any = None
 
 
-def ema_decays(options):
-    """The rates of a stage's EMAs, the first of them the one to sample with."""
-    return ((options.ema_decay,) if options.ema_decay else ()) + tuple(options.more_ema_decays)
+def ema_decays(options: ConfigDict) -> tuple[float, ...]:
+    """The rates of a stage's EMAs, the one to sample with first."""
+    first = (options.ema_decay,) if options.ema_decay else ()
+    return first + tuple(options.more_ema_decays)
 
 
-def value_and_grad(loss, parts):
-    """`jax.value_and_grad` of a loss (params, frozen, batch, keys) → (loss, scalars), as the mean
-    over `parts` pieces of the batch, of which one is in memory at a time.
+def value_and_grad(loss: Loss, parts: int) -> Callable[..., tuple[tuple[jax.Array, Scalars], Any]]:
+    """`jax.value_and_grad` of a loss, as the mean over pieces of the batch.
+
+    Only one piece is in memory at a time.
+
+    Args:
+      loss: the loss; its value and scalars are means over images.
+      parts: number of the pieces, a divisor of B.
+
+    Returns:
+      A function (params, frozen, batch, keys) → ((loss, scalars), gradient).
     """
     compute = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return compute
 
     def mean(params, frozen, batch, keys):
-        # every parts-th row: pieces are split over the devices as the batch is
-        split = lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+        def split(a):
+            # A piece has every parts-th row, so that it is split over the devices as the batch is.
+            return a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+
+        def run(piece):
+            return compute(params, frozen, *piece)
+
+        def add(total, piece):
+            return jax.tree.map(jnp.add, total, run(piece)), None
+
         pieces = jax.tree.map(split, (batch, keys))
-        run = lambda piece: compute(params, frozen, *piece)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces)),
-        )
-        total, _ = jax.lax.scan(
-            lambda total, piece: (jax.tree.map(jnp.add, total, run(piece)), None), zeros, pieces
-        )
+        shapes = jax.eval_shape(run, jax.tree.map(lambda a: a[0], pieces))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, pieces)
         return jax.tree.map(lambda x: x / parts, total)
 
     return mean
 
 
-def build_optimizer(options):
-    """(schedule, optimizer) of a stage's options, see `optimizer`."""
+def build_optimizer(options: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate's schedule and the optimizer of a stage's options."""
     schedule = optimizer.learning_rate(
         options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
     )
@@ -104,18 +141,40 @@ def build_optimizer(options):
     return schedule, tx
 
 
-def make_stage(name, options, seed, init_params, loss, frozen, shown, **fields):
-    """A Stage from its loss (params, frozen, batch, keys (B,)) → (loss, scalars); fields: what else
-    it has.
+def make_stage(
+    name: str,
+    options: ConfigDict,
+    seed: int,
+    init_params: Callable[[jax.Array], PyTree],
+    loss: Loss,
+    frozen: PyTree,
+    shown: tuple[str, ...],
+    **fields: Any,
+) -> Stage:
+    """Make a stage that descends one loss.
+
+    Args:
+      name: see `Stage`.
+      options: see `Stage`.
+      seed: seed of all draws.
+      init_params: key → parameters.
+      loss: called with one key for each image, keys (B,).
+      frozen: see `Stage`.
+      shown: see `Stage`.
+      **fields: the other fields of `Stage`.
+
+    Returns:
+      The stage.
     """
     schedule, tx = build_optimizer(options)
-    decays, compute = ema_decays(options), value_and_grad(loss, options.accumulate)
+    decays = ema_decays(options)
+    compute = value_and_grad(loss, options.accumulate)
 
-    def init(key):
+    def init(key: jax.Array) -> TrainState:
         params = init_params(key)
         return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
 
-    def step(state, frozen, batch):
+    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Scalars]:
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['image']))
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -129,39 +188,47 @@ def make_stage(name, options, seed, init_params, loss, frozen, shown, **fields):
     return Stage(name, options, init, step, frozen, shown, **fields)
 
 
-def copies(params, decays):
+def copies(params: PyTree, decays: Iterable[Any]) -> tuple[PyTree, ...]:
     """The EMAs at the start: a copy of the parameters for each rate."""
     return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
 
 
-def update_emas(emas, params, decays):
-    """decay·ema + (1 − decay)·params for each EMA and its rate."""
+def update_emas(
+    emas: Iterable[PyTree], params: PyTree, decays: Iterable[float]
+) -> tuple[PyTree, ...]:
+    """The next EMAs: decay·ema + (1 − decay)·params for each EMA and its rate.
+
+    See `docs/method.md`, "EMA".
+    """
     return tuple(
         optax.incremental_update(params, ema, 1 - decay)
         for ema, decay in zip(emas, decays, strict=True)
     )
 
 
-def frozen_identity(stage):
-    """What a checkpoint notes of the parameters that a stage does not train, {} where there are
-    none.
+def frozen_identity(stage: Stage) -> dict[str, Any]:
+    """What a checkpoint notes of the parameters that a stage does not train.
 
-    weights: a hash, 8 hexadecimal digits, of all their bits. model: the options in which the
-    stage's module, if it names one, differs from the defaults.
+    Returns:
+      {} where there are none, else a dictionary of
+        weights: a hash, 8 hexadecimal digits, of all their bits;
+        model: the options in which the stage's module, if it names one, differs from the defaults.
     """
     if not jax.tree.leaves(stage.frozen):
         return {}
-    weights = f'{zlib.crc32(json.dumps(checkpoint.fingerprint(stage.frozen)).encode()):08x}'
+    fingerprint = json.dumps(checkpoint.fingerprint(stage.frozen))
+    weights = f'{zlib.crc32(fingerprint.encode()):08x}'
     return {'weights': weights, 'model': {} if stage.model is None else _differing(stage.model)}
 
 
-# Fields of a module that say how it is computed, not what.
+# Fields of a module that say how something is computed, not what.
 _HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan')
 
 
 def _options(module: Any) -> dict[str, Any]:
-    """All options of a module and of the parts in it, by name, as JSON takes them; of a part also
-    its class.
+    """All options of a module and of the parts in it, by name, as JSON takes them.
+
+    A part has its class as an option, too.
     """
     found = {}
     for field in dataclasses.fields(module):
@@ -173,35 +240,52 @@ def _options(module: Any) -> dict[str, Any]:
             found |= _options(value)
         else:
             found[field.name] = value
-    return json.loads(json.dumps(found))  # tuples become lists
+    return json.loads(json.dumps(found))  # Tuples become lists.
 
 
 def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Those of a module's options that differ from its defaults, so that a field that is new
-    refuses no old run.
+    """The options of a module that differ from its defaults.
+
+    Only these are noted and compared, so that a new field of the module refuses no old run.
 
     Args:
+      module: the module.
       options: those of an older version of the module, which may lack some or have some that are
-        gone; else its own.
+        gone; the module's own if None.
     """
     defaults = _options(type(module)())
     mine = _options(module)
-    options = (
-        mine
-        if options is None
-        else {name: value for name, value in options.items() if name in mine}
-    )
-    return {name: value for name, value in options.items() if value != defaults.get(name)}
+    if options is None:
+        options = mine
+    return {
+        name: value
+        for name, value in options.items()
+        if name in mine and value != defaults.get(name)
+    }
 
 
-def check_frozen(stage, here, data_state, directory):
-    """Raises UserError unless the checkpoint's frozen parameters, by its `data_state`, are those of
-    the stage, whose `frozen_identity` is `here`.
+def check_frozen(
+    stage: Stage,
+    here: dict[str, Any],
+    data_state: dict[str, Any],
+    directory: str | os.PathLike[str],
+) -> None:
+    """Check that a checkpoint was trained on the frozen parameters of the stage.
+
+    Args:
+      stage: the stage.
+      here: its `frozen_identity`.
+      data_state: what the checkpoint notes.
+      directory: the stage's directory, for the message.
+
+    Raises:
+      UserError: it was trained on others.
     """
     if not here:
         return
     trained_on = data_state.get('frozen', {})
-    old, new = {}, {}
+    old: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     if stage.model is not None:
         defaults = _options(type(stage.model)())
         old = defaults | _differing(stage.model, trained_on.get('model', {}))
@@ -216,8 +300,8 @@ def check_frozen(stage, here, data_state, directory):
         raise UserError(f'{directory} was trained on another {stage.about} than is given ({what})')
 
 
-def abstract_state(stage, mesh):
-    """The shapes, dtypes and shardings of a stage's state."""
+def abstract_state(stage: Stage, mesh: Mesh) -> Any:
+    """The state of a stage as ShapeDtypeStructs that are laid out on a mesh."""
     return sharding.abstract(mesh, jax.eval_shape(stage.init, jax.random.key(0)))
 
 
@@ -231,24 +315,36 @@ def quickly_compiled() -> dict[str, Any]:
     return {'compiler_options': {'xla_backend_optimization_level': 1}} if on_cpu else {}
 
 
-def initialise(stage: Stage, shardings: Any, seed: int) -> TrainState:
+def initialise(stage: Stage, shardings: PyTree, seed: int) -> TrainState:
     """The state of a stage at its start, laid out by a tree of shardings."""
     return jax.jit(stage.init, out_shardings=shardings, **quickly_compiled())(jax.random.key(seed))
 
 
-def jitted_step(stage, mesh, state):
-    """The step of a stage, to be compiled for a mesh; its result takes the place of the state that
-    it is given.
+def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
+    """The jitted step of a stage. Its result takes the place of the state that it is given.
 
-    state: laid out on the mesh, abstract or not."""
+    Args:
+      stage: the stage.
+      mesh: the mesh that the step runs on.
+      state: the stage's state, abstract or not, laid out on the mesh.
+
+    Returns:
+      The function (state, frozen, batch) → (state, scalars), not compiled yet.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = sharding.keep_rows_split(mesh, stage.step)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def converted(directory, like):
-    """The parameters that a PyTorch checkpoint was converted to in a stage's directory, or None;
-    `like`: abstract.
+def converted(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:
+    """The parameters that a PyTorch checkpoint was converted to.
+
+    Args:
+      directory: a stage's directory.
+      like: the parameters, abstract.
+
+    Returns:
+      The parameters, or None where there was no conversion.
     """
     weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True)
     found = weights.restore(like)

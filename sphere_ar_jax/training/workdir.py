@@ -1,8 +1,10 @@
 """What a workdir holds, and whether another run may go on in it."""
 
+import os
 import time
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.runtime import files, hosts
@@ -10,61 +12,72 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run
 
 
-def has(workdir, what):
-    """Whether a stage's directory in a workdir has 'weights' (converted) or 'checkpoints'
-    (trained).
-    """
+def has(workdir: str | os.PathLike[str], what: str) -> bool:
+    """Whether a stage in a workdir has 'weights' (converted ones) or 'checkpoints' (trained)."""
     return any(epath.Path(workdir, stage, what).is_dir() for stage in ('tokenizer', 'ar'))
 
 
-def other_model(old, new, tokenizer_only=False):
-    """'KEY OLD → NEW' for each difference of two configs' models, or of their tokenizers alone."""
+def other_model(old: ConfigDict, new: ConfigDict, tokenizer_only: bool = False) -> list[str]:
+    """The differences of two configs' models, or of their tokenizers alone, as 'KEY OLD → NEW'."""
     parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
-    changed = [
-        d
-        for d in schema.differences(schema.as_dict(old), schema.as_dict(new))
-        if d.startswith(parts)
-    ]
-    classes = schema.num_classes(old), schema.num_classes(new)
-    if None not in classes and classes[0] != classes[1] and not tokenizer_only:
-        changed.append('data.num_classes {} → {}'.format(*classes))
+    differences = schema.differences(schema.as_dict(old), schema.as_dict(new))
+    changed = [difference for difference in differences if difference.startswith(parts)]
+    if tokenizer_only:
+        return changed
+    before = schema.num_classes(old)
+    after = schema.num_classes(new)
+    if before is not None and after is not None and before != after:
+        changed.append(f'data.num_classes {before} → {after}')
     return changed
 
 
-def claim(cfg, workdir):
-    """Writes WORKDIR/config.json, or refuses a workdir that was begun with another model, data or
-    training.
+def _appears(path: epath.Path) -> bool:
+    """Whether a file is there, within a minute: NFS remembers for a while that it is not there."""
+    for _ in range(60):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return False
+
+
+def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
 
     In a workdir of converted weights where no training has begun, only the model must be theirs.
+    All processes must call it.
+
+    Args:
+      cfg: the config of the run.
+      workdir: the workdir.
+
+    Raises:
+      UserError: the workdir was begun with another model, data or training.
     """
     path = epath.Path(workdir, 'config.json')
     mine = schema.as_dict(cfg)
     converted = has(workdir, 'weights') and not has(workdir, 'checkpoints')
     if path.exists():
-        before = run.load_config(
-            workdir
-        )  # through the schema: a key that is newer than the run has its default
+        # It is read through the schema, so that a key that is newer than the run has its default.
+        before = run.load_config(workdir)
         if converted:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(before, cfg, alone)
         else:
             changed = schema.differences(schema.as_dict(before), mine)
         if changed:
+            some = '; '.join(changed[:4])
             raise UserError(
-                f'{workdir} was begun with another config ({"; ".join(changed[:4])}): use another --workdir'
+                f'{workdir} was begun with another config ({some}): use another --workdir'
             )
     elif converted:
         raise UserError(
             f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
         )
-    hosts.wait()  # not before all processes have found nothing wrong
+    hosts.wait()  # Nothing is written before all processes have found nothing wrong.
     files.write_json(path, mine)
     hosts.wait()
-    for _ in range(60):  # seconds: NFS remembers for a while that a file is not there
-        if path.exists():
-            break
-        time.sleep(1)
-    else:
+    if not _appears(path):
         raise UserError(
-            f'{workdir} is not the same directory for all processes: they must share its disk, or gs://…'
+            f'{workdir} is not the same directory for all processes: '
+            'they must share its disk, or gs://…'
         )
