@@ -74,9 +74,9 @@ def _first_run(
         os.environ[name] = os.path.join(directory, name)
     compiling = []
 
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith('backend_compile_duration'):
-            compiling.append(seconds)
+            compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     cfg = checks.from_dict(config)
@@ -137,7 +137,15 @@ class _Side:
         self.start_seconds = time.perf_counter() - started - self.about.pop('not_theirs', 0)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns in that process. Raises RuntimeError, one line, where it fails."""
+        """What a function returns in that process.
+
+        Args:
+          function: a function of this module.
+          *arguments: its arguments, which are pickled.
+
+        Raises:
+          RuntimeError: the function failed; the message is one line.
+        """
         try:
             return self._pool.submit(function, *arguments).result()
         except Exception as error:  # A part may raise anything.

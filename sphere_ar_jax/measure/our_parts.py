@@ -226,7 +226,8 @@ class Part:
         self._count(decode_step, *example, weights=params['stack'])
         # The step of token k reads the cache up to that token.
         cache_bytes = costs.tree_bytes(self.cache)
-        self.bytes += np.mean([cache_bytes * (ar.condition.length + k) / length for k in where])
+        reads = [cache_bytes * (ar.condition.length + k) / length for k in where]
+        self.bytes += float(np.mean(reads))
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
         step = jax.jit(decode_step, donate_argnums=3).lower(*example).compile()
         position = np.asarray(params['pos_for_diff'])[None, where]

@@ -137,7 +137,11 @@ def _build(torch: types.ModuleType, public: types.SimpleNamespace, ar: AR, vae: 
 
 
 def _load(torch: types.ModuleType, model: Any, weights: str | os.PathLike[str]) -> None:
-    """Copies weights from a .npz file into a public model. Raises ValueError where one is missing."""
+    """Copies weights from a .npz file into a public model.
+
+    Raises:
+      ValueError: a weight is missing.
+    """
     state = model.state_dict()
     with np.load(weights) as tensors, torch.no_grad():
         for key in state:
@@ -260,7 +264,7 @@ def _sampling_runs(
 def _on_device(
     torch: types.ModuleType, device: str, inputs: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The arrays of `our_parts.inputs` as tensors, in the layout that the public code trains with."""
+    """The arrays of `our_parts.inputs` as tensors, laid out as the public code trains with them."""
     images = torch.tensor(inputs['images'].transpose(0, 3, 1, 2)).to(device)
     return {
         'images': images.to(memory_format=torch.channels_last),
