@@ -1,27 +1,29 @@
-"""The benchmark: what each part costs, how near it is to what the machine can do, and beside the
-public PyTorch code.
+"""The benchmark: what each part costs, beside the machine's limits and the public PyTorch code.
 
     python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench
     [--against=CHECKOUT]
 
-Every part is prepared in a process of its own, one for each side (ours; with --against also the
-public code, compiled and eager), so that start, compilation and peak memory are its own. The sides
-then take turns, --repeats times each, so that a ratio compares minutes that were alike. Results: a
-table on the screen, OUTPUT/benchmark.json and .md.
+There are up to three sides: ours and, with --against, the public code twice, compiled and eager.
+Each side prepares a part in a process of its own, so that start, compilation and peak memory are
+that side's alone. The sides then take turns, --repeats times each, so that a ratio compares minutes
+that were alike. The results are a table on the screen, OUTPUT/benchmark.json and
+OUTPUT/benchmark.md.
 """
 
 import os
 import sys
+from typing import NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax.config import build, checks, packaged
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.measure import compare, our_parts
 from sphere_ar_jax.runtime.console import one_line
 
-_FLAGS = flags.FlagValues()  # of its own: `main` has flags of the same names
+# These flags are not absl's global ones, because `main` has flags of the same names.
+_FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.', flag_values=_FLAGS
 )
@@ -61,22 +63,42 @@ _CURVES = flags.DEFINE_bool(
 )
 
 
-def _fail(message):
+def _fail(message: str) -> NoReturn:
     sys.exit(f'error: {message}')
 
 
-def main(argv):
-    """Parses the command line and measures; what the user can put right ends it with one line."""
+def _check_against(checkout: str, cfg: ConfigDict) -> None:
+    """Ends the program if a directory is not the public code, or cannot sample by the config."""
+    if not os.path.isdir(os.path.join(checkout, 'SphereAR')):
+        _fail(f'{checkout} is no checkout of guolinke/SphereAR')
+    published = plan.Options(num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance)
+    is_published = build.build_sampler(cfg).options == published
+    if not is_published or cfg.sampling.guidance is None or cfg.init_from is not None:
+        _fail(
+            'the public code samples by euler_maruyama with guidance alone: '
+            'use a config that does, without :fast'
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Parses the command line and measures.
+
+    Args:
+      argv: the command line, with the program's name first.
+
+    Raises:
+      SystemExit: what the user can put right, in one line.
+    """
     if '--help' in argv:
-        return print(f'{__doc__}\n{_FLAGS.main_module_help()}')
+        print(f'{__doc__}\n{_FLAGS.main_module_help()}')
+        return
     try:
         rest = _FLAGS(packaged.with_paths(argv))[1:]
         cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
-    except Exception as error:  # also whatever a config file raises
+    except Exception as error:  # A config file may raise anything.
         _fail(one_line(error))
-    os.environ.setdefault(
-        'XLA_PYTHON_CLIENT_PREALLOCATE', 'false'
-    )  # processes share the accelerator
+    # Several processes share the accelerator, so none may take all of its memory.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if rest:
         _fail(f'{rest[0]} is no flag')
     if cfg is None or _OUTPUT.value is None:
@@ -86,20 +108,19 @@ def main(argv):
     if unknown:
         _fail(f'no part {unknown[0]}; there are {", ".join(our_parts.PARTS)}')
     if _AGAINST.value:
-        if not os.path.isdir(os.path.join(_AGAINST.value, 'SphereAR')):
-            _fail(f'{_AGAINST.value} is no checkout of guolinke/SphereAR')
-        plain = build.build_sampler(cfg).options == plan.Options(
-            num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance
-        )
-        if not plain or cfg.sampling.guidance is None or cfg.init_from is not None:
-            _fail(
-                'the public code samples by euler_maruyama with guidance alone: use a config that does, without :fast'
-            )
-    name = ' '.join(a.removeprefix('--config=') for a in argv if a.startswith('--config'))
+        _check_against(_AGAINST.value, cfg)
     compare.run(
-        cfg, name, _OUTPUT.value, names, _BATCH.value, _TRAIN_BATCH.value or _BATCH.value, _REPEATS.value,
-        _AGAINST.value, _SIDES.value, _CURVES.value,
-    )  # fmt: skip
+        cfg,
+        name=' '.join(a.removeprefix('--config=') for a in argv if a.startswith('--config')),
+        output=_OUTPUT.value,
+        names=names,
+        batch=_BATCH.value,
+        train_batch=_TRAIN_BATCH.value or _BATCH.value,
+        repeats=_REPEATS.value,
+        checkout=_AGAINST.value,
+        sides=_SIDES.value,
+        with_curves=_CURVES.value,
+    )
 
 
 if __name__ == '__main__':

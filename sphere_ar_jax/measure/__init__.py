@@ -1,1 +1,1 @@
-
+"""What the programs cost: time, operations, memory and traffic, measured or counted."""

@@ -1,23 +1,24 @@
-"""The job of --mode=compile: the programs of a config, compiled for TPUs that are not there, and
-what they will take.
+"""The job of --mode=compile: a config's programs, compiled for TPUs that are not there.
 
-libtpu has the TPUs' compiler and needs no TPU. For each slice and each program: whether it fits a
-chip's memory, and by what; operations; bytes that a chip moves in its memory and sends to others,
-read from the compiled program; the least time by the rates of `devices`; and, of training steps,
-that no chip has other chips' images.
+libtpu has the TPUs' compiler and needs no TPU. For each slice and each program this module finds:
+
+- whether it fits a chip's memory, and what takes how much of that;
+- its operations;
+- the bytes that a chip moves in its memory and sends to others, read from the compiled program;
+- the least time by the rates of `devices`;
+- for training steps, that no chip has other chips' images.
 
 What is counted how:
   memory       of one device, as the compiler laid it out. Results that take the place of arguments
-  count once. FLOPs        matrix products and convolutions of the whole batch by `costs.flops`:
-  those of the model, and those that
-               are computed, with what remat computes again.
-  HBM, ICI     of one chip by `hlo.Program`: loops as often as they run; what is sent, by the ring
-  algorithms. Loops
-               whose length is data (rejection sampling) count as one round.
-  least time   the longest of FLOPs / peak rate, HBM bytes / its rate, sent bytes / ICI rate: all at
-  their published
-               peak, all links of a chip in use, all three at the same time. No real step is as
-               fast.
+               count once.
+  FLOPs        matrix products and convolutions of the whole batch, by `costs.flops`: those of the
+               model, and those that are computed, with what remat computes again.
+  HBM, ICI     of one chip, by `hlo.Program`. Loops count as often as they run; those whose length
+               is data (rejection sampling) count as one round. What is sent follows from the ring
+               algorithms.
+  least time   the longest of FLOPs / peak rate, HBM bytes / their rate, and sent bytes / ICI rate.
+               All three go on at the same time at their published peak, with all links of a chip
+               in use, so that no real step is as fast.
 
 Dimensions:
   B  images of the global batch
@@ -32,17 +33,27 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.measure import costs, hlo, programs
-from sphere_ar_jax.measure.devices import GiB, find_slice
+from sphere_ar_jax.measure.devices import Chip, GiB, Slice, find_slice
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError, first_line, markdown, size
+from sphere_ar_jax.runtime.types import PyTree
 
-# What a program's memory holds, for people.
+# {key of the config: value}
+Change: TypeAlias = dict[str, Any]
+# What was found of one program on one slice, in plain values.
+Result: TypeAlias = dict[str, Any]
+
+# What a program's memory holds → its name for people.
 NAMES = {
     **programs.NAMES,
     'batch': 'images',
@@ -50,38 +61,46 @@ NAMES = {
     'temporaries': 'activations and other temporaries',
 }
 
-# Elements for each image from which on an array is an activation: keys, labels, draws of one number
-# are smaller.
+# From so many elements for each image on, an array is an activation. Keys, labels and draws of one
+# number are smaller.
 ACTIVATION = 64
 
 NO_REMEDY = 'use more chips, or fewer images'
 
 ASSUMED = (
-    "The least time assumes the chips' published peak rates, bfloat16 products, ring algorithms over all links of a "
-    'chip, and that computing, HBM and ICI go on at the same time: no real step is as fast.'
+    "The least time assumes the chips' published peak rates, bfloat16 products, ring algorithms "
+    'over all links of a chip, and that computing, HBM and ICI go on at the same time: no real '
+    'step is as fast.'
 )
 
 
 class OutOfMemoryError(RuntimeError):
-    """A program does not fit. needed, available: bytes, None where the compiler does not say."""
+    """A program does not fit.
 
-    def __init__(self, needed=None, available=None):
-        super().__init__(
-            'more than there is'
-            if needed is None
-            else f'{size(needed)} needed, {size(available)} there'
-        )
-        self.needed, self.available = needed, available
+    Attributes:
+      needed: bytes; None where the compiler does not say.
+      available: bytes; None where the compiler does not say.
+    """
+
+    def __init__(self, needed: float | None = None, available: float | None = None):
+        message = 'more than there is'
+        if needed is not None:
+            message = f'{size(needed)} needed, {size(available)} there'
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
 
 
 @contextlib.contextmanager
-def _uncached():
-    """Without the cache of compiled programs: one from there has no text, and a TPU's cannot be
-    read without a TPU.
+def _uncached() -> Iterator[None]:
+    """Turns the cache of compiled programs off.
+
+    A program from the cache has no text, and one for a TPU cannot be read without a TPU.
     """
-    before = jax.config.jax_enable_compilation_cache
+    # JAX's options are attributes that its types do not list.
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update('jax_enable_compilation_cache', False)
-    compilation_cache.reset_cache()  # JAX asks whether there is one but once
+    compilation_cache.reset_cache()  # JAX asks only once whether there is a cache.
     try:
         yield
     finally:
@@ -89,14 +108,20 @@ def _uncached():
         compilation_cache.reset_cache()
 
 
-def compile_work(work):
-    """(the compiled program, its instructions as text). Raises OutOfMemoryError where it does not
-    fit the device.
+def compile_work(work: programs.Work) -> tuple[Any, str]:
+    """Compiles a program.
+
+    Args:
+      work: the program.
+
+    Returns:
+      the compiled program (`jax.stages.Compiled`), and its instructions as text.
+
+    Raises:
+      OutOfMemoryError: the program does not fit the device.
     """
-    with (
-        _uncached(),
-        tempfile.TemporaryDirectory() as directory,
-    ):  # `as_text` fails for some TPU programs
+    # The text comes from a dump, because `as_text` fails for some TPU programs.
+    with _uncached(), tempfile.TemporaryDirectory() as directory:
         options = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
         try:
             compiled = work.function.lower(*work.arguments).compile(compiler_options=options)
@@ -104,15 +129,22 @@ def compile_work(work):
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
             found = re.findall(r'([\d.]+)([KMGT])\b', str(error))
-            sizes = [float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in found]
-            raise OutOfMemoryError(*(sizes[:2] if len(sizes) > 1 else ())) from None
+            counts = [float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in found]
+            raise OutOfMemoryError(*(counts[:2] if len(counts) > 1 else ())) from None
         (file,) = pathlib.Path(directory).glob('*after_optimizations.txt')
         return compiled, file.read_text()
 
 
-def memory(compiled, groups):
-    """{what: bytes of one device}: `groups` of the arguments, results that are kept beside them,
-    temporaries, code.
+def memory(compiled: Any, groups: Mapping[str, PyTree]) -> dict[str, int]:
+    """What a program holds in the memory of one device.
+
+    Args:
+      compiled: the first result of `compile_work`.
+      groups: {name: a part of the arguments}.
+
+    Returns:
+      {name: bytes} of the groups, of the padding of arguments, of results that are kept beside
+        them, of temporaries and of code; what takes nothing is left out.
     """
     m = compiled.memory_analysis()
     found = {name: costs.device_bytes(tree) for name, tree in groups.items()}
@@ -122,17 +154,25 @@ def memory(compiled, groups):
         'temporaries': m.temp_size_in_bytes,
         'code': m.generated_code_size_in_bytes,
     }
-    return {name: int(size) for name, size in found.items() if size}
+    return {name: int(count) for name, count in found.items() if count}
 
 
-def measure(work, chip):
-    """What a program takes on a chip, as a dict of plain values; see the top. Raises
-    OutOfMemoryError.
+def measure(work: programs.Work, chip: Chip) -> Result:
+    """What a program takes on a chip, counted as the top of this module says.
+
+    Args:
+      work: the program.
+      chip: of the devices that it is laid out for.
+
+    Raises:
+      OutOfMemoryError: the program does not fit.
     """
     compiled, text = compile_work(work)
     program = hlo.Program(text, work.lengths)
-    parts, sent = memory(compiled, work.groups), program.collectives()
-    moved, share = program.memory_traffic(), chip.devices / work.devices
+    parts = memory(compiled, work.groups)
+    sent = program.collectives()
+    moved = program.memory_traffic()
+    share = chip.devices / work.devices
     seconds = {
         'compute': work.computed * share / chip.flops,
         'hbm': moved * chip.devices / chip.hbm_rate,
@@ -153,84 +193,107 @@ def measure(work, chip):
         'open_loops': program.open_loops,
         'seconds': seconds,
         'least_seconds': max(seconds.values()),
-        'bound': max(seconds, key=seconds.get),
+        'bound': max(seconds, key=seconds.__getitem__),
     }
 
 
-def _step(cfg, name, mesh):
-    """The program of a training step."""
+def _step(cfg: ConfigDict, name: str, mesh: Mesh) -> programs.Work:
+    """The program of a training step, by the stage's name."""
     return next(work for work in programs.training_works(cfg, mesh) if work.name == f'{name} step')
 
 
-def replicated(cfg, name, mesh):
-    """What a training step has on one device of other devices' images: `hlo.unsplit` of the step
-    with another batch.
+def replicated(cfg: ConfigDict, name: str, mesh: Mesh) -> list[tuple[int, str, str, str]]:
+    """The arrays of other devices' images that one device has in a training step.
 
-    [] as it should be. A batch of any number of images is split in the same way; this one, of a
-    prime number of images for each part of the mesh, can be told from all sizes of the model. On a
-    mesh that does not split a batch there is nothing to find.
+    There should be none. The step is compiled with another batch, which is split in the same way.
+    It has a prime number of images for each part of the mesh, so that it can be told from all sizes
+    of the model.
+
+    Args:
+      cfg: a checked config.
+      name: of the stage.
+      mesh: the devices. Where it does not split a batch there is nothing to find.
+
+    Returns:
+      the arrays that `hlo.unsplit` finds.
     """
     parts = sharding.batch_parts(mesh)
     if parts == 1:
         return []
     stage, frozen = programs.stages(cfg)[name]
-    ar, vae = build.build_ar(cfg), build.build_vae(cfg)
+    ar = build.build_ar(cfg)
+    vae = build.build_vae(cfg)
     params = jax.tree.leaves((jax.eval_shape(stage.init, jax.random.key(0)), frozen))
     sizes = {size for leaf in params for size in leaf.shape} | {*vae.image_shape}
     sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4}
-    batch = parts * next(p for p in (11, 17, 19, 23, 29, 31, 37) if all(size % p for size in sizes))
+    primes = (11, 17, 19, 23, 29, 31, 37)
+    batch = parts * next(p for p in primes if all(size % p for size in sizes))
     key = f'{name}_training'
-    work = _step(
-        schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate}), name, mesh
-    )
+    other = schema.changed(cfg, {f'{key}.batch_size': batch * cfg[key].accumulate})
+    work = _step(other, name, mesh)
     shapes = {
         shape
         for shape in costs.shapes(work.function, *work.arguments)
         if any(n and n % batch == 0 for n in shape) and math.prod(shape) >= ACTIVATION * batch
     }
-    return hlo.unsplit(hlo.Program(compile_work(work)[1]), shapes, batch, **mesh.shape)
+    _, text = compile_work(work)
+    return hlo.unsplit(hlo.Program(text), shapes, batch, **mesh.shape)
 
 
-def _remedies(cfg, name, mesh):
-    """[{key: value}] of changes that may make a training step fit, the cheapest first."""
-    model, key = {'tokenizer': 'vae'}.get(name, 'ar'), f'{name}_training'
-    remat = {} if cfg[model].remat else {f'{model}.remat': True}
-    splits = [
-        n for n in (4, 16) if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1
-    ]
-    splits = [{'mesh.data': -1, 'mesh.fsdp': n} for n in splits]
+def _remedies(cfg: ConfigDict, name: str, mesh: Mesh) -> list[Change]:
+    """Changes of the config that may make a training step fit, the cheapest first."""
+    model = 'vae' if name == 'tokenizer' else 'ar'
+    key = f'{name}_training'
+    options = cfg[key]
+    remat: Change = {} if cfg[model].remat else {f'{model}.remat': True}
+    splits: list[Change] = []
+    for n in (4, 16):
+        if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1:
+            splits.append({'mesh.data': -1, 'mesh.fsdp': n})
+    divisors = [n for n in (2, 4, 8, 16) if options.batch_size % (mesh.size * n) == 0]
+    # A discriminator needs its whole batch at once, so that the batch can only become smaller.
+    pieces: list[int] = []
+    fractions: list[int] = []
+    if name == 'tokenizer' and options.disc_weight:
+        fractions = divisors
+    else:
+        pieces = [n for n in divisors if n > options.accumulate]
     found = [remat, *splits, *(remat | split for split in splits)]
-    options, parts = cfg[key], mesh.size
-    whole = (
-        name == 'tokenizer' and options.disc_weight
-    )  # a discriminator needs its whole batch at once
-    divisors = [n for n in (2, 4, 8, 16) if options.batch_size % (parts * n) == 0]
-    pieces = [] if whole else [n for n in divisors if n > options.accumulate]
     found += [remat | {f'{key}.accumulate': n} for n in pieces]
     found += [remat | split | {f'{key}.accumulate': n} for split in splits for n in pieces[-1:]]
-    found += (
-        [remat | {f'{key}.batch_size': options.batch_size // n} for n in divisors] if whole else []
-    )
+    found += [remat | {f'{key}.batch_size': options.batch_size // n} for n in fractions]
     return [change for i, change in enumerate(found) if change and change not in found[:i]]
 
 
-def _remedy(cfg, name, mesh, say):
+def _remedy(cfg: ConfigDict, name: str, mesh: Mesh, say: Callable[[str], None]) -> str:
     """What makes a training step fit, for people: flags, and the bytes of a device with them."""
     for change in _remedies(cfg, name, mesh):
         flags = ' '.join(f'--config.{key}={value}' for key, value in change.items())
         other = schema.changed(cfg, change)
         try:
-            work = _step(
-                other, name, sharding.make_mesh(**other.mesh, devices=list(mesh.devices.flat))
-            )
-            needed = sum(memory(compile_work(work)[0], work.groups).values())
+            other_mesh = sharding.make_mesh(**other.mesh, devices=list(mesh.devices.flat))
+            work = _step(other, name, other_mesh)
+            compiled, _ = compile_work(work)
+            needed = sum(memory(compiled, work.groups).values())
             return f'fits with {flags} ({size(needed)})'
         except OutOfMemoryError as error:
             say(f'  tried {flags}: {error}')
     return NO_REMEDY
 
 
-def _lines(r):
+def _time_line(r: Result) -> str:
+    """The least time of a program's result, as a line for the console."""
+    s = r['seconds']
+    times = f'compute {s["compute"]:.3g} s, HBM {s["hbm"]:.3g} s, ICI {s["ici"]:.3g} s'
+    if r['steps']:
+        whole = f'{r["days"]:.3g} days of {r["steps"]} steps'
+    else:
+        rate = r['batch'] / r['devices'] / r['least_seconds']
+        whole = f'{rate:.3g} images a second and device at most'
+    return f'  at least {r["least_seconds"]:.3g} s ({times}), {whole}'
+
+
+def _lines(r: Result) -> Iterator[str]:
     """A program's result as lines for the console."""
     yield f'{r["part"]}, {r["slice"]} ({r["mesh"]}), {r["batch"]} images, {r["dtype"]}'
     if not r['fits']:
@@ -242,62 +305,75 @@ def _lines(r):
     yield f'  fits: {size(r["total_bytes"])} of {size(r["device_bytes"])} on each device: {parts}'
     again = r['flops_computed'] / r['flops'] - 1
     yield f'  {r["flops"]:.3g} FLOPs' + (f' (and {again:.0%} more, recomputed)' if again else '')
-    yield f'  HBM: {r["hbm_bytes"] / 1e9:.3g} GB moved by a device, {r["intensity"]:.3g} FLOPs a byte'
+    moved = f'{r["hbm_bytes"] / 1e9:.3g} GB'
+    yield f'  HBM: {moved} moved by a device, {r["intensity"]:.3g} FLOPs a byte'
     if r['not_split']:
         yield f'  {r["not_split"]}'
     for kind, t in r['collectives'].items():
         yield f'  {kind}: {t["count"]:.0f} times, {t["sent_bytes"] / 1e9:.3g} GB sent by a device'
-    s = r['seconds']
-    times = f'compute {s["compute"]:.3g} s, HBM {s["hbm"]:.3g} s, ICI {s["ici"]:.3g} s'
-    rate = (
-        f', {r["batch"] / r["devices"] / r["least_seconds"]:.3g} images a second and device at most'
-    )
-    whole = f', {r["days"]:.3g} days of {r["steps"]} steps' if r['steps'] else rate
-    yield f'  at least {r["least_seconds"]:.3g} s ({times}){whole}'
+    yield _time_line(r)
     if r['replicated'] is None:
         return
     if not r['replicated']:
         yield "  no device has anything of another one's images"
         return
     _, shape, opcode, place = r['replicated'][0]
-    count = len(r['replicated'])
-    yield f"  NOT SPLIT: each device has {count} arrays of others' images, the largest {shape}, {opcode} of {place}"
+    found = f"{len(r['replicated'])} arrays of others' images"
+    yield f'  NOT SPLIT: each device has {found}, the largest {shape}, {opcode} of {place}'
 
 
-def table(results):
-    """Results as a Markdown table."""
-    head = ('part', 'slice', 'images', 'fits', 'GiB a device', 'of them activations and temporaries', 'PFLOPs a step',
-            'sent GB', 'HBM GB', 'least s', 'bound by', 'days', 'days at half the rates')  # fmt: skip
+def table(results: Iterable[Result]) -> str:
+    """The results of `run` as a Markdown table."""
+    head = (
+        'part', 'slice', 'images', 'fits', 'GiB a device', 'of them activations and temporaries',
+        'PFLOPs a step', 'sent GB', 'HBM GB', 'least s', 'bound by', 'days',
+        'days at half the rates',
+    )  # fmt: skip
     rows = []
     for r in results:
         cells = [r['part'], r['slice'], r['batch']]
         if r['fits']:
             sent = sum(t['sent_bytes'] for t in r['collectives'].values()) / 1e9
-            days = [f'{r["days"]:.3g}', f'{2 * r["days"]:.3g}'] if r['steps'] else ['', '']
             cells += [
-                'yes', f'{r["total_bytes"] / GiB:.1f} of {r["device_bytes"] / GiB:.0f}',
-                f'{r["memory"].get("temporaries", 0) / GiB:.1f}', f'{r["flops"] / 1e15:.3g}', f'{sent:.3g}',
-                f'{r["hbm_bytes"] / 1e9:.3g}', f'{r["least_seconds"]:.3g}', r['bound'], *days,
-            ]  # fmt: skip
+                'yes',
+                f'{r["total_bytes"] / GiB:.1f} of {r["device_bytes"] / GiB:.0f}',
+                f'{r["memory"].get("temporaries", 0) / GiB:.1f}',
+                f'{r["flops"] / 1e15:.3g}',
+                f'{sent:.3g}',
+                f'{r["hbm_bytes"] / 1e9:.3g}',
+                f'{r["least_seconds"]:.3g}',
+                r['bound'],
+                f'{r["days"]:.3g}' if r['steps'] else '',
+                f'{2 * r["days"]:.3g}' if r['steps'] else '',
+            ]
         else:
             cells += [f'no: {r["why"]}', r['remedy'], *[''] * 8]
         rows.append(cells)
     return '\n'.join(markdown(head, rows))
 
 
-def devices_of(piece):
-    """The devices of a `devices.Slice`, without any. Raises UserError where libtpu is not installed
-    or refuses.
+def devices_of(piece: Slice) -> Sequence[Any]:
+    """The devices of a slice, described by libtpu on a machine that has none of them.
+
+    Args:
+      piece: the slice.
+
+    Raises:
+      UserError: libtpu is not installed, or refuses.
     """
     if importlib.util.find_spec('libtpu') is None:
         raise UserError("the TPUs' compiler is not installed: pip install -e '.[tpu-compiler]'")
-    # What libtpu would else ask of Google's machines, or complain of. Nothing here holds a TPU:
-    # others may compile.
+    # Without these libtpu asks Google's machines, or complains. Several processes may load it,
+    # because none here holds a TPU.
     os.environ.update(
-        TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE=piece.name,
-        ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_MIN_LOG_LEVEL='3', TPU_STDERR_LOG_LEVEL='3',
-    )  # fmt: skip
-    from jax.experimental import topologies  # imports libtpu
+        TPU_SKIP_MDS_QUERY='1',
+        TPU_WORKER_HOSTNAMES='localhost',
+        TPU_ACCELERATOR_TYPE=piece.name,
+        ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+        TPU_MIN_LOG_LEVEL='3',
+        TPU_STDERR_LOG_LEVEL='3',
+    )
+    from jax.experimental import topologies  # This imports libtpu.
 
     try:
         return topologies.get_topology_desc(
@@ -307,16 +383,32 @@ def devices_of(piece):
         raise UserError(f'{piece.name}: libtpu says {first_line(error)}') from None
 
 
-def _examine(cfg, piece, mesh, work, audit, say):
-    """One program on one slice, as a dict of plain values."""
+def _examine(
+    cfg: ConfigDict,
+    piece: Slice,
+    mesh: Mesh,
+    work: programs.Work,
+    audit: bool,
+    say: Callable[[str], None],
+) -> Result:
+    """One program on one slice; the arguments are those of `run`."""
+    model = cfg.vae if work.name == 'tokenizer step' else cfg.ar
+    not_split = sharding.describe_not_split(mesh, work.groups) if work.devices > 1 else ''
     r = {
-        'part': work.name, 'slice': piece.name, 'chips': piece.chips, 'devices': work.devices, 'batch': work.images,
+        'part': work.name,
+        'slice': piece.name,
+        'chips': piece.chips,
+        'devices': work.devices,
+        'batch': work.images,
         'dtype': cfg.dtype,
         'mesh': ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or '1 device',
-        'remat': bool(cfg.vae.remat if work.name == 'tokenizer step' else cfg.ar.remat), 'steps': work.steps,
-        'not_split': sharding.describe_not_split(mesh, work.groups) if work.devices > 1 else '', 'fits': True,
-    }  # fmt: skip
-    name, started = work.name.removesuffix(' step'), time.perf_counter()
+        'remat': bool(model.remat),
+        'steps': work.steps,
+        'not_split': not_split,
+        'fits': True,
+    }
+    name = work.name.removesuffix(' step')
+    started = time.perf_counter()
     try:
         r |= measure(work, piece.chip)
     except OutOfMemoryError as error:
@@ -334,45 +426,69 @@ def _examine(cfg, piece, mesh, work, audit, say):
     return r
 
 
-def run(cfg, topology, parts=tuple(programs.WORKS), output=None, audit=True):
-    """Compiles a config's programs for slices of TPUs; prints what they take, and a table in the
-    end.
-
-    Args:
-      cfg: a config. topology: names of slices as `devices.find_slice` takes them, separated by
-        commas.
-      parts: of `programs.WORKS`. output: a JSON file for everything, written after each program.
-      audit: whether each training step is compiled once more, to look for what is replicated.
-    Returns:
-      a list of dicts, one for each program and slice. Raises UserError, one line, for unknown
-        names, sizes that do not
-      go together, and where there is no compiler.
-    """
-    say = lambda text: print(text, flush=True)
+def _pieces(topology: str) -> list[Slice]:
+    """The slices of names separated by commas. Raises UserError for an unknown one."""
     try:
-        pieces = [find_slice(name) for name in topology.split(',')]
+        return [find_slice(name) for name in topology.split(',')]
     except ValueError as error:
         raise UserError(f'--topology: {error}') from None
+
+
+def _mesh_of(cfg: ConfigDict, piece: Slice) -> Mesh:
+    """The config's mesh on a slice. Raises UserError where the sizes do not go together."""
+    try:
+        return sharding.make_mesh(**cfg.mesh, devices=devices_of(piece))
+    except ValueError as error:
+        raise UserError(f'{piece.name}: {error}') from None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run(
+    cfg: ConfigDict,
+    topology: str,
+    parts: Collection[str] = tuple(programs.WORKS),
+    output: str | None = None,
+    audit: bool = True,
+) -> list[Result]:
+    """Compiles a config's programs for slices of TPUs.
+
+    It prints what they take, and a table in the end.
+
+    Args:
+      cfg: a checked config.
+      topology: names of slices as `devices.find_slice` takes them, separated by commas.
+      parts: keys of `programs.WORKS`.
+      output: a JSON file for everything, written after each program; None writes none.
+      audit: whether each training step is compiled once more, to look for what is replicated.
+
+    Returns:
+      one dict of plain values for each program and slice.
+
+    Raises:
+      UserError: a name is unknown, sizes do not go together, or there is no compiler; the message
+        is one line.
+    """
+    pieces = _pieces(topology)
     if unknown := [part for part in parts if part not in programs.WORKS]:
         raise UserError(f'--parts: there is no {unknown[0]}; there are {", ".join(programs.WORKS)}')
-    jax.config.update('jax_platforms', 'cpu')  # what computes here
-    results = []
+    jax.config.update('jax_platforms', 'cpu')  # The CPU does what is computed here.
+    results: list[Result] = []
     for piece in pieces:
-        try:
-            mesh = sharding.make_mesh(**cfg.mesh, devices=devices_of(piece))
-        except ValueError as error:
-            raise UserError(f'{piece.name}: {error}') from None
-        for part in parts:
-            for work in programs.WORKS[part](cfg, mesh):
-                if work.devices > 1 and (why := sharding.misfit(mesh, work.images)):
-                    raise UserError(
-                        f'{work.name} for {piece.name}: {why}: use another batch size or mesh'
-                    )
-                print(f'{work.name} for {piece.name}: compiling', file=sys.stderr, flush=True)
-                results.append(_examine(cfg, piece, mesh, work, audit, say))
-                for line in _lines(results[-1]):
-                    say(line)
-                if output is not None:
-                    files.write_json(output, results)
-    say(f'\n{table(results)}\n{ASSUMED}')
+        mesh = _mesh_of(cfg, piece)
+        works = (work for part in parts for work in programs.WORKS[part](cfg, mesh))
+        for work in works:
+            if work.devices > 1 and (why := sharding.misfit(mesh, work.images)):
+                raise UserError(
+                    f'{work.name} for {piece.name}: {why}: use another batch size or mesh'
+                )
+            print(f'{work.name} for {piece.name}: compiling', file=sys.stderr, flush=True)
+            results.append(_examine(cfg, piece, mesh, work, audit, _say))
+            for line in _lines(results[-1]):
+                _say(line)
+            if output is not None:
+                files.write_json(output, results)
+    _say(f'\n{table(results)}\n{ASSUMED}')
     return results

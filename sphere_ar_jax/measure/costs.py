@@ -1,52 +1,66 @@
-"""Operations of a program, counted from its jaxpr, and what the machine reaches: matrix products,
-memory bandwidth.
+"""Operations of a program, counted from its jaxpr, and the rates that the machine reaches.
 
 Only matrix products and convolutions are counted, two operations for each multiply-add, as is usual
-for FLOP counts.
+for FLOP counts. The rates are those of matrix products and of memory.
 """
 
 import functools
 import math
 import timeit
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from sphere_ar_jax.runtime.types import PyTree
 
 
-def _dot(equation):
+def _shape(variable: Any) -> tuple[int, ...]:
+    """The shape of a variable or literal of a jaxpr."""
+    return variable.aval.shape
+
+
+def _dot(equation: JaxprEqn) -> int:
+    """Operations of a matrix product."""
     (contract, _), _ = equation.params['dimension_numbers']
-    lhs = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+    lhs = _shape(equation.invars[0])
+    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[i] for i in contract)
 
 
-def _conv(equation):
-    p, kernel = equation.params, equation.invars[1].aval.shape
+def _conv(equation: JaxprEqn) -> float:
+    """Operations of a convolution, without products with the zeros that fill a dilated input."""
+    p = equation.params
+    kernel = _shape(equation.invars[1])
     out_features = kernel[p['dimension_numbers'].rhs_spec[0]]
-    # multiplications with the zeros that a dilated input is filled up with are none
     return (
         2
-        * math.prod(equation.outvars[0].aval.shape)
+        * math.prod(_shape(equation.outvars[0]))
         * math.prod(kernel)
         / out_features
         / math.prod(p['lhs_dilation'])
     )
 
 
-def _inner(equation):
+def _inner(equation: JaxprEqn) -> list[Jaxpr]:
     """The jaxprs within an equation."""
     found = []
     for value in equation.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(inner, 'jaxpr', inner)
-            found += [inner] if hasattr(inner, 'eqns') else []
+        for candidate in value if isinstance(value, tuple | list) else (value,):
+            jaxpr: Any = getattr(candidate, 'jaxpr', candidate)
+            if hasattr(jaxpr, 'eqns'):
+                found.append(jaxpr)
     return found
 
 
-def _count(jaxpr, lengths):
-    total = 0
+def _count(jaxpr: Jaxpr, lengths: tuple[float, ...]) -> float:
+    """Operations of a jaxpr; `lengths` as in `flops`."""
+    total: float = 0
     for equation in jaxpr.eqns:
-        name, p = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        p = equation.params
         if name == 'dot_general':
             total += _dot(equation)
         elif name == 'conv_general_dilated':
@@ -62,92 +76,125 @@ def _count(jaxpr, lengths):
             total += lengths[0] * once if once else 0
         else:
             counts = [_count(inner, lengths) for inner in _inner(equation)]
-            if name == 'cond' and p.get(
-                'branches_platforms'
-            ):  # kernels for the same; last the plain one
+            if name == 'cond' and p.get('branches_platforms'):
+                # The branches are kernels for the same; the last one is the plain one.
                 counts = counts[-1:]
-            elif name == 'cond':  # the cache is read to one of several lengths
+            elif name == 'cond':
+                # The branches read the cache to different lengths.
                 counts = [sum(counts) / len(counts)]
             total += sum(counts)
     return total
 
 
-def _shapes(jaxpr, found):
+def _shapes(jaxpr: Jaxpr, found: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Adds the shapes of all results in a jaxpr to a set, and returns it."""
     for equation in jaxpr.eqns:
-        found.update(v.aval.shape for v in equation.outvars)
+        found.update(_shape(v) for v in equation.outvars)
         for inner in _inner(equation):
             _shapes(inner, found)
     return found
 
 
-def shapes(function, *arguments):
-    """The shapes of all arrays that function(*arguments) computes on the way, as if on one device;
-    a set.
+def shapes(function: Callable[..., Any], *arguments: PyTree) -> set[tuple[int, ...]]:
+    """The shapes of all arrays that a function computes on the way, as if on one device.
+
+    Args:
+      function: traceable by JAX.
+      *arguments: its arguments, abstract or not.
     """
     return _shapes(jax.make_jaxpr(function)(*arguments).jaxpr, set())
 
 
-def flops(function, *arguments, lengths=()):
-    """Floating-point operations of function(*arguments) in products and convolutions; arguments may
-    be abstract.
+def flops(
+    function: Callable[..., Any], *arguments: PyTree, lengths: tuple[float, ...] = ()
+) -> float:
+    """Floating-point operations of a function in products and convolutions.
 
-    A conditional counts as the mean of its branches, kernels for several platforms as the plain
-    one. lengths: how often loops of products run whose length is data, the outermost first; raises
-    ValueError where it is not given.
+    A conditional counts as the mean of its branches; of kernels for several platforms the plain one
+    counts.
+
+    Args:
+      function: traceable by JAX.
+      *arguments: its arguments, abstract or not.
+      lengths: how often loops of products run whose length is data, the outermost first.
+
+    Raises:
+      ValueError: the length of such a loop is not given.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths)
 
 
-def head_loops(evaluations, chunk):
-    """`lengths` of the loops of `solvers.integrate`: over chunks of evaluations, and over those
-    within one chunk.
+def head_loops(evaluations: float, chunk: float) -> tuple[float, float]:
+    """`lengths` of the two loops of `solvers.integrate`.
+
+    The outer one runs over chunks of evaluations, the inner one over those within a chunk.
+
+    Args:
+      evaluations: of the head for a token.
+      chunk: evaluations of one chunk.
     """
     return evaluations / chunk, chunk
 
 
-def tree_bytes(tree):
+def tree_bytes(tree: PyTree) -> int:
     """Bytes of a tree of arrays, abstract or not."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def device_bytes(tree):
+def device_bytes(tree: PyTree) -> int:
     """Bytes that a tree of abstract arrays with shardings takes on one device."""
     return sum(
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
     )
 
 
-def best_seconds(function):
+def best_seconds(function: Callable[[], Any]) -> float:
     """Shortest of three runs of a function without arguments, after one that is not counted."""
 
-    def run():
+    def run() -> None:
         jax.block_until_ready(function())
 
     run()
     return min(timeit.repeat(run, number=1, repeat=3))
 
 
-def machine(rows, dtype=jnp.float32, size=None, width=1024):
-    """What the device reaches here and now.
+def machine(
+    rows: int, dtype: Any = jnp.float32, size: int | None = None, width: int = 1024
+) -> dict[str, float]:
+    """What the first device reaches here and now.
+
+    Args:
+      rows: of the thin products.
+      dtype: of all matrices.
+      size: sides of the large square matrices; None takes 2048 on CPUs and 8192 elsewhere, where a
+        small product would measure its launch.
+      width: rows of the weights of the thin products.
 
     Returns:
-      dict: 'matrix_flops', rate of a chain of large square products; 'matrix_flops_rows', that of
-        `rows` rows through
-      24 matrices of width × 3·width in turn, 300 MB in float32; 'bytes_per_second', of reading 256
-        MB (4 GB on
-      accelerators).
+      'matrix_flops': operations a second of a chain of large square products.
+      'matrix_flops_rows': those of `rows` rows through 24 matrices of width × 3·width in turn, 300
+        MB in float32.
+      'bytes_per_second': of reading 256 MB (4 GB on accelerators).
     """
-    large = jax.devices()[0].platform != 'cpu'  # where a small product would measure its launch
-    size, chain = size or (8192 if large else 2048), 10 if large else 2
-    a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype) / size**0.5
-    square = jax.jit(lambda a: functools.reduce(lambda x, _: x @ a, range(chain), a))
+    large = jax.devices()[0].platform != 'cpu'
+    side = size or (8192 if large else 2048)
+    chain = 10 if large else 2
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(side, side)), dtype) / side**0.5
     x = jnp.ones((rows, width), dtype)
     weights = [jnp.full((width, 3 * width), 1 / width + i, dtype) for i in range(24)]
-    thin = jax.jit(lambda x, weights: sum((x @ w).sum() for w in weights))
     big = jnp.ones((1024 if large else 64, 2**20), jnp.float32)
+
+    @jax.jit
+    def square(a: jax.Array) -> jax.Array:
+        return functools.reduce(lambda x, _: x @ a, range(chain), a)
+
+    @jax.jit
+    def thin(x: jax.Array, weights: list[jax.Array]) -> Any:
+        return sum((x @ w).sum() for w in weights)
+
     total = jax.jit(jnp.sum)
     return {
-        'matrix_flops': chain * 2 * size**3 / best_seconds(lambda: square(a)),
+        'matrix_flops': chain * 2 * side**3 / best_seconds(lambda: square(a)),
         'matrix_flops_rows': 24 * 2 * rows * 3 * width**2 / best_seconds(lambda: thin(x, weights)),
         'bytes_per_second': big.nbytes / best_seconds(lambda: total(big)),
     }

@@ -1,26 +1,36 @@
-"""Our side of the benchmark: each part of sampling and training as a compiled program, with its
-operations and bytes.
+"""Our side of the benchmark: each part of sampling and training as a compiled program.
+
+Each part knows its operations and the bytes that it must at least read.
 
 Dimensions:
-  B  images      R  rows of the sampler, 2B with guidance      E  evaluations of the flow head per
-  token
+  B  images
+  R  rows of the sampler, 2B with guidance
+  E  evaluations of the flow head for a token
 """
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.conditions import Classes
 from sphere_ar_jax.models.heads.flow import chunk_size
-from sphere_ar_jax.models.vae import draw_tokens
+from sphere_ar_jax.models.vae import VAE, draw_tokens
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
-from sphere_ar_jax.training.state import abstract_state, jitted_step, quickly_compiled
+from sphere_ar_jax.training.state import Stage, abstract_state, jitted_step, quickly_compiled
 
 # part → what one run of it does
 PARTS = {
@@ -36,55 +46,108 @@ PARTS = {
     'sample': 'B images, whole, in one program',
 }
 
-# Parts that are a start, not a thing that is repeated.
+# These parts are starts, which are not repeated.
 STARTS = ('cold', 'cached')
 
 
-def positions(num_tokens, n=8):
+def positions(num_tokens: int, n: int = 8) -> list[int]:
     """The tokens whose decoding step is timed, evenly spread over the sequence."""
     return sorted({int(k) for k in np.linspace(1, num_tokens - 1, n)})
 
 
-def inputs(ar, vae, batch):
-    """The arrays both sides get, from one seed."""
+def classes(ar: AR) -> Classes:
+    """The condition of an AR model, which must be classes, as in the public code."""
+    assert isinstance(ar.condition, Classes), 'the benchmark conditions on classes only'
+    return ar.condition
+
+
+def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
+    """The arrays that both sides get, from one seed.
+
+    Args:
+      ar: the AR model.
+      vae: the tokenizer.
+      batch: B.
+
+    Returns:
+      `images` (B, H, W, c) in [−1, 1], `labels` (B,), tokens `z` (B, L, d) on the sphere, and
+        `condition` (2B, D), all float32 but the labels, which are int32.
+    """
     rng = np.random.default_rng(0)
     z = rng.normal(size=(batch, ar.num_tokens, ar.latent_dim)).astype(np.float32)
     return {
         'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
-        'labels': rng.integers(0, ar.condition.num_classes, batch).astype(np.int32),
+        'labels': rng.integers(0, classes(ar).num_classes, batch).astype(np.int32),
         'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
         'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
-    }  # fmt: skip
+    }
 
 
-def random_params(model, seed):
-    """Parameters at which nothing is zero, as in a trained model: their initial values, and noise
-    where those are 0.
+def random_params(model: AR | VAE, seed: int) -> PyTree:
+    """Random parameters none of which is zero, as in a trained model.
+
+    They are the initial values, with noise of standard deviation 0.02 in place of leaves that start
+    at 0.
     """
     params = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    noise = lambda a: jnp.asarray(0.02 * rng.normal(size=a.shape), jnp.float32)
-    return jax.tree.map(lambda a: a if np.any(np.asarray(a[..., :1]) != 0) else noise(a), params)
+
+    def filled(a: jax.Array) -> jax.Array:
+        if np.any(np.asarray(a[..., :1]) != 0):
+            return a
+        return jnp.asarray(0.02 * rng.normal(size=a.shape), jnp.float32)
+
+    return jax.tree.map(filled, params)
 
 
 class Part:
-    """Our side of one part: `run()` does it once and returns an array; `flops` and `bytes`, what it
-    must at least do.
+    """Our side of one part.
 
-    Only what the part needs is made; the parameters that training stacks are let go where sampling
-    uses them apart.
+    Only what the part needs is made. Where sampling uses the layers' parameters apart, the stacked
+    ones of training are released.
+
+    Attributes:
+      run: does the part once and returns an array.
+      flops: operations of one run, 0 for a start and for `sample`.
+      bytes: bytes that one run must at least read, 0 where they are not counted.
     """
 
-    def __init__(self, cfg, part, batch, weights=None):
-        self.weights = weights  # file of {PyTorch name: array} to use in place of random parameters
-        self.part, self.batch, self.cfg = part, batch, cfg
+    run: Callable[[], np.ndarray]
+    flops: float
+    bytes: float
+
+    def __init__(
+        self,
+        cfg: ConfigDict,
+        part: str,
+        batch: int,
+        weights: str | os.PathLike[str] | None = None,
+    ):
+        """Prepares a part: makes its parameters, counts its operations and compiles it.
+
+        Args:
+          cfg: a checked config.
+          part: a key of `PARTS`.
+          batch: B.
+          weights: a .npz file of {PyTorch name: array}; None takes `random_params`.
+        """
+        self.weights = weights
+        self.part = part
+        self.batch = batch
+        self.cfg = cfg
         self.options, self.scale, _ = build.build_sampler(cfg)
-        self.ar, self.vae = build.build_ar(cfg), build.build_vae(cfg)
-        self.inputs = {k: jnp.asarray(v) for k, v in inputs(self.ar, self.vae, batch).items()}
-        self.flops = self.bytes = 0
+        self.ar = build.build_ar(cfg)
+        self.vae = build.build_vae(cfg)
+        arrays = inputs(self.ar, self.vae, batch)
+        self.inputs = {name: jnp.asarray(array) for name, array in arrays.items()}
+        self.flops = 0
+        self.bytes = 0
+        # What one run leaves for the next: the cache of `transformer`, the state of a training.
+        self.cache: PyTree = None
+        self.state: PyTree = None
         self.run = getattr(self, '_' + part)()
 
-    def _params(self, model, seed):
+    def _params(self, model: AR | VAE, seed: int) -> PyTree:
         if self.weights is None:
             return random_params(model, seed)
         with np.load(self.weights) as tensors:
@@ -92,116 +155,142 @@ class Part:
                 tensors, jax.eval_shape(model.init_params, jax.random.key(0))
             )
 
-    def _sampler(self, *without):
+    def _sampler(self, *without: str) -> tuple[AR, PyTree]:
         """The AR model as sampling uses it, and its parameters without those named."""
-        params = transformer.unstack(
-            self._params(self.ar, 1)
-        )  # NumPy's views, if from a file: nothing to compile
+        # Parameters from a file are unstacked as NumPy's views: nothing is compiled for that.
+        params = transformer.unstack(self._params(self.ar, 1))
         params = {name: value for name, value in params.items() if name not in without}
         return self.ar.apart(), jax.tree.map(jnp.asarray, params)
 
     @property
-    def _rows(self):
+    def _rows(self) -> int:
         """R, with the null rows of guidance."""
         return self.batch * (2 if self.options.guidance else 1)
 
-    def _double(self, x):
+    def _double(self, x: jax.Array) -> jax.Array:
         return jnp.concatenate([x, x]) if self.options.guidance else x
 
-    def _count(self, function, *arguments, weights=(), lengths=()):
+    def _count(
+        self,
+        function: Callable[..., Any],
+        *arguments: PyTree,
+        weights: PyTree = (),
+        lengths: tuple[float, ...] = (),
+    ) -> None:
+        """Adds a function's operations, and the bytes of the weights that it reads."""
         self.flops += costs.flops(function, *arguments, lengths=lengths)
         self.bytes += costs.tree_bytes(weights)
 
-    def _compiled(self, function, *arguments, **counted):
+    def _compiled(
+        self, function: Callable[..., Any], *arguments: PyTree, **counted: Any
+    ) -> Callable[[], Any]:
         """The function, counted and compiled, as one without arguments."""
         self._count(function, *arguments, **counted)
         compiled = jax.jit(function).lower(*arguments).compile()
         return lambda: compiled(*arguments)
 
-    def _prefill(self, params=None):
-        ar, params = (self.ar.apart(), params) if params else self._sampler('head')
-        null = jnp.full(1 if self.options.guidance else 0, ar.condition.num_classes)
-        run = lambda p, labels: ar.apply({'params': p}, jnp.append(labels, null), method='prefill')[
-            0
-        ]
+    def _prefill(self, params: PyTree = None) -> Callable[[], np.ndarray]:
+        if params is None:
+            ar, params = self._sampler('head')
+        else:
+            ar = self.ar.apart()
+        null = jnp.full(1 if self.options.guidance else 0, classes(ar).num_classes)
+
+        def run(p: PyTree, labels: jax.Array) -> jax.Array:
+            c, _ = ar.apply({'params': p}, jnp.append(labels, null), method='prefill')
+            return c
+
         compiled = self._compiled(run, params, self.inputs['labels'], weights=params['stack'])
         rows = np.minimum(np.arange(self._rows), self.batch)
         position = np.asarray(params['pos_for_diff'][:1])
         return lambda: np.asarray(compiled())[rows] - position
 
-    def _transformer(self):
+    def _transformer(self) -> Callable[[], np.ndarray]:
         ar, params = self._sampler('head')
-        labels, z = self.inputs['labels'], self.inputs['z']
-        rows = self._double(labels).at[self.batch :].set(ar.condition.num_classes)
-        self.cache = jax.jit(lambda p: ar.apply({'params': p}, rows, method='prefill'))(params)[1]
-        run = lambda p, z, k, cache: ar.apply(
-            {'params': p}, self._double(z), k, cache, method='decode_step'
-        )
-        where, S = positions(ar.num_tokens), ar.condition.length + ar.num_tokens - 1
-        self._count(run, params, z[:, 0], jnp.int32(1), self.cache, weights=params['stack'])
-        self.bytes += np.mean(
-            [costs.tree_bytes(self.cache) * (ar.condition.length + k) / S for k in where]
-        )
+        labels = self.inputs['labels']
+        z = self.inputs['z']
+        rows = self._double(labels).at[self.batch :].set(classes(ar).num_classes)
+
+        def prefill(p: PyTree) -> tuple[jax.Array, PyTree]:
+            return ar.apply({'params': p}, rows, method='prefill')
+
+        def decode_step(
+            p: PyTree, z: jax.Array, k: jax.Array, cache: PyTree
+        ) -> tuple[jax.Array, PyTree]:
+            return ar.apply({'params': p}, self._double(z), k, cache, method='decode_step')
+
+        _, self.cache = jax.jit(prefill)(params)
+        where = positions(ar.num_tokens)
+        length = ar.condition.length + ar.num_tokens - 1
+        example = (params, z[:, 0], jnp.int32(1), self.cache)
+        self._count(decode_step, *example, weights=params['stack'])
+        # The step of token k reads the cache up to that token.
+        cache_bytes = costs.tree_bytes(self.cache)
+        reads = [cache_bytes * (ar.condition.length + k) / length for k in where]
+        self.bytes += float(np.mean(reads))
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
-        step = (
-            jax.jit(run, donate_argnums=3)
-            .lower(params, z[:, 0], jnp.int32(1), self.cache)
-            .compile()
-        )
+        step = jax.jit(decode_step, donate_argnums=3).lower(*example).compile()
         position = np.asarray(params['pos_for_diff'])[None, where]
 
-        def steps():
+        def steps() -> np.ndarray:
             out = []
-            for k, z in before:
-                c, self.cache = step(params, z, k, self.cache)
+            for k, token in before:
+                c, self.cache = step(params, token, k, self.cache)
                 out.append(c)
             return np.stack(out, 1) - position
 
         return steps
 
-    def _head(self, params=None):
-        ar, params = (self.ar.apart(), params) if params else self._sampler()
-        head, params = ar.head, params['head']
-        plan, R, m = (
-            self.options.plan(ar.num_tokens),
-            self._rows,
-            self.options.num_draws(ar.num_tokens),
-        )
-        c, k, key = self.inputs['condition'][:R], jnp.int32(1), jax.random.key(0)
+    def _head(self, params: PyTree = None) -> Callable[[], np.ndarray]:
+        if params is None:
+            ar, params = self._sampler()
+        else:
+            ar = self.ar.apart()
+        head = ar.head
+        params = params['head']
+        plan = self.options.plan(ar.num_tokens)
+        num_draws = self.options.num_draws(ar.num_tokens)
+        c = self.inputs['condition'][: self._rows]
         which = jnp.asarray(plan.which)
-        guidance = self.options.guidance and Guidance(
-            self.scale, jnp.asarray(False), self.options.guidance_interval
-        )
+        guidance = None
+        if self.options.guidance:
+            scale = jnp.float32(self.scale)
+            guidance = Guidance(scale, jnp.asarray(False), self.options.guidance_interval)
 
-        def run(params, c, key, k):
+        def run(params: PyTree, c: jax.Array, key: jax.Array, k: jax.Array) -> jax.Array:
             solver = jax.tree.map(lambda a: a[which[k]], head.prepare(params, plan))
-            noise = self._double(jax.random.normal(key, (self.batch, m, ar.latent_dim))).swapaxes(
-                0, 1
-            )
+            noise = jax.random.normal(key, (self.batch, num_draws, ar.latent_dim))
+            noise = self._double(noise).swapaxes(0, 1)
             return self.vae.posterior.project(head.draw_token(params, c, noise, solver, guidance))
 
-        evaluations, chunk = int(plan.count[plan.which[1]]), chunk_size(plan.tables.t.shape[1], R)
+        evaluations = int(plan.count[plan.which[1]])
+        chunk = chunk_size(plan.tables.t.shape[1], self._rows)
+        # Each evaluation reads the residual blocks; a chunk of evaluations shares the modulations.
         blocks = {
-            n: {m: w for m, w in g.items() if m != 'ada'}
-            for n, g in params.items()
-            if 'res_groups' in n
+            name: {module: weights for module, weights in group.items() if module != 'ada'}
+            for name, group in params.items()
+            if 'res_groups' in name
         }
         self.bytes += evaluations * costs.tree_bytes(blocks)
-        compiled = self._compiled(
-            run, params, c, key, k, lengths=costs.head_loops(evaluations, chunk)
-        )
+        lengths = costs.head_loops(evaluations, chunk)
+        key = jax.random.key(0)
+        compiled = self._compiled(run, params, c, key, jnp.int32(1), lengths=lengths)
         return lambda: np.asarray(compiled())
 
-    def _decode(self):
+    def _decode(self) -> Callable[[], np.ndarray]:
         params = self._params(self.vae, 2)
-        run = lambda p, z: self.vae.apply({'params': p}, z, method='decode')
+
+        def run(p: PyTree, z: jax.Array) -> jax.Array:
+            return self.vae.apply({'params': p}, z, method='decode')
+
         compiled = self._compiled(run, params, self.inputs['z'], weights=params['decoder'])
         return lambda: np.asarray(compiled())
 
-    def _encode(self):
-        params, keys = self._params(self.vae, 2), jax.random.split(jax.random.key(0), self.batch)
+    def _encode(self) -> Callable[[], np.ndarray]:
+        params = self._params(self.vae, 2)
+        keys = jax.random.split(jax.random.key(0), self.batch)
 
-        def run(p, x, keys):
+        def run(p: PyTree, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
             z, q = draw_tokens(self.vae, p, x, keys)
             return z, q.kl()
 
@@ -210,45 +299,43 @@ class Part:
         )
         return lambda: np.asarray(compiled()[0])
 
-    def _train(self, stage):
+    def _train(self, stage: Stage) -> Callable[[], np.ndarray]:
         mesh = sharding.make_mesh(1)
         state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
         batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
         self._count(stage.step, state, stage.frozen, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
-        self.state, batch = jax.device_put(state, shardings), sharding.place_batch(mesh, batch)
+        self.state = jax.device_put(state, shardings)
+        batch = sharding.place_batch(mesh, batch)
         step = jitted_step(stage, mesh, self.state).lower(self.state, stage.frozen, batch).compile()
 
-        def run():
+        def run() -> np.ndarray:
             self.state, scalars = step(self.state, stage.frozen, batch)
             return np.asarray(scalars['loss'])[None]
 
         return run
 
-    def _train_tokenizer(self):
-        # LPIPS' network comes from files.
+    def _train_tokenizer(self) -> Callable[[], np.ndarray]:
+        # The parameters of LPIPS come from files, which the benchmark does not ask for.
         cfg = schema.changed(self.cfg, {'tokenizer_training.perceptual_weight': 0.0})
         return self._train(stages.tokenizer_stage(self.vae, cfg.tokenizer_training, 0))
 
-    def _train_ar(self):
+    def _train_ar(self) -> Callable[[], np.ndarray]:
         if self.cfg.init_from is not None:
             raise ValueError('the AR model of a distilled head is frozen: there is no such step')
         vae_params = self._params(self.vae, 2)
         return self._train(stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
 
-    def _program(self, params):
-        """A function that draws the images as every command does, by the same two programs,
-        compiled.
-        """
+    def _program(self, params: PyTree) -> Callable[[], jax.Array]:
+        """A function that draws the images by the two programs of every command, compiled."""
         mesh = sharding.make_mesh(1)
         tokens, decode = on_mesh.sampling_programs(self.ar.apart(), self.vae, self.options, mesh)
-        scale = None if self.scale is None else jnp.float32(self.scale)
         arguments = (
             params,
             self.inputs['labels'],
             jnp.arange(self.batch),
             jax.random.key(0),
-            scale,
+            None if self.scale is None else jnp.float32(self.scale),
             jnp.float32(1),
         )
         vae_params = self._params(self.vae, 2)
@@ -256,15 +343,19 @@ class Part:
         decode = decode.lower(vae_params, self.inputs['z']).compile()
         return lambda: decode(vae_params, draw(*arguments))
 
-    def _sample(self):
-        program = self._program(self._sampler()[1])
+    def _sample(self) -> Callable[[], np.ndarray]:
+        _, params = self._sampler()
+        program = self._program(params)
         return lambda: np.asarray(program())
 
-    def _cold(self):
+    def _cold(self) -> Callable[[], np.ndarray]:
         _, params = self._sampler()
         self._program(params)
-        prefill, head = self._prefill(params), self._head(params)
-        self.flops = self.bytes = 0  # a start has no floor
+        prefill = self._prefill(params)
+        head = self._head(params)
+        # A start has no least time.
+        self.flops = 0
+        self.bytes = 0
         prefill()
         return head
 

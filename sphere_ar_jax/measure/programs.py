@@ -1,99 +1,140 @@
-"""What a config makes devices compute: each program with its arguments, abstract and laid out on a
-mesh.
+"""What a config makes devices compute: each program with its arguments, abstract, on a mesh.
 
-Nothing is computed here: `compile_ahead` compiles these programs for TPUs, the doctor adds up their
-arguments.
+Nothing is computed here. `compile_ahead` compiles these programs for TPUs, and the doctor adds up
+their arguments.
 
 Dimensions:
-  B  images of the global batch      R  rows of the sampler on one device      E  evaluations of the
-  flow head per token
+  B  images of the global batch
+  R  rows of the sampler on one device
+  E  evaluations of the flow head for a token
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec, Sharding
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation.fidelity import inception
+from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import lpips, transformer
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.heads import MeanVelocity
 from sphere_ar_jax.models.heads.flow import chunk_size
+from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import adversarial
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
-from sphere_ar_jax.training.state import abstract_state, jitted_step
+from sphere_ar_jax.training.state import Stage, abstract_state, jitted_step
 
-# Fields of a training state, for people.
-NAMES = {'params': 'parameters', 'opt_state': 'optimizer', 'ema': 'EMAs', 'disc_params': 'discriminator',
-         'disc_opt_state': 'its optimizer', 'frozen': 'frozen models'}  # fmt: skip
+# Fields of a training state → their names for people.
+NAMES = {
+    'params': 'parameters',
+    'opt_state': 'optimizer',
+    'ema': 'EMAs',
+    'disc_params': 'discriminator',
+    'disc_opt_state': 'its optimizer',
+    'frozen': 'frozen models',
+}
 
 
 class Work(NamedTuple):
     """A program to compile.
 
     Attributes:
-      name. function: jitted. arguments: abstract, with shardings. groups: {name: the part of the
-        arguments}. images: B.
-      flops, computed: of B images, the model's, and with what remat computes again.
-      steps: how often it runs in a whole training, None if it is none.
-      lengths: of `hlo.Program`. devices: that run it together.
+      name: as it is printed.
+      function: jitted.
+      arguments: abstract, with shardings.
+      groups: {name: a part of the arguments}.
+      images: B.
+      flops: operations of the model on B images.
+      computed: operations that are computed, with what remat computes again.
+      steps: how often the program runs in a whole training; None if it is not a training step.
+      lengths: those of `hlo.Program`.
+      devices: how many run it together.
     """
 
     name: str
     function: Any
-    arguments: tuple
-    groups: dict
+    arguments: tuple[Any, ...]
+    groups: dict[str, PyTree]
     images: int
     flops: float
     computed: float
     steps: int | None = None
-    lengths: tuple = ()
+    lengths: tuple[float, ...] = ()
     devices: int = 1
 
 
-def _shapes(model):
+def _shapes(model: AR | VAE) -> PyTree:
+    """The shapes of a model's parameters."""
     return jax.eval_shape(model.init_params, jax.random.key(0))
 
 
-def _lpips(options):
-    """LPIPS' parameters, as shapes, where the tokenizer's training needs them."""
+def _lpips(options: ConfigDict) -> PyTree:
+    """The shapes of LPIPS' parameters; () where the tokenizer's training does not need them."""
     if not options.perceptual_weight:
         return ()
     image = jnp.zeros((1, 32, 32, 3))
     return jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), image, image)['params']
 
 
-def stages(cfg):
-    """The trainings that a config asks for: {name: (`state.Stage`, its frozen parameters, as
-    shapes)}.
+def _distillation(cfg: ConfigDict, ar: AR, vae: VAE) -> tuple[Stage, PyTree]:
+    """The distillation stage and the shapes of its frozen models: the tokenizer and the teacher."""
+    assert isinstance(ar.head, MeanVelocity)
+    teacher = (_shapes(vae), _shapes(ar.clone(head=ar.head.teacher())))
+
+    def make(vae_params: PyTree, ar_params: PyTree) -> Stage:
+        options = cfg.distillation_training
+        return distillation_stage(ar, vae, vae_params, ar_params, options, cfg.seed)
+
+    def init(key: jax.Array) -> PyTree:
+        return jax.eval_shape(lambda *params: make(*params).init(key), *teacher)
+
+    return make(*teacher)._replace(init=init), teacher
+
+
+def stages(cfg: ConfigDict) -> dict[str, tuple[Stage, PyTree]]:
+    """The trainings that a config asks for.
+
+    Args:
+      cfg: a checked config.
+
+    Returns:
+      {name: (the stage, the shapes of its frozen parameters)}.
     """
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
     if cfg.init_from is not None:
-        teacher = _shapes(vae), _shapes(ar.clone(head=ar.head.teacher()))
-        make = lambda vae_params, ar_params: distillation_stage(
-            ar, vae, vae_params, ar_params, cfg.distillation_training, cfg.seed
-        )
-        init = lambda key: jax.eval_shape(lambda *params: make(*params).init(key), *teacher)
-        return {'distillation': (make(*teacher)._replace(init=init), teacher)}
+        return {'distillation': _distillation(cfg, ar, vae)}
     found = {}
     if cfg.tokenizer_training.steps and cfg.tokenizer is None:
         frozen = _lpips(cfg.tokenizer_training)
-        found['tokenizer'] = (
-            adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen),
-            frozen,
-        )
+        stage = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen)
+        found['tokenizer'] = (stage, frozen)
     if cfg.ar_training.steps:
         frozen = _shapes(vae)
-        found['ar'] = ar_stage(ar, vae, frozen, cfg.ar_training, cfg.seed), frozen
+        found['ar'] = (ar_stage(ar, vae, frozen, cfg.ar_training, cfg.seed), frozen)
     return found
 
 
-def state_bytes(stage, frozen, mesh):
-    """{part: bytes on each device} while a stage is trained: its state's fields, gradients and
-    frozen parameters.
+def state_bytes(stage: Stage, frozen: PyTree, mesh: Mesh) -> dict[str, int]:
+    """Bytes on each device while a stage is trained, without activations.
+
+    Args:
+      stage: one of `stages`.
+      frozen: the shapes of its frozen parameters.
+      mesh: the devices.
+
+    Returns:
+      {part: bytes} of the fields of the stage's state, `gradients` and `frozen`.
     """
     state = abstract_state(stage, mesh)
     parts = {
@@ -106,143 +147,201 @@ def state_bytes(stage, frozen, mesh):
     }
 
 
-def _rows(mesh, images, *shapes, spec=sharding.BATCH):
-    """Abstract arrays (images, …) split over the mesh; shapes: (dtype, the rest of a shape)."""
+def _rows(
+    mesh: Mesh,
+    images: int,
+    *shapes: tuple[Any, tuple[int, ...]],
+    spec: PartitionSpec = sharding.BATCH,
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Abstract arrays (images, …) split over the mesh.
+
+    Args:
+      mesh: the devices.
+      images: rows of each array.
+      *shapes: (dtype, the rest of the shape) of each array.
+      spec: how the rows are split.
+    """
     split = jax.sharding.NamedSharding(mesh, spec)
     return tuple(
         jax.ShapeDtypeStruct((images, *rest), dtype, sharding=split) for dtype, rest in shapes
     )
 
 
-def _placed(tree, place):
+def _placed(tree: PyTree, place: Sharding) -> PyTree:
     """A tree of shapes as abstract arrays under a sharding."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
 
-def _on_one(mesh, tree):
+def _on_one(mesh: Mesh, tree: PyTree) -> PyTree:
     """A tree of shapes as abstract arrays of the mesh's first device alone."""
     return _placed(tree, jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
 
 
-def training_works(cfg, mesh):
-    """The steps of the trainings that the config asks for, as `loop.train` compiles them."""
+def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
+    """The steps of the trainings that the config asks for, as `loop.train` compiles them.
+
+    Args:
+      cfg: a checked config.
+      mesh: the devices.
+    """
     plain = stages(schema.changed(cfg, {'vae.remat': False, 'ar.remat': False}))
     shape = build.build_vae(cfg).image_shape
     found = []
     for name, (stage, frozen) in stages(cfg).items():
-        state, frozen = abstract_state(stage, mesh), sharding.abstract(mesh, frozen)
-        B, steps = stage.options.batch_size, stage.options.steps
-        image, label = _rows(mesh, B, (jnp.float32, shape), (jnp.int32, ()))
-        arguments = state, frozen, {'image': image, 'label': label}
-        step = jitted_step(stage, mesh, state)
-        groups = dict(vars(state), frozen=frozen, batch=arguments[2])
+        state = abstract_state(stage, mesh)
+        frozen = sharding.abstract(mesh, frozen)
+        images = stage.options.batch_size
+        image, label = _rows(mesh, images, (jnp.float32, shape), (jnp.int32, ()))
+        batch = {'image': image, 'label': label}
+        arguments = (state, frozen, batch)
         computed = costs.flops(stage.step, *arguments)
-        flops = (
-            costs.flops(plain[name][0].step, *arguments)
-            if cfg.vae.remat or cfg.ar.remat
-            else computed
+        flops = computed
+        if cfg.vae.remat or cfg.ar.remat:
+            plain_stage, _ = plain[name]
+            flops = costs.flops(plain_stage.step, *arguments)
+        work = Work(
+            name=f'{name} step',
+            function=jitted_step(stage, mesh, state),
+            arguments=arguments,
+            groups=dict(vars(state), frozen=frozen, batch=batch),
+            images=images,
+            flops=flops,
+            computed=computed,
+            steps=stage.options.steps,
+            devices=mesh.size,
         )
-        found.append(
-            Work(
-                f'{name} step',
-                step,
-                arguments,
-                groups,
-                B,
-                flops,
-                computed,
-                steps,
-                devices=mesh.size,
-            )
-        )
+        found.append(work)
     return found
 
 
-def _tokens_flops(ar, params, B, options):
-    """Operations of drawing B images' tokens, whatever the mesh."""
+def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float:
+    """Operations of drawing the tokens of B = `batch` images, whatever the mesh."""
 
-    def sample(params, labels, key):
+    def sample(params: PyTree, labels: jax.Array, key: jax.Array) -> jax.Array:
         scale = 1.0 if options.guidance else None
-        return sample_tokens(ar, params, labels, jax.random.split(key, B), options, scale)
+        return sample_tokens(ar, params, labels, jax.random.split(key, batch), options, scale)
 
-    params = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params
-    )  # without the mesh
-    labels = jax.ShapeDtypeStruct((B,), jnp.int32)
+    # The shapes are taken without the mesh.
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     plan = options.plan(ar.num_tokens)
-    chunk = chunk_size(plan.tables.t.shape[1], 2 * B if options.guidance else B)
-    return costs.flops(
-        sample, params, labels, jax.random.key(0), lengths=costs.head_loops(plan.evaluations, chunk)
-    )
+    chunk = chunk_size(plan.tables.t.shape[1], 2 * batch if options.guidance else batch)
+    lengths = costs.head_loops(plan.evaluations, chunk)
+    return costs.flops(sample, params, labels, jax.random.key(0), lengths=lengths)
 
 
-def sampling_works(cfg, mesh):
-    """The sampler's two programs: tokens, of all devices together, and the decoder, of each device
-    alone.
+def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
+    """The sampler's two programs: tokens, of all devices together, and the decoder, of each alone.
+
+    Args:
+      cfg: a checked config.
+      mesh: the devices.
     """
     stacked = build.build_ar(cfg)
     ar = stacked.apart()
     vae = build.build_vae(cfg)
     options = build.build_sampler(cfg).options
+    images = sharding.whole_rows(mesh, cfg.sampling.batch_size)
+    tokens, decode = on_mesh.sampling_programs(ar, vae, options, mesh)
+
     unstacked = jax.eval_shape(transformer.unstack, _shapes(stacked))
     params = sharding.abstract(mesh, unstacked)
-    B = sharding.whole_rows(mesh, cfg.sampling.batch_size)
-    labels, index = _rows(mesh, B, (jnp.int32, ()), (jnp.int32, ()))
+    labels, index = _rows(mesh, images, (jnp.int32, ()), (jnp.int32, ()))
     whole = sharding.whole(mesh)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    tokens, decode = on_mesh.sampling_programs(ar, vae, options, mesh)
-    arguments = params, labels, index, key, number if options.guidance else None, number
-    flops = _tokens_flops(ar, params, B, options)
-    # The loops over tokens, over chunks of evaluations and within one, as `sampling` and
-    # `solvers.integrate` make them.
-    E, R = (
-        options.plan(ar.num_tokens).evaluations,
-        B // sharding.batch_parts(mesh) * (2 if options.guidance else 1),
+    flops = _tokens_flops(ar, params, images, options)
+    # The loops run over tokens, over chunks of evaluations and within one chunk, as `sample_tokens`
+    # and `solvers.integrate` make them.
+    evaluations = options.plan(ar.num_tokens).evaluations
+    rows = images // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
+    rounds = -(-evaluations // chunk_size(evaluations, rows))
+    tokens_work = Work(
+        name='tokens',
+        function=tokens,
+        arguments=(params, labels, index, key, number if options.guidance else None, number),
+        groups={'params': params, 'rows': (labels, index)},
+        images=images,
+        flops=flops,
+        computed=flops,
+        lengths=(ar.num_tokens, rounds, evaluations / rounds),
+        devices=mesh.size,
     )
-    rounds = -(-E // chunk_size(E, R))
-    found = [
-        Work('tokens', tokens, arguments, {'params': params, 'rows': (labels, index)}, B, flops, flops,
-             lengths=(ar.num_tokens, rounds, E / rounds), devices=mesh.size)
-    ]  # fmt: skip
-    b = B // mesh.size
-    params, z = _on_one(
-        mesh, (_shapes(vae), jax.ShapeDtypeStruct((b, ar.num_tokens, ar.latent_dim), jnp.float32))
-    )
+
+    own = images // mesh.size
+    z_shape = jax.ShapeDtypeStruct((own, ar.num_tokens, ar.latent_dim), jnp.float32)
+    params, z = _on_one(mesh, (_shapes(vae), z_shape))
     flops = costs.flops(decode, params, z)
-    return [
-        *found,
-        Work('decode', decode, (params, z), {'params': params, 'rows': z}, b, flops, flops),
-    ]
-
-
-def evaluation_works(cfg, mesh):
-    """The evaluator's programs: Inception's features, of colour images, and the tokenizer's
-    reconstructions.
-    """
-    vae, whole, found = build.build_vae(cfg), sharding.whole(mesh), []
-    B = sharding.whole_rows(mesh, cfg.sampling.batch_size)
-    shape = vae.image_shape
-    if shape[-1] == 3:
-        image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
-        params = jax.eval_shape(inception.Inception().init, jax.random.key(0), image)['params']
-        params = _placed(params, whole)
-        (images,) = _rows(mesh, B, (jnp.uint8, shape), spec=sharding.ROWS)
-        features, groups = jax.jit(inception.features), {'params': params, 'rows': images}
-        flops = costs.flops(features, params, images)
-        found = [
-            Work('features', features, (params, images), groups, B, flops, flops, devices=mesh.size)
-        ]
-    b, key = B // mesh.size, jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    images, index = (
-        jax.ShapeDtypeStruct((b, *shape), jnp.float32),
-        jax.ShapeDtypeStruct((b,), jnp.int32),
+    decode_work = Work(
+        name='decode',
+        function=decode,
+        arguments=(params, z),
+        groups={'params': params, 'rows': z},
+        images=own,
+        flops=flops,
+        computed=flops,
     )
-    arguments = params, rows = _on_one(mesh, ((_shapes(vae), key), (images, index)))
-    reconstruct, groups = on_mesh.autoencoder(vae), {'params': params, 'rows': rows}
-    flops = costs.flops(reconstruct, *arguments)
-    return [*found, Work('reconstruct', reconstruct, arguments, groups, b, flops, flops)]
+    return [tokens_work, decode_work]
+
+
+def _features_work(mesh: Mesh, images: int, shape: tuple[int, ...]) -> Work:
+    """Inception's features of colour images (`images`, *shape), of all devices together."""
+    example = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
+    params = jax.eval_shape(inception.Inception().init, jax.random.key(0), example)['params']
+    params = _placed(params, sharding.whole(mesh))
+    (pixels,) = _rows(mesh, images, (jnp.uint8, shape), spec=sharding.ROWS)
+    features = jax.jit(inception.features)
+    flops = costs.flops(features, params, pixels)
+    return Work(
+        name='features',
+        function=features,
+        arguments=(params, pixels),
+        groups={'params': params, 'rows': pixels},
+        images=images,
+        flops=flops,
+        computed=flops,
+        devices=mesh.size,
+    )
+
+
+def _reconstruct_work(mesh: Mesh, images: int, vae: VAE) -> Work:
+    """The tokenizer's reconstructions of so many images, of each device alone."""
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    pixels = jax.ShapeDtypeStruct((images, *vae.image_shape), jnp.float32)
+    index = jax.ShapeDtypeStruct((images,), jnp.int32)
+    frozen, rows = _on_one(mesh, ((_shapes(vae), key), (pixels, index)))
+    reconstruct = on_mesh.autoencoder(vae)
+    flops = costs.flops(reconstruct, frozen, rows)
+    return Work(
+        name='reconstruct',
+        function=reconstruct,
+        arguments=(frozen, rows),
+        groups={'params': frozen, 'rows': rows},
+        images=images,
+        flops=flops,
+        computed=flops,
+    )
+
+
+def evaluation_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
+    """The evaluator's programs: Inception's features, of colour images only, and reconstructions.
+
+    Args:
+      cfg: a checked config.
+      mesh: the devices.
+    """
+    vae = build.build_vae(cfg)
+    images = sharding.whole_rows(mesh, cfg.sampling.batch_size)
+    found = []
+    if vae.image_shape[-1] == 3:
+        found.append(_features_work(mesh, images, vae.image_shape))
+    found.append(_reconstruct_work(mesh, images // mesh.size, vae))
+    return found
 
 
 # Part of a run → its programs, a function of (config, mesh).
-WORKS = {'train': training_works, 'sample': sampling_works, 'evaluate': evaluation_works}
+WORKS: dict[str, Callable[[ConfigDict, Mesh], list[Work]]] = {
+    'train': training_works,
+    'sample': sampling_works,
+    'evaluate': evaluation_works,
+}

@@ -1,44 +1,64 @@
-"""The public PyTorch code as a second side of the benchmark: built from a checkout, on our weights,
-part by part.
+"""The public PyTorch code as a second side of the benchmark, on our weights, part by part.
 
 Nothing of that code is here: a checkout of guolinke/SphereAR is imported from where it lies. Where
-flash_attn is not installed (it needs a GPU), the one function taken from it is replaced by torch's
-own scaled_dot_product_attention. Sizes that the public constructors do not offer (the digits') are
-made by exchanging layers after construction.
+flash_attn is not installed (it needs a GPU), torch's own scaled_dot_product_attention replaces the
+one function taken from it. Sizes that the public constructors do not offer, such as those of the
+digits, are made by exchanging layers after construction.
+
+`torch` in the arguments below is that module, because it must be imported late.
 """
 
 import copy
 import os
 import sys
 import types
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.measure import our_parts
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.backbones import Hybrid
+from sphere_ar_jax.models.heads import FlowHead
+from sphere_ar_jax.models.vae import VAE
 
 
-def _import(checkout, compiled):
-    """(torch, the public modules by name). Must come before anything else imports torch."""
+def _import(checkout: str, compiled: bool) -> tuple[types.ModuleType, types.SimpleNamespace]:
+    """Imports torch and the public modules.
+
+    It must come before anything else imports torch, which reads the environment at its import.
+
+    Args:
+      checkout: directory of the public repository.
+      compiled: whether its torch.compile is left on.
+
+    Returns:
+      torch, and the public modules by name.
+    """
     if not compiled:
         os.environ['TORCHDYNAMO_DISABLE'] = '1'
     import torch
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        True  # as its scripts, and JAX, have it
-    )
+    # The public scripts allow TF32, and JAX does by default.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     try:
         import flash_attn  # noqa: F401
     except ImportError:
-        stand_in = types.ModuleType('flash_attn')
 
-        def flash_attn_func(q, k, v, causal=False, dropout_p=0.0):
+        def flash_attn_func(
+            q: Any, k: Any, v: Any, causal: bool = False, dropout_p: float = 0.0
+        ) -> Any:
             q, k, v = (a.transpose(1, 2) for a in (q, k, v))
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=causal, dropout_p=dropout_p
             )
             return out.transpose(1, 2)
 
+        stand_in: Any = types.ModuleType('flash_attn')
         stand_in.flash_attn_func = flash_attn_func
         sys.modules['flash_attn'] = stand_in
     sys.path.insert(0, checkout)
@@ -47,64 +67,105 @@ def _import(checkout, compiled):
     return torch, types.SimpleNamespace(layers=layers, model=model, vae=vae)
 
 
-def _set_heads(transformer_layers, heads):
+def _set_heads(transformer_layers: Iterable[Any], heads: int) -> None:
+    """Gives public transformer blocks another number of attention heads."""
     for layer in transformer_layers:
-        a = layer.attention
-        a.n_head, a.head_dim, a.scale = heads, a.dim // heads, (a.dim // heads) ** -0.5
+        attention = layer.attention
+        attention.n_head = heads
+        attention.head_dim = attention.dim // heads
+        attention.scale = attention.head_dim**-0.5
 
 
-def _build_vae(torch, public, vae):
+def _build_vae(torch: types.ModuleType, public: types.SimpleNamespace, vae: VAE) -> Any:
     """The public tokenizer in the sizes of ours."""
-    nn, size, D = torch.nn, vae.image_shape[0], vae.backbone.channels[-1]
-    if D < 64:
+    nn = torch.nn
+    backbone = vae.backbone
+    assert isinstance(backbone, Hybrid), 'the public code has this backbone only'
+    size = vae.image_shape[0]
+    width = backbone.channels[-1]
+    if width < 64:
         raise ValueError(
-            f'the public tokenizer has one head for every 64 of its width, which is {D} here'
+            f'the public tokenizer has one head for every 64 of its width, which is {width} here'
         )
     model = public.vae.VAE(
-        latent_dim=vae.latent_dim, image_size=size, patch_size=vae.backbone.patch_size, z_channels=D,
-        cnn_chs=[*vae.backbone.channels[:-1], D], encoder_vit_layers=vae.backbone.encoder_depth,
-        decoder_vit_layers=vae.backbone.decoder_depth,
-    )  # fmt: skip
-    if (
-        vae.backbone.channels[0] != 64
-        or vae.backbone.stem != 64
-        or vae.backbone.image_channels != 3
-    ):
-        c, first = vae.backbone.image_channels, vae.backbone.channels[0]
-        model.encoder.conv_in = nn.Conv2d(c, vae.backbone.stem, 3, 1, 1, bias=False)
+        latent_dim=vae.latent_dim,
+        image_size=size,
+        patch_size=backbone.patch_size,
+        z_channels=width,
+        cnn_chs=[*backbone.channels[:-1], width],
+        encoder_vit_layers=backbone.encoder_depth,
+        decoder_vit_layers=backbone.decoder_depth,
+    )
+    colours = backbone.image_channels
+    first = backbone.channels[0]
+    if first != 64 or backbone.stem != 64 or colours != 3:
+        model.encoder.conv_in = nn.Conv2d(colours, backbone.stem, 3, 1, 1, bias=False)
         model.decoder.conv_out = nn.Sequential(
             nn.GroupNorm(min(32, first // 4), first, eps=1e-6),
             nn.SiLU(),
-            nn.Conv2d(first, c, 3, 1, 1, bias=False),
+            nn.Conv2d(first, colours, 3, 1, 1, bias=False),
         )
+    positions = public.layers.get_2d_pos(size, backbone.patch_size)
+    head_dim = width // backbone.heads
     for part in (model.encoder, model.decoder):
-        _set_heads(part.layers, vae.backbone.heads)
-        positions, width = (
-            public.layers.get_2d_pos(size, vae.backbone.patch_size),
-            D // vae.backbone.heads,
-        )
-        part.freqs_cis = public.layers.precompute_freqs_cis_2d(
-            positions, width, cls_token_num=4
-        ).clone()
+        _set_heads(part.layers, backbone.heads)
+        table = public.layers.precompute_freqs_cis_2d(positions, head_dim, cls_token_num=4)
+        part.freqs_cis = table.clone()
     return model
 
 
-def _build(torch, public, ar, vae):
+def _build(torch: types.ModuleType, public: types.SimpleNamespace, ar: AR, vae: VAE) -> Any:
     """The public SphereAR in the sizes of ours, tokenizer included."""
+    assert isinstance(ar.head, FlowHead), 'the public code has this head only'
     model = public.model.SphereAR(
-        dim=ar.width, n_layer=ar.depth, n_head=ar.heads, diff_layers=ar.head.depth, diff_dim=ar.head.width,
-        diff_adanln_layers=ar.head.groups, latent_dim=ar.latent_dim, patch_size=vae.backbone.patch_size,
-        resolution=vae.image_shape[0], diff_batch_mul=4, cls_token_num=ar.condition.length,
-        num_classes=ar.condition.num_classes,
-    )  # fmt: skip
+        dim=ar.width,
+        n_layer=ar.depth,
+        n_head=ar.heads,
+        diff_layers=ar.head.depth,
+        diff_dim=ar.head.width,
+        diff_adanln_layers=ar.head.groups,
+        latent_dim=ar.latent_dim,
+        patch_size=vae.backbone.patch_size,
+        resolution=vae.image_shape[0],
+        diff_batch_mul=4,
+        cls_token_num=ar.condition.length,
+        num_classes=our_parts.classes(ar).num_classes,
+    )
     model.vae = _build_vae(torch, public, vae)
     model.freeze_vae()
     return model
 
 
-def _train(torch, model, cfg, vae_only, images, labels):
-    """One optimizer step of the public recipe without its adversarial and perceptual terms, as a
-    function.
+def _load(torch: types.ModuleType, model: Any, weights: str | os.PathLike[str]) -> None:
+    """Copies weights from a .npz file into a public model.
+
+    Raises:
+      ValueError: a weight is missing.
+    """
+    state = model.state_dict()
+    with np.load(weights) as tensors, torch.no_grad():
+        for key in state:
+            if key in tensors:
+                state[key].copy_(torch.from_numpy(tensors[key]))
+            elif not key.endswith('freqs_cis'):
+                raise ValueError(f'no weights for {key}')
+
+
+def _train(
+    torch: types.ModuleType, model: Any, cfg: ConfigDict, vae_only: bool, images: Any, labels: Any
+) -> Callable[[], Any]:
+    """One optimizer step of the public recipe, as a function that returns the loss.
+
+    The adversarial and the perceptual term are left out (`docs/method.md`, "Tokenizer losses" and
+    "Optimizer").
+
+    Args:
+      torch: the module.
+      model: the public SphereAR.
+      cfg: a checked config.
+      vae_only: whether the tokenizer is trained, instead of the AR model.
+      images: (B, c, H, W).
+      labels: (B,).
     """
     model.train()
     if vae_only:
@@ -112,16 +173,16 @@ def _train(torch, model, cfg, vae_only, images, labels):
     else:
         model.vae.eval()
     model.vae_only = vae_only
-    # in vae_only mode the public constructor makes no AR model: nothing of it may be updated or
-    # averaged here either
+    # In vae_only mode the public constructor makes no AR model, so that none may be updated or
+    # averaged here either.
     trained = model.vae if vae_only else model
     parameters = [p for p in trained.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    ema_decay = (cfg.tokenizer_training if vae_only else cfg.ar_training).ema_decay
-    averaged = copy.deepcopy(parameters) if ema_decay else None
+    options = cfg.tokenizer_training if vae_only else cfg.ar_training
+    averaged = copy.deepcopy(parameters) if options.ema_decay else None
     forward = torch.compile(model)
 
-    def step():
+    def step() -> Any:
         loss, kl, recon = forward(images, labels)
         if vae_only:
             error = recon - images
@@ -134,13 +195,13 @@ def _train(torch, model, cfg, vae_only, images, labels):
         tx.step()
         if averaged is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, 1 - ema_decay)
+                torch._foreach_lerp_(averaged, parameters, 1 - options.ema_decay)
         return loss
 
     return step
 
 
-# What a part does not use of the model, by attribute: gone before anything is measured.
+# The attributes of the model that a part does not use. They are deleted before the measurement.
 _UNUSED = {
     'prefill': ('vae', 'head'),
     'transformer': ('vae', 'head'),
@@ -152,17 +213,98 @@ _UNUSED = {
 }
 
 
-def part(checkout, compiled, cfg, name, batch, weights):
-    """One part of the benchmark on the public code: (function that runs it once and returns an
-    array, function that says the peak memory of the accelerator in bytes, None on a CPU).
+def _sampling_runs(
+    torch: types.ModuleType, model: Any, cfg: ConfigDict, ar: AR, tensors: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """What one run of each part of sampling does, by the part's name.
 
     Args:
-      checkout: directory of the public repository. compiled: whether its torch.compile is left on.
-        cfg: for sizes and
-      settings. name: see `our_parts.PARTS`. batch: images. weights: file of {PyTorch name: array}.
-    Raises ValueError where a weight is missing.
+      torch: the module.
+      model: the public SphereAR.
+      cfg: a checked config.
+      ar: our AR model, for the sizes.
+      tensors: the arrays of `our_parts.inputs` on the device, images as (B, c, H, W).
     """
-    ar, vae = build.build_ar(cfg), build.build_vae(cfg)
+    labels = tensors['labels']
+    z = tensors['z']
+    batch = len(z)
+    class_tokens = ar.condition.length
+    steps = cfg.sampling.num_steps
+    scale = cfg.sampling.guidance_scale
+    schedule = cfg.sampling.guidance
+
+    def prefill() -> Any:
+        null = torch.full_like(labels, our_parts.classes(ar).num_classes)
+        rows = torch.cat([labels, null])
+        embedded = model.cls_embedding(rows).view(2 * batch, class_tokens, -1)
+        return model.forward_model(embedded, 0, class_tokens)[:, -1]
+
+    def transformer() -> Any:
+        c = []
+        for k in our_parts.positions(ar.num_tokens):
+            start = class_tokens + k - 1
+            last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
+            c.append(model.forward_model(last, start, start + 1)[:, 0])
+        return torch.stack(c, 1)
+
+    def head(c: Any = tensors['condition']) -> Any:
+        return model.head_sample(c[:, None], 1, steps, scale, schedule)[:, 0]
+
+    return {
+        'prefill': prefill,
+        'transformer': transformer,
+        'head': head,
+        'decode': lambda: model.vae.decode(z).permute(0, 2, 3, 1),
+        'encode': lambda: model.vae.encode(tensors['images'])[0],
+        **dict.fromkeys(our_parts.STARTS, lambda: head(prefill())),
+        'sample': lambda: model.sample(labels, steps, scale, schedule).permute(0, 2, 3, 1),
+    }
+
+
+def _on_device(
+    torch: types.ModuleType, device: str, inputs: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The arrays of `our_parts.inputs` as tensors, laid out as the public code trains with them."""
+    images = torch.tensor(inputs['images'].transpose(0, 3, 1, 2)).to(device)
+    return {
+        'images': images.to(memory_format=torch.channels_last),
+        'labels': torch.tensor(inputs['labels']).to(device).long(),
+        'z': torch.tensor(inputs['z']).to(device),
+        'condition': torch.tensor(inputs['condition']).to(device),
+    }
+
+
+def _peak_on_cpu() -> None:
+    """The peak memory of an accelerator that is not there."""
+
+
+def part(
+    checkout: str,
+    compiled: bool,
+    cfg: ConfigDict,
+    name: str,
+    batch: int,
+    weights: str | os.PathLike[str],
+) -> tuple[Callable[[], np.ndarray], Callable[[], int | None]]:
+    """One part of the benchmark on the public code.
+
+    Args:
+      checkout: directory of the public repository.
+      compiled: whether its torch.compile is left on.
+      cfg: a checked config, for sizes and settings.
+      name: a key of `our_parts.PARTS`.
+      batch: images.
+      weights: a .npz file of {PyTorch name: array}.
+
+    Returns:
+      a function that runs the part once and returns an array, and a function that returns the peak
+        memory of the accelerator in bytes (None on a CPU).
+
+    Raises:
+      ValueError: a weight is missing.
+    """
+    ar = build.build_ar(cfg)
+    vae = build.build_vae(cfg)
     inputs = our_parts.inputs(ar, vae, batch)
     torch, public = _import(checkout, compiled)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -170,69 +312,29 @@ def part(checkout, compiled, cfg, name, batch, weights):
     model = _build(torch, public, ar, vae)
     for attribute in _UNUSED.get(name, ()):
         delattr(model, attribute)
-    state = model.state_dict()
-    with np.load(weights) as tensors, torch.no_grad():
-        for key in state:
-            if key in tensors:
-                state[key].copy_(torch.from_numpy(tensors[key]))
-            elif not key.endswith('freqs_cis'):
-                raise ValueError(f'no weights for {key}')
+    _load(torch, model, weights)
     model = model.to(device, memory_format=torch.channels_last)
     model.diff_batch_mul = cfg.ar_training.copies
-    put = lambda a: torch.tensor(np.asarray(a)).to(device)
-    nchw = lambda a: put(np.asarray(a).transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
-    images, labels, z, condition = (
-        nchw(inputs['images']),
-        *(put(inputs[n]) for n in ('labels', 'z', 'condition')),
-    )
-    labels = labels.long()
-    steps, schedule, scale = (
-        cfg.sampling.num_steps,
-        cfg.sampling.guidance,
-        cfg.sampling.guidance_scale,
-    )
-
-    def prefill():
-        rows = torch.cat([labels, torch.full_like(labels, ar.condition.num_classes)])
-        embedded = model.cls_embedding(rows).view(2 * batch, ar.condition.length, -1)
-        return model.forward_model(embedded, 0, ar.condition.length)[:, -1]
-
-    def transformer():
-        c = []
-        for k in our_parts.positions(ar.num_tokens):
-            start = ar.condition.length + k - 1
-            last = model.proj_in(torch.cat([z[:, k - 1 : k]] * 2))
-            c.append(model.forward_model(last, start, start + 1)[:, 0])
-        return torch.stack(c, 1)
-
-    def head(c=condition):
-        return model.head_sample(c[:, None], 1, steps, scale, schedule)[:, 0]
-
-    if name.startswith('train'):
-        step = _train(torch, model, cfg, name == 'train_tokenizer', images, labels)
-        run = lambda: step()[None]
+    tensors = _on_device(torch, device, inputs)
+    training = name.startswith('train')
+    if training:
+        vae_only = name == 'train_tokenizer'
+        step = _train(torch, model, cfg, vae_only, tensors['images'], tensors['labels'])
     else:
         model.eval()
         if name in ('prefill', 'transformer', 'sample', *our_parts.STARTS):
             model.enable_kv_cache(2 * batch)
-        run = {
-            'prefill': prefill,
-            'transformer': transformer,
-            'head': head,
-            'decode': lambda: model.vae.decode(z).permute(0, 2, 3, 1),
-            'encode': lambda: model.vae.encode(images)[0],
-            **dict.fromkeys(our_parts.STARTS, lambda: head(prefill())),
-            'sample': lambda: model.sample(labels, steps, scale, schedule).permute(0, 2, 3, 1),
-        }[name]
+        runs = _sampling_runs(torch, model, cfg, ar, tensors)
+        step = runs[name]
         if name == 'transformer':
             with torch.no_grad(), half:
-                prefill()
+                runs['prefill']()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
 
-    def synchronised():
-        with half, torch.set_grad_enabled(name.startswith('train')):
-            out = run()
-        return out.detach().float().cpu().numpy()  # waits for the device
+    def synchronised() -> np.ndarray:
+        with half, torch.set_grad_enabled(training):
+            out = step()[None] if training else step()
+        return out.detach().float().cpu().numpy()  # This waits for the device.
 
-    return synchronised, torch.cuda.max_memory_allocated if device == 'cuda' else lambda: None
+    return synchronised, torch.cuda.max_memory_allocated if device == 'cuda' else _peak_on_cpu
