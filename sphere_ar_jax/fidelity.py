@@ -1,11 +1,11 @@
-"""Fidelity of image sets: FID, sFID, Inception Score, precision and recall by the ADM protocol,
-without TensorFlow.
+"""Scores two sets of images by the ADM protocol: FID, sFID, Inception Score, precision, recall.
 
-    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz
-    --weights=classify_image_graph_def.pb
+    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz \\
+        --weights=classify_image_graph_def.pb
 
 The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol
-2021, arXiv 2105.05233), to which published numbers on ImageNet refer; see `protocol`.
+2021, arXiv 2105.05233), to which published numbers on ImageNet refer. They are computed without
+TensorFlow; see `protocol`, and `docs/evaluation.md` for how exact they are.
 """
 
 import argparse
@@ -17,8 +17,11 @@ from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError
 
 
-def main():
-    """Scores two npz files; what the user can put right ends it with one line."""
+def main() -> None:
+    """Scores two npz files and prints the scores as JSON.
+
+    An error that the user can put right ends the program with one line.
+    """
     parser = argparse.ArgumentParser('python -m sphere_ar_jax.fidelity')
     parser.add_argument('reference', help='npz of reference images or statistics')
     parser.add_argument('samples', help='npz with the samples, arr_0')

@@ -1,1 +1,1 @@
-
+"""Scores, pictures and the report page of a run."""

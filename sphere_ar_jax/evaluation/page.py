@@ -2,67 +2,108 @@
 
 import base64
 import html
+import os
 import platform
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 from etils import epath
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.evaluation.pictures import save_figure
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.runtime import files, metric_writer
 
-# (stage directory, scalar, label, logarithmic axis)
+
+class _Curve(NamedTuple):
+    """A scalar of a stage that is plotted against the training step.
+
+    Attributes:
+      stage: directory of the stage in the workdir.
+      name: the scalar in the stage's metrics.jsonl.
+      label: title of the plot.
+      logarithmic: whether its axis is logarithmic.
+    """
+
+    stage: str
+    name: str
+    label: str
+    logarithmic: bool
+
+
 _CURVES = (
-    ('tokenizer', 'l1', 'tokenizer: mean |error|', True),
-    ('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
+    _Curve('tokenizer', 'l1', 'tokenizer: mean |error|', True),
+    _Curve('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
     *(
-        ('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
+        _Curve('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
         for posterior in POSTERIORS.values()
         for name, label in posterior.labels.items()
     ),
-    ('ar', 'loss', 'AR: flow loss', True),
-    ('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
-    ('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
-    ('ar', 'learning_rate', 'AR: learning rate', False),
-    ('distillation', 'loss', 'distillation: error of mean velocities', True),
-    ('distillation', 'one_step', 'distillation: error of one step', True),
+    _Curve('ar', 'loss', 'AR: flow loss', True),
+    _Curve('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
+    _Curve('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
+    _Curve('ar', 'learning_rate', 'AR: learning rate', False),
+    _Curve('distillation', 'loss', 'distillation: error of mean velocities', True),
+    _Curve('distillation', 'one_step', 'distillation: error of one step', True),
 )
 
 
-def save_curves(path, workdir):
-    """The training curves of the stages that the workdir has, from each one's metrics.jsonl."""
-    stages = {
+def _plot(axis: Axes, curve: _Curve, lines: list[dict[str, float]]) -> None:
+    """Plots a curve from the lines of its stage's metrics.jsonl."""
+    points = [(line['step'], line[curve.name]) for line in lines if curve.name in line]
+    axis.plot(*zip(*points, strict=True))
+    axis.set_title(curve.label, fontsize=9)
+    axis.set_xlabel('step', fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if curve.logarithmic:
+        axis.set_yscale('log')
+
+
+def _columns(curves: int) -> int:
+    """The number of columns for so many plots: one that leaves no gap in the last row, or 4."""
+    fitting = (n for n in (4, 3, 5) if curves % n == 0)
+    return min(curves, next(fitting, 4))
+
+
+def save_curves(path: str | os.PathLike[str], workdir: str) -> None:
+    """Plots the training curves of the stages that a workdir has.
+
+    Args:
+      path: the PNG.
+      workdir: directory of the run. The curves come from the metrics.jsonl of each stage.
+    """
+    lines = {
         stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl')
-        for stage, *_ in _CURVES
+        for stage in {curve.stage for curve in _CURVES}
     }
-    curves = [curve for curve in _CURVES if any(curve[1] in line for line in stages[curve[0]])]
-    columns = min(len(curves), next((n for n in (4, 3, 5) if len(curves) % n == 0), 4))
+    curves = [curve for curve in _CURVES if any(curve.name in line for line in lines[curve.stage])]
+    columns = _columns(len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.75 * columns, 3 * rows), squeeze=False)
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
-    for axis, (stage, name, label, logarithmic) in zip(axes.flat, curves, strict=False):
-        lines = stages[stage]
-        points = [(line['step'], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True))
-        axis.set_title(label, fontsize=9)
-        axis.set_xlabel('step', fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        if logarithmic:
-            axis.set_yscale('log')
+    for axis, curve in zip(axes.flat, curves, strict=False):
+        _plot(axis, curve, lines[curve.stage])
     figure.tight_layout()
     save_figure(figure, path)
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>SphereAR: {title}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100%; image-rendering: pixelated }} table {{ border-collapse: collapse }}
-td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ddd }} td.n {{ text-align: right;
-font-variant-numeric: tabular-nums }} pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }}
+body {{
+  font: 16px/1.5 system-ui, sans-serif;
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222;
+}}
+img {{ max-width: 100%; image-rendering: pixelated; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ddd; }}
+td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
+pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; }}
 </style></head><body>
 <h1>SphereAR on {title}</h1>
 <p>{summary}</p>
@@ -93,32 +134,65 @@ _MEANING = {
     'samples/recall': "share of real digits on the samples' manifold (k = 3)",
     'memorisation/samples_to_train': 'median distance of a sample to the nearest training digit',
     'memorisation/heldout_to_train': 'the same of a held-out real digit',
-    'memorisation/nearer_than_5pct_of_heldout': 'share of samples nearer than the nearest 5% of held-out digits',
+    'memorisation/nearer_than_5pct_of_heldout': (
+        'share of samples nearer than the nearest 5% of held-out digits'
+    ),
     'peak_rss_mb': 'largest memory of the process, MiB',
 }
 
 
-def _section(heading, alt, path):
-    """A picture with its heading, '' where there is none."""
+def _section(heading: str, alt: str, path: str) -> str:
+    """A picture with its heading as HTML, or an empty string where there is no picture."""
     if not epath.Path(path).exists():
         return ''
     source = 'data:image/png;base64,' + base64.b64encode(epath.Path(path).read_bytes()).decode()
     return f'<h2>{heading}</h2><img alt="{alt}" src="{source}">'
 
 
-def save_page(workdir, title, summary, metrics, config, command):
-    """Writes WORKDIR/report.html from the pictures that are in WORKDIR and a dict of metrics."""
-    rows = ''.join(
-        f'<tr><td><code>{name}</code></td><td class="n">{value:.4g}</td><td>{_MEANING.get(name, "")}</td></tr>'
-        for name, value in metrics.items()
+def _row(name: str, value: float) -> str:
+    """A row of the table of metrics as HTML."""
+    return (
+        f'<tr><td><code>{name}</code></td>'
+        f'<td class="n">{value:.4g}</td>'
+        f'<td>{_MEANING.get(name, "")}</td></tr>'
     )
-    pictures = _section('Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png') + _section(
-        'Images, and below each what the tokenizer makes of it', 'originals and reconstructions',
+
+
+def save_page(
+    workdir: str,
+    title: str,
+    summary: str,
+    metrics: Mapping[str, float],
+    config: str,
+    command: str,
+) -> None:
+    """Writes WORKDIR/report.html.
+
+    Args:
+      workdir: directory of the run. The page holds those of samples.png, reconstructions.png and
+        curves.png that are there.
+      title: what the run was trained on.
+      summary: a sentence or two about the result.
+      metrics: the numbers by name.
+      config: the config as text.
+      command: the command that made the run.
+    """
+    samples = _section('Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png')
+    reconstructions = _section(
+        'Images, and below each what the tokenizer makes of it',
+        'originals and reconstructions',
         f'{workdir}/reconstructions.png',
-    )  # fmt: skip
+    )
     page = _PAGE.format(
-        title=html.escape(title), summary=html.escape(summary), rows=rows, pictures=pictures,
-        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png'), command=html.escape(command),
-        version=__version__, jax=jax.__version__, platform=html.escape(platform.platform()), config=html.escape(config),
-    )  # fmt: skip
+        title=html.escape(title),
+        summary=html.escape(summary),
+        rows=''.join(_row(name, value) for name, value in metrics.items()),
+        pictures=samples + reconstructions,
+        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png'),
+        command=html.escape(command),
+        version=__version__,
+        jax=jax.__version__,
+        platform=html.escape(platform.platform()),
+        config=html.escape(config),
+    )
     files.write_bytes(f'{workdir}/report.html', page.encode())

@@ -4,10 +4,13 @@ Images are (n, H, W, c) float in [−1, 1].
 """
 
 import io
+import os
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.runtime import files
@@ -17,37 +20,53 @@ matplotlib.use('Agg')
 DPI = 110  # dots per inch of all pictures
 
 
-def tile(images, columns, scale=3, gap=4):
-    """Images in a grid, row by row: uint8 (height, width, c), each pixel `scale` wide, on grey."""
+def tile(images: np.ndarray, columns: int, scale: int = 3, gap: int = 4) -> np.ndarray:
+    """Lays images out in a grid, row by row, on grey.
+
+    Args:
+      images: (n, H, W, c).
+      columns: images in a row.
+      scale: pixels of the grid along each side of an image's pixel.
+      gap: pixels between images and around them.
+
+    Returns:
+      (height, width, c) uint8.
+    """
     pixels = np.asarray(to_uint8(images)).repeat(scale, 1).repeat(scale, 2)
     n, H, W, c = pixels.shape
     rows = -(-n // columns)
     canvas = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, c), 96, np.uint8)
     for i, image in enumerate(pixels):
-        y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        y = gap + i // columns * (H + gap)
+        x = gap + i % columns * (W + gap)
         canvas[y : y + H, x : x + W] = image
     return canvas
 
 
-def save_figure(figure, path):
-    """Write a figure as PNG, at once, and close it."""
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whole or not at all, and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
     plt.close(figure)
     files.write_bytes(path, buffer.getvalue())
 
 
-def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3):
-    """A grid of images with a label at each row."""
+def _save_grid(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    columns: int,
+    row_labels: Sequence[str],
+    title: str,
+    axis_label: str = '',
+    scale: int = 3,
+) -> None:
+    """Writes a grid of images with a label at each row."""
     grid = tile(images, columns, scale)
-    size = grid.shape[1] / DPI, grid.shape[0] / DPI
-    figure = plt.figure(figsize=size)
-    axis = figure.add_axes(
-        (0, 0, 1, 1)
-    )  # a dot for each pixel; labels go outside, which the tight box takes in
-    axis.imshow(
-        np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none'
-    )  # a colour map rounds greys
+    figure = plt.figure(figsize=(grid.shape[1] / DPI, grid.shape[0] / DPI))
+    # The axes have a dot for each pixel. Labels stand outside of them; the tight box takes those in.
+    axis = figure.add_axes((0, 0, 1, 1))
+    # Grey images become RGB, because a colour map would round them.
+    axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')
     height = grid.shape[0] / len(row_labels)
     axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
     axis.set_xticks([])
@@ -59,36 +78,57 @@ def _save_grid(path, images, columns, row_labels, title, axis_label='', scale=3)
     save_figure(figure, path)
 
 
-def save_samples(path, images, labels, per_class=16):
-    """A labelled grid: one row per class, the first `per_class` images drawn for it."""
+def save_samples(
+    path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray, per_class: int = 16
+) -> None:
+    """Writes a labelled grid of samples, a row for each class.
+
+    Args:
+      path: the PNG.
+      images: (n, H, W, c).
+      labels: (n,) int, the classes that the images were drawn for.
+      per_class: images in a row, the first of each class. Rows are shorter where a class has fewer.
+    """
     labels = np.asarray(labels)
     classes = np.unique(labels)
     per_class = min(per_class, *(np.sum(labels == c) for c in classes))
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     title = f'drawn by the model: the first {per_class} of each class'
     scale = max(1, 48 // images.shape[1])
-    _save_grid(
-        path, images[chosen], per_class, [str(c) for c in classes], title, 'class asked for', scale
-    )
+    names = [str(c) for c in classes]
+    _save_grid(path, images[chosen], per_class, names, title, 'class asked for', scale)
 
 
-def save_classes(path, images, columns, titles):
-    """Rows of `columns` images, a row for each title; large images as they are, small ones
-    enlarged.
-    """
+def save_classes(
+    path: str | os.PathLike[str], images: np.ndarray, columns: int, titles: Sequence[str]
+) -> None:
+    """Writes rows of `columns` images, with a title at each row; small images are enlarged."""
     scale = max(1, 128 // images.shape[1])
     _save_grid(path, images, columns, titles, '', scale=scale)
 
 
 def save_reconstructions(
-    path, images, reconstructions, columns=16, pairs=3, title='held-out images, decoded'
-):
-    """Rows of images, each row above its reconstructions; full rows only, so at least `columns`
-    images.
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    reconstructions: np.ndarray,
+    columns: int = 16,
+    pairs: int = 3,
+    title: str = 'held-out images, decoded',
+) -> None:
+    """Writes rows of images, each above the row of their reconstructions.
+
+    Args:
+      path: the PNG.
+      images: (n, H, W, c), at least `columns` of them, because only full rows are shown.
+      reconstructions: (n, H, W, c).
+      columns: images in a row.
+      pairs: how many rows of images there are, at most.
+      title: the text above the picture.
     """
     pairs = min(pairs, len(images) // columns)
-    rows = [
-        x[i * columns : (i + 1) * columns] for i in range(pairs) for x in (images, reconstructions)
-    ]
+    rows = []
+    for i in range(pairs):
+        shown = slice(i * columns, (i + 1) * columns)
+        rows += [images[shown], reconstructions[shown]]
     scale = max(1, 48 // images.shape[1])
     _save_grid(path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, title, scale=scale)

@@ -1,21 +1,27 @@
-"""Pictures and scores of a run: looks at a model while it is trained, and what is shown and
-measured at its end.
+"""Pictures and scores of a run, while it is trained and at its end.
 
 Dimensions:
   n  images     H, W, c  an image, float in [−1, 1]
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels
 from sphere_ar_jax.evaluation import digits, pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
+from sphere_ar_jax.runtime.metric_writer import MetricWriter
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
 
@@ -24,29 +30,50 @@ class Setting(NamedTuple):
     """What the parts of a run share.
 
     Attributes:
-      cfg: its config. workdir: where it is written. mesh: the devices. vae, ar: the models.
-      source: the training images, see `sources`. heldout: others of the same kind, or None.
-      judge: (Inception parameters, reference `statistics.Statistics`) for FID while training, or
-        None.
+      cfg: the config of the run.
+      workdir: the directory that the run is written to.
+      mesh: the devices.
+      vae: the tokenizer.
+      ar: the autoregressive model.
+      source: the training images, see `sources`.
+      heldout: other images of the same kind, or None.
+      judge: parameters of the Inception network and the statistics of the reference, for FID while
+        training, or None.
     """
 
-    cfg: Any
+    cfg: ConfigDict
     workdir: str
-    mesh: Any
-    vae: Any
-    ar: Any
+    mesh: Mesh
+    vae: VAE
+    ar: AR
     source: Any
     heldout: Any = None
-    judge: Any = None
+    judge: tuple[PyTree, statistics.Statistics] | None = None
 
 
-def examples(setting, n=48):
-    """The first n images (n, H, W, c): held-out ones, or training images cropped at the centre, no
-    broken ones.
+class _Grid(NamedTuple):
+    """The fixed grid of samples that every look draws.
+
+    Attributes:
+      rows: class of each row.
+      labels: class of each image, row by row.
+      noise: number of each image's noise, the same in every row.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    noise: np.ndarray
+
+
+def examples(setting: Setting, n: int = 48) -> np.ndarray:
+    """The first n images that reconstructions are shown of.
+
+    Returns:
+      (n, H, W, c): held-out images, or training images cropped at the centre, without broken ones.
     """
     if setting.heldout is not None:
         return setting.heldout.images[:n]
-    found = []
+    found: list[np.ndarray] = []
     for i in range(len(setting.source)):
         if len(found) == n:
             break
@@ -58,47 +85,50 @@ def examples(setting, n=48):
     return np.stack(found)
 
 
-def look_at_reconstructions(setting, vae_params, images, step, writer):
-    """A picture of the examples' reconstructions."""
+def look_at_reconstructions(
+    setting: Setting, vae_params: PyTree, images: np.ndarray, step: int, writer: MetricWriter
+) -> None:
+    """Writes a picture of reconstructions into the stage's directory and to TensorBoard.
+
+    Args:
+      setting: the run.
+      vae_params: the tokenizer's parameters at this step.
+      images: what is reconstructed, from `examples`.
+      step: number of training steps done.
+      writer: the stage's metrics.
+    """
     recon, _ = on_mesh.reconstruct(
         setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
     )
     path = f'{setting.workdir}/tokenizer/reconstructions_{step:07d}.png'
-    pictures.save_reconstructions(
-        path, images, recon, columns=min(8, len(images)), title=f'step {step}'
-    )
+    columns = min(8, len(images))
+    pictures.save_reconstructions(path, images, recon, columns=columns, title=f'step {step}')
     pairs = np.concatenate([images[:8], recon[:8]])
-    writer.picture('reconstructions', step, pictures.tile(pairs, len(images[:8]), 1))
+    writer.picture('reconstructions', step, pictures.tile(pairs, columns, 1))
 
 
-def _drawing(setting, vae_params, ar_params):
-    """What `on_mesh.sample_images` and `on_mesh.draw_batches` need to draw by the config:
-    (arguments, options).
-    """
+def _drawing(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[str, Any]:
+    """The options of `on_mesh.draw_batches` and `on_mesh.sample_images` that the config gives."""
     cfg = setting.cfg
-    run = Run(cfg, setting.vae, vae_params, setting.ar, ar_params)
-    options = {'seed': cfg.seed, 'batch_size': cfg.sampling.batch_size, 'mesh': setting.mesh}
-    return (run, build.build_sampler(cfg)), options
+    return {
+        'models': Run(cfg, setting.vae, vae_params, setting.ar, ar_params),
+        'sampler': build.build_sampler(cfg),
+        'seed': cfg.seed,
+        'batch_size': cfg.sampling.batch_size,
+        'mesh': setting.mesh,
+    }
 
 
-def _draw(setting, vae_params, ar_params, labels, **options):
-    """Images (n, H, W, c) for labels; options: further ones of `on_mesh.sample_images`."""
-    arguments, common = _drawing(setting, vae_params, ar_params)
-    images, _ = on_mesh.sample_images(*arguments, labels, **common, **options)
-    return images
-
-
-def _fid(setting, vae_params, ar_params):
-    """The FID of so many samples as the config says, class by class in turn, to the judge's
-    reference.
-    """
+def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
+    """The FID of `watch.fid_images` samples, class by class in turn, to the judge's reference."""
+    assert setting.judge is not None
     network, reference = setting.judge
-    arguments, options = _drawing(setting, vae_params, ar_params)
+    options = _drawing(setting, vae_params, ar_params)
     n = setting.cfg.watch.fid_images
     labels = np.arange(n) % schema.num_classes(setting.cfg)
 
-    def batches():
-        for first, images, _ in on_mesh.draw_batches(*arguments, labels, **options):
+    def batches() -> Iterator[np.ndarray]:
+        for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
             yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
 
     features = protocol.extract(
@@ -107,93 +137,174 @@ def _fid(setting, vae_params, ar_params):
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
-def _grid(setting):
-    """(class of each row, labels, noise index of each image) of the fixed grid of samples."""
-    w, classes = setting.cfg.watch, schema.num_classes(setting.cfg)
-    of_data = min(classes, setting.source.num_classes)
-    rows = np.linspace(0, of_data - 1, min(w.classes, of_data)).round().astype(int)
-    return rows, np.repeat(rows, w.columns), np.tile(np.arange(w.columns), len(rows))
+def _grid(setting: Setting) -> _Grid:
+    """The grid of samples: `watch.classes` classes, spread evenly, × `watch.columns` images."""
+    watch = setting.cfg.watch
+    classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
+    rows = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
+    return _Grid(
+        rows=rows,
+        labels=np.repeat(rows, watch.columns),
+        noise=np.tile(np.arange(watch.columns), len(rows)),
+    )
 
 
-def _save_grid(setting, path, images):
-    rows, _, _ = _grid(setting)
-    names = setting.source.class_names if hasattr(setting.source, 'class_names') else None
+def _draw_grid(
+    setting: Setting, vae_params: PyTree, ar_params: PyTree, **options: Any
+) -> np.ndarray:
+    """The images (n, H, W, c) of the grid; options: further ones of `on_mesh.sample_images`."""
+    grid = _grid(setting)
+    drawing = _drawing(setting, vae_params, ar_params)
+    images, _ = on_mesh.sample_images(labels=grid.labels, index=grid.noise, **drawing, **options)
+    return images
+
+
+def _titles(setting: Setting, rows: np.ndarray) -> list[str]:
+    """A title for each class: its number, and the first of its names where the source has names."""
+    names = getattr(setting.source, 'class_names', None)
+    if names is None:
+        return [str(k) for k in rows]
     known = dict(imagenet.classes())
-    name = lambda k: '' if names is None else ' ' + known.get(names[k], names[k]).split(',')[0]
-    pictures.save_classes(path, images, setting.cfg.watch.columns, [f'{k}{name(k)}' for k in rows])
+    titles = []
+    for k in rows:
+        name = known.get(names[k], names[k])
+        titles.append(f'{k} {name.split(",")[0]}')
+    return titles
 
 
-def look_at_samples(setting, vae_params, ar_params, directory, step, writer):
-    """A picture of the same classes from the same noise at every look, and the FID of as many
-    samples as wished.
+def _save_grid(setting: Setting, path: str, images: np.ndarray) -> None:
+    """Writes the images of the grid as a picture with a title at each row."""
+    titles = _titles(setting, _grid(setting).rows)
+    pictures.save_classes(path, images, setting.cfg.watch.columns, titles)
+
+
+def look_at_samples(
+    setting: Setting,
+    vae_params: PyTree,
+    ar_params: PyTree,
+    directory: str,
+    step: int,
+    writer: MetricWriter,
+) -> None:
+    """Writes a picture of samples and, where the setting has a judge, their FID.
+
+    Every look draws the same classes from the same noise. See `docs/evaluation.md`, "FID while
+    training".
+
+    Args:
+      setting: the run.
+      vae_params: the tokenizer's parameters.
+      ar_params: the autoregressive model's parameters at this step.
+      directory: where samples_STEP.png goes.
+      step: number of training steps done.
+      writer: the stage's metrics, which get the picture and `fid`.
     """
-    _, labels, index = _grid(setting)
-    images = _draw(setting, vae_params, ar_params, labels, index=index)
+    images = _draw_grid(setting, vae_params, ar_params)
     _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
     writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
     if setting.judge is not None:
         writer.write(step, {'fid': _fid(setting, vae_params, ar_params)}, ('fid',))
 
 
-def _reconstruct(setting, vae_params, images, batch_size, **picture):
-    """Writes WORKDIR/reconstructions.png; returns how good they are."""
+def _reconstruct(
+    setting: Setting, vae_params: PyTree, images: np.ndarray, batch_size: int, **options: Any
+) -> dict[str, float]:
+    """Writes WORKDIR/reconstructions.png.
+
+    Args:
+      setting: the run.
+      vae_params: the tokenizer's parameters.
+      images: (n, H, W, c).
+      batch_size: images reconstructed at a time.
+      **options: further ones of `pictures.save_reconstructions`.
+
+    Returns:
+      PSNR and what the posterior shows, as metrics by name.
+    """
     key = jax.random.key(setting.cfg.seed + 1)
     recon, found = on_mesh.reconstruct(
         setting.vae, vae_params, images, key, batch_size, setting.mesh
     )
-    pictures.save_reconstructions(
-        f'{setting.workdir}/reconstructions.png', images, recon, **picture
-    )
+    path = f'{setting.workdir}/reconstructions.png'
+    pictures.save_reconstructions(path, images, recon, **options)
     scores = {f'vae/{name}': found[name] for name in setting.vae.posterior.shown}
     return {'vae/psnr': tokenizer.psnr(recon, images), **scores}
 
 
-def score_digits(setting, vae_params, ar_params):
-    """The digits' protocol: reconstructs, samples and scores; writes the pictures. ar_params: None
-    leaves samples out.
+def score_digits(
+    setting: Setting, vae_params: PyTree, ar_params: PyTree | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores a run on the digits by their protocol, and writes pictures into the workdir.
 
-    Returns (metrics, seconds by part)."""
-    s, seconds, mark = setting.cfg.sampling, {}, time.perf_counter()
-    metrics = _reconstruct(setting, vae_params, setting.heldout.images, s.batch_size)
-    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
+    Args:
+      setting: the run.
+      vae_params: the tokenizer's parameters.
+      ar_params: the autoregressive model's parameters. None leaves the samples out.
+
+    Returns:
+      (metrics by name, seconds by part).
+    """
+    sampling = setting.cfg.sampling
+    seconds = {}
+    started = time.perf_counter()
+    metrics = _reconstruct(setting, vae_params, setting.heldout.images, sampling.batch_size)
+    seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is None:
         return metrics, seconds
 
-    labels = np.arange(s.num_images) % setting.source.num_classes
+    started = time.perf_counter()
+    labels = np.arange(sampling.num_images) % setting.source.num_classes
     print(
-        f'sampling {s.num_images} images: {s.solver}, {s.num_steps} steps, guidance {s.guidance_scale}',
+        f'sampling {sampling.num_images} images: {sampling.solver}, {sampling.num_steps} steps, '
+        f'guidance {sampling.guidance_scale}',
         flush=True,
     )
-    images = _draw(
-        setting, vae_params, ar_params, labels, progress=console.bar(s.num_images, 'samples')
+    images, _ = on_mesh.sample_images(
+        labels=labels,
+        progress=console.bar(sampling.num_images, 'samples'),
+        **_drawing(setting, vae_params, ar_params),
     )
     pictures.save_samples(f'{setting.workdir}/samples.png', images, labels)
-    seconds['sampling'], mark = time.perf_counter() - mark, time.perf_counter()
+    seconds['sampling'] = time.perf_counter() - started
 
+    started = time.perf_counter()
     print('scoring', flush=True)
     metrics |= digits.score_digits(
         digits.digit_pixels(images), labels, setting.source, setting.heldout
     )
-    seconds['scoring'] = time.perf_counter() - mark
+    seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 
 
-def show(setting, vae_params, ar_params):
-    """Reconstructions, and a grid of samples unless ar_params is None, of a run on images without a
-    protocol of ours.
+def show(
+    setting: Setting, vae_params: PyTree, ar_params: PyTree | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Writes pictures of a run on images that have no protocol of their own, as the digits have.
 
-    Returns (metrics, seconds by part)."""
-    images, mark, seconds = examples(setting), time.perf_counter(), {}
-    title = 'training images, cropped at the centre, and decoded'
-    columns = min(8, len(images))
+    Args:
+      setting: the run.
+      vae_params: the tokenizer's parameters.
+      ar_params: the autoregressive model's parameters. None leaves the grid of samples out.
+
+    Returns:
+      (metrics by name, seconds by part).
+    """
+    seconds = {}
+    started = time.perf_counter()
+    images = examples(setting)
     metrics = _reconstruct(
-        setting, vae_params, images, min(16, len(images)), columns=columns, title=title
+        setting,
+        vae_params,
+        images,
+        min(16, len(images)),
+        columns=min(8, len(images)),
+        title='training images, cropped at the centre, and decoded',
     )
-    seconds['reconstruction'], mark = time.perf_counter() - mark, time.perf_counter()
+    seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is not None:
-        _, labels, index = _grid(setting)
-        bar = console.bar(len(labels), 'samples')
-        images = _draw(setting, vae_params, ar_params, labels, index=index, progress=bar)
+        started = time.perf_counter()
+        bar = console.bar(len(_grid(setting).labels), 'samples')
+        images = _draw_grid(setting, vae_params, ar_params, progress=bar)
         _save_grid(setting, f'{setting.workdir}/samples.png', images)
-        seconds['sampling'] = time.perf_counter() - mark
+        seconds['sampling'] = time.perf_counter() - started
     return metrics, seconds

@@ -2,8 +2,11 @@
 
 import contextlib
 import math
+import os
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -13,8 +16,8 @@ IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 
 
 @contextlib.contextmanager
-def reading(path):
-    """The archive of an npz; damage of any kind becomes one UserError."""
+def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+    """Context of the archive of an npz, in which damage of any kind becomes one UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -24,27 +27,34 @@ def reading(path):
         raise UserError(f'{path} is not a whole npz file: {error}') from None
 
 
-def array_names(archive):
+def array_names(archive: zipfile.ZipFile) -> list[str]:
     """The names of the arrays in an open npz."""
     return [name.removesuffix('.npy') for name in archive.namelist()]
 
 
 @contextlib.contextmanager
-def open_images(path):
-    """Context of (open file, shape (n, H, W, 3)) of the images in an npz; the file stands at the
-    first number.
+def open_images(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """Context of the images in an npz.
+
+    Yields:
+      (the open file, which stands at the first number; the shape (n, H, W, 3) of the images).
+
+    Raises:
+      OSError: there is no file.
+      UserError: the file is damaged, or holds anything but uint8 (n, H, W, 3).
     """
     with reading(path) as archive:
-        if IMAGES not in array_names(archive):
-            raise UserError(
-                f'{path} has no array {IMAGES}, only {", ".join(array_names(archive)) or "nothing"}'
-            )
+        names = array_names(archive)
+        if IMAGES not in names:
+            raise UserError(f'{path} has no array {IMAGES}, only {", ".join(names) or "nothing"}')
         with archive.open(f'{IMAGES}.npy') as f:
             np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(
-                f
-            )  # of any array of numbers, as NumPy writes
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
+            # NumPy writes headers of version 1.0 for all arrays of numbers.
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            images = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3
+            if not images or 0 in shape or fortran:
                 order = ' in Fortran order' if fortran else ''
                 raise UserError(
                     f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {dtype} {shape}{order}'
@@ -52,12 +62,19 @@ def open_images(path):
             yield f, shape
 
 
-def read_images(path, batch_size=64):
-    """Yields the images `arr_0` of an npz as uint8 (≤ batch_size, H, W, 3), never more than a batch
-    in memory.
+def read_images(path: str | os.PathLike[str], batch_size: int = 64) -> Iterator[np.ndarray]:
+    """Reads the images `arr_0` of an npz, with never more than a batch in memory.
 
-    The npz may be compressed or not. Raises OSError without a file and UserError, where it is read,
-    for a file that is damaged or holds anything but uint8 (n, H, W, 3).
+    Args:
+      path: the npz, compressed or not. It is opened when the first batch is asked for.
+      batch_size: images of a batch. The last batch may be smaller.
+
+    Yields:
+      Images as uint8 (b, H, W, 3).
+
+    Raises:
+      OSError: there is no file.
+      UserError: the file is damaged, or holds anything but uint8 (n, H, W, 3).
     """
     with open_images(path) as (f, shape):
         for start in range(0, shape[0], batch_size):
@@ -68,9 +85,19 @@ def read_images(path, batch_size=64):
             yield np.frombuffer(content, np.uint8).reshape(wanted)
 
 
-def whole_batches(batches, size):
-    """Regroups batches into (size, H, W, 3), with the number of images that count: the last is
-    filled up.
+def whole_batches(batches: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Regroups batches of any sizes into batches of one size.
+
+    Args:
+      batches: uint8 arrays (b, H, W, 3) with any b and one H × W.
+      size: images of a batch.
+
+    Yields:
+      (images (size, H, W, 3), how many of them count). The last batch is filled up with repeated
+      images.
+
+    Raises:
+      UserError: a batch is anything else, or images differ in H or W.
     """
     rest = None
     for images in batches:

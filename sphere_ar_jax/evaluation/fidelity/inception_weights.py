@@ -4,37 +4,56 @@ import functools
 import math
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 import numpy as np
 from google.protobuf import message
-from tensorboardX.proto import graph_pb2, types_pb2  # TensorFlow's own message definitions
+
+# These are TensorFlow's own message definitions.
+from tensorboardX.proto import graph_pb2, types_pb2
 
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.interop import torch_file
 from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.types import PyTree
 
-MAX_FILE_BYTES = 2**29  # the published file has 95 MB
+MAX_FILE_BYTES = 2**29  # The published file has 95 MB.
 
 
 @functools.cache
-def _shapes():
-    """{path: shape} of all parameters."""
+def _shapes() -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path."""
     image = jax.ShapeDtypeStruct((1, inception.SIZE, inception.SIZE, 3), jnp.float32)
     params = jax.eval_shape(inception.Inception().init, jax.random.key(0), image)['params']
     return {path: leaf.shape for path, leaf in traverse.flatten_dict(params, sep='/').items()}
 
 
-_NODES = {'kernel': 'conv2d_params', 'beta': 'batchnorm/beta', 'gamma': 'batchnorm/gamma'}
-_NODES |= {'mean': 'batchnorm/moving_mean', 'variance': 'batchnorm/moving_variance'}
-_TORCH_LEAVES = {'kernel': 'conv.weight', 'beta': 'bn.bias', 'gamma': 'bn.weight'}
-_TORCH_LEAVES |= {'mean': 'bn.running_mean', 'variance': 'bn.running_var'}
-# Theirs of: the block, its `conv`, its towers; the convolutions of a tower count from 1.
-_TORCH_35 = 'branch1x1', 'branch5x5', 'branch3x3dbl', 'branch_pool'
-_TORCH_17 = 'branch1x1', 'branch7x7', 'branch7x7dbl', 'branch_pool'
-_TORCH_8 = 'branch1x1', 'branch3x3', 'branch3x3dbl', 'branch_pool'
+# Our names of a convolution's parameters → TensorFlow's.
+_NODES = {
+    'kernel': 'conv2d_params',
+    'beta': 'batchnorm/beta',
+    'gamma': 'batchnorm/gamma',
+    'mean': 'batchnorm/moving_mean',
+    'variance': 'batchnorm/moving_variance',
+}
+# Our names of a convolution's parameters → PyTorch's.
+_TORCH_LEAVES = {
+    'kernel': 'conv.weight',
+    'beta': 'bn.bias',
+    'gamma': 'bn.weight',
+    'mean': 'bn.running_mean',
+    'variance': 'bn.running_var',
+}
+# PyTorch's names of a block's `conv` and of its towers.
+_TORCH_35 = ('branch1x1', 'branch5x5', 'branch3x3dbl', 'branch_pool')
+_TORCH_17 = ('branch1x1', 'branch7x7', 'branch7x7dbl', 'branch_pool')
+_TORCH_8 = ('branch1x1', 'branch3x3', 'branch3x3dbl', 'branch_pool')
+# Our name of a block → PyTorch's names of the block, of its `conv`, and of its towers. PyTorch
+# counts the convolutions of a tower from 1.
 _TORCH_BLOCKS = {
     'mixed': ('Mixed_5b', *_TORCH_35),
     'mixed_1': ('Mixed_5c', *_TORCH_35),
@@ -48,6 +67,7 @@ _TORCH_BLOCKS = {
     'mixed_9': ('Mixed_7b', *_TORCH_8),
     'mixed_10': ('Mixed_7c', *_TORCH_8),
 }
+# Our names of the convolutions before the blocks → PyTorch's.
 _TORCH_STEM = {
     'conv': 'Conv2d_1a_3x3',
     'conv_1': 'Conv2d_2a_3x3',
@@ -57,12 +77,13 @@ _TORCH_STEM = {
 }
 
 
-def _count(name):
-    """0 for 'tower', 2 for 'tower_2'."""
+def _count(name: str) -> int:
+    """The number that a name ends in: 0 for 'tower', 2 for 'tower_2'."""
     return int(name.partition('_')[2] or 0)
 
 
-def _torch_name(path):
+def _torch_name(path: str) -> str:
+    """PyTorch's name of the parameter at a path."""
     if path == 'softmax_weights':
         return 'fc.weight'
     *parts, leaf = path.split('/')
@@ -71,43 +92,66 @@ def _torch_name(path):
     block, branch, *towers = _TORCH_BLOCKS[parts[0]]
     if parts[1] != 'conv':
         branch = towers[_count(parts[1])]
-        if parts[2] == 'mixed':  # behind the one or two convolutions of the tower
-            branch += f'_{_count(parts[1]) + 2}{"ab"[_count(parts[3])]}'
+        if parts[2] == 'mixed':
+            # The fork follows the tower's convolutions: one in tower 0, two in tower 1.
+            position = _count(parts[1]) + 2
+            side = 'ab'[_count(parts[3])]
+            branch += f'_{position}{side}'
         elif branch != 'branch_pool':
             branch += f'_{_count(parts[2]) + 1}'
     return f'{block}.{branch}.{_TORCH_LEAVES[leaf]}'
 
 
-def _node_name(path):
+def _node_name(path: str) -> str:
+    """The name of the graph's node that holds the parameter at a path."""
     if path == 'softmax_weights':
         return 'softmax/weights'
     parent, _, leaf = path.rpartition('/')
     return f'{parent}/{_NODES[leaf]}'
 
 
-def _take(tensors, name_of, layout, source, ignored):
-    """The parameter tree of named tensors. Raises UserError with all that is wrong with them, in
-    one line.
+def _take(
+    tensors: Mapping[str, Any],
+    name_of: Callable[[str], str],
+    layout: Callable[[int], Sequence[int]],
+    source: str | os.PathLike[str],
+    ignored: Callable[[str], object],
+) -> PyTree:
+    """The parameter tree of named tensors.
 
-    layout: function of a tensor's rank → the order in which theirs has our axes. ignored: function
-    of a name, whether a tensor of it may be there too.
+    Args:
+      tensors: array-like objects by the names that their source gives them.
+      name_of: gives the source's name for the path of a parameter.
+      layout: gives for a tensor's rank the order in which the source has our axes.
+      source: what the error message calls the source.
+      ignored: tells by its name whether a tensor that is no parameter may be there too.
+
+    Returns:
+      Nested dictionaries of float32 NumPy arrays.
+
+    Raises:
+      UserError: one line with all that is missing, misshapen or unexpected.
     """
     names = {path: name_of(path) for path in _shapes()}
-    unexpected = [name for name in tensors if name not in names.values() and not ignored(name)]
-    params, faults = {}, {'missing': [], 'misshapen': [], 'unexpected': unexpected}
+    params = {}
+    missing = []
+    misshapen = []
     for path, shape in _shapes().items():
-        name, order = names[path], layout(len(shape))
+        name = names[path]
+        order = layout(len(shape))
         expected = tuple(shape[axis] for axis in order)
         if name not in tensors:
-            faults['missing'].append(name)
-        elif tuple(tensors[name].shape) != expected:
-            faults['misshapen'].append(
-                f'{name} of shape {tuple(tensors[name].shape)} instead of {expected}'
-            )
-        else:
-            params[path] = np.array(
-                np.asarray(tensors[name], np.float32).transpose(np.argsort(order)), order='C'
-            )
+            missing.append(name)
+            continue
+        tensor = tensors[name]
+        if tuple(tensor.shape) != expected:
+            misshapen.append(f'{name} of shape {tuple(tensor.shape)} instead of {expected}')
+            continue
+        ours = np.asarray(tensor, np.float32).transpose(np.argsort(order))
+        params[path] = np.array(ours, order='C')
+    known = set(names.values())
+    unexpected = [name for name in tensors if name not in known and not ignored(name)]
+    faults = {'missing': missing, 'misshapen': misshapen, 'unexpected': unexpected}
     found = '; '.join(
         f'{len(names)} {kind}: {_some(names)}' for kind, names in faults.items() if names
     )
@@ -116,31 +160,42 @@ def _take(tensors, name_of, layout, source, ignored):
     return traverse.unflatten_dict(params, sep='/')
 
 
-def _some(names, most=10):
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """The first few names, and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
 
 
-def from_torch(tensors):
+def from_torch(tensors: Mapping[str, Any]) -> PyTree:
     """The parameters from the PyTorch port of the same weights.
 
     Args:
-      tensors: {name: array} of `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
-        `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), kernels OIHW.
+      tensors: arrays by name, those of `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
+        `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), with kernels OIHW.
+
     Returns:
-      a tree of float32 NumPy arrays. Raises UserError that lists whatever is missing, unexpected or
-        mis-shaped.
+      A tree of float32 NumPy arrays.
+
+    Raises:
+      UserError: one line with all that is missing, misshapen or unexpected.
     """
-    ignored = re.compile(
-        r'fc\.bias|.*\.num_batches_tracked'
-    ).fullmatch  # the evaluator's logits have no bias
-    layout = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get
-    return _take(tensors, _torch_name, layout, 'the dict of tensors', ignored)
+    # The file has biases of the logits, which the evaluator leaves out.
+    ignored = re.compile(r'fc\.bias|.*\.num_batches_tracked')
+    layouts = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+    return _take(
+        tensors, _torch_name, layouts.__getitem__, 'the dict of tensors', ignored.fullmatch
+    )
 
 
-def load(path):
+def load(path: str | os.PathLike[str]) -> PyTree:
     """The parameters from a file: TensorFlow's .pb, or the .pth of pytorch-fid or torch-fidelity.
 
-    Raises OSError where there is no file, UserError for any other.
+    Returns:
+      A tree of float32 NumPy arrays.
+
+    Raises:
+      OSError: there is no file.
+      UserError: the file is damaged, or is another one.
     """
     if str(path).endswith('.pb'):
         return load_graph_def(path)
@@ -151,30 +206,46 @@ def load(path):
     return from_torch(tensors)
 
 
-def load_graph_def(path):
-    """The parameters from `classify_image_graph_def.pb`, read without TensorFlow.
-
-    `gamma` becomes 1 wherever the graph's batch norm says scale_after_normalization=false.
-
-    Returns:
-      a tree of float32 NumPy arrays. Raises OSError where there is no file, UserError with one line
-        where it is no
-      GraphDef, or one without these constants.
-    """
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise UserError(
-            f'{path} is larger than any file of this network: {os.path.getsize(path)} bytes'
-        )
+def _parse(path: str | os.PathLike[str]) -> graph_pb2.GraphDef:
+    """The GraphDef in a file. Raises UserError for any other content and for files too large."""
+    size = os.path.getsize(path)
+    if size > MAX_FILE_BYTES:
+        raise UserError(f'{path} is larger than any file of this network: {size} bytes')
     graph = graph_pb2.GraphDef()
     try:
         with open(path, 'rb') as f:
             graph.ParseFromString(f.read())
     except message.DecodeError as error:
         raise UserError(f'{path} is not a GraphDef: {first_line(error)}') from None
+    return graph
+
+
+def _is_float_constant(node: Any) -> bool:
+    return node.op == 'Const' and node.attr['value'].tensor.dtype == types_pb2.DT_FLOAT
+
+
+def _is_not_ours(name: str) -> bool:
+    """Whether a constant of the graph is no parameter of any convolution."""
+    return not name.endswith(tuple(_NODES.values()))
+
+
+def load_graph_def(path: str | os.PathLike[str]) -> PyTree:
+    """The parameters from `classify_image_graph_def.pb`, read without TensorFlow.
+
+    `gamma` becomes 1 wherever the graph's batch norm says scale_after_normalization=false.
+
+    Returns:
+      A tree of float32 NumPy arrays.
+
+    Raises:
+      OSError: there is no file.
+      UserError: one line, for a file that is not a GraphDef or has not these constants.
+    """
+    graph = _parse(path)
     constants = {
         node.name: _array(path, node.attr['value'].tensor)
         for node in graph.node
-        if node.op == 'Const' and node.attr['value'].tensor.dtype == types_pb2.DT_FLOAT
+        if _is_float_constant(node)
     }
     norms = [node for node in graph.node if node.op == 'BatchNormWithGlobalNormalization']
     epsilons = [
@@ -182,9 +253,7 @@ def load_graph_def(path):
     ]
     if any(not math.isclose(e, inception.EPSILON, rel_tol=1e-6) for e in epsilons):
         raise UserError(f'{path} has batch norms with an epsilon other than {inception.EPSILON}')
-    params = _take(
-        constants, _node_name, range, path, lambda name: not name.endswith(tuple(_NODES.values()))
-    )
+    params = _take(constants, _node_name, range, path, _is_not_ours)
     flat = traverse.flatten_dict(params, sep='/')
     for node in norms:
         if not node.attr['scale_after_normalization'].b:
@@ -192,8 +261,11 @@ def load_graph_def(path):
     return params
 
 
-def _array(path, tensor):
-    """A TensorProto of floats as a read-only array; one number that is repeated takes no memory."""
+def _array(path: str | os.PathLike[str], tensor: Any) -> np.ndarray:
+    """A TensorProto of floats as a read-only array.
+
+    A number that the file has once for the whole tensor takes the memory of one number.
+    """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     content = tensor.tensor_content or np.array(tensor.float_val, '<f4').tobytes()
     count = math.prod(shape) if all(size > 0 for size in shape) else 0
@@ -202,4 +274,6 @@ def _array(path, tensor):
             f'{path} is not a GraphDef: it has a tensor of shape {shape} with {len(content)} bytes'
         )
     values = np.frombuffer(content, '<f4')
-    return np.broadcast_to(values.reshape(shape if len(values) == count else ()), shape)
+    if len(values) == count:
+        return values.reshape(shape)
+    return np.broadcast_to(values.reshape(()), shape)

@@ -1,74 +1,93 @@
 """The ADM protocol: images → features → statistics → scores."""
 
 import functools
+import os
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, statistics
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import Progress, PyTree
+
+_Path: TypeAlias = str | os.PathLike[str]
 
 
 class Summary(NamedTuple):
-    """What the scores need of a set: `inception.Features`, or None without images, and `Statistics`
-    of both kinds.
+    """What the scores need of a set of images.
+
+    Attributes:
+      features: the features of its images, or None where there are no images.
+      pool: the statistics of `inception.Features.pool`.
+      spatial: the statistics of `inception.Features.spatial`.
     """
 
-    features: Any
+    features: inception.Features[np.ndarray] | None
     pool: statistics.Statistics
     spatial: statistics.Statistics
 
 
-def extract(batches, params, *, batch_size=64, mesh=None, progress=lambda done: None):
-    """`inception.Features` of a set of images, NumPy float32: 4 · (2048 + 2023 + 1008) bytes an
-    image.
+def extract(
+    batches: Iterable[np.ndarray],
+    params: PyTree,
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> inception.Features[np.ndarray]:
+    """Features of a set of images, NumPy float32: 4 · (2048 + 2023 + 1008) bytes an image.
+
+    Where there are several processes, all call it with the same images.
 
     Args:
-      batches: iterable of uint8 (b, H, W, 3), any b, one H × W. params: of
-        `inception_weights.load`.
+      batches: uint8 arrays (b, H, W, 3) with any b and one H × W.
+      params: from `inception_weights.load`.
       batch_size: images at a time, rounded up to a multiple of the mesh's devices, among which they
         are split.
-      mesh: of `sharding.make_mesh`, all devices if None; of several processes all call it, with the
-        same images.
+      mesh: from `sharding.make_mesh`; all devices if None.
       progress: called with the number of images done.
-    Raises UserError for anything but such images, and for none at all.
+
+    Raises:
+      UserError: there are no images, or a batch is anything else.
     """
     mesh = mesh or sharding.make_mesh()
     params = jax.device_put(params, sharding.whole(mesh))
     size = sharding.whole_rows(mesh, batch_size)
-    parts = []
-    running = None
     mine = sharding.local_rows(mesh, size, sharding.ROWS)
+    parts: list[list[np.ndarray]] = []
+    running = None
 
-    def fetch(results, count):
+    def fetch(results: inception.Features[jax.Array], count: int) -> None:
         parts.append([hosts.gather(a)[:count] for a in results])
         progress(sum(len(part[0]) for part in parts))
 
     for images, count in image_sets.whole_batches(batches, size):
-        results = inception.features(
-            params, sharding.place_batch(mesh, images[mine], sharding.ROWS)
-        )
+        placed = sharding.place_batch(mesh, images[mine], sharding.ROWS)
+        results = inception.features(params, placed)
         if running:
-            fetch(*running)  # the one before, while the devices work on this one
-        running = results, count
+            # Fetch the batch before, while the devices work on this one.
+            fetch(*running)
+        running = (results, count)
     if running is None:
         raise UserError('there are no images to score')
     fetch(*running)
     return inception.Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _read_statistics(path):
-    """The two `Statistics` of an npz that has `mu`."""
+def _read_statistics(path: _Path) -> tuple[statistics.Statistics, statistics.Statistics]:
+    """The statistics of `pool` and `spatial` in an npz that has `mu`."""
     widths = {
         'mu': inception.POOL,
         'sigma': inception.POOL,
         'mu_s': inception.SPATIAL,
         'sigma_s': inception.SPATIAL,
     }
-    arrays = []
+    arrays = {}
     with image_sets.reading(path), np.load(path) as archive:
         for name, width in widths.items():
             if name not in archive:
@@ -81,20 +100,34 @@ def _read_statistics(path):
                 raise UserError(
                     f'{path}: {name} must be floats {expected}, but is {array.dtype} {array.shape}'
                 )
-            arrays.append(array.astype(np.float64))
-    return statistics.Statistics(*arrays[:2]), statistics.Statistics(*arrays[2:])
+            arrays[name] = array.astype(np.float64)
+    pool = statistics.Statistics(arrays['mu'], arrays['sigma'])
+    spatial = statistics.Statistics(arrays['mu_s'], arrays['sigma_s'])
+    return pool, spatial
 
 
-def summarize(path, params, *, batch_size=64, progress=lambda done, total: None):
-    """The `Summary` of an npz with `arr_0`, uint8 images, or `mu`, `sigma`, `mu_s`, `sigma_s`, or
-    both.
+def summarize(
+    path: _Path,
+    params: PyTree,
+    *,
+    batch_size: int = 64,
+    progress: Progress = lambda done, total: None,
+) -> Summary:
+    """Reads what the scores need of a set of images in an npz.
 
-    Where it has both, as ADM's VIRTUAL_imagenet256_labeled.npz, the statistics are taken from the
-    file, although its images are fewer.
+    The npz has images (`arr_0`, uint8), statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), or both.
+    Where it has both, as ADM's VIRTUAL_imagenet256_labeled.npz does, the statistics are taken from
+    the file, although its images are fewer.
 
     Args:
-      params, batch_size: see `extract`. progress: called with the images done and their number.
-    Raises OSError, UserError.
+      path: the npz.
+      params: see `extract`.
+      batch_size: see `extract`.
+      progress: called with the number of images done and of all images.
+
+    Raises:
+      OSError: there is no file.
+      UserError: the file is damaged, or has neither images nor statistics of these shapes.
     """
     with image_sets.reading(path) as archive:
         names = image_sets.array_names(archive)
@@ -102,71 +135,85 @@ def summarize(path, params, *, batch_size=64, progress=lambda done, total: None)
     if image_sets.IMAGES not in names:
         if found is None:
             raise UserError(
-                f'{path} has neither images ({image_sets.IMAGES}) nor statistics (mu, sigma, mu_s, sigma_s)'
+                f'{path} has neither images ({image_sets.IMAGES}) '
+                'nor statistics (mu, sigma, mu_s, sigma_s)'
             )
         return Summary(None, *found)
     with image_sets.open_images(path) as (_, shape):
         total = shape[0]
 
-    def report(done):
+    def report(done: int) -> None:
         progress(done, total)
 
-    features = extract(
-        image_sets.read_images(path, batch_size), params, batch_size=batch_size, progress=report
-    )
-    return Summary(
-        features,
-        *(found or (statistics.statistics(features.pool), statistics.statistics(features.spatial))),
-    )
+    images = image_sets.read_images(path, batch_size)
+    features = extract(images, params, batch_size=batch_size, progress=report)
+    if found is None:
+        pool = statistics.statistics(features.pool)
+        found = pool, statistics.statistics(features.spatial)
+    return Summary(features, *found)
 
 
-def evaluate(samples, reference, params, *, batch_size=64, progress=lambda part, done, total: None):
+def evaluate(
+    samples: Summary | _Path,
+    reference: Summary | _Path,
+    params: PyTree,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[str, int, int], None] = lambda part, done, total: None,
+) -> dict[str, Any]:
     """The ADM scores of `samples` against `reference`.
 
+    Published ImageNet numbers are those of 50,000 samples against VIRTUAL_imagenet256_labeled.npz.
+    See `docs/evaluation.md`, "FID, sFID, Inception Score, precision and recall".
+
     Args:
-      samples, reference: each a `Summary`, or an npz that `summarize` takes. Published ImageNet
-        numbers are those of 50,000 samples against VIRTUAL_imagenet256_labeled.npz. params,
-        batch_size: see `extract`.
-      progress: called with the part ('samples', 'reference', 'precision_recall'), how much of it is
-        done and of how much: images, or blocks of distances.
+      samples: a summary, or an npz that `summarize` takes.
+      reference: a summary, or an npz that `summarize` takes.
+      params: see `extract`.
+      batch_size: see `extract`.
+      progress: called with the part ('samples', 'reference' or 'precision_recall'), how much of it
+        is done, and of how much. The unit is images, or pairs of blocks of points.
+
     Returns:
-      dict of floats `fid`, `sfid`, `inception_score`, `precision`, `recall` (the last three only
-        where there are images
-      to take them from) and `seconds`, a dict of the parts' times. Raises OSError, UserError.
+      The floats `fid`, `sfid`, `inception_score`, `precision` and `recall`, the last three only
+      where there are images to take them from, and `seconds`, a dict of the parts' times.
+
+    Raises:
+      OSError: a file is not there.
+      UserError: see `summarize`.
     """
-    seconds, scores = {}, {}
+    seconds = {}
+    scores = {}
     for source in (reference, samples):
         if not isinstance(source, Summary):
-            open(source, 'rb').close()  # not there: said before hours of work, not after
+            open(source, 'rb').close()  # A missing file is noticed before hours of work.
 
-    def timed(name, run, *args, **kwargs):
+    def timed(name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         result = run(*args, **kwargs)
         seconds[name] = time.perf_counter() - started
         return result
 
-    def summary(name, source):
+    def summary(name: str, source: Summary | _Path) -> Summary:
         if isinstance(source, Summary):
             return source
         report = functools.partial(progress, name)
         return timed(name, summarize, source, params, batch_size=batch_size, progress=report)
 
-    reference, samples = summary('reference', reference), summary('samples', samples)
-    scores['fid'] = timed('fid', statistics.frechet_distance, *samples.pool, *reference.pool)
-    scores['sfid'] = timed(
-        'sfid', statistics.frechet_distance, *samples.spatial, *reference.spatial
-    )
-    if samples.features is not None:
+    real = summary('reference', reference)
+    fake = summary('samples', samples)
+    scores['fid'] = timed('fid', statistics.frechet_distance, *fake.pool, *real.pool)
+    scores['sfid'] = timed('sfid', statistics.frechet_distance, *fake.spatial, *real.spatial)
+    if fake.features is not None:
         scores['inception_score'] = timed(
-            'inception_score', statistics.inception_score, samples.features.logits
+            'inception_score', statistics.inception_score, fake.features.logits
         )
-        if reference.features is not None:
-            report = functools.partial(progress, 'precision_recall')
+        if real.features is not None:
             scores['precision'], scores['recall'] = timed(
                 'precision_recall',
                 precision_recall.precision_recall,
-                reference.features.pool,
-                samples.features.pool,
-                progress=report,
+                real.features.pool,
+                fake.features.pool,
+                progress=functools.partial(progress, 'precision_recall'),
             )
     return scores | {'seconds': seconds}
