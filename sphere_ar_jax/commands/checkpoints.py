@@ -64,7 +64,7 @@ def _write_weights(workdir: str, stage: str, model: VAE | AR, tensors: dict[str,
     # One by one, so that all parameters together are in memory only once.
     for i in range(len(leaves)):
         leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
-    weights.save(0, tree_def.unflatten(leaves), {}, 0.0)
+    weights.save(0, jax.tree.unflatten(tree_def, leaves), {}, 0.0)
     del leaves
     weights.close()
 

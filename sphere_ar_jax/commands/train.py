@@ -114,8 +114,9 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     if source.num_classes > known:
         raise UserError(f'{d.path} has {source.num_classes} classes, but the model {known}')
     size = build.build_vae(cfg).image_shape[0]
+    decay_from, decay_to = d.crop_until
     reading = dict(
-        transform=augment.Augmentation(size, *d.crop_until, d.draft),
+        transform=augment.Augmentation(size, decay_from, decay_to, d.draft),
         workers=d.workers,
         threads=d.threads,
         max_broken=d.max_broken,
