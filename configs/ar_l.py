@@ -10,8 +10,8 @@ Hardware:  Accelerators. 400 epochs are 1,000,800 steps of 512 images. With the 
            fits every slice of TPUs from v5e-16 on, as their compiler lays it out (9.4 of 16 GiB a
            chip there, 2.9 of 32 on v6e-256). At half of all peak rates the training takes 0.16
            days on v6e-256, 0.87 on v4-128, 6.9 on v5e-16. No TPU has run it yet.
-Result:    1.54 FID, 295.9 IS, .80 precision, .63 recall (paper, table 1; 50,000 images,
-           guidance 4.6). Not reproduced yet.
+Result:    1.54 FID, 295.9 IS, .80 precision, .63 recall (arXiv 2509.24335, table 1; 50,000
+           images, guidance 4.6). Not reproduced yet.
 
 `recipes.published_ar` says what may stand after the colon, and how the published weights are
 converted instead of trained.
