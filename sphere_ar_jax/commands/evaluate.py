@@ -10,7 +10,7 @@ from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
-from sphere_ar_jax.interop.lpips import read
+from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
@@ -43,7 +43,11 @@ def _score_tokenizer(
 ) -> dict[str, Any]:
     """The scores of a run's tokenizer on the images of an npz; network: Inception's parameters."""
     run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
-    judge = None if lpips is None else read(lpips, vgg)
+    judge = None
+    if lpips is not None:
+        check_paths(lpips, vgg)
+        assert vgg is not None  # by `check_paths`
+        judge = read(lpips, vgg)
     batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
     bar = console.bar(None, 'reconstructions')
     return tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
@@ -97,7 +101,7 @@ def evaluate(
     _check_files(samples, reference, inception, images)
     scores: dict[str, Any] = {}
     weights = None if inception is None else inception_weights.load(inception)
-    if samples is not None:
+    if samples is not None and reference is not None:
         scores = protocol.evaluate(samples, reference, weights, progress=console.bars())
     if images is not None:
         scores['tokenizer'] = _score_tokenizer(workdir, like, images, weights, lpips, vgg)

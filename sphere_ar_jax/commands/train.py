@@ -101,8 +101,8 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     """
     d = cfg.data
     if d.name == 'digits':
-        source, heldout = digits.splits(cfg.seed, d.holdout)
-        return source, heldout, {}
+        training, heldout = digits.splits(cfg.seed, d.holdout)
+        return training, heldout, {}
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
