@@ -1,20 +1,20 @@
-"""SphereAR-L at 256×256: the published model, recipe and sampler (476,380,176 parameters, tokenizer
-apart).
+r"""SphereAR-L at 256×256: the published model, recipe and sampler.
 
-Command:   python -m sphere_ar_jax.main --config=configs/ar_l.py:data=/data/ILSVRC2012_img_train.tar
---workdir=DIR \\
-               --config.tokenizer=VAE     (the workdir of configs/vae.py, or of a converted vae.pt)
-Hardware:  accelerators; 400 epochs are 1,000,800 steps of 512 images. With the argument tpu that
-batch fits every slice
-           of TPUs from v5e-16 on, as their compiler lays it out (9.4 of 16 GiB a chip there, 2.9 of
-           32 on v6e-256). At half of all peak rates: 0.16 days on v6e-256, 0.87 on v4-128, 6.9 on
-           v5e-16. No TPU has run it yet.
-Result:    1.54 FID, 295.9 IS, .80 precision, .63 recall, as the paper says (arXiv 2509.24335, table
-1; 50,000
+The model has 476,380,176 parameters besides the tokenizer's.
+
+Command:   python -m sphere_ar_jax.main --workdir=DIR \
+               --config=configs/ar_l.py:data=/data/ILSVRC2012_img_train.tar \
+               --config.tokenizer=VAE
+           VAE is the workdir of configs/vae.py, or of a converted vae.pt.
+Hardware:  Accelerators. 400 epochs are 1,000,800 steps of 512 images. With the word tpu that batch
+           fits every slice of TPUs from v5e-16 on, as their compiler lays it out (9.4 of 16 GiB a
+           chip there, 2.9 of 32 on v6e-256). At half of all peak rates the training takes 0.16
+           days on v6e-256, 0.87 on v4-128, 6.9 on v5e-16. No TPU has run it yet.
+Result:    1.54 FID, 295.9 IS, .80 precision, .63 recall (arXiv 2509.24335, table 1; 50,000
            images, guidance 4.6). Not reproduced yet.
 
-What may stand after the colon, and the published weights in place of training:
-`recipes.published_ar`.
+`recipes.published_ar` says what may stand after the colon, and how the published weights are
+converted instead of trained.
 """
 
 from ml_collections import ConfigDict
@@ -23,5 +23,5 @@ from sphere_ar_jax.config import recipes
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """The config of SphereAR-L; arg: what stands after the colon."""
+    """The config of SphereAR-L; arg: the words after the colon."""
     return recipes.published_ar('L', arg)

@@ -1,7 +1,9 @@
 # shellcheck shell=bash
-# What the launch scripts share; they source it. Bash 3.2, macOS' own, is enough.
-#   take_words WORD …  sets words (all but --dry-run), workdir and config; refuses what `main` would refuse at once
-#   run WORD …         runs a command; with --dry-run or DRY_RUN=1 prints it instead, quoted for bash, on one line
+# What the launch scripts share; they source it. Bash 3.2, which macOS has, is enough.
+#   take_words WORD …  sets words (all but --dry-run), workdir and config; refuses what `main` would
+#                      refuse at once
+#   run WORD …         runs a command; with --dry-run or DRY_RUN=1 prints it instead, on one line
+#                      and quoted for bash
 
 dry_run=${DRY_RUN:-}
 [ "$dry_run" != 0 ] || dry_run=
@@ -60,7 +62,8 @@ take_words() {
     words+=("$word")
     shift
   done
-  [ "$mode" != train ] || [ -n "$config" ] || die 'give --config=configs/NAME.py and --workdir=DIR (--help says more)'
+  [ "$mode" != train ] || [ -n "$config" ] ||
+    die 'give --config=configs/NAME.py and --workdir=DIR (--help says more)'
   [ -n "$workdir" ] || die 'give --workdir=DIR (--help says more)'
 }
 

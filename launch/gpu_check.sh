@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Checks a machine with an NVIDIA GPU in one go: installs with CUDA, runs the tests on the GPU, runs the digits job on it.
-# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip. Takes about 15 minutes.
-# Type: bash launch/gpu_check.sh [cuda12|cuda13]     (from the checkout; prints the numbers for BUILD_NOTES.md)
+# Checks a machine with an NVIDIA GPU in one go: installs the package with CUDA, runs the tests on
+# the GPU, and runs the digits job on it.
+# Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip. It takes about
+#   15 minutes.
+# Type: bash launch/gpu_check.sh [cuda12|cuda13]     (in the checkout)
+# It prints the numbers for BUILD_NOTES.md.
 set -euo pipefail
 cuda=${1:-cuda12}
 cd "$(dirname "$0")/.."
@@ -10,9 +13,12 @@ python3 -m venv .venv-gpu
 . .venv-gpu/bin/activate
 pip install -q -e ".[test,$cuda]"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python -c 'import jax; print("JAX", jax.__version__, jax.devices()); assert jax.devices()[0].platform == "gpu"'
-# Tests start processes of their own on the same GPU; goldens were measured in full float32, not TF32; the test that
-# kills a run compares bit for bit.
+python -c 'import jax
+print("JAX", jax.__version__, jax.devices())
+assert jax.devices()[0].platform == "gpu"'
+# Tests start further processes on the same GPU, so that none may take all of its memory. Goldens
+# were measured in full float32, not TF32. The test that kills a run compares bit for bit, which
+# needs deterministic operations.
 XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_deterministic_ops=true \
   JAX_DEFAULT_MATMUL_PRECISION=highest pytest -q
 workdir=$(mktemp -d)

@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# Runs the program on one machine, on its CPU or on all of its GPUs (one process has them all), and again after SIGTERM.
+# Runs the program on one machine, on its CPU or on all of its GPUs (one process has them all).
+# After SIGTERM it runs the program again.
 #
-# Type:    bash launch/local.sh [--dry-run] --config=configs/digits.py --workdir=DIR [all else that `main` takes]
-# Needs:   Python 3.11 or newer and this package: pip install -e . (GPUs: '.[cuda12]' or '.[cuda13]'; gs:// workdirs:
-#          the extra gcs and `gcloud auth application-default login`). No account, no quota.
+# Type:    bash launch/local.sh [--dry-run] --config=configs/digits.py --workdir=DIR \
+#            [all else that `main` takes]
+# Needs:   Python 3.11 or newer and this package: pip install -e . (for GPUs '.[cuda12]' or
+#          '.[cuda13]'; for gs:// workdirs the extra gcs and `gcloud auth application-default
+#          login`). No account, no quota.
 # Costs:   this one line; what the machine costs.
 # May set: PYTHON                     the interpreter (python)
 #          CUDA_VISIBLE_DEVICES       the GPUs to take (all)
-#          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start (~/.cache/sphere_ar_jax, on local disk)
+#          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start
+#                                     (~/.cache/sphere_ar_jax, on local disk)
 #          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` first
-#          RESTART_SECONDS, MAX_RESTARTS  pause before a restart (5), and how many there are at most (1000)
+#          RESTART_SECONDS            the pause before a restart (5)
+#          MAX_RESTARTS               how many restarts there are at most (1000)
 #
-# At SIGTERM the program saves and ends with 143 = 128 + 15. If it was told so by another than this script, the same
-# command goes on. SIGTERM and Ctrl-C to this script are passed on to the program, and then both end. Any other exit
-# code is final and becomes this script's. To go on after a reboot, let systemd or cron (@reboot) type the line.
+# At SIGTERM the program saves and ends with 143 = 128 + 15. If another process than this script
+# sent the signal, the same command goes on. This script passes SIGTERM and Ctrl-C on to the
+# program, and then both end. Any other exit code is final and becomes this script's. To go on after
+# a reboot, let systemd or cron (@reboot) type the line.
 #
-# Run on CPUs; never run on a real cluster, nor on a GPU.
+# It has run on CPUs. It was never run on a real cluster, nor on a GPU.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -27,7 +33,10 @@ program=("${PYTHON:-python}" -m)
 if [ "${DOCTOR:-1}" != 0 ]; then
   code=0
   run "${program[@]}" sphere_ar_jax.doctor "${words[@]}" || code=$?
-  [ "$code" -eq 0 ] || { say 'not started: see above (DOCTOR=0 starts all the same)'; exit "$code"; }
+  if [ "$code" -ne 0 ]; then
+    say 'not started: see above (DOCTOR=0 starts all the same)'
+    exit "$code"
+  fi
 fi
 program+=(sphere_ar_jax.main "${words[@]}")
 if [ -n "$dry_run" ]; then run "${program[@]}"; exit; fi
@@ -39,13 +48,14 @@ pass_on() {
 }
 trap 'pass_on TERM' TERM HUP
 trap 'pass_on INT' INT
-set -m  # a process group for the program: Ctrl-C reaches it once, from here, and it may be told to save
+# The program gets a process group, so that Ctrl-C reaches it only once, from here.
+set -m
 restarts=0
 while :; do
   "${program[@]}" </dev/null &
   child=$!
-  [ -z "$stopped" ] || kill -s TERM "$child"  # told to stop just before
-  while :; do  # a signal ends `wait` before the program
+  [ -z "$stopped" ] || kill -s TERM "$child"  # the signal came just before
+  while :; do  # a signal may end `wait` while the program still runs
     woken='' code=0
     wait "$child" || code=$?
     [ -n "$woken" ] || break

@@ -1,31 +1,38 @@
 #!/usr/bin/env bash
-# The job that launch/slurm.sh submits: starts the program on all nodes with srun, and queues itself again after SIGTERM.
+# The job that launch/slurm.sh submits. It starts the program on all nodes with srun, and queues
+# itself again after SIGTERM.
 #
-# Type:    nothing, sbatch runs it (a copy of it, hence SPHERE_AR_LAUNCH, the directory of the others);
+# Type:    nothing, since sbatch runs it (a copy of it, hence SPHERE_AR_LAUNCH, the directory of the
+#          other scripts);
 #          bash launch/slurm_job.sh --dry-run --config=… --workdir=… prints what it would run
 # Needs:   what launch/slurm.sh sets and says; inside a job, SLURM's variables.
 # Costs:   what launch/slurm.sh costs.
 # May set: PYTHON, DOCTOR=0, MAX_RESTARTS: see launch/slurm.sh
 #
-# SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit: they save and end with 143, and
-# the job is queued again. So it is after 134, with which JAX aborts processes that have lost another one, and after 137,
-# kill -9, where SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE processes are several. Any other exit code is final. A job
-# that was cancelled is left alone.
-# Written from SLURM's and JAX's documentation, tested with stand-ins for srun and scontrol; never run on a real cluster.
+# SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit. They save
+# and end with 143, and the job is queued again. Where there are several processes
+# (SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE), it is also queued again after 134, with which JAX
+# aborts processes that have lost another one, and after 137, which is kill -9. Any other exit code
+# is final. A job that was cancelled is left alone.
+# Written from SLURM's and JAX's documentation, and tested with stand-ins for srun and scontrol;
+# never run on a real cluster.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "${SPHERE_AR_LAUNCH:-$(dirname "$0")}/common.sh"
 take_words "$@"
 [ -n "$dry_run" ] || need SLURM_JOB_ID
 most=$(whole MAX_RESTARTS 1000)
-# One process may end before the others have saved: it must not take them with it.
+# One process may end before the others have saved; srun must then not end the others.
 tasks=(srun --kill-on-bad-exit=0 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
 python=${PYTHON:-python}
 
 if [ "${DOCTOR:-1}" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
   code=0
   run "${tasks[@]}" --label "$python" -m sphere_ar_jax.doctor "${words[@]}" || code=$?
-  [ "$code" -eq 0 ] || { say 'not started: see above (DOCTOR=0 starts all the same)'; exit "$code"; }
+  if [ "$code" -ne 0 ]; then
+    say 'not started: see above (DOCTOR=0 starts all the same)'
+    exit "$code"
+  fi
 fi
 code=0
 run "${tasks[@]}" "$python" -m sphere_ar_jax.main "${words[@]}" || code=$?
@@ -33,14 +40,16 @@ if [ -n "$dry_run" ]; then
   printf '# if that ends with 143: %s\n' "$(quote scontrol requeue "${SLURM_JOB_ID:-JOB}")"
   exit
 fi
+processes=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
 case $code in
   143) ;;
-  134 | 137) [ $((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1})) -gt 1 ] || exit "$code" ;;
+  134 | 137) [ "$processes" -gt 1 ] || exit "$code" ;;
   *) exit "$code" ;;
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
   say "stopped after $most restarts"
-elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then  # cancelled: COMPLETING
+# A job that was cancelled is COMPLETING.
+elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   say 'ended by SIGTERM, or with a process that was lost; queued again'
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,36 +1,46 @@
 #!/usr/bin/env bash
-# Runs the program on a Cloud TPU VM, a pod slice or several: asks for it, waits, installs, runs, goes on when preempted.
+# Runs the program on a Cloud TPU VM, a pod slice or several: asks for it, waits, installs, runs,
+# and goes on when preempted.
 #
 # Type:    TPU_NAME=l TPU_ZONE=us-east5-b TPU_TYPE=v6e-64 \
 #            bash launch/tpu.sh [--dry-run] --config=configs/ar_l.py:tpu,data=… \
 #            --config.tokenizer=gs://BUCKET/vae --workdir=gs://BUCKET/l [all else that `main` takes]
-#          the same variables and bash launch/tpu.sh --stop (the run saves and ends) or --delete (the TPU, too)
-# Needs:   a Google Cloud project with billing, the Cloud TPU API and quota for that type in that zone; a bucket in the
-#          zone's region that the project's Compute Engine service account may write; gcloud 528 or newer, logged in
-#          (gcloud auth login; gcloud config set project …); for more than one host also
-#          ssh-add ~/.ssh/google_compute_engine (gcloud makes the key at the first gcloud compute ssh).
-# Costs:   this one line; the TPU by the second from ACTIVE until it is deleted. It is deleted when the run has ended
-#          well; after an error it is KEPT, and this script says so.
+#          With the same variables, bash launch/tpu.sh --stop lets the run save and end, and
+#          bash launch/tpu.sh --delete deletes the TPU, too.
+# Needs:   a Google Cloud project with billing, the Cloud TPU API and quota for that type in that
+#          zone; a bucket in the zone's region that the project's Compute Engine service account may
+#          write; gcloud 528 or newer, logged in (gcloud auth login; gcloud config set project …);
+#          for more than one host also ssh-add ~/.ssh/google_compute_engine (gcloud makes the key at
+#          the first gcloud compute ssh).
+# Costs:   this one line; the TPU by the second from ACTIVE until it is deleted. It is deleted when
+#          the run has ended well; after an error it is KEPT, and this script says so.
 # Must set: TPU_NAME, TPU_ZONE, TPU_TYPE
 # May set: SLICES                     1; more: Multislice
 #          RUNTIME_VERSION            the image of the hosts; known for v2 to v6e
 #          SPOT=1                     spot capacity: cheaper, may be taken away at any time
-#          PROJECT                    gcloud's own
-#          CREATE_FLAGS               more flags for gcloud … queued-resources create, e.g. '--reserved --network=mine'
-#          SETUP                      a command for every host, after the installation, e.g. one that mounts the data
+#          PROJECT                    gcloud's own, if not given
+#          CREATE_FLAGS               more flags for gcloud … queued-resources create, for example
+#                                     '--reserved --network=mine'
+#          SETUP                      a command for every host, after the installation, for example
+#                                     one that mounts the data
 #          KEEP=1                     do not delete at the end
-#          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start (compilation_cache next to the workdir, since
-#                                     the hosts' disks go with the TPU)
-#          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` on every host first; needed for
-#                                     more than 64 hosts, which gcloud reaches only in groups
+#          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start (compilation_cache next
+#                                     to the workdir, since the hosts' disks go with the TPU)
+#          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` on every host
+#                                     first; needed for more than 64 hosts, which gcloud reaches
+#                                     only in groups
 #          POLL_SECONDS               60 between looks
-#          MAX_RESTARTS, RETRIES      1000; 3 failures in a row, none of them a preemption nor after an hour of work
+#          MAX_RESTARTS               1000
+#          RETRIES                    3 failures in a row; a preemption, or an hour of work, starts
+#                                     the count anew
 #
-# The run goes on without this script, which only starts it, shows the first host's lines and waits: Ctrl-C or a lost
-# connection ends the showing, and the same line takes it up again, or starts what has ended. But only while the script
-# runs is a TPU that was taken away asked for anew. Exit code 2 of the program, a mistake in what was typed, is final.
-# What runs is this checkout's code and configs/, committed or not. On the hosts: ~/sphere_ar.log.
-# Written from gcloud's help and source (528), tested with a stand-in for gcloud; never run on a real cluster or TPU.
+# The run goes on without this script, which only starts it, shows the first host's lines and waits.
+# Ctrl-C or a lost connection ends the showing, and the same line takes it up again, or starts what
+# has ended. But a TPU that was taken away is asked for again only while the script runs. Exit code
+# 2 of the program, a mistake in what was typed, is final.
+# The hosts get this checkout's code and configs/, committed or not, and write ~/sphere_ar.log.
+# Written from gcloud's help and source (528), and tested with a stand-in for gcloud;
+# never run on a real cluster or TPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -54,7 +64,8 @@ worker="bash ~/sphere_ar/launch/tpu_worker.sh"
 package=${TMPDIR:-/tmp}/sphere_ar-$TPU_NAME.tgz
 
 on_all() {  # a command on every host of every slice
-  run "${tpus[@]}" ssh "$TPU_NAME" "${place[@]}" --node=all --worker=all --batch-size=all --command="$1"
+  run "${tpus[@]}" ssh "$TPU_NAME" "${place[@]}" --node=all --worker=all --batch-size=all \
+    --command="$1"
 }
 
 runtime_version() {
@@ -72,7 +83,8 @@ create() {
   [ "$slices" -le 1 ] || nodes=("--node-count=$slices" "--node-prefix=$TPU_NAME")
   [ -z "${SPOT:-}" ] || nodes+=(--spot)
   read -r -a more <<<"${CREATE_FLAGS:-}" || true
-  run "${tpus[@]}" create "$TPU_NAME" "${place[@]}" "--accelerator-type=${TPU_TYPE/#v5e-/v5litepod-}" "--runtime-version=$version" \
+  run "${tpus[@]}" create "$TPU_NAME" "${place[@]}" \
+    "--accelerator-type=${TPU_TYPE/#v5e-/v5litepod-}" "--runtime-version=$version" \
     "${nodes[@]}" ${more[@]+"${more[@]}"}
 }
 
@@ -93,7 +105,7 @@ state() {  # NONE: there is no such request. UNKNOWN: gcloud could not say
 }
 
 bring_up() {  # returns when the TPU is there
-  local now before='' unknown=0
+  local now command before='' unknown=0
   while :; do
     now=$(state)
     [ "$now" = "$before" ] || say "$TPU_NAME: $now"
@@ -102,7 +114,9 @@ bring_up() {  # returns when the TPU is there
       ACTIVE) return ;;
       NONE) create || give_up $? "$TPU_NAME could not be asked for" ;;
       SUSPENDED) delete || say "$TPU_NAME could not be deleted; trying again" ;;
-      FAILED) give_up 1 "the request failed; $(quote "${tpus[@]}" describe "$TPU_NAME" "${place[@]}") says why" ;;
+      FAILED)
+        command=$(quote "${tpus[@]}" describe "$TPU_NAME" "${place[@]}")
+        give_up 1 "the request failed; $command says why" ;;
       UNKNOWN)
         unknown=$((unknown + 1))
         [ "$unknown" -lt 10 ] || give_up 1 'gcloud could not tell the state ten times' ;;
@@ -111,24 +125,32 @@ bring_up() {  # returns when the TPU is there
   done
 }
 
-install() {  # nothing on hosts where a run still goes on
+install() {  # does nothing on hosts where a run still goes on
+  local free="flock -n ~/sphere_ar.lock true || exit 0"
+  local unpack="mkdir -p ~/sphere_ar && tar -xzf ~/sphere_ar.tgz -C ~/sphere_ar"
   run env COPYFILE_DISABLE=1 tar -czf "$package" -C "$root" --exclude=__pycache__ \
     sphere_ar_jax configs launch pyproject.toml README.md LICENSE &&
-    run "${tpus[@]}" scp "$package" "$TPU_NAME:sphere_ar.tgz" "${place[@]}" --node=all --worker=all --batch-size=all &&
-    on_all "flock -n ~/sphere_ar.lock true || exit 0; mkdir -p ~/sphere_ar && tar -xzf ~/sphere_ar.tgz -C ~/sphere_ar \
-&& env SETUP=$(quote "${SETUP:-}") $worker install"
+    run "${tpus[@]}" scp "$package" "$TPU_NAME:sphere_ar.tgz" "${place[@]}" \
+      --node=all --worker=all --batch-size=all &&
+    on_all "$free; $unpack && env SETUP=$(quote "${SETUP:-}") $worker install"
 }
 
 doctor() { [ "${DOCTOR:-1}" = 0 ] || on_all "$worker doctor $(quote "${words[@]}")"; }
 
-start() { on_all "env JAX_COMPILATION_CACHE_DIR=$(quote "$(cache_dir)") $worker start $(quote "${words[@]}")"; }
+start() {
+  local cache
+  cache=$(quote "$(cache_dir)")
+  on_all "env JAX_COMPILATION_CACHE_DIR=$cache $worker start $(quote "${words[@]}")"
+}
 
 watch() { on_all "$worker wait"; }
 
 give_up() {
+  local names
+  names=$(quote "TPU_NAME=$TPU_NAME" "TPU_ZONE=$TPU_ZONE")
   say "$2"
   [ "$1" -eq 2 ] || say "no more restarts: exit code $1"
-  say "$TPU_NAME may still be there, and cost money: $(quote "TPU_NAME=$TPU_NAME" "TPU_ZONE=$TPU_ZONE") bash $0 --delete"
+  say "$TPU_NAME may still be there, and cost money: $names bash $0 --delete"
   exit "$1"
 }
 
@@ -163,8 +185,9 @@ while :; do
   if [ "$(state)" = ACTIVE ] && [ "$code" -ne 143 ]; then
     [ $((SECONDS - began)) -lt 3600 ] || failures=0
     failures=$((failures + 1))
-    [ "$failures" -le "$retries" ] || give_up "$code" "failed $failures times in a row, last with exit code $code"
-    # 255: ssh was lost, and the run need not have ended. Else no host may be left behind in it.
+    [ "$failures" -le "$retries" ] ||
+      give_up "$code" "failed $failures times in a row, last with exit code $code"
+    # After 255 ssh was lost, and the run need not have ended. Otherwise no host may go on with it.
     [ "$code" -eq 255 ] || on_all "$worker stop" || true
   else
     failures=0

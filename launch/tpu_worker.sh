@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh runs on each host of a TPU: installs, starts the program so that it outlives the connection, waits.
+# What launch/tpu.sh runs on each host of a TPU: installs, starts the program so that it outlives
+# the connection, waits.
 #
-# Type:    nothing, launch/tpu.sh does. By hand, on a host, in ~/sphere_ar:
-#          bash launch/tpu_worker.sh install | doctor WORDS | start WORDS | wait | stop      [--dry-run]
+# Type:    nothing, since launch/tpu.sh does. By hand, on a host, in ~/sphere_ar:
+#          bash launch/tpu_worker.sh install | doctor WORDS | start WORDS | wait | stop  [--dry-run]
 # Needs:   Ubuntu as on Cloud TPU VMs, network; WORDS are those that `main` takes.
 # Costs:   nothing of its own.
 # May set: SETUP, JAX_COMPILATION_CACHE_DIR: see launch/tpu.sh; STOP_SECONDS, 600 until `stop` kills
 #
-# A host runs one program at a time: it holds the lock ~/sphere_ar.lock for as long as it lives, so that `start` does
-# nothing where it runs already. `wait` ends with its exit code, 143 if it vanished without one, as at a reboot.
+# A host runs one program at a time. The program holds the lock ~/sphere_ar.lock for as long as it
+# lives, so that `start` does nothing where it runs already. `wait` ends with its exit code, or with
+# 143 if it vanished without one, as at a reboot.
 # Tested with stand-ins for uv and Python; never run on a real cluster or TPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +37,8 @@ start() {
   if [ -n "$dry_run" ]; then run "${program[@]}"; return; fi
   exec 9>>"$lock"
   if ! flock -n 9; then
-    [ "$(quote "${words[@]}")" = "$(cat "$last")" ] || die 'another command is running: launch/tpu.sh --stop ends it'
+    [ "$(quote "${words[@]}")" = "$(cat "$last")" ] ||
+      die 'another command is running: launch/tpu.sh --stop ends it'
     say 'runs already'
     return
   fi
@@ -82,7 +85,10 @@ stop() {
 case $verb in
   install | stop)
     alone "$verb" "$@"
-    if [ "$verb" = stop ] && [ -n "$dry_run" ]; then echo "kill -s TERM \"\$(cat '$pid')\""; exit; fi
+    if [ "$verb" = stop ] && [ -n "$dry_run" ]; then
+      echo "kill -s TERM \"\$(cat '$pid')\""
+      exit
+    fi
     "$verb" ;;
   wait)
     alone wait "$@"

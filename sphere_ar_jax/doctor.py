@@ -1,18 +1,19 @@
-"""What a host has for a run, and what it lacks, on one screen: run it on every host before the
-program.
+"""Says what a host has for a run, and what it lacks, on one screen.
 
   python -m sphere_ar_jax.doctor [--config=FILE[:VARIANT] [--config.KEY=VALUE …]]
-  [--workdir=DIR|gs://BUCKET/DIR]
+                                 [--workdir=DIR|gs://BUCKET/DIR]
                                  [--data=KIND:PATH] [--timeout=SECONDS]
 
-Takes the words of `main` as well, and says which it does not look at; with another --mode than
-train it looks at no training. Every check ends with ok, WARN (it will run, but perhaps not as
-meant) or FAIL (it will not), and with what to do. Exit code 1 if anything failed, 2 for wrong
-flags. A check that has not answered after 60 s (--timeout), as storage and drivers may, has failed
-too.
+Run it on every host before the program. It takes the flags of `main` as well, and says which of
+them it does not look at. With another --mode than train it looks at no training.
 
-Every check is a function of plain arguments that returns a `Check`. Sizes are bytes. What a check
-needs is imported in it, for that a package is missing or broken is what the doctor is there to say.
+Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (it will not), and
+with what to do. A check that has not answered after 60 s (--timeout), as storage and drivers may,
+has failed too. The exit code is 1 if anything failed, 2 for wrong flags.
+
+Every check is a function of plain arguments that returns a `Check`; they are in `commands.checks`.
+Sizes are in bytes. Functions import what they need themselves, since it is the doctor's task to say
+that a package is missing or broken.
 """
 
 import logging
@@ -20,34 +21,44 @@ import os
 import platform
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from sphere_ar_jax.commands import checks
 
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
 
-def examine(cfg, workdir, data, examination, trains=True):
-    """All checks. cfg: a config, not checked yet, or None. workdir, data: as given by flags, or
-    None. trains: whether a training is to be looked at.
+
+def examine(
+    cfg: 'ConfigDict | None',
+    workdir: str | None,
+    data: str | None,
+    examination: checks.Examination,
+    trains: bool = True,
+) -> None:
+    """Runs all checks.
+
+    Args:
+      cfg: a config that has not been checked yet, or None.
+      workdir: the value of --workdir, or None.
+      data: the value of --data, or None.
+      examination: runs the checks and prints them.
+      trains: whether a training is looked at.
     """
     import jax
 
-    from sphere_ar_jax.config import recipes
     from sphere_ar_jax.config.checks import check
     from sphere_ar_jax.measure import programs
     from sphere_ar_jax.runtime import joining
 
     e = examination
-    e.run(
-        'processes',
-        joining.join,
-        slow='have the other processes been started? --timeout=SECONDS waits longer',
-    )
-    if e.failed:  # a device asked for now would wait for the others without end
+    slow = 'have the other processes been started? --timeout=SECONDS waits longer'
+    e.run('processes', joining.join, slow=slow)
+    if e.failed:  # to ask for a device now would wait for the other processes without end
         return
-    seen = e.run(
-        'devices',
-        lambda: (jax.devices(), jax.local_devices()),
-        slow='does another program hold them?',
-    )
+    slow = 'does another program hold them?'
+    seen = e.run('devices', lambda: (jax.devices(), jax.local_devices()), slow=slow)
     if seen is None:
         return
     devices, local = seen
@@ -56,35 +67,54 @@ def examine(cfg, workdir, data, examination, trains=True):
     e.say(checks.Check('processes', 'ok', text))
     e.say(checks.check_devices(devices, local, limit, checks.device_files()))
     disk = 0
-    trainings = None if cfg is None else e.run('config', lambda: programs.stages(check(cfg)))
-    if trainings is not None and trains:
-        found, disk = e.run('mesh', lambda: checks.run_checks(cfg, trainings, limit)) or ((), 0)
-        for one in found:
-            e.say(one)
-    storage = 'is the storage there, and are you logged in?'
+    trainings = None
+    if cfg is not None:
+        trainings = e.run('config', lambda: programs.stages(check(cfg)))
+    if not trains:
+        trainings = None
+    if cfg is not None and trainings is not None:
+        found = e.run('mesh', lambda: checks.run_checks(cfg, trainings, limit))
+        if found is not None:
+            of_run, disk = found
+            for one in of_run:
+                e.say(one)
+    slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
-        e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=storage)
-    source = None
-    if data is not None:
-        source = recipes.data_set(data)
-    elif cfg is not None and trains:
-        source = cfg.data.name, cfg.data.path, cfg.data.split, cfg.data.data_dir
-    if source is not None:
-        slow = "a large tar's index takes minutes, once: --timeout=1800"
-        e.check('data', lambda: checks.check_data(*source), slow=slow)
-    if trainings is not None and trains:
-        e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=storage)
+        e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=slow)
+    _examine_data(cfg if trains else None, data, e)
+    if cfg is not None and trainings is not None:
+        e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=slow)
     e.check('cache', lambda: checks.check_cache(os.environ))
 
 
-def _flags(argv):
-    """(values of the flags, the words that are of `main` alone). Raises what absl and config files
-    raise.
+def _examine_data(
+    cfg: 'ConfigDict | None', data: str | None, examination: checks.Examination
+) -> None:
+    """Checks the data of --data, or else of a config, or neither."""
+    from sphere_ar_jax.config import recipes
+
+    slow = "a large tar's index takes minutes, once: --timeout=1800"
+    if data is not None:
+        kind, path = recipes.data_set(data)
+        examination.check('data', lambda: checks.check_data(kind, path), slow=slow)
+    elif cfg is not None:
+        d = cfg.data
+        examination.check(
+            'data', lambda: checks.check_data(d.name, d.path, d.split, d.data_dir), slow=slow
+        )
+
+
+def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
+    """Parses the command line. Raises what absl and config files raise.
+
+    Returns:
+      (values of the doctor's own flags, the words that are for `main` alone).
     """
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()  # of its own: `main` has flags of the same names
+    # Flags of its own, since `main` has flags of the same names.
+    values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         'config', None, 'Configuration file.', flag_values=values, sys_argv=argv
     )
@@ -99,38 +129,45 @@ def _flags(argv):
     return values, values(argv, known_only=True)[1:]
 
 
-def _ended(check):
-    """Says the check after which nothing more can be looked at. Returns the exit code."""
+def _ended(check: checks.Check) -> int:
+    """Prints the check after which nothing more can be looked at. Returns the exit code."""
     print('\n'.join(checks.lines(check)))
     return 1
 
 
-def main(argv):
-    """Examines this host. Returns the exit code."""
+def main(argv: list[str]) -> int:
+    """Examines this host.
+
+    Args:
+      argv: the program's name and its flags.
+
+    Returns:
+      the exit code.
+    """
     if '--help' in argv:
+        assert __doc__ is not None
         print(__doc__.split('\n\nEvery check is')[0])
         return 0
     started = time.perf_counter()
     versions = checks.check_versions()
     if versions.status == 'FAIL':
         return _ended(versions)
-    logging.getLogger('gcsfs').setLevel(
-        logging.CRITICAL
-    )  # it logs tracebacks of what it raises all the same
+    # This package logs the tracebacks even of errors that it raises.
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
     try:
-        import sphere_ar_jax.commands.train  # noqa: F401, all that a run imports
+        import sphere_ar_jax.commands.train  # noqa: F401, it imports all that a run needs
         from sphere_ar_jax.config import packaged
         from sphere_ar_jax.runtime.console import one_line
 
         values, rest = _flags(packaged.with_paths(argv))
         cfg = values.config
         if cfg is not None:
-            dict(cfg.items())  # a config file that failed to load says so only when it is read
+            # A config file that failed to load says so only when it is read.
+            dict(cfg.items())
     except ImportError as error:
-        return _ended(
-            checks.Check('package', 'FAIL', f'cannot be imported: {error}; pip install -e .')
-        )
-    except Exception as error:  # also whatever a config file raises
+        text = f'cannot be imported: {error}; pip install -e .'
+        return _ended(checks.Check('package', 'FAIL', text))
+    except Exception as error:  # a config file may raise anything
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
     examination = checks.Examination(values.timeout)
@@ -147,7 +184,8 @@ def main(argv):
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')
     sys.stdout.flush()
     if examination.stuck:
-        os._exit(1)  # what did not answer would hold up the end too
+        # A check that does not answer would hold up an ordinary exit, too.
+        os._exit(1)
     return 1 if examination.failed else 0
 
 

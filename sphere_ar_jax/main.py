@@ -1,26 +1,31 @@
-"""The entry point: python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR
-[--config.KEY=VALUE …]
+"""The command line: trains models, draws images, scores them, converts checkpoints.
 
-Trains the tokenizer, trains the AR model on its tokens, samples, scores, and writes pictures and
-report.html. Started again in the same workdir it goes on where it stopped. What else --mode does,
-see `draw`:
+This command trains the tokenizer, and the AR model on its tokens:
 
-  --mode=convert --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt --workdir=DIR [--no-ema]
-  [--heads=N] --mode=export --workdir=DIR --output=FILE.safetensors --mode=pack --data=KIND:PATH
-  --output=DIR [--shards=N] [--split=NAME --data_dir=DIR, of tfds] --mode=sample --workdir=DIR
-  [--output=FILE.npz] [--num_images=N] [--labels=uniform|balanced|FILE] [--png=DIR] --mode=grid
-  --workdir=DIR --classes='golden retriever; 388' [--columns=N] [--output=FILE.png] --mode=evaluate
-  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE] [--images=NPZ]
-                  [--lpips=vgg.pth --vgg=vgg16.pth]
-  --mode=compile --config=FILE --topology=v6e-256[,v5p-64,…] [--parts=train,sample,evaluate]
-  [--output=FILE.json]
-                  [--noaudit]: what the programs would take on TPUs; needs none, see `compile_ahead`
+  python -m sphere_ar_jax.main --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]
 
-With --config these take the sampler, seed, dtype and mesh from it, else those that the run was
-begun with.
+It then samples, scores, and writes pictures and report.html. Started again in the same workdir it
+goes on where it stopped. The other modes are:
 
-Started as several processes, see `joining`, training, sample, grid and evaluate are one run of all
-of them.
+  --mode=convert   --workdir=DIR --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt
+                   [--no-ema] [--heads=N]
+  --mode=export    --workdir=DIR [--output=FILE.safetensors]
+  --mode=pack      --data=KIND:PATH --output=DIR [--shards=N]
+                   [--split=NAME] [--data_dir=DIR] (these two for tfds)
+  --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
+                   [--labels=uniform|balanced|FILE] [--png=DIR]
+  --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
+                   [--output=FILE.png]
+  --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
+                   [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
+  --mode=compile   --config=FILE --topology=v6e-256[,v5p-64,…] [--noaudit]
+                   [--parts=train,sample,evaluate] [--output=FILE.json]
+                   (what the programs would take on TPUs, without one)
+
+Sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given, else
+from the run's own config.
+
+Training, sample, grid and evaluate may be started as several processes, which are then one run.
 """
 
 import difflib
@@ -31,17 +36,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
 from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
-# JAX and all that needs it is imported by the command that runs: what is wrong with the flags is
-# said before that.
+# The command that runs imports JAX and all that needs it, so that wrong flags are reported at once.
+
+_T = TypeVar('_T')
 
 _STARTED = time.perf_counter()
 
@@ -55,82 +61,76 @@ _MODE = flags.DEFINE_enum(
     ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate', 'compile'],
     'What to do, see above.',
 )
-# Flags of single modes, by the modes that take them.
+
+
+class _Option(NamedTuple):
+    """A flag that not all modes take.
+
+    Attributes:
+      flag: the flag.
+      modes: the modes that take it.
+    """
+
+    flag: flags.FlagHolder[Any]
+    modes: tuple[str, ...]
+
+
+def _text(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes a text."""
+    return _Option(flags.DEFINE_string(name, None, help), modes)
+
+
+def _count(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes a positive whole number."""
+    return _Option(flags.DEFINE_integer(name, None, help, lower_bound=1), modes)
+
+
+def _switch(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes no value."""
+    return _Option(flags.DEFINE_bool(name, None, help), modes)
+
+
+def _words(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes words, separated by commas."""
+    return _Option(flags.DEFINE_list(name, None, help), modes)
+
+
+_WRITING = ('export', 'pack', 'sample', 'grid', 'compile')
 _OPTIONS = (
-    (
-        flags.DEFINE_string('checkpoint', None, 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
-        ('convert',),
-    ),
-    (flags.DEFINE_bool('no-ema', None, 'Take `model`, not `ema`, of a checkpoint.'), ('convert',)),
-    (
-        flags.DEFINE_integer(
-            'heads', None, 'Attention heads of an AR model that was not published.', 1
-        ),
-        ('convert',),
-    ),
-    (
-        flags.DEFINE_string('output', None, 'File or directory to write.'),
-        ('export', 'pack', 'sample', 'grid', 'compile'),
-    ),
-    (
-        flags.DEFINE_string('data', None, 'A tar of ImageNet, or KIND:PATH of another data set.'),
-        ('pack',),
-    ),
-    (flags.DEFINE_integer('shards', None, 'Files to write, 128 if not given.', 1), ('pack',)),
-    (flags.DEFINE_string('split', None, 'Of tfds; train if not given.'), ('pack',)),
-    (flags.DEFINE_string('data_dir', None, 'Of tfds, if not its default.'), ('pack',)),
-    (
-        flags.DEFINE_integer('num_images', None, 'Images to draw; else of the config.', 1),
-        ('sample',),
-    ),
-    (
-        flags.DEFINE_string('labels', None, 'uniform, balanced, or a file of whole numbers.'),
-        ('sample',),
-    ),
-    (
-        flags.DEFINE_string('png', None, 'Directory for a PNG file of every image, too.'),
-        ('sample',),
-    ),
-    (
-        flags.DEFINE_string('classes', None, 'Names, synsets or numbers, separated by semicolons.'),
-        ('grid',),
-    ),
-    (flags.DEFINE_integer('columns', None, 'Images of each class, 4 if not given.', 1), ('grid',)),
-    (flags.DEFINE_string('samples', None, 'npz of samples (arr_0).'), ('evaluate',)),
-    (
-        flags.DEFINE_string('reference', None, 'npz of reference images or statistics.'),
-        ('evaluate',),
-    ),
-    (
-        flags.DEFINE_string('inception', None, 'Weights of the Inception network, .pb or .pth.'),
-        ('evaluate',),
-    ),
-    (
-        flags.DEFINE_string(
-            'images', None, 'npz of real images (arr_0), for scores of the tokenizer.'
-        ),
-        ('evaluate',),
-    ),
-    (flags.DEFINE_string('lpips', None, "LPIPS' linear weights (vgg.pth)."), ('evaluate',)),
-    (
-        flags.DEFINE_string(
-            'topology', None, 'Slices of TPUs, as v6e-256 or v6e:16x16, separated by commas.'
-        ),
-        ('compile',),
-    ),
-    (
-        flags.DEFINE_list('parts', None, 'Of train, sample and evaluate; all, if not given.'),
-        ('compile',),
-    ),
-    (
-        flags.DEFINE_bool('audit', None, 'Compile steps once more, to find what is replicated.'),
-        ('compile',),
-    ),
-    (
-        flags.DEFINE_string('vgg', None, "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
-        ('evaluate',),
-    ),
+    _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
+    _switch('no-ema', ('convert',), 'Take `model`, not `ema`, of a checkpoint.'),
+    _count('heads', ('convert',), 'Attention heads of an AR model that was not published.'),
+    _text('output', _WRITING, 'File or directory to write.'),
+    _text('data', ('pack',), 'A tar of ImageNet, or KIND:PATH of another data set.'),
+    _count('shards', ('pack',), 'Files to write, 128 if not given.'),
+    _text('split', ('pack',), 'Split of tfds; train if not given.'),
+    _text('data_dir', ('pack',), 'Directory of tfds, if not its default.'),
+    _count('num_images', ('sample',), 'Images to draw; as many as the config says if not given.'),
+    _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
+    _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
+    _text('classes', ('grid',), 'Names, synsets or numbers, separated by semicolons.'),
+    _count('columns', ('grid',), 'Images of each class, 4 if not given.'),
+    _text('samples', ('evaluate',), 'npz of samples (arr_0).'),
+    _text('reference', ('evaluate',), 'npz of reference images or statistics.'),
+    _text('inception', ('evaluate',), 'Weights of the Inception network, .pb or .pth.'),
+    _text('images', ('evaluate',), 'npz of real images (arr_0), for scores of the tokenizer.'),
+    _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
+    _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
+    _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
+    _words('parts', ('compile',), 'Any of train, sample and evaluate; all if not given.'),
+    _switch('audit', ('compile',), 'Compile steps once more, to find what is replicated.'),
 )
+
+# What a mode cannot do without: (flags, the message where one is missing).
+_NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
+    'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
+    'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
+    'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
+    'grid': (('classes',), "give --classes='golden retriever; 388'"),
+    'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
+}
+# Modes that several processes cannot share.
+_ALONE = ('compile', 'convert', 'export', 'pack')
 
 
 def _config_file(argv: list[str]) -> str | None:
@@ -143,9 +143,46 @@ def _config_file(argv: list[str]) -> str | None:
     return None
 
 
+def _unknown_key(argv: list[str]) -> str | None:
+    """The message about the first override of a key that the config does not have, or None."""
+    names = list(schema.leaves(schema.default().to_dict()))
+    for word in argv:
+        if not word.startswith('--config.'):
+            continue
+        key = word.split('=')[0].removeprefix('--config.')
+        if key in names:
+            continue
+        close = difflib.get_close_matches(key, names, 1, 0.5)
+        hint = f'its sections are {", ".join(schema.default())}'
+        if close:
+            hint = f'did you mean {close[0]}?'
+        return f'the config has no key {key}; {hint}'
+    return None
+
+
+def _explained(error: Exception, argv: list[str]) -> UserError:
+    """What is wrong with a command line, in one line.
+
+    Args:
+      error: what absl, ml_collections or the config file raised.
+      argv: the command line.
+    """
+    file = _config_file(argv)
+    if file is not None and not os.path.exists(file):
+        return UserError(f'there is no config file {file}')
+    if isinstance(error, AttributeError | KeyError):
+        message = _unknown_key(argv)
+        if message is not None:
+            return UserError(message)
+    where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
+    return UserError(f'{where}{one_line(error)}')
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but whatever is wrong with a flag, a config file or an override becomes one
-    line (UserError).
+    """Parses the command line as absl does. Returns the words that are no flags.
+
+    Raises:
+      UserError: a flag, the config file or an override is wrong; one line.
     """
     if '--version' in argv:
         print(f'sphere_ar_jax {__version__}')
@@ -154,77 +191,64 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
-            dict(
-                _CONFIG.value.items()
-            )  # a config file that failed to load says so only when it is read
+            # A config file that failed to load says so only when it is read.
+            dict(_CONFIG.value.items())
         return rest
     except Exception as error:
-        file = _config_file(argv)
-        if file is not None and not os.path.exists(file):
-            raise UserError(f'there is no config file {file}') from None
-        given = [
-            a.split('=')[0].removeprefix('--config.') for a in argv if a.startswith('--config.')
-        ]
-        names = list(schema.leaves(schema.default().to_dict()))
-        unknown = [name for name in given if name not in names]
-        if isinstance(error, AttributeError | KeyError) and unknown:
-            close = difflib.get_close_matches(unknown[0], names, 1, 0.5)
-            hint = (
-                f'did you mean {close[0]}?'
-                if close
-                else f'its sections are {", ".join(schema.default())}'
-            )
-            raise UserError(f'the config has no key {unknown[0]}; {hint}') from None
-        where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
-        raise UserError(f'{where}{one_line(error)}') from None
+        raise _explained(error, argv) from None
 
 
 def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
-    """Raise UserError for flags that do not go together."""
+    """Raises UserError for flags that do not go together.
+
+    Args:
+      argv: the program's name and the words that are no flags.
+      mode: the value of --mode.
+      given: the values of the flags of `_OPTIONS` that were given.
+    """
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
-    for option, modes in _OPTIONS:
-        if option.name in given and mode not in modes:
-            raise UserError(f'--{option.name} is for --mode={" or ".join(modes)}, not for {mode}')
+    for option in _OPTIONS:
+        name = option.flag.name
+        if name in given and mode not in option.modes:
+            raise UserError(f'--{name} is for --mode={" or ".join(option.modes)}, not for {mode}')
     there = {*given, *(flag.name for flag in (_CONFIG, _WORKDIR) if flag.value is not None)}
     needed, message = _NEEDED.get(mode, ((), ''))
     if not there.issuperset(needed):
         raise UserError(message)
     if mode not in ('pack', 'compile') and 'workdir' not in there:
         raise UserError('give --workdir=DIR')
-    output = given.get('output')
-    if mode == 'sample' and output is not None:
-        if not output.endswith('.npz'):
-            raise UserError(f'--output is {output}, but must end in .npz')
-        if '://' in output:
-            raise UserError(
-                f'--output is {output}: samples are put together on a local disk, give --output=FILE.npz'
-            )
-    if mode == 'evaluate' and (
-        ('lpips' in given) != ('vgg' in given) or ('lpips' in given and 'images' not in given)
-    ):
-        raise UserError('give --lpips, --vgg and --images together')
+    if mode == 'sample' and 'output' in given:
+        _check_samples_file(given['output'])
+    if mode == 'evaluate':
+        has_lpips = 'lpips' in given
+        alone = has_lpips and 'images' not in given
+        if alone or has_lpips != ('vgg' in given):
+            raise UserError('give --lpips, --vgg and --images together')
 
 
-# What a mode cannot do without: (flags, what to say where one is missing).
-_NEEDED = {
-    'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
-    'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
-    'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
-    'grid': (('classes',), "give --classes='golden retriever; 388'"),
-    'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
-}
-_ALONE = ('compile', 'convert', 'export', 'pack')  # nothing in them is shared out
+def _check_samples_file(path: str) -> None:
+    """Raises UserError unless samples can be written to a path."""
+    if not path.endswith('.npz'):
+        raise UserError(f'--output is {path}, but must end in .npz')
+    if '://' in path:
+        raise UserError(
+            f'--output is {path}: samples are put together on a local disk, give --output=FILE.npz'
+        )
 
 
 def main(argv: list[str]) -> None:
-    """Run the command of the flags; anything the user can put right ends it with one line and exit
-    code 2.
+    """Runs the command that the flags name.
+
+    Raises:
+      UserError: something that the user can put right; one line.
     """
     mode = _MODE.value
-    given = {option.name: option.value for option, _ in _OPTIONS if option.value is not None}
+    values = {option.flag.name: option.flag.value for option in _OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
     _check_usage(argv, mode, given)
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we asked it for
+    # Orbax warns about what it was asked for.
+    logging.set_verbosity(logging.ERROR)
     import jax
 
     from sphere_ar_jax.config import checks
@@ -233,10 +257,12 @@ def main(argv: list[str]) -> None:
     cache = files.compilation_cache(os.environ)
     if cache is not None:
         jax.config.update('jax_compilation_cache_dir', cache)
-        jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; the least used go first
-    joining.join()  # before anything asks for a device
+        # In bytes; the least recently used programs are removed first.
+        jax.config.update('jax_compilation_cache_max_size', 2**31)
+    # Processes must join before anything asks for a device.
+    joining.join()
     if not hosts.is_first():
-        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for good
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     elif mode in _ALONE and hosts.count() > 1:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
@@ -244,22 +270,33 @@ def main(argv: list[str]) -> None:
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
-def _run(mode: str, workdir: str | None, cfg: Any, given: dict[str, Any]) -> None:
-    """Call the command of a mode with the flags given."""
-    if mode == 'train':
-        from sphere_ar_jax.commands import train
+def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+    """Calls the command of a mode.
 
-        train.train(
-            cfg, workdir, f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}', _STARTED
-        )
-    elif mode == 'compile':
-        from sphere_ar_jax.measure import compile_ahead
-
-        compile_ahead.run(cfg, **given)
-    elif mode == 'pack':
+    Args:
+      mode: the value of --mode.
+      workdir: an absolute path, which all modes but pack and compile have.
+      cfg: the checked config, None where none was given; train and compile have one.
+      given: the values of the flags of `_OPTIONS` that were given.
+    """
+    if mode == 'pack':
         from sphere_ar_jax.commands import pack
 
         pack.pack(**given)
+        return
+    if mode == 'compile':
+        from sphere_ar_jax.measure import compile_ahead
+
+        assert cfg is not None  # by `_check_usage`
+        compile_ahead.run(cfg, **given)
+        return
+    assert workdir is not None  # by `_check_usage`
+    if mode == 'train':
+        from sphere_ar_jax.commands import train
+
+        assert cfg is not None  # by `_check_usage`
+        command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
+        train.train(cfg, workdir, command, _STARTED)
     elif mode == 'convert':
         from sphere_ar_jax.commands import checkpoints
 
@@ -273,15 +310,24 @@ def _run(mode: str, workdir: str | None, cfg: Any, given: dict[str, Any]) -> Non
         from sphere_ar_jax.commands import evaluate
 
         evaluate.evaluate(workdir, like=cfg, **given)
-    else:
+    elif mode == 'sample':
         from sphere_ar_jax.commands import draw
 
-        command = {'sample': draw.sample, 'grid': draw.grid}[mode]
-        command(workdir, like=cfg, **given)
+        draw.sample(workdir, like=cfg, **given)
+    elif mode == 'grid':
+        from sphere_ar_jax.commands import draw
+
+        draw.grid(workdir, like=cfg, **given)
 
 
 def _end(code: int, line: str, details: str = '') -> NoReturn:
-    """End this process with an exit code and a line on stderr, and with it all others of its run."""
+    """Ends this process, and with it all others of its run.
+
+    Args:
+      code: the exit code.
+      line: the last line on stderr.
+      details: what is written before it.
+    """
     if sys.modules.get('jax'):
         from sphere_ar_jax.runtime import ending
 
@@ -291,12 +337,14 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
     sys.exit(code)
 
 
-def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """`function`, with what is no bug said in one line. A signal ends with 128 + its number, as
-    shells do.
+def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
+    """`function`, but an error ends the process with a line on stderr.
+
+    What the user can put right has no traceback and the exit code 2. A signal ends the process
+    with 128 + its number, as in shells.
     """
 
-    def guarded(argument):
+    def guarded(argument: list[str]) -> _T:
         try:
             return function(argument)
         except (UserError, OSError) as error:
@@ -304,7 +352,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
             if isinstance(error, FileNotFoundError) and error.filename:
                 message = f'there is no file {error.filename}'
             _end(2, f'error: {message}')
-        except Preempted as stop:  # in all processes at the same step
+        except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 
             if hosts.is_first():
@@ -319,7 +367,7 @@ def _guarded(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]
 
 
 def run() -> None:
-    """The command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
+    """Runs the command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
     app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
 
 

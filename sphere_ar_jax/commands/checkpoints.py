@@ -1,28 +1,34 @@
-"""--mode=convert and --mode=export: published PyTorch checkpoints in, our weights out."""
+"""--mode=convert and --mode=export: reads and writes published PyTorch checkpoints."""
 
 import os
 import shutil
+from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
+from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, console, files
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.training.workdir import has, other_model
 
 
-def _local(source):
-    """The path of a checkpoint; hf://OWNER/REPOSITORY/FILE is fetched into Hugging Face's cache,
-    with a bar.
+def _local(source: str) -> str:
+    """The path of a checkpoint on this machine.
+
+    hf://OWNER/REPOSITORY/FILE is fetched into Hugging Face's cache, with a progress bar.
     """
     if not source.startswith('hf://'):
         return source
-    owner, repository, file = [*source.removeprefix('hf://').split('/', 2), '', ''][:3]
-    if not file:
+    parts = source.removeprefix('hf://').split('/', 2)
+    if len(parts) < 3 or not parts[2]:
         raise UserError(f'{source} must be hf://OWNER/REPOSITORY/FILE')
+    owner, repository, file = parts
     try:
         import huggingface_hub
     except ImportError:
@@ -33,17 +39,60 @@ def _local(source):
         raise UserError(f'{source}: {first_line(error)}') from None
 
 
-def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
-    """A PyTorch checkpoint → WORKDIR with config.json and weights, which the other jobs take as a
-    trained run.
+def _kind(sizes: torch_sizes.Sizes) -> str:
+    """What a checkpoint holds, in words."""
+    if sizes.ar is None:
+        return 'a tokenizer'
+    if sizes.name:
+        return f'SphereAR-{sizes.name}'
+    return 'a SphereAR model of sizes of its own'
 
-    Needs the parameters' size in memory, float32, and no PyTorch. Killed, it leaves no run; again,
-    it starts anew.
+
+def _chosen(tree: dict[str, Any], ema: bool) -> str:
+    """Which of a checkpoint's entries the weights come from, in words."""
+    if ema and tree.get('ema'):
+        return 'ema'
+    return 'model' if tree.get('model') else 'all of the file'
+
+
+def _write_weights(workdir: str, stage: str, model: VAE | AR, tensors: dict[str, Any]) -> None:
+    """Writes WORKDIR/STAGE/weights, the parameters of one model, from a checkpoint's tensors."""
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    show = console.bar(len(torch_names.torch_shapes(shapes)), stage, 'tensor')
+    weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
+    leaves, tree_def = jax.tree.flatten(torch_names.from_torch(tensors, shapes, show))
+    # One by one, so that all parameters together are in memory only once.
+    for i in range(len(leaves)):
+        leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
+    weights.save(0, jax.tree.unflatten(tree_def, leaves), {}, 0.0)
+    del leaves
+    weights.close()
+
+
+def convert_checkpoint(
+    source: str,
+    workdir: str,
+    *,
+    ema: bool = True,
+    heads: int | None = None,
+    like: ConfigDict | None = None,
+) -> None:
+    """Converts a PyTorch checkpoint to a run: WORKDIR with config.json and weights.
+
+    The other modes take it as a trained run. The conversion needs the parameters' size in memory,
+    in float32, and no PyTorch. A conversion that was killed leaves no run; repeated, it starts
+    from the beginning.
 
     Args:
-      source: FILE.pt or hf://OWNER/REPOSITORY/FILE. ema: prefer EMA weights. heads: of the AR
-        model, see `torch_sizes.sizes`. like: a config whose model the checkpoint's must be, or
-        None.
+      source: FILE.pt or hf://OWNER/REPOSITORY/FILE.
+      workdir: the directory to write.
+      ema: prefers EMA weights.
+      heads: attention heads of an AR model that was not published, see `torch_sizes.sizes`.
+      like: a config whose model the checkpoint's must be, or None.
+
+    Raises:
+      UserError: the checkpoint is none of SphereAR's, is damaged, or holds another model than
+        `like`; or the workdir has a run already.
     """
     if epath.Path(workdir, 'config.json').exists() or has(workdir, 'checkpoints'):
         raise UserError(f'{workdir} has a run already: use another --workdir')
@@ -54,37 +103,32 @@ def convert_checkpoint(source, workdir, *, ema=True, heads=None, like=None):
     changed = [] if like is None else other_model(like, cfg, sizes.ar is None)
     if changed:
         raise UserError(f'{source} holds another model than --config ({"; ".join(changed)})')
-    name = f'SphereAR-{sizes.name}' if sizes.name else 'a SphereAR model of sizes of its own'
-    name = 'a tokenizer' if sizes.ar is None else name
-    chosen = (
-        'ema' if ema and tree.get('ema') else 'model' if tree.get('model') else 'all of the file'
-    )
+    height, width = cfg.vae.grid
     print(
-        f'{source}: {name}, {len(tensors)} tensors ({chosen}), grid {cfg.vae.grid[0]}x{cfg.vae.grid[1]}',
+        f'{source}: {_kind(sizes)}, {len(tensors)} tensors ({_chosen(tree, ema)}), '
+        f'grid {height}x{width}',
         flush=True,
     )
-    models = {'tokenizer': build.build_vae(cfg)} | (
-        {} if sizes.ar is None else {'ar': build.build_ar(cfg)}
-    )
-    for stage in ('tokenizer', 'ar'):  # of a conversion that broke off, perhaps of another file
+    models: dict[str, VAE | AR] = {'tokenizer': build.build_vae(cfg)}
+    if sizes.ar is not None:
+        models['ar'] = build.build_ar(cfg)
+    # What is there comes from a conversion that broke off, perhaps of another file.
+    for stage in ('tokenizer', 'ar'):
         shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
     for stage, model in models.items():
-        shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-        show = console.bar(len(torch_names.torch_shapes(shapes)), stage, 'tensor')
-        weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
-        leaves, tree_def = jax.tree.flatten(torch_names.from_torch(tensors, shapes, show))
-        for i in range(len(leaves)):  # one by one: all of it is in memory once
-            leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
-        weights.save(0, tree_def.unflatten(leaves), {}, 0.0)
-        del leaves
-        weights.close()
+        _write_weights(workdir, stage, model, tensors)
     files.write_json(f'{workdir}/config.json', schema.as_dict(cfg))
     print(f'converted to {workdir}: --mode=sample, grid, evaluate and train take it')
 
 
-def export_checkpoint(workdir, output=None):
-    """The weights of a run → a safetensors file with the public names, S-VAE and AR model as
-    published.
+def export_checkpoint(workdir: str, output: str | None = None) -> None:
+    """Writes the weights of a run to a safetensors file.
+
+    Names and shapes of the S-VAE and the AR model are the published ones.
+
+    Args:
+      workdir: the directory of the run; one without an AR model gives its tokenizer alone.
+      output: the file, WORKDIR/model.safetensors if None.
     """
     path = output or f'{workdir}/model.safetensors'
     run, _ = open_run.open_run(workdir, tokenizer_only=not epath.Path(workdir, 'ar').is_dir())

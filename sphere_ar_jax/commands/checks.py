@@ -1,4 +1,7 @@
-"""The checks that the doctor makes: what this host has and lacks for a run."""
+"""The checks that the doctor makes: what this host has and lacks for a run.
+
+Every check imports what it needs itself, so that the doctor can say which package is missing.
+"""
 
 import collections
 import concurrent.futures
@@ -10,30 +13,52 @@ import shutil
 import textwrap
 import threading
 import uuid
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sphere_ar_jax.runtime.console import first_line, size
 
-WIDTH = 100  # of the screen, characters
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+    from sphere_ar_jax.runtime.types import PyTree
+    from sphere_ar_jax.training.state import Stage
+
+_T = TypeVar('_T')
+
+# Characters of a line on the screen.
+WIDTH = 100
+# Packages without which nothing runs, and those that some runs need.
 REQUIRED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
 OPTIONAL = ('libtpu', 'gcsfs')
 
 
 class Check(NamedTuple):
-    """What a check found: its name, 'ok', 'WARN' or 'FAIL', and a text of one line or more."""
+    """What a check found.
+
+    Attributes:
+      name: the name of the check.
+      status: 'ok', 'WARN' or 'FAIL'.
+      text: one line or more.
+    """
 
     name: str
     status: str
     text: str
 
 
-def limited(function, seconds):
-    """function(), or TimeoutError where it has not returned after so many seconds; it is left alone
-    then.
-    """
-    answer = concurrent.futures.Future()
+def limited(function: Callable[[], _T], seconds: float) -> _T:
+    """Calls function() with a time limit.
 
-    def call():
+    Raises:
+      TimeoutError: the function has not returned after so many seconds. It goes on in a thread
+        that nobody waits for.
+    """
+    answer: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def call() -> None:
         try:
             answer.set_result(function())
         except BaseException as error:
@@ -46,9 +71,11 @@ def limited(function, seconds):
 # ---- the machine
 
 
-def check_versions(version=importlib.metadata.version):
-    """The versions of Python and of the packages that matter; version: name → str, or
-    PackageNotFoundError.
+def check_versions(version: Callable[[str], str] = importlib.metadata.version) -> Check:
+    """The versions of Python and of the packages that matter.
+
+    Args:
+      version: gives the version of a package by its name, or raises PackageNotFoundError.
     """
     found = {'python': platform.python_version()}
     for name in REQUIRED + OPTIONAL:
@@ -59,15 +86,19 @@ def check_versions(version=importlib.metadata.version):
     text = ', '.join(f'{name} {number}' for name, number in found.items())
     missing = [name for name in REQUIRED if found[name] == '–']
     if missing:
-        return Check(
-            'versions', 'FAIL', f'{text}\nnot installed: {", ".join(missing)}; pip install -e .'
-        )
+        text += f'\nnot installed: {", ".join(missing)}; pip install -e .'
+        return Check('versions', 'FAIL', text)
     return Check('versions', 'ok', text)
 
 
-def device_files(exists=os.path.exists):
-    """The accelerators that the operating system shows: (their name, the extra to install for
-    them), or None.
+def device_files(exists: Callable[[str], bool] = os.path.exists) -> tuple[str, str] | None:
+    """The accelerators that the operating system shows.
+
+    Args:
+      exists: whether there is a file of a path.
+
+    Returns:
+      (their name, the package's extra to install for them), or None where there are none.
     """
     if exists('/dev/nvidia0'):
         return 'an NVIDIA GPU', 'cuda12'
@@ -76,18 +107,36 @@ def device_files(exists=os.path.exists):
     return None
 
 
-def memory_limit(device, local_count):
-    """Bytes that a device may use: its own memory, or of a CPU its share of the machine's; None
-    where unknown.
+def memory_limit(device: 'jax.Device', local_count: int) -> int | None:
+    """Bytes that a device may use, None where that is not known.
+
+    An accelerator may use its own memory. A CPU device may use its share of the machine's.
+
+    Args:
+      device: one of this process's devices.
+      local_count: the number of this process's devices.
     """
     if device.platform == 'cpu':
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_count
-    return (device.memory_stats() or {}).get('bytes_limit')
+    stats = device.memory_stats()
+    if stats is None:
+        return None
+    return stats.get('bytes_limit')
 
 
-def check_devices(devices, local, limit, files):
-    """What JAX sees. devices, local: lists of all and of this process's devices; limit: bytes of
-    each, or None; files: of `device_files`.
+def check_devices(
+    devices: 'Sequence[jax.Device]',
+    local: 'Sequence[jax.Device]',
+    limit: int | None,
+    files: tuple[str, str] | None,
+) -> Check:
+    """What JAX sees.
+
+    Args:
+      devices: all devices of the run.
+      local: those of this process.
+      limit: bytes that each of them may use, None where not known.
+      files: what `device_files` gives.
     """
     kinds = collections.Counter(device.device_kind for device in local)
     text = f'{len(local)} here of {len(devices)} {local[0].platform} device(s): '
@@ -100,39 +149,43 @@ def check_devices(devices, local, limit, files):
     return Check('devices', 'ok', text)
 
 
-def check_cache(environ):
-    """Where compiled programs are kept, as the environment variables say, and what is there if it
-    is local.
+def check_cache(environ: Mapping[str, str]) -> Check:
+    """Where compiled programs are kept, and, if that is a local directory, how many there are.
+
+    Args:
+      environ: environment variables, which say where.
     """
     from sphere_ar_jax.runtime import files
 
     place = environ.get('JAX_COMPILATION_CACHE_DIR') or files.compilation_cache(environ)
     if place is None:
-        return Check(
-            'cache', 'WARN', 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew'
-        )
+        text = 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew'
+        return Check('cache', 'WARN', text)
     if '://' in place:
         return Check('cache', 'ok', place)
     programs = [path.stat().st_size for path in pathlib.Path(place).glob('*-cache')]
-    return Check(
-        'cache', 'ok', f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}'
-    )
+    text = f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}'
+    return Check('cache', 'ok', text)
 
 
 # ---- the run
 
 
-def check_memory(name, parts, limit):
-    """What training takes on a device before any activation. parts: of `programs.state_bytes`;
-    limit: bytes or None.
+def check_memory(name: str, parts: dict[str, int], limit: int | None) -> Check:
+    """What a training takes on a device before any activation.
+
+    Args:
+      name: the stage.
+      parts: bytes of each part, see `programs.state_bytes`.
+      limit: bytes that the device may use, None where not known.
     """
     from sphere_ar_jax.measure import programs
 
     total = sum(parts.values())
-    text = ', '.join(
+    shares = [
         f'{programs.NAMES.get(part, part)} {size(count)}' for part, count in parts.items() if count
-    )
-    text = f'{name}: {size(total)} on each device, without activations ({text})'
+    ]
+    text = f'{name}: {size(total)} on each device, without activations ({", ".join(shares)})'
     if limit and total > limit:
         text += f'\nmore than the {size(limit)} there are: more devices, or a smaller model'
         return Check('memory', 'FAIL', text)
@@ -142,20 +195,35 @@ def check_memory(name, parts, limit):
     return Check('memory', 'ok', text)
 
 
-def check_mesh(mesh, batch_sizes):
-    """The mesh, and whether batches split over it. batch_sizes: {key: (images, pieces)}."""
+def check_mesh(mesh: 'Mesh', batch_sizes: dict[str, tuple[int, int]]) -> Check:
+    """The mesh, and whether batches split over it.
+
+    Args:
+      mesh: the devices.
+      batch_sizes: {the config's key: (images, pieces)}; each piece must split.
+    """
     from sphere_ar_jax.runtime import sharding
 
     text = ', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())
     for key, (images, pieces) in batch_sizes.items():
-        if why := sharding.misfit(mesh, images, pieces):
+        why = sharding.misfit(mesh, images, pieces)
+        if why:
             return Check('mesh', 'FAIL', f'{text}\n{why}: set --config.{key}, or the mesh')
     return Check('mesh', 'ok', text)
 
 
-def run_checks(cfg, found, limit):
-    """(the checks of mesh and memory, bytes that checkpoints will take on disk). found: of
-    `programs.stages`.
+def run_checks(
+    cfg: 'ConfigDict', found: 'dict[str, tuple[Stage, PyTree]]', limit: int | None
+) -> tuple[list[Check], int]:
+    """Checks the mesh and the memory that the trainings take.
+
+    Args:
+      cfg: a checked config.
+      found: its trainings, see `programs.stages`.
+      limit: bytes that a device may use, None where not known.
+
+    Returns:
+      (checks, bytes that checkpoints will take on disk).
     """
     from sphere_ar_jax.measure import costs, programs
     from sphere_ar_jax.runtime import sharding
@@ -166,50 +234,55 @@ def run_checks(cfg, found, limit):
         f'{name}_training.batch_size': (s.options.batch_size, s.options.accumulate)
         for name, (s, _) in found.items()
     }
-    checks, disk = [check_mesh(mesh, batch_sizes)], 0
+    checks = [check_mesh(mesh, batch_sizes)]
+    disk = 0
     for name, (stage, frozen) in found.items():
         state = abstract_state(stage, mesh)
-        if said := sharding.describe_not_split(mesh, state):
+        said = sharding.describe_not_split(mesh, state)
+        if said:
             checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))
         once = costs.tree_bytes(state)
-        # One more is written before the oldest goes.
+        # A new checkpoint is written before the oldest is removed, hence one more.
         disk += once * (stage.options.keep + 1)
         if stage.options.keep_every:
             disk += once * (stage.options.steps // stage.options.keep_every)
     return checks, disk
 
 
-def check_workdir(workdir, needed=0):
-    """Whether a directory can be written: a small file is, is read again and deleted. Makes no
-    directory.
+def check_workdir(workdir: str, needed: int = 0) -> Check:
+    """Whether a directory can be written.
+
+    Writes a small file, reads it again and deletes it. Makes no directory: where the workdir does
+    not exist yet, the nearest directory above it is tried.
 
     Args:
-      workdir: a path, that need not exist yet, or gs://… needed: bytes that checkpoints will take,
-        0: not known.
+      workdir: a path, or gs://…
+      needed: bytes that checkpoints will take, 0 where not known.
     """
     from etils import epath
 
-    place = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir))
     remote = '://' in workdir
-    while not remote and not os.path.lexists(place):  # it will be made
+    place = epath.Path(workdir if remote else os.path.abspath(workdir))
+    while not remote and not os.path.lexists(place):
         place = place.parent
-    file, content = place / f'.doctor-{uuid.uuid4().hex}', os.urandom(64)
+    file = place / f'.doctor-{uuid.uuid4().hex}'
+    content = os.urandom(64)
     try:
         file.write_bytes(content)
         same = file.read_bytes() == content
         file.unlink()
     except ImportError as error:
         return Check('workdir', 'FAIL', f"{workdir}: {error}; pip install -e '.[gcs]'")
-    except Exception as error:  # whatever the storage's library raises
+    except Exception as error:  # the libraries of storages raise errors of many classes
         reason = first_line(error)
         hint = '; logged in? gcloud auth application-default login' if remote else ''
         return Check('workdir', 'FAIL', f'{workdir} cannot be written: {reason}{hint}')
     if not same:
         return Check('workdir', 'FAIL', f'{workdir}: what was written is not what is read again')
-    text = f'{workdir} can be written' + (
-        f'; checkpoints will take {size(needed)}' if needed else ''
-    )
+    text = f'{workdir} can be written'
+    if needed:
+        text += f'; checkpoints will take {size(needed)}'
     if remote:
         return Check('workdir', 'ok', text)
     free = shutil.disk_usage(place).free
@@ -219,9 +292,14 @@ def check_workdir(workdir, needed=0):
     return Check('workdir', 'WARN' if free < 2**30 else 'ok', f'{text}; {size(free)} free')
 
 
-def check_inputs(cfg, workdir):
-    """Whether what a training reads besides images is there: a tokenizer or a teacher, LPIPS'
-    files.
+def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
+    """Whether a training finds what it reads besides images.
+
+    That is a tokenizer or a teacher, and LPIPS' files.
+
+    Args:
+      cfg: a checked config.
+      workdir: the directory of the run, None where not known.
     """
     from sphere_ar_jax.commands import train
 
@@ -229,57 +307,95 @@ def check_inputs(cfg, workdir):
     return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
 
 
-def check_data(kind, path, split='train', data_dir=None):
-    """Whether the images are found, and how many; kind, path: see `schema.DATA` and
-    `sources.open_source`.
+def check_data(
+    kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
+) -> Check:
+    """Whether the images are found, and how many there are.
+
+    Args:
+      kind: a key of `schema.DATA`.
+      path: where they are, see `sources.open_source`.
+      split: the split of tfds.
+      data_dir: the directory of tfds, None for its default.
     """
     from sphere_ar_jax.data import digits, sources
 
     if kind == 'digits':
-        source = digits.Digits('train', 0)
-        return Check(
-            'data',
-            'ok',
-            f'digits, part of scikit-learn: {len(source)} images to train on, 10 classes',
-        )
+        count = len(digits.Digits('train', 0))
+        text = f'digits, part of scikit-learn: {count} images to train on, 10 classes'
+        return Check('data', 'ok', text)
     if path is None:
-        return Check(
-            'data', 'FAIL', f'data.path is not given, of the {kind} data: --config.data.path=…'
-        )
+        text = f'data.path is not given, of the {kind} data: --config.data.path=…'
+        return Check('data', 'FAIL', text)
     source = sources.open_source(kind, path, split, data_dir)
-    source[0], source[len(source) - 1]
+    # Reads the first and the last entry, which raises where the files are damaged.
+    for i in (0, len(source) - 1):
+        source[i]
     return Check('data', 'ok', f'{kind} {path}: {len(source)} images, {source.num_classes} classes')
 
 
 # ---- the screen
 
 
-def lines(check):
+def lines(check: Check) -> list[str]:
     """A check as lines of at most `WIDTH` characters, the first one with its status and name."""
     head = f'{check.status:<5} {check.name:<11} '
-    wrap = lambda text: textwrap.wrap(text, WIDTH - len(head), break_on_hyphens=False) or ['']
-    first, *rest = [line for part in check.text.splitlines() or [''] for line in wrap(part)]
-    return [head + first] + [' ' * len(head) + line for line in rest]
+    wrapped = []
+    for line in check.text.splitlines() or ['']:
+        wrapped += textwrap.wrap(line, WIDTH - len(head), break_on_hyphens=False) or ['']
+    first, *rest = wrapped
+    indent = ' ' * len(head)
+    return [head + first] + [indent + line for line in rest]
+
+
+# Errors whose message says little without the name of their class.
+_NAMED_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ImportError)
 
 
 class Examination:
-    """Checks one after the other, each printed as it ends. failed: how many have. stuck: whether
-    one still runs.
+    """Runs checks one after the other and prints each as it ends.
+
+    Attributes:
+      failed: how many checks have failed.
+      warned: how many have warned.
+      stuck: whether one did not answer in time and still runs.
     """
 
-    def __init__(self, seconds, show=print):
-        self._seconds, self._show, self.failed, self.warned, self.stuck = seconds, show, 0, 0, False
+    def __init__(self, seconds: float, show: Callable[[str], Any] = print):
+        """Makes an examination of no checks yet.
 
-    def say(self, check):
-        """Print a check and count it."""
+        Args:
+          seconds: the time limit of each check.
+          show: is called with every line.
+        """
+        self._seconds = seconds
+        self._show = show
+        self.failed = 0
+        self.warned = 0
+        self.stuck = False
+
+    def say(self, check: Check) -> None:
+        """Prints a check and counts it."""
         self.failed += check.status == 'FAIL'
         self.warned += check.status == 'WARN'
         for line in lines(check):
             self._show(line)
 
-    def run(self, name, function, slow='give it longer: --timeout=SECONDS'):
-        """function() with the time limit; what it raises is said as a failed check, and None
-        returned. slow: what to do where it does not answer.
+    def run(
+        self,
+        name: str,
+        function: Callable[[], _T],
+        slow: str = 'give it longer: --timeout=SECONDS',
+    ) -> _T | None:
+        """Calls function() with the time limit.
+
+        Args:
+          name: the name of the check that fails where the function raises or does not answer.
+          function: what to call.
+          slow: what the user can do where it does not answer.
+
+        Returns:
+          what the function returns, or None where that check has failed.
         """
         try:
             return limited(function, self._seconds)
@@ -288,14 +404,13 @@ class Examination:
             text = f'no answer in {self._seconds:g} s: {slow}'
         except Exception as error:  # the doctor must go on
             text = ' '.join(str(error).split()) or type(error).__name__
-            if isinstance(
-                error, AssertionError | AttributeError | KeyError | TypeError | ImportError
-            ):
+            if isinstance(error, _NAMED_ERRORS):
                 text = f'{type(error).__name__}: {text}'
         self.say(Check(name, 'FAIL', text))
+        return None
 
-    def check(self, name, function, **options):
-        """`run` of a function that returns a Check, which is said."""
+    def check(self, name: str, function: Callable[[], Check], **options: str) -> None:
+        """Prints the check that a function returns; see `run`."""
         found = self.run(name, function, **options)
         if found is not None:
             self.say(found)

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 from sphere_ar_jax.commands import open_run
@@ -16,54 +17,99 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 
 
-def sample(workdir, *, output=None, labels='uniform', png=None, num_images=None, like=None):
-    """Draws images of a run to an npz, see `generation.generate`, and as PNG files to a directory
-    `png`.
+def _num_classes(config: ConfigDict) -> int:
+    """The number of classes that the AR model of an opened run knows."""
+    count = schema.num_classes(config)
+    assert count is not None  # the model was built with it
+    return count
+
+
+def _save_pngs(path: str, directory: str, n: int) -> None:
+    """Writes each of the n images of an npz as DIRECTORY/NUMBER.png."""
+    os.makedirs(directory, exist_ok=True)
+    show = console.bar(n, 'PNG files')
+    for i, image in enumerate(generation.images(path)):
+        Image.fromarray(image.squeeze()).save(os.path.join(directory, f'{i:06d}.png'))
+        show(i + 1)
+    print(f'{directory}: {n} PNG files')
+
+
+def sample(
+    workdir: str,
+    *,
+    output: str | None = None,
+    labels: str = 'uniform',
+    png: str | None = None,
+    num_images: int | None = None,
+    like: ConfigDict | None = None,
+) -> None:
+    """Draws images of a run to an npz, see `generation.generate`.
+
+    Stopped, the same call goes on where it stopped.
+
+    Args:
+      workdir: the directory of the run.
+      output: the npz, WORKDIR/samples.npz if None.
+      labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`.
+      png: a directory for a PNG file of every image, too; None writes none.
+      num_images: how many, as many as the config says if None.
+      like: a config whose sampler is taken, see `open_run.open_run`.
     """
     path = output or f'{workdir}/samples.npz'
     run, mesh = open_run.open_run(workdir, like)
     s = run.config.sampling
+    seed = run.config.seed
     n = num_images or s.num_images
-    labels = generation.draw_labels(labels, n, schema.num_classes(run.config), run.config.seed)
+    numbers = generation.draw_labels(labels, n, _num_classes(run.config), seed)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True
     )
-    started, before = time.perf_counter(), None
+    started = time.perf_counter()
     show = console.bar(n, 'samples')
+    counts = []  # images that are there, at the start and after each batch
 
-    def progress(done):
-        nonlocal before
-        before = done if before is None else before
+    def progress(done: int) -> None:
+        counts.append(done)
         show(done)
 
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     generation.generate(
-        run, labels, run.config.seed, path, batch_size=s.batch_size, mesh=mesh, progress=progress
+        run, numbers, seed, path, batch_size=s.batch_size, mesh=mesh, progress=progress
     )
-    seconds, drawn = time.perf_counter() - started, n - before
-    rate = (
-        f'{drawn} images in {seconds:.1f} s, {drawn / seconds:.2f} images/s with compiling'
-        if drawn
-        else 'was there'
-    )
-    print(f'{path}: {rate}')
+    seconds = time.perf_counter() - started
+    drawn = n - counts[0]
+    if drawn:
+        rate = drawn / seconds
+        print(f'{path}: {drawn} images in {seconds:.1f} s, {rate:.2f} images/s with compiling')
+    else:
+        print(f'{path}: was there')
     if png is not None and hosts.is_first():
-        os.makedirs(png, exist_ok=True)
-        show = console.bar(n, 'PNG files')
-        for i, image in enumerate(generation.images(path)):
-            Image.fromarray(image.squeeze()).save(os.path.join(png, f'{i:06d}.png'))
-            show(i + 1)
-        print(f'{png}: {n} PNG files')
+        _save_pngs(path, png, n)
 
 
-def grid(workdir, *, classes, columns=4, output=None, like=None):
-    """A PNG for people: a row for each class; its images are drawn from key `seed` folded by the
-    column alone.
+def grid(
+    workdir: str,
+    *,
+    classes: str,
+    columns: int = 4,
+    output: str | None = None,
+    like: ConfigDict | None = None,
+) -> None:
+    """Draws a picture with a row of images for each class.
+
+    The images of a column share their noise: it depends on the run's seed and the column alone.
 
     Args:
-      classes: names, synsets or numbers, separated by semicolons; of a data set other than
-        ImageNet, numbers.
+      workdir: the directory of the run.
+      classes: names, synsets or numbers, separated by semicolons; for another data set than
+        ImageNet numbers only.
+      columns: images of each class.
+      output: the PNG file, WORKDIR/grid.png if None.
+      like: a config whose sampler is taken, see `open_run.open_run`.
+
+    Raises:
+      UserError: the model does not know a class, or there is nothing to draw.
     """
     path = output or f'{workdir}/grid.png'
     wanted = [name.strip() for name in classes.split(';') if name.strip()]
@@ -73,14 +119,14 @@ def grid(workdir, *, classes, columns=4, output=None, like=None):
         )
     numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
     run, mesh = open_run.open_run(workdir, like)
-    known = schema.num_classes(run.config)
+    known = _num_classes(run.config)
     for name, number in zip(wanted, numbers, strict=True):
         if number >= known or (known != 1000 and not name.isdecimal()):
             raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
-    titles = [
-        f'{n} {imagenet.classes()[n][1].split(",")[0]}' if known == 1000 else str(n)
-        for n in numbers
-    ]
+    titles = [str(number) for number in numbers]
+    if known == 1000:
+        names = imagenet.classes()
+        titles = [f'{number} {names[number][1].split(",")[0]}' for number in numbers]
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(numbers, columns)
     images, _ = on_mesh.sample_images(

@@ -1,73 +1,112 @@
 """--mode=evaluate: scores a run, or samples alone."""
 
 import json
+from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
-from sphere_ar_jax.interop.lpips import read
+from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
 
 
-def evaluate(
-    workdir,
-    *,
-    samples=None,
-    reference=None,
-    inception=None,
-    images=None,
-    lpips=None,
-    vgg=None,
-    like=None,
-):
-    """Scores a run, or samples alone, and writes WORKDIR/evaluation.json.
-
-    Args:
-      samples, reference: npz files for `protocol.evaluate`. inception: its network's weights (.pb
-        or .pth). images: npz with real images (arr_0) for the tokenizer's scores. lpips, vgg:
-        LPIPS' linear weights and VGG16's.
-      Without samples and images a run on the digits is scored by the digits' protocol.
-    Returns:
-      what was written.
-    """
-    scores = {}
+def _check_files(
+    samples: str | None, reference: str | None, inception: str | None, images: str | None
+) -> None:
+    """Raises UserError for files that do not go together."""
     if (samples is None) != (reference is None):
         raise UserError('give --samples=NPZ and --reference=NPZ together')
     if samples is not None and inception is None:
         raise UserError(
-            'give --inception=classify_image_graph_def.pb (or the .pth of pytorch-fid, torch-fidelity)'
+            'give --inception=classify_image_graph_def.pb '
+            '(or the .pth of pytorch-fid, torch-fidelity)'
         )
     if inception is not None and samples is None and images is None:
         raise UserError(
             '--inception is for --samples and --reference, or for --images: give those too'
         )
+
+
+def _score_tokenizer(
+    workdir: str,
+    like: ConfigDict | None,
+    images: str,
+    network: PyTree | None,
+    lpips: str | None,
+    vgg: str | None,
+) -> dict[str, Any]:
+    """The scores of a run's tokenizer on the images of an npz; network: Inception's parameters."""
+    run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
+    judge = None
+    if lpips is not None:
+        check_paths(lpips, vgg)
+        assert vgg is not None  # by `check_paths`
+        judge = read(lpips, vgg)
+    batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
+    bar = console.bar(None, 'reconstructions')
+    return tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
+
+
+def _score_digits(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
+    """The scores of a run on the digits, by the digits' own protocol."""
+    run, mesh = open_run.open_run(workdir, like)
+    if run.config.data.name != 'digits':
+        raise UserError(
+            'give --samples, --reference and --inception, or --images: '
+            'only digits have scores of their own'
+        )
+    train, heldout = digits.splits(run.config.seed, run.config.data.holdout)
+    setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
+    scores, _ = snapshots.score_digits(setting, run.vae_params, run.ar_params)
+    return scores
+
+
+def evaluate(
+    workdir: str,
+    *,
+    samples: str | None = None,
+    reference: str | None = None,
+    inception: str | None = None,
+    images: str | None = None,
+    lpips: str | None = None,
+    vgg: str | None = None,
+    like: ConfigDict | None = None,
+) -> dict[str, Any]:
+    """Scores a run, or samples alone, and writes WORKDIR/evaluation.json.
+
+    Without samples and images a run on the digits is scored by the digits' protocol.
+
+    Args:
+      workdir: the directory of the run; for samples alone any directory.
+      samples: an npz of samples for `protocol.evaluate`.
+      reference: an npz of reference images or statistics for it.
+      inception: the weights of its network (.pb or .pth).
+      images: an npz of real images (arr_0) for the tokenizer's scores.
+      lpips: LPIPS' linear weights for these.
+      vgg: the weights of LPIPS' VGG16.
+      like: a config whose sampler is taken, see `open_run.open_run`.
+
+    Returns:
+      what was written.
+
+    Raises:
+      UserError: files are missing, damaged or do not go together.
+    """
+    _check_files(samples, reference, inception, images)
+    scores: dict[str, Any] = {}
     weights = None if inception is None else inception_weights.load(inception)
-    if samples is not None:
+    if samples is not None and reference is not None:
         scores = protocol.evaluate(samples, reference, weights, progress=console.bars())
     if images is not None:
-        run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
-        judge = None if lpips is None else read(lpips, vgg)
-        batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
-        scores['tokenizer'] = tokenizer.score_tokenizer(
-            run,
-            batches,
-            network=weights,
-            lpips=judge,
-            progress=console.bar(None, 'reconstructions'),
-        )
+        scores['tokenizer'] = _score_tokenizer(workdir, like, images, weights, lpips, vgg)
     if not scores:
-        run, mesh = open_run.open_run(workdir, like)
-        if run.config.data.name != 'digits':
-            raise UserError(
-                'give --samples, --reference and --inception, or --images: only digits have scores of their own'
-            )
-        train, heldout = digits.splits(run.config.seed, run.config.data.holdout)
-        setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
-        scores, _ = snapshots.score_digits(setting, run.vae_params, run.ar_params)
+        scores = _score_digits(workdir, like)
     path = f'{workdir}/evaluation.json'
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     files.write_json(path, scores)

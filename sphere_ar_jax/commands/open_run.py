@@ -1,16 +1,33 @@
 """Opens the run of a workdir as every command but training needs it."""
 
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import checks
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.training.run import load_config, load_run
+from sphere_ar_jax.training.run import Run, load_config, load_run
 from sphere_ar_jax.training.workdir import other_model
 
 
-def open_run(workdir, like=None, tokenizer_only=False):
-    """(run, mesh) of a workdir; sampling, seed, dtype and mesh as in the config `like`, if given."""
+def open_run(
+    workdir: str, like: ConfigDict | None = None, tokenizer_only: bool = False
+) -> tuple[Run, Mesh]:
+    """The run of a workdir, with its parameters on a mesh.
+
+    Args:
+      workdir: the directory of a trained or converted run.
+      like: a config whose sampling, seed, dtype, mesh and place of the tokenizer are taken instead
+        of the run's own. Its model must be the run's.
+      tokenizer_only: leaves the AR model's parameters None, and allows `like` another AR model.
+
+    Returns:
+      (run, mesh).
+
+    Raises:
+      UserError: there is no run, or `like` has another model or impossible values.
+    """
     if not epath.Path(workdir, 'config.json').exists():
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     cfg = load_config(workdir)
@@ -18,17 +35,19 @@ def open_run(workdir, like=None, tokenizer_only=False):
         changed = other_model(cfg, like, tokenizer_only)
         if changed:
             raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
-        cfg = cfg.copy_and_resolve_references()  # placeholders do not take each other's values
+        # A placeholder of one config does not take the value of another's; resolved values do.
+        cfg = cfg.copy_and_resolve_references()
         cfg.sampling.update(like.sampling)
-        cfg.seed, cfg.dtype = like.seed, like.dtype
-        if like.tokenizer is not None:  # it was moved
+        cfg.seed = like.seed
+        cfg.dtype = like.dtype
+        if like.tokenizer is not None:  # the tokenizer's workdir was moved
             cfg.tokenizer = files.absolute(like.tokenizer)
         cfg.mesh.update(like.mesh)
         checks.check(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
     run = load_run(workdir, mesh, tokenizer_only, cfg)
-    if said := sharding.describe_not_split(
-        mesh, {'ar': run.ar_params, 'tokenizer': run.vae_params}
-    ):
+    params = {'ar': run.ar_params, 'tokenizer': run.vae_params}
+    said = sharding.describe_not_split(mesh, params)
+    if said:
         print(said, flush=True)
     return run, mesh

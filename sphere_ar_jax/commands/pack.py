@@ -6,18 +6,32 @@ from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError
 
 
-def pack(data, output, *, shards=128, split='train', data_dir=None):
-    """Copies images to sharded ArrayRecord files, which training then reads as
-    array_records:OUTPUT.
+def pack(
+    data: str,
+    output: str,
+    *,
+    shards: int = 128,
+    split: str = 'train',
+    data_dir: str | None = None,
+) -> None:
+    """Copies images to sharded ArrayRecord files, which training then reads.
+
+    The words for that are --config.data.name=array_records and --config.data.path=OUTPUT.
 
     Args:
-      data: KIND:PATH, see `recipes.data_set`. split, data_dir: of tfds.
+      data: KIND:PATH, see `recipes.data_set`.
+      output: the directory to write.
+      shards: the number of files.
+      split: the split of tfds.
+      data_dir: the directory of tfds, None for its default.
+
+    Raises:
+      UserError: there is nothing to pack, or the images or the directory are not as they must be.
     """
     kind, path = recipes.data_set(data)
     if kind == 'digits':
         raise UserError('the digits are part of scikit-learn: there is nothing to pack')
-    source = sources.open_source(
-        kind, path, split, data_dir, console.bar(None, 'reading the tar', 'byte')
-    )
+    bar = console.bar(None, 'reading the tar', 'byte')
+    source = sources.open_source(kind, path, split, data_dir, bar)
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))
     print(f'{output}: {len(source)} images of {source.num_classes} classes')

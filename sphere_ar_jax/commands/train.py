@@ -1,8 +1,7 @@
-"""The job of --mode=train: the trainings that the config asks for, then samples, scores and
-report.html.
+"""--mode=train: runs the trainings that the config asks for, then samples, scores and reports.
 
-Those are the tokenizer's (or `config.tokenizer` is taken) and the AR model's; or a head's,
-distilled from a run.
+The trainings are the tokenizer's (unless `config.tokenizer` names a trained one) and the AR
+model's; or that of a head which is distilled from a finished run.
 
 Dimensions:
   B  images of a batch     H, W, c  an image
@@ -11,9 +10,13 @@ Dimensions:
 import functools
 import resource
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, digits, sources
@@ -23,145 +26,250 @@ from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, write_json
+from sphere_ar_jax.runtime.metric_writer import MetricWriter
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop
-from sphere_ar_jax.training.run import load_config, load_run, load_teacher
+from sphere_ar_jax.training.run import Run, load_config, load_run, load_teacher
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
+from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.workdir import claim, has, other_model
 
+_T = TypeVar('_T')
 
-def _opened(key, read, *arguments, **options):
-    """What `read` finds in the workdir that a key of the config names; what is wrong there is said
-    with the key.
+
+class _Trained(NamedTuple):
+    """What the trainings of a run end in.
+
+    Attributes:
+      vae_params: the S-VAE's parameters.
+      ar_params: the AR model's, None where none was trained.
+      seconds: wall time by stage.
+    """
+
+    vae_params: PyTree
+    ar_params: PyTree | None
+    seconds: dict[str, float]
+
+
+def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+    """What `load` finds in the workdir that a key of the config names.
+
+    Raises:
+      UserError: the workdir is not as it must be; the message begins with the key.
     """
     try:
-        return read(*arguments, **options)
+        return load(*arguments, **options)
     except (OSError, ValueError) as error:
         raise UserError(f'{key}: {error}') from None
 
 
-def _teacher(cfg, mesh):
-    """The run in cfg.init_from, which must be of cfg's own model, finished, and no distilled one."""
+def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
+    """The run in cfg.init_from, which a head is distilled from.
+
+    Raises:
+      UserError: there is no finished run, its model is not cfg's own, or it is distilled itself.
+    """
     teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
-    if published:  # whatever data it saw
+    if published:
+        # Its config does not tell which data it has seen, so that only the models are compared.
         changed = other_model(teacher.config, cfg)
     else:
-        changed = schema.differences(schema.as_dict(teacher.config), schema.as_dict(cfg))
-        changed = [d for d in changed if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
+        found = schema.differences(schema.as_dict(teacher.config), schema.as_dict(cfg))
+        changed = [d for d in found if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
     if changed:
         raise UserError(
-            f'{cfg.init_from} has another model ({"; ".join(changed)}): a head is distilled from its own'
+            f'{cfg.init_from} has another model ({"; ".join(changed)}): '
+            'a head is distilled from its own'
         )
     if not published and not epath.Path(cfg.init_from, 'metrics.json').exists():
         raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
     return teacher
 
 
-def _open_data(cfg):
-    """(training source, held-out source or None, what else `loop.train` needs to read it)."""
+def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
+    """Opens the training images.
+
+    Where neither the config nor the kind of data says how many classes there are, this sets
+    cfg.data.num_classes to the number found.
+
+    Returns:
+      (training source, held-out source or None, what else `loop.train` needs to read it).
+
+    Raises:
+      UserError: there are no images, or they have more classes than the model.
+    """
     d = cfg.data
     if d.name == 'digits':
-        return *digits.splits(cfg.seed, d.holdout), {}
+        training, heldout = digits.splits(cfg.seed, d.holdout)
+        return training, heldout, {}
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
-    if cfg.data.num_classes is None and schema.num_classes(cfg) is None:
-        cfg.data.num_classes = source.num_classes
-    if source.num_classes > schema.num_classes(cfg):
-        raise UserError(
-            f'{d.path} has {source.num_classes} classes, but the model {schema.num_classes(cfg)}'
-        )
-    augmentation = augment.Augmentation(build.build_vae(cfg).image_shape[0], *d.crop_until, d.draft)
-    return (
-        source,
-        None,
-        dict(transform=augmentation, workers=d.workers, threads=d.threads, max_broken=d.max_broken),
+    known = schema.num_classes(cfg)
+    if known is None:
+        known = source.num_classes
+        d.num_classes = known
+    if source.num_classes > known:
+        raise UserError(f'{d.path} has {source.num_classes} classes, but the model {known}')
+    size = build.build_vae(cfg).image_shape[0]
+    decay_from, decay_to = d.crop_until
+    reading = dict(
+        transform=augment.Augmentation(size, decay_from, decay_to, d.draft),
+        workers=d.workers,
+        threads=d.threads,
+        max_broken=d.max_broken,
     )
+    return source, None, reading
 
 
-def _run(setting, reading, stage, look):
-    """`loop.train` of one stage. Returns (its state, seconds)."""
-    watch = loop.Watch(setting.cfg.watch.every, look) if setting.cfg.watch.every else None
-    directory = f'{setting.workdir}/{stage.name}'
+def _run(
+    setting: snapshots.Setting,
+    reading: dict[str, Any],
+    stage: Stage,
+    look: Callable[[int, PyTree, MetricWriter], None],
+) -> tuple[TrainState, float]:
+    """Runs one stage by `loop.train`.
+
+    Args:
+      setting: what the parts of the run share.
+      reading: how the images are read, see `_open_data`.
+      stage: the training.
+      look: looks at the model every `cfg.watch.every` steps, see `loop.Watch`.
+
+    Returns:
+      (the state at the end, wall time in seconds).
+    """
+    every = setting.cfg.watch.every
     return loop.train(
         stage,
         setting.source,
-        directory,
+        f'{setting.workdir}/{stage.name}',
         seed=setting.cfg.seed,
         mesh=setting.mesh,
         reading=reading,
-        watch=watch,
+        watch=loop.Watch(every, look) if every else None,
     )
 
 
-def _distil(setting, reading, teacher):
-    """A head of few evaluations from a teacher's run. Returns what `_train` does."""
-    options = setting.cfg.distillation_training
+def _distil(setting: snapshots.Setting, reading: dict[str, Any], teacher: Run) -> _Trained:
+    """Distils a head of few evaluations (docs/method.md, "Mean-velocity distillation").
+
+    Args:
+      setting: what the parts of the run share.
+      reading: how the images are read, see `_open_data`.
+      teacher: the run that the head is distilled from.
+    """
     stage = distillation_stage(
-        setting.ar, setting.vae, teacher.vae_params, teacher.ar_params, options, setting.cfg.seed
+        setting.ar,
+        setting.vae,
+        teacher.vae_params,
+        teacher.ar_params,
+        setting.cfg.distillation_training,
+        setting.cfg.seed,
     )
-    whole = lambda head: teacher.ar_params | {'head': head}
-    look = lambda step, head, writer: snapshots.look_at_samples(
-        setting, teacher.vae_params, whole(head), f'{setting.workdir}/distillation', step, writer
-    )
+    directory = f'{setting.workdir}/distillation'
+
+    def with_head(head: PyTree) -> PyTree:
+        return teacher.ar_params | {'head': head}
+
+    def look(step: int, head: PyTree, writer: MetricWriter) -> None:
+        snapshots.look_at_samples(
+            setting, teacher.vae_params, with_head(head), directory, step, writer
+        )
+
     state, seconds = _run(setting, reading, stage, look)
-    return teacher.vae_params, whole(state.eval_params), {'distillation': seconds}
+    return _Trained(teacher.vae_params, with_head(state.eval_params), {'distillation': seconds})
 
 
-def _train(setting, reading, tokenizer, lpips):
-    """The stages that the config asks for; tokenizer: parameters to take, or None.
-
-    Returns (S-VAE parameters, AR parameters or None, seconds by stage)."""
-    seconds, vae_params = {}, tokenizer
-    if tokenizer is None:
-        stage = adversarial.tokenizer_stage(
-            setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
-        )
-        images = snapshots.examples(setting) if setting.cfg.watch.every else None
-        look = lambda step, params, writer: snapshots.look_at_reconstructions(
-            setting, params, images, step, writer
-        )
-        state, seconds['tokenizer'] = _run(setting, reading, stage, look)
-        vae_params = state.eval_params
-    if not setting.cfg.ar_training.steps:
-        return vae_params, None, seconds
-    stage = ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
-    look = lambda step, params, writer: snapshots.look_at_samples(
-        setting, vae_params, params, f'{setting.workdir}/ar', step, writer
+def _train_tokenizer(
+    setting: snapshots.Setting, reading: dict[str, Any], lpips: PyTree | None
+) -> tuple[PyTree, float]:
+    """Trains the tokenizer. Returns (its parameters, wall time in seconds)."""
+    stage = adversarial.tokenizer_stage(
+        setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
     )
+    images: Any = None  # read only where they are looked at
+    if setting.cfg.watch.every:
+        images = snapshots.examples(setting)
+
+    def look(step: int, params: PyTree, writer: MetricWriter) -> None:
+        snapshots.look_at_reconstructions(setting, params, images, step, writer)
+
+    state, seconds = _run(setting, reading, stage, look)
+    return state.eval_params, seconds
+
+
+def _train(
+    setting: snapshots.Setting,
+    reading: dict[str, Any],
+    tokenizer: PyTree | None,
+    lpips: PyTree | None,
+) -> _Trained:
+    """Trains the tokenizer and the AR model, as far as the config asks for them.
+
+    Args:
+      setting: what the parts of the run share.
+      reading: how the images are read, see `_open_data`.
+      tokenizer: the parameters of a trained tokenizer to take, or None.
+      lpips: LPIPS' parameters, or None where the tokenizer is trained without.
+    """
+    seconds = {}
+    vae_params = tokenizer
+    if tokenizer is None:
+        vae_params, seconds['tokenizer'] = _train_tokenizer(setting, reading, lpips)
+    if not setting.cfg.ar_training.steps:
+        return _Trained(vae_params, None, seconds)
+    stage = ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
+    directory = f'{setting.workdir}/ar'
+
+    def look(step: int, params: PyTree, writer: MetricWriter) -> None:
+        snapshots.look_at_samples(setting, vae_params, params, directory, step, writer)
+
     state, seconds['ar'] = _run(setting, reading, stage, look)
-    return vae_params, state.eval_params, seconds
+    return _Trained(vae_params, state.eval_params, seconds)
 
 
-def _summary(cfg, metrics):
+def _summary(cfg: ConfigDict, metrics: dict[str, float]) -> str:
+    """What a run has come to, in a few sentences."""
+    psnr = f'{metrics["vae/psnr"]:.1f} dB'
     if cfg.data.name != 'digits':
         return (
-            f'The tokenizer gives training images back at {metrics["vae/psnr"]:.1f} dB. Scores: --mode=sample, then '
-            f'--mode=evaluate.'
+            f'The tokenizer gives training images back at {psnr}. '
+            'Scores: --mode=sample, then --mode=evaluate.'
         )
     if 'samples/accuracy' not in metrics:
-        return f'The tokenizer gives held-out digits back at {metrics["vae/psnr"]:.1f} dB.'
+        return f'The tokenizer gives held-out digits back at {psnr}.'
     return (
-        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. An independent classifier reads '
-        f'{metrics["samples/accuracy"]:.1%} of them as the class asked for (and {metrics["classifier/accuracy"]:.1%} '
-        f'of real held-out digits correctly). Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; '
-        f'between the training and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
+        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. '
+        f'An independent classifier reads {metrics["samples/accuracy"]:.1%} of them as the class '
+        f'asked for (and {metrics["classifier/accuracy"]:.1%} of real held-out digits correctly). '
+        f'Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; between the training '
+        f'and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
     )
 
 
-def _with_lpips(cfg):
+def _with_lpips(cfg: ConfigDict) -> bool:
     """Whether a tokenizer is to be trained with LPIPS."""
     t = cfg.tokenizer_training
     return bool(t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None)
 
 
-def check_inputs(cfg, workdir):
-    """That what a training reads besides images is there: a tokenizer or a teacher, LPIPS' files.
-    Raises ValueError.
+def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
+    """Checks that a training finds what it reads besides images.
+
+    That is a tokenizer or a teacher, and LPIPS' files.
+
+    Args:
+      cfg: a checked config.
+      workdir: the directory of the run, None where not known.
 
     Returns:
-      those, a list of paths. workdir: may be None.
+      the paths of what is read.
+
+    Raises:
+      UserError: something is missing, or is not what it must be.
     """
     here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
     if not (cfg.init_from or cfg.tokenizer_training.steps or here or cfg.tokenizer is not None):
@@ -169,31 +277,37 @@ def check_inputs(cfg, workdir):
             'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
             '--config.tokenizer=DIR, the workdir of a trained or converted one'
         )
-    runs = {name: cfg[name] for name in ('tokenizer', 'init_from') if cfg[name] is not None}
-    for name, directory in runs.items():
-        _opened(name, load_config, directory)
-    files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg) if _with_lpips(cfg) else ()
-    if files:
+    found = []
+    for name in ('tokenizer', 'init_from'):
+        directory = cfg[name]
+        if directory is not None:
+            _opened(name, load_config, directory)
+            found.append(directory)
+    if _with_lpips(cfg):
+        files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg)
         check_paths(*files)
-    return [*runs.values(), *files]
+        found += files
+    return found
 
 
-def _check_parts(cfg, workdir, mesh):
-    """Raises UserError for trainings that cannot be run with these devices, and as `check_inputs`
-    does.
-    """
+def _check_parts(cfg: ConfigDict, workdir: str, mesh: Mesh) -> None:
+    """Checks that these devices can run the trainings, and their inputs as `check_inputs` does."""
     names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
     for name in names:
-        if cfg[name].steps and (
-            why := sharding.misfit(mesh, cfg[name].batch_size, cfg[name].accumulate)
-        ):
+        options = cfg[name]
+        if not options.steps:
+            continue
+        why = sharding.misfit(mesh, options.batch_size, options.accumulate)
+        if why:
             raise UserError(f'{name}.batch_size: {why}')
     check_inputs(cfg, workdir)
 
 
-def _tokenizer(cfg, mesh):
-    """The parameters of the tokenizer in cfg.tokenizer, which must be cfg's own model; None without
-    one.
+def _tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
+    """The parameters of the tokenizer in cfg.tokenizer, None where the config names none.
+
+    Raises:
+      UserError: there is no such run, or its tokenizer is not cfg's own model.
     """
     if cfg.tokenizer is None:
         return None
@@ -206,29 +320,35 @@ def _tokenizer(cfg, mesh):
     return run.vae_params
 
 
-def _lpips(cfg, mesh):
-    """LPIPS' parameters, on all devices, where the tokenizer is to be trained with it, else None."""
+def _lpips(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
+    """LPIPS' parameters, on all devices, or None where no tokenizer is trained with them."""
     if not _with_lpips(cfg):
         return None
     t = cfg.tokenizer_training
     return jax.device_put(read(t.lpips, t.vgg), sharding.whole(mesh))
 
 
-def _judge(cfg):
-    """(Inception parameters, statistics of the reference) for FID while training, or None."""
+def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
+    """What computes FID while training, or None where it is not asked for.
+
+    Returns:
+      (Inception's parameters, `statistics.Statistics` of the reference).
+    """
     w = cfg.watch
     if not (w.every and w.fid_images):
         return None
     network = inception_weights.load(w.inception)
-    bar = console.bars()
-    return network, protocol.summarize(
-        w.reference, network, progress=lambda *done: bar('reference', *done)
-    ).pool
+    progress = functools.partial(console.bars(), 'reference')
+    return network, protocol.summarize(w.reference, network, progress=progress).pool
 
 
-def _set_up(cfg, workdir):
-    """(`snapshots.Setting`, the stages to run as a function of it), everything checked; then the
-    workdir is claimed.
+def _set_up(
+    cfg: ConfigDict, workdir: str
+) -> tuple[snapshots.Setting, Callable[[snapshots.Setting], _Trained]]:
+    """Checks everything that can be checked before a training, and claims the workdir.
+
+    Returns:
+      (what the parts of the run share, the stages to run as a function of it).
     """
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
@@ -237,27 +357,37 @@ def _set_up(cfg, workdir):
     mesh = sharding.make_mesh(**cfg.mesh)
     source, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
+    stages: Callable[[snapshots.Setting], _Trained]
     if cfg.init_from is None:
-        stages = functools.partial(
-            _train, reading=reading, tokenizer=_tokenizer(cfg, mesh), lpips=_lpips(cfg, mesh)
-        )
+        tokenizer = _tokenizer(cfg, mesh)
+        lpips = _lpips(cfg, mesh)
+        stages = functools.partial(_train, reading=reading, tokenizer=tokenizer, lpips=lpips)
     else:
         stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
-    vae, ar = build.build_vae(cfg), build.build_ar(cfg)
+    vae = build.build_vae(cfg)
+    ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, heldout, _judge(cfg))
-    claim(cfg, workdir)  # last: what was refused leaves the workdir free
+    # Last, so that a config that was refused leaves the workdir free.
+    claim(cfg, workdir)
     return setting, stages
 
 
-def train(cfg, workdir, command, started):
-    """The trainings, then evaluation and report; each part goes on where an earlier run stopped.
+def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
+    """Runs the trainings, then evaluates and reports.
+
+    Each part goes on where an earlier run in the workdir stopped.
 
     Args:
-      cfg: a checked config. workdir: an absolute path, made if needed. command: what report.html
-        says to type.
+      cfg: a checked config.
+      workdir: an absolute path; made if needed.
+      command: what report.html says to type.
       started: `time.perf_counter()` at the start of the process.
+
     Returns:
       the metrics, as written to WORKDIR/metrics.json.
+
+    Raises:
+      UserError: something that the user can put right; one line.
     """
     try:
         setting, stages = _set_up(cfg, workdir)
@@ -271,15 +401,14 @@ def train(cfg, workdir, command, started):
     )
     seconds = {'start': time.perf_counter() - started}
 
-    vae_params, ar_params, parts = stages(setting)
+    trained = stages(setting)
+    seconds |= trained.seconds
+    finish = snapshots.score_digits if cfg.data.name == 'digits' else snapshots.show
+    metrics, parts = finish(setting, trained.vae_params, trained.ar_params)
     seconds |= parts
-    if cfg.data.name == 'digits':
-        metrics, parts = snapshots.score_digits(setting, vae_params, ar_params)
-    else:
-        metrics, parts = snapshots.show(setting, vae_params, ar_params)
     mark = time.perf_counter()
     page.save_curves(f'{workdir}/curves.png', workdir)
-    seconds |= parts | {'curves': time.perf_counter() - mark}
+    seconds['curves'] = time.perf_counter() - mark
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

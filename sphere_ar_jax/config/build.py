@@ -21,11 +21,12 @@ _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior')
 
 
 class Sampler(NamedTuple):
-    """How a run is sampled: what is compiled, and the numbers that may change without compiling.
+    """How a run is sampled: what is compiled, and the numbers that change without compiling.
 
     Attributes:
-      options: see `plan.Options`. guidance_scale: s, None without guidance. temperature: factor of
-        x₀'s noise.
+      options: what is compiled, see `plan.Options`.
+      guidance_scale: s (docs/method.md, "Guidance"), None without guidance.
+      temperature: the factor of x₀'s noise (docs/method.md, "Temperature").
     """
 
     options: plan.Options
@@ -34,25 +35,31 @@ class Sampler(NamedTuple):
 
 
 def dtype(config: ConfigDict) -> Any:
-    """The dtype of the computation."""
+    """The dtype of the computation, `jnp.float32` or `jnp.bfloat16`."""
     return getattr(jnp, config.dtype)
 
 
 def build_vae(config: ConfigDict) -> VAE:
-    """The tokenizer that the config describes."""
+    """The tokenizer that the config describes (docs/method.md, "Tokenizer")."""
     c = config.vae
     fields = {}
     for name, value in c.to_dict().items():
-        if name not in _TOKENIZER_KEYS:
-            fields[name] = tuple(value) if isinstance(value, list | tuple) else value
-    backbone = pick(BACKBONES, 'vae.backbone', c.backbone)(**fields, dtype=dtype(config))
-    posterior = pick(POSTERIORS, 'vae.posterior', c.posterior)()
+        if name in _TOKENIZER_KEYS:
+            continue
+        # Fields of Flax modules must be hashable.
+        fields[name] = tuple(value) if isinstance(value, list | tuple) else value
+    backbone_class = pick(BACKBONES, 'vae.backbone', c.backbone)
+    backbone = backbone_class(**fields, dtype=dtype(config))
+    posterior_class = pick(POSTERIORS, 'vae.posterior', c.posterior)
+    posterior = posterior_class()
     return VAE(tuple(c.grid), c.latent_dim, backbone, posterior, dtype(config))
 
 
 def build_ar(config: ConfigDict) -> AR:
-    """The AR model that the config describes. Raises UserError where the number of classes is not
-    known yet.
+    """The AR model that the config describes (docs/method.md, "Autoregressive model").
+
+    Raises:
+      UserError: the number of classes is not known yet.
     """
     c = config.ar
     num_classes = schema.num_classes(config)
@@ -61,29 +68,23 @@ def build_ar(config: ConfigDict) -> AR:
             f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
         )
     if config.init_from is None:
-        head = pick(HEADS, 'ar.head', c.head)
+        head_class = pick(HEADS, 'ar.head', c.head)
     else:
-        head = pick(HEADS, 'distillation_training.head', config.distillation_training.head)
+        word = config.distillation_training.head
+        head_class = pick(HEADS, 'distillation_training.head', word)
     speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
-    condition = pick(CONDITIONS, 'ar.condition', c.condition)
-    return AR(
-        c.depth,
-        c.heads,
-        c.width,
-        condition(num_classes, c.class_tokens, c.width),
-        head(config.vae.latent_dim, c.head_width, c.head_depth, c.head_groups, **speed),
-        tuple(config.vae.grid),
-        config.vae.latent_dim,
-        **speed,
-    )
+    latent_dim = config.vae.latent_dim
+    head = head_class(latent_dim, c.head_width, c.head_depth, c.head_groups, **speed)
+    condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
+    condition = condition_class(num_classes, c.class_tokens, c.width)
+    grid = tuple(config.vae.grid)
+    return AR(c.depth, c.heads, c.width, condition, head, grid, latent_dim, **speed)
 
 
 def build_sampler(config: ConfigDict) -> Sampler:
-    """The sampler that the config describes."""
+    """The sampler that the config describes (docs/method.md, "Sampling")."""
     s = config.sampling.to_dict()
     if s['guidance_interval'] is not None:
         s['guidance_interval'] = tuple(s['guidance_interval'])
-    options = plan.Options(
-        **{field.name: s[field.name] for field in dataclasses.fields(plan.Options)}
-    )
-    return Sampler(options, s['guidance_scale'], s['temperature'])
+    chosen = {field.name: s[field.name] for field in dataclasses.fields(plan.Options)}
+    return Sampler(plan.Options(**chosen), s['guidance_scale'], s['temperature'])

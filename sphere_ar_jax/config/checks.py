@@ -1,6 +1,10 @@
 """Refuses values that no run can have, each in one line that says what to change."""
 
 import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import digits
@@ -8,95 +12,100 @@ from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer
 from sphere_ar_jax.runtime.console import UserError
 
-# What numbers must be: (keys, the rule in words and as a function).
-_NUMBERS = (
-    (r'vae\.latent_dim', 'be at least 2', lambda n: n >= 2),
-    (
-        r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads',
-        'be at least 1',
-        lambda n: n >= 1,
-    ),
-    (
-        r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)',
-        'be at least 1',
-        lambda n: n >= 1,
-    ),
-    (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', lambda n: n >= 1),
-    (
-        r'(tokenizer|ar)_training\.steps|data\.workers',
-        'be at least 0',
-        lambda n: n >= 0,
-    ),  # 0 steps: not trained
+
+def _at_least(least: float) -> Callable[[float], bool]:
+    """The rule that a number must be `least` or more."""
+    return lambda n: n >= least
+
+
+# What numbers must be: (pattern of keys, the rule in words, the rule as a function).
+_NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
+    (r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads', 'be at least 1', _at_least(1)),
+    (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
+    (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
+    # A stage of 0 steps is not trained.
+    (r'(tokenizer|ar)_training\.steps|data\.workers', 'be at least 0', _at_least(0)),
     (r'.*\.(learning_rate|final_learning_rate|clip_norm)', 'be above 0', lambda n: n > 0),
-    (
-        r'.*\.(warmup_steps|keep_every|\w+_weight|weight_decay|disc_start)',
-        'not be negative',
-        lambda n: n >= 0,
-    ),
-    (r'watch\.(every|fid_images)|sampling\.temperature', 'not be negative', lambda n: n >= 0),
+    (r'.*\.(warmup_steps|keep_every|\w+_weight)', 'not be negative', _at_least(0)),
+    (r'.*\.(weight_decay|disc_start)', 'not be negative', _at_least(0)),
+    (r'watch\.(every|fid_images)|sampling\.temperature', 'not be negative', _at_least(0)),
     (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
     (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
     (r'data\.holdout', 'lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9),
     (r'seed', 'lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31),
 )
 
-# What words must be: {key: (those there are, what to say of others)}.
-_WORDS = {
+
+def _use(words: Collection[str]) -> str:
+    """How a message goes on that refuses a word and names those there are."""
+    return f': use {", ".join(words)}'
+
+
+# What words must be: {key: (those there are, how the message about others goes on)}.
+_WORDS: dict[str, tuple[Collection[Any], str]] = {
     'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
     'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
-    'tokenizer_training.discriminator': (
-        discriminators.KINDS,
-        f': use {", ".join(discriminators.KINDS)}',
-    ),
-    'tokenizer_training.disc_loss': (
-        discriminators.ADVERSARIAL,
-        f': use {", ".join(discriminators.ADVERSARIAL)}',
-    ),
-    'ar_training.encoder_dtype': (('', *schema.DTYPES), f': use {", ".join(schema.DTYPES)}'),
+    'tokenizer_training.discriminator': (discriminators.KINDS, _use(discriminators.KINDS)),
+    'tokenizer_training.disc_loss': (discriminators.ADVERSARIAL, _use(discriminators.ADVERSARIAL)),
+    'ar_training.encoder_dtype': (('', *schema.DTYPES), _use(schema.DTYPES)),
     'distillation_training.guidance': (guidance.SCHEDULES, ': use linear or constant'),
     'sampling.guidance': ((None, *guidance.SCHEDULES), ': use linear or constant'),
 }
 
 
-def from_dict(values):
-    """The config of a `config.json`, checked."""
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The config of a `config.json`, checked; a key that it lacks has its default."""
     config = schema.default()
     for name, value in schema.leaves(values).items():
+        # JSON knows no tuples.
         config.update_from_flattened_dict(
             {name: tuple(value) if isinstance(value, list) else value}
         )
     return check(config)
 
 
-def _require(condition, message):
+def _require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-def _check_values(config):
-    """Every number and every word by itself."""
+def _are_whole(numbers: Any) -> bool:
+    """Whether all of some values are of type int."""
+    return all(type(n) is int for n in numbers)
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Checks every number and every word by itself."""
     for name, value in schema.leaves(config.to_dict()).items():
         if name in _WORDS:
             known, otherwise = _WORDS[name]
             _require(value in known, f'{name} is {value!r}{otherwise}')
         if type(value) in (int, float):
-            for keys, rule, holds in _NUMBERS:
-                _require(
-                    not re.fullmatch(keys, name) or holds(value),
-                    f'{name} is {value}, but must {rule}',
-                )
+            _check_number(name, value)
 
 
-def _check_training(name, training):
+def _check_number(name: str, value: float) -> None:
+    """Checks a number by all rules of `_NUMBERS` whose keys match its own."""
+    for keys, rule, holds in _NUMBERS:
+        if re.fullmatch(keys, name):
+            _require(holds(value), f'{name} is {value}, but must {rule}')
+
+
+def _check_training(name: str, training: ConfigDict) -> None:
+    """Checks the section of one training."""
     rates = tuple(training.more_ema_decays)
+    are_rates = all(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
     _require(
-        all(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
-        and (training.ema_decay or not rates),
-        f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, beside an ema_decay',
+        are_rates and bool(training.ema_decay or not rates),
+        f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, '
+        'beside an ema_decay',
     )
     _require(
         training.batch_size % training.accumulate == 0,
-        f'{name}.accumulate is {training.accumulate}, but must divide the batch size {training.batch_size}',
+        f'{name}.accumulate is {training.accumulate}, '
+        f'but must divide the batch size {training.batch_size}',
     )
     _require(
         training.warmup_steps <= training.steps or not training.steps,
@@ -104,32 +113,34 @@ def _check_training(name, training):
     )
 
 
-def _check_tokenizer(training, image_shape):
-    _require(
-        not training.perceptual_weight or image_shape[-1] == 3,
-        f'tokenizer_training.perceptual_weight: LPIPS is for 3 channels, not {image_shape[-1]}; set it to 0',
-    )
-    _require(
-        not training.perceptual_weight or min(image_shape[:2]) >= 16,
-        f'tokenizer_training.perceptual_weight: LPIPS is for 16×16 pixels or more, not {image_shape[:2]}; set it to 0',
-    )
-    try:
-        if training.disc_weight:
-            discriminators.build(training.discriminator, image_shape)
-    except UserError as error:
-        raise UserError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
-    _require(
-        not training.disc_weight or training.accumulate == 1,
-        'tokenizer_training.accumulate: a discriminator needs its whole batch at once, for its statistics',
-    )
-
-
-def _check_models(v, a):
-    for key in ('grid', 'channels'):
+def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Checks that the tokenizer's losses can judge images (H, W, c)."""
+    if training.perceptual_weight:
+        key = 'tokenizer_training.perceptual_weight'
         _require(
-            all(type(n) is int for n in v[key]),
-            f'vae.{key} is {tuple(v[key])}, but must be whole numbers',
+            image_shape[-1] == 3,
+            f'{key}: LPIPS is for 3 channels, not {image_shape[-1]}; set it to 0',
         )
+        _require(
+            min(image_shape[:2]) >= 16,
+            f'{key}: LPIPS is for 16×16 pixels or more, not {image_shape[:2]}; set it to 0',
+        )
+    if training.disc_weight:
+        try:
+            discriminators.build(training.discriminator, image_shape)
+        except UserError as error:
+            raise UserError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
+        _require(
+            training.accumulate == 1,
+            'tokenizer_training.accumulate: a discriminator needs its whole batch at once, '
+            'for its statistics',
+        )
+
+
+def _check_models(v: ConfigDict, a: ConfigDict) -> None:
+    """Checks the sections `vae` (v) and `ar` (a)."""
+    for key in ('grid', 'channels'):
+        _require(_are_whole(v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
     _require(
         len(v.grid) == 2 and min(v.grid) >= 1,
         f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1',
@@ -141,7 +152,8 @@ def _check_models(v, a):
         groups = min(32, channels // 4)
         _require(
             groups >= 1 and channels % groups == 0,
-            f'vae: {channels} channels cannot be normalised in {groups} groups: use a multiple of 4 up to 128 or of 32',
+            f'vae: {channels} channels cannot be normalised in {groups} groups: '
+            'use a multiple of 4 up to 128 or of 32',
         )
     for where, width, heads in (('vae', v.channels[-1], v.heads), ('ar', a.width, a.heads)):
         try:
@@ -154,9 +166,11 @@ def _check_models(v, a):
     )
 
 
-def _check_data(d, image_shape):
+def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Checks the section `data`, and that its images have the shape (H, W, c) of the model's."""
     height, _, channels = image_shape
-    want = digits.Digits.image_shape if d.name == 'digits' else (height, height, channels)
+    square = (height, height, channels)
+    want = digits.Digits.image_shape if d.name == 'digits' else square
     _require(
         want == image_shape,
         f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}',
@@ -167,45 +181,60 @@ def _check_data(d, image_shape):
     )
 
 
-def _check_distillation(init_from, t, s):
-    """t: options of the training; s: those of sampling."""
+def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> None:
+    """Checks the distillation.
+
+    Args:
+      init_from: the workdir of the teacher, None where nothing is distilled.
+      t: the section of the training.
+      s: the section of the sampling.
+    """
     _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
+    are_divisors = all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels)
     _require(
-        len(t.levels) > 0
-        and all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels),
-        f'distillation_training.levels is {tuple(t.levels)}, but must be divisors of teacher_steps {t.teacher_steps}',
+        len(t.levels) > 0 and are_divisors,
+        f'distillation_training.levels is {tuple(t.levels)}, '
+        f'but must be divisors of teacher_steps {t.teacher_steps}',
+    )
+    if init_from is None:
+        return
+    _require(
+        s.guidance is None and s.solver == 'euler' and s.annealing is None,
+        'a distilled head has its guidance within and takes plain steps: '
+        'use sampling.solver euler without guidance',
     )
     _require(
-        init_from is None or (s.guidance is None and s.solver == 'euler' and s.annealing is None),
-        'a distilled head has its guidance within and takes plain steps: use sampling.solver euler without guidance',
-    )
-    _require(
-        init_from is None or (s.num_steps in t.levels and s.shift is None),
-        f'sampling.num_steps is {s.num_steps}, but the distilled head knows equal steps of {tuple(t.levels)}',
+        s.num_steps in t.levels and s.shift is None,
+        f'sampling.num_steps is {s.num_steps}, '
+        f'but the distilled head knows equal steps of {tuple(t.levels)}',
     )
 
 
-def _check_sampling(config):
-    s, t = config.sampling, config.ar_training
+def _check_sampling(config: ConfigDict) -> None:
+    """Checks the section `sampling` beside the training and the data."""
+    s = config.sampling
+    t = config.ar_training
     _require(
         s.guidance is None or t.label_dropout > 0,
-        'ar_training.label_dropout is 0: the null class, which guidance needs, would never be trained',
+        'ar_training.label_dropout is 0: '
+        'the null class, which guidance needs, would never be trained',
     )
     _require(
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
-    classes, of_data = schema.num_classes(config), schema.DATA[config.data.name]
-    least = of_data if config.data.name == 'digits' else 1
+    least = digits.Digits.num_classes if config.data.name == 'digits' else 1
+    classes = schema.num_classes(config)
     _require(
         classes is None or classes >= least,
         f'data.num_classes is {classes}, but {config.data.name} has {least} classes',
     )
     _require(
         s.num_images >= least,
-        f'sampling.num_images is {s.num_images}, but must be at least one for each of {least} classes',
+        f'sampling.num_images is {s.num_images}, '
+        f'but must be at least one for each of {least} classes',
     )
-    rates = [r for r in (t.ema_decay, *t.more_ema_decays) if r]
+    rates = [rate for rate in (t.ema_decay, *t.more_ema_decays) if rate]
     _require(
         s.ema_decay in (None, *rates),
         f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}',
@@ -216,8 +245,21 @@ def _check_sampling(config):
         raise UserError(f'sampling: {error}') from None
 
 
-def check(config):
-    """Raises UserError, one line, for values that no run can have; returns the config."""
+def _check_watch(w: ConfigDict) -> None:
+    """Checks the section `watch`."""
+    has_files = w.inception is not None and w.reference is not None
+    _require(
+        not w.fid_images or has_files,
+        'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
+    )
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """Returns the config if a run can have its values.
+
+    Raises:
+      UserError: no run can have one of the values, or some of them together; one line.
+    """
     _check_values(config)
     _check_models(config.vae, config.ar)
     image_shape = build.build_vae(config).image_shape
@@ -225,11 +267,7 @@ def check(config):
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
-    w = config.watch
-    _require(
-        not w.fid_images or (w.inception is not None and w.reference is not None),
-        'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
-    )
+    _check_watch(config.watch)
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_sampling(config)
     return config

@@ -6,15 +6,17 @@ import re
 
 
 def find(word: str) -> str:
-    """The file of a packaged config for its bare word, as 'digits:smoke'; any other word as it is."""
+    """Returns the file of a packaged config for its bare word; any other word stays as it is.
+
+    'digits:smoke' becomes 'PATH/digits.py:smoke'. A file of that name in the current directory
+    comes first.
+    """
     name, colon, arg = word.partition(':')
     if not re.fullmatch(r'\w+', name) or os.path.exists(name):
         return word
     package = pathlib.Path(__file__).parents[1]
-    for place in (
-        package / 'configs',
-        package.parent / 'configs',
-    ):  # of an installed wheel, and of a checkout
+    # The first is where an installed wheel has them, the second where a checkout has them.
+    for place in (package / 'configs', package.parent / 'configs'):
         if (place / f'{name}.py').exists():
             return f'{place / name}.py{colon}{arg}'
     return word

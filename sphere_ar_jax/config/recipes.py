@@ -1,8 +1,13 @@
-"""The published models and their training on ImageNet, as configs, and what those of configs/ take
-after the colon.
+"""The published models and their training on ImageNet, as configs.
 
-Source: the paper (arXiv 2509.24335) and the public SphereAR code.
+Also reads what the config files of configs/ take after the colon.
+
+Source: the paper (arXiv 2509.24335) and the public SphereAR code; see docs/method.md, "Sizes" and
+"Training".
 """
+
+from collections.abc import Collection
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,100 +16,154 @@ from sphere_ar_jax.models.sizes import VARIANTS
 
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer
 # evaluations".
-FAST = dict(solver='ab2', num_steps=10, shift=1.5)
+FAST: dict[str, Any] = dict(solver='ab2', num_steps=10, shift=1.5)
 
-# Guidance at which the published models were scored.
+# Guidance at which the published models were scored (docs/method.md, "Guidance").
 PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}
 
 # Images of ImageNet's training set.
 IMAGENET = 1_281_167
 
 
-def arguments(file, arg, words, values=()):
-    """What follows a config file's colon, 'WORD,NAME=VALUE,…' → (words given, {name: value given}).
+def arguments(
+    file: str, arg: str, words: Collection[str], values: Collection[str] = ()
+) -> tuple[set[str], dict[str, str]]:
+    """What follows a config file's colon, as 'WORD,NAME=VALUE,…'.
 
-    Raises ValueError, one line, for words and names other than those of `words` and `values`.
+    Args:
+      file: the config file, for messages.
+      arg: the text after the colon.
+      words: the words that may be given.
+      values: the names that may be given with a value.
+
+    Returns:
+      (words given, {name: value given}).
+
+    Raises:
+      ValueError: another word or name was given; one line.
     """
-    given = [part.partition('=') for part in arg.split(',') if part]
-    for name, equals, _ in given:
+    found_words = set()
+    found_values = {}
+    for part in arg.split(','):
+        if not part:
+            continue
+        name, equals, value = part.partition('=')
         if name not in (values if equals else words):
             known = [*words, *(f'{name}=…' for name in values)]
             raise ValueError(
                 f'{file} has no variant {name + equals!r}: it takes {", ".join(known)}'
             )
-    return {name for name, equals, _ in given if not equals}, {
-        name: v for name, equals, v in given if equals
-    }
+        if equals:
+            found_values[name] = value
+        else:
+            found_words.add(name)
+    return found_words, found_values
 
 
-def data_set(text):
-    """'KIND:PATH', 'digits', or the path of ImageNet's tar → (kind, a key of `schema.DATA`, path)."""
-    kind, _, path = text.partition(':')
-    return (kind, path) if kind in schema.DATA else ('imagenet', text)
+def data_set(text: str) -> tuple[str, str]:
+    """The kind of a data set, a key of `schema.DATA`, and its path.
 
-
-def _published(file, arg, words, section, epochs, batch):
-    """The published models on ImageNet, `section` trained for so many epochs; arg: what all
-    published configs take.
+    Args:
+      text: 'KIND:PATH', 'digits', or the path of ImageNet's tar.
     """
-    words, values = arguments(
+    kind, _, path = text.partition(':')
+    if kind in schema.DATA:
+        return kind, path
+    return 'imagenet', text
+
+
+def _published(
+    file: str, arg: str, words: Collection[str], section: str, epochs: int, batch: int
+) -> tuple[ConfigDict, set[str]]:
+    """What the configs of all published models share.
+
+    Args:
+      file: the config file, for messages.
+      arg: the text after the colon.
+      words: the words that this config takes besides those of all.
+      section: the section of the training that is run on ImageNet.
+      epochs: how long it is.
+      batch: its images a step, if `arg` says nothing else.
+
+    Returns:
+      (config, words given).
+    """
+    given, values = arguments(
         file, arg, ('smoke', '512', 'tpu', *words), ('batch', 'data', 'dtype')
     )
     c = schema.default()
     c.data.update(name='imagenet', max_broken=0.001)
     if 'data' in values:
-        c.data.name, c.data.path = data_set(values['data'])
-    c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in words else 'float32')
-    if '512' in words:
+        kind, path = data_set(values['data'])
+        c.data.name = kind
+        c.data.path = path
+    c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in given else 'float32')
+    if '512' in given:
         c.vae.grid = (32, 32)
-    batch = int(values.get('batch', 8 if 'smoke' in words else batch))
-    c[section].update(batch_size=batch, steps=epochs * (IMAGENET // batch))
-    if 'smoke' in words:
-        c.vae.update(grid=(8, 8) if '512' in words else (4, 4), encoder_depth=1, decoder_depth=1)
-        c[section].update(
-            steps=20, warmup_steps=min(5, c[section].warmup_steps), log_every=5, checkpoint_every=10
-        )
+    size = int(values.get('batch', 8 if 'smoke' in given else batch))
+    c[section].update(batch_size=size, steps=epochs * (IMAGENET // size))
+    if 'smoke' in given:
+        grid = (8, 8) if '512' in given else (4, 4)
+        c.vae.update(grid=grid, encoder_depth=1, decoder_depth=1)
+        warmup = min(5, c[section].warmup_steps)
+        c[section].update(steps=20, warmup_steps=warmup, log_every=5, checkpoint_every=10)
         c.watch.every = 10
         c.data.max_broken = 0.5
-    return c, words
+    return c, given
 
 
-def published_vae(arg=''):
-    """The published S-VAE and its recipe; `arg` as configs/vae.py says. Raises ValueError for
-    another.
+def published_vae(arg: str = '') -> ConfigDict:
+    """The published S-VAE and its recipe (docs/method.md, "Tokenizer").
+
+    Args:
+      arg: words after the config file's colon, see configs/vae.py.
+
+    Raises:
+      ValueError: another word was given; one line.
     """
     c, words = _published('configs/vae.py', arg, (), 'tokenizer_training', 100, 256)
     c.ar_training.steps = 0
     if 'smoke' in words:
-        c.tokenizer_training.update(disc_start=10, perceptual_weight=0.0)  # its weights are files
+        # LPIPS' weights are files, which a smoke test goes without.
+        c.tokenizer_training.update(disc_start=10, perceptual_weight=0.0)
     return c
 
 
 def published_ar(size: str, arg: str = '') -> ConfigDict:
-    """The published AR model, its recipe and its sampler: configs/ar_b.py, ar_l.py and ar_h.py.
+    r"""The published AR model, its recipe and its sampler: configs/ar_b.py, ar_l.py and ar_h.py.
+
+    The words that `arg` takes, separated by commas:
+
+      data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records or
+                 tfds (tfds:NAME).
+      batch=N    Images a step. The number of epochs stays.
+      dtype=…    bfloat16 or float32 (the default) of the computation.
+      tpu        What slices of TPUs want: bfloat16, and --config.mesh.fsdp=4, so that every chip
+                 keeps a quarter of the state; optimizer and EMA would otherwise move more memory
+                 than the model. --mode=compile tells what else a slice takes. Blocks are computed
+                 again in the backward pass (remat) with this word or without it. Where memory is
+                 plenty, --config.ar.remat=False computes a fifth less, and moves more memory.
+      512        512×512 pixels, 32×32 tokens. This is not a published model.
+      fast       The sampler of the fewest evaluations that lost nothing on the digits
+                 (BUILD_NOTES.md, "Fewer evaluations"). Its FID on ImageNet has not been measured.
+      smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs, on a
+                 CPU, in a minute:
+
+        python -m sphere_ar_jax.main --workdir=/tmp/ar_smoke --config.tokenizer=/tmp/vae_smoke \
+            --config=configs/ar_b.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar
+
+    The published weights are converted instead of trained, and then drawn from, 50,000 images, by
+
+        python -m sphere_ar_jax.main --mode=convert --workdir=DIR \
+            --checkpoint=hf://guolinke/SphereAR/SphereAR_B.pt
+        python -m sphere_ar_jax.main --mode=sample --workdir=DIR
 
     Args:
-      size: one of `VARIANTS`. arg: words after the config file's colon, separated by commas: data=…
-        a path of ImageNet's training tar, or KIND:PATH of folder, array_records or tfds (tfds:NAME)
-        batch=N    images a step; the number of epochs stays dtype=…    bfloat16 or float32 (the
-        default) of the computation tpu        what slices of TPUs want: bfloat16, and
-        --config.mesh.fsdp=4, so that every chip keeps a quarter of the state, where optimizer and
-        EMA would move more memory than the model. What else a slice takes: --mode=compile. Blocks
-        are computed again in the backward pass (remat) with or without; --config.ar.remat=False
-        where memory is plenty: it computes a fifth less, and moves more memory. 512        512×512
-        pixels, 32×32 tokens; not a published model fast       the sampler of the fewest evaluations
-        that lost nothing on the digits (BUILD_NOTES.md, "Fewer evaluations"). It was chosen on
-        digits: its FID on ImageNet has not been measured. smoke      20 steps of a shallow model on
-        64×64 pixels, to see that everything runs, on a CPU, in a minute: python -m
-        sphere_ar_jax.main --config.tokenizer=/tmp/vae_smoke --workdir=/tmp/ar_smoke \\
-        --config=configs/ar_b.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar
-    Raises ValueError, one line, for other words.
+      size: one of `VARIANTS`.
+      arg: words after the config file's colon, see above.
 
-    The published weights, converted instead of trained, and 50,000 images:
-
-        python -m sphere_ar_jax.main --mode=convert
-        --checkpoint=hf://guolinke/SphereAR/SphereAR_B.pt --workdir=DIR python -m sphere_ar_jax.main
-        --mode=sample --workdir=DIR
+    Raises:
+      ValueError: another word was given; one line.
     """
     c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
     c.ar.update(VARIANTS[size])
@@ -128,15 +187,16 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     return c
 
 
-def of_checkpoint(sizes):
-    """The config of a PyTorch checkpoint, from `torch_sizes.sizes`: a model that was not published
-    gets B's recipe.
+def of_checkpoint(sizes: Any) -> ConfigDict:
+    """The config of a PyTorch checkpoint; a model that was not published gets the recipe of B.
+
+    Args:
+      sizes: the `torch_sizes.Sizes` of the checkpoint.
     """
     c = published_ar(sizes.name or 'B')
     c.vae.update(sizes.vae)
-    c.tokenizer_training.update(
-        perceptual_weight=0.0, disc_weight=0.0
-    )  # the file holds no discriminator
+    # The file holds no discriminator, and LPIPS is a file of its own.
+    c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)
     if sizes.ar is not None:
         c.ar.update(sizes.ar)
         c.data.num_classes = sizes.num_classes
