@@ -99,6 +99,7 @@ def test_the_public_code_gives_the_same(tmp_path):
         assert found['eager']['difference'] < 1e-5
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """A part in a process of its own, its table and its numbers; then what cannot be run, in one
     line.

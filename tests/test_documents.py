@@ -10,7 +10,7 @@ from tests.words import ROOT, documents
 
 
 def test_every_command_is_understood(tmp_path):
-    """Each program parses the commands that the documents show, and finds no fault in the config."""
+    """Each program parses the commands that the documents show and finds no fault in a config."""
     out = subprocess.run(
         [sys.executable, '-m', 'tests.read_commands', str(tmp_path)],
         cwd=ROOT,

@@ -183,9 +183,8 @@ def test_compiled_programs_are_kept_for_each_processor(tmp_path):
     assert files.compilation_cache({'JAX_COMPILATION_CACHE_DIR': '/elsewhere'}) is None
 
 
-@pytest.mark.parametrize(
-    'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
     arguments = (TINY, f'--workdir={tmp_path}', '--config.tokenizer_training.steps=100000')
     with subprocess.Popen(

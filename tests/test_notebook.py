@@ -88,7 +88,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('name', ['digits', pytest.param('checkpoint', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['digits', 'checkpoint'])
 def test_it_runs(name, tmp_path, monkeypatch):
     """No cell fails, the pictures are there, and the norms are what the text says."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))

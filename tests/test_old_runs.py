@@ -48,7 +48,14 @@ def measured():
     return dict(np.load(GOLDENS / 'old_runs.npz'))
 
 
-@pytest.mark.parametrize('name', ['digits', 'distilled', 'converted'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'digits',
+        pytest.param('distilled', marks=pytest.mark.slow),
+        pytest.param('converted', marks=pytest.mark.slow),
+    ],
+)
 def test_an_old_run_draws_the_images_that_it_drew(runs, measured, name):
     run = load_run(str(runs / name))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -93,6 +100,7 @@ def _finish_again(directory: pathlib.Path, stage: str) -> tuple[Run, Run]:
     return before, load_run(str(directory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, stage', [('digits', 'ar'), ('distilled', 'distillation')])
 def test_an_old_run_goes_on_to_the_same_end(runs, tmp_path, name, stage):
     directory = tmp_path / name

@@ -20,7 +20,7 @@ FRAGMENT = re.compile(r'(?:\A|[.!?:][)"’]?\s+|\n\s*\n\s*)(Of\b[^.\n]{0,50})')
 def faults(text: str) -> list[str]:
     """The words of a text that do not belong there, as they stand in it."""
     plain = re.sub(r'\s+', ' ', text).lower()
-    return [words for words in DIARY if words in plain]
+    return [words for words in DIARY if re.search(rf'\b{words}(?!\w)', plain)]
 
 
 def fragments(text: str) -> list[str]:

@@ -106,6 +106,7 @@ def converted(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys):
     """In processes without PyTorch; what is read back are the EMA weights, bit for bit."""
     workdir = tmp_path / 'w'
@@ -222,6 +223,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_the_hub(converted, tmp_path):
     """Fetched by Hugging Face's own client from a server of this machine.
 
@@ -262,6 +264,7 @@ def test_a_checkpoint_from_the_hub(converted, tmp_path):
     assert '404' in missing.stderr and len(missing.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     """It converts, is scored and exported; there is nothing to sample."""
     tensors = {n: np.asarray(t) for n, t in torch_tensors.items() if n.startswith('vae.')}
@@ -450,6 +453,7 @@ def test_digits_are_scored_again(tuned, capsys):
     assert 'samples/frechet' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     workdir = digits_run
     _main(
@@ -492,6 +496,7 @@ def _place(picture, part):
     return None
 
 
+@pytest.mark.slow
 def test_grid(digits_run, tmp_path, capsys):
     """Every image is in the picture, pixel for pixel: rows are classes, columns keys, alike in all
     rows.

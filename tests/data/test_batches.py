@@ -294,6 +294,7 @@ def _children():
     return {p.pid for p in multiprocessing.active_children()}
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(capfd):
     """Images that are broken among the rest; errors arrive in one line; no process stays behind."""
     source = Pictures(50, BROKEN)
@@ -377,7 +378,15 @@ def _alive(pid):
 
 
 @pytest.mark.parametrize(
-    'what', ['end', 'killed worker', 'Ctrl-C', 'Ctrl-C as memory is freed', 'SIGTERM', 'killed']
+    'what',
+    [
+        'end',
+        'killed worker',
+        'SIGTERM',
+        pytest.param('Ctrl-C', marks=pytest.mark.slow),
+        pytest.param('Ctrl-C as memory is freed', marks=pytest.mark.slow),
+        pytest.param('killed', marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_hangs(driver, tmp_path, what):
     """At the end of a program that does not close; when a worker dies; at Ctrl-C, which a terminal

@@ -293,6 +293,7 @@ def test_files_that_hold_no_images(tmp_path):
         list(image_sets.read_images(tmp_path / 'nowhere.npz'))
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_the_batches(inception_params):
     """Three images in batches of any sizes, on one device and on all."""
     images = np.stack([image(i, 20, 24) for i in range(3)])

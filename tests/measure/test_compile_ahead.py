@@ -312,6 +312,7 @@ def _fake(monkeypatch):
     monkeypatch.setattr(compile_ahead, 'devices_of', lambda piece: jax.devices()[: piece.chips])
 
 
+@pytest.mark.slow
 @libraries_promote()
 def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     """All of it but the TPU: one CPU device in place of a v6e-1. Its numbers are the compiler's."""
@@ -502,8 +503,9 @@ def _spawn(cases, broken=False):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SLOW_LAYOUTS = (
+LAYOUTS = (
     ('ar', 'data'),
+    ('ar', 'fsdp'),
     ('ar', 'tensor'),
     ('tokenizer', 'data'),
     ('tokenizer', 'fsdp'),
@@ -511,13 +513,8 @@ SLOW_LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize(
-    'stage, axes',
-    [
-        ('ar', 'fsdp'),
-        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('stage, axes', LAYOUTS)
 def test_no_device_has_images_of_another(stage, axes):
     ((replicated, sent),) = _spawn([(stage, axes)]).values()
     assert replicated == []

@@ -55,6 +55,7 @@ def test_patchgan(gan, patchgan):
     np.testing.assert_allclose(gradient / scale, gan['patchgan_hinge_gen_dfake'] / scale, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stylegan(gan):
     model, params = _variables('stylegan', 64)
     judge = jax.jit(lambda images: model.apply({'params': params}, images))

@@ -250,6 +250,7 @@ def test_norm_silu_is_group_norm_and_silu():
     )
 
 
+@pytest.mark.slow
 def test_a_long_cache_is_read_to_where_it_is_filled():
     """Every position of a cache of many lengths gives what plain causal attention gives.
 
@@ -290,6 +291,7 @@ def _with(model, **changes):
     return model.clone(head=model.head.clone(**changes), **changes)
 
 
+@pytest.mark.slow
 def test_unrolling_and_rematerialisation_change_nothing(golden, tiny_ar):
     """Same parameters, same losses and gradients, whether blocks are scanned, unrolled or
     recomputed.
@@ -340,6 +342,7 @@ def _relative_error(ours, truth):
     return np.sqrt(np.mean((ours - truth) ** 2) / np.mean(truth**2))
 
 
+@pytest.mark.slow
 @libraries_promote()
 def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar, tiny_vae):
     """Within 1.5% root mean square of the goldens.

@@ -325,6 +325,7 @@ print('moved')
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_meshes(tmp_path):
     """8 → 4 → 1 → 8 devices, every array split as the new mesh says, every bit as it was."""
     process = _eight_devices(_MOVES, tmp_path / 'checkpoints')
@@ -351,6 +352,7 @@ print(tokens.images, *caches)
 """
 
 
+@pytest.mark.slow
 def test_the_cache_is_split_by_rows_and_by_heads():
     """The compiled sampler holds no other cache than (2·B/4, N/2, S, K), guided: of data 2, fsdp 2,
     tensor 2.

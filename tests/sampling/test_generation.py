@@ -102,6 +102,7 @@ np.save(sys.argv[1] + '_tokens', test_generation._tokens(run, labels, mesh))
 """
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp_path):
     """Image i is a function of (seed, i, label): one row at a time, seven, or one on each of eight
     devices.
@@ -161,6 +162,7 @@ generation.generate(
 """
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill(run, labels, tmp_path):
     path = tmp_path / 'a.npz'
     parts = tmp_path / 'a.npz.parts'

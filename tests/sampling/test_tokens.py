@@ -215,6 +215,7 @@ def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
     assert np.abs(cold - sample((first, rest), 1.0)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_one_compilation(tiny_ar, tiny_vae):
     """One program, whatever the key, the labels, the scale or the temperature, and however they are
     written.

@@ -43,9 +43,8 @@ def _train(cfg, directory, which=0, mesh=None):
     )
 
 
-@pytest.mark.parametrize(
-    'which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_a_stage_trains_and_logs(tmp_path, which):
     cfg = get_config()
     cfg.tokenizer_training.update(steps=80, log_every=20, learning_rate=3e-3)
@@ -123,9 +122,8 @@ def test_a_step_is_the_recipe():
     assert int(new.step) == 2
 
 
-@pytest.mark.parametrize(
-    'which', [pytest.param(0, marks=pytest.mark.slow), 1], ids=['tokenizer', 'ar']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_gradients_of_a_batch_in_pieces(which):
     """Four pieces give the step of the whole batch, to rounding.
 
@@ -153,6 +151,7 @@ def test_gradients_of_a_batch_in_pieces(which):
     assert less < 0.5 * memory
 
 
+@pytest.mark.slow
 def test_emas_of_several_rates():
     cfg = get_config()
     cfg.ar_training.update(more_ema_decays=(0.5, 0.99))
@@ -171,6 +170,7 @@ def test_emas_of_several_rates():
     chex.assert_trees_all_equal(state.eval_params, state.ema[0])
 
 
+@pytest.mark.slow
 def test_tokens_encoded_in_bfloat16():
     """The loss moves by what bfloat16 loses; the AR model itself stays in float32."""
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
@@ -187,6 +187,7 @@ def test_tokens_encoded_in_bfloat16():
     assert 0 < abs(found[1] - found[0]) < 0.02 * found[0]
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(tmp_path):
     """A checkpoint of the AR model names the tokenizer that it was trained on, by all bits of its
     weights.
@@ -212,6 +213,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert noted['model']['latent_dim'] == 8 and noted['model']['grid'] == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_look_at_the_model_changes_nothing(tmp_path):
     """It is called at its steps with the parameters to sample with.
 
@@ -312,6 +314,7 @@ def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
         run()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     """The run stops and names the last good checkpoint, which is left as it was; what came of it
     later is set aside. The same directory then goes on with a sane learning rate.

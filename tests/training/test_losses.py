@@ -236,6 +236,7 @@ def test_mean_velocities_of_a_known_flow():
         mean_velocity.mean_velocity_targets(velocity, noise, (3,), 64)
 
 
+@pytest.mark.slow
 def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     """The targets by the sampler's own solver, token by token, from conditions of the golden model;
     the new head starts as the teacher's velocity; and gradients reach the new head alone.
