@@ -1,6 +1,6 @@
-"""Scores two sets of images by the ADM protocol: FID, sFID, Inception Score, precision, recall.
+r"""Scores two sets of images by the ADM protocol: FID, sFID, Inception Score, precision, recall.
 
-    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz \\
+    python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz \
         --weights=classify_image_graph_def.pb
 
 The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol

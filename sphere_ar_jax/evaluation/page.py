@@ -34,12 +34,14 @@ class _Curve(NamedTuple):
     logarithmic: bool
 
 
+_POSTERIORS = [family() for family in POSTERIORS.values()]
+
 _CURVES = (
     _Curve('tokenizer', 'l1', 'tokenizer: mean |error|', True),
     _Curve('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
     *(
         _Curve('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
-        for posterior in POSTERIORS.values()
+        for posterior in _POSTERIORS
         for name, label in posterior.labels.items()
     ),
     _Curve('ar', 'loss', 'AR: flow loss', True),
@@ -110,18 +112,20 @@ pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; }
 {pictures}
 <h2>Numbers</h2><table>{rows}</table>
 {curves}
-<h2>Again</h2><p>The same command in an empty directory gives the same result on the same machine.</p>
+<h2>Again</h2>
+<p>The same command in an empty directory gives the same result on the same machine.</p>
 <pre>pip install -e . && {command}</pre>
 <p>This page was made with sphere_ar_jax {version} and JAX {jax}, on {platform}.</p>
 <h2>Configuration</h2><pre>{config}</pre>
 </body></html>
 """
 
+# Name of a metric → what the table says about it.
 _MEANING = {
     'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
     **{
         f'vae/{name}': meaning
-        for posterior in POSTERIORS.values()
+        for posterior in _POSTERIORS
         for name, meaning in posterior.shown.items()
     },
     'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",

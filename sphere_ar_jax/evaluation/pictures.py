@@ -63,7 +63,7 @@ def _save_grid(
     """Writes a grid of images with a label at each row."""
     grid = tile(images, columns, scale)
     figure = plt.figure(figsize=(grid.shape[1] / DPI, grid.shape[0] / DPI))
-    # The axes have a dot for each pixel. Labels stand outside of them; the tight box takes those in.
+    # The axes have a dot for each pixel. Labels stand outside of them, inside the tight box.
     axis = figure.add_axes((0, 0, 1, 1))
     # Grey images become RGB, because a colour map would round them.
     axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')

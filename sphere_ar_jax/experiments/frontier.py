@@ -1,11 +1,13 @@
-"""Quality against evaluations of the flow head, for trained runs of the digits: a table and a plot.
+r"""Quality against evaluations of the flow head, for trained runs of the digits.
 
-    python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1
-    --output=/tmp/frontier
+    python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 \
+        --output=/tmp/frontier
 
 Every setting of `settings` samples --num_images digits from every run and scores them by the
-digits' protocol. Results are added to OUTPUT/scores.jsonl one by one: started again, the command
-goes on. Workdirs of a distilled head are sampled with the settings that such a head has.
+digits' protocol. The results are a table and a plot; `docs/evaluation.md`, "Quality against
+evaluations", shows them. Scores are added to OUTPUT/scores.jsonl one by one, so that the command
+goes on where it stopped when it is started again. Workdirs of a distilled head are sampled with
+the settings that such a head has.
 """
 
 import argparse
@@ -13,9 +15,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from sphere_ar_jax.config import build
@@ -25,64 +30,107 @@ from sphere_ar_jax.evaluation.digits import digit_pixels, score_digits
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
-from sphere_ar_jax.training.run import load_run
+from sphere_ar_jax.training.run import Run, load_run
 
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
+_SOLVERS = ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama')
+
+# Settings by name: (keyword arguments of `plan.Options`, guidance scale).
+_Settings: TypeAlias = dict[str, tuple[dict[str, Any], float | None]]
+# What `summarize` returns.
+_Summary: TypeAlias = dict[str, dict[str, Any]]
 
 
-def settings(levels=None):
-    """{name: (keyword arguments of `plan.Options`, guidance scale)} of what is compared.
+def _setting(scale: float, solver: str, num_steps: int, **options: Any) -> _Settings:
+    """A setting with constant guidance; options: further arguments of `plan.Options`."""
+    extra = ''.join(f', {name} {value}' for name, value in options.items())
+    options |= dict(solver=solver, num_steps=num_steps, guidance='constant')
+    return {f'{solver} {num_steps}, guidance {scale}{extra}': (options, scale)}
 
-    levels: numbers of steps of a distilled head, which knows its guidance itself; None for a plain
-    one.
-    """
-    if levels is not None:
-        return {
-            f'distilled {n}': (dict(solver='euler', num_steps=n, guidance=None), None)
-            for n in levels
-        }
-    found = {}
 
-    def add(scale, solver, num_steps, **options):
-        extra = ''.join(f', {name} {value}' for name, value in options.items())
-        options |= dict(solver=solver, num_steps=num_steps, guidance='constant')
-        found[f'{solver} {num_steps}, guidance {scale}{extra}'] = options, scale
+def _steps(solver: str, evaluations: int) -> int:
+    """The steps with which a solver makes so many evaluations."""
+    if solver == 'heun':
+        return evaluations // 2
+    if solver == 'euler_maruyama':
+        return max(evaluations - 1, 1)
+    return evaluations
 
-    def add_all(scale, evaluations, last=None, **options):
-        """Every solver, with steps for so many evaluations; last: of the last token."""
-        for solver in ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama'):
-            steps = {'heun': lambda n: n // 2, 'euler_maruyama': lambda n: max(n - 1, 1)}.get(
-                solver, lambda n: n
-            )
-            final = {} if last is None else {'final_steps': steps(last)}
-            add(scale, solver, steps(evaluations), **final, **options)
 
-    for scale in (1.5, 1.0, 2.0, 3.0, 4.5):
-        add(scale, 'euler_maruyama', 100)
-        add_all(scale, 10)
-    for evaluations in (2, 4, 6, 8, 16, 32):
-        add_all(1.5, evaluations)
-    for first, last, shape in (
-        (12, 4, 'linear'),
-        (16, 4, 'linear'),
-        (12, 4, 'cosine'),
-        (12, 4, 'two_stage'),
-    ):
-        add_all(1.5, first, last, annealing=shape)
-    for shift in (0.5, 0.7, 1.5, 2.0):
-        for solver in ('ab2', 'dpmpp_2m'):
-            add(1.5, solver, 10, shift=shift)
-        add(1.5, 'euler_maruyama', 9, shift=shift)
-    for noise_scale in (0.25, 0.5, 2.0):
-        add(1.5, 'euler_maruyama', 9, noise_scale=noise_scale)
-    for interval in ((0.0, 0.7), (0.2, 1.0), (0.2, 0.7)):
-        for scale in (1.5, 2.0):
-            add(scale, 'ab2', 10, guidance_interval=interval)
+def _all_solvers(scale: float, evaluations: int) -> _Settings:
+    """Every solver, with steps for so many evaluations."""
+    found: _Settings = {}
+    for solver in _SOLVERS:
+        found |= _setting(scale, solver, _steps(solver, evaluations))
     return found
 
 
-def _measure(run, options, scale, num_images, batch_size):
+def _annealed(scale: float, first: int, last: int, annealing: str) -> _Settings:
+    """Every solver, with steps for `first` evaluations at token 0 and `last` at the last token."""
+    found: _Settings = {}
+    for solver in _SOLVERS:
+        found |= _setting(
+            scale,
+            solver,
+            _steps(solver, first),
+            final_steps=_steps(solver, last),
+            annealing=annealing,
+        )
+    return found
+
+
+def _shifted_and_noisy() -> _Settings:
+    """Settings with a shifted time grid, and with other scales of Euler–Maruyama's noise."""
+    found: _Settings = {}
+    for shift in (0.5, 0.7, 1.5, 2.0):
+        found |= _setting(1.5, 'ab2', 10, shift=shift)
+        found |= _setting(1.5, 'dpmpp_2m', 10, shift=shift)
+        found |= _setting(1.5, 'euler_maruyama', 9, shift=shift)
+    for noise_scale in (0.25, 0.5, 2.0):
+        found |= _setting(1.5, 'euler_maruyama', 9, noise_scale=noise_scale)
+    return found
+
+
+def _distilled(levels: Iterable[int]) -> _Settings:
+    """Settings of a distilled head, which knows its guidance itself."""
+    found: _Settings = {}
+    for n in levels:
+        found[f'distilled {n}'] = (dict(solver='euler', num_steps=n, guidance=None), None)
+    return found
+
+
+def settings(levels: Iterable[int] | None = None) -> _Settings:
+    """The settings that are compared.
+
+    Args:
+      levels: numbers of steps of a distilled head, or None for a head that is not distilled.
+
+    Returns:
+      (keyword arguments of `plan.Options`, guidance scale) by name.
+    """
+    if levels is not None:
+        return _distilled(levels)
+    found: _Settings = {}
+    for scale in (1.5, 1.0, 2.0, 3.0, 4.5):
+        found |= _setting(scale, 'euler_maruyama', 100)
+        found |= _all_solvers(scale, 10)
+    for evaluations in (2, 4, 6, 8, 16, 32):
+        found |= _all_solvers(1.5, evaluations)
+    found |= _annealed(1.5, 12, 4, 'linear')
+    found |= _annealed(1.5, 16, 4, 'linear')
+    found |= _annealed(1.5, 12, 4, 'cosine')
+    found |= _annealed(1.5, 12, 4, 'two_stage')
+    found |= _shifted_and_noisy()
+    for interval in ((0.0, 0.7), (0.2, 1.0), (0.2, 0.7)):
+        for scale in (1.5, 2.0):
+            found |= _setting(scale, 'ab2', 10, guidance_interval=interval)
+    return found
+
+
+def _measure(
+    run: Run, options: plan.Options, scale: float | None, num_images: int, batch_size: int
+) -> dict[str, Any]:
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
     train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
@@ -90,132 +138,188 @@ def _measure(run, options, scale, num_images, batch_size):
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
     scores = score_digits(digit_pixels(images), labels, train, heldout)
-    return {name: float(scores[name]) for name in SCORES} | {
-        'evaluations': options.plan(run.ar.num_tokens).evaluations
-    }
+    found = {name: float(scores[name]) for name in SCORES}
+    found['evaluations'] = options.plan(run.ar.num_tokens).evaluations
+    return found
 
 
-def summarize(rows):
-    """{setting: mean and std over runs of each score, evaluations, number of runs} of the rows of
-    scores.jsonl.
+def _mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """The mean and the standard deviation of a sample (with n − 1; 0 for a single value)."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {'mean': float(np.mean(values)), 'std': std}
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> _Summary:
+    """Summarizes the rows of scores.jsonl over runs.
+
+    Returns:
+      By name of the setting: `evaluations`, the number of `runs`, and for each of `SCORES` its
+      `mean` and `std` over the runs.
     """
     summary = {}
     for name in dict.fromkeys(row['setting'] for row in rows):
         mine = [row for row in rows if row['setting'] == name]
-        values = {score: [row[score] for row in mine] for score in SCORES}
-        summary[name] = {'evaluations': mine[0]['evaluations'], 'runs': len(mine)} | {
-            score: {
-                'mean': float(np.mean(v)),
-                'std': float(np.std(v, ddof=1)) if len(v) > 1 else 0.0,
-            }
-            for score, v in values.items()
-        }
+        found: dict[str, Any] = {'evaluations': mine[0]['evaluations'], 'runs': len(mine)}
+        for score in SCORES:
+            found[score] = _mean_and_std([row[score] for row in mine])
+        summary[name] = found
     return summary
 
 
-def markdown(summary):
-    """The summary as a table, sorted by evaluations and Fréchet distance."""
+def markdown(summary: _Summary) -> str:
+    """The summary as a Markdown table, sorted by evaluations and Fréchet distance."""
+
+    def order(name: str) -> tuple[float, float]:
+        return summary[name]['evaluations'], summary[name]['samples/frechet']['mean']
+
     rows = []
-    for name, row in sorted(
-        summary.items(), key=lambda kv: (kv[1]['evaluations'], kv[1]['samples/frechet']['mean'])
-    ):
+    for name in sorted(summary, key=order):
+        row = summary[name]
         scores = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
         rows.append([name, f'{row["evaluations"]:g}', *scores])
     columns = ('setting', 'evaluations', 'accuracy', 'Fréchet', 'precision', 'recall')
     return '\n'.join(console.markdown(columns, rows)) + '\n'
 
 
-def save_frontier(path, summary):
-    """Scores, a column each: above against evaluations per token at guidance 1.5, below against
-    guidance.
+class _Panels:
+    """The plots of one score: above against evaluations per token, below against guidance.
 
-    summary: of `summarize`. The mean ± standard deviation of `REFERENCE` is drawn as a band.
+    Args:
+      summary: from `summarize`.
+      score: one of `SCORES`.
+      above: axes of the plot against evaluations, at guidance 1.5.
+      below: axes of the plot against the guidance scale.
+    """
+
+    def __init__(self, summary: _Summary, score: str, above: Axes, below: Axes) -> None:
+        self.summary = summary
+        self.score = score
+        self.above = above
+        self.below = below
+        # Names of settings → their parts. The first part is solver, steps and guidance, and each
+        # further option is another part.
+        self.parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
+        # Settings without further options → [solver, steps, 'guidance', scale].
+        self.plain = {name: key[0].split() for name, key in self.parts.items() if len(key) == 1}
+
+    def _evaluations(self, name: str) -> float:
+        return self.summary[name]['evaluations']
+
+    def _scale(self, name: str) -> float:
+        return float(self.plain[name][3])
+
+    def _line(
+        self, axis: Axes, names: Iterable[str], x: Callable[[str], float], **style: Any
+    ) -> None:
+        """Draws settings as a line with error bars; x gives a setting's place on the axis."""
+        names = sorted(names, key=x)
+        mean = [self.summary[name][self.score]['mean'] for name in names]
+        std = [self.summary[name][self.score]['std'] for name in names]
+        axis.errorbar([x(name) for name in names], mean, std, capsize=2, **style)
+
+    def _draw_solver(self, solver: str, color: str) -> None:
+        """Draws a solver's settings in both plots."""
+        mine = [name for name, words in self.plain.items() if words[0] == solver]
+        distilled = solver == 'distilled'
+        style = dict(color=color, marker='*' if distilled else 'o')
+        at = [name for name in mine if name.endswith('guidance 1.5') or distilled]
+        self._line(self.above, at, self._evaluations, label=solver, **style)
+        annealed = [
+            name
+            for name, key in self.parts.items()
+            if key[0].startswith(f'{solver} ') and 'annealing' in name
+        ]
+        x = [self._evaluations(name) for name in annealed]
+        y = [self.summary[name][self.score]['mean'] for name in annealed]
+        self.above.plot(x, y, '+', color=color, markersize=9)
+        guided = [name for name in mine if len(self.plain[name]) == 4]
+        for count, line in ((10, '-'), (101, '--')):
+            at = [name for name in guided if self._evaluations(name) == count]
+            if at:
+                label = f'{solver}, {count} evaluations'
+                self._line(self.below, at, self._scale, linestyle=line, label=label, **style)
+
+    def _draw_reference(self) -> None:
+        """Draws the mean ± standard deviation of `REFERENCE` as a band, and fits the axis to it."""
+        mean = self.summary[REFERENCE][self.score]['mean']
+        std = self.summary[REFERENCE][self.score]['std']
+        label = f'{REFERENCE},\nmean ± std of the runs'
+        self.above.axhspan(mean - std, mean + std, color='0.85', label=label)
+        if self.score.endswith('frechet'):
+            self.above.set_ylim(0, 3 * mean)
+        else:
+            self.above.set_ylim(max(0, mean - 0.15), min(1, mean + 0.12))
+
+    def draw(self) -> None:
+        """Draws both plots."""
+        for i, solver in enumerate(dict.fromkeys(words[0] for words in self.plain.values())):
+            self._draw_solver(solver, f'C{i}')
+        if REFERENCE in self.summary:
+            self._draw_reference()
+        self.above.set_xscale('log', base=2)
+        self.above.xaxis.set_major_formatter('{x:g}')
+        self.above.set_title(self.score.removeprefix('samples/'))
+        self.above.set_xlabel('evaluations of the flow head per token (+: annealed)')
+        self.below.set_xlabel('guidance scale')
+        self.above.grid(alpha=0.3)
+        self.below.grid(alpha=0.3)
+
+
+def save_frontier(path: str, summary: _Summary) -> None:
+    """Plots the scores, a column each, against evaluations per token and against guidance.
+
+    Args:
+      path: the PNG.
+      summary: from `summarize`. The mean ± standard deviation of `REFERENCE` is drawn as a band.
     """
     figure, axes = plt.subplots(2, len(SCORES), figsize=(4.6 * len(SCORES), 9))
-    parts = {name: name.replace(', guidance', ' guidance').split(', ') for name in summary}
-    plain = {
-        name: key[0].split() for name, key in parts.items() if len(key) == 1
-    }  # solver, steps, 'guidance', scale
-    evaluations = lambda name: summary[name]['evaluations']
-    scale = lambda name: float(plain[name][3])
-
-    def draw(axis, score, names, x, **style):
-        names = sorted(names, key=x)
-        mean, std = ([summary[n][score][k] for n in names] for k in ('mean', 'std'))
-        axis.errorbar([x(n) for n in names], mean, std, capsize=2, **style)
-
     for score, above, below in zip(SCORES, *axes, strict=True):
-        for i, solver in enumerate(dict.fromkeys(words[0] for words in plain.values())):
-            mine = [name for name, words in plain.items() if words[0] == solver]
-            style = dict(color=f'C{i}', marker='*' if solver == 'distilled' else 'o')
-            at = [n for n in mine if n.endswith('guidance 1.5') or solver == 'distilled']
-            draw(above, score, at, evaluations, label=solver, **style)
-            annealed = [
-                n
-                for n, key in parts.items()
-                if key[0].startswith(f'{solver} ') and 'annealing' in n
-            ]
-            y = [summary[n][score]['mean'] for n in annealed]
-            above.plot([evaluations(n) for n in annealed], y, '+', color=f'C{i}', markersize=9)
-            for count, line in ((10, '-'), (101, '--')):
-                at = [n for n in mine if evaluations(n) == count and len(plain[n]) == 4]
-                if at:
-                    label = f'{solver}, {count} evaluations'
-                    draw(below, score, at, scale, linestyle=line, label=label, **style)
-        if REFERENCE in summary:
-            mean, std = (summary[REFERENCE][score][k] for k in ('mean', 'std'))
-            above.axhspan(
-                mean - std, mean + std, color='0.85', label=f'{REFERENCE},\nmean ± std of the runs'
-            )
-            limits = (
-                (0, 3 * mean)
-                if score.endswith('frechet')
-                else (max(0, mean - 0.15), min(1, mean + 0.12))
-            )
-            above.set_ylim(*limits)
-        above.set_xscale('log', base=2)
-        above.xaxis.set_major_formatter('{x:g}')
-        above.set_title(score.removeprefix('samples/'))
-        above.set_xlabel('evaluations of the flow head per token (+: annealed)')
-        below.set_xlabel('guidance scale')
-        above.grid(alpha=0.3)
-        below.grid(alpha=0.3)
+        _Panels(summary, score, above, below).draw()
     for axis in axes[:, 0]:
         axis.legend(fontsize=7)
     figure.tight_layout()
     pictures.save_figure(figure, path)
 
 
-def run(workdirs, output, num_images, batch_size):
-    """Measures what is not measured yet; writes the table and the plot. Returns the summary."""
+def _levels(run: Run) -> Sequence[int] | None:
+    """The numbers of steps that a run's head is distilled for, or None for another head."""
+    return run.config.distillation_training.levels if run.config.init_from else None
+
+
+def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) -> _Summary:
+    """Measures what is not measured yet, and writes the table and the plot.
+
+    Args:
+      workdirs: finished runs on the digits.
+      output: directory for scores.jsonl, frontier.json, frontier.md and frontier.png.
+      num_images: digits drawn for each setting and run.
+      batch_size: images drawn at a time.
+
+    Returns:
+      What `summarize` returns for these runs.
+    """
     os.makedirs(output, exist_ok=True)
-    workdirs, path = (
-        [os.path.abspath(workdir) for workdir in workdirs],
-        os.path.join(output, 'scores.jsonl'),
-    )
+    workdirs = [os.path.abspath(workdir) for workdir in workdirs]
+    path = os.path.join(output, 'scores.jsonl')
     rows = metric_writer.read_scalars(path)
-    with open(path, 'w') as f:  # without a line that a kill cut off
+    # The file is written again without a line that a kill cut off.
+    with open(path, 'w') as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
     done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
     runs = {workdir: load_run(workdir) for workdir in workdirs}
-    levels = lambda run: run.config.distillation_training.levels if run.config.init_from else None
-    todo = [
-        (name, options, scale, workdir)
-        for workdir in workdirs
-        for name, (options, scale) in settings(levels(runs[workdir])).items()
-        if (workdir, name, num_images) not in done
-    ]
-    for name, options, scale, workdir in tqdm(
-        todo, desc='settings × runs', disable=not sys.stderr.isatty()
-    ):
+    todo = []
+    for workdir in workdirs:
+        for name, (options, scale) in settings(_levels(runs[workdir])).items():
+            if (workdir, name, num_images) not in done:
+                todo.append((name, options, scale, workdir))
+    watched = sys.stderr.isatty()
+    for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not watched):
         started = time.perf_counter()
         row = _measure(runs[workdir], plan.Options(**options), scale, num_images, batch_size)
-        row |= {
-            'setting': name,
-            'workdir': workdir,
-            'num_images': num_images,
-            'seconds': time.perf_counter() - started,
-        }
+        row['setting'] = name
+        row['workdir'] = workdir
+        row['num_images'] = num_images
+        row['seconds'] = time.perf_counter() - started
         rows.append(row)
         with open(path, 'a') as f:
             f.write(json.dumps(row) + '\n')
@@ -229,8 +333,11 @@ def run(workdirs, output, num_images, batch_size):
     return summary
 
 
-def main():
-    """Parses the command line and measures; what the user can put right ends it with one line."""
+def main() -> None:
+    """Parses the command line and measures.
+
+    An error that the user can put right ends the program with one line.
+    """
     parser = argparse.ArgumentParser('python -m sphere_ar_jax.experiments.frontier')
     parser.add_argument(
         '--workdir', action='append', required=True, help='a finished run; give one for each seed'

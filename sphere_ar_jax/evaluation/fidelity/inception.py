@@ -71,7 +71,7 @@ def resize(images: ArrayLike, size: int = SIZE) -> jax.Array:
 
 
 def _numbered(name: str, i: int) -> str:
-    """The name of node number i of a kind, as the graph has it: 'conv', 'conv_1', 'conv_2', …"""
+    """The name of node number i of a kind, as the graph has it: 'conv', 'conv_1', and so on."""
     return f'{name}_{i}' if i else name
 
 
