@@ -253,9 +253,10 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     flops = _tokens_flops(ar, params, images, options)
     # The loops run over tokens, over chunks of evaluations and within one chunk, as `sample_tokens`
     # and `solvers.integrate` make them.
-    evaluations = options.plan(ar.num_tokens).evaluations
+    plan = options.plan(ar.num_tokens)
+    evaluations = plan.evaluations
     rows = images // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
-    rounds = -(-evaluations // chunk_size(evaluations, rows))
+    rounds = -(-evaluations // chunk_size(plan.tables.t.shape[1], rows))
     tokens_work = Work(
         name='tokens',
         function=tokens,

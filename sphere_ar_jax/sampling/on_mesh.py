@@ -139,7 +139,7 @@ def reconstruct(
 
 def sampling_programs(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
-) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """The two jitted programs of `program`, not compiled yet.
 
     Args:

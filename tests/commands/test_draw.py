@@ -650,7 +650,10 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
             ['--mode=sample', f'--workdir={tmp_path}'],
             'has no run: train one, or --mode=convert a checkpoint',
         ),
-        (['--mode=sample', f'--workdir={tmp_path}/bad'], 'config.json is not a sphere_ar_jax config'),
+        (
+            ['--mode=sample', f'--workdir={tmp_path}/bad'],
+            'config.json is not a sphere_ar_jax config',
+        ),
         (['--mode=export', workdir, '--classes=3'], '--classes is for --mode=grid, not for export'),
         (['--mode=export'], 'give --workdir=DIR'),
         (['--mode=sampel', workdir], 'mode'),
