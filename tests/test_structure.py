@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import sphere_ar_jax
-from tests import words
+from tests import texture, words
 
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 ROOT = PACKAGE.parent
@@ -171,3 +171,42 @@ def test_sentences_that_begin_with_of(text, found):
 def test_diary():
     assert words.faults('Measured a session\n  later.') == ['session']
     assert words.faults('Measured by one command.') == []
+
+
+@pytest.mark.parametrize('measured', texture.measure(), ids=lambda measured: measured.name)
+def test_texture(measured):
+    assert measured.holds, f'{measured}: {", ".join(measured.places)}'
+
+
+@pytest.mark.parametrize(
+    ('code', 'kinds'),
+    [
+        ('a, b = 1, 2', {'packed'}),
+        ('a = b = 1', {'packed'}),
+        ('a, b = f()', set()),
+        ('f = lambda x: x', {'lambda'}),
+        ('from jax._src import core', {'private'}),
+        ('import jax._src.core', {'private'}),
+        ('from jax import numpy as _np', set()),
+    ],
+)
+def test_statements_that_tire_a_reader(code, kinds):
+    assert {kind for kind, _ in texture.statements(ast.parse(code), 'a.py')} == kinds
+
+
+@pytest.mark.parametrize(
+    ('code', 'lacks_types'),
+    [
+        ('def f(x: int) -> int: ...', False),
+        ('def f(x) -> int: ...', True),
+        ('def f(x: int): ...', True),
+        ('def f(*x: int, **y) -> int: ...', True),
+        ('def _f(x): ...', False),
+        ('class A:\n  def f(self, x: int) -> int: ...', False),
+        ('class A:\n  def f(self, x): ...', True),
+        ('class A:\n  @staticmethod\n  def f(x) -> int: ...', True),
+    ],
+)
+def test_signatures_without_types(code, lacks_types):
+    kinds = {kind for kind, _ in texture.signatures(ast.parse(code))}
+    assert ('untyped' in kinds) == lacks_types

@@ -4,6 +4,7 @@ python -m tests.texture
 """
 
 import ast
+import collections
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -103,51 +104,64 @@ def is_private_jax(node: ast.AST) -> bool:
     )
 
 
+def statements(tree: ast.Module, name: str) -> Iterator[tuple[str, int]]:
+    """(what should not be there, its line) for each such statement of a file."""
+    for node in ast.walk(tree):
+        if is_packed(node):
+            yield 'packed', node.lineno
+        if is_named_lambda(node):
+            yield 'lambda', node.lineno
+        if is_private_jax(node) and name != PRIVATE_JAX:
+            yield 'private', node.lineno
+
+
+def signatures(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """('function' or 'definition', its line) of what is public; with 'un…' what lacks something."""
+    for node, owner in public(tree):
+        line = getattr(node, 'lineno', 1)
+        yield 'definition', line
+        if ast.get_docstring(node) is None:
+            yield 'undocumented', line
+        if isinstance(node, Function):
+            yield 'function', line
+            if not has_types(node, owner):
+                yield 'untyped', line
+
+
 def measure() -> list[Measure]:
     """All measures of the package and its configs."""
+    found = collections.defaultdict(list)
     lines = 0
-    packed = []
-    lambdas = []
-    long = []
-    untyped = []
-    undocumented = []
-    private = []
-    functions = 0
-    definitions = 0
     for path in files():
         name = str(path.relative_to(ROOT))
         text = path.read_text()
-        lines += text.count('\n')
-        for number, line in enumerate(text.splitlines(), 1):
-            if len(line) > WIDTH:
-                long.append(f'{name}:{number}')
         tree = ast.parse(text)
-        for node in ast.walk(tree):
-            if is_packed(node):
-                packed.append(f'{name}:{node.lineno}')
-            if is_named_lambda(node):
-                lambdas.append(f'{name}:{node.lineno}')
-            if is_private_jax(node) and name != PRIVATE_JAX:
-                private.append(f'{name}:{node.lineno}')
-        for node, owner in public(tree):
-            definitions += 1
-            place = f'{name}:{getattr(node, "lineno", 1)}'
-            if ast.get_docstring(node) is None:
-                undocumented.append(place)
-            if isinstance(node, Function):
-                functions += 1
-                if not has_types(node, owner):
-                    untyped.append(place)
-    thousands = lines / 1000
-    typed = 100 * (1 - len(untyped) / functions)
-    documented = 100 * (1 - len(undocumented) / definitions)
+        rows = text.splitlines()
+        lines += len(rows)
+        wide = [('long', number) for number, row in enumerate(rows, 1) if len(row) > WIDTH]
+        for kind, number in (*wide, *statements(tree, name), *signatures(tree)):
+            found[kind].append(f'{name}:{number}')
+
+    def each_thousand(kind: str) -> float:
+        return 1000 * len(found[kind]) / lines
+
+    def share(lacking: str, kind: str) -> float:
+        return 100 * (1 - len(found[lacking]) / len(found[kind]))
+
+    typed = share('untyped', 'function')
+    documented = share('undocumented', 'definition')
+    private = len(found['private'])
     return [
-        Measure('packed assignments per 1,000 lines', len(packed) / thousands, 0, 1, packed),
-        Measure('named lambdas per 1,000 lines', len(lambdas) / thousands, 0, 1, lambdas),
-        Measure(f'lines over {WIDTH} characters', len(long), 0, 0, long),
-        Measure('public functions with types, %', typed, 100, 100, untyped),
-        Measure('public definitions with docstrings, %', documented, 95, 100, undocumented),
-        Measure(f'private JAX names outside {PRIVATE_JAX}', len(private), 0, 0, private),
+        Measure(
+            'packed assignments per 1,000 lines', each_thousand('packed'), 0, 1, found['packed']
+        ),
+        Measure('named lambdas per 1,000 lines', each_thousand('lambda'), 0, 1, found['lambda']),
+        Measure(f'lines over {WIDTH} characters', len(found['long']), 0, 0, found['long']),
+        Measure('public functions with types, %', typed, 100, 100, found['untyped']),
+        Measure(
+            'public definitions with docstrings, %', documented, 95, 100, found['undocumented']
+        ),
+        Measure(f'private JAX names outside {PRIVATE_JAX}', private, 0, 0, found['private']),
     ]
 
 

@@ -340,8 +340,8 @@ class Part:
         )
         vae_params = self._params(self.vae, 2)
         draw = tokens.lower(*arguments).compile()
-        decode = decode.lower(vae_params, self.inputs['z']).compile()
-        return lambda: decode(vae_params, draw(*arguments))
+        pixels = decode.lower(vae_params, self.inputs['z']).compile()
+        return lambda: pixels(vae_params, draw(*arguments))
 
     def _sample(self) -> Callable[[], np.ndarray]:
         _, params = self._sampler()
