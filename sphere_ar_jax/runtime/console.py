@@ -141,7 +141,7 @@ def bars(lines: TextIO | None = None) -> Callable[[str, int, int | None], None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one line. Of a traceback inside a message it is the last line."""
+    """The message of an exception in one line: the last one where a traceback stands inside."""
     message = str(error)
     if error.args and isinstance(error, KeyError | AttributeError):
         message = str(error.args[0])  # str() of a KeyError would put quotes around it.
