@@ -148,8 +148,9 @@ def _join_noise(noise: tuple[jax.Array, jax.Array], apart: jax.Array, guided: bo
     if not guided:
         return jnp.concatenate([first[None], rest])
     B = rest.shape[2]
+    first_apart = apart[0]
     shared = first[:, :B]
-    first = jnp.where(apart[0], first, jnp.concatenate([shared, shared], axis=1))
+    first = jnp.where(first_apart, first, jnp.concatenate([shared, shared], axis=1))
     return jnp.concatenate([first[None], jnp.concatenate([rest, rest], axis=2)])
 
 

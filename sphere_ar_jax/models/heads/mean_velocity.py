@@ -129,7 +129,8 @@ class MeanVelocity(FlowHead):
         whole = draws.h == 1
         total = jnp.sum(jnp.where(whole, errors, 0.0))
         number = jnp.sum(whole.astype(jnp.float32))
-        return jnp.mean(errors), {'one_step': total / jnp.maximum(number, 1)}
+        one_step = total / jnp.maximum(number, 1)
+        return jnp.mean(errors), {'one_step': one_step}
 
 
 def mean_velocity_targets(
