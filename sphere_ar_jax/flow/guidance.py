@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 SCHEDULES = ('linear', 'constant')
 
@@ -45,7 +46,7 @@ class Guidance(NamedTuple):
         return jnp.where(self.apart, v, jnp.concatenate([guided, guided]))
 
 
-def guidance_scales(scale: jax.typing.ArrayLike, num_tokens: int, schedule: str) -> jax.Array:
+def guidance_scales(scale: ArrayLike, num_tokens: int, schedule: str) -> jax.Array:
     """The guidance scale s_k of every token k.
 
     The schedule 'linear' gives 1 + (scale − 1)·k/L, and 'constant' gives the scale itself.

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 LAST_STEP = 0.04
 
@@ -64,7 +65,7 @@ def grid(num_steps: int, shift: float = 1.0) -> np.ndarray:
     return u / (u + shift * (1 - u))
 
 
-def _table(t: jax.typing.ArrayLike, h: jax.typing.ArrayLike, rows: list | np.ndarray) -> Table:
+def _table(t: ArrayLike, h: ArrayLike, rows: list | np.ndarray) -> Table:
     """A table of float32 arrays."""
     return Table(np.asarray(t, np.float32), np.asarray(h, np.float32), np.asarray(rows, np.float32))
 
@@ -266,7 +267,7 @@ def _itself(index: jax.Array) -> jax.Array:
 def integrate(
     velocity: Callable[[jax.Array, Any], jax.Array],
     x: jax.Array,
-    weights: jax.typing.ArrayLike,
+    weights: ArrayLike,
     noise: jax.Array | None = None,
     *,
     count: jax.Array | int | None = None,

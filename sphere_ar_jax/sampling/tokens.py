@@ -74,7 +74,7 @@ def sample_tokens(
     prepared = ar.head.prepare(params['head'], plan)
     c, cache = _prefill(ar, params, labels, guided)
     apart = _apart(options, scales)
-    given = None if noise is None else _join_noise(noise, apart[0], guided)
+    given = None if noise is None else _join_noise(noise, apart, guided)
 
     def step(carry, inputs):
         """Draws token k and feeds it: (condition, cache) of token k → those of token k + 1."""
@@ -135,21 +135,20 @@ def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> tuple[jax.
     return jax.tree.map(lambda a: jnp.take(a, copies, axis=0), (c, cache))
 
 
-def _join_noise(
-    noise: tuple[jax.Array, jax.Array], first_apart: jax.Array, guided: bool
-) -> jax.Array:
+def _join_noise(noise: tuple[jax.Array, jax.Array], apart: jax.Array, guided: bool) -> jax.Array:
     """Explicit draws as one array (L, m, R, d).
 
     Args:
       noise: (first (m, R, d), rest (L − 1, m, B, d)).
-      first_apart: () bool, whether the null rows of token 0 have the noise given for them. In all
-        other places they have that of the conditional rows.
+      apart: (L,) bool, see `_apart`. The null rows of token 0 have the noise given for them where
+        it goes apart; everywhere else they have that of the conditional rows.
       guided: whether there are null rows.
     """
     first, rest = noise
     if not guided:
         return jnp.concatenate([first[None], rest])
     B = rest.shape[2]
+    first_apart = apart[0]
     shared = first[:, :B]
     first = jnp.where(first_apart, first, jnp.concatenate([shared, shared], axis=1))
     return jnp.concatenate([first[None], jnp.concatenate([rest, rest], axis=2)])

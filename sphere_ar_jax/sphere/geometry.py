@@ -8,6 +8,7 @@ Dimensions:
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 EPS = 1e-7  # The smallest norm that is divided by.
 
@@ -59,7 +60,7 @@ def _normalize_jvp(
     return _normalize(z), tangent
 
 
-def l2_normalize(z: jax.typing.ArrayLike) -> jax.Array:
+def l2_normalize(z: ArrayLike) -> jax.Array:
     """Unit vectors, `z / max(‖z‖, 1e-7)` over the last axis (paper §3).
 
     The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖. A
@@ -81,7 +82,7 @@ def radius(d: int) -> float:
     return d**0.5
 
 
-def project(z: jax.typing.ArrayLike, radius: float | None = None) -> jax.Array:
+def project(z: ArrayLike, radius: float | None = None) -> jax.Array:
     """The projection N_R(z) = R · l2_normalize(z) onto the sphere of radius R (paper §3).
 
     Its derivatives are R times those of `l2_normalize`. See `docs/method.md`, "Sphere and

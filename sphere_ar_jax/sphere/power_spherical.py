@@ -151,7 +151,7 @@ def _no_second_derivative(*_: Any) -> NoReturn:
 def implicit_beta(s: jax.Array, alpha: jax.Array, beta: float) -> jax.Array:
     """A given draw s ~ Beta(alpha, beta), made differentiable in alpha.
 
-    The value is s. The tangent is the movement of the draw at a fixed quantile, `ds/d alpha =
+    The value is s. The tangent says how the draw moves at a fixed quantile, `ds/d alpha =
     −(∂F/∂alpha)/p(s)`, the implicit reparameterisation of Figurnov et al. 2018 (arXiv 1805.08498).
     A tanh-sinh rule of 104 nodes computes it, to 1e-5 in float64.
 

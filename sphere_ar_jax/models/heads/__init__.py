@@ -94,6 +94,12 @@ class Head(Protocol):
           guidance: how the two kinds of rows act together; None where all rows are alike.
         """
 
+    def clone(self, **updates: Any) -> 'Head':
+        """Copies the module with other values for some fields, as every Flax module does.
+
+        The sampler asks for scan=False, so a head has a field `scan`.
+        """
+
 
 # The words of `ar.head` and `distillation_training.head` in the config, and their modules.
-HEADS = {'flow': FlowHead, 'mean_velocity': MeanVelocity}
+HEADS: dict[str, type[Head]] = {'flow': FlowHead, 'mean_velocity': MeanVelocity}

@@ -18,12 +18,13 @@ Dimensions:
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sphere_ar_jax.flow import path, solvers
 from sphere_ar_jax.flow.guidance import Guidance
@@ -67,7 +68,7 @@ class ResBlock(nn.Module):
     The MLP is a SwiGLU M → 1.5M → M with biases.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, modulation: Modulation) -> tuple[jax.Array, None]:
@@ -101,7 +102,7 @@ class Group(nn.Module):
     width: int
     depth: int
     unroll: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = True
 
     def setup(self) -> None:
@@ -186,7 +187,7 @@ class FlowHead(nn.Module):
     groups: int
     remat: bool = False
     unroll: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = True
 
     def setup(self) -> None:

@@ -127,8 +127,9 @@ class MeanVelocity(FlowHead):
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
         errors = jnp.mean(jnp.square(predicted.reshape(draws.u.shape) - draws.u), axis=(1, 2))
         whole = draws.h == 1
+        total = jnp.sum(jnp.where(whole, errors, 0.0))
         number = jnp.sum(whole.astype(jnp.float32))
-        one_step = jnp.sum(jnp.where(whole, errors, 0.0)) / jnp.maximum(number, 1)
+        one_step = total / jnp.maximum(number, 1)
         return jnp.mean(errors), {'one_step': one_step}
 
 
