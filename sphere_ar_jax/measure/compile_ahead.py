@@ -84,7 +84,7 @@ class OutOfMemoryError(RuntimeError):
 
     def __init__(self, needed: float | None = None, available: float | None = None):
         message = 'more than there is'
-        if needed is not None:
+        if needed is not None and available is not None:
             message = f'{size(needed)} needed, {size(available)} there'
         super().__init__(message)
         self.needed = needed
