@@ -9,6 +9,7 @@ Dimensions:
   E  evaluations of the flow head for a token
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -255,7 +256,7 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     # and `solvers.integrate` make them.
     evaluations = options.plan(ar.num_tokens).evaluations
     rows = images // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
-    rounds = -(-evaluations // chunk_size(evaluations, rows))
+    rounds = -(-evaluations // chunk_size(math.ceil(evaluations), rows))
     tokens_work = Work(
         name='tokens',
         function=tokens,
