@@ -100,6 +100,11 @@ def random_params(model: AR | VAE, seed: int) -> PyTree:
     return jax.tree.map(filled, params)
 
 
+def _compile(jitted: jax.stages.Wrapped, *arguments: PyTree) -> Callable[..., Any]:
+    """A jitted function, compiled for arguments of these shapes."""
+    return jitted.lower(*arguments).compile()
+
+
 class Part:
     """Our side of one part.
 
@@ -186,7 +191,7 @@ class Part:
     ) -> Callable[[], Any]:
         """The function, counted and compiled, as one without arguments."""
         self._count(function, *arguments, **counted)
-        compiled = jax.jit(function).lower(*arguments).compile()
+        compiled = _compile(jax.jit(function), *arguments)
         return lambda: compiled(*arguments)
 
     def _prefill(self, params: PyTree = None) -> Callable[[], np.ndarray]:
@@ -229,7 +234,7 @@ class Part:
         reads = [cache_bytes * (ar.condition.length + k) / length for k in where]
         self.bytes += float(np.mean(reads))
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
-        step = jax.jit(decode_step, donate_argnums=3).lower(*example).compile()
+        step = _compile(jax.jit(decode_step, donate_argnums=3), *example)
         position = np.asarray(params['pos_for_diff'])[None, where]
 
         def steps() -> np.ndarray:
@@ -307,7 +312,7 @@ class Part:
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         self.state = jax.device_put(state, shardings)
         batch = sharding.place_batch(mesh, batch)
-        step = jitted_step(stage, mesh, self.state).lower(self.state, stage.frozen, batch).compile()
+        step = _compile(jitted_step(stage, mesh, self.state), self.state, stage.frozen, batch)
 
         def run() -> np.ndarray:
             self.state, scalars = step(self.state, stage.frozen, batch)
@@ -339,9 +344,9 @@ class Part:
             jnp.float32(1),
         )
         vae_params = self._params(self.vae, 2)
-        draw = tokens.lower(*arguments).compile()
-        pixels = decode.lower(vae_params, self.inputs['z']).compile()
-        return lambda: pixels(vae_params, draw(*arguments))
+        draw = _compile(tokens, *arguments)
+        to_pixels = _compile(decode, vae_params, self.inputs['z'])
+        return lambda: to_pixels(vae_params, draw(*arguments))
 
     def _sample(self) -> Callable[[], np.ndarray]:
         _, params = self._sampler()

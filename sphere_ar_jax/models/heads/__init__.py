@@ -33,9 +33,6 @@ class Head(Protocol):
     `loss` reads parameters through Flax; `prepare` and `draw_token` are given them.
     """
 
-    def clone(self, **changes: Any) -> 'Head':
-        """The same head with other values of some fields, by Flax's `Module.clone`."""
-
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> Draws:
         """The random draws of `loss`.
 
