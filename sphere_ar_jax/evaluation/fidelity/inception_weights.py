@@ -239,7 +239,7 @@ def load_graph_def(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       OSError: there is no file.
-      UserError: one line, for a file that is not a GraphDef or has not these constants.
+      UserError: one line, for a file that is not a GraphDef or lacks these constants.
     """
     graph = _parse(path)
     constants = {
