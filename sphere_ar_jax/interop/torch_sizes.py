@@ -221,10 +221,10 @@ def _ar_heads(name: str | None, heads: int | None, width: int) -> int:
 def sizes(tensors: Mapping[str, Any], args: Any = None, heads: int | None = None) -> Sizes:
     """Finds the sizes of the models that a state_dict belongs to.
 
-    Shapes do not tell the number of heads. For the S-VAE it is the width over the head dimension,
-    which the RoPE tables tell; without tables it is 64, as in the public code. An AR model with the
-    sizes of a published one has its number of heads. Any other AR model has `heads`, or its width
-    over 64 where that is None.
+    Shapes do not tell the number of heads. For the S-VAE it is the width over the head dimension.
+    The RoPE tables tell that dimension; without tables it is 64, as in the public code. An AR model
+    with the sizes of a published one has the published number of heads. Any other AR model has
+    `heads`, or its width over 64 where that is None.
 
     Shapes do not tell height from width either: the grid is taken as square, as in the public code.
     In a file of the S-VAE alone, the RoPE tables or `args` tell the size of the grid.
