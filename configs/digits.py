@@ -99,7 +99,7 @@ def get_config(arg: str = '') -> ConfigDict:
     if arg == 'fast':
         c.sampling.update(recipes.FAST)
     if arg == 'distilled':
-        c.init_from = ''  # the check asks for it
+        c.init_from = ''  # The checks refuse this until the user gives a workdir.
         c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
     if arg == 'smoke':
         c.tokenizer_training.update(steps=30, warmup_steps=10, log_every=10, checkpoint_every=15)

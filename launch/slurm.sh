@@ -47,8 +47,8 @@ processes=${PROCESSES_PER_NODE:-$per_gpu}
 environment=("SPHERE_AR_LAUNCH=$here" "JAX_COMPILATION_CACHE_DIR=$(cache_dir)")
 resources=("--nodes=$nodes" "--ntasks-per-node=$processes" "--cpus-per-task=$cpus")
 if [ "$gpus" -gt 0 ]; then
-  # The GPUs are asked for by node, not by task: JAX takes the GPU of its local number, for which it
-  # must see them all.
+  # GPUs are requested per node, not per task: a JAX process must see all GPUs of its node, and takes
+  # the one of its local number.
   resources+=("--gpus-per-node=$gpus")
   if [ "$processes" -lt "$gpus" ]; then  # under SLURM, JAX would take one GPU for each process
     environment+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))")

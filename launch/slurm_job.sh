@@ -2,9 +2,9 @@
 # The job that launch/slurm.sh submits. It starts the program on all nodes with srun, and queues
 # itself again after SIGTERM.
 #
-# Type:    nothing, since sbatch runs it (a copy of it, hence SPHERE_AR_LAUNCH, the directory of the
-#          other scripts);
-#          bash launch/slurm_job.sh --dry-run --config=… --workdir=… prints what it would run
+# Type:    nothing, since sbatch runs it. It runs a copy, which finds the other scripts by
+#          SPHERE_AR_LAUNCH, their directory.
+#          bash launch/slurm_job.sh --dry-run --config=… --workdir=… prints what it would run.
 # Needs:   what launch/slurm.sh sets and says; inside a job, SLURM's variables.
 # Costs:   what launch/slurm.sh costs.
 # May set: PYTHON, DOCTOR=0, MAX_RESTARTS: see launch/slurm.sh

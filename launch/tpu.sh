@@ -187,7 +187,8 @@ while :; do
     failures=$((failures + 1))
     [ "$failures" -le "$retries" ] ||
       give_up "$code" "failed $failures times in a row, last with exit code $code"
-    # After 255 ssh was lost, and the run need not have ended. Otherwise no host may go on with it.
+    # Code 255 says that ssh was lost; the run may still go on. After any other code no host may go
+    # on with it.
     [ "$code" -eq 255 ] || on_all "$worker stop" || true
   else
     failures=0

@@ -5,15 +5,15 @@
                                  [--data=KIND:PATH] [--timeout=SECONDS]
 
 Run it on every host before the program. It takes the flags of `main` as well, and says which of
-them it does not look at. With another --mode than train it looks at no training.
+them it ignores. With a --mode other than train it does not check what a training needs.
 
 Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (it will not), and
 with what to do. A check that has not answered after 60 s (--timeout), as storage and drivers may,
 has failed too. The exit code is 1 if anything failed, 2 for wrong flags.
 
 Every check is a function of plain arguments that returns a `Check`; they are in `commands.checks`.
-Sizes are in bytes. Functions import what they need themselves, since it is the doctor's task to say
-that a package is missing or broken.
+Sizes are in bytes. Functions do their own imports, so that the doctor can report a package that is
+missing or broken.
 """
 
 import logging
@@ -44,7 +44,7 @@ def examine(
       workdir: the value of --workdir, or None.
       data: the value of --data, or None.
       examination: runs the checks and prints them.
-      trains: whether a training is looked at.
+      trains: whether to check what a training needs.
     """
     import jax
 
@@ -55,7 +55,7 @@ def examine(
     e = examination
     slow = 'have the other processes been started? --timeout=SECONDS waits longer'
     e.run('processes', joining.join, slow=slow)
-    if e.failed:  # to ask for a device now would wait for the other processes without end
+    if e.failed:  # asking for a device now would wait for the other processes without end
         return
     slow = 'does another program hold them?'
     seen = e.run('devices', lambda: (jax.devices(), jax.local_devices()), slow=slow)
@@ -108,7 +108,7 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     """Parses the command line. Raises what absl and config files raise.
 
     Returns:
-      (values of the doctor's own flags, the words that are for `main` alone).
+      (values of the doctor's own flags, the words that only `main` knows).
     """
     from absl import flags
     from ml_collections import config_flags
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
       argv: the program's name and its flags.
 
     Returns:
-      the exit code.
+      The exit code.
     """
     if '--help' in argv:
         assert __doc__ is not None

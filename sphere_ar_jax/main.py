@@ -25,7 +25,7 @@ goes on where it stopped. The other modes are:
 Sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given, else
 from the run's own config.
 
-Training, sample, grid and evaluate may be started as several processes, which are then one run.
+Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
 
 import difflib
@@ -45,7 +45,8 @@ from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
 from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
-# The command that runs imports JAX and all that needs it, so that wrong flags are reported at once.
+# Only the command that runs imports JAX, and whatever needs it, so that wrong flags are reported
+# at once.
 
 _T = TypeVar('_T')
 
@@ -121,7 +122,7 @@ _OPTIONS = (
     _switch('audit', ('compile',), 'Compile steps once more, to find what is replicated.'),
 )
 
-# What a mode cannot do without: (flags, the message where one is missing).
+# The flags that a mode needs, and the message where one of them is missing.
 _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
     'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
@@ -144,7 +145,7 @@ def _config_file(argv: list[str]) -> str | None:
 
 
 def _unknown_key(argv: list[str]) -> str | None:
-    """The message about the first override of a key that the config does not have, or None."""
+    """The message about the first override of an unknown key, None where all keys are known."""
     names = list(schema.leaves(schema.default().to_dict()))
     for word in argv:
         if not word.startswith('--config.'):
@@ -275,8 +276,8 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
 
     Args:
       mode: the value of --mode.
-      workdir: an absolute path, which all modes but pack and compile have.
-      cfg: the checked config, None where none was given; train and compile have one.
+      workdir: an absolute path; only for pack and compile it may be None.
+      cfg: the checked config, None where none was given; train and compile always have one.
       given: the values of the flags of `_OPTIONS` that were given.
     """
     if mode == 'pack':
@@ -338,10 +339,10 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
 
 
 def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
-    """`function`, but an error ends the process with a line on stderr.
+    """Makes errors of a function end the process with a line on stderr.
 
-    What the user can put right has no traceback and the exit code 2. A signal ends the process
-    with 128 + its number, as in shells.
+    Errors that the user can put right have no traceback, and the exit code 2. A signal ends the
+    process with 128 + its number, as in shells.
     """
 
     def guarded(argument: list[str]) -> _T:

@@ -1,4 +1,4 @@
-"""--mode=convert and --mode=export: reads and writes published PyTorch checkpoints."""
+"""--mode=convert and --mode=export: read PyTorch checkpoints, write weights as published."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def _write_weights(workdir: str, stage: str, model: VAE | AR, tensors: dict[str,
     show = console.bar(len(torch_names.torch_shapes(shapes)), stage, 'tensor')
     weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
     leaves, tree_def = jax.tree.flatten(torch_names.from_torch(tensors, shapes, show))
-    # One by one, so that all parameters together are in memory only once.
+    # One leaf at a time, so that the parameters are in memory only once.
     for i in range(len(leaves)):
         leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
     weights.save(0, jax.tree.unflatten(tree_def, leaves), {}, 0.0)
@@ -79,14 +79,14 @@ def convert_checkpoint(
 ) -> None:
     """Converts a PyTorch checkpoint to a run: WORKDIR with config.json and weights.
 
-    The other modes take it as a trained run. The conversion needs the parameters' size in memory,
-    in float32, and no PyTorch. A conversion that was killed leaves no run; repeated, it starts
-    from the beginning.
+    The other modes take it as a trained run. The conversion needs no PyTorch, and as much memory as
+    the parameters have in float32. If it is killed, it leaves no run, and starts from the beginning
+    when it is repeated.
 
     Args:
       source: FILE.pt or hf://OWNER/REPOSITORY/FILE.
       workdir: the directory to write.
-      ema: prefers EMA weights.
+      ema: whether to prefer the EMA weights.
       heads: attention heads of an AR model that was not published, see `torch_sizes.sizes`.
       like: a config whose model the checkpoint's must be, or None.
 

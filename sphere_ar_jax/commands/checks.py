@@ -1,6 +1,6 @@
 """The checks that the doctor makes: what this host has and lacks for a run.
 
-Every check imports what it needs itself, so that the doctor can say which package is missing.
+Every check does its own imports, so that the doctor can say which package is missing.
 """
 
 import collections
@@ -314,7 +314,7 @@ def check_data(
 
     Args:
       kind: a key of `schema.DATA`.
-      path: where they are, see `sources.open_source`.
+      path: the path of the images, see `sources.open_source`; None where it is not given.
       split: the split of tfds.
       data_dir: the directory of tfds, None for its default.
     """
@@ -348,7 +348,7 @@ def lines(check: Check) -> list[str]:
     return [head + first] + [indent + line for line in rest]
 
 
-# Errors whose message says little without the name of their class.
+# The message of these errors says little without the name of their class.
 _NAMED_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ImportError)
 
 
@@ -362,11 +362,11 @@ class Examination:
     """
 
     def __init__(self, seconds: float, show: Callable[[str], Any] = print):
-        """Makes an examination of no checks yet.
+        """Begins an examination.
 
         Args:
           seconds: the time limit of each check.
-          show: is called with every line.
+          show: is called with every line to print.
         """
         self._seconds = seconds
         self._show = show
@@ -392,10 +392,10 @@ class Examination:
         Args:
           name: the name of the check that fails where the function raises or does not answer.
           function: what to call.
-          slow: what the user can do where it does not answer.
+          slow: what the message advises where the function does not answer.
 
         Returns:
-          what the function returns, or None where that check has failed.
+          What the function returns, or None where it raises or does not answer.
         """
         try:
             return limited(function, self._seconds)

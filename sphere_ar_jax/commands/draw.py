@@ -45,14 +45,14 @@ def sample(
 ) -> None:
     """Draws images of a run to an npz, see `generation.generate`.
 
-    Stopped, the same call goes on where it stopped.
+    If it is stopped, the same call goes on from there.
 
     Args:
       workdir: the directory of the run.
       output: the npz, WORKDIR/samples.npz if None.
       labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`.
-      png: a directory for a PNG file of every image, too; None writes none.
-      num_images: how many, as many as the config says if None.
+      png: a directory in which every image becomes a PNG file, too; None writes none.
+      num_images: number of images, that of the config if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
     """
     path = output or f'{workdir}/samples.npz'
@@ -102,9 +102,9 @@ def grid(
 
     Args:
       workdir: the directory of the run.
-      classes: names, synsets or numbers, separated by semicolons; for another data set than
-        ImageNet numbers only.
-      columns: images of each class.
+      classes: names, synsets or numbers, separated by semicolons; only numbers for data other than
+        ImageNet.
+      columns: number of images of each class.
       output: the PNG file, WORKDIR/grid.png if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
 

@@ -19,7 +19,7 @@ from sphere_ar_jax.runtime.types import PyTree
 def _check_files(
     samples: str | None, reference: str | None, inception: str | None, images: str | None
 ) -> None:
-    """Raises UserError for files that do not go together."""
+    """Raises UserError for files that are not given together as they must be."""
     if (samples is None) != (reference is None):
         raise UserError('give --samples=NPZ and --reference=NPZ together')
     if samples is not None and inception is None:
@@ -84,16 +84,16 @@ def evaluate(
 
     Args:
       workdir: the directory of the run; for samples alone any directory.
-      samples: an npz of samples for `protocol.evaluate`.
-      reference: an npz of reference images or statistics for it.
-      inception: the weights of its network (.pb or .pth).
-      images: an npz of real images (arr_0) for the tokenizer's scores.
-      lpips: LPIPS' linear weights for these.
-      vgg: the weights of LPIPS' VGG16.
+      samples: an npz of samples to score by `protocol.evaluate`.
+      reference: an npz of reference images or statistics to compare them with.
+      inception: the weights of the Inception network (.pb or .pth).
+      images: an npz of real images (arr_0) on which the tokenizer is scored.
+      lpips: LPIPS' linear weights (vgg.pth); None leaves the tokenizer's LPIPS score out.
+      vgg: VGG16's weights, which LPIPS needs too.
       like: a config whose sampler is taken, see `open_run.open_run`.
 
     Returns:
-      what was written.
+      The scores, as written.
 
     Raises:
       UserError: files are missing, damaged or do not go together.

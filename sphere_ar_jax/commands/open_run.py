@@ -18,9 +18,9 @@ def open_run(
 
     Args:
       workdir: the directory of a trained or converted run.
-      like: a config whose sampling, seed, dtype, mesh and place of the tokenizer are taken instead
-        of the run's own. Its model must be the run's.
-      tokenizer_only: leaves the AR model's parameters None, and allows `like` another AR model.
+      like: a config whose sampling, seed, dtype and mesh are taken instead of the run's own, and
+        whose `tokenizer` if it is given. It must have the same model as the run.
+      tokenizer_only: leaves the AR model's parameters None; `like` may then have another AR model.
 
     Returns:
       (run, mesh).
@@ -35,7 +35,8 @@ def open_run(
         changed = other_model(cfg, like, tokenizer_only)
         if changed:
             raise UserError(f'{workdir} holds another model than --config ({"; ".join(changed)})')
-        # A placeholder of one config does not take the value of another's; resolved values do.
+        # A placeholder of one config does not take the value of another config's placeholder, but
+        # resolved values can be replaced.
         cfg = cfg.copy_and_resolve_references()
         cfg.sampling.update(like.sampling)
         cfg.seed = like.seed

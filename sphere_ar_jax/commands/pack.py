@@ -14,9 +14,9 @@ def pack(
     split: str = 'train',
     data_dir: str | None = None,
 ) -> None:
-    """Copies images to sharded ArrayRecord files, which training then reads.
+    """Copies images to sharded ArrayRecord files.
 
-    The words for that are --config.data.name=array_records and --config.data.path=OUTPUT.
+    A training reads them with --config.data.name=array_records and --config.data.path=OUTPUT.
 
     Args:
       data: KIND:PATH, see `recipes.data_set`.
@@ -26,7 +26,8 @@ def pack(
       data_dir: the directory of tfds, None for its default.
 
     Raises:
-      UserError: there is nothing to pack, or the images or the directory are not as they must be.
+      UserError: the images are the digits or cannot be read, or the directory exists or cannot be
+        written.
     """
     kind, path = recipes.data_set(data)
     if kind == 'digits':

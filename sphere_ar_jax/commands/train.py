@@ -1,7 +1,7 @@
 """--mode=train: runs the trainings that the config asks for, then samples, scores and reports.
 
-The trainings are the tokenizer's (unless `config.tokenizer` names a trained one) and the AR
-model's; or that of a head which is distilled from a finished run.
+It trains the tokenizer, unless `config.tokenizer` names a trained one, and then the AR model. With
+`config.init_from` it distils a head from a finished run instead.
 
 Dimensions:
   B  images of a batch     H, W, c  an image
@@ -38,11 +38,11 @@ _T = TypeVar('_T')
 
 
 class _Trained(NamedTuple):
-    """What the trainings of a run end in.
+    """The results of the trainings of a run.
 
     Attributes:
       vae_params: the S-VAE's parameters.
-      ar_params: the AR model's, None where none was trained.
+      ar_params: the AR model's parameters, None where none was trained.
       seconds: wall time by stage.
     """
 
@@ -52,10 +52,9 @@ class _Trained(NamedTuple):
 
 
 def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """What `load` finds in the workdir that a key of the config names.
+    """Calls `load` for the workdir that a key of the config names.
 
-    Raises:
-      UserError: the workdir is not as it must be; the message begins with the key.
+    Errors become UserErrors whose message begins with the key.
     """
     try:
         return load(*arguments, **options)
@@ -72,7 +71,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
     published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
     if published:
-        # Its config does not tell which data it has seen, so that only the models are compared.
+        # A converted run's config does not tell its data and seed, so only the models are compared.
         changed = other_model(teacher.config, cfg)
     else:
         found = schema.differences(schema.as_dict(teacher.config), schema.as_dict(cfg))
@@ -130,16 +129,10 @@ def _run(
     stage: Stage,
     look: Callable[[int, PyTree, MetricWriter], None],
 ) -> tuple[TrainState, float]:
-    """Runs one stage by `loop.train`.
+    """Runs one stage by `loop.train`. Returns (its state at the end, wall time in seconds).
 
-    Args:
-      setting: what the parts of the run share.
-      reading: how the images are read, see `_open_data`.
-      stage: the training.
-      look: looks at the model every `cfg.watch.every` steps, see `loop.Watch`.
-
-    Returns:
-      (the state at the end, wall time in seconds).
+    `reading` comes from `_open_data`. `look` is called every `cfg.watch.every` steps, see
+    `loop.Watch`.
     """
     every = setting.cfg.watch.every
     return loop.train(
@@ -154,13 +147,7 @@ def _run(
 
 
 def _distil(setting: snapshots.Setting, reading: dict[str, Any], teacher: Run) -> _Trained:
-    """Distils a head of few evaluations (docs/method.md, "Mean-velocity distillation").
-
-    Args:
-      setting: what the parts of the run share.
-      reading: how the images are read, see `_open_data`.
-      teacher: the run that the head is distilled from.
-    """
+    """Distils a teacher's head (docs/method.md, "Mean-velocity distillation")."""
     stage = distillation_stage(
         setting.ar,
         setting.vae,
@@ -212,7 +199,7 @@ def _train(
     Args:
       setting: what the parts of the run share.
       reading: how the images are read, see `_open_data`.
-      tokenizer: the parameters of a trained tokenizer to take, or None.
+      tokenizer: the parameters of a trained tokenizer to use, or None to train one.
       lpips: LPIPS' parameters, or None where the tokenizer is trained without.
     """
     seconds = {}
@@ -232,7 +219,7 @@ def _train(
 
 
 def _summary(cfg: ConfigDict, metrics: dict[str, float]) -> str:
-    """What a run has come to, in a few sentences."""
+    """The result of a run, in a few sentences for report.html."""
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
     if cfg.data.name != 'digits':
         return (
@@ -266,10 +253,10 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
       workdir: the directory of the run, None where not known.
 
     Returns:
-      the paths of what is read.
+      The paths of what is read.
 
     Raises:
-      UserError: something is missing, or is not what it must be.
+      UserError: something is missing or cannot be used.
     """
     here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
     if not (cfg.init_from or cfg.tokenizer_training.steps or here or cfg.tokenizer is not None):
@@ -348,7 +335,7 @@ def _set_up(
     """Checks everything that can be checked before a training, and claims the workdir.
 
     Returns:
-      (what the parts of the run share, the stages to run as a function of it).
+      (what the parts of the run share, a function of it that runs the trainings).
     """
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
@@ -384,7 +371,7 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
       started: `time.perf_counter()` at the start of the process.
 
     Returns:
-      the metrics, as written to WORKDIR/metrics.json.
+      The metrics, as written to WORKDIR/metrics.json.
 
     Raises:
       UserError: something that the user can put right; one line.

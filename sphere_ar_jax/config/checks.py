@@ -38,11 +38,11 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
 
 
 def _use(words: Collection[str]) -> str:
-    """How a message goes on that refuses a word and names those there are."""
+    """The end of a message that refuses a word: the words to use instead."""
     return f': use {", ".join(words)}'
 
 
-# What words must be: {key: (those there are, how the message about others goes on)}.
+# What words must be: {key: (the allowed words, the end of the message that refuses another)}.
 _WORDS: dict[str, tuple[Collection[Any], str]] = {
     'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
     'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
@@ -55,7 +55,7 @@ _WORDS: dict[str, tuple[Collection[Any], str]] = {
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """The config of a `config.json`, checked; a key that it lacks has its default."""
+    """Makes the config of a `config.json`, checked; keys that are not in it have their defaults."""
     config = schema.default()
     for name, value in schema.leaves(values).items():
         # JSON knows no tuples.
@@ -72,7 +72,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _are_whole(numbers: Any) -> bool:
-    """Whether all of some values are of type int."""
+    """Whether all values are of type int."""
     return all(type(n) is int for n in numbers)
 
 
@@ -87,7 +87,7 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    """Checks a number by all rules of `_NUMBERS` whose keys match its own."""
+    """Checks a number by all rules of `_NUMBERS` whose pattern matches its key."""
     for keys, rule, holds in _NUMBERS:
         if re.fullmatch(keys, name):
             _require(holds(value), f'{name} is {value}, but must {rule}')
@@ -167,7 +167,7 @@ def _check_models(v: ConfigDict, a: ConfigDict) -> None:
 
 
 def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    """Checks the section `data`, and that its images have the shape (H, W, c) of the model's."""
+    """Checks the section `data`, and that its images have the tokenizer's shape (H, W, c)."""
     height, _, channels = image_shape
     square = (height, height, channels)
     want = digits.Digits.image_shape if d.name == 'digits' else square
@@ -182,12 +182,9 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
 
 
 def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> None:
-    """Checks the distillation.
+    """Checks the sections `distillation_training` (t) and `sampling` (s) of a distillation.
 
-    Args:
-      init_from: the workdir of the teacher, None where nothing is distilled.
-      t: the section of the training.
-      s: the section of the sampling.
+    init_from is the workdir of the teacher, None where nothing is distilled.
     """
     _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     are_divisors = all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels)
@@ -255,10 +252,13 @@ def _check_watch(w: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> ConfigDict:
-    """Returns the config if a run can have its values.
+    """Checks the values of a config.
+
+    Returns:
+      The same config.
 
     Raises:
-      UserError: no run can have one of the values, or some of them together; one line.
+      UserError: a value is impossible, or some values do not go together; one line.
     """
     _check_values(config)
     _check_models(config.vae, config.ar)

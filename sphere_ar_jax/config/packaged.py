@@ -6,16 +6,15 @@ import re
 
 
 def find(word: str) -> str:
-    """Returns the file of a packaged config for its bare word; any other word stays as it is.
+    """Turns the bare word of a packaged config into its file; any other word stays as it is.
 
-    'digits:smoke' becomes 'PATH/digits.py:smoke'. A file of that name in the current directory
-    comes first.
+    'digits:smoke' becomes 'PATH/digits.py:smoke', unless the current directory has a file 'digits'.
     """
     name, colon, arg = word.partition(':')
     if not re.fullmatch(r'\w+', name) or os.path.exists(name):
         return word
     package = pathlib.Path(__file__).parents[1]
-    # The first is where an installed wheel has them, the second where a checkout has them.
+    # An installed wheel has its configs in the first place, a checkout in the second.
     for place in (package / 'configs', package.parent / 'configs'):
         if (place / f'{name}.py').exists():
             return f'{place / name}.py{colon}{arg}'
@@ -23,7 +22,7 @@ def find(word: str) -> str:
 
 
 def with_paths(argv: list[str]) -> list[str]:
-    """A command line, with the file of every packaged config in place of its bare word."""
+    """Replaces the bare word of a packaged config after --config by its file, see `find`."""
     out = []
     for before, word in zip(['', *argv], argv, strict=False):
         flag, equals, value = word.partition('=')

@@ -1,6 +1,6 @@
 """The published models and their training on ImageNet, as configs.
 
-Also reads what the config files of configs/ take after the colon.
+The module also parses the words that follow the colon of a config file, as in configs/vae.py:smoke.
 
 Source: the paper (arXiv 2509.24335) and the public SphereAR code; see docs/method.md, "Sizes" and
 "Training".
@@ -28,7 +28,7 @@ IMAGENET = 1_281_167
 def arguments(
     file: str, arg: str, words: Collection[str], values: Collection[str] = ()
 ) -> tuple[set[str], dict[str, str]]:
-    """What follows a config file's colon, as 'WORD,NAME=VALUE,…'.
+    """Parses what follows a config file's colon, as 'WORD,NAME=VALUE,…'.
 
     Args:
       file: the config file, for messages.
@@ -61,10 +61,13 @@ def arguments(
 
 
 def data_set(text: str) -> tuple[str, str]:
-    """The kind of a data set, a key of `schema.DATA`, and its path.
+    """Splits the text that names a data set.
 
     Args:
       text: 'KIND:PATH', 'digits', or the path of ImageNet's tar.
+
+    Returns:
+      (the kind, a key of `schema.DATA`; the path, '' for the digits).
     """
     kind, _, path = text.partition(':')
     if kind in schema.DATA:
@@ -80,10 +83,10 @@ def _published(
     Args:
       file: the config file, for messages.
       arg: the text after the colon.
-      words: the words that this config takes besides those of all.
-      section: the section of the training that is run on ImageNet.
-      epochs: how long it is.
-      batch: its images a step, if `arg` says nothing else.
+      words: the words that this config takes besides those that all take.
+      section: the section of the training on ImageNet.
+      epochs: the length of this training.
+      batch: images a step, unless `arg` gives their number.
 
     Returns:
       (config, words given).
@@ -138,21 +141,22 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
                  tfds (tfds:NAME).
       batch=N    Images a step. The number of epochs stays.
       dtype=…    bfloat16 or float32 (the default) of the computation.
-      tpu        What slices of TPUs want: bfloat16, and --config.mesh.fsdp=4, so that every chip
-                 keeps a quarter of the state; optimizer and EMA would otherwise move more memory
-                 than the model. --mode=compile tells what else a slice takes. Blocks are computed
-                 again in the backward pass (remat) with this word or without it. Where memory is
-                 plenty, --config.ar.remat=False computes a fifth less, and moves more memory.
+      tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps
+                 a quarter of the state. Otherwise optimizer and EMA would move more memory than
+                 the model does. --mode=compile reports what the programs need on a slice. With or
+                 without this word, blocks are computed again in the backward pass (remat). Where
+                 there is memory enough, --config.ar.remat=False computes a fifth less, but moves
+                 more memory.
       512        512×512 pixels, 32×32 tokens. This is not a published model.
       fast       The sampler of the fewest evaluations that lost nothing on the digits
                  (BUILD_NOTES.md, "Fewer evaluations"). Its FID on ImageNet has not been measured.
-      smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs, on a
-                 CPU, in a minute:
+      smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs. It takes
+                 a minute on a CPU:
 
         python -m sphere_ar_jax.main --workdir=/tmp/ar_smoke --config.tokenizer=/tmp/vae_smoke \
             --config=configs/ar_b.py:smoke,data=/tmp/stand_in/ILSVRC2012_img_train.tar
 
-    The published weights are converted instead of trained, and then drawn from, 50,000 images, by
+    These commands convert the published weights instead of training, and draw 50,000 images:
 
         python -m sphere_ar_jax.main --mode=convert --workdir=DIR \
             --checkpoint=hf://guolinke/SphereAR/SphereAR_B.pt
@@ -195,7 +199,7 @@ def of_checkpoint(sizes: Any) -> ConfigDict:
     """
     c = published_ar(sizes.name or 'B')
     c.vae.update(sizes.vae)
-    # The file holds no discriminator, and LPIPS is a file of its own.
+    # The checkpoint has neither a discriminator nor the weights of LPIPS.
     c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)
     if sizes.ar is not None:
         c.ar.update(sizes.ar)

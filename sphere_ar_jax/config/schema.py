@@ -27,7 +27,7 @@ DATA: dict[str, int | None] = {
 
 
 def _training(**values: Any) -> ConfigDict:
-    """The keys that all trainings have, with other defaults or more keys by `values`."""
+    """The keys that all trainings have; `values` replaces defaults and adds keys."""
     common = dict(
         steps=100_000,
         batch_size=256,
@@ -40,7 +40,7 @@ def _training(**values: Any) -> ConfigDict:
         clip_norm=1.0,
         # Rate of the EMA; 0 keeps none.
         ema_decay=0.0,
-        # Rates of further EMAs, which are kept beside the first.
+        # Rates of further EMAs, which are kept besides the first.
         more_ema_decays=(),
         # Pieces of a batch whose gradients are computed one after the other, to save memory.
         accumulate=1,
@@ -78,17 +78,17 @@ def default() -> ConfigDict:
                 data_dir=config_dict.placeholder(str),
                 # Share of the digits that is held out.
                 holdout=0.2,
-                # Classes of the AR model; as many as the data has, if not given.
+                # Number of classes of the AR model; as many as the data has, if not given.
                 num_classes=config_dict.placeholder(int),
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
                 # A run stops at this share of images that cannot be decoded.
                 max_broken=0.001,
-                # Lets JPEG's decoder scale down, which is faster but not exact.
+                # Whether JPEG's decoder may scale down, which is faster but not exact.
                 draft=False,
                 # Processes that load images; 0 loads them in threads of this one.
                 workers=0,
-                # Threads of each of these processes.
+                # Threads in each process that loads images.
                 threads=16,
             ),
             vae=dict(
@@ -162,7 +162,7 @@ def default() -> ConfigDict:
                 guidance='linear',
                 guidance_scale=4.5,
             ),
-            # See `plan.Options` and `build.Sampler`.
+            # Most of these keys are explained at `plan.Options` and `build.Sampler`.
             sampling=dict(
                 num_images=1000,
                 batch_size=250,
@@ -204,7 +204,7 @@ def changed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
 
 
 def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
-    """The values of a nested dictionary as {dotted name: value}; `prefix` precedes all names."""
+    """Flattens a nested dictionary to {dotted name: value}; `prefix` precedes all names."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     found = {}

@@ -1,8 +1,8 @@
 """Decoding, cropping and flipping of training images on the CPU.
 
-The crops are those of ADM (`docs/method.md`, "Data augmentation"). Every random draw is a call
-draw(low, high) → integer in [low, high), so that a crop is a function of its draws. `Augmentation`
-documents their order.
+The crops are those of ADM (`docs/method.md`, "Data augmentation"). Every random number of a crop is
+a call draw(low, high), which gives an integer in [low, high), so that the draws alone determine the
+crop. `Augmentation` documents their order.
 
 Dimensions:
   H, W   height and width of an image as it was encoded
@@ -31,10 +31,10 @@ class BrokenImageError(ValueError):
 
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'PPM', 'TIFF')  # PIL would run Ghostscript for EPS
-# PIL warns above this number, and refuses only images of more than twice as many pixels. It takes
-# 4 bytes for a pixel of RGB, so that this many pixels are 341 MiB.
+# Above this number PIL itself only warns; it refuses images of more than twice as many pixels. PIL
+# holds a pixel of RGB in 4 bytes, so that an image of this size takes 341 MiB.
 MAX_PIXELS = 2**30 // 12
-SMALLEST_SHARE = 0.8  # of the shorter side, that a random crop keeps
+SMALLEST_SHARE = 0.8  # a random crop keeps at least this share of the shorter side
 
 
 def _check_size(width: int, height: int) -> None:
@@ -49,8 +49,8 @@ def decode(content: bytes, draft: int | None = None) -> Image.Image:
     """Decodes an image file to an RGB image of PIL.
 
     Grey, palette, CMYK and alpha become RGB as PIL converts them; alpha is dropped, not blended.
-    The rotation that EXIF may ask for is ignored. The first of several frames counts. All this is
-    as torchvision reads image folders.
+    The rotation that EXIF may ask for is ignored. Of several frames the first is taken. torchvision
+    reads image folders in the same way.
 
     Args:
       content: bytes of a file of one of FORMATS.
@@ -80,23 +80,12 @@ def decode(content: bytes, draft: int | None = None) -> Image.Image:
 def _resized_crop(
     image: Image.Image, width: int, height: int, y: int, x: int, size: int
 ) -> Image.Image:
-    """Computes the window at (y, x) of the resized image, and only what this window needs.
+    """Resizes an image to width × height, but computes only the S × S window at (y, x).
 
     The result is bit for bit image.resize((width, height), BICUBIC) cut to rows y to y + S and
     columns x to x + S. PIL resizes along x first, rounds to 8 bits, then resizes along y. Neither
     step here computes what is cut off after it, which saves about a sixth of the time. Both steps
     see the coordinates of the whole image, and so have the same weights.
-
-    Args:
-      image: the whole image.
-      width: the width that it is resized to.
-      height: the height that it is resized to.
-      y: first row of the window.
-      x: first column of the window.
-      size: S.
-
-    Returns:
-      The window, S × S.
     """
     bicubic = Image.Resampling.BICUBIC
     step = image.height / height
@@ -144,12 +133,12 @@ def crop(image: Image.Image, size: int, shorter: int, draw: Draw) -> np.ndarray:
 
 
 def _middle(low: int, high: int) -> int:
-    """Gives, in place of a draw, the number for the middle of the image."""
+    """Stands in for a random draw, and gives the middle of the range."""
     return (low + high - 1) // 2
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Takes the `crop` of the middle, the shorter side resized to S.
+    """Resizes the shorter side to S and cuts out the S × S pixels in the middle, see `crop`.
 
     Args:
       image: an RGB image of PIL.
@@ -183,9 +172,11 @@ def aug_ratio(epoch: int, decay_from: int = 350, decay_to: int = 375) -> float:
 class Augmentation:
     """The transform of `batches.batches` for training on encoded images.
 
-    It draws from the rng of one image, in this order: a float in [0, 1), which is below `aug_ratio`
-    of the epoch for a random crop; for a random crop s, y and x; 0 or 1, where 1 flips left and
-    right.
+    These are the draws from the rng of one image, in order:
+
+    1. A float in [0, 1). If it is below `aug_ratio` of the epoch, the crop is random.
+    2. For a random crop: s, y and x.
+    3. 0 or 1. 1 flips left and right.
 
     Attributes:
       size: S.

@@ -1,8 +1,8 @@
 """Data sources and the Grain pipeline.
 
-A source is a random-access sequence of {'image', 'label': int32 ()}, a `Source`. It has the
-attribute `num_classes` and, if its images can be broken, a method `name(index)`. An image is
-float32 (H, W, c) in [−1, 1], or whatever the transform takes.
+A source (`Source`) is a random-access sequence of records {'image', 'label': int32 ()}. It has the
+attribute `num_classes` and, if its images can be broken, a method `name(index)` for messages. An
+image is whatever the transform takes; without a transform it is float32 (H, W, c) in [−1, 1].
 
 Dimensions:
   B  images of the global batch
@@ -27,15 +27,15 @@ from absl import flags
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.runtime.console import UserError, first_line
 
-_ENDLESS = 2**60  # rows: more than any run sees
-_ATTEMPTS = 8  # images in turn that may be broken
-_JUDGED_FROM = 100  # images seen, before the share of the broken ones counts
-# Images that threads and processes hand over at a time: more costs memory, fewer costs time.
+_ENDLESS = 2**60  # rows, more than any run sees
+_ATTEMPTS = 8  # images that are tried in turn for one row
+_JUDGED_FROM = 100  # images tried before the share of broken ones can stop a run
+# Images that threads and processes hand over at a time. More cost memory, fewer cost time.
 _PART = 16
 
 # One image with its label, or a batch of them.
 Record: TypeAlias = dict[str, Any]
-# Makes a record of the source's one, called as transform(record, epoch, rng).
+# Turns a record of the source into one of a batch, called as transform(record, epoch, rng).
 Transform: TypeAlias = Callable[[Record, int, np.random.Generator], Record]
 
 
@@ -52,7 +52,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Loader:
-    """Loads row i of all rows that a process loads, counted from its first step on.
+    """Loads the i-th record of this process, counted from its first step.
 
     It is picklable, for worker processes.
     """
@@ -81,6 +81,7 @@ class _Loader:
         return f'image {index}'
 
     def _load(self, index: int, epoch: int, rng: np.random.Generator) -> Record:
+        """Loads an image. Errors other than BrokenImageError and MemoryError become UserErrors."""
         try:
             record = self.source[index]
             return record if self.transform is None else self.transform(record, epoch, rng)
@@ -90,10 +91,10 @@ class _Loader:
             raise UserError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
 
     def __call__(self, i: int) -> Record:
-        """Loads row i, or a replacement if its image is broken.
+        """Loads record i, or a replacement if its image is broken.
 
-        The record's entry 'broken' (attempts,) holds the indices of broken images, and −1 for each
-        attempt that was not needed or was good.
+        The record has a further entry 'broken' (attempts,): the index of the image for each attempt
+        that failed, and −1 for the others.
         """
         step, row = divmod(i, len(self.rows))
         position = (self.first_step + step) * self.batch_size + int(self.rows[row])
@@ -114,10 +115,7 @@ class _Loader:
 
 
 def _start_worker(*_: Any) -> None:
-    """Lets a worker process ignore signals, and end when the main process ends.
-
-    Signals are the main process's business.
-    """
+    """Makes a worker ignore signals, which the main process handles, and end when that one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -195,13 +193,10 @@ class Batches:
         return batch
 
     def _count(self, broken: np.ndarray) -> None:
-        """Counts and names the broken images of a batch.
+        """Counts and names the broken images of a batch; raises UserError if they are too many.
 
         Args:
           broken: (b, attempts), indices of broken images, −1 where there is none.
-
-        Raises:
-          UserError: too large a share of the images is broken.
         """
         found = broken[broken >= 0].tolist()
         self.seen += len(broken) + len(found)
@@ -219,9 +214,9 @@ class Batches:
             )
 
     def get_state(self) -> dict[str, int]:
-        """Gives what a checkpoint notes, to be checked by `check_state`.
+        """Gives what a checkpoint stores so that `check_state` can compare it later.
 
-        The position itself follows from the step.
+        A restart does not need it to find its place, which follows from the step.
         """
         loader = self._loader
         return {
@@ -237,7 +232,7 @@ class Batches:
           state: what `get_state` gave when the checkpoint was written.
 
         Raises:
-          UserError: it does not.
+          UserError: the batch size, the number of images, the seed or the step is another.
         """
         ours = self.get_state()
         if ours != state:
@@ -272,19 +267,19 @@ def batches(
 ) -> Batches:
     """Makes an endless iterator over shuffled batches, which are a function of (seed, step) alone.
 
-    So they do not depend on the number of processes, threads or workers. Row r of the global batch
-    of step k is at the position q = k·B + r. Its epoch is ⌊q/n⌋ for n images, and each epoch has
-    all of them in an order of its own. A process loads some rows of every global batch. All random
-    draws for an image are made from numpy.random.default_rng((seed, q, attempt)).
+    They do not depend on the number of processes, threads or workers. Row r of the global batch of
+    step k is at the position q = k·B + r. Its epoch is ⌊q/n⌋ for n images, and each epoch has all
+    images in an order of its own. A process loads some rows of every global batch. All random draws
+    for an image are made from numpy.random.default_rng((seed, q, attempt)).
 
-    An image that is broken is replaced: its attempt was 0, and attempt a = 1, 2, … takes the image
-    with the index rng.integers(n), the first draw of that attempt's rng, and its label. Broken
-    images are named once on stderr.
+    Attempt 0 takes the image at position q. If that image is broken, attempts a = 1, 2, … replace
+    it and its label by those of the index rng.integers(n), the first draw of the attempt's rng.
+    Broken images are named once on stderr.
 
     Args:
       source: the images, see the module's docstring.
       batch_size: B.
-      seed: decides the order and all draws.
+      seed: determines the order and all draws.
       transform: function (record of the source, epoch, rng) → {'image', 'label'}, which may raise
         augment.BrokenImageError. It must be picklable if there are workers. None gives the source's
         own records.
@@ -294,9 +289,9 @@ def batches(
       workers: number of processes that read; with 0 this process reads. They cost seconds to start,
         need the main program to be guarded by `if __name__ == '__main__'`, and hand images over in
         /dev/shm, which containers may keep too small.
-      max_broken: the run stops where a larger share than this was broken, at the first batch after
-        which at least 100 images were tried by this process since its start, replacements included.
-        It also stops where 8 images in turn are broken.
+      max_broken: the run stops when more than this share of the images that this process has
+        tried since its start, replacements included, is broken; the share is judged from 100 images
+        on. It also stops where 8 images in turn are broken.
 
     Returns:
       `Batches` of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises

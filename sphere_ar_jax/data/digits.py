@@ -59,7 +59,7 @@ class Digits:
           seed: decides which digits are held out.
           holdout: the share of the digits that is held out.
         """
-        # scikit-learn takes a second to import, so only those who want digits wait for it.
+        # Imported here, because it takes a second.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -78,5 +78,5 @@ class Digits:
 
 
 def splits(seed: int, holdout: float) -> tuple[Digits, Digits]:
-    """Loads the digits to train on and those held out; see `Digits`."""
+    """Loads (the digits to train on, those held out); see `Digits`."""
     return Digits('train', seed, holdout), Digits('heldout', seed, holdout)

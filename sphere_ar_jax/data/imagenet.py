@@ -53,12 +53,16 @@ def find(text: str) -> int:
     """Finds the id k of the class that a text means.
 
     Args:
-      text: an id '207', a synset 'n02099601' or a name 'golden retriever': any one of the class's
-        names, or all of them ('maillot, tank suit'); upper or lower case, spaces or underscores.
+      text: an id ('207'), a synset ('n02099601'), one of the class's names ('golden retriever') or
+        all of them ('maillot, tank suit'). Case does not matter, and underscores count as spaces.
+
+    Returns:
+      k, 0 … 999.
 
     Raises:
-      UserError: no class has this name, or two share it, as happens for 19 names. The message, one
-        line, lists both classes, or else the names that contain the text as a word or are like it.
+      UserError: no class has this name; the message, one line, suggests names that contain the text
+        as a word or are spelled like it. Or two classes share the name, as is so for 19 names; the
+        message names both.
     """
     wanted = ' '.join(text.replace('_', ' ').split()).casefold()
     found = _ids().get(wanted, [])
@@ -68,7 +72,7 @@ def find(text: str) -> int:
         candidates = ' or '.join(map(_describe, found))
         raise UserError(f'{text!r} may be class {candidates}: give the number')
     names = {name.casefold(): name for _, names in classes() for name in names.split(', ')}
-    # A user who asks for 'retriever' looks for the longer names that have this word.
+    # A user who asks for 'retriever' means one of the names that have this word.
     matches = [name for name in names if wanted in name.split()]
     if not matches:
         matches = difflib.get_close_matches(wanted, names)

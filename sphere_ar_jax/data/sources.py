@@ -1,10 +1,10 @@
 """Labelled images, as their files hold them: the tar of ImageNet, directories, ArrayRecord, TFDS.
 
-A source is a random-access sequence, `Images`: `len(source)`, and `source[i]`, a dictionary of
+A source (`Images`) is a random-access sequence: `source[i]` is a dictionary of
   image   bytes of one encoded image file (JPEG, PNG, …; it may be broken)
   label   np.int32 (), 0 … num_classes − 1
-Threads may share a source. Processes get it by pickle, without its open files. Whatever is wrong
-with the data raises a `UserError`, on opening wherever it shows there.
+Threads may share a source. Processes get it by pickle, without its open files. Faults of the data
+raise `UserError`, when the source is opened if they can be seen then.
 
   KINDS   the sources by name      pack   copies any source to the files of `ArrayRecords`
 
@@ -60,8 +60,8 @@ class ImageNetTar:
     made anew when the tar's size, time of change or synset headers differ. The header in front of
     each image is read with it and must be the one that the index saw.
 
-    The order is the tar's. Labels are the places of the synsets, sorted. If there are 1,000 synsets
-    they must be ILSVRC2012's; fewer are taken as they are.
+    Images are in the order of the tar. A label is the index of a synset among the sorted synsets.
+    If there are 1,000 synsets they must be ILSVRC2012's; any other number is taken as it is.
 
     Attributes:
       path: the tar, absolute.
@@ -142,8 +142,9 @@ def _raise(error: OSError) -> NoReturn:
 class ImageFolder:
     """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
 
-    The order is sorted, class by class. Labels are the places of the classes, sorted. Images are
-    told by their suffix, in upper or lower case. Names that begin with a dot are ignored.
+    Images are in sorted order, class by class. A label is the index of a class among the sorted
+    classes. Images are recognised by their suffix, in upper or lower case. Names that begin with a
+    dot are ignored.
 
     Attributes:
       path: the directory, absolute.
@@ -240,7 +241,7 @@ class ArrayRecords:
           UserError: the directory is not there, was not packed to the end, or a file is missing or
             of another length. `source[i]` raises it where the record is damaged.
         """
-        # Grain brings this package along where there is any, which is not on Windows.
+        # Grain installs this package, except on Windows, for which there is none.
         from array_record.python import array_record_data_source
 
         self.path = os.path.abspath(path)
@@ -316,8 +317,8 @@ def pack(
     Args:
       source: the images.
       directory: the directory to make; it must not exist.
-      shards: number of files, reduced to the number of images where it is larger. With 128 files of
-        ImageNet each has 1.1 GB.
+      shards: number of files, at most one for each image. If ImageNet is packed into 128 files,
+        each has 1.1 GB.
       progress: called as progress(done, total), in images.
 
     Raises:
@@ -370,14 +371,7 @@ def pack(
 
 
 def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
-    """Finds the keys of the image and of the label of a data set.
-
-    Args:
-      tfds: the package.
-      info: the data set's `tfds.core.DatasetInfo`.
-
-    Returns:
-      (key of the image, key of the label).
+    """Finds the keys of the image and of the label of a data set, a `tfds.core.DatasetInfo`.
 
     Raises:
       UserError: the data set has no uint8 image with a class label.
@@ -427,7 +421,7 @@ class TFDS:
             another kind. `source[i]` raises it where the entry is damaged or has no label.
         """
         try:
-            # TFDS takes seconds to import, so only those who want it wait for it.
+            # Imported here, because it takes seconds.
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(f'TFDS cannot be imported ({error})') from None
@@ -502,6 +496,9 @@ def open_source(
       split: the split of the data set, for tfds only.
       data_dir: where data sets are kept, for tfds only.
       progress: called while an index is made, for imagenet only; see `ImageNetTar`.
+
+    Returns:
+      The source.
 
     Raises:
       UserError: the images cannot be opened, see the classes.

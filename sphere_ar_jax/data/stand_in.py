@@ -32,7 +32,7 @@ ODD = ('grey', 'cmyk', 'progressive', 'png', 'rotated')
 BROKEN = ('truncated', 'empty')
 _ROTATED = 6  # EXIF: turn by 90° clockwise to show
 _ORIENTATION = 0x0112  # the EXIF tag that says so
-_TIME = 1_339_000_000  # of every file, in 2012: any time would do, but it must always be the same
+_TIME = 1_339_000_000  # mtime of every file, in 2012; any time would do, if it is always the same
 
 
 def _colour(hue: float, value: float) -> tuple[int, int, int]:
@@ -60,12 +60,7 @@ def _draw(rng: np.random.Generator, k: int) -> Image.Image:
 
 
 def _encode(image: Image.Image, kind: str | None) -> bytes:
-    """Encodes an image as a JPEG file, or as odd as `kind` says.
-
-    Args:
-      image: an RGB image of PIL.
-      kind: one of ODD or BROKEN, or None for a plain JPEG.
-    """
+    """Encodes an RGB image as a file of a kind: one of ODD or BROKEN, or None for a plain JPEG."""
     if kind == 'empty':
         return b''
     options: dict[str, Any] = {'format': 'JPEG', 'quality': 90}

@@ -1,8 +1,8 @@
 """An index of where the images are in a tar of tars.
 
 The index is made once by a walk over all headers and kept in an npz. `tarfile` finds the headers.
-It passes over a tar that is cut off or damaged between two files in silence, so that this is looked
-for here.
+It does not report that a tar is cut off or damaged between two files, so that this module checks
+for it.
 
 Dimensions:
   n  images
@@ -35,13 +35,11 @@ def printable(text: str) -> str:
 
 
 def _identity(fd: int, tars: np.ndarray) -> str:
-    """Computes what tells one tar from another.
-
-    This is its size, its time of change and a hash of the headers at `tars`.
+    """Identifies a tar by its size, its time of change and a hash of the inner tars' headers.
 
     Args:
       fd: the tar, open.
-      tars: (k,) int, the offsets of the inner tars' headers.
+      tars: (k,) int, the offsets of those headers.
     """
     stat = os.fstat(fd)
     digest = hashlib.sha256()
@@ -59,16 +57,12 @@ def _open_tar(file: IO[bytes], what: str) -> tarfile.TarFile:
 
 
 def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the plain files of an open tar.
+    """Yields the plain files of an open tar; `what` names it in messages.
 
-    Directories are passed over, links are refused.
-
-    Args:
-      archive: the tar.
-      what: names it in messages.
+    Directories are passed over.
 
     Raises:
-      UserError: the tar is damaged, or holds something that is not a plain file.
+      UserError: the tar is damaged, or holds something else, such as a link.
     """
     while True:
         try:
@@ -85,28 +79,16 @@ def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(fd: int, end: int, what: str) -> None:
-    """Raises UserError unless the mark of a tar's end lies where `tarfile` stopped.
+    """Raises UserError unless a tar ends at byte `end` of the outer tar, where `tarfile` stopped.
 
-    `tarfile` itself does not tell.
-
-    Args:
-      fd: the outer tar, open.
-      end: the byte where `tarfile` stopped.
-      what: names the tar in messages.
+    A block of zeros marks the end. `tarfile` stops without an error at a damaged header, too.
     """
     if os.pread(fd, BLOCK, end) != bytes(BLOCK):
         raise UserError(f'{what} is damaged at byte {end:,}: fetch it again')
 
 
 def _class_tars(outer: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
-    """Finds the inner tars.
-
-    Args:
-      outer: the tar of tars.
-      path: names it in messages.
-
-    Returns:
-      {synset: member of the outer tar}, in the order of the tar.
+    """Finds the inner tars, as {synset: member of the outer tar} in the order of the tar.
 
     Raises:
       UserError: the tar holds something else, a synset twice or nothing, or has 1,000 classes that
@@ -149,18 +131,19 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
     """Builds the index of a tar of tars by a walk over all headers.
 
     Args:
-      path: the tar, absolute; names it in messages.
+      path: the tar, absolute.
       fd: the tar, open.
       progress: called as progress(done, total), in bytes, after each inner tar.
 
     Returns:
-      version: of the index's format.
+      A dictionary of:
+      version: number of the index's format.
       identity: see `_identity`.
       tars: (k,) int64, offsets of the inner tars' headers.
       synsets: (k,) str, sorted.
       offsets: (n,) int64, where each image's data begins in the outer tar.
       sizes: (n,) int64, bytes of each image's data.
-      labels: (n,) int32, the place of each image's synset.
+      labels: (n,) int32, the index in `synsets` of each image's synset.
       checksums: (n,) int32, the checksum that each image's header holds.
 
     Raises:

@@ -75,10 +75,10 @@ def check_paths(lin_path: OptionalPath, vgg_path: OptionalPath) -> None:
 
     Args:
       lin_path: the first file of SOURCES, None if the user has not named it.
-      vgg_path: the second one, likewise.
+      vgg_path: the second file, or None.
 
     Raises:
-      UserError: a path is None, or no file is there; it says where both files are to be had.
+      UserError: a path is None, or no file is there. The message says where to download both.
     """
     paths = (lin_path, vgg_path)
     missing = [f'no file {path}' for path in paths if path is not None and not os.path.isfile(path)]
@@ -104,7 +104,7 @@ def read(lin_path: str | os.PathLike[str], vgg_path: str | os.PathLike[str]) -> 
       A parameter tree of float32 NumPy arrays.
 
     Raises:
-      UserError: see `check_paths`; or a file holds other tensors, is damaged, or is not of PyTorch.
+      UserError: a file is missing, damaged, not a file of PyTorch, or holds other tensors.
     """
     check_paths(lin_path, vgg_path)
     paths = (lin_path, vgg_path)
@@ -119,13 +119,7 @@ def read(lin_path: str | os.PathLike[str], vgg_path: str | os.PathLike[str]) -> 
 def _faults(
     file: str, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """Lists what is wrong with a file's tensors, a clause each.
-
-    Args:
-      file: names the file.
-      tensors: {name: tensor} of the file.
-      shapes: {name: shape} that they should have.
-    """
+    """Lists what is wrong with a file's tensors, which should have these names and shapes."""
     missing = [name for name in shapes if name not in tensors]
     unexpected = [str(name) for name in tensors if name not in shapes]
     faults = [

@@ -82,15 +82,15 @@ def _read(path: str, start: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class _Storage:
-    """Elements of one dtype that lie in the file one after the other.
+    """A run of `count` elements of one dtype in the file.
 
     Attributes:
       path: the file.
-      key: names the storage in the file.
-      dtype: of the elements.
-      count: number of the elements.
-      start: byte of the file where they begin.
-      crc: their checksum; 0 where there is none, or it was verified.
+      key: the storage's name in the file.
+      dtype: the elements' dtype.
+      count: number of elements.
+      start: the byte of the file where they begin.
+      crc: their checksum; 0 where there is none, or once it is verified.
     """
 
     path: str
@@ -123,12 +123,12 @@ class _Storage:
 
 @dataclasses.dataclass(eq=False)
 class Tensor:
-    """A tensor that lies in a file; `read()` or `np.asarray(tensor)` give its numbers.
+    """A tensor that lies in a file; `read()` and `np.asarray(tensor)` give its numbers.
 
-    It keeps no numbers: each reading opens the file anew.
+    It holds no numbers itself: each call reads the file again.
 
     Attributes:
-      shape: its shape.
+      shape: the tensor's shape.
       dtype: its NumPy dtype.
     """
 
@@ -139,11 +139,10 @@ class Tensor:
     _strides: tuple[int, ...] = dataclasses.field(repr=False)
 
     def check(self) -> None:
-        """Checks that every element lies in the storage, and that it has as many.
+        """Checks that all elements lie in the storage, and that there are no more than it has.
 
         Raises:
-          UserError: an element lies outside, or the tensor repeats elements, or its shape is
-            impossible.
+          UserError: they do not, or there are more, or the shape is impossible.
         """
         numbers = (*self.shape, *self._strides, self._offset)
         sound = (
@@ -188,7 +187,7 @@ class Tensor:
 
 @dataclasses.dataclass
 class _Call:
-    """A function that builds plain data, which a name in a pickle stands for."""
+    """The function that stands in for a callable name in a pickle; it builds plain data."""
 
     function: Callable[..., Any]
 
@@ -372,7 +371,7 @@ class _Unpickler(pickle._Unpickler):
       copied: number of elements that its calls have copied so far.
     """
 
-    # The stack machine of `pickle._Unpickler`, which the types of the standard library leave out.
+    # The stack machine of `pickle._Unpickler`, which typeshed leaves out.
     stack: list[Any]
     metastack: list[list[Any]]
     append: Callable[[Any], None]
@@ -387,7 +386,7 @@ class _Unpickler(pickle._Unpickler):
           parts: number of parts of a storage's description; 0 where no storage may stand.
         """
         super().__init__(stream, encoding='latin1')
-        # The standard library's types say that this is a dictionary, and of the class alone.
+        # typeshed declares this attribute as a dictionary, and only of the class.
         self.dispatch = _Opcodes()  # type: ignore[misc, assignment]  # see above
         self.path = path
         self.parts = parts
@@ -422,7 +421,7 @@ class _Unpickler(pickle._Unpickler):
     def load_stack_global(self) -> None:
         names = self.stack[-2:]
         _require(all(type(n) is str for n in names), 'it asks for a name that is no text')
-        super().load_stack_global()  # type: ignore[misc]  # the types leave it out
+        super().load_stack_global()  # type: ignore[misc]  # typeshed leaves it out
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -490,15 +489,12 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
-    """Checks that a value is plain data.
+    """Checks that a value is plain data, and returns its height, the number of levels in it.
 
     Args:
       node: the value.
       seen: {id: height} of what was checked before, since a pickle can name one thing many times.
       depth: number of levels above the value.
-
-    Returns:
-      The value's height: the number of levels that it has.
 
     Raises:
       UserError: it holds something else, a view outside its storage, or a nest too deep or endless.
@@ -521,13 +517,11 @@ def _check(node: Any, seen: dict[int, int], depth: int = 0) -> int:
 
 
 def _members(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, int, int]]:
-    """Finds where a zip's members lie, after checking its claims against each other.
-
-    Returns:
-      {name: (start, size, crc)}, in bytes of the file.
+    """Finds a zip's members, as {name: (start, size, crc)} in bytes of the file.
 
     Raises:
-      UserError: members are compressed, overlap or are there twice, or the claims differ.
+      UserError: members are compressed, overlap or are there twice, or the zip's directory and its
+        local headers disagree.
     """
     members = {}
     end = 0
@@ -627,7 +621,7 @@ def open_file(path: str | os.PathLike[str]) -> Any:
       None, NumPy dtype (for torch's) and str (for torch.device).
 
     Raises:
-      UserError: the file is refused; one line tells the reason, see the module's docstring.
+      UserError: the file is refused; one line says why, see the module's docstring.
       OSError: the file cannot be opened.
     """
     path = os.fspath(path)

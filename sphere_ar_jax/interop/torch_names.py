@@ -1,16 +1,16 @@
 """Translates between parameter trees and the tensors of the public PyTorch checkpoints.
 
-Names, layouts and sizes differ. To read a file, `torch_file.open_file(path)` opens it, `state_dict`
-finds its tensors, and `sizes` tells what the models are built with; `from_torch` then fills each
-model's tree, one tensor at a time. To write one there is `export`.
+Names and layouts differ. To read a file, `torch_file.open_file` opens it, `torch_sizes.state_dict`
+finds its tensors, and `torch_sizes.sizes` tells which models to build; `from_torch` then fills the
+tree of each model, one tensor at a time. `export` writes a file.
 
 Our tensors are stacked over layers (leading axes, see `transformer.Stack`), linear kernels are
 (in, *out), convolutions HWIO. PyTorch's are one tensor per layer, linear weights (out, in),
 convolutions OIHW, transposed ones IOHW.
 
 Dimensions:
-  A leaf of ours has one leading axis for each `{}` in its PyTorch name. Only the flow head's blocks
-  have two axes, group and block, which are counted through in one number.
+  A leaf of ours has one leading axis for the `{}` in its PyTorch name. Only the flow head's blocks
+  have two, group and block, which PyTorch numbers consecutively.
 """
 
 import difflib
@@ -52,8 +52,8 @@ _VAE_BLOCKS = tuple(
 )
 _DOWN = r'vae.encoder.patchify.0.net.\1'
 _UP = r'vae.decoder.unpatchify.1.net.\1'
-# Each rule has our path, their name, the number of leading stacked axes and the kind of tensor.
-# Paths and names are regular expressions and their replacements; the first match counts.
+# Each rule is (our path, their name, number of leading stacked axes, kind of tensor). The path is a
+# regular expression, and the name its replacement. The first rule that matches counts.
 _RULES: tuple[tuple[str, str, int, str], ...] = (
     *_AR_BLOCKS,
     *_VAE_BLOCKS,
@@ -92,13 +92,10 @@ _RULES: tuple[tuple[str, str, int, str], ...] = (
 
 
 def _rule(path: str) -> tuple[str, int, str]:
-    """Finds the rule for a parameter of ours.
+    """Finds the rule for a parameter of ours, or raises UserError.
 
     Returns:
       (PyTorch name with a `{}` where a layer's number stands, number of stacked axes, kind).
-
-    Raises:
-      UserError: the parameter has no PyTorch name.
     """
     for ours, theirs, stacked, kind in _RULES:
         match = re.fullmatch(ours, path)
@@ -124,7 +121,7 @@ def _to_theirs(a: Array, path: str, kind: str) -> Array:
 
 
 def _to_ours(a: np.ndarray, path: str, kind: str) -> np.ndarray:
-    """Inverts `_to_theirs`, except that axes which it joined stay joined."""
+    """Inverts `_to_theirs`, but leaves axes joined that it has joined."""
     if kind == 'conv':
         return a.transpose(2, 3, 1, 0)
     if kind == 'transposed':
@@ -188,10 +185,9 @@ def nearest_names(name: str, others: Iterable[str]) -> str:
 
 
 def _require_fit(tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
-    """Raises UserError unless the tensors are those wanted.
+    """Raises UserError unless the tensors have the names and shapes of `shapes`.
 
-    Its message has a line for each tensor that is missing, unexpected or of another shape than in
-    `shapes`.
+    Its message has a line for each tensor that is missing, unexpected or of another shape.
     """
     missing = sorted(set(shapes) - set(tensors))
     unexpected = sorted(set(tensors) - set(shapes))
@@ -239,8 +235,8 @@ def from_torch(
       A tree like `like` of float32 NumPy arrays.
 
     Raises:
-      UserError: tensors are missing, unexpected or mis-shaped. It lists them all, before any is
-        read.
+      UserError: tensors are missing, unexpected or mis-shaped. The message lists them all; nothing
+        has been read then.
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
@@ -271,14 +267,13 @@ def export(
 ) -> None:
     """Writes parameters under the public names to a safetensors file.
 
-    They are float32 as in the published files: the S-VAE with its RoPE tables, and the AR model if
-    it is given.
+    As in the published files, all tensors are float32, and the S-VAE has its RoPE tables with it.
 
     Args:
       path: the file to write.
       model: the S-VAE.
-      vae_params: its parameters.
-      ar_params: those of the AR model, or None.
+      vae_params: the parameters of the S-VAE.
+      ar_params: the parameters of the AR model; None writes the S-VAE alone.
 
     Raises:
       UserError: a parameter has no PyTorch name, as in a distilled head.

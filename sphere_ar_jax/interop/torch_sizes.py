@@ -30,8 +30,8 @@ def state_dict(tree: Any, ema: bool = True) -> dict[str, Any]:
       ema: whether to prefer `ema`, where there is one, to `model`.
 
     Returns:
-      {name: tensor}, the names without leading `module.` and `_orig_mod.`. RoPE tables are still in
-      it, for `sizes`.
+      {name: tensor}, the names without leading `module.` and `_orig_mod.`. RoPE tables stay in it,
+      since `sizes` reads them.
 
     Raises:
       UserError: `tree` is none of the above.
@@ -63,12 +63,12 @@ def state_dict(tree: Any, ema: bool = True) -> dict[str, Any]:
 
 
 class Sizes(NamedTuple):
-    """What a checkpoint's shapes tell.
+    """The sizes of the models in a checkpoint.
 
     Attributes:
-      vae: values for the section of that name in `schema.default()`. It has grid and latent_dim,
-        which the AR model shares.
-      ar: values for the section of that name; None in a file of the S-VAE alone.
+      vae: values for the section `vae` of `schema.default()`. It has grid and latent_dim, which the
+        AR model shares.
+      ar: values for the section `ar`; None in a file of the S-VAE alone.
       num_classes: the number of classes; None in a file of the S-VAE alone.
       name: B, L or H for a published AR model, else None.
     """
@@ -80,11 +80,7 @@ class Sizes(NamedTuple):
 
 
 def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int:
-    """Gives the length of a tensor's axis.
-
-    Raises:
-      UserError: there is no such tensor, or it has no such axis or an empty one.
-    """
+    """Gives the length of a tensor's axis. Raises UserError if there is none, or it is empty."""
     shape = getattr(tensors.get(name), 'shape', None)
     if shape is None:
         nearest = torch_names.nearest_names(name, tensors)
@@ -95,10 +91,9 @@ def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int:
 
 
 def _count(tensors: Mapping[str, Any], prefix: str) -> int:
-    """Counts the modules numbered under a prefix: 1 + the largest number there.
+    """Counts the modules that are numbered under a prefix: 1 + the largest number there.
 
-    Raises:
-      UserError: there are none, or more than 1000.
+    Raises UserError if there are none, or more than 1000.
     """
     matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in tensors)
     count = 1 + max((int(match[1]) for match in matches if match), default=-1)
@@ -108,7 +103,7 @@ def _count(tensors: Mapping[str, Any], prefix: str) -> int:
 
 
 def _agree(what: str, values: Mapping[str, Value | None]) -> Value | None:
-    """Gives the one value that all sources have.
+    """Gives the value on which all sources agree, or raises UserError.
 
     Args:
       what: names the values in the message.
@@ -116,9 +111,6 @@ def _agree(what: str, values: Mapping[str, Value | None]) -> Value | None:
 
     Returns:
       The value; None where no source has one.
-
-    Raises:
-      UserError: two sources have different values.
     """
     known = {source: value for source, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
@@ -130,13 +122,9 @@ def _agree(what: str, values: Mapping[str, Value | None]) -> Value | None:
 def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None) -> int:
     """Finds H = W of the token grid.
 
-    Args:
-      tensors: the state_dict.
-      num_tokens: L as the AR model tells it, or None.
-      pixels: the side of an image as `args` tells it, or None.
-
-    Raises:
-      UserError: two sources disagree, or none tells a square number of tokens.
+    Three sources may tell it, and must agree: the RoPE tables in `tensors`, the AR model's number
+    of tokens, and the side of an image in pixels that `args` has. The last two are None where they
+    are not known.
     """
     by_source: dict[str, int | None] = {
         name: _size(tensors, name, 0) - vit.NUM_REGISTERS for name in _rope_tables(tensors)
@@ -163,13 +151,7 @@ def _rope_tables(tensors: Mapping[str, Any]) -> list[str]:
 def _vae_sizes(
     tensors: Mapping[str, Any], num_tokens: int | None, args: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Finds the sizes of the S-VAE.
-
-    Args:
-      tensors: the state_dict.
-      num_tokens: L as the AR model tells it, or None.
-      args: what the checkpoint's `args` say of sizes.
-    """
+    """Finds the sizes of the S-VAE; num_tokens is that of the AR model, or None."""
     size = functools.partial(_size, tensors)
     up = 'vae.decoder.unpatchify.1.net.{}.block.2.weight'
     down = 'vae.encoder.patchify.0.net.{}.block.2.weight'
@@ -204,14 +186,9 @@ def _vae_sizes(
 
 
 def _published_name(found: dict[str, int], model: Any) -> str | None:
-    """Names the published AR model that has these sizes, None if none has them.
+    """Names the published AR model with the sizes `found`, None if there is none.
 
-    Args:
-      found: sizes that shapes tell.
-      model: what `args` say, as 'SphereAR-B'.
-
-    Raises:
-      UserError: both disagree.
+    Raises UserError if the checkpoint's `args.model`, as 'SphereAR-B', names another one.
     """
     published = (name for name, variant in ar.VARIANTS.items() if found.items() <= variant.items())
     name = next(published, None)
@@ -225,15 +202,10 @@ def _published_name(found: dict[str, int], model: Any) -> str | None:
 
 
 def _ar_heads(name: str | None, heads: int | None, width: int) -> int:
-    """Finds the AR model's number of heads.
+    """Finds the AR model's number of heads, see `sizes`; name is that of a published model or None.
 
-    Args:
-      name: of the published model, or None.
-      heads: what the caller says, or None.
-      width: of the transformer.
-
-    Raises:
-      UserError: name and caller disagree, or the number does not fit the width.
+    Raises UserError if the published number and the caller's `heads` differ, or the number does not
+    fit the width.
     """
     published = None if name is None else ar.VARIANTS[name]['heads']
     found = _agree('numbers of heads', {'heads': heads, f'SphereAR-{name}': published})
@@ -249,13 +221,13 @@ def _ar_heads(name: str | None, heads: int | None, width: int) -> int:
 def sizes(tensors: Mapping[str, Any], args: Any = None, heads: int | None = None) -> Sizes:
     """Finds the sizes of the models that a state_dict belongs to.
 
-    Shapes do not tell the number of heads. That of the S-VAE is its width over the head dimension
-    of its RoPE tables; where there are none it is the width over 64, as in the public code. That of
-    the AR model is the one of the published model with all these sizes. For any other model it is
-    `heads`, or the width over 64 where that is None.
+    Shapes do not tell the number of heads. For the S-VAE it is the width over the head dimension.
+    The RoPE tables tell that dimension; without tables it is 64, as in the public code. An AR model
+    with the sizes of a published one has the published number of heads. Any other AR model has
+    `heads`, or its width over 64 where that is None.
 
-    Shapes do not tell height from width either: the grid is square, as in the public code. In a
-    file of the S-VAE alone its size is that of the RoPE tables or of `args`.
+    Shapes do not tell height from width either: the grid is taken as square, as in the public code.
+    In a file of the S-VAE alone, the RoPE tables or `args` tell the size of the grid.
 
     Args:
       tensors: {name: anything with a shape}, as `state_dict` returns it.
@@ -263,8 +235,12 @@ def sizes(tensors: Mapping[str, Any], args: Any = None, heads: int | None = None
         must agree with the shapes.
       heads: number of heads of an AR model that was not published.
 
+    Returns:
+      The `Sizes`.
+
     Raises:
-      UserError: a tensor that is needed here is missing, or two sources disagree.
+      UserError: a tensor that is needed here is missing, two sources disagree, or a size is
+        impossible.
     """
     given = args if isinstance(args, dict) else getattr(args, '__dict__', {})
     said = {key: value for key, value in given.items() if type(value) is int or key == 'model'}

@@ -39,9 +39,9 @@ _Digest: TypeAlias = tuple[list[int], int]
 
 @jax.jit
 def _fingerprints(tree: PyTree) -> jax.Array:
-    """A uint32 for each leaf: Σ word·weight mod 2³². It is exact on any mesh.
+    """A uint32 for each leaf: Σ word·weight mod 2³², the same on any mesh.
 
-    The weights are odd, so that any single flipped bit changes the sum, and depend on the position.
+    The weights depend on the position, and are odd, so that any single flipped bit changes the sum.
     """
 
     def part(a, first):
@@ -95,9 +95,9 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _machine_error(errors: Iterable[BaseException]) -> int:
-    """The errno of a fault of the machine among errors, 0 if there is none.
+    """The errno of the first of `_MACHINE_ERRORS` among errors, 0 if there is none.
 
-    TensorStore's errors have it in their words only.
+    TensorStore's errors have no errno, only its text in their message.
     """
     for number in _MACHINE_ERRORS:
         words = os.strerror(number)
@@ -108,21 +108,21 @@ def _machine_error(errors: Iterable[BaseException]) -> int:
 
 
 def _left_behind(error: BaseException | None) -> bool:
-    """Whether an error is of a read that Orbax left behind when another one failed."""
+    """Whether an error comes from a read that Orbax abandoned when another one failed."""
     text = str(error)
     return any(word in text for word in ('TensorStore', 'OCDBT', 'Event loop is closed'))
 
 
 def _not_left_behind(record: logging.LogRecord) -> bool:
-    """Whether a record of a log is to be shown."""
+    """Filters such errors out of a log."""
     return not (record.exc_info and _left_behind(record.exc_info[1]))
 
 
 @functools.cache
 def _quieten() -> None:
-    """Hide the errors of reads that Orbax leaves behind, for the rest of the process.
+    """Hides the errors of reads that Orbax abandons, for the rest of the process.
 
-    Where one of its reads fails, Orbax abandons the others, of which each would show a traceback.
+    When one read fails, Orbax abandons the others, and each of them would show a traceback.
     """
     show = sys.unraisablehook
 
@@ -148,13 +148,13 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ) -> None:
-        """Opens the directory, which is made if needed.
+        """Opens the directory, and makes it if it is not there.
 
         Args:
           directory: where the checkpoints are.
-          keep: number of newest ones that are kept.
-          keep_every: steps whose multiples are kept for good; 0: none.
-          read_only: nothing in the directory is made, moved or deleted.
+          keep: number of newest checkpoints that are kept.
+          keep_every: checkpoints at multiples of this step are kept for good; 0 keeps none.
+          read_only: neither makes, moves nor deletes anything, the directory included.
         """
         self.directory = files.absolute(directory)
         self._read_only = read_only
@@ -181,15 +181,15 @@ class Checkpoints:
         A step that was saved before is left as it is.
 
         Args:
-          step: the step.
+          step: the number of steps done.
           state: a tree of arrays.
-          data_state: what to note beside it, as JSON takes it.
+          data_state: what to store beside it, as JSON takes it.
           seconds: how long the training took so far.
 
         Raises:
-          RuntimeError: Orbax takes no checkpoint at this step.
+          RuntimeError: Orbax takes no checkpoint at this step, as it does if there is a newer one.
         """
-        assert self._manager is not None  # Only read_only leaves it out.
+        assert self._manager is not None  # It is None only where read_only finds no directory.
         if step in self._manager.all_steps():
             return
         state_digest, other_digest = _digest(state, data_state, seconds)
@@ -206,7 +206,7 @@ class Checkpoints:
             )
 
     def _read(self, step: int, like: PyTree) -> tuple[_Contents, _Digest]:
-        """What a step holds, and the digest that it notes.
+        """What a step holds, and the digest that was stored with it.
 
         Each process reads on its own: one that fails must not leave the others waiting inside
         Orbax.
@@ -231,10 +231,9 @@ class Checkpoints:
         return contents, (found.meta['fingerprint'], found.meta['crc32'])
 
     def _judge(self, step: int, like: PyTree) -> tuple[_Contents | None, str]:
-        """What a step holds, verified; the verdict is the same in all processes.
+        """What a step holds, verified: (its contents, ''), or (None, why it cannot be read).
 
-        Returns:
-          (its contents, ''), or (None, why it cannot be read).
+        The verdict is the same in all processes.
         """
         reason = ''
         _quieten()
@@ -260,11 +259,11 @@ class Checkpoints:
     def restore(self, like: PyTree) -> _Contents | None:
         """Reads the newest checkpoint that is whole, on any number of devices and processes.
 
-        Damaged newer ones are named on stderr and, unless read_only, moved aside to `damaged-STEP`,
-        not deleted.
+        Damaged newer ones are named on stderr. They are not deleted but, unless read_only, renamed
+        to `damaged-STEP`.
 
         Args:
-          like: a tree of ShapeDtypeStructs with shardings.
+          like: the wanted state, as a tree of ShapeDtypeStructs with shardings.
 
         Returns:
           (state, data_state, seconds), or None if there is no checkpoint at all.
@@ -294,7 +293,7 @@ class Checkpoints:
         return None
 
     def set_aside(self, steps: Sequence[int]) -> None:
-        """Renames steps to `damaged-STEP`, out of the way of the run that will pass them again."""
+        """Renames checkpoints to `damaged-STEP`, since the run will come to these steps again."""
         if not steps:
             return
         self.close()
@@ -304,7 +303,7 @@ class Checkpoints:
                 while epath.Path(target).exists():
                     target += '+'
                 epath.Path(f'{self.directory}/{step}').rename(target)
-        hosts.wait()  # The others open the directory when the steps are renamed.
+        hosts.wait()  # No process opens the directory again before the steps are renamed.
         self._manager = self._open()
 
     def wait(self) -> None:

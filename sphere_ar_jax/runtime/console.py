@@ -1,6 +1,6 @@
-"""What the user sees of a job: progress bars, sizes, and what they can put right in one line.
+"""What the user sees of a job: progress bars, sizes, and errors in one line.
 
-The doctor imports this module where packages may be missing, so that it needs none.
+The doctor imports this module where packages may be missing, so that it imports none at the top.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any, Protocol, TextIO
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the message is one line that says how.
+    """An error that the user can put right; the message is one line that says how.
 
-    The program ends with code 2.
+    It ends the program with exit code 2.
     """
 
 
@@ -26,12 +26,12 @@ class Preempted(Exception):
     """
 
     def __init__(self, number: int, step: int, steps: int) -> None:
-        """Words the message.
+        """Makes the exception and its message.
 
         Args:
           number: the number of the signal.
           step: the step at which the state was saved.
-          steps: all steps of the training.
+          steps: the number of steps of the whole training.
         """
         name = signal.Signals(number).name
         super().__init__(f'{name}: saved at step {step} of {steps}; the same command goes on')
@@ -39,14 +39,14 @@ class Preempted(Exception):
 
 
 class Bar(Protocol):
-    """A progress bar, called with the number of units done so far and the total, if it is new."""
+    """A progress bar, called with the number of units done so far."""
 
     def __call__(self, done: int, total: int | None = ...) -> None:
-        """Shows how many of `total` units are done; the total is the bar's own if not given."""
+        """Shows how many units are done, of `total` or of those that the bar was opened with."""
 
 
 def pick(parts: Mapping[str, Any], key: str, word: str) -> Any:
-    """The part that a word names.
+    """Returns the part that a word of the config names.
 
     Args:
       parts: the parts by word.
@@ -57,7 +57,7 @@ def pick(parts: Mapping[str, Any], key: str, word: str) -> Any:
       The part.
 
     Raises:
-      UserError: the word names none.
+      UserError: no part has this name; the message lists those there are.
     """
     if word not in parts:
         raise UserError(f'{key} is {word!r}, but must be one of {", ".join(parts)}')
@@ -69,7 +69,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
     Args:
       error: the error.
-      most: the number of characters that the line is cut to.
+      most: the line is cut to this number of characters.
     """
     text = getattr(error, 'strerror', None) or str(error)
     lines = text.strip().splitlines()
@@ -77,7 +77,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 def size(count: float) -> str:
-    """Words a number of bytes for people, as '1.9 GiB'."""
+    """A number of bytes for people to read, as '1.9 GiB'."""
     units = ('B', 'KiB', 'MiB', 'GiB', 'TiB')
     power = min(int(math.log(max(count, 1), 1024)), 4)
     decimals = 1 if power else 0
@@ -93,7 +93,7 @@ def markdown(columns: Sequence[object], rows: Iterable[Iterable[object]]) -> lis
 def bar(total: int | None, name: str, unit: str = 'image', lines: TextIO | None = None) -> Bar:
     """Opens a progress bar with the time left.
 
-    Where nobody watches (no terminal), it prints a line at every quarter instead.
+    Where stderr is not a terminal, it prints a line at every quarter instead.
 
     Args:
       total: number of units, None if unknown.
@@ -128,7 +128,8 @@ def bars(lines: TextIO | None = None) -> Callable[[str, int, int | None], None]:
       lines: as in `bar`.
 
     Returns:
-      A function (part, done, total), to be called with the part's name and progress.
+      A function (part, done, total), to be called with the name of a part, the number of its units
+      done so far, and their total.
     """
     parts: dict[str, Bar] = {}
 
@@ -141,7 +142,7 @@ def bars(lines: TextIO | None = None) -> Callable[[str, int, int | None], None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception in one line: the last one where a traceback stands inside."""
+    """The message of an exception in one line; of a traceback in it only the last line remains."""
     message = str(error)
     if error.args and isinstance(error, KeyError | AttributeError):
         message = str(error.args[0])  # str() of a KeyError would put quotes around it.

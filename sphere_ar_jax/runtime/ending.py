@@ -62,7 +62,7 @@ _listener = threading.Thread(target=_wait_for_the_first, daemon=True)
 
 
 def _wait_for_the_last() -> None:
-    """Leave the run when all other processes do, at the end of this process."""
+    """Wait at the end of this process until all others have come to theirs, and leave the run."""
     with _leaving:
         _shut_down()
     _listener.join()  # Python must not end while a thread is inside JAX.
@@ -81,9 +81,8 @@ def end(code: int, line: str, details: str = '') -> NoReturn:
 
     Args:
       code: the exit code.
-      line: what every process prints. Where processes have joined, it begins with the name of this
-        one.
-      details: what only this process prints, before the line, such as a traceback.
+      line: what every process prints. Where several have joined, the name of this one precedes it.
+      details: what this process alone prints before the line, such as a traceback.
     """
     with _leaving:
         sys.stderr.write(details)

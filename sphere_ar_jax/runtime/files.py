@@ -21,8 +21,8 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def compilation_cache(environ: Mapping[str, str]) -> str | None:
     """The directory that keeps compiled programs for the next start.
 
-    It is one of the user's directories for each kind of processor, since a program for CPUs is
-    compiled for the processor that it runs on.
+    It lies in the user's cache. Each kind of processor has a directory of its own, since a program
+    for CPUs is compiled for the processor that it runs on.
 
     Args:
       environ: the environment variables.
@@ -45,13 +45,13 @@ def compilation_cache(environ: Mapping[str, str]) -> str | None:
 
 
 def replace(path: str | os.PathLike[str], write: Callable[[IO[Any]], object]) -> None:
-    """Writes a file at once, in the first process only.
+    """Writes or replaces a file, in the first process only.
 
     Whoever reads `path` meanwhile finds the old file or the new one, never half of it.
 
     Args:
-      path: the file, which may exist.
-      write: writes the contents to a binary file that then becomes `path`.
+      path: the file.
+      write: is called with a temporary binary file, which becomes `path` when it is written.
     """
     if not hosts.is_first():
         return
@@ -62,10 +62,10 @@ def replace(path: str | os.PathLike[str], write: Callable[[IO[Any]], object]) ->
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes bytes to a file by `replace`."""
+    """Writes bytes to a file, see `replace`."""
     replace(path, lambda f: f.write(content))
 
 
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
-    """Writes a value, mostly a dictionary, as an indented JSON file by `replace`."""
+    """Writes a value as an indented JSON file, see `replace`."""
     write_bytes(path, (json.dumps(values, indent=2) + '\n').encode())

@@ -25,10 +25,10 @@ _BY_HAND = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
 def expected(environ: Mapping[str, str]) -> tuple[int | None, str]:
-    """How many processes the environment speaks of.
+    """The number of processes that the environment variables speak of.
 
     Returns:
-      (their number, the variable that says so), or (None, '') where no variable does.
+      (the number, the variable that says so), or (None, '') where no variable does.
     """
     several = ['JAX_NUM_PROCESSES', 'OMPI_COMM_WORLD_SIZE']
     if 'SLURM_STEP_NODELIST' in environ:  # It is set under srun, but not in the script of a job.

@@ -30,9 +30,9 @@ class MetricWriter:
         Args:
           directory: where `metrics.jsonl` and the event files are.
           name: the stage's name, for the console.
-          step: the step that the stage goes on from. Lines of `metrics.jsonl` after it, which a run
-            that was killed has written, are dropped.
-          total: the steps of the stage.
+          step: the step that the stage goes on from. Later lines of `metrics.jsonl`, left by a run
+            that was killed, are dropped.
+          total: the number of steps of the stage.
         """
         self._name = name
         self._total = total

@@ -1,6 +1,7 @@
 """The device mesh, and the table that says how every array is laid out on it.
 
-The compiler does the rest (GSPMD). The axes of the mesh, in this order, neighbours last:
+The compiler does the rest (GSPMD). These are the axes of the mesh, in order; devices that are next
+to each other along the last axis are neighbours:
   data    Devices split the rows of a batch among them. Each has the same parameters.
   fsdp    Devices split the rows of a batch, and parameters, optimizer state and EMAs as well. Those
           are gathered where they are used.
@@ -113,7 +114,7 @@ def _arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """The number of parts that a mesh splits a batch into. It must divide the batch's rows."""
+    """The number of parts that a batch is split into. It must divide the number of rows."""
     return mesh.shape['data'] * mesh.shape['fsdp']
 
 
@@ -158,7 +159,7 @@ def _split(
     """The layout of a leaf by `RULES`.
 
     Returns:
-      (spec of the leaf, the axes that its rule asks for and its shape does not allow).
+      (spec of the leaf, the axes that its rule asks for but that do not divide its shape).
     """
     name = _name(path)
     rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
@@ -177,7 +178,7 @@ def _split(
 def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     """Lay out a tree of arrays by `RULES`.
 
-    An axis of the mesh that does not divide the dimension it should split is left out.
+    An axis of the mesh whose size does not divide a dimension does not split it.
 
     Args:
       mesh: the mesh.
@@ -206,9 +207,9 @@ def abstract(mesh: Mesh, tree: PyTree) -> PyTree:
 def keep_rows_split(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the rows of a batch split in all Flax modules that a function calls.
 
-    The first dimension of what a module makes of its inputs is split as `BATCH` says. The compiler
-    chooses the layout of the other dimensions. Without this constraint it may gather a batch in
-    place of a split parameter (measured in BUILD_NOTES.md, "Meshes, many hosts").
+    The first dimension of the output of every module that has inputs is split as `BATCH` says. The
+    compiler chooses the layout of the other dimensions. Without this constraint it may gather a
+    batch instead of a split parameter (measured in BUILD_NOTES.md, "Meshes, many hosts").
 
     Args:
       mesh: the mesh. It is in context while the function runs, where `attention.attend` finds it.
@@ -239,7 +240,7 @@ def keep_rows_split(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., A
 
 
 def describe_not_split(mesh: Mesh, tree: PyTree) -> str:
-    """One line about the leaves that `RULES` would split along axes that their shapes forbid.
+    """One line about the leaves that `RULES` would split, but whose shapes do not divide.
 
     Args:
       mesh: the mesh.
