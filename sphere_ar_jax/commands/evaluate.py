@@ -10,7 +10,7 @@ from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.evaluation import snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
-from sphere_ar_jax.interop.lpips import check_paths, read
+from sphere_ar_jax.interop.lpips import read
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
