@@ -66,8 +66,9 @@ def l2_normalize(z: ArrayLike) -> jax.Array:
 
     The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖. A
     radial tangent gives exactly 0. This holds below 1e-7 too, where the derivative of the clamped
-    quotient would let it through. The value is finite for every finite z, 0 and 1e30 included, and so are its forward,
-    reverse and higher derivatives. See `docs/method.md`, "Sphere and projection".
+    quotient would let it through. The value is finite for every finite z, 0 and 1e30 included, and
+    so are its forward, reverse and higher derivatives. See `docs/method.md`, "Sphere and
+    projection".
 
     Args:
       z: (..., d), any float type. Half precision is computed in float32 and rounded once.

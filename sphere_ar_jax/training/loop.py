@@ -217,10 +217,11 @@ def train(
     """Runs a stage to its last step.
 
     It goes on from its newest whole checkpoint. Without one it begins with the weights of
-    `state.converted`, or else with fresh ones. The result is a function of (config, seed) alone: however often the run was killed and started
-    again, the state is the same bit for bit on the same machine. Only logged averages differ where
-    a start falls between two log lines. All processes of a run call it. On another number of
-    processes or another mesh, the state is the same up to rounding.
+    `state.converted`, or else with fresh ones. The result is a function of (config, seed) alone:
+    however often the run was killed and started again, the state is the same bit for bit on the
+    same machine. Only logged averages differ where a start falls between two log lines. All
+    processes of a run call it. On another number of processes or another mesh, the state is the
+    same up to rounding.
 
     Args:
       stage: the stage.

@@ -449,8 +449,8 @@ def _guided_velocity(
 ) -> jax.Array:
     """The velocities (R, d) that conditional and null rows follow at one evaluation.
 
-    `evaluate` is a function (x, modulation) → velocity of the rows that it is given. `inside` () bool
-    says whether the evaluation's time lies in the interval of the guidance.
+    `evaluate` is a function (x, modulation) → velocity of the rows that it is given. `inside` ()
+    bool says whether the evaluation's time lies in the interval of the guidance.
     """
 
     def guided(x: jax.Array, modulation: PyTree) -> jax.Array:
