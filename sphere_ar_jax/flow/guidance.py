@@ -25,10 +25,10 @@ class Guidance(NamedTuple):
 
     Attributes:
       scale: () s_k.
-      apart: () bool, whether conditional and null rows go their own ways, each with its own
-        velocity.
-      interval: (low, high), the times t with low ≤ t < high that are guided; None guides at all
-        times.
+      apart: () bool, whether each conditional row and each null row follows its own velocity,
+        without guidance.
+      interval: (low, high); only times low ≤ t < high are guided, t ≤ 1 if high is 1. None guides
+        at all times.
     """
 
     scale: jax.Array
@@ -36,7 +36,7 @@ class Guidance(NamedTuple):
     interval: tuple[float, float] | None = None
 
     def combine(self, v: jax.Array) -> jax.Array:
-        """The velocities (2B, d) that the rows follow.
+        """Returns the velocities (2B, d) that the rows follow at a guided time.
 
         Args:
           v: (2B, d), the velocities of the conditional rows, then those of the null rows.

@@ -49,9 +49,9 @@ class Plan(NamedTuple):
     """What every token's solver does.
 
     Attributes:
-      tables: the different solver tables, each array with a leading axis U.
-      count: (U,) evaluations that each table makes.
-      which: (L,) number of the table that each token follows.
+      tables: the different solver tables; every array has a leading axis U.
+      count: (U,) int, the number of evaluations of each table.
+      which: (L,) int, the index of each token's table.
     """
 
     tables: solvers.Table
@@ -74,23 +74,23 @@ class Options:
       solver: one of `solvers.SOLVERS`.
       num_steps: steps of the solver, at token 0 if they are annealed. Heun makes two evaluations in
         each step.
-      last_step: width of the last step of 'euler_maruyama', see there; None stands for 0.04. Only
-        this solver has it.
+      last_step: width of the last step, see `solvers.euler_maruyama`; None stands for 0.04. No
+        other solver has it.
       guidance: schedule of the guidance scale over the tokens, 'linear' or 'constant'; None samples
         without null rows.
-      first_token_apart: whether token 0 keeps the quirk of the published sampler; None stands for
-        True. Where the scale of token 0 is exactly 1, as it always is in the linear schedule,
-        guidance is off there: conditional and null rows draw noise of their own, and feed
-        different first tokens back. False lets both continue from the conditional token. Only the
-        linear schedule has this option. See `docs/method.md`, "First token".
-      noise_scale: γ of 'euler_maruyama', see there; None stands for 1. Only this solver has it.
+      first_token_apart: whether guidance is off at token 0 where its scale is exactly 1, as it
+        always is in the linear schedule. Conditional and null rows then draw different noise and
+        go on from different first tokens. This is a quirk of the published sampler. False lets both
+        go on from the conditional token. None stands for True. Only the linear schedule has this
+        option. See `docs/method.md`, "First token".
+      noise_scale: γ, see `solvers.euler_maruyama`; None stands for 1. No other solver has it.
       shift: warp of the time grid, see `solvers.grid`; None stands for 1, equal steps.
-      final_steps: steps of the last token; None gives every token as many.
+      final_steps: steps of the last token; None gives every token `num_steps`.
       annealing: how the steps go from `num_steps` to `final_steps`, see `annealed_steps`. The two
         are given together or not at all.
-      guidance_interval: (low, high), the times low ≤ t < high (t ≤ 1 if high is 1) of the
-        evaluations that are guided; the head does not evaluate null rows at the others (arXiv
-        2404.07724). None guides all evaluations.
+      guidance_interval: (low, high). Only evaluations at times low ≤ t < high (t ≤ 1 if high is 1)
+        are guided. At the others the head does not evaluate null rows (arXiv 2404.07724). None
+        guides all evaluations.
 
     Raises:
       ValueError: an option has no use, or a value is not possible.
@@ -154,9 +154,10 @@ class Options:
         return Plan(tables, count, which)
 
     def num_draws(self, num_tokens: int) -> int:
-        """The number of standard normal draws per token: x₀, and one for each noisy step.
+        """The number of standard normal draws per token.
 
-        The noisy steps are counted up to the last one of any token's table.
+        The first is x₀. The others belong to the evaluations 0 to i, where i is the last noisy
+        evaluation of any table.
         """
         plan = self.plan(num_tokens)
         if not solvers.is_stochastic(plan.tables):

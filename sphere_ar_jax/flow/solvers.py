@@ -1,12 +1,12 @@
 """Solvers of the flow from noise (t = 0) to data (t = 1), each one a table of numbers.
 
-Every solver here is linear in what it knows. At evaluation i it has the point x, one remembered
-array m, the velocity v = v(x, t_i) and fresh noise ε, and goes on from
+Every solver here is linear in what it knows. At evaluation i it knows the point x, one remembered
+array m, the velocity v = v(x, t_i) and fresh noise ε. Its step is
 
     (x, m) ← W_i · (x, m, v, ε),   W_i of shape (2, 4).
 
 A solver on a grid of times is therefore (t_i, W_i), and one loop, `integrate`, runs them all.
-Another table needs no other program, and the number of evaluations may differ from token to token.
+So another table needs no new program, and tokens may differ in their number of evaluations.
 See `docs/method.md`, "Solvers".
 
 Dimensions:
@@ -161,7 +161,7 @@ def euler_maruyama(
     """Stochastic steps over [0, 1 − last_step], then one plain Euler step of `last_step`.
 
     A stochastic step is x ← x + [v + γ(1−t)·∇log p_t]·h + √(2γ(1−t)·h)·ε, with (1−t)·∇log p_t =
-    t·v − x. Any γ ≥ 0 has the flow's marginals. The published sampler has γ = 1, 100 equal steps
+    t·v − x. Any γ ≥ 0 keeps the flow's marginals. The published sampler has γ = 1, 100 equal steps
     and a last step of 0.04, so 101 evaluations.
 
     Args:
@@ -196,7 +196,7 @@ SOLVERS: dict[str, Callable[..., Table]] = {
 
 
 def table(solver: str, num_steps: int, shift: float = 1.0, **arguments: float) -> Table:
-    """The table of a solver by name, on the grid of n steps with the given shift.
+    """The table of a solver, by its name, on the grid of n steps.
 
     Args:
       solver: one of `SOLVERS`.
@@ -205,7 +205,7 @@ def table(solver: str, num_steps: int, shift: float = 1.0, **arguments: float) -
       **arguments: noise_scale and last_step, which 'euler_maruyama' alone has.
 
     Raises:
-      ValueError: there is no such solver, or the solver cannot have such values.
+      ValueError: there is no such solver, it does not take an argument, or a value is out of range.
     """
     if solver not in SOLVERS:
         raise ValueError(f'solver {solver!r} is not one of {", ".join(SOLVERS)}')
@@ -221,10 +221,13 @@ def is_stochastic(table: Table) -> bool:
 
 
 def pad(tables: Sequence[Table]) -> tuple[Table, np.ndarray]:
-    """Tables of different lengths as one.
+    """Stacks tables of different lengths.
 
-    What is added behind the shorter ones is never evaluated. It repeats the last time, so that
-    nothing there is out of range.
+    Shorter ones are filled up with copies of their last row. These are never evaluated; their times
+    are in range all the same.
+
+    Args:
+      tables: at least one table.
 
     Returns:
       (table, count): arrays with a leading axis of tables, and the number of evaluations of each
@@ -254,13 +257,13 @@ def step(w: jax.Array, *known: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def combine(row: int) -> jax.Array:
         terms = (w[row, j] * a for j, a in enumerate(known))
-        return sum(terms)  # type: ignore[return-value]  # The terms are never none.
+        return sum(terms)  # type: ignore[return-value]  # There are terms, so this is no int.
 
     return combine(0), combine(1)
 
 
 def _itself(index: jax.Array) -> jax.Array:
-    """The numbers of the evaluations, where nothing else is prepared for them."""
+    """Prepares nothing: returns the indices of the evaluations themselves."""
     return index
 
 
@@ -281,13 +284,12 @@ def integrate(
         returned.
       x: (N, d) float32, the start.
       weights: (E, 2, 4) of a `Table`; it may be traced.
-      noise: (m, N, d) float32, the ε of the evaluations 0 to m − 1, or None for a table without
-        noise. Later evaluations, whose weights of ε are 0, read the last one.
+      noise: (E', N, d) float32, the ε of the first E' evaluations, or None for a table without
+        noise. The weights of ε must be 0 at later evaluations, which read the last ε.
       count: () int, the evaluations to make; None stands for E.
-      prepare: function indices (chunk,) int → a tree of arrays (chunk, …), whatever an evaluation
-        needs that does not depend on x. It is computed for `chunk` evaluations at a time, so that
-        large products can be made of small ones. Indices may run past the last evaluation by less
-        than a chunk.
+      prepare: function indices (chunk,) int → a tree of arrays (chunk, …), whatever the evaluations
+        need that does not depend on x. Calling it for `chunk` evaluations at a time makes one large
+        product of many small ones. Indices may run past the last evaluation by less than a chunk.
       chunk: evaluations that are prepared together.
 
     Returns:

@@ -30,7 +30,7 @@ Caches: TypeAlias = tuple[transformer.Cache, ...]  # one for each block
 class Positions(nn.Module):
     """The learned embedding that tells a head which token it draws.
 
-    `AR` shares its scope, so that the parameter stands beside the model's.
+    `AR` shares its scope, so that its parameter stands beside the model's own.
 
     Attributes:
       num_tokens: L.
@@ -100,7 +100,7 @@ class AR(nn.Module):
         return jnp.asarray(table[:-1])  # the last token is never an input
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
-        """Joins the condition's tokens and an image's own, and normalises them by `emb_norm`.
+        """Joins the condition's tokens and those of the images, and normalises them by `emb_norm`.
 
         Args:
           labels: labels of B images.
@@ -115,7 +115,7 @@ class AR(nn.Module):
     def conditions(self, labels: Labels, z: jax.Array) -> jax.Array:
         """Computes the conditions c of all tokens in one pass.
 
-        Each comes from the labels and the tokens before it.
+        The condition of a token depends on the labels and the tokens before it.
 
         Args:
           labels: labels of B images.
@@ -252,10 +252,10 @@ def sphere_ar(
 
 
 def unstacked(ar: AR, params: PyTree) -> tuple[AR, PyTree]:
-    """Turns the model and its parameters into what sampling uses: scan=False, parameters apart.
+    """Brings the model and its parameters into the layout that sampling needs, scan=False.
 
-    A model with scan=False and its parameters stay as they are. Under jit the program copies the
-    parameters each time it runs: where many batches are drawn, call this once, outside.
+    A model with scan=False and its parameters stay as they are. Under jit the program would copy
+    the parameters each time it runs, so call this once, outside, where many batches are drawn.
 
     Args:
       ar: the model.

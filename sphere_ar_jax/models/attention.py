@@ -3,8 +3,8 @@
 Dimensions:
   B    batch                       N    heads, K the head dimension
   T    positions                   S    T, rounded up to a multiple of the TPU's 128 lanes
-The platform is the one that a program is lowered for: a machine without a TPU that compiles ahead
-of time compiles what a TPU runs.
+The platform is the one that a program is lowered for. So a machine without a TPU can compile, ahead
+of time, what a TPU runs.
 """
 
 import functools
@@ -31,12 +31,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     """Computes softmax(q·kᵀ/√K)·v, with the softmax in float32.
 
     In bfloat16 GPUs run cuDNN's flash attention where K is a multiple of 8 up to 128 and, unless
-    causal, T is even. TPUs run splash attention where T ≥ 512, K = 64 and the program names its
-    mesh (`jax.sharding.use_abstract_mesh`). Rows and heads are then split evenly over the mesh, and
-    each device gets its own part alone. All else is `jax.nn.dot_product_attention`.
+    causal, T is even. TPUs run splash attention where T ≥ 512, K = 64, and the program names a mesh
+    (`jax.sharding.use_abstract_mesh`) that splits rows and heads evenly. Each device then computes
+    its own part. All other calls run `jax.nn.dot_product_attention`.
 
-    The backward pass of a bfloat16 call keeps q, k and v only, and computes the weights again: no
-    array (B, N, T, T) outlives the call. Tangents in forward mode come from the plain attention
+    A bfloat16 call keeps only q, k and v for its backward pass, which computes the weights again:
+    no array (B, N, T, T) outlives the call. Tangents in forward mode come from the plain attention
     everywhere.
 
     Args:
@@ -118,7 +118,10 @@ def _splash(
 
 
 def _forward(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Makes (q, k, v) → out, by the call that `_backward` repeats: under remat XLA merges both."""
+    """Makes (q, k, v) → out.
+
+    It calls `jax.vjp` as `_backward` does, so that under remat XLA merges the two calls.
+    """
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         out, _ = jax.vjp(kernel, q, k, v)
@@ -165,7 +168,7 @@ def _choose(
     chosen = {}
     part = _own_part(B, N)
     if K % 8 == 0 and K <= 128 and (causal or T % 2 == 0):
-        chosen['cuda'] = directed(_cudnn)  # XLA can split this one itself
+        chosen['cuda'] = directed(_cudnn)  # without a mesh XLA splits it by itself
     if T >= LONG and K == 64 and part is not None:
         chosen['tpu'] = directed(_splash)
     if part is not None:
@@ -176,10 +179,10 @@ def _choose(
 
 @functools.cache
 def _by_platform(causal: bool) -> Callable[..., jax.Array]:
-    """Makes the platform's kernel in the place of `_plain`, as a function of q, k and v.
+    """Makes a function of q, k and v that runs the platform's kernel in the place of `_plain`.
 
-    Lowering comes after differentiation, which must therefore be the same on all platforms: it
-    keeps q, k and v.
+    The platform is known only when the program is lowered, after differentiation. So the same
+    arrays, q, k and v, are kept for the backward pass on all platforms.
     """
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -92,18 +92,10 @@ def _conv3(stride: int) -> Callable[..., jax.Array]:
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, stride: int) -> jax.Array:
-    """Computes the gradient of the kernel of `conv3`.
+    """Computes the gradient (3, 3, in, out) float32 of the kernel of `conv3`.
 
-    It is a sum of products with patches of x, or of g where that has fewer channels. Patches are
-    made for a few rows of pixels at a time.
-
-    Args:
-      x: the input of `conv3`.
-      g: the gradient of its result.
-      stride: the stride of `conv3`.
-
-    Returns:
-      (3, 3, in, out) float32.
+    It is a sum of products with patches of the input x, or with patches of the result's gradient g
+    where that has fewer channels. Patches are made for a few rows of pixels at a time.
     """
     if stride == 1 and g.shape[-1] < x.shape[-1]:
         return _kernel_gradient(g, x, 1)[::-1, ::-1].swapaxes(2, 3)
@@ -148,8 +140,8 @@ def patchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes a transposed convolution of stride 2, PyTorch's with padding k/2 − 1.
 
-    A plain convolution gives the 2 × 2 output pixels at each input pixel, which are then
-    interleaved: no zeros of a dilated input are multiplied.
+    A plain convolution computes the 2 × 2 output pixels of each input pixel, which are then
+    interleaved. So nothing is multiplied by the zeros of a dilated input.
 
     Args:
       x: (B, H, W, in).
@@ -189,7 +181,7 @@ def _interleaved(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _conv_transpose_backward(arrays: kernels.Arrays, g: jax.Array) -> kernels.Arrays:
     """Computes the gradients of `conv_transpose`.
 
-    That of x is a convolution, and that of the kernel is a large product for each entry.
+    The gradient of x is a convolution. The kernel's is one large product for each of its entries.
     """
     x, kernel = arrays
     B, H, W, _ = x.shape

@@ -1,6 +1,6 @@
 """Discriminators for the tokenizer's adversarial loss, and that loss.
 
-There are PatchGAN, and the discriminator of StyleGAN2 as MaskGIT has it. See `docs/method.md`,
+The discriminators are PatchGAN, and that of StyleGAN2 as MaskGIT has it. See `docs/method.md`,
 "Adversarial training".
 
 Dimensions:
@@ -84,7 +84,7 @@ class BatchNorm(nn.Module):
     """Computes (x − mean)·scale/√(var + 1e-5) + bias over B, H and W, in float32.
 
     Mean and (biased) variance are those of the whole batch, also where it is split over devices.
-    There are no running statistics, since a discriminator judges in training alone.
+    There are no running statistics, since a discriminator is used in training only.
 
     Attributes:
       dtype: dtype of the result.
@@ -109,7 +109,7 @@ class BatchNorm(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Judges every patch of an image by itself, at the defaults of 70×70 pixels.
+    """Judges every patch of an image by itself. At the defaults a patch has 70×70 pixels.
 
     It is a conv4×4 of stride 2 with leaky ReLU, then `layers` times [conv4×4 without bias,
     BatchNorm, leaky ReLU], then a conv4×4 to one logit. The last of the `layers` has stride 1, the

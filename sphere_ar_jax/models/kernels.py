@@ -152,7 +152,7 @@ def _apply(maps: _Maps, residuals: Sequence[Any], inputs: Sequence[Any]) -> list
 
 
 def _run(*arrays: jax.Array, jaxpr: ClosedJaxpr, maps: _Maps, count: int) -> Sequence[jax.Array]:
-    """Evaluates the map. XLA gets the same operations."""
+    """Evaluates the map. It is also what XLA compiles."""
     del maps, count
     return jaxpr_as_fun(jaxpr)(*arrays)
 
@@ -188,7 +188,7 @@ def _jvp(
 def _transpose(
     cotangents: Sequence[Any], *arrays: Any, jaxpr: ClosedJaxpr, maps: _Maps, count: int
 ) -> list[jax.Array | None]:
-    """Applies the transposed map to the cotangents; residuals get none."""
+    """Applies the transposed map to the cotangents. Residuals get no gradient."""
     del jaxpr
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     results = _apply(maps.turned(), arrays[:count], cotangents)

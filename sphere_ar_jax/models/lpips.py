@@ -50,7 +50,7 @@ class VGG16(nn.Module):
 def _unit(x: jax.Array) -> jax.Array:
     """Computes x / (‖x‖ + 1e-10) over the last axis.
 
-    Its slope is finite at x = 0, where that of a root is not.
+    Its derivative is finite at x = 0, where that of ‖x‖ alone is not.
     """
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x / (jnp.sqrt(jnp.maximum(square, 1e-36)) + 1e-10)
@@ -83,7 +83,7 @@ class LPIPS(nn.Module):
           Distances (B,) float32.
 
         Raises:
-          ValueError: the shapes are others.
+          ValueError: the shapes differ, or are not (B, H, W, 3) with H and W ≥ 16.
         """
         if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < 16:
             needed = 'two batches (B, H, W, 3) of at least 16×16 pixels'

@@ -7,9 +7,9 @@ Dimensions:
   S    length of the static key/value cache
 
 Parameters come in two layouts. Training and checkpoints use the stacked one (`scan=True`): one
-block's program is compiled once and scanned. Sampling uses parameters apart (`scan=False`, made by
-`unstack`): no product waits for its weights to be sliced out of a stack, and every block's cache is
-an array of its own, updated in place.
+block's program is compiled once and scanned. Sampling has the blocks' parameters apart
+(`scan=False`, made by `unstack`): no product waits for its weights to be sliced out of a stack, and
+every block's cache is an array of its own, updated in place.
 
 The architecture is that of SphereAR (arXiv 2509.24335): pre-norm blocks, SwiGLU, 2-D RoPE. See
 `docs/method.md`, "Transformer block".
@@ -71,7 +71,7 @@ def product(
     Args:
       x: (..., *in).
       kernel: (*in, *out), of x's dtype.
-      dimensions: dimension numbers of `lax.dot_general`. No others than those of this product.
+      dimensions: dimension numbers of `lax.dot_general`, which must be those of this product.
       precision: None, which Flax passes.
       preferred_element_type: None, which Flax passes.
 
@@ -176,16 +176,9 @@ class RMSNorm(nn.Module):
 def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> jax.Array:
     """Computes softmax(q·kᵀ/√K)·v of T positions from `start` on, over a cache.
 
-    With heads before positions each product streams its cache as it lies in memory.
-
-    Args:
-      q: (B, T, N, K).
-      keys: (B, N, S, K), of which start + T entries are filled.
-      values: (B, N, S, K), filled likewise.
-      start: first of the T positions.
-
-    Returns:
-      (B, T, N, K).
+    It maps q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). The first start + T entries
+    of the cache are filled. It has heads before positions, so that each product reads it in the
+    order of memory.
     """
     T = q.shape[1]
     S = keys.shape[2]
@@ -230,7 +223,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         start: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Attends.
+        """Computes the attention, and writes to the cache.
 
         Args:
           x: (B, T, D).
@@ -410,7 +403,7 @@ class Stack(nn.Module):
         start: jax.Array | int | None,
         prefill: bool,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-        """Does what `__call__` does where each block has parameters of its own."""
+        """Runs all blocks where each has parameters of its own; see `__call__`."""
         caches = []
         for i in range(self.depth):
             block = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')

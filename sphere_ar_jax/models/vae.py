@@ -81,7 +81,9 @@ class VAE(nn.Module):
         return self.backbone.decode(x.reshape(x.shape[0], *self.grid, x.shape[-1]))
 
     def __call__(self, images: jax.Array, z: jax.Array) -> tuple[jax.Array, Distribution]:
-        """Reads every parameter: decodes tokens, and encodes images apart from them.
+        """Decodes tokens and encodes images, independently of each other.
+
+        It reads every parameter, so that initialisation can go through it.
 
         Args:
           images: (B, H·p, W·p, c) in [−1, 1].
@@ -147,7 +149,7 @@ def autoencode(
       vae: the tokenizer.
       params: its parameters.
       images: (B, H·p, W·p, c) in [−1, 1].
-      draws: makes the draws for the posterior's samples from the posterior.
+      draws: called with the posterior, returns the random draws of its samples.
 
     Returns:
       The reconstructions (B, H·p, W·p, c), the tokens z (B, L, d), and the posterior.

@@ -1,9 +1,10 @@
 """Many images from one model to one npz, in batches on all devices; a killed run can go on.
 
 Image i is drawn from the key folded by i. It is therefore the same whatever the batch size, the
-devices and the number of starts that it took. Where each device gets equally many rows, its tokens
-are the same bit for bit, and its pixels are up to a rounding before they become bytes. Otherwise
-matrix products have other shapes and round differently. See `on_mesh.program`.
+devices, and how often the run was killed, up to rounding. As long as each device gets equally many
+rows, its tokens are the same bit for bit, and its pixels differ by a rounding at most before they
+become bytes. Otherwise matrix products have other shapes and round differently. See
+`on_mesh.program`.
 
 All processes of a run draw; the first one alone reads and writes files.
 
@@ -55,7 +56,7 @@ def draw_labels(kind: str, n: int, num_classes: int, seed: int) -> np.ndarray:
         i mod num_classes. Anything else is the path of a file with n whole numbers, .npy or text.
       n: number of labels.
       num_classes: labels are below it.
-      seed: of the uniform labels.
+      seed: seed of the uniform labels.
 
     Raises:
       UserError: the file does not exist, or is not such a list.
@@ -102,7 +103,7 @@ def _crc(values: Any, dtype: type[np.generic]) -> int:
 
 
 def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
-    """What the images depend on, as JSON gives it back; it is compared before a run goes on."""
+    """What the images depend on, as JSON gives it back. A run goes on only if it is unchanged."""
     settings = run.config.sampling.to_dict()
     settings['num_images'] = len(labels)
     del settings['batch_size']
@@ -130,7 +131,7 @@ def _has_identity(path: str, identity: dict[str, Any]) -> bool:
 
 
 class _Parts:
-    """The batches done so far, each a file of a directory that also holds their identity.
+    """The batches done so far: a directory with a file for each, and a file of their identity.
 
     Attributes:
       directory: where the files are.
@@ -183,7 +184,7 @@ class _Parts:
 
 
 def _assemble(path: str, files: Sequence[str], shape: tuple[int, ...], labels: np.ndarray) -> None:
-    """Writes the npz part by part: `arr_0` images, `arr_1` labels, as ADM's evaluator reads it."""
+    """Writes the npz part by part: images as `arr_0`, labels as `arr_1`, for ADM's evaluator."""
 
     def write(f: IO[bytes]) -> None:
         with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
@@ -240,7 +241,7 @@ def generate(
       run: both models and their config.
       labels: (n,) int32.
       seed: of all images' keys, see `on_mesh.sampling_key`.
-      path: of the file, ends in .npz.
+      path: path of the npz.
       batch_size: B, rounded up to a multiple of the mesh's devices.
       mesh: devices that draw.
       progress: called with the number of images done, at first with those of earlier starts.

@@ -49,7 +49,7 @@ class Models(Protocol):
 
 
 def _nothing(done: int) -> None:
-    """Progress that nobody watches."""
+    """Reports progress to nobody."""
 
 
 def _arrays(labels: PyTree) -> PyTree:
@@ -68,7 +68,7 @@ def _count(labels: PyTree) -> int:
 
 
 def _rows_of_process(start: int, size: int, n: int, mesh: Mesh) -> np.ndarray:
-    """Numbers of the images of a batch that this process loads.
+    """Numbers of those images of a batch that this process loads.
 
     The last batch is filled up with the first images, so that one compilation serves all batches.
     """
@@ -118,8 +118,8 @@ def reconstruct(
       first: number of the first image.
 
     Returns:
-      (reconstructions (n, H, W, c), the posterior's statistics over all images), whole in each
-        process.
+      (reconstructions (n, H, W, c), the posterior's statistics over all images). Every process gets
+        all of them.
     """
     # The key goes as numbers, since keys cannot be put on other processes' devices.
     key_data = np.asarray(jax.random.key_data(key))
@@ -149,9 +149,9 @@ def sampling_programs(
       mesh: devices that draw.
 
     Returns:
-      (tokens, decode). The program tokens, of all devices, is (ar_params, labels, index, key,
-        guidance_scale, temperature) → (B, L, d). The program decode, of one device and its rows,
-        is (vae_params, tokens) → images.
+      (tokens, decode). The program `tokens` runs on all devices: (ar_params, labels, index, key,
+        guidance_scale, temperature) → (B, L, d). The program `decode` runs on one device, for its
+        rows: (vae_params, tokens) → images.
     """
 
     def rows(ar_params, labels, index, key, guidance_scale, temperature):
@@ -188,15 +188,15 @@ def sampling_programs(
 def program(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Tokens and images of a batch on a mesh: every device draws and decodes its own rows.
+    """Makes the function that draws a batch on a mesh, where each device has rows of its own.
 
-    The compiler's own split of conditional and null rows would send data between devices at every
-    token. Here none is sent except along the axis 'tensor', along which the devices share the heads
+    If the compiler split conditional and null rows by itself, devices would exchange data at every
+    token. Here they exchange data only along the axis 'tensor', along which they share the heads
     and the cache of their rows. Parameters that are split along 'fsdp' are gathered once a batch.
 
     Where each device gets equally many rows and 'tensor' is 1, the images are the same bit for bit
-    on any number of devices (seen on CPUs in float32). The decoder is a program of each device for
-    that reason, since XLA fuses its loops differently where it compiles for several at once.
+    on any number of devices (seen on CPUs in float32). For this, every device decodes by a program
+    of its own: XLA fuses the decoder's loops differently where it compiles for several devices.
 
     Args:
       ar: the AR model with scan=False, see `ar.unstacked`.
@@ -249,14 +249,15 @@ def draw_batches(
       labels: labels of n images, see `conditions`.
       seed: see `sampling_key`.
       index: (n,) ints, or None for 0 to n − 1.
-      batch_size: B; it is at most n, and then rounded up to a multiple of the mesh's devices.
+      batch_size: B. It is lowered to n if it is larger, then rounded up to a multiple of the mesh's
+        devices.
       mesh: devices that draw; None stands for all devices.
       start: number of the first image, a multiple of the batch size.
 
     Yields:
       (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of
-        each batch, which is computed in the background. In the last batch, what goes beyond n is to
-        be left out.
+        each batch, which is computed in the background. The caller must leave out the rows of the
+        last batch that go beyond n.
 
     Raises:
       ValueError: the model does not know the labels; the message is one line.
@@ -293,7 +294,7 @@ def sample_images(
     mesh: Mesh | None = None,
     progress: Callable[[int], None] = _nothing,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one image per label: `draw_batches`, gathered.
+    """Draws one image per label by `draw_batches`, and gathers them all.
 
     Args:
       models: see `draw_batches`.
@@ -306,7 +307,8 @@ def sample_images(
       progress: called with the number of images done.
 
     Returns:
-      (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)), whole in each process.
+      (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)). Every process gets all of
+        them.
     """
     n = _count(_arrays(labels))
     batches = draw_batches(

@@ -41,7 +41,8 @@ def sample_tokens(
       ar: the model.
       params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
       labels: labels of B images, see `conditions`.
-      keys: (B,) PRNG keys, one per image (fold them by global index), or None if noise is given.
+      keys: (B,) PRNG keys, one per image, or None if noise is given. If each is folded by the
+        image's global index, an image does not depend on its batch.
       options: what the sampler does.
       guidance_scale: () s, needed with guidance and refused without.
       temperature: () factor of x₀'s noise.
@@ -88,7 +89,8 @@ def sample_tokens(
         )
         guidance = Guidance(scale, apart, options.guidance_interval) if guided else None
         z = project(ar.head.draw_token(params['head'], c, draws, solver, guidance))
-        # This runs once more after the last token, so that token 0 shares the program.
+        # Nothing reads the condition and the cache after the last token. They are computed all the
+        # same, so that every token, 0 included, is one step of one program.
         carry = ar.apply({'params': params}, z, k + 1, cache, method='decode_step')
         return carry, z[:B]
 
@@ -114,9 +116,10 @@ def _scales(options: Options, scale: jax.Array | float | None, num_tokens: int) 
 
 
 def _apart(options: Options, scales: jax.Array) -> jax.Array:
-    """Whether the conditional and null rows of each token go their own ways, (L,) bool.
+    """Whether the conditional and null rows of each token go apart, (L,) bool.
 
-    They do where the scale is 1. At token 0 `Options.first_token_apart` may forbid it.
+    See `Guidance.apart`. They do where the scale is 1, but not at token 0 if
+    `Options.first_token_apart` is False.
     """
     allowed = options.first_token_apart is not False
     return (scales == 1).at[0].set((scales[0] == 1) & allowed)
@@ -136,13 +139,10 @@ def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> tuple[jax.
 
 
 def _join_noise(noise: tuple[jax.Array, jax.Array], apart: jax.Array, guided: bool) -> jax.Array:
-    """Explicit draws as one array (L, m, R, d).
+    """Joins explicit draws (first (m, R, d), rest (L − 1, m, B, d)) to one array (L, m, R, d).
 
-    Args:
-      noise: (first (m, R, d), rest (L − 1, m, B, d)).
-      apart: (L,) bool, see `_apart`. The null rows of token 0 have the noise given for them where
-        it goes apart; everywhere else they have that of the conditional rows.
-      guided: whether there are null rows.
+    Null rows get the noise of the conditional rows. Those of token 0 keep their own if it goes
+    apart.
     """
     first, rest = noise
     if not guided:
@@ -157,17 +157,10 @@ def _join_noise(noise: tuple[jax.Array, jax.Array], apart: jax.Array, guided: bo
 def _draw_rows(
     options: Options, keys: jax.Array, k: jax.Array, num_tokens: int, shape: tuple[int, int]
 ) -> jax.Array:
-    """Standard normals (m, R, d) of token k.
+    """Standard normals (m, R, d) of token k; the shape is (m, d).
 
     Null rows share those of the conditional rows. At token 0 they have draws of their own, from the
-    keys folded by L, where the options let them go apart.
-
-    Args:
-      options: what the sampler does.
-      keys: (B,) PRNG keys.
-      k: () int.
-      num_tokens: L.
-      shape: (m, d).
+    keys folded by L, if the options let them go apart.
     """
     draws = _draw(keys, k, shape)
     if options.guidance is None:

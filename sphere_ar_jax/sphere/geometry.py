@@ -1,6 +1,7 @@
 """The sphere of radius R = √d on which every token lives (paper §3).
 
-The functions follow `docs/method.md`, "Sphere and projection".
+See `docs/method.md`, "Sphere and projection". `householder` belongs to "Power spherical
+distribution" there.
 
 Dimensions:
   d  ambient (latent) dimension; points lie on S^{d-1} ⊂ ℝ^d, always the last axis
@@ -47,9 +48,9 @@ def _normalize_jvp(
     # Below EPS the value is linear in z. There the slope of the direction, which reaches 1e37, must
     # not enter higher derivatives.
     w = jnp.where(norm < EPS, jax.lax.stop_gradient(w), w)
-    # A multiple of w is subtracted from ż first, chosen so that the largest coordinate becomes 0.
-    # A radial ż thereby becomes exactly 0, in whatever order the sums below are added up. The
-    # projection of what is left is the projection of ż.
+    # First a multiple of w is subtracted from ż, so that ż becomes 0 where |w| is largest. This
+    # does not change the projection. But it makes a radial ż exactly 0, in whatever order the sums
+    # below are added up.
     largest = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
     pivot = jnp.take_along_axis(w, largest, axis=-1)
     multiple = jnp.take_along_axis(z_dot, largest, axis=-1) / jnp.where(pivot == 0, 1, pivot)
@@ -64,9 +65,10 @@ def l2_normalize(z: ArrayLike) -> jax.Array:
     """Unit vectors, `z / max(‖z‖, 1e-7)` over the last axis (paper §3).
 
     The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖. A
-    radial tangent gives exactly 0, also below 1e-7, where the clamped quotient itself would let it
-    through. The value is finite for every finite z, 0 and 1e30 included, and so are its forward,
-    reverse and higher derivatives. See `docs/method.md`, "Sphere and projection".
+    radial tangent gives exactly 0. This holds below 1e-7 too, where the derivative of the clamped
+    quotient would let it through. The value is finite for every finite z, 0 and 1e30 included, and
+    so are its forward, reverse and higher derivatives. See `docs/method.md`, "Sphere and
+    projection".
 
     Args:
       z: (..., d), any float type. Half precision is computed in float32 and rounded once.

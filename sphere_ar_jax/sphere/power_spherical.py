@@ -1,6 +1,6 @@
 """The power-spherical distribution on S^{d-1} and its reparameterised samples.
 
-The density is p(x) ∝ (1 + ⟨mu, x⟩)^kappa, of De Cao & Aziz 2020 (arXiv 2006.04437). Throughout,
+The density is p(x) ∝ (1 + ⟨mu, x⟩)^kappa (De Cao & Aziz 2020, arXiv 2006.04437). Below,
 b = (d−1)/2, alpha = kappa + b and beta = b. See `docs/method.md`, "Power spherical distribution".
 
 Dimensions:
@@ -25,9 +25,9 @@ _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 5 / 5940)
 
 
 def _log_gamma_ratio(alpha: jax.Array, beta: float) -> jax.Array:
-    """The difference log Γ(alpha + beta) − log Γ(alpha), without the cancellation of the two terms.
+    """Computes log Γ(alpha + beta) − log Γ(alpha) without cancellation.
 
-    Each of them grows as alpha log alpha.
+    Each of the two terms grows as alpha log alpha, much faster than their difference.
     """
     shifts = sum(jnp.log1p(beta / (alpha + k)) for k in range(_SHIFT))
     a = alpha + _SHIFT
@@ -183,7 +183,7 @@ def _implicit_beta_jvp(
 def sample_from_draws(
     mu: jax.Array, kappa: jax.Array, s: jax.Array, normal: jax.Array
 ) -> jax.Array:
-    """The sample that the draws (s, normal) stand for, differentiable in mu and kappa.
+    """Turns the draws (s, normal) into a sample, differentiable in mu and kappa.
 
     With c = 2s − 1, v = l2_normalize(normal) and y = (c, √(1−c²) v), the sample is y reflected so
     that e₁ goes to mu. All arguments are float32, or all are float64. Source: De Cao & Aziz 2020.
@@ -211,7 +211,7 @@ def sample_from_draws(
 def draw(key: jax.Array, kappa: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
     """The random draws of `sample_from_draws`.
 
-    No gradient flows through the draws themselves; `sample_from_draws` restores it.
+    No gradient flows through the draws. `sample_from_draws` makes the sample differentiable.
 
     Args:
       key: PRNG key.

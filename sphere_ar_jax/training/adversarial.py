@@ -1,20 +1,23 @@
 """The S-VAE's published training, in which a discriminator is trained along.
 
 Its loss has reconstruction, KL, LPIPS and an adversarial term. See `docs/method.md`, "Adversarial
-training". In a step, in the public code's order, both networks see the reconstructions of one pass
-of the S-VAE, made before its update:
+training". A step follows the order of the public code. Both networks see the same reconstructions,
+which the S-VAE makes before its update:
   1. The S-VAE descends l1 + kl_weight·KL + perceptual_weight·LPIPS + w·(the generator's adversarial
     loss).
   2. The discriminator descends w·(its own loss) on the images and on those reconstructions.
-Each has its own AdamW with the same options, clipped by its own gradient's norm. w is `disc_weight`
-from step number `disc_start` on (the first step has number 1) and 0 before. With w = 0 the
-discriminator's gradient is 0, not absent: its AdamW counts steps and its kernels decay.
+Each has an AdamW of its own with the same options, after its gradient was clipped by its own norm.
+The weight w is 0 before step number `disc_start` (the first step has number 1) and `disc_weight`
+from it on. With w = 0 the discriminator's gradient is 0, not absent: its AdamW counts steps and its
+kernels decay.
 
-Three things differ from the public code. BatchNorm takes the statistics of the whole batch, which
-are those of each GPU's 32 images there. It keeps no running statistics, which the public code
-updates and never reads. LPIPS is deterministic: in the public code `gan_model.train()` turns the
-dropout of ½ before its linear weights, meant for fitting them, on again, which adds noise to the
-same mean.
+Three things differ from the public code:
+  - BatchNorm takes the statistics of the whole batch. In the public code they are those of each
+    GPU's 32 images.
+  - BatchNorm keeps no running statistics. The public code updates them and never reads them.
+  - LPIPS is deterministic. It has a dropout of ½ before its linear weights, which is meant for
+    fitting them. In the public code `gan_model.train()` turns that on again, which adds noise of
+    mean 0 to the distance.
 
 Dimensions:
   B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
@@ -73,7 +76,8 @@ def tokenizer_stage(
       The stage.
 
     Raises:
-      UserError: an option names nothing, or the images cannot be judged.
+      UserError: there is no discriminator or loss of that name, or the discriminator cannot judge
+        images of that size.
     """
     if not options.disc_weight:
         return stages.tokenizer_stage(vae, options, seed, lpips_params)

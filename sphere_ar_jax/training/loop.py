@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop, which runs every stage."""
 
 import math
 import signal
@@ -24,7 +24,7 @@ class NonFiniteError(UserError):
 
 
 class Signals:
-    """While open, notes SIGTERM and SIGINT instead of letting them end the process.
+    """A context that notes SIGTERM and SIGINT instead of letting them end the process.
 
     A second signal of the same kind ends it.
 
@@ -81,9 +81,9 @@ def _check_finite(
     checkpoints: checkpoint.Checkpoints,
     stage: training_state.Stage,
 ) -> None:
-    """Wait for a step, and check that its loss and its gradient are finite.
+    """Waits for a step, and checks that its loss and its gradient are finite.
 
-    If they are not, a checkpoint of the step before holds the very parameters that failed: it is
+    If they are not, a checkpoint of the step before holds the very parameters that failed, so it is
     set aside.
 
     Raises:
@@ -118,7 +118,8 @@ def _averages(scalars: training_state.Scalars) -> tuple[Any, Callable[[Any, Any]
     return collection.empty(), jax.jit(add)
 
 
-_SETTLED = 500  # steps, before which a stage's warnings are of an untrained model
+# The step from which a stage warns. Before, a warning would only say that the model is untrained.
+_SETTLED = 500
 
 
 class _Log:
@@ -130,24 +131,24 @@ class _Log:
         self._warned: str | None = None
 
     def start(self, step: int, scalars: training_state.Scalars) -> None:
-        """Begin after the first step, once it is computed: compilation is no training speed."""
+        """Begins once the first step is computed, so that the speed leaves out compilation."""
         self._empty, self._accumulate = _averages(scalars)
         self._averages = self._empty
         jax.block_until_ready(scalars)
         self.restart_clock(step)
 
     def restart_clock(self, step: int) -> None:
-        """Measure the speed from this step on."""
+        """Measures the speed from this step on."""
         self._since = step
         self._time = time.perf_counter()
 
     def add(self, scalars: training_state.Scalars) -> None:
-        """Take in the scalars of one step."""
+        """Takes in the scalars of one step."""
         self._averages = self._accumulate(self._averages, scalars)
         self._writer.advance()
 
     def write(self, step: int) -> None:
-        """Write a line of the averages up to a step, and a warning if they look wrong."""
+        """Writes a line of the averages up to a step, and a warning if they look wrong."""
         values = {name: float(value) for name, value in self._averages.compute().items()}
         if step > self._since:
             seconds = (time.perf_counter() - self._time) / (step - self._since)
@@ -163,7 +164,7 @@ class _Log:
 
 
 def _say_what_is_not_split(stage: training_state.Stage, mesh: Mesh, abstract: Any) -> None:
-    """Print a line where the mesh cannot split a stage's state as `sharding.RULES` ask."""
+    """Prints a line where the mesh cannot split a stage's state as `sharding.RULES` ask."""
     said = sharding.describe_not_split(mesh, abstract)
     if said:
         print(f'{stage.name}: {said}', flush=True)
@@ -177,18 +178,13 @@ def _begin(
     frozen: dict[str, Any],
     seed: int,
 ) -> tuple[Any, dict[str, Any] | None, float]:
-    """The state that a stage goes on from.
+    """Restores the newest checkpoint of a stage, or makes the state of its start.
 
-    Args:
-      stage: the stage.
-      checkpoints: its checkpoints.
-      directory: its directory.
-      abstract: its `state.abstract_state`.
-      frozen: its `state.frozen_identity`.
-      seed: seed of the initialisation.
+    `abstract` and `frozen` are the stage's `state.abstract_state` and `state.frozen_identity`.
 
     Returns:
-      (the state, what its checkpoint notes or None where the stage begins, seconds trained before).
+      (state, data_state, seconds). data_state is what the checkpoint notes beside the state, None
+        without a checkpoint. The seconds are those of earlier starts.
     """
     restored = checkpoints.restore(abstract)
     if restored is not None:
@@ -220,19 +216,20 @@ def train(
 ) -> tuple[Any, float]:
     """Runs a stage to its last step.
 
-    It goes on from its newest whole checkpoint, or begins with `state.converted` weights, or anew.
-    The result is a function of (config, seed) alone: however often the run was killed and started
-    again, the state is the same bit for bit on the same machine. Only logged averages differ where
-    a start falls between two log lines. All processes of a run call it. On another number of
-    processes or another mesh, the state is the same up to rounding.
+    It goes on from its newest whole checkpoint. Without one it begins with the weights of
+    `state.converted`, or else with fresh ones. The result is a function of (config, seed) alone:
+    however often the run was killed and started again, the state is the same bit for bit on the
+    same machine. Only logged averages differ where a start falls between two log lines. All
+    processes of a run call it. On another number of processes or another mesh, the state is the
+    same up to rounding.
 
     Args:
       stage: the stage.
-      source: the images, see `batches`.
+      source: the images, see `data.batches.batches`.
       directory: where checkpoints, events and metrics.jsonl go.
       seed: seed of the initialisation and of the order of the data.
       mesh: see `sharding`.
-      reading: what else `batches.batches` takes: transform, threads, workers, max_broken.
+      reading: further arguments of `data.batches.batches`: transform, threads, workers, max_broken.
       watch: a look at the model from time to time.
 
     Returns:

@@ -13,7 +13,7 @@ from sphere_ar_jax.models.posteriors import Distribution
 
 
 def sample_keys(key: jax.Array, step: jax.Array | int, batch: int) -> jax.Array:
-    """One PRNG key for each image, folded by the step and by the image's row in the global batch.
+    """Folds a key by the step and by each image's row in the global batch.
 
     So the keys do not depend on how the batch is split (`docs/method.md`, "Random numbers").
 
@@ -23,7 +23,7 @@ def sample_keys(key: jax.Array, step: jax.Array | int, batch: int) -> jax.Array:
       batch: B.
 
     Returns:
-      Keys (B,).
+      Keys (B,), one for each image.
     """
     of_step = jax.random.fold_in(key, step)
     return jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(batch))
@@ -40,11 +40,11 @@ def reconstruction_loss(
     perceptual_weight: float = 0.0,
     distance: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The tokenizer's loss without its adversarial term, of the results of `vae.autoencode`.
+    """The tokenizer's loss without its adversarial term, from the results of `vae.autoencode`.
 
     It is mean |x̂ − x| + l2_weight·mean (x̂ − x)² + kl_weight·mean KL(q‖prior) +
-    perceptual_weight·mean distance(x̂, x): paper §3 and `docs/method.md`, "Tokenizer losses". The
-    weights are those of the public SphereAR code.
+    perceptual_weight·mean distance(x̂, x). See paper §3 and `docs/method.md`, "Tokenizer losses".
+    The term of l2_weight is not in the public SphereAR code.
 
     Args:
       images: x, (B, H, W, c) in [−1, 1].
@@ -58,8 +58,8 @@ def reconstruction_loss(
         where its weight is 0.
 
     Returns:
-      (loss () float32, scalars). The scalars are l1, l2, psnr (dB, of the peak 2), token_norm, the
-      posterior's `statistics` and, unless its weight is 0, perceptual.
+      (loss () float32, scalars). The scalars are l1, l2, psnr (in dB, for a peak of 2), token_norm
+        (mean ‖z‖), the posterior's `statistics` and, unless its weight is 0, perceptual.
 
     Raises:
       ValueError: perceptual_weight is not 0, but there is no distance.

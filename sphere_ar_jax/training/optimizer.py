@@ -1,7 +1,6 @@
 """The optimizer of all stages: clipped AdamW with a decay mask, and its schedule.
 
-Trees of parameters have any shapes. The leading axes of stacked layers do not make a vector a
-matrix here. The values are those of the public SphereAR code (`docs/method.md`, "Optimizer").
+The defaults are those of the public SphereAR code. See `docs/method.md`, "Optimizer".
 """
 
 import jax
@@ -9,7 +8,7 @@ import optax
 
 from sphere_ar_jax.runtime.types import PyTree
 
-# Tensors without weight decay though they have two dimensions or more.
+# Names of layers and parameters without weight decay, though these have two dimensions or more.
 NO_DECAY_NAMES = ('proj_in', 'cls_embedding')
 
 
@@ -21,8 +20,8 @@ def learning_rate(peak: float, warmup_steps: int, total_steps: int, final: float
 
     Args:
       peak: the rate at the end of the warm-up.
-      warmup_steps: the rate rises from 0 in so many steps.
-      total_steps: the step at which the rate has come down to `final`.
+      warmup_steps: number of steps in which the rate rises from 0 to `peak`.
+      total_steps: the step at which the rate reaches `final`.
       final: the last rate.
 
     Returns:
@@ -36,9 +35,9 @@ def learning_rate(peak: float, warmup_steps: int, total_steps: int, final: float
 def decay_mask(params: PyTree) -> PyTree:
     """Which leaves have weight decay: matrices, kernels and embeddings, except `NO_DECAY_NAMES`.
 
-    The leaves are told apart by name, since stacked layers give norm scales and biases a second
-    dimension. Every leaf decays but those named scale or bias and those with a name of
-    `NO_DECAY_NAMES` in their path.
+    Every leaf decays but those named scale or bias and those with a name of `NO_DECAY_NAMES` in
+    their path. The number of dimensions would not tell, since stacking gives the scales and biases
+    of layers a second one.
 
     Args:
       params: parameters, nested dictionaries.

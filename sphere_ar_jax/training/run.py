@@ -70,7 +70,7 @@ def _restore(
       stage: the stage.
       workdir: the run's workdir.
       mesh: where the parameters go.
-      ema: which of the EMAs to take; the stage's `eval_params` if None.
+      ema: index of the EMA to take; None takes the stage's `eval_params`.
 
     Raises:
       FileNotFoundError: there is no checkpoint yet.
@@ -99,8 +99,8 @@ def load_run(
     """Reads the newest whole checkpoints of both stages in a workdir of `main`.
 
     Parameters are EMAs where there are any. A workdir that was converted from a PyTorch checkpoint
-    and not trained since gives the converted parameters. One with a distilled head gives that head,
-    and all else comes from the workdir that it was distilled from.
+    and not trained since gives the converted parameters. A workdir with a distilled head gives that
+    head; all else comes from the workdir that it was distilled from.
 
     Args:
       workdir: the run's workdir.
@@ -113,8 +113,8 @@ def load_run(
 
     Raises:
       OSError: there is no run, or no checkpoint of a stage yet.
-      UserError: the head was distilled from a distilled one, or the tokenizer is another than the
-        AR model's.
+      UserError: the head was distilled from itself or from a distilled one, or the tokenizer is not
+        the one that the AR model was trained with.
     """
     if cfg is None:
         cfg = load_config(workdir)

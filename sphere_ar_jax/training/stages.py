@@ -1,4 +1,4 @@
-"""The stages: tokenizer, AR model, distilled head."""
+"""The training stages: the tokenizer, the AR model and the distilled head."""
 
 from typing import Any
 
@@ -89,8 +89,8 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
 
     Args:
       ar: the AR model.
-      vae: the tokenizer. It computes in options.encoder_dtype, if that is given; its tokens are
-        float32 all the same.
+      vae: the tokenizer. It computes in options.encoder_dtype, if that is given. Tokens are float32
+        in any case.
       vae_params: the tokenizer's parameters.
       options: the stage's section of the config.
       seed: seed of all draws.

@@ -53,7 +53,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def _no_warning(scalars: dict[str, float]) -> str | None:
-    """Find nothing wrong in the logged scalars of a step."""
+    """Finds nothing wrong in the logged scalars."""
     del scalars
     return None
 
@@ -93,7 +93,7 @@ def ema_decays(options: ConfigDict) -> tuple[float, ...]:
 def value_and_grad(loss: Loss, parts: int) -> Callable[..., tuple[tuple[jax.Array, Scalars], Any]]:
     """`jax.value_and_grad` of a loss, as the mean over pieces of the batch.
 
-    Only one piece is in memory at a time.
+    The pieces are computed one after the other, so that activations are kept for one at a time.
 
     Args:
       loss: the loss; its value and scalars are means over images.
@@ -151,7 +151,7 @@ def make_stage(
     shown: tuple[str, ...],
     **fields: Any,
 ) -> Stage:
-    """Make a stage that descends one loss.
+    """Makes a stage that descends one loss.
 
     Args:
       name: see `Stage`.
@@ -211,8 +211,8 @@ def frozen_identity(stage: Stage) -> dict[str, Any]:
 
     Returns:
       {} where there are none, else a dictionary of
-        weights: a hash, 8 hexadecimal digits, of all their bits;
-        model: the options in which the stage's module, if it names one, differs from the defaults.
+        weights: a hash of all their bits, 8 hexadecimal digits.
+        model: the options in which `Stage.model` differs from its defaults; {} where it is None.
     """
     if not jax.tree.leaves(stage.frozen):
         return {}
@@ -226,9 +226,9 @@ _HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan')
 
 
 def _options(module: Any) -> dict[str, Any]:
-    """All options of a module and of the parts in it, by name, as JSON takes them.
+    """All options of a module and of the modules in it, by name, as JSON gives them back.
 
-    A part has its class as an option, too.
+    The class of an inner module is an option too, under the name of its field.
     """
     found = {}
     for field in dataclasses.fields(module):
@@ -246,12 +246,12 @@ def _options(module: Any) -> dict[str, Any]:
 def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """The options of a module that differ from its defaults.
 
-    Only these are noted and compared, so that a new field of the module refuses no old run.
+    Only these are noted and compared, so that old runs stay valid when the module gets a new field.
 
     Args:
       module: the module.
-      options: those of an older version of the module, which may lack some or have some that are
-        gone; the module's own if None.
+      options: options that an older version of the module noted, some of which may be gone; None
+        stands for the module's own.
     """
     defaults = _options(type(module)())
     mine = _options(module)
@@ -270,7 +270,7 @@ def check_frozen(
     data_state: dict[str, Any],
     directory: str | os.PathLike[str],
 ) -> None:
-    """Check that a checkpoint was trained on the frozen parameters of the stage.
+    """Checks that a checkpoint was trained on the frozen parameters of the stage.
 
     Args:
       stage: the stage.
@@ -308,7 +308,7 @@ def abstract_state(stage: Stage, mesh: Mesh) -> Any:
 def quickly_compiled() -> dict[str, Any]:
     """Options of `jax.jit` for a program that runs once.
 
-    On CPUs LLVM then spends a sixth of the time on a tokenizer's initialisation, whose values stay
+    On CPUs LLVM then needs a sixth of the time for a tokenizer's initialisation, whose values stay
     the same bit for bit (BUILD_NOTES.md, "Tests").
     """
     on_cpu = jax.default_backend() == 'cpu'
@@ -321,7 +321,7 @@ def initialise(stage: Stage, shardings: PyTree, seed: int) -> TrainState:
 
 
 def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
-    """The jitted step of a stage. Its result takes the place of the state that it is given.
+    """The jitted step of a stage. It donates the state: the result takes its memory.
 
     Args:
       stage: the stage.
@@ -337,7 +337,7 @@ def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
 
 
 def converted(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:
-    """The parameters that a PyTorch checkpoint was converted to.
+    """The parameters that were converted from a PyTorch checkpoint.
 
     Args:
       directory: a stage's directory.

@@ -32,7 +32,7 @@ def other_model(old: ConfigDict, new: ConfigDict, tokenizer_only: bool = False) 
 
 
 def _appears(path: epath.Path) -> bool:
-    """Whether a file is there, within a minute: NFS remembers for a while that it is not there."""
+    """Waits up to a minute for a file: NFS may remember for a while that it was not there."""
     for _ in range(60):
         if path.exists():
             return True
@@ -43,8 +43,8 @@ def _appears(path: epath.Path) -> bool:
 def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
 
-    In a workdir of converted weights where no training has begun, only the model must be theirs.
-    All processes must call it.
+    A workdir of converted weights in which no training has begun needs the same model only. All
+    processes must call this.
 
     Args:
       cfg: the config of the run.

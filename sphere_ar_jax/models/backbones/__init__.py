@@ -1,7 +1,7 @@
 """Backbones of the tokenizer: the networks between images and tokens.
 
-A backbone is a Flax module, a field of `vae.VAE`, whose parameters stand at the top of the
-tokenizer's. The config chooses it by a word.
+A backbone is a Flax module, a field of `vae.VAE`. Its parameters stand at the top level of the
+tokenizer's. The config chooses the backbone by a word.
 
 Dimensions:
   B  images     H, W  token grid, L = H·W     D  width     c  image channels

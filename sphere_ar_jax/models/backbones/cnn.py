@@ -15,8 +15,8 @@ from sphere_ar_jax.models.convolutions import Conv, ConvTranspose
 class NormSiLU(nn.Module):
     """GroupNorm over min(32, channels//4) groups, then SiLU, in float32.
 
-    After the two passes that mean and variance need, the norm is one affine map for each image and
-    channel, a·(x − mean) + bias.
+    The statistics take two passes over x. The norm is then the affine map a·(x − mean) + bias, with
+    one a and one mean for each image and channel.
 
     Attributes:
       dtype: dtype of the result.

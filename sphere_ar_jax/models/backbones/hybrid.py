@@ -75,7 +75,8 @@ class Decoder(nn.Module):
 class Hybrid(nn.Module):
     """The published backbone: convolutions down to the token grid, and a ViT there.
 
-    The decoder is the same backwards. The defaults are those of the published model.
+    The decoder is another ViT, and convolutions up to the pixels. The defaults are those of the
+    published model.
 
     Attributes:
       image_channels: c.
@@ -107,7 +108,7 @@ class Hybrid(nn.Module):
         )
 
     def _vit(self, depth: int) -> ViT:
-        """Makes a ViT that becomes a part of the module to which it is given."""
+        """Makes a ViT without a parent: it becomes a part of the module to which it is given."""
         return ViT(depth, self.heads, self.remat, self.unroll, self.dtype, parent=None)
 
     @property

@@ -1,8 +1,8 @@
 """Conditions of the AR model: what an image is drawn for.
 
-A condition is a Flax module, a field of `ar.AR`, whose parameters stand at the top of the AR
-model's. The config chooses it by a word. Labels are a tree of arrays with a leading axis of images.
-The condition alone knows which labels stand for "no condition".
+A condition is a Flax module, a field of `ar.AR`. Its parameters stand at the top level of the AR
+model's. The config chooses the condition by a word. Labels are a tree of arrays with a leading axis
+of images. Only the condition knows which labels stand for "no condition".
 
 Dimensions:
   B  images     C  tokens of the condition     D  width of the AR model
@@ -18,7 +18,7 @@ Labels: TypeAlias = Any  # a tree of arrays (B, …)
 
 
 class Condition(Protocol):
-    """The tokens in front of an image's own, and how classifier-free guidance leaves them out."""
+    """The tokens in front of an image's own, and the null labels of classifier-free guidance."""
 
     @property
     def length(self) -> int:

@@ -1,8 +1,7 @@
 """Heads of the AR model: how one token is drawn given its condition.
 
-A head is a Flax module, the field `head` of `ar.AR`, chosen by a word of the config. It owns its
-loss and the steps of its sampler.
-See `docs/extending.md` for one of your own.
+A head is a Flax module, the field `head` of `ar.AR`. The config chooses it by a word. It has a loss
+and the steps of its sampler. See `docs/extending.md` for one of your own.
 
 Dimensions:
   B  images
@@ -30,7 +29,7 @@ Draws: TypeAlias = PyTree
 class Head(Protocol):
     """A distribution of the next token.
 
-    `loss` reads parameters through Flax; `prepare` and `draw_token` are given them.
+    `loss` reads parameters through Flax. `prepare` and `draw_token` get them as an argument.
     """
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> Draws:

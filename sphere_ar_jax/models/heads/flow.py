@@ -49,7 +49,7 @@ def time_sinusoid(t: jax.Array, dim: int = TIME_DIM, period: float = 10000.0) ->
     Args:
       t: (...) times in [0, 1].
       dim: even number of outputs.
-      period: wavelength, divided by 2π, that the slowest frequencies approach.
+      period: the frequencies fall from 1 to nearly 1/period.
 
     Returns:
       (..., dim) float32.
@@ -66,6 +66,9 @@ class ResBlock(nn.Module):
     """A residual block, x + gate · MLP(LayerNorm(x)·(1 + scale) + shift).
 
     The MLP is a SwiGLU M → 1.5M → M with biases.
+
+    Attributes:
+      dtype: dtype of the computation; parameters are float32.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -84,7 +87,7 @@ class ResBlock(nn.Module):
 
 
 def _parts(ada: jax.Array) -> Modulation:
-    """(…, p, M) → p arrays (…, M)."""
+    """Splits (…, p, M) into p arrays (…, M)."""
     return tuple(ada[..., i, :] for i in range(ada.shape[-2]))
 
 
@@ -95,7 +98,7 @@ class Group(nn.Module):
       width: M.
       depth: n, the number of blocks.
       unroll: blocks per iteration of the scan (speed only).
-      dtype: of the computation.
+      dtype: dtype of the computation; parameters are float32.
       scan: see `transformer.Stack`.
     """
 
@@ -120,7 +123,7 @@ class Group(nn.Module):
         return _parts(self.ada(y))
 
     def modulated(self, x: jax.Array, modulation: Modulation) -> jax.Array:
-        """The blocks under a given modulation: x (N, M) → (N, M)."""
+        """Runs the blocks under a given modulation: x (N, M) → (N, M)."""
         for block in [self.blocks] if self.scan else self.blocks:
             x, _ = block(x, modulation)
         return x
@@ -160,12 +163,11 @@ def chunk_size(evaluations: int, rows: int) -> int:
 class FlowHead(nn.Module):
     """Velocity of the flow, v(x_t, t, c), with its loss and the steps of its sampler.
 
-    What depends on time or condition alone has methods of its own. A sampler can thus compute the
-    embeddings once per step or token, and with scan=False the adaLN modulations of many steps in
-    one large product.
+    The embeddings of time and of condition have methods of their own, so that a sampler computes
+    each once per step or token. With scan=False it can also compute the adaLN modulations of many
+    steps in one large product.
 
-    The draws of `loss` have the type of any head's draws, since heads that extend this one draw
-    other things.
+    `draws` and `loss` are typed for any tree, since a head that extends this one may draw others.
 
     Attributes:
       latent_dim: d.
@@ -173,8 +175,8 @@ class FlowHead(nn.Module):
       depth: residual blocks in all.
       groups: G, which divides depth.
       remat: recompute each group's activations in the backward pass instead of keeping them.
-      unroll: scanned groups, and blocks, per iteration (speed only).
-      dtype: of the computation; parameters and the returned velocity are float32.
+      unroll: groups, and blocks of a group, per iteration of their scans (speed only).
+      dtype: dtype of the computation; parameters and the returned velocity are float32.
       scan: see `transformer.Stack`.
 
     Raises:
@@ -245,7 +247,9 @@ class FlowHead(nn.Module):
         return self._output(x, _parts(self.final_ada(y)))
 
     def modulation(self, t_emb: jax.Array, c_emb: jax.Array) -> PyTree:
-        """All that x is modulated by, for every pair of a time and a condition; needs scan=False.
+        """Computes all adaLN modulations, for every pair of a time and a condition.
+
+        It needs scan=False.
 
         Args:
           t_emb: (E, M), see `embed_time`.
@@ -259,11 +263,11 @@ class FlowHead(nn.Module):
         return groups, _parts(self.final_ada(y))
 
     def modulated(self, x: jax.Array, modulation: PyTree) -> jax.Array:
-        """`__call__` under one element of what `modulation` returned; needs scan=False.
+        """Computes the velocity under given modulations. It needs scan=False.
 
         Args:
           x: (N, d) float32.
-          modulation: a tree of arrays (N, M).
+          modulation: a tree of arrays (N, M), one time of what the method `modulation` returned.
 
         Returns:
           Velocity (N, d) float32.
@@ -335,8 +339,8 @@ class FlowHead(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Rectified-flow loss of every token given its condition: mean (v(x_t, t, c) − (z − ε))².
 
-        Here t = sigmoid(t_normal) and x_t = (1 − t)·ε + t·z, and each condition is used for m noisy
-        copies. See `docs/method.md`, "Flow loss".
+        Here t = sigmoid(t_normal) and x_t = (1 − t)·ε + t·z. Every token has m noisy copies, which
+        share its condition. See `docs/method.md`, "Flow loss".
 
         Args:
           c: (B, L, D) conditions.
@@ -359,7 +363,7 @@ class FlowHead(nn.Module):
         return loss, {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
-        """The arguments of `embed_time` that belong to solver tables."""
+        """The arguments of `embed_time` for all evaluations of solver tables."""
         return (jnp.asarray(tables.t),)
 
     def prepare(self, params: PyTree, plan: Plan) -> Solver:
@@ -443,14 +447,10 @@ def _guided_velocity(
     x: jax.Array,
     modulation: PyTree,
 ) -> jax.Array:
-    """The velocities (R, d) of conditional and null rows at one evaluation.
+    """The velocities (R, d) that conditional and null rows follow at one evaluation.
 
-    Args:
-      evaluate: function (x, modulation) → velocity of the rows that it is given.
-      guidance: how the two kinds of rows act together.
-      inside: () bool, whether the evaluation's time lies in the interval of the guidance.
-      x: (R, d), conditional rows, then null rows.
-      modulation: a tree of arrays (R, M).
+    `evaluate` is a function (x, modulation) → velocity of the rows that it is given. `inside` ()
+    bool says whether the evaluation's time lies in the interval of the guidance.
     """
 
     def guided(x: jax.Array, modulation: PyTree) -> jax.Array:

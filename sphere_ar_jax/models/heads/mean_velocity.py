@@ -55,7 +55,7 @@ class MeanVelocity(FlowHead):
         self.span2 = nn.Dense(self.width, kernel_init=ZERO, dtype=self.dtype)
 
     def teacher(self) -> FlowHead:
-        """The flow head of the same sizes, whose velocities this one learns the means of."""
+        """The flow head of the same sizes. This head learns the means of its velocities."""
         fields = (
             self.latent_dim,
             self.width,
@@ -78,7 +78,7 @@ class MeanVelocity(FlowHead):
         return super().embed_time(t) + self.span2(nn.silu(self.span1(time_sinusoid(h))))
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
-        """The arguments of `embed_time` that belong to solver tables."""
+        """The arguments of `embed_time` for all evaluations of solver tables."""
         return jnp.asarray(tables.t), jnp.asarray(tables.h)
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -117,8 +117,8 @@ class MeanVelocity(FlowHead):
           draws: segments of a teacher's trajectories.
 
         Returns:
-          (loss, scalars): the loss () float32. The scalar one_step is the error of the steps from
-            noise to data in one.
+          (loss, scalars): the loss () float32. The scalar one_step is the mean error of the
+            segments that reach from noise to data.
         """
         del z
         P, N = draws.u.shape[:2]
@@ -139,7 +139,7 @@ def mean_velocity_targets(
     levels: Sequence[int],
     num_steps: int,
 ) -> Segments:
-    """Mean velocities of a flow over the segments that samplers of few steps take, by solving it.
+    """Solves a flow, and takes its mean velocities over the steps that samplers of few steps make.
 
     For every n of `levels` and every segment [i/n, (i + 1)/n], u = (x at its end − x at its
     start)·n. All segments lie on one trajectory from x₀ = noise, solved by Adams–Bashforth in equal
@@ -148,7 +148,7 @@ def mean_velocity_targets(
     Args:
       velocity: function (x (N, d), t ()) → (N, d).
       noise: (N, d) standard normal.
-      levels: numbers of steps, which divide num_steps.
+      levels: numbers n of a sampler's steps. Each divides num_steps.
       num_steps: steps of the teacher's solver.
 
     Returns:
@@ -191,8 +191,9 @@ def distillation_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a head that learns the mean velocity of a teacher's guided flow.
 
-    It is mean (u(x, t, h, c) − its targets)². The AR model is frozen. The teacher's guidance, s_k
-    at token k, becomes part of the head, which needs no null rows.
+    It is the mean of (u(x, t, h, c) − target)², with the targets of `mean_velocity_targets`. The AR
+    model is frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
+    therefore needs no null rows.
 
     Args:
       ar: an `ar.AR` with a `MeanVelocity` head.

@@ -1,8 +1,8 @@
 """Posteriors q(z | image) of the tokenizer: families of distributions.
 
-A family is a small frozen object, a field of `vae.VAE`. The config chooses it by a word. When it is
-called with the encoder's output, it gives a distribution, a tree of arrays whose leading axes are
-images and tokens. Logs, pictures and pages ask the family what there is to show.
+A family is a small frozen object, a field of `vae.VAE`. The config chooses it by a word. Called
+with the encoder's output, it returns a distribution: a tree of arrays whose leading axes are images
+and tokens. The family also says which statistics logs, pictures and pages show.
 
 Dimensions:
   B  images     L  tokens of an image     d  latent dimension
@@ -50,7 +50,7 @@ class Posterior(Protocol):
 
     @property
     def logarithmic(self) -> frozenset[str]:
-        """Those of the names that are plotted on a logarithmic axis."""
+        """The names of the statistics that are plotted on a logarithmic axis."""
 
     def outputs(self, d: int) -> int:
         """Returns how many numbers the encoder gives for a token of d dimensions."""
@@ -61,7 +61,7 @@ class Posterior(Protocol):
     def project(self, z: jax.Array) -> jax.Array:
         """Returns the point of the latent space that stands for z (..., d).
 
-        It is N_R(z) on a sphere, and z itself in a plane.
+        It is N_R(z) where the latent space is a sphere, and z itself where it is all of ℝ^d.
         """
 
     def faults(self, scalars: dict[str, float]) -> str | None:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.sphere import geometry, power_spherical
 
-# A dimension is dead where the tokens' directions spread less than this share of the spread of
-# uniform ones.
+# A dimension is dead where the tokens' directions spread by less than this, measured as in
+# `statistics`: uniform directions have a spread of 1.
 DEAD = 0.1
 
 
@@ -26,7 +26,7 @@ class PowerSphericalTokens(NamedTuple):
 
     Attributes:
       mu: directions, unit vectors (B, L, d) float32.
-      kappa: concentrations (B, L) float32, above 1.
+      kappa: concentrations (B, L) float32, at least 1.
     """
 
     mu: jax.Array
@@ -58,7 +58,7 @@ class PowerSphericalTokens(NamedTuple):
         return power_spherical.kl_to_uniform(self.kappa, self.mu.shape[-1])
 
     def statistics(self) -> dict[str, jax.Array]:
-        """Computes how much of the sphere the tokens of a batch use; `faults` judges it.
+        """Computes how much of the sphere the tokens of a batch use.
 
         The spread of a dimension is √d · std of mu's coordinate over batch and tokens. It is 1 for
         uniform directions and 0 for equal ones.
@@ -112,9 +112,8 @@ class PowerSpherical:
     def faults(self, scalars: dict[str, float]) -> str | None:
         """Says what is wrong with a tokenizer's latents.
 
-        These are wrong: kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction >
-        0.9, and any dead dimension. The tokens of an untrained encoder look collapsed too, for the
-        first few hundred steps.
+        Faults are kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, and
+        any dead dimension. In the first few hundred steps of a training these are normal.
 
         Args:
           scalars: the `statistics`, as floats.
