@@ -26,11 +26,13 @@ EPSILON = 1e-3  # of every batch norm
 POOL = 2048
 SPATIAL = 17 * 17 * 7
 CLASSES = 1008
-A = TypeVar('A', jax.Array, np.ndarray)
+
+# Arrays on the devices, or in NumPy.
+_Array = TypeVar('_Array', jax.Array, np.ndarray)
 
 
-class Features(NamedTuple, Generic[A]):
-    """What the evaluator takes from the network, float32, on the devices or in NumPy.
+class Features(NamedTuple, Generic[_Array]):
+    """What the evaluator takes from the network, float32.
 
     Attributes:
       pool: (n, 2048), `pool_3`.
@@ -39,9 +41,9 @@ class Features(NamedTuple, Generic[A]):
       logits: (n, 1008), pool · softmax/weights without the bias.
     """
 
-    pool: A
-    spatial: A
-    logits: A
+    pool: _Array
+    spatial: _Array
+    logits: _Array
 
 
 def resize(images: ArrayLike, size: int = SIZE) -> jax.Array:
