@@ -1,12 +1,12 @@
-"""The benchmark: what each part costs, beside the machine's limits and the public PyTorch code.
+r"""The benchmark: what each part costs, beside the machine's limits and the public PyTorch code.
 
-    python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench
-    [--against=CHECKOUT]
+    python -m sphere_ar_jax.benchmark --config=configs/ar_b.py --output=/tmp/bench \
+        [--against=CHECKOUT]
 
 There are up to three sides: ours and, with --against, the public code twice, compiled and eager.
 Each side prepares a part in a process of its own, so that start, compilation and peak memory are
-that side's alone. The sides then take turns, --repeats times each, so that a ratio compares minutes
-that were alike. The results are a table on the screen, OUTPUT/benchmark.json and
+that side's alone. The sides then take turns, --repeats times each, so that the runs of a ratio were
+measured under like conditions. The results are a table on the screen, OUTPUT/benchmark.json and
 OUTPUT/benchmark.md.
 """
 
@@ -68,7 +68,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _check_against(checkout: str, cfg: ConfigDict) -> None:
-    """Ends the program if a directory is not the public code, or cannot sample by the config."""
+    """Ends the program unless `checkout` is the public code and can sample by the config."""
     if not os.path.isdir(os.path.join(checkout, 'SphereAR')):
         _fail(f'{checkout} is no checkout of guolinke/SphereAR')
     published = plan.Options(num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
       argv: the command line, with the program's name first.
 
     Raises:
-      SystemExit: what the user can put right, in one line.
+      SystemExit: there is a fault that the user can put right; the message is one line.
     """
     if '--help' in argv:
         print(f'{__doc__}\n{_FLAGS.main_module_help()}')

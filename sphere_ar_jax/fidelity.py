@@ -1,11 +1,11 @@
-r"""Scores two sets of images by the ADM protocol: FID, sFID, Inception Score, precision, recall.
+r"""Scores images against a reference by the ADM protocol, without TensorFlow.
 
     python -m sphere_ar_jax.fidelity VIRTUAL_imagenet256_labeled.npz samples.npz \
         --weights=classify_image_graph_def.pb
 
-The five scores are those of OpenAI's guided-diffusion `evaluations/evaluator.py` (Dhariwal & Nichol
-2021, arXiv 2105.05233), to which published numbers on ImageNet refer. They are computed without
-TensorFlow; see `protocol`, and `docs/evaluation.md` for how exact they are.
+The scores are FID, sFID, Inception Score, precision and recall, as in OpenAI's guided-diffusion
+`evaluations/evaluator.py` (Dhariwal & Nichol 2021, arXiv 2105.05233), to which published numbers on
+ImageNet refer. `protocol` computes them; `docs/evaluation.md` says how exact they are.
 """
 
 import argparse

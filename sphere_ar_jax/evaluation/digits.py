@@ -25,7 +25,7 @@ def memorisation(samples: np.ndarray, train: np.ndarray, heldout: np.ndarray) ->
       share of samples that are nearer to a training image than the nearest 5% of held-out images
       are. That share is 0.05 where samples are as new as real images.
     """
-    # scikit-learn is slow to import, so that only what scores digits imports it.
+    # scikit-learn is slow to import, so that it is imported only where digits are scored.
     from sklearn.metrics import pairwise_distances_argmin_min
 
     _, of_samples = pairwise_distances_argmin_min(samples, train)
@@ -50,7 +50,7 @@ def _flat(source: digits.Digits) -> np.ndarray:
 
 
 def _frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance between two sets of features (·, f)."""
+    """The Fréchet distance between two sets of features (·, f)."""
     return statistics.frechet_distance(*statistics.statistics(a), *statistics.statistics(b))
 
 

@@ -87,7 +87,8 @@ def save_samples(
       path: the PNG.
       images: (n, H, W, c).
       labels: (n,) int, the classes that the images were drawn for.
-      per_class: images in a row, the first of each class. Rows are shorter where a class has fewer.
+      per_class: images in a row, the first of each class. Where a class has fewer, all rows have
+        as few.
     """
     labels = np.asarray(labels)
     classes = np.unique(labels)

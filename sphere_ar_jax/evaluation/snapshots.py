@@ -66,7 +66,7 @@ class _Grid(NamedTuple):
 
 
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
-    """The first n images that reconstructions are shown of.
+    """The first n images of which reconstructions are shown.
 
     Returns:
       (n, H, W, c): held-out images, or training images cropped at the centre, without broken ones.
@@ -209,17 +209,9 @@ def look_at_samples(
 def _reconstruct(
     setting: Setting, vae_params: PyTree, images: np.ndarray, batch_size: int, **options: Any
 ) -> dict[str, float]:
-    """Writes WORKDIR/reconstructions.png.
+    """Writes WORKDIR/reconstructions.png, and returns PSNR and what the posterior shows, by name.
 
-    Args:
-      setting: the run.
-      vae_params: the tokenizer's parameters.
-      images: (n, H, W, c).
-      batch_size: images reconstructed at a time.
-      **options: further ones of `pictures.save_reconstructions`.
-
-    Returns:
-      PSNR and what the posterior shows, as metrics by name.
+    `options` are further ones of `pictures.save_reconstructions`.
     """
     key = jax.random.key(setting.cfg.seed + 1)
     recon, found = on_mesh.reconstruct(
@@ -279,7 +271,7 @@ def score_digits(
 def show(
     setting: Setting, vae_params: PyTree, ar_params: PyTree | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Writes pictures of a run on images that have no protocol of their own, as the digits have.
+    """Writes pictures of a run on images other than the digits, which have no protocol here.
 
     Args:
       setting: the run.
@@ -289,9 +281,9 @@ def show(
     Returns:
       (metrics by name, seconds by part).
     """
+    images = examples(setting)
     seconds = {}
     started = time.perf_counter()
-    images = examples(setting)
     metrics = _reconstruct(
         setting,
         vae_params,

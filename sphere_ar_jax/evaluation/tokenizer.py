@@ -20,7 +20,7 @@ from sphere_ar_jax.training.run import Run
 
 
 def _decibels(error: float | np.floating) -> float:
-    """The PSNR in dB that a mean squared error stands for, for images in [−1, 1] (peak 2)."""
+    """The PSNR in dB of a mean squared error between images in [−1, 1] (peak 2)."""
     return float(10 * np.log10(4 / error))
 
 
@@ -64,11 +64,8 @@ def _compare(
 ) -> dict[str, float]:
     """Means over a batch of the scores that every image has by itself.
 
-    Args:
-      images: (b, H, W, c) uint8.
-      real: the same images, float32 in [−1, 1].
-      rounded: (b, H, W, c) uint8, the reconstructions.
-      lpips: parameters of `LPIPS`, or None to leave it out.
+    `images` and `rounded`, the reconstructions, are (b, H, W, c) uint8; `real` has the images
+    again, float32 in [−1, 1]. Without `lpips`, the parameters of `LPIPS`, that score is left out.
     """
     image_psnr, ssim = likeness(rounded, images)
     pairs = {'image_psnr': image_psnr, 'ssim': ssim}

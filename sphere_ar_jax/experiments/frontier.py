@@ -5,9 +5,9 @@ r"""Quality against evaluations of the flow head, for trained runs of the digits
 
 Every setting of `settings` samples --num_images digits from every run and scores them by the
 digits' protocol. The results are a table and a plot; `docs/evaluation.md`, "Quality against
-evaluations", shows them. Scores are added to OUTPUT/scores.jsonl one by one, so that the command
-goes on where it stopped when it is started again. Workdirs of a distilled head are sampled with
-the settings that such a head has.
+evaluations", shows them. Each score is added to OUTPUT/scores.jsonl at once, so that the command
+goes on where it stopped when it is started again. Where the head of a run is distilled, the
+settings are the numbers of steps that it was distilled for.
 """
 
 import argparse

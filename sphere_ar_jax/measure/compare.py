@@ -22,7 +22,7 @@ from sphere_ar_jax.measure import costs, our_parts, public_code
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import first_line
 
-# In the process of a side, its part, to be run again.
+# What the process of a side has prepared: 'run' does its part, 'peak' says its memory.
 _prepared: dict[str, Callable[[], Any]] = {}
 
 
@@ -55,18 +55,11 @@ def _first_run(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Prepares a part in a process of its own and runs it once.
 
-    Args:
-      config: a checked config as a dict.
-      part: a key of `our_parts.PARTS`.
-      side: 'ours', 'compiled' or 'eager'.
-      batch: images.
-      weights: a .npz file of {PyTorch name: array}; None takes random parameters.
-      checkout: directory of the public code; None on our side.
-      directory: for the compilers' caches.
-      spawned: when the process was started, by `time.time`.
+    `config` is a checked config as a dict, `directory` is for the compilers' caches, and `spawned`
+    is when the process was started, by `time.time`. The other arguments are those of `measure`.
 
     Returns:
-      what the part says of itself, and its result.
+      What the part says of itself (see `_Side.about`), and its result.
     """
     # The caches are of this part alone: empty for the first start of a side, full for the second.
     jax.config.update('jax_compilation_cache_dir', os.path.join(directory, 'jax'))
@@ -120,7 +113,7 @@ class _Side:
     """A part of one side, in a process of its own.
 
     Attributes:
-      about: what the part says of itself.
+      about: what the part says of itself: `flops`, `bytes` and `compile_seconds` on our side.
       result: the result of its first run.
       start_seconds: from the start of the process to the first result.
     """
@@ -129,7 +122,7 @@ class _Side:
         """Starts the process and waits for the first result.
 
         Args:
-          *job: the arguments of `_first_run` but the last.
+          *job: all arguments of `_first_run` but `spawned`.
         """
         self._pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
         started = time.perf_counter()
@@ -161,7 +154,7 @@ class _Sides:
     """The sides of one part.
 
     Attributes:
-      running: the sides whose process runs.
+      running: the sides that have not failed, by name.
       found: {side: what was measured, or 'error' with why the side failed, in one line}.
     """
 
@@ -179,12 +172,9 @@ class _Sides:
             return None
 
     def start(self, side: str, job: tuple[Any, ...], twice: bool) -> None:
-        """Starts a side.
+        """Starts a side; `job` has the arguments of `_Side`.
 
-        Args:
-          side: its name.
-          job: the arguments of `_Side`.
-          twice: whether a first process is started and ended before, to fill the caches.
+        With `twice` a first process is started and ended before, to fill the caches.
         """
         if twice:
             first = self.guarded(side, _Side, *job)
@@ -197,13 +187,10 @@ class _Sides:
 
 
 def _summary(worker: _Side, times: list[float], count: int, peak: int) -> dict[str, Any]:
-    """What a side's runs amount to.
+    """What is reported of a side.
 
-    Args:
-      worker: the side.
-      times: seconds of its timed runs; without any, the start is taken.
-      count: how often a run does what is to be timed.
-      peak: bytes.
+    `times` are the seconds of its timed runs; a part without timed runs is a start, whose seconds
+    are taken. One run does `count` times what is timed. `peak` is in bytes.
     """
     t = np.array(times or [worker.start_seconds]) / count
     return {
@@ -217,7 +204,7 @@ def _summary(worker: _Side, times: list[float], count: int, peak: int) -> dict[s
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference of two results, relative to ours' largest value."""
+    """The largest difference of two results, relative to our largest value."""
     return float(np.abs(ours - theirs).max() / np.abs(ours).max())
 
 
@@ -242,11 +229,12 @@ def measure(
       checkout: directory of the public code, for sides other than ours.
 
     Returns:
-      {'machine': medians of `costs.machine`, measured in the same rounds, side: {'start_seconds',
-        'seconds' (median), 'spread' (interquartile), 'peak_bytes', …}}. Our side has `flops` and
-        `bytes` as well. Where both sides compute from the same inputs, the other one has
-        `difference`, the largest difference to ours relative to ours' largest value. A side that
-        failed has only 'error', one line.
+      What was measured, by side: 'start_seconds', 'seconds' (the median), 'spread' (the
+      interquartile range), 'repeats' and 'peak_bytes', and for our side 'flops', 'bytes' and
+      'compile_seconds'. Where both sides compute from the same inputs, the other side has
+      'difference', its largest difference to our result relative to our largest value. A side that
+      failed has only 'error', one line. Under 'machine' are the medians of `costs.machine`,
+      measured in the same rounds.
     """
     contest = _Sides()
     times: dict[str, list[float]] = {side: [] for side in sides}
@@ -282,8 +270,8 @@ def measure(
 def floor_seconds(about: Mapping[str, float], machine: Mapping[str, float]) -> float:
     """The time below which a part cannot come.
 
-    It is the longer of two: its operations at the rate of large products, or its weights and cache
-    read once for each use.
+    It is the longer of two times: that of its operations at the rate of large products, and that of
+    reading its weights and its cache from memory once for each use.
 
     Args:
       about: `flops` and `bytes` of the part.

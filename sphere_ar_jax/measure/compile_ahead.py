@@ -144,7 +144,7 @@ def memory(compiled: Any, groups: Mapping[str, PyTree]) -> dict[str, int]:
 
     Returns:
       {name: bytes} of the groups, of the padding of arguments, of results that are kept beside
-        them, of temporaries and of code; what takes nothing is left out.
+      them, of temporaries and of code. What takes nothing is left out.
     """
     m = compiled.memory_analysis()
     found = {name: costs.device_bytes(tree) for name, tree in groups.items()}
@@ -205,9 +205,9 @@ def _step(cfg: ConfigDict, name: str, mesh: Mesh) -> programs.Work:
 def replicated(cfg: ConfigDict, name: str, mesh: Mesh) -> list[tuple[int, str, str, str]]:
     """The arrays of other devices' images that one device has in a training step.
 
-    There should be none. The step is compiled with another batch, which is split in the same way.
-    It has a prime number of images for each part of the mesh, so that it can be told from all sizes
-    of the model.
+    There should be none. The step is compiled with another batch, which the mesh splits in the same
+    way: each part of the mesh gets a prime number of images that divides no size of the model, so
+    that arrays of images can be told from all others.
 
     Args:
       cfg: a checked config.
@@ -215,7 +215,7 @@ def replicated(cfg: ConfigDict, name: str, mesh: Mesh) -> list[tuple[int, str, s
       mesh: the devices. Where it does not split a batch there is nothing to find.
 
     Returns:
-      the arrays that `hlo.unsplit` finds.
+      The arrays that `hlo.unsplit` finds.
     """
     parts = sharding.batch_parts(mesh)
     if parts == 1:

@@ -110,8 +110,8 @@ def flops(
 ) -> float:
     """Floating-point operations of a function in products and convolutions.
 
-    A conditional counts as the mean of its branches; of kernels for several platforms the plain one
-    counts.
+    A conditional counts as the mean of its branches. Where the branches are kernels for several
+    platforms, the plain one counts.
 
     Args:
       function: traceable by JAX.
@@ -164,16 +164,16 @@ def machine(
     """What the first device reaches here and now.
 
     Args:
-      rows: of the thin products.
+      rows: rows of the thin products.
       dtype: of all matrices.
-      size: sides of the large square matrices; None takes 2048 on CPUs and 8192 elsewhere, where a
-        small product would measure its launch.
-      width: rows of the weights of the thin products.
+      size: side of the large square matrices; None takes 2048 on CPUs, and 8192 elsewhere, where a
+        smaller product would measure how long it takes to launch.
+      width: the weights of the thin products are width × 3·width.
 
     Returns:
       'matrix_flops': operations a second of a chain of large square products.
-      'matrix_flops_rows': those of `rows` rows through 24 matrices of width × 3·width in turn, 300
-        MB in float32.
+      'matrix_flops_rows': those of `rows` rows times 24 matrices in turn, 300 MB in float32 at the
+        default width.
       'bytes_per_second': of reading 256 MB (4 GB on accelerators).
     """
     large = jax.devices()[0].platform != 'cpu'

@@ -18,14 +18,14 @@ class Chip(NamedTuple):
 
     Attributes:
       name: as in v6e-16.
-      cores: how many the number in such a name counts for each chip.
-      devices: of JAX, for each chip.
+      cores: what a chip adds to the number in the name of a slice: v5p-16 has 8 chips of 2 cores.
+      devices: number of JAX devices of a chip.
       flops: bfloat16 operations a second.
-      hbm: bytes.
+      hbm: bytes of memory.
       hbm_rate: bytes a second, read and written together.
       ici: bytes a second that a chip can send over all its links to other chips. It is half of what
         the pages call bidirectional.
-      shapes: of slices, by their number of chips.
+      shapes: {number of chips: the shape of a slice of so many}.
       setting: libtpu's name of the chip's configuration.
     """
 
@@ -69,7 +69,7 @@ class Slice(NamedTuple):
 
     Attributes:
       name: as in v6e-16.
-      chip: their kind.
+      chip: the kind of the chips.
       shape: as in 4x4.
     """
 
@@ -89,7 +89,7 @@ class Slice(NamedTuple):
 
 
 def find_slice(text: str) -> Slice:
-    """The slice of a name.
+    """Looks a slice up by its name.
 
     Args:
       text: as in 'v6e-256' or 'v6e:16x16'.

@@ -91,7 +91,7 @@ def _search(pattern: str, text: str) -> re.Match[str]:
 
 
 def _array(dtype: str, dims: str, layout: str) -> Array:
-    """The array of a text as f32[2,3]{1,0:T(8,128)}, cut into its three parts."""
+    """The array of a type such as f32[2,3]{1,0:T(8,128)}, given in its three parts."""
     shape = tuple(int(n) for n in dims.split(',') if n)
     bits = 8
     if dtype != 'pred':
@@ -134,7 +134,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _called(instruction: Instruction, key: str) -> list[str]:
-    """The computations that an instruction calls under an attribute, a pattern."""
+    """Names of the computations that an instruction calls; key: pattern of the attribute's name."""
     return re.findall(rf'\b{key}=%?([\w.\-]+)', instruction.rest)
 
 
@@ -187,9 +187,8 @@ class Program:
     Attributes:
       computations: by their names.
       entry: the name of the computation that the program begins with.
-      devices: that run the program together.
-      open_loops: the number of loops whose length neither the text nor `lengths` of the constructor
-        had to say, because it is data.
+      devices: number of devices that run the program together.
+      open_loops: number of loops whose length the text does not say, because it depends on data.
       instructions: (instruction, its computation's name, how often it runs) of all that are not
         within a fusion.
     """
@@ -199,8 +198,8 @@ class Program:
 
         Args:
           text: `compiled.as_text()`.
-          lengths: how often a loop runs whose length is data, by the number of loops that it is
-            nested in. Where nothing is given it counts as one round.
+          lengths: how often the open loops run, by the number of loops that one is nested in. A
+            loop counts as one round where nothing is given.
 
         Raises:
           ValueError: the text is not a program.
@@ -235,7 +234,8 @@ class Program:
     def _length(self, loop: Instruction) -> int | None:
         """How often a loop's body runs; None where the text does not say.
 
-        Unless XLA notes it, it is read from the condition: i < constant, with i counted up by one.
+        It is XLA's own note if there is one. Otherwise the loop's condition must be i < constant,
+        and i is taken to count up by one from 0.
         """
         if known := re.search(r'known_trip_count\D+(\d+)', loop.rest):
             return int(known[1])
@@ -253,12 +253,9 @@ class Program:
         return None
 
     def _visit(self, name: str, times: float, depth: int) -> None:
-        """Adds what a computation runs to `_times`.
+        """Counts in `_times` a computation that runs so many times, and all that it runs.
 
-        Args:
-          name: of the computation.
-          times: how often it runs.
-          depth: how many loops it is in.
+        `depth` is the number of loops that the computation is nested in.
         """
         self._times[name] += times
         for instruction in self.computations[name].values():
@@ -333,12 +330,9 @@ class Program:
         return found
 
     def _read(self, computation: Computation, name: str, of_result: float) -> float:
-        """Bytes that a fused computation reads of one of its arrays.
+        """Bytes that a fused computation reads of the array that the instruction `name` makes.
 
-        Args:
-          computation: the fused one.
-          name: of the instruction that makes the array.
-          of_result: bytes that are read of the computation's result.
+        `of_result` is how many bytes are read of the computation's own result.
         """
         total = of_result if computation[name].root else 0
         for user in computation.values():
@@ -354,13 +348,10 @@ class Program:
         computation: Computation,
         of_result: float | None = None,
     ) -> float:
-        """Bytes that one instruction reads of its operand at a place.
+        """Bytes that one instruction reads of the operand at index `place`.
 
-        Args:
-          instruction: in the computation.
-          place: the index of the operand.
-          computation: see `_read`.
-          of_result: see `_read`; None outside fusions.
+        `computation` holds the instruction. `of_result` is that of `_read`, and None outside
+        fusions.
         """
         if instruction.opcode == 'bitcast':
             assert of_result is not None  # `_traffic` asks for no bitcast outside fusions
@@ -453,9 +444,10 @@ def unsplit(
 ) -> list[tuple[int, str, str, str]]:
     """Arrays that one device has of more images than its own.
 
-    They are gathered from other devices, or computed by all alike. An array is found by its number
-    of elements, or by its shape, where that belongs to a whole batch (or to a part of it along one
-    axis alone) and to no device's own share.
+    They are gathered from other devices, or computed by all alike. An array counts if its number of
+    elements is that of an array of the whole batch, or of the batch split along only one of the two
+    axes that split it, or if it has the shape of an array of the whole batch. Numbers and shapes
+    that a device's own share has as well do not count.
 
     Args:
       program: of one device.

@@ -86,8 +86,8 @@ def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
 def random_params(model: AR | VAE, seed: int) -> PyTree:
     """Random parameters none of which is zero, as in a trained model.
 
-    They are the initial values, with noise of standard deviation 0.02 in place of leaves that start
-    at 0.
+    They are the initial values. A leaf that starts at 0 gets noise of standard deviation 0.02
+    instead.
     """
     params = jax.jit(model.init_params, **quickly_compiled())(jax.random.key(seed))
     rng = np.random.default_rng(seed)

@@ -153,13 +153,9 @@ def _rows(
     *shapes: tuple[Any, tuple[int, ...]],
     spec: PartitionSpec = sharding.BATCH,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Abstract arrays (images, …) split over the mesh.
+    """Abstract arrays (images, …) split over the mesh by `spec`.
 
-    Args:
-      mesh: the devices.
-      images: rows of each array.
-      *shapes: (dtype, the rest of the shape) of each array.
-      spec: how the rows are split.
+    `shapes` has a dtype and the rest of the shape for each array.
     """
     split = jax.sharding.NamedSharding(mesh, spec)
     return tuple(

@@ -5,7 +5,7 @@ flash_attn is not installed (it needs a GPU), torch's own scaled_dot_product_att
 one function taken from it. Sizes that the public constructors do not offer, such as those of the
 digits, are made by exchanging layers after construction.
 
-`torch` in the arguments below is that module, because it must be imported late.
+torch must be imported late, so that functions below take the module as the argument `torch`.
 """
 
 import copy
@@ -27,16 +27,10 @@ from sphere_ar_jax.models.vae import VAE
 
 
 def _import(checkout: str, compiled: bool) -> tuple[types.ModuleType, types.SimpleNamespace]:
-    """Imports torch and the public modules.
+    """Imports torch and the public modules, which it returns by name.
 
-    It must come before anything else imports torch, which reads the environment at its import.
-
-    Args:
-      checkout: directory of the public repository.
-      compiled: whether its torch.compile is left on.
-
-    Returns:
-      torch, and the public modules by name.
+    It must be called before anything else imports torch, which reads the environment at its import.
+    `compiled` says whether the public code's torch.compile is left on.
     """
     if not compiled:
         os.environ['TORCHDYNAMO_DISABLE'] = '1'
@@ -137,11 +131,7 @@ def _build(torch: types.ModuleType, public: types.SimpleNamespace, ar: AR, vae: 
 
 
 def _load(torch: types.ModuleType, model: Any, weights: str | os.PathLike[str]) -> None:
-    """Copies weights from a .npz file into a public model.
-
-    Raises:
-      ValueError: a weight is missing.
-    """
+    """Copies weights from a .npz file into a public model. Raises ValueError if one is missing."""
     state = model.state_dict()
     with np.load(weights) as tensors, torch.no_grad():
         for key in state:
@@ -156,16 +146,9 @@ def _train(
 ) -> Callable[[], Any]:
     """One optimizer step of the public recipe, as a function that returns the loss.
 
-    The adversarial and the perceptual term are left out (`docs/method.md`, "Tokenizer losses" and
-    "Optimizer").
-
-    Args:
-      torch: the module.
-      model: the public SphereAR.
-      cfg: a checked config.
-      vae_only: whether the tokenizer is trained, instead of the AR model.
-      images: (B, c, H, W).
-      labels: (B,).
+    With `vae_only` the tokenizer is trained, otherwise the AR model. The tokenizer's adversarial
+    and perceptual terms are left out (`docs/method.md`, "Tokenizer losses" and "Optimizer"). Images
+    are (B, c, H, W).
     """
     model.train()
     if vae_only:
@@ -218,12 +201,7 @@ def _sampling_runs(
 ) -> dict[str, Callable[[], Any]]:
     """What one run of each part of sampling does, by the part's name.
 
-    Args:
-      torch: the module.
-      model: the public SphereAR.
-      cfg: a checked config.
-      ar: our AR model, for the sizes.
-      tensors: the arrays of `our_parts.inputs` on the device, images as (B, c, H, W).
+    `ar` is our AR model, for the sizes, and `tensors` is what `_on_device` returns.
     """
     labels = tensors['labels']
     z = tensors['z']
@@ -264,7 +242,7 @@ def _sampling_runs(
 def _on_device(
     torch: types.ModuleType, device: str, inputs: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The arrays of `our_parts.inputs` as tensors, laid out as the public code trains with them."""
+    """The tensors of `our_parts.inputs`; images are (B, c, H, W) in channels-last memory."""
     images = torch.tensor(inputs['images'].transpose(0, 3, 1, 2)).to(device)
     return {
         'images': images.to(memory_format=torch.channels_last),
@@ -275,7 +253,7 @@ def _on_device(
 
 
 def _peak_on_cpu() -> None:
-    """The peak memory of an accelerator that is not there."""
+    """Gives None for the peak memory of an accelerator, since there is none."""
 
 
 def part(

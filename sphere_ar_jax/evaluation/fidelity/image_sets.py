@@ -17,7 +17,7 @@ IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """Context of the archive of an npz, in which damage of any kind becomes one UserError."""
+    """Opens an npz as an archive; damage of any kind becomes one UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive

@@ -195,7 +195,7 @@ def load(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       OSError: there is no file.
-      UserError: the file is damaged, or is another one.
+      UserError: the file is damaged, or is not one of these.
     """
     if str(path).endswith('.pb'):
         return load_graph_def(path)
@@ -225,7 +225,7 @@ def _is_float_constant(node: Any) -> bool:
 
 
 def _is_not_ours(name: str) -> bool:
-    """Whether a constant of the graph is no parameter of any convolution."""
+    """Whether a constant of the graph is named otherwise than parameters of convolutions are."""
     return not name.endswith(tuple(_NODES.values()))
 
 
@@ -239,7 +239,7 @@ def load_graph_def(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       OSError: there is no file.
-      UserError: one line, for a file that is not a GraphDef or lacks these constants.
+      UserError: the file is not a GraphDef, or lacks one of the constants; the message is one line.
     """
     graph = _parse(path)
     constants = {

@@ -34,7 +34,7 @@ class _Points(NamedTuple):
     norms: np.ndarray
 
     def blocks(self, size: int) -> list['_Points']:
-        """The points in blocks of so many; the last block may be smaller."""
+        """Splits the points into blocks of `size`; the last block may be smaller."""
         return [
             _Points(*(a[start : start + size] for a in self))
             for start in range(0, len(self.rows), size)
@@ -42,10 +42,10 @@ class _Points(NamedTuple):
 
 
 def _points(x: ArrayLike, dtype: DTypeLike) -> _Points:
-    """The points that features (r, f) are in a dtype.
+    """Features (r, f) as points for arithmetic in a dtype.
 
-    In float16 rows are rounded, and so are their squares and the sums of these, which are taken in
-    float32.
+    With float16 the features are rounded to it, and so are their squares and the norms, which are
+    summed in float32.
     """
     x = np.asarray(x)
     wide = np.promote_types(dtype, np.float32)
@@ -93,11 +93,9 @@ def _squared_distances(u: _Points, v: _Points) -> jax.Array:
 
 @jax.jit
 def _smallest(found: jax.Array, square: jax.Array) -> jax.Array:
-    """The smallest numbers of every row, ascending.
+    """The smallest numbers of every row, ascending: as many as `found` has columns.
 
-    Args:
-      found: (r, k + 1), the smallest so far. As many are returned.
-      square: (r, c), further numbers.
+    They are taken from `found` (r, k + 1), the smallest so far, and from `square` (r, c).
     """
     smallest, _ = jax.lax.top_k(-jnp.concatenate([found, square], 1), found.shape[1])
     return -smallest
@@ -114,10 +112,7 @@ def _inside(
 def _radii(blocks: list[_Points], k: int, done: Callable[[], None]) -> list[jax.Array]:
     """Squared distance of each point to its k-th neighbour in the set, one array for each block.
 
-    Args:
-      blocks: the set.
-      k: number of the neighbour. The point itself is neighbour 0.
-      done: called after every pair of blocks.
+    The point itself is neighbour 0. `done` is called after every pair of blocks.
     """
     radii = []
     for u in blocks:
@@ -134,11 +129,8 @@ def _on_manifolds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each fake point lies on the real manifold, and each real point on the fake one.
 
-    Args:
-      real: blocks of n points.
-      fake: blocks of m points.
-      k: neighbours.
-      done: called after every pair of blocks.
+    `real` and `fake` are the blocks of n and of m points; `done` is called after every pair of
+    them.
 
     Returns:
       (bool (m,), bool (n,)).
@@ -171,10 +163,10 @@ def precision_recall(
     point's k-th neighbour within the set (itself not counted). Squared distances |u|² − 2u·v + |v|²
     are compared, block by block.
 
-    In float16, the evaluator's arithmetic, features, norms, products and their sums are rounded to
-    it, while sums within a norm or a product are float32. A block of distances in which one
-    overflows is done in float32. float32 and float64 are more exact; float64 is computed on the
-    host. See `docs/evaluation.md`, "How exact they are".
+    float16 is the evaluator's arithmetic: features, norms, products and the sum of the three terms
+    are rounded to float16, while sums within a norm or a product are float32. A block of distances
+    in which one overflows is computed again in float32. float32 and float64 are more exact; float64
+    is computed on the host. See `docs/evaluation.md`, "How exact they are".
 
     Args:
       real: (n, f).

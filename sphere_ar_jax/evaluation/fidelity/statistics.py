@@ -27,9 +27,9 @@ class Statistics(NamedTuple):
 
 
 def statistics(x: np.ndarray) -> Statistics:
-    """Mean and unbiased covariance (with n − 1) of features, computed in float64.
+    """Mean and unbiased covariance (with n − 1) of features.
 
-    The evaluator's mean is float32; this one is not.
+    Both are computed in float64, while the evaluator's mean is float32.
 
     Args:
       x: (n, f), n at least 2.
