@@ -49,7 +49,7 @@ def decode(content: bytes, draft: int | None = None) -> Image.Image:
     """Decodes an image file to an RGB image of PIL.
 
     Grey, palette, CMYK and alpha become RGB as PIL converts them; alpha is dropped, not blended.
-    The rotation that EXIF may ask for is ignored. Of several frames the first is taken. torchvision
+    The rotation that EXIF may ask for is ignored. The first of several frames is taken. torchvision
     reads image folders in the same way.
 
     Args:
