@@ -170,7 +170,12 @@ def test_sentences_that_begin_with_of(text, found):
 
 def test_diary():
     assert words.faults('Measured a session\n  later.') == ['session']
-    assert words.faults('Measured by one command.') == []
+    assert words.faults('See spec §3, as before the move; two sessions later.') == [
+        'session',
+        'the move',
+        'spec §',
+    ]
+    assert words.faults('Measured by one command, by the movement of a draw.') == []
 
 
 @pytest.mark.parametrize('measured', texture.measure(), ids=lambda measured: measured.name)

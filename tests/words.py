@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Words that no text has, in lower case.
-DIARY = ('session', 'the move', 'spec §', 'could not be had here')
+# Words that no text has, in lower case; each is a regular expression.
+DIARY = (r'session', r'the move\b', r'spec §', r'could not be had here')
 # A sentence begins a text, follows the end of another one, or follows an empty line.
 FRAGMENT = re.compile(r'(?:\A|[.!?:][)"’]?\s+|\n\s*\n\s*)(Of\b[^.\n]{0,50})')
 
@@ -20,7 +20,7 @@ FRAGMENT = re.compile(r'(?:\A|[.!?:][)"’]?\s+|\n\s*\n\s*)(Of\b[^.\n]{0,50})')
 def faults(text: str) -> list[str]:
     """The words of a text that do not belong there, as they stand in it."""
     plain = re.sub(r'\s+', ' ', text).lower()
-    return [words for words in DIARY if re.search(rf'\b{words}(?!\w)', plain)]
+    return [found.group() for words in DIARY for found in re.finditer(words, plain)]
 
 
 def fragments(text: str) -> list[str]:
