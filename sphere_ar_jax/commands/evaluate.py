@@ -44,7 +44,7 @@ def _score_tokenizer(
     """The scores of a run's tokenizer on the images of an npz; network: Inception's parameters."""
     run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
     judge = None
-    if lpips is not None and vgg is not None:
+    if lpips is not None:
         judge = read(lpips, vgg)
     batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
     bar = console.bar(None, 'reconstructions')

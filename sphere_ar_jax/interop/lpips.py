@@ -93,20 +93,22 @@ def check_paths(lin_path: OptionalPath, vgg_path: OptionalPath) -> None:
         )
 
 
-def read(lin_path: str | os.PathLike[str], vgg_path: str | os.PathLike[str]) -> PyTree:
+def read(lin_path: OptionalPath, vgg_path: OptionalPath) -> PyTree:
     """Reads the files `vgg.pth` and `vgg16-397923af.pth`; see `load`.
 
     Args:
-      lin_path: `vgg.pth`.
-      vgg_path: `vgg16-397923af.pth`.
+      lin_path: `vgg.pth`, None if the user has not named it.
+      vgg_path: `vgg16-397923af.pth`, or None.
 
     Returns:
       A parameter tree of float32 NumPy arrays.
 
     Raises:
-      UserError: a file is missing, damaged, not a file of PyTorch, or holds other tensors.
+      UserError: a file is not named, missing, damaged, not a file of PyTorch, or holds other
+        tensors.
     """
     check_paths(lin_path, vgg_path)
+    assert lin_path is not None and vgg_path is not None  # by `check_paths`
     paths = (lin_path, vgg_path)
     contents = [torch_file.open_file(path) for path in paths]
     for path, tensors in zip(paths, contents, strict=True):

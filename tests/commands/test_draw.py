@@ -22,7 +22,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from sphere_ar_jax import main
-from sphere_ar_jax.commands import checkpoints, open_run, train
+from sphere_ar_jax.commands import checkpoints, evaluate, open_run, train
 from sphere_ar_jax.commands import draw as commands_draw
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import batches, digits, pixels
@@ -292,6 +292,8 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(
         expected, rel=1e-5, abs=1e-6
     )
+    with pytest.raises(UserError, match="no path to torchvision's vgg16"):
+        evaluate.evaluate(str(workdir), images=f'{tmp_path}/real.npz', lpips=f'{tmp_path}/vae.pt')
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
     decoded, found = on_mesh.reconstruct(
