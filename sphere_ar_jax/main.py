@@ -199,6 +199,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise _explained(error, argv) from None
 
 
+def _given() -> dict[str, Any]:
+    """The values of the flags of `_OPTIONS` that were given."""
+    values = {option.flag.name: option.flag.value for option in _OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
     """Raises UserError for flags that do not go together.
 
@@ -245,8 +251,7 @@ def main(argv: list[str]) -> None:
       UserError: something that the user can put right; one line.
     """
     mode = _MODE.value
-    values = {option.flag.name: option.flag.value for option in _OPTIONS}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = _given()
     _check_usage(argv, mode, given)
     # Orbax warns about what it was asked for.
     logging.set_verbosity(logging.ERROR)

@@ -53,8 +53,7 @@ def read(module: str, arguments: list[str]) -> None:
         from sphere_ar_jax.config import checks
 
         rest = main._parse_flags(sys.argv)
-        given = {flag.name: flag.value for flag, _ in main._OPTIONS if flag.value is not None}
-        main._check_usage(rest, main._MODE.value, given)
+        main._check_usage(rest, main._MODE.value, main._given())
         if main._CONFIG.value is not None:
             checks.check(main._CONFIG.value)
     elif module == 'sphere_ar_jax.doctor':
