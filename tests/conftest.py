@@ -65,6 +65,18 @@ def accurate() -> dict[str, int | bool] | None:
     return options
 
 
+def compiled(model, params, method=None):
+    """A method of a model with its parameters, as one program.
+
+    Applied step by step, every step would be compiled alone, which takes several times as long.
+    """
+
+    def apply(params, *arguments):
+        return model.apply({'params': params}, *arguments, method=method)
+
+    return functools.partial(jax.jit(apply), params)
+
+
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 # (number in torchvision's list, input channels, output channels) of VGG16's convolutions
 VGG16 = (

@@ -13,6 +13,7 @@ from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime import metric_writer
 from tests.conftest import libraries_promote
 
+pytestmark = pytest.mark.slow  # half a minute
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'extending.md'
 
 

@@ -109,6 +109,7 @@ def test_an_old_run_goes_on_to_the_same_end(runs, tmp_path, name, stage):
     chex.assert_trees_all_close(before.ar_params, after.ar_params, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_old_tokenizer_goes_on_to_the_same_end(runs, tmp_path):
     shutil.copytree(runs / 'digits' / 'tokenizer', tmp_path / 'tokenizer')
     before = load_run(str(runs / 'digits'), tokenizer_only=True)

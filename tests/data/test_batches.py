@@ -382,7 +382,7 @@ def _alive(pid):
     [
         'end',
         'killed worker',
-        'SIGTERM',
+        pytest.param('SIGTERM', marks=pytest.mark.slow),
         pytest.param('Ctrl-C', marks=pytest.mark.slow),
         pytest.param('Ctrl-C as memory is freed', marks=pytest.mark.slow),
         pytest.param('killed', marks=pytest.mark.slow),

@@ -227,8 +227,8 @@ def test_a_list_of_storages_that_repeats_a_long_name_is_refused_at_once(tmp_path
     _refused(tmp_path, data, 'list of storages does not match')
 
 
-def test_ten_thousand_mutated_files_are_read_right_or_refused():
-    count = 10_000
+@pytest.mark.parametrize('count', [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_read_right_or_refused(count):
     memory = '/dev/shm' if os.path.isdir('/dev/shm') else None
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         command = [sys.executable, '-m', 'tests.fuzz_torch_file', str(count), '0', directory]
@@ -247,4 +247,4 @@ def test_ten_thousand_mutated_files_are_read_right_or_refused():
     assert sum(sum(outcomes.values()) for outcomes in results.values()) >= count + len(fuzz.HOSTILE)
     # The mutations do something.
     for what in ('bytes of zip', 'bytes of stream', 'directory', 'members', 'pickle'):
-        assert min(results[what]['read'], results[what]['refused']) > 20, (what, results[what])
+        assert min(results[what]['read'], results[what]['refused']) > count / 500, what

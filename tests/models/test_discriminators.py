@@ -7,6 +7,7 @@ import pytest
 from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training.state import quickly_compiled
 from tests import torch_gan
 from tests.conftest import GOLDENS
 
@@ -116,9 +117,9 @@ def test_initialisation():
         assert sum(np.prod(s.shape) for s in jax.tree.leaves(shapes)) == count
 
     def init(name, side):
-        return jax.jit(discriminators.build(name, (side, side, 3)).init)(
-            jax.random.key(0), jnp.zeros((1, side, side, 3))
-        )
+        model = discriminators.build(name, (side, side, 3))
+        start = jax.jit(model.init, **quickly_compiled())
+        return start(jax.random.key(0), jnp.zeros((1, side, side, 3)))
 
     variables = init('patchgan', 32)
     for name, module in variables['params'].items():

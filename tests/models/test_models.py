@@ -12,7 +12,7 @@ from sphere_ar_jax.models.backbones import cnn
 from sphere_ar_jax.models.heads import flow
 from sphere_ar_jax.training.state import quickly_compiled
 from tests import tiny_config
-from tests.conftest import libraries_promote
+from tests.conftest import compiled, libraries_promote
 
 COUNTS = {'B': 204_499_216, 'L': 476_380_176, 'H': 943_854_096}
 
@@ -47,36 +47,36 @@ def test_rope_table(golden):
 
 def test_encoder_and_decoder(golden, tiny_vae):
     model, params = tiny_vae
-    hidden = model.backbone.apply({'params': params}, golden['images'], method='encode')
+    hidden = compiled(model.backbone, params, 'encode')(golden['images'])
     np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
-    posterior = model.apply({'params': params}, golden['images'], method='encode')
+    posterior = compiled(model, params, 'encode')(golden['images'])
     chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
     np.testing.assert_allclose(posterior.mu, golden['mu'], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(posterior.kappa, golden['kappa'], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(posterior.kl(), golden['kl'], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jnp.mean(posterior.kl()), golden['kl_mean'], rtol=1e-4)
-    z = posterior.sample((golden['beta_draw'], golden['tangent_draw']))
+    sample = jax.jit(lambda posterior, draws: posterior.sample(draws))
+    z = sample(posterior, (golden['beta_draw'], golden['tangent_draw']))
     np.testing.assert_allclose(z, golden['z'], rtol=1e-4, atol=1e-4)
-    decoded = model.apply({'params': params}, golden['z'], method='decode')
+    decoded = compiled(model, params, 'decode')(golden['z'])
     np.testing.assert_allclose(decoded, golden['decoded'], rtol=1e-4, atol=1e-4)
 
 
 def test_ar_and_head(golden, tiny_ar):
     model, params = tiny_ar
-    variables = {'params': params}
     class_id = golden['class_id']
     z = golden['z']
-    embedded = model.apply(variables, class_id, z[:, :-1], method='embed')
+    embedded = compiled(model, params, 'embed')(class_id, z[:, :-1])
     np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
     first = jax.tree.map(lambda a: a[:1], params['stack'])
-    block, _ = transformer.Stack(1, model.heads, True).apply(
-        {'params': first}, embedded, golden_angles(golden)
+    block, _ = compiled(transformer.Stack(1, model.heads, True), first)(
+        embedded, golden_angles(golden)
     )
     np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
-    conditions = model.apply(variables, class_id, z, method='conditions')
+    conditions = compiled(model, params, 'conditions')(class_id, z)
     np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
     arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
-    v = model.apply(variables, *arguments, method=lambda m, x, t, c: m.head.velocity(x, c, t))
+    v = compiled(model, params, lambda m, x, t, c: m.head.velocity(x, c, t))(*arguments)
     np.testing.assert_allclose(v, golden['head_v'], rtol=1e-4, atol=1e-4)
 
 
@@ -87,19 +87,14 @@ def golden_angles(golden):
 def test_causality_by_gradients(golden, tiny_ar):
     """Condition k depends on every token before k, on none from k on, and on the class."""
     model, params = tiny_ar
-    jacobian = jax.jacrev(
-        lambda z: model.apply(
-            {'params': params}, golden['class_id'][:1], z[None], method='conditions'
-        )[0].sum(-1)
-    )
+    conditions = compiled(model, params, 'conditions')
+    jacobian = jax.jit(jax.jacrev(lambda z: conditions(golden['class_id'][:1], z[None])[0].sum(-1)))
     influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
     chex.assert_shape(influence, (16, 16))
     seen = np.tril(np.ones((16, 16)), -1)
     np.testing.assert_array_equal(influence * (1 - seen), 0)
     assert (influence[seen == 1] > 1e-6).all()
-    other = model.apply(
-        {'params': params}, (golden['class_id'][:1] + 1) % 10, golden['z'][:1], method='conditions'
-    )
+    other = conditions((golden['class_id'][:1] + 1) % 10, golden['z'][:1])
     assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
 
 
@@ -117,10 +112,9 @@ def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
 
 def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
     model, params = ar.unstacked(*tiny_ar)
-    variables = {'params': params}
-    c, cache = model.apply(variables, golden['class_id'], method='prefill')
+    c, cache = compiled(model, params, 'prefill')(golden['class_id'])
     conditions = [c]
-    decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
+    decode = compiled(model, params, 'decode_step')
     for k in range(1, 16):
         c, cache = decode(golden['z'][:, k - 1], k, cache)
         conditions.append(c)
@@ -128,9 +122,7 @@ def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
         np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4
     )
     for full in (tiny_ar, (model, params)):
-        full = full[0].apply(
-            {'params': full[1]}, golden['class_id'], golden['z'], method='conditions'
-        )
+        full = compiled(*full, 'conditions')(golden['class_id'], golden['z'])
         np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
 
 
@@ -487,13 +479,11 @@ def test_initialisation():
     bound = np.sqrt(6 / (128 + 2 * 192))
     assert 0.97 * bound < np.abs(w1).max() <= bound
     assert not np.allclose(w1[0, 0], w1[0, 1])  # each block has its own draw
+    model = vae.s_vae(
+        grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1
+    )
     params = traverse.flatten_dict(
-        jax.jit(
-            vae.s_vae(
-                grid=(4, 4), channels=(64, 64, 128), heads=4, encoder_depth=1, decoder_depth=1
-            ).init_params
-        )(jax.random.key(0)),
-        sep='/',
+        jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0)), sep='/'
     )
     fan_in = {
         'encoder/down0/conv1/kernel': 64 * 9, 'decoder/up1/conv1/kernel': 64 * 16,

@@ -14,7 +14,7 @@ from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training.run import Run
-from tests.conftest import libraries_promote
+from tests.conftest import compiled, libraries_promote
 
 CASES = {'cfg1': (None, None), 'cfg_linear': ('linear', 4.5), 'cfg_const': ('constant', 3.0)}
 
@@ -57,7 +57,6 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     the golden.
     """
     model, params = ar.unstacked(*tiny_ar)
-    variables = {'params': params}
     schedule, scale = CASES[case]
     options = Options(num_steps=5, guidance=schedule)
     first, rest = _noise(golden, case)
@@ -78,8 +77,8 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
     def token(k, c, scale, noise):
         return draw_token(model, params, options, k, scale, c, noise, scale == 1)
 
-    decode = jax.jit(lambda z, k, cache: model.apply(variables, z, k, cache, method='decode_step'))
-    c, cache = model.apply(variables, class_id, method='prefill')
+    decode = compiled(model, params, 'decode_step')
+    c, cache = compiled(model, params, 'prefill')(class_id)
     for k in range(16):
         noise = (
             double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
@@ -351,13 +350,18 @@ def test_annealed_steps():
     assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
 
 
-@pytest.mark.parametrize('solver', solvers.SOLVERS)
+@pytest.mark.parametrize(
+    'solver',
+    [
+        pytest.param(name, marks=() if name == 'heun' else pytest.mark.slow)
+        for name in solvers.SOLVERS
+    ],
+)
 def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     """One program with steps from 5 to 2 gives what programs of one number of steps give for their
     own tokens.
     """
     model, params = ar.unstacked(*tiny_ar)
-    variables = {'params': params}
     options = Options(solver, 5, guidance='constant', final_steps=2, annealing='cosine')
     steps = annealed_steps(5, 2, 16, 'cosine')
     m = options.num_draws(16)
@@ -372,7 +376,7 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     )(params)  # fmt: skip
     rows = np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
     fed = np.concatenate([tokens, tokens])
-    conditions = model.apply(variables, rows, fed, method='conditions')
+    conditions = compiled(model, params, 'conditions')(rows, fed)
     for k in (0, 5, 8, 15):
         alone = Options(solver, int(steps[k]), guidance='constant')
         draws = noise[0][:, :3] if k == 0 else noise[1][k - 1]
@@ -388,14 +392,15 @@ def test_guidance_interval(golden, tiny_ar):
     are exchanged where the interval says, by a loop written out here.
     """
     model, params = ar.unstacked(*tiny_ar)
-    variables = {'params': params}
     c = jnp.asarray(golden['ar_cond'].reshape(48, -1)[:6])
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32))
     noise = jnp.concatenate([noise, noise], axis=1)
 
+    drawn = jax.jit(draw_token, static_argnums=(0, 2))
+
     def token(interval, scale, solver='euler'):
         options = Options(solver, 6, guidance='constant', guidance_interval=interval)
-        return draw_token(model, params, options, 0, scale, c, noise, jnp.asarray(False))
+        return drawn(model, params, options, 0, scale, c, noise, jnp.asarray(False))
 
     np.testing.assert_allclose(token((0.0, 1.0), 3.0), token(None, 3.0), atol=1e-6)
     np.testing.assert_allclose(token((0.0, 1.0), 3.0, 'heun'), token(None, 3.0, 'heun'), atol=1e-6)
@@ -403,13 +408,9 @@ def test_guidance_interval(golden, tiny_ar):
     x = noise[0]
     scales = [1, 1, 3, 3, 1, 1]
 
-    def head(x, t):
-        return model.apply(
-            variables, x, jnp.full(6, t), c, method=lambda m, x, t, c: m.head.velocity(x, c, t)
-        )
-
+    head = compiled(model, params, lambda m, x, t, c: m.head.velocity(x, c, t))
     for i, scale in enumerate(scales):
-        v = head(x, i / 6)
+        v = head(x, jnp.full(6, i / 6), c)
         guided = guidance.guide(v[:3], v[3:], scale)
         x = x + jnp.concatenate([guided, guided]) / 6
     expected = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * 8**0.5

@@ -140,7 +140,8 @@ def test_sample_moments(kappa, pole):
     mu = {'e1': jnp.eye(1, d)[0], '-e1': -jnp.eye(1, d)[0]}.get(
         pole, geometry.l2_normalize(jnp.arange(1.0, d + 1))
     )
-    x = power_spherical.sample(jax.random.key(1), jnp.broadcast_to(mu, (n, d)), jnp.full(n, kappa))
+    sample = jax.jit(power_spherical.sample)
+    x = sample(jax.random.key(1), jnp.broadcast_to(mu, (n, d)), jnp.full(n, kappa))
     chex.assert_shape(x, (n, d))
     np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-5)
     cosine = np.asarray(x, np.float64) @ np.asarray(mu, np.float64)
@@ -251,7 +252,8 @@ def test_gradients_are_finite_at_the_poles(kappa, sign):
         x = power_spherical.sample(jax.random.key(0), mu, kappa)
         return jnp.sum(x * x[:, ::-1]) + jnp.sum(power_spherical.kl_to_uniform(kappa, 16))
 
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(mu, jnp.full(1, kappa))
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value, slopes = both(mu, jnp.full(1, kappa))
     chex.assert_tree_all_finite((value, slopes))
 
 
@@ -264,7 +266,7 @@ def test_implicit_gradient_has_less_variance_than_jax_random_beta():
     direct = jax.jit(jax.vmap(jax.grad(lambda a, key: jax.random.beta(key, a, beta)), (None, 0)))(
         alpha, keys
     )
-    s = jax.vmap(lambda key: jax.random.beta(key, alpha, beta))(keys)
+    s = jax.jit(jax.vmap(lambda key: jax.random.beta(key, alpha, beta)))(keys)
     implicit = _slopes(s, jnp.float32(alpha), beta)
     truth = beta / (alpha + beta) ** 2
     for slopes in (direct, implicit):

@@ -14,6 +14,7 @@ from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training import losses
 from sphere_ar_jax.training.state import quickly_compiled
+from tests.conftest import compiled
 
 
 def _assert_gradients(gradients, golden, prefix, tolerance):
@@ -38,8 +39,9 @@ def _assert_gradients(gradients, golden, prefix, tolerance):
 
 def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
     model, params = tiny_ar
-    posterior = tiny_vae[0].apply({'params': tiny_vae[1]}, golden['images'], method='encode')
-    z = posterior.sample((golden['train_beta'], golden['train_tangent']))
+    draws = golden['train_beta'], golden['train_tangent']
+    encode = compiled(*tiny_vae, lambda m, images, draws: m.encode(images).sample(draws))
+    z = encode(golden['images'], draws)
     t_normal = golden['train_t_normal'].reshape(2, 3, 16)
     noise = golden['train_noise'].reshape(2, 3, 16, 8)
 
@@ -62,16 +64,16 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     weights = {'kl_weight': 0.004, 'l2_weight': 0.0}
 
     def loss(p):
-        return losses.reconstruction_loss(
-            images, *autoencode(model, p, images, lambda q: draws), **weights
-        )
+        results = autoencode(model, p, images, lambda q: draws)
+        value, scalars = losses.reconstruction_loss(images, *results, **weights)
+        return value, (scalars, results[0])
 
-    (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, (scalars, recon)), gradients = found
     np.testing.assert_allclose(scalars['l1'], golden['vae_l1'], rtol=1e-5)
     np.testing.assert_allclose(scalars['kl'], golden['vae_kl'], rtol=1e-5)
     np.testing.assert_allclose(value, golden['vae_l1'] + 0.004 * golden['vae_kl'], rtol=1e-5)
     np.testing.assert_allclose(scalars['token_norm'], np.sqrt(8), rtol=1e-5)
-    recon, _, _ = autoencode(model, params, golden['images'], lambda q: draws)
     np.testing.assert_allclose(recon, golden['vae_recon'], rtol=1e-4, atol=1e-4)
     _assert_gradients(gradients, golden, 'vae_', lambda _: 1e-4)
 
@@ -79,7 +81,8 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
 def test_l2_weight(golden, tiny_vae):
     model, params = tiny_vae
     draws = golden['vae_beta'], golden['vae_tangent']
-    results = autoencode(model, params, golden['images'], lambda q: draws)
+    run = jax.jit(lambda params, images: autoencode(model, params, images, lambda q: draws))
+    results = run(params, golden['images'])
     value, scalars = losses.reconstruction_loss(
         golden['images'], *results, kl_weight=0.0, l2_weight=2.0
     )
@@ -93,14 +96,15 @@ def _posterior(mu, kappa=20.0):
     return power_spherical.PowerSphericalTokens(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
 
 
+_statistics = jax.jit(lambda posterior: posterior.statistics())
+
+
 def test_latents_that_are_well():
     """Uniform directions: a spread of 1 in each dimension to the accuracy of a sample, no mean
     direction.
     """
     posterior = _posterior(np.random.default_rng(0).normal(size=(40, 256, 16)))
-    scalars = {
-        name: float(value) for name, value in jax.jit(lambda q: q.statistics())(posterior).items()
-    }
+    scalars = {name: float(value) for name, value in _statistics(posterior).items()}
     # The spread is at most 1, because the squares sum to d.
     assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
@@ -114,7 +118,7 @@ def test_latents_that_are_well():
 def test_dead_dimensions_are_counted(dead):
     mu = np.random.default_rng(1).normal(size=(8, 64, 16))
     mu[..., :dead] *= 1e-3
-    scalars = {name: float(value) for name, value in _posterior(mu).statistics().items()}
+    scalars = {name: float(value) for name, value in _statistics(_posterior(mu)).items()}
     np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
     assert scalars['spread_min'] < 0.01
     assert (
@@ -123,12 +127,12 @@ def test_dead_dimensions_are_counted(dead):
         .startswith(f'{dead / 16:.0%} of the dimensions are dead')
     )
     mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
-    assert float(_posterior(mu).statistics()['dead_share']) == pytest.approx((dead - 1) / 16)
+    assert float(_statistics(_posterior(mu))['dead_share']) == pytest.approx((dead - 1) / 16)
 
 
 def test_latents_that_are_all_alike():
-    scalars = _posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0).statistics()
-    scalars = {name: float(value) for name, value in scalars.items()}
+    alike = _posterior(np.broadcast_to(np.arange(1.0, 9.0), (4, 16, 8)), kappa=1.0)
+    scalars = {name: float(value) for name, value in _statistics(alike).items()}
     np.testing.assert_allclose(scalars['spread_mean'], 0, atol=1e-6)
     np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
     assert scalars['dead_share'] == 1
