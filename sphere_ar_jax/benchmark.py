@@ -11,8 +11,6 @@ OUTPUT/benchmark.md.
 """
 
 import os
-import sys
-from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,7 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from sphere_ar_jax.config import build, checks, packaged
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.measure import compare, our_parts
-from sphere_ar_jax.runtime.console import one_line
+from sphere_ar_jax.runtime import console
+from sphere_ar_jax.runtime.console import UserError, one_line
 
 # These flags are not absl's global ones, because `main` has flags of the same names.
 _FLAGS = flags.FlagValues()
@@ -63,18 +62,14 @@ _CURVES = flags.DEFINE_bool(
 )
 
 
-def _fail(message: str) -> NoReturn:
-    sys.exit(f'error: {message}')
-
-
 def _check_against(checkout: str, cfg: ConfigDict) -> None:
-    """Ends the program unless `checkout` is the public code and can sample by the config."""
+    """Raises UserError unless `checkout` is the public code and can sample by the config."""
     if not os.path.isdir(os.path.join(checkout, 'SphereAR')):
-        _fail(f'{checkout} is no checkout of guolinke/SphereAR')
+        raise UserError(f'{checkout} is no checkout of guolinke/SphereAR')
     published = plan.Options(num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance)
     is_published = build.build_sampler(cfg).options == published
     if not is_published or cfg.sampling.guidance is None or cfg.init_from is not None:
-        _fail(
+        raise UserError(
             'the public code samples by euler_maruyama with guidance alone: '
             'use a config that does, without :fast'
         )
@@ -87,26 +82,22 @@ def main(argv: list[str]) -> None:
       argv: the command line, with the program's name first.
 
     Raises:
-      SystemExit: there is a fault that the user can put right; the message is one line.
+      UserError: there is a fault that the user can put right; the message is one line.
     """
-    if '--help' in argv:
-        print(f'{__doc__}\n{_FLAGS.main_module_help()}')
-        return
+    assert __doc__ is not None
+    console.parse(packaged.with_paths(argv), _FLAGS, __doc__)
     try:
-        rest = _FLAGS(packaged.with_paths(argv))[1:]
         cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # A config file may raise anything.
-        _fail(one_line(error))
+        raise UserError(one_line(error)) from None
     # Several processes share the accelerator, so none may take all of its memory.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    if rest:
-        _fail(f'{rest[0]} is no flag')
     if cfg is None or _OUTPUT.value is None:
-        _fail('give --config=configs/NAME.py and --output=DIR')
+        raise UserError('give --config=configs/NAME.py and --output=DIR')
     names = _PARTS.value or [part for part in our_parts.PARTS if part != 'sample']
     unknown = [part for part in names if part not in our_parts.PARTS]
     if unknown:
-        _fail(f'no part {unknown[0]}; there are {", ".join(our_parts.PARTS)}')
+        raise UserError(f'no part {unknown[0]}; there are {", ".join(our_parts.PARTS)}')
     if _AGAINST.value:
         _check_against(_AGAINST.value, cfg)
     compare.run(
@@ -124,4 +115,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    main(sys.argv)
+    console.run(main)

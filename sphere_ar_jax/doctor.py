@@ -190,4 +190,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    from sphere_ar_jax.runtime import console
+
+    console.run(main)

@@ -8,41 +8,48 @@ The scores are FID, sFID, Inception Score, precision and recall, as in OpenAI's 
 ImageNet refer. `protocol` computes them; `docs/evaluation.md` says how exact they are.
 """
 
-import argparse
 import json
 import sys
+
+from absl import flags
 
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError
 
+# These flags are not absl's global ones, because `main` has flags of its own.
+_FLAGS = flags.FlagValues()
+_WEIGHTS = flags.DEFINE_string(
+    'weights', None, 'classify_image_graph_def.pb, or a .pth file.', flag_values=_FLAGS
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 64, 'Images at a time.', lower_bound=1, flag_values=_FLAGS
+)
 
-def main() -> None:
+
+def main(argv: list[str]) -> None:
     """Scores two npz files and prints the scores as JSON.
 
-    An error that the user can put right ends the program with one line.
+    Args:
+      argv: the command line, with the program's name first.
+
+    Raises:
+      UserError: a flag or a file is wrong; the message is one line.
     """
-    parser = argparse.ArgumentParser('python -m sphere_ar_jax.fidelity')
-    parser.add_argument('reference', help='npz of reference images or statistics')
-    parser.add_argument('samples', help='npz with the samples, arr_0')
-    parser.add_argument(
-        '--weights', required=True, help='classify_image_graph_def.pb, or a .pth file'
+    assert __doc__ is not None
+    reference, samples = console.parse(argv, _FLAGS, __doc__, 'REFERENCE.npz', 'SAMPLES.npz')
+    if _WEIGHTS.value is None:
+        raise UserError('give --weights=classify_image_graph_def.pb, or a .pth file')
+    params = inception_weights.load(_WEIGHTS.value)
+    scores = protocol.evaluate(
+        samples,
+        reference,
+        params,
+        batch_size=_BATCH_SIZE.value,
+        progress=console.bars(sys.stderr),
     )
-    parser.add_argument('--batch_size', type=int, default=64, help='images at a time')
-    arguments = parser.parse_args()
-    try:
-        params = inception_weights.load(arguments.weights)
-        scores = protocol.evaluate(
-            arguments.samples,
-            arguments.reference,
-            params,
-            batch_size=arguments.batch_size,
-            progress=console.bars(sys.stderr),
-        )
-    except (OSError, UserError) as error:
-        sys.exit(f'error: {error}')
     print(json.dumps(scores, indent=2))
 
 
 if __name__ == '__main__':
-    main()
+    console.run(main)

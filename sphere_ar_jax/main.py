@@ -23,7 +23,7 @@ goes on where it stopped. The other modes are:
                    (what the programs would take on TPUs, without one)
 
 Sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given, else
-from the run's own config.
+from the run's own config, of which --config.KEY=VALUE changes a value.
 
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
@@ -43,6 +43,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
+from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 
 # Only the command that runs imports JAX, and whatever needs it, so that wrong flags are reported
@@ -130,18 +131,41 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'grid': (('classes',), "give --classes='golden retriever; 388'"),
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
+# Modes that draw or score what a run has trained, by its own config unless another is given.
+_OF_A_RUN = ('sample', 'grid', 'evaluate')
 # Modes that several processes cannot share.
 _ALONE = ('compile', 'convert', 'export', 'pack')
 
 
+def _value(argv: list[str], name: str) -> str | None:
+    """The value that a command line gives a flag, None where it gives none."""
+    for flag, value in zip(argv, [*argv[1:], ''], strict=True):
+        if flag.lstrip('-').startswith(f'{name}='):
+            return flag.split('=', 1)[1]
+        if flag.lstrip('-') == name:
+            return value
+    return None
+
+
 def _config_file(argv: list[str]) -> str | None:
     """The file that --config names, without its argument."""
-    for flag, value in zip(argv, [*argv[1:], ''], strict=True):
-        if flag.lstrip('-').startswith('config='):
-            return flag.split('=', 1)[1].split(':')[0]
-        if flag.lstrip('-') == 'config':
-            return value.split(':')[0]
-    return None
+    value = _value(argv, 'config')
+    return None if value is None else value.split(':')[0]
+
+
+def _with_own_config(argv: list[str]) -> list[str]:
+    """Adds --config with the run's own config where its keys are overridden and no file is given.
+
+    Only the modes that take the run's own config anyway have it.
+    """
+    overrides = any(word.startswith('--config.') for word in argv)
+    workdir = _value(argv, 'workdir')
+    if not overrides or not workdir or _value(argv, 'config') is not None:
+        return argv
+    if _value(argv, 'mode') not in _OF_A_RUN:
+        return argv
+    # absl takes an override only after the file that it is of.
+    return [argv[0], f'--config={packaged.OF_RUN}:{workdir}', *argv[1:]]
 
 
 def _unknown_key(argv: list[str]) -> str | None:
@@ -171,11 +195,16 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
     file = _config_file(argv)
     if file is not None and not os.path.exists(file):
         return UserError(f'there is no config file {file}')
+    if file is None and isinstance(error, flags.Error):
+        override = next((word for word in argv if word.startswith('--config.')), None)
+        if override is not None:
+            return UserError(f'give --config=configs/NAME.py: {override} changes one of its values')
     if isinstance(error, AttributeError | KeyError):
         message = _unknown_key(argv)
         if message is not None:
             return UserError(message)
-    where = '' if isinstance(error, flags.Error) or file is None else f'{file}: '
+    of_file = file not in (None, packaged.OF_RUN) and not isinstance(error, flags.Error)
+    where = f'{file}: ' if of_file else ''
     return UserError(f'{where}{one_line(error)}')
 
 
@@ -186,9 +215,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
       UserError: a flag, the config file or an override is wrong; one line.
     """
     if '--version' in argv:
-        print(f'sphere_ar_jax {__version__}')
+        print(f'sphere_ar_jax {__version__}', flush=True)
         sys.exit(0)
-    argv = packaged.with_paths(argv)
+    if '--help' in argv:
+        print(f'{__doc__}\n{flags.FLAGS.main_module_help()}', flush=True)
+        sys.exit(0)
+    argv = _with_own_config(packaged.with_paths(argv))
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
@@ -273,6 +305,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
+    if workdir is not None and os.path.isfile(workdir):
+        raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
@@ -352,12 +386,13 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
 
     def guarded(argument: list[str]) -> _T:
         try:
-            return function(argument)
+            result = function(argument)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            console.end_unheard()
         except (UserError, OSError) as error:
-            message = str(error)
-            if isinstance(error, FileNotFoundError) and error.filename:
-                message = f'there is no file {error.filename}'
-            _end(2, f'error: {message}')
+            _end(2, f'error: {console.described(error)}')
         except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 
@@ -374,6 +409,7 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
 
 def run() -> None:
     """Runs the command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
+    console.print_anything()
     app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sphere_ar_jax.commands import train
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import checks, schema
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
@@ -69,6 +69,14 @@ WRONG = {
     (TINY, '--workdir=W', '--config.ar.heads=3'): '3 heads do not divide the width 16',
     (TINY, '--workdri=W'): 'Did you mean: workdir',
     (TINY, '--workdir=/dev/null/x'): 'Not a directory',
+    (TINY, '--workdir=BAD'): 'which is a file: give a directory',
+    (TINY, '--workdir=W', '--config.sampling.guidance_scale=nan'): 'is nan, but must be finite',
+    (TINY, '--workdir=W', '--config.ar_training.learning_rate=inf'): 'is inf, but must be finite',
+    (TINY, '--workdir=W', "--config.distillation_training.levels=(float('inf'),)"): 'levels',
+    ('--workdir=W', '--config.seed=1'): 'give --config=configs/NAME.py: --config.seed=1 changes',
+    ('--mode=sample', '--workdir=W', '--config.seed=1'): 'there is no run in',
+    ('--mode=sample', '--workdir=RUN', '--config.sampling.scale=1'): 'no key sampling.scale',
+    ('--mode=sample', '--workdir=RUN', '--config.sampling.num_steps=0'): 'num_steps',
     (
         TINY,
         '--workdir=W',
@@ -84,19 +92,86 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('arguments', WRONG, ids=[' '.join(a) or 'nothing' for a in WRONG])
-def test_bad_input_is_one_line(environment, tmp_path, arguments):
-    bad = tmp_path / 'bad.py'
+@pytest.fixture(scope='module')
+def run_directory(tmp_path_factory):
+    """A workdir that holds the config of a run, and nothing else."""
+    workdir = tmp_path_factory.mktemp('run')
+    files.write_json(workdir / 'config.json', schema.as_dict(get_config()))
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def answers(environment, run_directory, tmp_path_factory):
+    """How each command line of `WRONG` ended: (exit code, stdout, stderr)."""
+    directory = tmp_path_factory.mktemp('wrong')
+    bad = directory / 'bad.py'
     bad.write_text(
         'from tests.tiny_config import get_config as tiny\n'
         'def get_config():\n c = tiny()\n c.ar.widht = 3\n return c'
     )
-    given = [a.replace('=W', f'={tmp_path}/w').replace('BAD', str(bad)) for a in arguments]
-    result = _run(environment, *given)
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line]
+    names = {'=W': f'={directory}/w', '=RUN': f'={run_directory}', 'BAD': str(bad)}
+
+    def named(word):
+        for name, path in names.items():
+            word = word.replace(name, path)
+        return word
+
+    cases = [[named(word) for word in words] for words in WRONG]
+    done = subprocess.run(
+        [sys.executable, '-m', 'tests.answers'],
+        cwd=ROOT,
+        env=environment,
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    return dict(zip(WRONG, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize('arguments', WRONG, ids=[' '.join(a) or 'nothing' for a in WRONG])
+def test_bad_input_is_one_line(answers, arguments):
+    code, out, err = answers[arguments]
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line]
     assert lines[-1].startswith('error: ') and WRONG[arguments] in lines[-1]
-    assert 'Traceback' not in result.stderr and result.stdout == ''
+    assert 'Traceback' not in err and out == ''
+
+
+def test_an_override_changes_the_runs_own_config(environment, run_directory):
+    """What draws and scores a run needs no config file for that."""
+    words = ['--mode=sample', f'--workdir={run_directory}', '--config.sampling.guidance_scale=3']
+    code = (
+        'import sys\nfrom sphere_ar_jax import main\n'
+        f'sys.argv = {["main", *words]!r}\nmain._parse_flags(sys.argv)\n'
+        'print(main._CONFIG.value.sampling.guidance_scale, main._CONFIG.value.ar.width)'
+    )
+    out = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert out.stdout == '3.0 16\n', out.stderr
+
+
+QUICK_DOORS = ('main', 'doctor', 'data.stand_in')
+DOORS = ('benchmark', 'fidelity', 'experiments.frontier', 'measure.data_speed')
+
+
+@pytest.mark.parametrize(
+    'door', [*QUICK_DOORS, *(pytest.param(door, marks=pytest.mark.slow) for door in DOORS)]
+)
+def test_help_of_every_program(environment, door):
+    """It ends with 0 on a terminal that knows ASCII alone, and in silence where nobody reads it."""
+    command = [sys.executable, '-m', f'sphere_ar_jax.{door}', '--help']
+    ascii_only = environment | {'PYTHONIOENCODING': 'ascii'}
+    said = subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0 and not said.stderr
+    assert f'sphere_ar_jax.{door}' in said.stdout
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'wb') as unread:
+        unheard = subprocess.run(command, env=environment, stdout=unread, stderr=subprocess.PIPE)
+    assert unheard.returncode == 128 + signal.SIGPIPE and not unheard.stderr
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ import pytest
 import sphere_ar_jax
 from sphere_ar_jax import benchmark, config, doctor
 from sphere_ar_jax.config import packaged
+from sphere_ar_jax.runtime.console import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -82,7 +83,7 @@ def test_every_command_knows_the_bare_words(capsys):
     """They find the file, which then says what is wrong with the word after the colon."""
     assert doctor.main(['doctor', '--config=digits:huge']) == 2
     assert "no variant 'huge'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="no variant 'huge'"):
+    with pytest.raises(UserError, match="no variant 'huge'"):
         benchmark.main(['benchmark', '--config=digits:huge'])
 
 

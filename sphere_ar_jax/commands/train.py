@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import augment, digits, sources
 from sphere_ar_jax.evaluation import page, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
@@ -221,6 +221,12 @@ def _train(
 def _summary(cfg: ConfigDict, metrics: dict[str, float]) -> str:
     """The result of a run, in a few sentences for report.html."""
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
+    if cfg.data.name != 'digits' and not cfg.ar_training.steps:
+        return (
+            f'The tokenizer gives training images back at {psnr}. '
+            'Scores: --mode=evaluate --images=NPZ. '
+            'An AR model on it: another --workdir, and --config.tokenizer with this one.'
+        )
     if cfg.data.name != 'digits':
         return (
             f'The tokenizer gives training images back at {psnr}. '
@@ -386,6 +392,8 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
         f'{len(setting.source)} training images{held}; {setting.mesh.size} {platform} device(s)',
         flush=True,
     )
+    for line in checks.advice(cfg, len(setting.source)):
+        print(line, flush=True)
     seconds = {'start': time.perf_counter() - started}
 
     trained = stages(setting)

@@ -1,5 +1,6 @@
 """Refuses values that no run can have, each in one line that says what to change."""
 
+import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -84,6 +85,9 @@ def _check_values(config: ConfigDict) -> None:
             _require(value in known, f'{name} is {value!r}{otherwise}')
         if type(value) in (int, float):
             _check_number(name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            is_finite = not isinstance(number, float) or math.isfinite(number)
+            _require(is_finite, f'{name} is {value}, but must be finite')
 
 
 def _check_number(name: str, value: float) -> None:
@@ -233,8 +237,9 @@ def _check_sampling(config: ConfigDict) -> None:
     )
     rates = [rate for rate in (t.ema_decay, *t.more_ema_decays) if rate]
     _require(
-        s.ema_decay in (None, *rates),
-        f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}',
+        s.ema_decay in (None, 0.0, *rates),
+        f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}, '
+        'and 0 takes the weights themselves',
     )
     try:
         build.build_sampler(config)
@@ -249,6 +254,46 @@ def _check_watch(w: ConfigDict) -> None:
         not w.fid_images or has_files,
         'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
     )
+
+
+# A share of the initialisation in an average above which it is said.
+_SHARE_OF_START = 0.05
+
+
+def advice(config: ConfigDict, num_images: int) -> list[str]:
+    """Lines on what the trainings of a checked config amount to, for the images there are.
+
+    They say how many epochs the steps are, and where an average of the weights still holds much of
+    the initialisation: after n steps of rate r its share is rⁿ.
+
+    Args:
+      config: a checked config.
+      num_images: the number of training images.
+    """
+    names = ['tokenizer_training', 'ar_training']
+    if config.init_from is not None:
+        names = ['distillation_training']
+    lines = []
+    for name in names:
+        t = config[name]
+        if not t.steps or (name == 'tokenizer_training' and config.tokenizer is not None):
+            continue
+        epochs = t.steps * t.batch_size / num_images
+        line = f'{name}: {t.steps} steps of {t.batch_size} images are {epochs:,.1f} epochs'
+        if config.data.name != 'digits':
+            first, last = config.data.crop_until
+            line += f'; crops are random up to epoch {first}, and all central from {last}'
+        lines.append(line)
+        share = t.ema_decay**t.steps
+        if share > _SHARE_OF_START:
+            remedy = f'lower --config.{name}.ema_decay'
+            if name == 'ar_training':
+                remedy += ', or sample the weights themselves by --config.sampling.ema_decay=0'
+            lines.append(
+                f'{name}: after {t.steps} steps the average of rate {t.ema_decay} '
+                f'is still {share:.0%} initialisation: {remedy}'
+            )
+    return lines
 
 
 def check(config: ConfigDict) -> ConfigDict:

@@ -4,6 +4,9 @@ import os
 import pathlib
 import re
 
+# A config file whose argument is a workdir, and whose config is that of the run in it.
+OF_RUN = str(pathlib.Path(__file__).parents[1] / 'commands' / 'own_config.py')
+
 
 def find(word: str) -> str:
     """Turns the bare word of a packaged config into its file; any other word stays as it is.

@@ -1,6 +1,6 @@
 """A stand-in for ImageNet: a small ILSVRC2012_img_train.tar of the same make, drawn at random.
 
-  python -m sphere_ar_jax.data.stand_in DIR [--synsets 5 --images 12 --seed 0 --broken 2]
+  python -m sphere_ar_jax.data.stand_in DIR [--synsets=5 --images=12 --seed=0 --broken=2]
 
 It writes a tar of tars, one for each synset, of JPEG files of 60 to 600 pixels a side. The polygon
 and the colours of an image tell its class, so that there is something to learn; the rest is random.
@@ -13,20 +13,21 @@ Dimensions:
   k     class, its place among the given synsets
 """
 
-import argparse
 import colorsys
 import io
 import json
 import os
-import sys
 import tarfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 from PIL import Image, ImageDraw
 
 from sphere_ar_jax.data import imagenet
+from sphere_ar_jax.runtime import console
+from sphere_ar_jax.runtime.console import UserError
 
 ODD = ('grey', 'cmyk', 'progressive', 'png', 'rotated')
 BROKEN = ('truncated', 'empty')
@@ -135,34 +136,38 @@ def write_tar(
     return odd
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Writes a stand-in, as the words of a command line say."""
-    parser = argparse.ArgumentParser(
-        prog='python -m sphere_ar_jax.data.stand_in', description='A small ImageNet to try on.'
-    )
-    parser.add_argument('directory')
-    parser.add_argument('--synsets', type=int, default=5, help='number of classes, 1 to 1000')
-    parser.add_argument('--images', type=int, default=12, help='number in each class')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument(
-        '--broken', type=int, default=2, help='number of files that cannot be decoded'
-    )
-    options = parser.parse_args(arguments)
-    if not (1 <= options.synsets <= 1000 and options.images >= 1 and options.seed >= 0):
-        parser.error(
-            '--synsets must lie between 1 and 1000, --images be at least 1, --seed not negative'
-        )
-    total = options.synsets * options.images
-    if not 0 <= options.broken <= total:
-        parser.error(f'--broken must lie between 0 and {total}, the number of images')
+_FLAGS = flags.FlagValues()
+_SYNSETS = flags.DEFINE_integer('synsets', 5, 'Number of classes.', 1, 1000, flag_values=_FLAGS)
+_IMAGES = flags.DEFINE_integer('images', 12, 'Number in each class.', 1, flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of all that is drawn.', 0, flag_values=_FLAGS)
+_BROKEN = flags.DEFINE_integer(
+    'broken', 2, 'Number of files that cannot be decoded.', 0, flag_values=_FLAGS
+)
+
+
+def main(argv: list[str]) -> None:
+    """Writes a stand-in, as a command line says.
+
+    Args:
+      argv: the command line, with the program's name first.
+
+    Raises:
+      UserError: a flag is wrong; the message is one line.
+    """
+    assert __doc__ is not None
+    (directory,) = console.parse(argv, _FLAGS, __doc__, 'DIR')
+    synsets = _SYNSETS.value
+    total = synsets * _IMAGES.value
+    if _BROKEN.value > total:
+        raise UserError(f'--broken must lie between 0 and {total}, the number of images')
     names = [synset for synset, _ in imagenet.classes()]
-    chosen = [names[i * len(names) // options.synsets] for i in range(options.synsets)]
-    os.makedirs(options.directory, exist_ok=True)
-    path = os.path.join(options.directory, 'ILSVRC2012_img_train.tar')
-    write_tar(path, chosen, options.images, options.seed, options.broken)
+    chosen = [names[i * len(names) // synsets] for i in range(synsets)]
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, 'ILSVRC2012_img_train.tar')
+    write_tar(path, chosen, _IMAGES.value, _SEED.value, _BROKEN.value)
     size = os.path.getsize(path)
-    print(f'{path}: {options.synsets} classes of {options.images} images, {size:,} bytes')
+    print(f'{path}: {synsets} classes of {_IMAGES.value} images, {size:,} bytes')
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    console.run(main)

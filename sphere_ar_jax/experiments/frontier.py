@@ -10,7 +10,6 @@ goes on where it stopped when it is started again. Where the head of a run is di
 settings are the numbers of steps that it was distilled for.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from tqdm import tqdm
@@ -333,28 +333,37 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
     return summary
 
 
-def main() -> None:
+# These flags are not absl's global ones, because `main` has flags of the same names.
+_FLAGS = flags.FlagValues()
+_WORKDIRS = flags.DEFINE_multi_string(
+    'workdir', None, 'A finished run; give one for each seed.', flag_values=_FLAGS
+)
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'Directory for scores.jsonl, frontier.json, .md and .png.', flag_values=_FLAGS
+)
+_NUM_IMAGES = flags.DEFINE_integer(
+    'num_images', 2000, 'Digits drawn for each setting and run.', 1, flag_values=_FLAGS
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 500, 'Images drawn at a time.', 1, flag_values=_FLAGS
+)
+
+
+def main(argv: list[str]) -> None:
     """Parses the command line and measures.
 
-    An error that the user can put right ends the program with one line.
+    Args:
+      argv: the command line, with the program's name first.
+
+    Raises:
+      UserError: a flag or a run is wrong; the message is one line.
     """
-    parser = argparse.ArgumentParser('python -m sphere_ar_jax.experiments.frontier')
-    parser.add_argument(
-        '--workdir', action='append', required=True, help='a finished run; give one for each seed'
-    )
-    parser.add_argument(
-        '--output', required=True, help='directory for scores.jsonl, frontier.json, .md and .png'
-    )
-    parser.add_argument(
-        '--num_images', type=int, default=2000, help='digits drawn for each setting and run'
-    )
-    parser.add_argument('--batch_size', type=int, default=500, help='images drawn at a time')
-    arguments = parser.parse_args()
-    try:
-        run(arguments.workdir, arguments.output, arguments.num_images, arguments.batch_size)
-    except (OSError, console.UserError) as error:
-        sys.exit(f'error: {error}')
+    assert __doc__ is not None
+    console.parse(argv, _FLAGS, __doc__)
+    if not _WORKDIRS.value or _OUTPUT.value is None:
+        raise console.UserError('give --workdir=DIR, once for each seed, and --output=DIR')
+    run(_WORKDIRS.value, _OUTPUT.value, _NUM_IMAGES.value, _BATCH_SIZE.value)
 
 
 if __name__ == '__main__':
-    main()
+    console.run(main)

@@ -19,7 +19,6 @@ import functools
 import io
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -30,6 +29,7 @@ from PIL import Image
 
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.data import batches as data_batches
+from sphere_ar_jax.runtime import console
 
 # {'image': the file as bytes, 'label': int32}
 Record: TypeAlias = dict[str, Any]
@@ -207,8 +207,17 @@ def pipeline(
     return np.median(rates, axis=0)
 
 
-def main() -> None:
-    """Prints the table."""
+def main(argv: list[str]) -> None:
+    """Prints the table.
+
+    Args:
+      argv: the command line, with the program's name first.
+
+    Raises:
+      UserError: a flag is wrong; the message is one line.
+    """
+    assert __doc__ is not None
+    console.parse(argv, _FLAGS, __doc__)
     usual = [photograph(i) for i in range(_IMAGES.value)]
     large = [photograph(i, 3) for i in range(max(1, _IMAGES.value // 8))]
     size = _SIZE.value
@@ -244,8 +253,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        _FLAGS(sys.argv)
-    except flags.Error as error:
-        sys.exit(str(error))
-    main()
+    console.run(main)

@@ -1,14 +1,19 @@
-"""What the user sees of a job: progress bars, sizes, and errors in one line.
+"""What the user sees of a program: its flags and its end, progress bars, errors in one line.
 
 The doctor imports this module where packages may be missing, so that it imports none at the top.
 """
 
+import io
 import math
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
 
 
 class UserError(ValueError):
@@ -43,6 +48,86 @@ class Bar(Protocol):
 
     def __call__(self, done: int, total: int | None = ...) -> None:
         """Shows how many units are done, of `total` or of those that the bar was opened with."""
+
+
+def parse(argv: Sequence[str], values: 'FlagValues', about: str, *words: str) -> list[str]:
+    """Parses the command line of a program.
+
+    `--help` prints what the program does and its flags, and ends it with the exit code 0.
+
+    Args:
+      argv: the program's name, its flags and its words.
+      values: the flags that it has; they take the values given.
+      about: the program's docstring.
+      *words: the names of the words that are no flags, as messages call them.
+
+    Returns:
+      The words, as many as `words`.
+
+    Raises:
+      UserError: a flag or its value is unknown, or there are more words or fewer.
+    """
+    if '--help' in argv:
+        print(f'{about}\n{values.get_help()}', flush=True)
+        sys.exit(0)
+    for name in values:
+        values[name].unparse()  # An earlier call may have set it.
+    try:
+        found = values(list(argv))[1:]
+    except Exception as error:  # A config file may raise anything.
+        raise UserError(one_line(error)) from None
+    if len(found) > len(words):
+        raise UserError(f'{found[len(words)]} is no flag: see --help')
+    if len(found) < len(words):
+        raise UserError(f'give {" and ".join(words[len(found) :])}: see --help')
+    return found
+
+
+def print_anything() -> None:
+    """Makes stdout and stderr show '?' for letters that a terminal lacks, and not fail on them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='replace')
+
+
+def end_unheard() -> NoReturn:
+    """Ends the program after its reader has gone, as `head` does, with the exit code of SIGPIPE."""
+    # What is still in the buffer has nowhere to go, and Python would complain at its exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def described(error: BaseException) -> str:
+    """What an error that the user can put right says, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        if isinstance(error, FileNotFoundError):
+            return f'there is no file {error.filename}'
+        return f'{error.filename}: {error.strerror}'
+    return one_line(error)
+
+
+def run(program: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs a program and ends the process.
+
+    Errors that the user can put right are one line on stderr, with the exit code 2. Ctrl-C ends the
+    process with 130, and a reader that has gone with 141.
+
+    Args:
+      program: is called with the command line, and returns the exit code or None for 0.
+    """
+    print_anything()
+    try:
+        code = program(sys.argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_unheard()
+    except (UserError, OSError) as error:
+        print(f'error: {described(error)}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.exit(code or 0)
 
 
 def pick(parts: Mapping[str, Any], key: str, word: str) -> Any:

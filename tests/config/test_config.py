@@ -292,3 +292,40 @@ def test_differences():
     new.ar_training.log_every = 1
     new.ar.unroll = 4
     assert schema.differences(old.to_dict(), new.to_dict()) == ['ar.width 16 → 32']
+
+
+def test_what_the_trainings_amount_to():
+    """Epochs by hand, and the share that an average keeps of its start: 0.9999⁸⁰⁰ = 92%."""
+    cfg = get_config()
+    cfg.data.update(name='folder', path='/images')
+    cfg.ar_training.update(steps=800, batch_size=32, ema_decay=0.9999)
+    cfg.tokenizer_training.update(steps=10, batch_size=32)
+    tokenizer, ar, share = checks.advice(cfg, 64)
+    assert tokenizer.startswith('tokenizer_training: 10 steps of 32 images are 5.0 epochs; crops')
+    assert 'are 400.0 epochs; crops are random up to epoch 350, and all central from 375' in ar
+    assert share == (
+        'ar_training: after 800 steps the average of rate 0.9999 is still 92% initialisation: '
+        'lower --config.ar_training.ema_decay, '
+        'or sample the weights themselves by --config.sampling.ema_decay=0'
+    )
+    cfg.ar_training.update(ema_decay=0.99)
+    cfg.tokenizer = '/trained'
+    assert len(checks.advice(cfg, 64)) == 1
+
+
+def test_numbers_must_be_finite():
+    """Wherever a number may stand, in tuples too."""
+    for key in (
+        'sampling.temperature',
+        'ar_training.learning_rate',
+        'tokenizer_training.kl_weight',
+    ):
+        for value in (float('nan'), float('inf'), -float('inf')):
+            cfg = get_config()
+            cfg.update_from_flattened_dict({key: value})
+            with pytest.raises(UserError, match=f'{key} is'):
+                checks.check(cfg)
+    cfg = get_config()
+    cfg.sampling.guidance_interval = (0.0, float('nan'))
+    with pytest.raises(UserError, match=r'guidance_interval is .* but must be finite'):
+        checks.check(cfg)

@@ -132,16 +132,21 @@ def test_the_stand_in_is_a_function_of_its_seed(tmp_path):
     assert sorted(write(5, broken=6)[1].values()) == ['empty'] * 3 + ['truncated'] * 3
 
 
-def test_the_stand_in_by_its_command(tmp_path, capsys):
-    stand_in.main([str(tmp_path / 'new'), '--synsets=4', '--images=2', '--seed=3', '--broken=1'])
+def test_the_stand_in_by_its_command(tmp_path):
+    words = ['--synsets=4', '--images=2', '--seed=3', '--broken=1']
+    stand_in.main(['stand_in', str(tmp_path / 'new'), *words])
     source = sources.ImageNetTar(tmp_path / 'new' / 'ILSVRC2012_img_train.tar')
     assert len(source) == 8 and set(source.class_names) < {
         synset for synset, _ in imagenet.classes()
     }
-    for wrong in ('--synsets=1001', '--images=0', '--broken=61', '--seed=-1'):
-        with pytest.raises(SystemExit):
-            stand_in.main([str(tmp_path), wrong])
-        assert 'must' in capsys.readouterr().err
+    for wrong, message in (
+        ('--synsets=1001', 'in the range'),
+        ('--images=0', '--images=0'),
+        ('--broken=61', 'must lie between 0 and 60'),
+        ('--seed=-1', '--seed=-1'),
+    ):
+        with pytest.raises(UserError, match=message):
+            stand_in.main(['stand_in', str(tmp_path), wrong])
 
 
 # ---- ImageNet's tar

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import jax
 import numpy as np
@@ -417,7 +416,7 @@ def test_evaluate_puts_the_scores_together():
     }
 
 
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / 'weights.pb').write_bytes(b'no graph')
     np.savez(tmp_path / 'a.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     command = [
@@ -426,13 +425,12 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch):
         str(tmp_path / 'a.npz'),
         f'--weights={tmp_path / "weights.pb"}',
     ]
-    monkeypatch.setattr(sys, 'argv', command)
-    with pytest.raises(SystemExit, match=r'error: .*weights\.pb is not a GraphDef'):
-        fidelity.main()
+    with pytest.raises(UserError, match=r'weights\.pb is not a GraphDef'):
+        fidelity.main(command)
 
 
 @pytest.mark.slow
-def test_the_command_scores_two_files(tmp_path, monkeypatch, capsys):
+def test_the_command_scores_two_files(tmp_path, capsys):
     """From files to the five scores.
 
     A set against itself has the distances 0, precision and recall 1.
@@ -445,8 +443,7 @@ def test_the_command_scores_two_files(tmp_path, monkeypatch, capsys):
         str(tmp_path / 'a.npz'),
         f'--weights={tmp_path / "weights.pb"}',
     ]
-    monkeypatch.setattr(sys, 'argv', [*command, '--batch_size=2'])
-    fidelity.main()
+    fidelity.main([*command, '--batch_size=2'])
     scores = json.loads(capsys.readouterr().out)
     assert scores['fid'] == pytest.approx(0, abs=1e-6) and scores['sfid'] == pytest.approx(
         0, abs=1e-6
