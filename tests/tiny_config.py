@@ -10,7 +10,7 @@ from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 from sphere_ar_jax.training.state import quickly_compiled
 
-LONG = 80
+LONG = 48
 
 
 def get_config(arg=''):

@@ -5,6 +5,7 @@ All processes run the same program on the same global arrays. `joining` makes on
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,21 @@ def gather(array: jax.Array) -> np.ndarray:
 def from_first(number: int) -> int:
     """The whole number that the first process gives. All processes must call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def differing(numbers: Sequence[int]) -> list[int]:
+    """The places at which the processes' lists of numbers differ, in all processes alike.
+
+    All processes must call it.
+
+    Args:
+      numbers: whole numbers from 0 to 2³² − 1, as many in each process.
+    """
+    if count() == 1:
+        return []
+    all_numbers = multihost_utils.process_allgather(np.asarray(numbers, np.uint32))
+    differ = (all_numbers != all_numbers[0]).any(axis=0)
+    return np.flatnonzero(differ).tolist()
 
 
 @functools.cache

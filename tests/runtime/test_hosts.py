@@ -316,6 +316,18 @@ def test_a_mistake_of_the_command_line_ends_both(start, tmp_path):
     assert not (tmp_path / 'w' / 'config.json').exists()  # the workdir stays free
 
 
+def test_processes_of_another_config_do_not_train_together(start, tmp_path):
+    """Both name what they differ in, and the workdir stays free."""
+    words = (TINY, f'--workdir={tmp_path / "w"}')
+    others = ('--config.seed=5', '--config.ar_training.learning_rate=0.5')
+    with start(tmp_path / 'said', 2, 1, *words, of_last=others) as run:
+        assert run.end(120) == [2, 2], run.err
+        reason = 'the processes of this run differ in ar_training.learning_rate, seed: start'
+        for said in run.err:
+            assert reason in said and 'Traceback' not in said
+    assert not (tmp_path / 'w' / 'config.json').exists()
+
+
 def test_a_mesh_without_a_process_is_refused(start, tmp_path):
     """Both processes say so at the same time."""
     words = (TINY, f'--workdir={tmp_path / "w"}', '--config.mesh.data=1')
@@ -343,17 +355,14 @@ def test_how_many_are_expected(environ, count):
 
 
 @pytest.mark.slow
-def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
-    """Both stages, on 2, 1 and 4 processes and meshes of all kinds: to rounding the state of one
-    process alone. Between two starts the newest checkpoint is damaged: both processes skip it. One
-    of four is killed, and all stop. Then samples and scores of any number of processes.
+def test_on_other_numbers_of_processes_and_other_meshes(start, words, alone, tmp_path):
+    """On 2, 1 and 4 processes and meshes of all kinds: to rounding the state of one process alone.
+
+    Between two starts the newest checkpoint is damaged: both processes skip it. One of four is
+    killed, and all stop.
     """
-    steps = [f'--config.{stage}_training.{key}' for stage in ('tokenizer', 'ar')
-             for key in ('steps=16', 'checkpoint_every=2', 'log_every=1')]  # fmt: skip
-    with start(tmp_path, 1, 2, TINY, f'--workdir={tmp_path / "alone"}', *steps) as run:
-        assert run.end() == [0], run.err
-    words = (TINY, f'--workdir={tmp_path / "w"}', *steps)
-    checkpoints = tmp_path / 'w' / 'tokenizer' / 'checkpoints'
+    words = *words, f'--workdir={tmp_path / "w"}', '--config.ar_training.checkpoint_every=2'
+    checkpoints = tmp_path / 'w' / 'ar' / 'checkpoints'
 
     def part(count, devices, until, *mesh):
         with start(tmp_path, count, devices, *words, *mesh) as run:
@@ -363,43 +372,59 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, tmp_path):
             assert set(run.end()) == {0 if until is None else 143}, run.err
             return run.out[0], run.err
 
-    part(2, 2, 'tokenizer 5/16', '--config.mesh.fsdp=4', '--config.mesh.data=1')
+    part(2, 2, f'ar 5/{STEPS}', '--config.mesh.fsdp=4', '--config.mesh.data=1')
     newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     largest = max(
         (p for p in (newest / 'state').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size
     )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    said, errors = part(2, 2, 'tokenizer 10/16', '--config.mesh.fsdp=2', '--config.mesh.tensor=2')
+    said, errors = part(2, 2, f'ar 10/{STEPS}', '--config.mesh.fsdp=2', '--config.mesh.tensor=2')
     assert f'{newest} cannot be read' in errors[0] and f'{newest} cannot be read' in errors[1]
     assert int(said.split('goes on from step ')[1].split()[0]) < int(newest.name)
     assert (checkpoints / f'damaged-{newest.name}').is_dir()
-    part(1, 1, 'ar 4/16')
+    part(1, 1, f'ar 14/{STEPS}')
     with start(tmp_path, 4, 1, *words, '--config.mesh.fsdp=2') as run:
-        run.wait_for('ar 8/16')
+        run.wait_for(f'ar 18/{STEPS}')
         run.started[2].send_signal(signal.SIGKILL)
         assert run.end(120) == [ABORTED, ABORTED, -signal.SIGKILL, ABORTED], run.err
     part(4, 1, None, '--config.mesh.fsdp=2')
-    runs = [load_run(str(tmp_path / name)) for name in ('alone', 'w')]
-    for name in ('vae_params', 'ar_params'):
-        chex.assert_trees_all_close(
-            *(jax.device_get(getattr(run, name)) for run in runs), rtol=1e-3, atol=1e-4
-        )
+    runs = [load_run(str(workdir)) for workdir in (alone, tmp_path / 'w')]
+    chex.assert_trees_all_close(
+        *(jax.device_get(run.ar_params) for run in runs), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_two_processes(start, tmp_path):
+    """Its state is, bit for bit, that of one process with as many devices."""
+    words = (TINY, '--config.ar_training.steps=0')
+    for name, count, devices in (('one', 1, 2), ('two', 2, 1)):
+        with start(tmp_path, count, devices, *words, f'--workdir={tmp_path / name}') as run:
+            assert set(run.end()) == {0}, run.err
+    one, two = (_fingerprint(tmp_path / name, 'tokenizer', 6) for name in ('one', 'two'))
+    assert one == two
+
+
+@pytest.mark.slow
+def test_samples_and_scores_of_any_number_of_processes(start, alone, tmp_path):
+    """They are those of one process with as many devices. Others have other batches, hence other
+    roundings.
+    """
 
     def job(count, devices, *words):
-        with start(tmp_path, count, devices, TINY, f'--workdir={tmp_path / "w"}', *words) as run:
+        with start(tmp_path, count, devices, TINY, f'--workdir={alone}', *words) as run:
             assert set(run.end()) == {0}, run.err
 
-    scores = []
     for count, devices in (1, 2), (2, 1), (4, 1):
         job(count, devices, '--mode=sample', f'--output={tmp_path}/{count}.npz')
-    for count, devices in (1, 2), (2, 1):
-        job(count, devices, '--mode=evaluate')
-        scores.append(json.loads((tmp_path / 'w' / 'evaluation.json').read_text()))
     one, two, four = (np.load(f'{tmp_path}/{count}.npz') for count in (1, 2, 4))
     assert one['arr_0'].shape == (40, 16, 16, 1)
-    np.testing.assert_array_equal(one['arr_0'], two['arr_0'])  # both of two devices
-    # Four processes have other batches, hence other roundings.
+    np.testing.assert_array_equal(one['arr_0'], two['arr_0'])
     assert np.abs(one['arr_0'].astype(int) - four['arr_0']).max() <= 1
     for other in two, four:
         np.testing.assert_array_equal(one['arr_1'], other['arr_1'])
-    assert scores[0] == scores[1] and scores[0]['samples/classes_drawn'] > 0
+    job(2, 1, '--mode=evaluate')
+    scores = json.loads((alone / 'evaluation.json').read_text())
+    trained = _scores(alone)
+    assert scores['samples/classes_drawn'] > 0
+    assert scores == {name: trained[name] for name in scores}
