@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
+    from sphere_ar_jax.data import digits, sources
+    from sphere_ar_jax.runtime.types import PyTree
+    from sphere_ar_jax.training.state import Stage
+
 
 def examine(
     cfg: 'ConfigDict | None',
@@ -48,8 +52,7 @@ def examine(
     """
     import jax
 
-    from sphere_ar_jax.config.checks import check
-    from sphere_ar_jax.measure import programs
+    from sphere_ar_jax.config import schema
     from sphere_ar_jax.runtime import joining
 
     e = examination
@@ -67,11 +70,11 @@ def examine(
     e.say(checks.Check('processes', 'ok', text))
     e.say(checks.check_devices(devices, local, limit, checks.device_files()))
     disk = 0
+    source = _examine_data(cfg if trains else None, data, e)
     trainings = None
     if cfg is not None:
-        trainings = e.run('config', lambda: programs.stages(check(cfg)))
-    if not trains:
-        trainings = None
+        own = data is None or schema.num_classes(cfg) is None
+        trainings = e.run('config', lambda: _trainings(cfg, source if own else None, trains))
     if cfg is not None and trainings is not None:
         found = e.run('mesh', lambda: checks.run_checks(cfg, trainings, limit))
         if found is not None:
@@ -81,27 +84,66 @@ def examine(
     slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
         e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=slow)
-    _examine_data(cfg if trains else None, data, e)
     if cfg is not None and trainings is not None:
         e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=slow)
     e.check('cache', lambda: checks.check_cache(os.environ))
 
 
+def _trainings(
+    cfg: 'ConfigDict', source: 'sources.Images | digits.Digits | None', trains: bool
+) -> 'dict[str, tuple[Stage, PyTree]] | None':
+    """Checks a config, and counts classes as a training does.
+
+    Args:
+      cfg: the config.
+      source: its images, None where they are not known.
+      trains: whether a training is examined.
+
+    Returns:
+      The trainings, see `programs.stages`; None where there are none, or the number of classes is
+      not known because the images could not be opened.
+
+    Raises:
+      UserError: the config is impossible, or knows fewer classes than there are.
+    """
+    from sphere_ar_jax.commands import train
+    from sphere_ar_jax.config import schema
+    from sphere_ar_jax.config.checks import check
+    from sphere_ar_jax.measure import programs
+
+    check(cfg)
+    if not trains:
+        return None
+    if source is not None:
+        train.count_classes(cfg, source)
+    if schema.num_classes(cfg) is None:
+        return None
+    return programs.stages(cfg)
+
+
 def _examine_data(
     cfg: 'ConfigDict | None', data: str | None, examination: checks.Examination
-) -> None:
-    """Checks the data of --data, or else of a config, or neither."""
+) -> 'sources.Images | digits.Digits | None':
+    """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
     from sphere_ar_jax.config import recipes
 
-    slow = "a large tar's index takes minutes, once: --timeout=1800"
-    if data is not None:
-        kind, path = recipes.data_set(data)
-        examination.check('data', lambda: checks.check_data(kind, path), slow=slow)
-    elif cfg is not None:
+    if data is None and cfg is None:
+        return None
+
+    def opened() -> 'tuple[checks.Check, sources.Images | digits.Digits]':
+        if data is not None:
+            return checks.check_data(*recipes.data_set(data))
+        assert cfg is not None  # by the lines above
         d = cfg.data
-        examination.check(
-            'data', lambda: checks.check_data(d.name, d.path, d.split, d.data_dir), slow=slow
-        )
+        return checks.check_data(d.name, d.path, d.split, d.data_dir)
+
+    slow = "a large tar's index takes minutes, once: --timeout=1800"
+    found = examination.run('data', opened, slow=slow)
+    if found is None:
+        return None
+    check, source = found
+    examination.say(check)
+    return source
 
 
 def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':

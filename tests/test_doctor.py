@@ -483,13 +483,45 @@ def test_data(tmp_path):
         (tmp_path / label).mkdir()
         for i in range(count):
             Image.new('RGB', (9, 7)).save(tmp_path / label / f'{i}.png')
-    check = commands_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
-    assert check == commands_checks.Check('data', 'ok', f'folder {tmp_path}: 5 images, 2 classes')
-    assert commands_checks.check_data('imagenet', None).status == 'FAIL'
+    check, source = commands_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
+    text = f'folder {tmp_path}: 5 images, 2 classes: cat, dog'
+    assert check == commands_checks.Check('data', 'ok', text) and len(source) == 5
+    (tmp_path / 'top.png').write_bytes(b'')
+    check, _ = commands_checks.check_data('folder', str(tmp_path))
+    assert check.text == f'{text}\nleft out: 1 image(s) beside the directories of the classes'
+    with pytest.raises(UserError, match=r'data\.path is not given, of the imagenet data'):
+        commands_checks.check_data('imagenet', None)
     (tmp_path / 'dog' / '2.png').unlink()
     (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
     with pytest.raises(UserError, match='cannot be read'):
         commands_checks.check_data('folder', str(tmp_path))
+
+
+def test_classes_are_counted_as_a_training_does(tmp_path, capsys):
+    """A folder whose number of classes no config says is as good for the doctor as for `main`."""
+    for label in ('cat', 'dog', 'owl'):
+        (tmp_path / label).mkdir()
+        Image.new('RGB', (9, 7)).save(tmp_path / label / '1.png')
+    words = (TINY, '--config.data.name=folder', f'--config.data.path={tmp_path}')
+    code, lines = _examined(capsys, *words)
+    assert code == 0 and lines[-1].startswith('0 failed'), lines
+    assert _line(lines, 'data').endswith('3 images, 3 classes: cat, dog, owl')
+    assert any(line[6:].startswith('memory') for line in lines)  # the models were built
+    code, lines = _examined(capsys, *words, '--config.data.num_classes=2')
+    assert code == 1 and 'has 3 classes, but the model 2' in _line(lines, 'config')
+    # Where there are no images, one check fails, not two.
+    words = (TINY, '--config.data.name=folder', f'--config.data.path={tmp_path}/none')
+    code, lines = _examined(capsys, *words)
+    assert code == 1 and lines[-1].startswith('1 failed') and 'FAIL  data' in '\n'.join(lines)
+    # Other modes open no images.
+    code, lines = _examined(capsys, *words, '--mode=sample')
+    assert code == 0, lines
+
+
+def test_a_directory_without_its_kind_is_one_line(tmp_path, capsys):
+    code, lines = _examined(capsys, f'--data={tmp_path}')
+    said = _line(lines, 'data').replace(' ', '')
+    assert code == 1 and f'write data=folder:{tmp_path}'.replace(' ', '') in said
 
 
 # ---- several processes

@@ -111,7 +111,7 @@ def test_rooms_are_not_crowded():
 
 def test_the_tests_mirror_the_folders():
     tests = ROOT / 'tests'
-    helpers = {'goldens', '__pycache__'}
+    helpers = {'goldens', 'cases', '__pycache__'}
     for folder in tests.iterdir():
         if folder.is_dir() and folder.name not in helpers:
             assert folder.name in FLOORS, (

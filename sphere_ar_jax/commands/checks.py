@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sphere_ar_jax.runtime.console import first_line, size
+from sphere_ar_jax.runtime.console import UserError, first_line, size
 
 if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
+    from sphere_ar_jax.data import digits, sources
     from sphere_ar_jax.runtime.types import PyTree
     from sphere_ar_jax.training.state import Stage
 
@@ -309,29 +310,40 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
 
 def check_data(
     kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
-) -> Check:
-    """Whether the images are found, and how many there are.
+) -> 'tuple[Check, sources.Images | digits.Digits]':
+    """Opens the images of a training, and says how many images and classes there are.
 
     Args:
       kind: a key of `schema.DATA`.
       path: the path of the images, see `sources.open_source`; None where it is not given.
       split: the split of tfds.
       data_dir: the directory of tfds, None for its default.
+
+    Returns:
+      (what was found, the images).
+
+    Raises:
+      UserError: the images cannot be opened, or the first or the last one cannot be read.
     """
     from sphere_ar_jax.data import digits, sources
+    from sphere_ar_jax.evaluation import class_names
 
     if kind == 'digits':
-        count = len(digits.Digits('train', 0))
-        text = f'digits, part of scikit-learn: {count} images to train on, 10 classes'
-        return Check('data', 'ok', text)
+        training = digits.Digits('train', 0)
+        classes = class_names.describe(training.num_classes, training.class_names)
+        text = f'digits, part of scikit-learn: {len(training)} images to train on, {classes}'
+        return Check('data', 'ok', text), training
     if path is None:
-        text = f'data.path is not given, of the {kind} data: --config.data.path=…'
-        return Check('data', 'FAIL', text)
+        raise UserError(f'data.path is not given, of the {kind} data: --config.data.path=…')
     source = sources.open_source(kind, path, split, data_dir)
-    # Reads the first and the last entry, which raises where the files are damaged.
+    # Reading raises where the files are damaged.
     for i in (0, len(source) - 1):
         source[i]
-    return Check('data', 'ok', f'{kind} {path}: {len(source)} images, {source.num_classes} classes')
+    classes = class_names.describe(source.num_classes, source.class_names)
+    text = f'{kind} {path}: {len(source)} images, {classes}'
+    if source.left_out:
+        text += f'\nleft out: {source.left_out}'
+    return Check('data', 'ok', text), source
 
 
 # ---- the screen

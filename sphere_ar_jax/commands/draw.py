@@ -10,8 +10,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.evaluation import pictures
+from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
@@ -102,8 +101,8 @@ def grid(
 
     Args:
       workdir: the directory of the run.
-      classes: names, synsets or numbers, separated by semicolons; only numbers for data other than
-        ImageNet.
+      classes: names of the run's own classes, or numbers, separated by semicolons; for ImageNet
+        also synsets and English names. See `class_names.find`.
       columns: number of images of each class.
       output: the PNG file, WORKDIR/grid.png if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -117,16 +116,11 @@ def grid(
         raise UserError(
             "give --classes='golden retriever; 388; n02099601' and at least 1 for --columns"
         )
-    numbers = [int(name) if name.isdecimal() else imagenet.find(name) for name in wanted]
     run, mesh = open_run.open_run(workdir, like)
+    names = class_names.of_run(workdir, run.config)
     known = _num_classes(run.config)
-    for name, number in zip(wanted, numbers, strict=True):
-        if number >= known or (known != 1000 and not name.isdecimal()):
-            raise UserError(f'{name!r} is no class: this model knows the numbers 0 to {known - 1}')
-    titles = [str(number) for number in numbers]
-    if known == 1000:
-        names = imagenet.classes()
-        titles = [f'{number} {names[number][1].split(",")[0]}' for number in numbers]
+    numbers = [class_names.find(name, names, known) for name in wanted]
+    titles = class_names.titles(numbers, names)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(numbers, columns)
     images, _ = on_mesh.sample_images(

@@ -2,6 +2,7 @@
 
 from sphere_ar_jax.config import recipes
 from sphere_ar_jax.data import sources
+from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError
 
@@ -35,4 +36,7 @@ def pack(
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(kind, path, split, data_dir, bar)
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))
-    print(f'{output}: {len(source)} images of {source.num_classes} classes')
+    classes = class_names.describe(source.num_classes, source.class_names)
+    print(f'{output}: {len(source)} images of {classes}')
+    if source.left_out:
+        print(f'left out: {source.left_out}')

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, schema
-from sphere_ar_jax.data import augment, digits, sources
-from sphere_ar_jax.evaluation import page, snapshots
+from sphere_ar_jax.data import augment, digits, imagenet, sources
+from sphere_ar_jax.evaluation import class_names, page, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, sharding
@@ -86,6 +86,24 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     return teacher
 
 
+def count_classes(cfg: ConfigDict, source: sources.Images | digits.Digits) -> None:
+    """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
+
+    Args:
+      cfg: a config.
+      source: its images.
+
+    Raises:
+      UserError: the images have more classes than the model.
+    """
+    known = schema.num_classes(cfg)
+    if known is None:
+        known = source.num_classes
+        cfg.data.num_classes = known
+    if source.num_classes > known:
+        raise UserError(f'{cfg.data.path} has {source.num_classes} classes, but the model {known}')
+
+
 def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     """Opens the training images.
 
@@ -106,16 +124,13 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
-    known = schema.num_classes(cfg)
-    if known is None:
-        known = source.num_classes
-        d.num_classes = known
-    if source.num_classes > known:
-        raise UserError(f'{d.path} has {source.num_classes} classes, but the model {known}')
-    size = build.build_vae(cfg).image_shape[0]
+    count_classes(cfg, source)
+    size, _, channels = build.build_vae(cfg).image_shape
     decay_from, decay_to = d.crop_until
+    # The exact recipe of ImageNet knows neither EXIF nor transparency.
+    as_stored = imagenet.are_synsets(source.class_names)
     reading = dict(
-        transform=augment.Augmentation(size, decay_from, decay_to, d.draft),
+        transform=augment.Augmentation(size, decay_from, decay_to, d.draft, as_stored, channels),
         workers=d.workers,
         threads=d.threads,
         max_broken=d.max_broken,
@@ -365,6 +380,25 @@ def _set_up(
     return setting, stages
 
 
+def _introduce(setting: snapshots.Setting) -> None:
+    """Says what a run is trained on, and keeps the names of its classes in the workdir.
+
+    Raises:
+      UserError: the run was begun with other classes.
+    """
+    source = setting.source
+    names = getattr(source, 'class_names', None)
+    if setting.cfg.ar_training.steps or setting.cfg.init_from is not None:
+        class_names.keep(setting.workdir, names)
+    held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
+    platform = jax.devices()[0].platform
+    print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
+    print(class_names.describe(source.num_classes, names), flush=True)
+    left_out = getattr(source, 'left_out', '')
+    if left_out:
+        print(f'left out: {left_out}', flush=True)
+
+
 def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
     """Runs the trainings, then evaluates and reports.
 
@@ -386,12 +420,7 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
-    platform = jax.devices()[0].platform
-    print(
-        f'{len(setting.source)} training images{held}; {setting.mesh.size} {platform} device(s)',
-        flush=True,
-    )
+    _introduce(setting)
     for line in checks.advice(cfg, len(setting.source)):
         print(line, flush=True)
     seconds = {'start': time.perf_counter() - started}

@@ -172,12 +172,21 @@ def _check_models(v: ConfigDict, a: ConfigDict) -> None:
 
 def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """Checks the section `data`, and that its images have the tokenizer's shape (H, W, c)."""
-    height, _, channels = image_shape
-    square = (height, height, channels)
-    want = digits.Digits.image_shape if d.name == 'digits' else square
+    height, width, channels = image_shape
+    if d.name == 'digits':
+        want = digits.Digits.image_shape
+        _require(
+            want == image_shape,
+            f'vae makes images of {image_shape} (grid · 2^stages), but data digits has {want}',
+        )
     _require(
-        want == image_shape,
-        f'vae makes images of {image_shape} (grid · 2^stages), but data {d.name} has {want}',
+        channels in (1, 3),
+        f'vae.image_channels is {channels}, but must be 3 for colour or 1 for grey',
+    )
+    _require(
+        height == width,
+        f'vae.grid makes images of {height} × {width} pixels (grid · 2^stages), but images of '
+        f'data {d.name} are cropped to squares: give two equal sizes',
     )
     _require(
         len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
@@ -247,12 +256,16 @@ def _check_sampling(config: ConfigDict) -> None:
         raise UserError(f'sampling: {error}') from None
 
 
-def _check_watch(w: ConfigDict) -> None:
-    """Checks the section `watch`."""
+def _check_watch(w: ConfigDict, channels: int) -> None:
+    """Checks the section `watch` beside the number of channels of the images."""
     has_files = w.inception is not None and w.reference is not None
     _require(
         not w.fid_images or has_files,
         'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
+    )
+    _require(
+        not w.fid_images or channels == 3,
+        f'watch.fid_images: FID is for 3 channels, not {channels}; set it to 0',
     )
 
 
@@ -312,7 +325,7 @@ def check(config: ConfigDict) -> ConfigDict:
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
-    _check_watch(config.watch)
+    _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_sampling(config)
     return config

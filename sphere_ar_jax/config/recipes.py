@@ -6,6 +6,8 @@ Source: the paper (arXiv 2509.24335) and the public SphereAR code; see docs/meth
 "Training".
 """
 
+import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.models.sizes import VARIANTS
+from sphere_ar_jax.runtime.console import UserError
 
 # The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer
 # evaluations".
@@ -68,10 +71,22 @@ def data_set(text: str) -> tuple[str, str]:
 
     Returns:
       (the kind, a key of `schema.DATA`; the path, '' for the digits).
+
+    Raises:
+      UserError: the text is the path of a directory, or begins with an unknown kind.
     """
-    kind, _, path = text.partition(':')
+    kind, colon, path = text.partition(':')
     if kind in schema.DATA:
         return kind, path
+    place = os.path.expanduser(text)
+    if os.path.isdir(place):
+        packed = os.path.exists(os.path.join(place, 'images.json'))
+        raise UserError(
+            f'{text} is a directory: write data={"array_records" if packed else "folder"}:{text}'
+        )
+    if colon and re.fullmatch(r'\w+', kind) and not os.path.exists(place):
+        kinds = ', '.join(name for name in schema.DATA if name != 'digits')
+        raise UserError(f'there is no kind of data {kind!r}: write KIND:PATH with one of {kinds}')
     return 'imagenet', text
 
 

@@ -7,6 +7,7 @@ Dimensions:
 import difflib
 import functools
 import importlib.resources
+from collections.abc import Iterable
 
 from sphere_ar_jax.runtime.console import UserError
 
@@ -27,6 +28,12 @@ def classes() -> tuple[tuple[str, str], ...]:
             synset, names = line.split(' ', 1)
             found.append((synset, names))
     return tuple(found)
+
+
+def are_synsets(names: Iterable[str] | None) -> bool:
+    """Whether all names of classes are synsets of ILSVRC2012, and there are any."""
+    given = set(names or ())
+    return bool(given) and given <= {synset for synset, _ in classes()}
 
 
 @functools.cache

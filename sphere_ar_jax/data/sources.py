@@ -18,13 +18,20 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import filelock
 import msgpack
 import numpy as np
 
-from sphere_ar_jax.data.tar_index import BLOCK, IMAGE_SUFFIXES, open_index, printable
+from sphere_ar_jax.data.listing import (
+    LeftOut,
+    is_image,
+    is_of_system,
+    printable,
+    shown,
+)
+from sphere_ar_jax.data.tar_index import BLOCK, open_index
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
@@ -35,9 +42,12 @@ class Images(Protocol):
     Attributes:
       num_classes: the number of classes.
       class_names: their names, for ImageNet the synsets, or None where they have none.
+      left_out: what lies there and was not taken as an image, with counts, in one line; '' where
+        nothing was.
     """
 
     num_classes: int
+    left_out: str
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -61,12 +71,15 @@ class ImageNetTar:
     each image is read with it and must be the one that the index saw.
 
     Images are in the order of the tar. A label is the index of a synset among the sorted synsets.
-    If there are 1,000 synsets they must be ILSVRC2012's; any other number is taken as it is.
+    If there are 1,000 synsets they must be ILSVRC2012's; any other number is taken as it is. Files
+    that are no images by their suffix, and those that systems leave behind, are left out. A synset
+    whose tar has no images stays a class.
 
     Attributes:
       path: the tar, absolute.
       num_classes: number of synsets.
       class_names: the synsets, sorted.
+      left_out: see `Images`.
     """
 
     def __init__(self, path: str | os.PathLike[str], progress: Progress = lambda done, total: None):
@@ -90,10 +103,16 @@ class ImageNetTar:
         self._checksums = index['checksums']
         self.class_names: tuple[str, ...] = tuple(index['synsets'].tolist())
         self.num_classes = len(self.class_names)
+        self.left_out: str = str(index['left_out'])
 
     def _open(self) -> None:
         try:
             self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
+        except IsADirectoryError:
+            raise UserError(
+                f'{self.path} cannot be read: Is a directory, not a tar; a directory with one for '
+                f'each class is read with data=folder:{self.path}'
+            ) from None
         except OSError as error:
             raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
 
@@ -135,21 +154,48 @@ class ImageNetTar:
 # ---- directories
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+# Names, in lower case, of directories that hold the parts of a data set, not its classes.
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
+
+
+def _check_classes(path: str, classes: list[str]) -> None:
+    """Checks that the directories of a directory can be classes.
+
+    Args:
+      path: the directory.
+      classes: the names of the directories in it, sorted.
+
+    Raises:
+      UserError: there are none, or they are the parts of a data set.
+    """
+    if not classes:
+        hint = 'one directory with all images in it makes a single class'
+        if os.path.exists(os.path.join(path, _METADATA)):
+            hint = f'what --mode=pack wrote is read with data=array_records:{path}'
+        raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
+    if all(name.lower() in _SPLITS for name in classes):
+        training = [name for name in classes if name.lower().startswith('train')]
+        part = (training or classes)[0]
+        raise UserError(
+            f'{path} holds {" and ".join(classes)}, parts of a data set and not classes: '
+            f'give --config.data.path={path}/{part} (or data=folder:{path}/{part}), '
+            'with a directory in it for each class'
+        )
 
 
 class ImageFolder:
     """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
 
     Images are in sorted order, class by class. A label is the index of a class among the sorted
-    classes. Images are recognised by their suffix, in upper or lower case. Names that begin with a
-    dot are ignored.
+    classes. Images are recognised by their suffix, in upper or lower case. Hidden files and those
+    that systems leave behind are ignored, see `listing.is_of_system`. Links to directories are
+    followed, but no directory is listed twice in a class. A class without images stays a class.
 
     Attributes:
       path: the directory, absolute.
       num_classes: number of classes.
       class_names: the classes' directories, sorted, printable.
+      left_out: see `Images`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -159,41 +205,67 @@ class ImageFolder:
           path: the directory.
 
         Raises:
-          UserError: there are no classes, a class has no images, or the directory cannot be read.
-            `source[i]` raises it where a file is gone.
+          UserError: there are no classes, no class has images, the classes are parts of a data set
+            such as train and val, or the directory cannot be read. `source[i]` raises it where a
+            file is gone.
         """
         self.path = os.path.abspath(path)
+        left = LeftOut()
         try:
-            classes = sorted(
-                e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith('.')
-            )
-            found = [self._list(name) for name in classes]
+            classes = self._classes(left)
+            _check_classes(self.path, classes)
+            found = [self._list(name, left) for name in classes]
+        except NotADirectoryError:
+            raise UserError(
+                f"{self.path} cannot be read: Not a directory; a tar like ImageNet's is read with "
+                f'data={self.path}, without "folder:"'
+            ) from None
         except OSError as error:
             where = error.filename or self.path
-            raise UserError(f'{where} cannot be read: {first_line(error)}') from None
-        if not classes:
-            raise UserError(f'{self.path} has no directories, but must have one for each class')
-        for name, files in zip(classes, found, strict=True):
-            if not files:
-                where = f'{self.path}/{printable(name)}'
-                raise UserError(f'{where} holds no images: fill it, or remove it')
+            raise UserError(f'{shown(where)} cannot be read: {first_line(error)}') from None
+        left.empty = [name for name, files in zip(classes, found, strict=True) if not files]
+        self.left_out = left.describe()
+        if len(left.empty) == len(classes):
+            raise UserError(f'{self.path} holds no images ({self.left_out})')
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
         self.class_names = tuple(map(printable, classes))
         self.num_classes = len(classes)
 
-    def _list(self, name: str) -> list[str]:
-        """Lists the image files of a class, as paths below PATH."""
+    def _classes(self, left: LeftOut) -> list[str]:
+        """Lists the directories of the classes, sorted, and counts what lies beside them."""
+        classes = []
+        for entry in os.scandir(self.path):
+            if is_of_system(entry.name):
+                left.hidden += 1
+            elif entry.is_dir():
+                classes.append(entry.name)
+            elif is_image(entry.name):
+                left.outside += 1
+            else:
+                left.takes(entry.name)
+        return sorted(classes)
+
+    def _list(self, name: str, left: LeftOut) -> list[str]:
+        """Lists the image files of a class, as paths below PATH, and counts what is left out."""
         files = []
-        for directory, below, names in os.walk(os.path.join(self.path, name), onerror=_raise):
-            # os.walk goes only into the directories that stay in this list.
-            below[:] = [n for n in below if not n.startswith('.')]
-            images = [
-                n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith('.')
-            ]
-            inside = os.path.relpath(directory, self.path)
-            files += [os.path.join(inside, n) for n in images]
+        listed = {os.path.realpath(self.path)}
+        waiting = [name]
+        while waiting:
+            inside = waiting.pop(0)
+            real = os.path.realpath(os.path.join(self.path, inside))
+            if real in listed:  # a link leads back, or a second one leads here
+                continue
+            listed.add(real)
+            for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
+                path = os.path.join(inside, entry.name)
+                if entry.is_dir() and not is_of_system(entry.name):
+                    waiting.append(path)
+                elif entry.is_dir():
+                    left.hidden += 1
+                elif left.takes(path) and (entry.is_file() or entry.is_symlink()):
+                    files.append(path)
         return sorted(files)
 
     def __len__(self) -> int:
@@ -229,7 +301,10 @@ class ArrayRecords:
       path: the directory, absolute.
       num_classes: number of classes.
       class_names: the classes' names, or None.
+      left_out: ''.
     """
+
+    left_out = ''
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens a directory.
@@ -249,24 +324,25 @@ class ArrayRecords:
             with open(os.path.join(self.path, _METADATA)) as f:
                 about = json.load(f)
             made, files, self.num_classes, names = (about[key] for key in _METADATA_KEYS)
+            sizes = dict(files)
+            self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         except FileNotFoundError:
             raise UserError(
                 f'{self.path} has no {_METADATA}: it was not packed, or not to the end'
             ) from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f'{self.path}/{_METADATA} is damaged: {first_line(error)}') from None
         if made != _FORMAT:
             raise UserError(
                 f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again'
             )
-        self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         try:
-            for name, size in files.items():
+            for name, size in sizes.items():
                 if os.path.getsize(os.path.join(self.path, name)) != size:
                     raise UserError(
                         f'{self.path}/{name} has not the {size:,} bytes that it was packed with'
                     )
-            paths = [os.path.join(self.path, name) for name in files]
+            paths = [os.path.join(self.path, name) for name in sizes]
             self._records = array_record_data_source.ArrayRecordDataSource(paths)
         except (OSError, RuntimeError) as error:
             raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
@@ -401,7 +477,10 @@ class TFDS:
     Attributes:
       num_classes: number of classes.
       class_names: the label's names.
+      left_out: ''.
     """
+
+    left_out = ''
 
     def __init__(
         self,
@@ -492,7 +571,7 @@ def open_source(
 
     Args:
       kind: one of KINDS.
-      path: the tar or the directory; for tfds the name of the data set.
+      path: the tar or the directory, where ~ is the user's own; for tfds the name of the data set.
       split: the split of the data set, for tfds only.
       data_dir: where data sets are kept, for tfds only.
       progress: called while an index is made, for imagenet only; see `ImageNetTar`.
@@ -504,7 +583,8 @@ def open_source(
       UserError: the images cannot be opened, see the classes.
     """
     if kind == 'tfds':
-        return TFDS(path, split, data_dir)
+        return TFDS(path, split, None if data_dir is None else os.path.expanduser(data_dir))
+    path = os.path.expanduser(path)
     if kind == 'imagenet':
         return ImageNetTar(path, progress=progress)
     return KINDS[kind](path)

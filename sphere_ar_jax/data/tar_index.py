@@ -14,24 +14,19 @@ import hashlib
 import os
 import tarfile
 import uuid
-import zipfile
 from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
+from sphere_ar_jax.data.listing import LeftOut, is_of_system, printable, shown
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks
-_INDEX_VERSION = 1
-
-
-def printable(text: str) -> str:
-    """Escapes every character of a text that is not printable."""
-    return repr(text)[1:-1]
+_INDEX_VERSION = 2
+_LONGEST_NAME = 255  # characters of a class's name
 
 
 def _identity(fd: int, tars: np.ndarray) -> str:
@@ -52,8 +47,15 @@ def _open_tar(file: IO[bytes], what: str) -> tarfile.TarFile:
     """Opens an uncompressed tar; `what` names it in messages."""
     try:
         return tarfile.open(fileobj=file, mode='r:')
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f'{what} is no uncompressed tar: {first_line(error)}') from None
+    except Exception as error:  # damaged headers make tarfile raise many kinds
+        raise UserError(f'{what} is no uncompressed tar: {_reason(error)}') from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a header cannot be read, in one printable line."""
+    if isinstance(error, MemoryError | OverflowError):
+        return 'a header has an absurd size'
+    return shown(first_line(error))
 
 
 def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
@@ -67,14 +69,14 @@ def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
     while True:
         try:
             member = archive.next()
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError) as error:
-            raise UserError(f'{what} is damaged ({first_line(error)}): fetch it again') from None
+        except Exception as error:  # damaged headers make tarfile raise many kinds
+            raise UserError(f'{what} is damaged ({_reason(error)}): fetch it again') from None
         if member is None:
             return
         if member.isdir():
             continue
         if not member.isreg() or member.issparse() or member.size < 0:
-            raise UserError(f'{what} holds {printable(member.name)}, which is no plain file')
+            raise UserError(f'{what} holds {shown(member.name)}, which is no plain file')
         yield member
 
 
@@ -87,30 +89,36 @@ def _check_end(fd: int, end: int, what: str) -> None:
         raise UserError(f'{what} is damaged at byte {end:,}: fetch it again')
 
 
-def _class_tars(outer: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
+def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, tarfile.TarInfo]:
     """Finds the inner tars, as {synset: member of the outer tar} in the order of the tar.
 
+    What is neither a tar nor an image is counted in `left`.
+
     Raises:
-      UserError: the tar holds something else, a synset twice or nothing, or has 1,000 classes that
-        are not those of ILSVRC2012.
+      UserError: the tar holds images, a synset twice or no tars, or has 1,000 classes that are not
+        those of ILSVRC2012.
     """
     found: dict[str, tarfile.TarInfo] = {}
     for member in _files(outer, path):
-        synset, suffix = os.path.splitext(printable(os.path.basename(member.name)))
-        if suffix.lower() in IMAGE_SUFFIXES:
-            raise UserError(
-                f'{path} holds images, not a tar for each class, so no labels: '
-                'ILSVRC2012_img_train.tar is needed '
-                '(validation images: unpack them into a directory for each class, an ImageFolder)'
-            )
-        if suffix != '.tar':
-            name = printable(member.name)
-            raise UserError(f'{path} holds {name}, but must hold only tars, one for each class')
+        name, suffix = os.path.splitext(os.path.basename(member.name))
+        synset = printable(name)
+        is_tar = suffix == '.tar' and not is_of_system(member.name)
+        if not is_tar:
+            if left.takes(member.name):
+                raise UserError(
+                    f'{path} holds images, not a tar for each class, so no labels: '
+                    'ILSVRC2012_img_train.tar is needed '
+                    '(validation images: unpack them into a directory for each class, '
+                    'an ImageFolder)'
+                )
+            continue
+        if len(synset) > _LONGEST_NAME:
+            raise UserError(f'{path} holds {shown(member.name)}: the name is too long for a class')
         if synset in found:
             raise UserError(f'{path} holds {synset}.tar twice')
         found[synset] = member
     if not found:
-        raise UserError(f'{path} holds no files')
+        raise UserError(f'{path} holds no tars, but must hold one for each class')
     known = {synset for synset, _ in imagenet.classes()}
     others = sorted(set(found) - known)
     if len(found) == len(known) and others:
@@ -145,6 +153,8 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
       sizes: (n,) int64, bytes of each image's data.
       labels: (n,) int32, the index in `synsets` of each image's synset.
       checksums: (n,) int32, the checksum that each image's header holds.
+      left_out: str, what the tar holds besides images, see `LeftOut.describe`.
+      digest: str, see `_digest`.
 
     Raises:
       UserError: the tar is damaged, of another make, or changed while it was read.
@@ -156,9 +166,10 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
             f'{path} does not end as an uncompressed tar does: '
             'it is none, or cut off; fetch it again'
         )
-    rows = []
+    rows: list[tuple[int, int, int, int]] = []
+    left = LeftOut()
     with open(fd, 'rb', closefd=False) as file, _open_tar(file, path) as outer:
-        members = _class_tars(outer, path)
+        members = _class_tars(outer, path, left)
         _check_end(fd, outer.offset, path)
         synsets = sorted(members)
         label = {synset: k for k, synset in enumerate(synsets)}
@@ -171,39 +182,55 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
                 found = [
                     (start + m.offset_data, m.size, label[synset], m.chksum)
                     for m in _files(inner, what)
+                    if left.takes(m.name)
                 ]
                 # Where the files fill the inner tar, its length in the outer tar tells its end, and
                 # no mark is needed.
                 if inner.offset != member.size:
                     _check_end(fd, start + inner.offset, what)
             if not found:
-                raise UserError(f'{what} holds no images')
+                left.empty.append(synset)
             rows += found
             progress(start + member.size, size)
     after = os.fstat(fd)
     if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
         raise UserError(f'{path} changed while it was read: start again when it is complete')
+    if not rows:
+        raise UserError(f'{path} holds no images ({left.describe()})')
+    left.empty.sort()
     progress(size, size)
     offsets, sizes, labels, checksums = np.array(rows, np.int64).T
     tars = np.array([members[synset].offset for synset in synsets])
-    return {
-        'version': _INDEX_VERSION,
-        'identity': _identity(fd, tars),
+    index = {
+        'version': np.array(_INDEX_VERSION),
+        'identity': np.array(_identity(fd, tars)),
         'tars': tars,
         'synsets': np.array(synsets),
         'offsets': offsets,
         'sizes': sizes,
         'labels': labels.astype(np.int32),
         'checksums': checksums.astype(np.int32),
+        'left_out': np.array(left.describe()),
     }
+    return index | {'digest': np.array(_digest(index))}
+
+
+def _digest(index: dict[str, np.ndarray]) -> str:
+    """A hash of all arrays of an index but the digest itself, with their names and shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(set(index) - {'digest'}):
+        array = index[name]
+        digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _load_index(index_path: str, fd: int) -> dict[str, np.ndarray] | None:
     """Loads the index at a path, or None if there is none, or it is another tar's or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    with contextlib.suppress(Exception):  # damage makes NumPy raise many kinds
         with np.load(index_path, allow_pickle=False) as file:
             index = dict(file)
-        if index['version'] != _INDEX_VERSION:
+        if index['version'] != _INDEX_VERSION or str(index['digest']) != _digest(index):
             return None
         if str(index['identity']) == _identity(fd, index['tars']):
             return index

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels
-from sphere_ar_jax.evaluation import digits, pictures, tokenizer
+from sphere_ar_jax.evaluation import class_names, digits, pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.metric_writer import MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
@@ -65,23 +66,39 @@ class _Grid(NamedTuple):
     noise: np.ndarray
 
 
+def _example(setting: Setting, i: int, as_stored: bool) -> np.ndarray | None:
+    """Training image i (H, W, c), cropped at the centre; None where it cannot be shown."""
+    size, _, channels = setting.vae.image_shape
+    try:
+        image = augment.decode(setting.source[i]['image'], as_stored=as_stored)
+        crop = augment.center_crop(image, size)
+    except (augment.BrokenImageError, UserError, MemoryError):
+        return None
+    return pixels.to_float(augment.with_channels(crop, channels))
+
+
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
     """The first n images of which reconstructions are shown.
 
     Returns:
-      (n, H, W, c): held-out images, or training images cropped at the centre, without broken ones.
+      (n, H, W, c): held-out images, or training images cropped at the centre, without those that
+      are broken, cannot be read, or are too long and thin to be cropped.
+
+    Raises:
+      UserError: no image can be shown.
     """
     if setting.heldout is not None:
         return setting.heldout.images[:n]
+    as_stored = imagenet.are_synsets(getattr(setting.source, 'class_names', None))
     found: list[np.ndarray] = []
     for i in range(len(setting.source)):
         if len(found) == n:
             break
-        try:
-            image = augment.decode(setting.source[i]['image'])
-        except augment.BrokenImageError:
-            continue
-        found.append(pixels.to_float(augment.center_crop(image, setting.vae.image_shape[0])))
+        image = _example(setting, i, as_stored)
+        if image is not None:
+            found.append(image)
+    if not found:
+        raise UserError(f'none of the {len(setting.source)} images can be shown: all are broken')
     return np.stack(found)
 
 
@@ -159,22 +176,10 @@ def _draw_grid(
     return images
 
 
-def _titles(setting: Setting, rows: np.ndarray) -> list[str]:
-    """A title for each class: its number, and the first of its names where the source has names."""
-    names = getattr(setting.source, 'class_names', None)
-    if names is None:
-        return [str(k) for k in rows]
-    known = dict(imagenet.classes())
-    titles = []
-    for k in rows:
-        name = known.get(names[k], names[k])
-        titles.append(f'{k} {name.split(",")[0]}')
-    return titles
-
-
 def _save_grid(setting: Setting, path: str, images: np.ndarray) -> None:
     """Writes the images of the grid as a picture with a title at each row."""
-    titles = _titles(setting, _grid(setting).rows)
+    names = getattr(setting.source, 'class_names', None)
+    titles = class_names.titles(_grid(setting).rows.tolist(), names)
     pictures.save_classes(path, images, setting.cfg.watch.columns, titles)
 
 

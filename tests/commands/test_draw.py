@@ -541,7 +541,7 @@ def test_grid(digits_run, tmp_path, capsys):
 def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     """A model of 1000 classes takes names, synsets and numbers, and titles its rows with both."""
     run = tiny_config.random_run()
-    run.config.data.num_classes = 1000
+    run.config.data.update(name='imagenet', num_classes=1000)
     run.config.sampling.num_images = 1000
     seen = {}
     monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
@@ -571,6 +571,14 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"ImageNet has no class '{wrong}'") as error:
             commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes=wrong)
         assert '\n' not in str(error.value)
+    # The names that the workdir keeps go before ImageNet's.
+    own = [f'bird {k}' for k in range(999)] + ['2']
+    (tmp_path / 'classes.json').write_text(json.dumps(own))
+    commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='2; Bird 3;4', columns=1)
+    assert seen['labels'].tolist() == [999, 3, 4]
+    assert seen['titles'] == ['2', 'bird 3', 'bird 4']
+    with pytest.raises(UserError, match=r"'bird3' is no class of this run: .* bird 3"):
+        commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='bird3')
 
 
 def test_samples_are_scored(tmp_path, monkeypatch, capsys):

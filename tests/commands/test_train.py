@@ -20,7 +20,8 @@ from PIL import Image
 
 from sphere_ar_jax.commands import train
 from sphere_ar_jax.config import checks, schema
-from sphere_ar_jax.data import stand_in
+from sphere_ar_jax.data import augment, stand_in
+from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
 from sphere_ar_jax.runtime import console, metric_writer
@@ -251,6 +252,76 @@ def test_the_classes_of_a_folder(tmp_path):
         '', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5}
     )
     assert train._set_up(cfg, str(tmp_path / 'v'))[0].ar.condition.num_classes == 5
+
+
+def _folder(root, **sizes):
+    """A folder with a class of each name, of one image of the given (width, height)."""
+    for name, size in sizes.items():
+        (root / name).mkdir(parents=True)
+        pixels = np.arange(3 * size[0] * size[1], dtype=np.uint32) % 251
+        image = Image.fromarray(pixels.astype(np.uint8).reshape(size[1], size[0], 3))
+        image.save(root / name / '1.png')
+    return str(root)
+
+
+def test_the_start_says_what_the_classes_are(tmp_path, monkeypatch, capsys):
+    """Also what was left out; and the names are kept with the run."""
+    images = _folder(tmp_path / 'images', cat=(40, 50), dog=(40, 50))
+    (tmp_path / 'images' / 'owl').mkdir()
+    (tmp_path / 'images' / 'top.png').write_bytes(b'')
+    cfg = _config('', **{'data.name': 'folder', 'data.path': images})
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, '_train', stop)
+    with pytest.raises(KeyboardInterrupt):
+        _train(cfg, tmp_path / 'w')
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith('2 training images; '))
+    assert lines[start + 1] == '3 classes: cat, dog, owl'
+    assert lines[start + 2] == (
+        'left out: 1 image(s) beside the directories of the classes; classes without images: owl'
+    )
+    assert json.loads((tmp_path / 'w' / 'classes.json').read_text()) == ['cat', 'dog', 'owl']
+    (tmp_path / 'images' / 'dog').rename(tmp_path / 'images' / 'puma')
+    with pytest.raises(UserError, match='class 1 was dog, the data now have owl'):
+        _train(cfg, tmp_path / 'w')
+
+
+def test_grey_models_are_trained_on_image_files(tmp_path):
+    images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
+    cfg = _config('', **{'data.name': 'folder', 'data.path': images, 'vae.image_channels': 1})
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    _, _, reading = train._open_data(cfg)
+    with data_batches.batches(setting.source, batch_size=4, seed=0, **reading) as batches:
+        assert next(batches)['image'].shape == (4, *setting.vae.image_shape) == (4, 32, 32, 1)
+    shown = snapshots.examples(setting)
+    grey = Image.open(f'{images}/a/1.png').convert('RGB')
+    expected = Image.fromarray(augment.center_crop(grey, 32)).convert('L')
+    np.testing.assert_allclose((shown[0, ..., 0] + 1) * 127.5, np.asarray(expected), atol=1e-4)
+
+
+def test_what_cannot_be_shown_is_left_out_of_the_examples(tmp_path):
+    """An image of one column, a broken one and one that is gone, after all the training."""
+    size = 512  # at which the column would have 1,024,000 rows
+    images = _folder(tmp_path / 'images', a=(1, 2000), b=(40, 50), c=(40, 50), d=(50, 40))
+    (tmp_path / 'images' / 'b' / '1.png').write_bytes(b'broken')
+    grid = {'vae.grid': (size // 4, size // 4)}
+    cfg = _config('', **{'data.name': 'folder', 'data.path': images}, **grid)
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    (tmp_path / 'images' / 'c' / '1.png').unlink()
+    assert snapshots.examples(setting).shape == (1, size, size, 3)
+    (tmp_path / 'images' / 'd' / '1.png').unlink()
+    with pytest.raises(UserError, match='none of the 4 images can be shown'):
+        snapshots.examples(setting)
+
+
+def test_only_synsets_of_imagenet_are_read_as_stored(tar, tmp_path):
+    assert train._open_data(_config(tar))[2]['transform'].as_stored
+    images = _folder(tmp_path / 'images', n01440764=(9, 9), cat=(9, 9))
+    cfg = _config('', **{'data.name': 'folder', 'data.path': images})
+    assert not train._open_data(cfg)[2]['transform'].as_stored
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.runtime.console import UserError
@@ -114,6 +114,8 @@ def test_arguments_of_the_published_configs(name):
         assert shapes['cls_embedding'].shape[0] == 8
     assert checks.check(_load(name, 'data=/a:b/x.tar')).data.path == '/a:b/x.tar'
     assert checks.check(_load(name, 'data=tfds:imagenet2012')).data.name == 'tfds'
+    with pytest.raises(ValueError, match=r'^/tmp is a directory: write data=folder:/tmp$'):
+        _load(name, 'data=/tmp')
     for wrong in ('huge', 'batch', 'size=3', 'smoke=1'):
         with pytest.raises(ValueError, match='no variant'):
             _load(name, wrong)
@@ -257,6 +259,42 @@ WRONG = {
     'sampling.temperature': (-1.0, 'negative'),
     'sampling.num_images': (9, 'one for each of 10 classes'),
 }
+
+
+def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
+    assert recipes.data_set('folder:~/a') == ('folder', '~/a')
+    assert recipes.data_set('digits') == ('digits', '')
+    assert recipes.data_set('/no/such.tar') == ('imagenet', '/no/such.tar')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'birds').mkdir()
+    for text in (str(tmp_path / 'birds'), '~/birds'):
+        with pytest.raises(UserError, match=f'^{text} is a directory: write data=folder:{text}$'):
+            recipes.data_set(text)
+    (tmp_path / 'birds' / 'images.json').write_text('')
+    with pytest.raises(UserError, match='write data=array_records:~/birds'):
+        recipes.data_set('~/birds')
+    with pytest.raises(UserError, match=r"no kind of data 'foldr': .* folder, array_records, tfds"):
+        recipes.data_set('foldr:/data/birds')
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'vae.image_channels': 4}, 'vae.image_channels is 4, but must be 3 for colour or 1 for'),
+        (
+            {'watch.fid_images': 9, 'watch.inception': 'a', 'watch.reference': 'b'},
+            'watch.fid_images: FID is for 3 channels, not 1; set it to 0',
+        ),
+        ({'vae.grid': (4, 8)}, r'makes images of 16 × 32 pixels .* give two equal sizes'),
+    ],
+)
+def test_images_of_files_are_square_and_grey_or_in_colour(values, message):
+    cfg = get_config()
+    cfg.data.update(name='folder', path='/images')
+    checks.check(cfg)  # grey
+    checks.check(schema.changed(cfg, {'vae.image_channels': 3}))
+    with pytest.raises(UserError, match=message):
+        checks.check(schema.changed(cfg, values))
 
 
 @pytest.mark.parametrize('key', WRONG)

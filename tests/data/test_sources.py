@@ -180,8 +180,9 @@ def test_tars_of_all_formats_and_strange_names(path, format):
     path.write_bytes(_tar({'./dir/n\t7.tar': inner, 'n01440764.tar': inner}, FORMATS[format]))
     source = sources.ImageNetTar(path)
     assert [source[i]['image'] for i in range(len(source))] == [
-        content for *_, content in _truth(path)
+        content for _, name, content in _truth(path) if name != 'no_suffix'
     ]
+    assert source.left_out == '2 file(s) that are no images (no suffix 2)'
     assert source.class_names == ('n01440764', 'n\\t7')
     assert source.name(0) == 'n\\t7/a b\\n.JPEG'
     assert source.name(1) == ('n\\t7/?.JPEG' if format == 'pax' else 'n\\t7/é.JPEG')
@@ -196,7 +197,7 @@ def test_a_tar_that_gnu_tar_made(tmp_path):
         (folder / 'below').mkdir(parents=True)
         for i in range(3):
             (folder / f'{synset}_{i}.JPEG').write_bytes(os.urandom(700 * i))
-        (folder / 'below' / ('y' * 140)).write_bytes(b'deep')
+        (folder / 'below' / f'{"y" * 140}.png').write_bytes(b'deep')
         subprocess.run(['tar', '-cf', f'../{synset}.tar', '.'], cwd=folder, check=True)
     outer = tmp_path / 'outer.tar'
     subprocess.run(
@@ -242,7 +243,10 @@ def test_the_index_is_made_once(path):
         kept = dict(file)
     flipped = bytearray(whole)
     flipped[whole.index(kept['offsets'].tobytes())] ^= 1
-    for wrong in (whole[:300], flipped, b'', b'no', pickle.dumps([1])):
+    shorter = bytearray(whole)  # an array that says it is shorter, so that no CRC is checked
+    place = whole.index(b"'shape': (3,)")
+    shorter[place + 10 : place + 11] = b'2'
+    for wrong in (whole[:300], flipped, shorter, b'', b'no', pickle.dumps([1])):
         index.write_bytes(wrong)
         again.clear()
         assert (
@@ -255,6 +259,20 @@ def test_the_index_is_made_once(path):
         _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
         and again
     )
+
+
+def test_no_flipped_bit_of_an_index_is_believed(path):
+    """Each leaves the index as good as it was, or has it made anew; never an error."""
+    path.write_bytes(_tar(SMALL))
+    before = _contents(sources.ImageNetTar(path))
+    index = pathlib.Path(f'{path}.index.npz')
+    whole = index.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole), 150, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        index.write_bytes(damaged)
+        assert _contents(sources.ImageNetTar(path)) == before, place
 
 
 def test_an_interrupted_index_leaves_nothing(path):
@@ -377,23 +395,98 @@ def _gzip(content):
     return gzip.compress(content)
 
 
+def test_what_systems_leave_in_tars_is_no_image(path):
+    """AppleDouble files, Thumbs.db and their like, in the outer tar and in the inner ones."""
+    inner = {
+        'n01_1.JPEG': b'one',
+        '._n01_1.JPEG': b'double',
+        './.DS_Store': b'x',
+        'Thumbs.db': b'x',
+        '__MACOSX/n01_1.JPEG': b'x',
+        'in/n01_2.png': b'two',
+        'notes.txt': b'x',
+    }
+    outer = {
+        '._n01.tar': b'double',
+        '.DS_Store': b'x',
+        '__MACOSX/._n01.tar': b'x',
+        'README': b'x',
+        'n01.tar': _tar(inner),
+        'n02.tar': _tar({'notes.TXT': b'x'}),
+        'n03.tar': _tar({'n03_1.JPEG': b'three'}),
+    }
+    path.write_bytes(_tar(outer))
+    for _ in range(2):  # the second time from the index
+        source = sources.ImageNetTar(path)
+        assert [(image, label) for image, label, _ in _contents(source)] == [
+            (b'one', 0),
+            (b'two', 0),
+            (b'three', 2),
+        ]
+        assert source.class_names == ('n01', 'n02', 'n03')
+        assert source.left_out == (
+            '3 file(s) that are no images (.txt 2, no suffix 1); 7 hidden file(s); '
+            'classes without images: n02'
+        )
+
+
+def _with_header(kind, size, content=b''):
+    """A tar whose second header is an extension of the given kind that says it has `size` bytes."""
+    member = tarfile.TarInfo('n01_0.JPEG')
+    header = tarfile.TarInfo('x')
+    header.type = kind
+    header.size = size
+    whole = member.tobuf(tarfile.GNU_FORMAT) + header.tobuf(tarfile.GNU_FORMAT) + content
+    return whole + bytes(-len(whole) % 512) + bytes(1024)
+
+
+@pytest.mark.parametrize('size', [2**62, 2**40, -512])
+@pytest.mark.parametrize(
+    'kind', [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK]
+)
+def test_headers_of_absurd_size_are_refused_in_one_line(path, kind, size):
+    inner = _with_header(kind, size)
+    for content in (inner, _tar({'n01.tar': inner}), inner[512:], _tar({'n01.tar': inner[512:]})):
+        path.write_bytes(content)
+        line = _refusal(sources.ImageNetTar, path)
+        assert str(path) in line and line.isprintable() and len(line) < 500
+
+
+def test_names_are_shown_printable_and_cut(path):
+    hostile = '\x1b[31m' + 'n' * 300
+    long_name = 'm' * 5_000_000
+    for content in (
+        _tar({f'{hostile}.tar': SMALL['n01.tar']}, tarfile.PAX_FORMAT),
+        _tar({f'{long_name}.tar': SMALL['n01.tar']}, tarfile.GNU_FORMAT),
+        _tar({'n01.tar': _link(f'{hostile}.JPEG')}),
+    ):
+        path.write_bytes(content)
+        line = _refusal(sources.ImageNetTar, path)
+        assert line.isprintable() and len(line) < 700
+    inner = _tar({'a.JPEG': b'1', f'b.{hostile}': b'2', f'{long_name}.c': b'3'}, tarfile.GNU_FORMAT)
+    path.write_bytes(_tar({'n01.tar': inner}))
+    left_out = sources.ImageNetTar(path).left_out
+    assert left_out.startswith('2 file(s) that are no images') and left_out.isprintable()
+    assert len(left_out) < 200
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
         (b'', 'does not end as an uncompressed tar'),
         (b'text' * 1000, 'does not end as an uncompressed tar'),
         (b'text' * 1024 + bytes(1024), 'is no uncompressed tar'),
-        (bytes(10240), 'holds no files'),
+        (bytes(10240), 'holds no tars'),
         (_gzip(_tar(SMALL)), 'does not end as an uncompressed tar'),
         (
             _tar({f'ILSVRC2012_val_{i:08d}.JPEG': b'x' for i in range(3)}),
             'ILSVRC2012_img_train.tar is needed',
         ),
-        (_tar({'README': b'x'} | SMALL), 'holds README, but must hold only tars'),
+        (_tar({'README': b'x', '._n01.tar': b'x'}), 'holds no tars, but must hold one for each'),
         (_tar({'n01.tar': b'text' * 200}), r'n01.tar is no uncompressed tar'),
         (_tar({'n01.tar': b''}), r'n01.tar is no uncompressed tar'),
         (_tar({'n01.tar': _gzip(SMALL['n01.tar'])}), r'n01.tar is no uncompressed tar'),
-        (_tar({'n01.tar': _tar({})}), r'n01.tar holds no images'),
+        (_tar({'n01.tar': _tar({})}), r'holds no images \(classes without images: n01\)'),
         (_tar({'n01.tar': SMALL['n01.tar'][:1700]}), r'n01.tar is damaged'),
         (_tar([('n01.tar', SMALL['n01.tar'])] * 2), 'holds n01.tar twice'),
         (_tar({'n01.tar': _link('n01_1.JPEG')}), 'n01_1.JPEG, which is no plain file'),
@@ -621,13 +714,99 @@ def test_folders_are_read_in_order(tmp_path):
     assert 'b/2.png cannot be read: No such file' in _refusal(lambda: source[3])
 
 
+def _fill(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(file.encode())
+
+
+def test_what_a_folder_leaves_out_is_counted(tmp_path):
+    _fill(
+        tmp_path,
+        'cat/1.png', 'cat/._1.png', 'cat/.DS_Store', 'cat/Thumbs.db', 'cat/desktop.ini',
+        'cat/__MACOSX/._1.png', 'cat/@eaDir/1.png', 'cat/photo.HEIC', 'cat/notes.txt',
+        'dog/2.png', 'top.jpg', 'second.gif', 'README', '__MACOSX/cat/1.png', '.git/1.png',
+    )  # fmt: skip
+    (tmp_path / 'owl').mkdir()
+    os.mkfifo(tmp_path / 'dog' / 'pipe.png')
+    source = sources.ImageFolder(tmp_path)
+    assert [image for image, *_ in _contents(source)] == [b'cat/1.png', b'dog/2.png']
+    # A class without images keeps the labels of the others where they are.
+    assert source.class_names == ('cat', 'dog', 'owl') and source.num_classes == 3
+    assert source.left_out == (
+        '2 image(s) beside the directories of the classes; '
+        '3 file(s) that are no images (no suffix 1, .heic 1, .txt 1); '
+        '8 hidden file(s); classes without images: owl'
+    )
+    plain = tmp_path / 'plain'
+    _fill(plain, 'a/1.png')
+    assert sources.ImageFolder(plain).left_out == ''
+
+
+def test_links_to_directories_are_followed_without_end(tmp_path):
+    elsewhere = tmp_path / 'elsewhere'
+    root = tmp_path / 'root'
+    _fill(elsewhere, '3.png', 'deep/4.png')
+    _fill(root, 'cat/1.png', 'dog/2.png')
+    for link, target in (
+        ('cat/more', elsewhere),
+        ('cat/again', elsewhere),  # the same images are not taken twice
+        ('cat/up', root),
+        ('cat/self', root / 'cat'),
+        ('dog/cats', root / 'cat'),
+    ):
+        os.symlink(target, root / link)
+    source = sources.ImageFolder(root)
+    assert [(image, label) for image, label, _ in _contents(source)] == [
+        (b'cat/1.png', 0),
+        (b'3.png', 0),
+        (b'deep/4.png', 0),
+        (b'dog/2.png', 1),
+        (b'cat/1.png', 1),
+        (b'3.png', 1),
+        (b'deep/4.png', 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('parts', 'advised'),
+    [
+        (('train', 'val'), 'train'),
+        (('test', 'train', 'validation'), 'train'),
+        (('Train', 'Test'), 'Train'),
+        (('test', 'val'), 'test'),
+        (('train',), 'train'),
+    ],
+)
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
+    _fill(tmp_path, *(f'{part}/cat/1.png' for part in parts))
+    line = _refusal(sources.ImageFolder, tmp_path)
+    assert f'holds {" and ".join(sorted(parts))}, parts of a data set' in line
+    assert f'--config.data.path={tmp_path}/{advised} ' in line
+    assert sources.ImageFolder(tmp_path / advised).class_names == ('cat',)
+    _fill(tmp_path, 'dog/1.png')  # beside other directories they are classes
+    assert sources.ImageFolder(tmp_path).num_classes == len(parts) + 1
+
+
 def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / 'top.jpg').write_text('')
     assert 'must have one for each class' in _refusal(sources.ImageFolder, tmp_path)
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'notes.txt').write_text('')
-    assert 'a holds no images' in _refusal(sources.ImageFolder, tmp_path)
-    assert 'Not a directory' in _refusal(sources.ImageFolder, tmp_path / 'top.jpg')
+    line = _refusal(sources.ImageFolder, tmp_path)
+    assert 'holds no images (1 image(s) beside the directories' in line and '.txt 1' in line
+    assert 'Not a directory; a tar like' in _refusal(sources.ImageFolder, tmp_path / 'top.jpg')
+
+
+def test_a_source_of_another_kind_is_advised(packed, folder):
+    assert f'data=array_records:{packed}' in _refusal(sources.ImageFolder, packed)
+    assert f'data=folder:{folder}' in _refusal(sources.ImageNetTar, folder)
+
+
+def test_paths_may_begin_with_the_home_directory(folder, packed, stand_in_tar, monkeypatch):
+    for kind, place in (('folder', folder), ('array_records', packed), ('imagenet', stand_in_tar)):
+        monkeypatch.setenv('HOME', str(place.parent))
+        assert sources.open_source(kind, f'~/{place.name}').num_classes == 3
 
 
 # ---- ArrayRecord
@@ -727,6 +906,9 @@ def test_damaged_records_are_refused(packed, tmp_path):
     for wrong, message in (
         ('{', 'images.json is damaged'),
         ('[]', 'images.json is damaged'),
+        ('[' * 100_000, 'images.json is damaged'),
+        (json.dumps(about | {'files': [1]}), 'images.json is damaged'),
+        (json.dumps(about | {'class_names': 3}), 'images.json is damaged'),
         (json.dumps({'format': 'x'}), 'images.json is damaged'),
         (json.dumps(about | {'format': 'other'}), "is of the format 'other'"),
     ):
