@@ -29,10 +29,12 @@ Train, sample, grid and evaluate may be started as several processes, which then
 """
 
 import difflib
+import errno
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -43,7 +45,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
-from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
+from sphere_ar_jax.runtime.console import Preempted, UserError, interrupts, one_line
 
 # Only the command that runs imports JAX, and whatever needs it, so that wrong flags are reported
 # at once.
@@ -51,6 +53,7 @@ from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 _T = TypeVar('_T')
 
 _STARTED = time.perf_counter()
+_PATIENCE = 5  # seconds that a process which has failed waits for its threads
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.'
@@ -262,6 +265,7 @@ def main(argv: list[str]) -> None:
 
     cache = files.compilation_cache(os.environ)
     if cache is not None:
+        files.sweep_compilation_cache(cache)
         jax.config.update('jax_compilation_cache_dir', cache)
         # In bytes; the least recently used programs are removed first.
         jax.config.update('jax_compilation_cache_max_size', 2**31)
@@ -343,6 +347,23 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
     sys.exit(code)
 
 
+# What a full disk, a quota or a limit on sizes says. A repeated command goes on.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said(error: Exception) -> str:
+    """What is said of an error that the user can put right, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        if isinstance(error, FileNotFoundError):
+            return f'there is no file {error.filename}'
+        if error.errno in _NO_ROOM:
+            return (
+                f'{error.filename} cannot be written ({error.strerror}): '
+                'make room, and the same command goes on'
+            )
+    return one_line(error)
+
+
 def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
     """Makes errors of a function end the process with a line on stderr.
 
@@ -354,10 +375,7 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
         try:
             return function(argument)
         except (UserError, OSError) as error:
-            message = str(error)
-            if isinstance(error, FileNotFoundError) and error.filename:
-                message = f'there is no file {error.filename}'
-            _end(2, f'error: {message}')
+            _end(2, f'error: {_said(error)}')
         except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 
@@ -372,9 +390,30 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
     return guarded
 
 
+def _tell(code: int, line: str) -> None:
+    """Tells the other processes of the run to end, if there are any."""
+    ending = sys.modules.get('sphere_ar_jax.runtime.ending')
+    if ending is not None:
+        ending.tell(code, line)
+
+
+def _leave(code: object) -> None:
+    """Ends the process with an exit code, whatever its other threads wait for."""
+    time.sleep(_PATIENCE)
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def run() -> None:
     """Runs the command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
-    app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
+    interrupts.watch(_tell)
+    try:
+        app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
+    except SystemExit as stop:
+        hosts = sys.modules.get('sphere_ar_jax.runtime.hosts')
+        # A save that failed may have left threads of Orbax that wait, and Python waits for them.
+        if stop.code and (hosts is None or hosts.count() == 1):
+            threading.Thread(target=_leave, args=(stop.code,), daemon=True).start()
+        raise
 
 
 if __name__ == '__main__':
