@@ -174,6 +174,29 @@ def _fault(error: BaseException) -> str:
     return next((said for said in map(_fault_in, _chain(error)) if said), '')
 
 
+def _damage(
+    data_state: Any, meta: dict[str, Any], numbers: dict[int, int], step: int, held: int | None
+) -> str:
+    """What is wrong with what was read of a step, '' if nothing is.
+
+    Args:
+      data_state: what the step notes of the data.
+      meta: what it notes to be compared.
+      numbers: the fingerprints of the leaves that were read, by their index in the state.
+      step: the step by the name of its directory.
+      held: the step by the state, None where the state has none.
+    """
+    try:
+        same = all(meta['fingerprint'][i] == number for i, number in numbers.items())
+        checksum = _checksum(data_state, meta['seconds'], meta.get('step'))
+        if not same or checksum != meta['crc32']:
+            return 'its contents do not match their fingerprint'
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return 'its fingerprint cannot be read'
+    inside = meta.get('step', held)
+    return '' if inside in (None, step) else f'it holds step {inside}, not {step}'
+
+
 def _step_index(like: PyTree) -> int | None:
     """The index of the leaf `step` at the top of a state, None where there is none."""
     for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(like)):
@@ -422,13 +445,11 @@ class Checkpoints:
         order = sorted(wanted)
         # Each leaf has its own number. An older version's state may have had more leaves. They came
         # last, and are not read.
-        noted = [meta['fingerprint'][i] for i in order]
-        checksum = _checksum(data_state, meta['seconds'], meta.get('step'))
-        if fingerprint([read[i] for i in order]) != noted or checksum != meta['crc32']:
-            return None, 'its contents do not match their fingerprint'
-        held = meta.get('step', step if own_step is None else int(read[own_step]))
-        if held != step:
-            return None, f'it holds step {held}, not {step}'
+        numbers = dict(zip(order, fingerprint([read[i] for i in order]), strict=True))
+        held = None if own_step is None else int(read[own_step])
+        damage = _damage(data_state, meta, numbers, step, held)
+        if damage:
+            return None, damage
         return ([read[i] for i in indices], data_state, meta['seconds']), ''
 
     def restore(

@@ -86,6 +86,8 @@ def sweep_compilation_cache(directory: str) -> None:
     Args:
       directory: the cache, which belongs to this program.
     """
+    if not os.path.isdir(directory):
+        return  # FileLock would make it.
     try:
         with filelock.FileLock(os.path.join(directory, '.lockfile'), timeout=0):
             _sweep(directory)

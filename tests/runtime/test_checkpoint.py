@@ -305,6 +305,13 @@ def test_what_is_noted_of_a_step_is_checked(tmp_path, mesh, key):
     assert int(_restored(tmp_path, mesh)[0]['step']) == 1
 
 
+@pytest.mark.parametrize('meta', ['{}', '[]', '7', 'null', '{"fingerprint": 7}', '[' * 100_000])
+def test_notes_that_are_not_ours_are_damage(tmp_path, mesh, meta):
+    _save(tmp_path, mesh, [1, 2], keep=10)
+    (tmp_path / '2' / 'meta' / 'metadata').write_text(meta)
+    assert int(_restored(tmp_path, mesh)[0]['step']) == 1
+
+
 def test_only_the_part_that_is_wanted_is_read(tmp_path, mesh, monkeypatch):
     _save(tmp_path, mesh, [1, 2], keep=10)
     # A leaf that is not wanted is damaged; another one, of an older version, is not wanted at all.

@@ -87,7 +87,7 @@ def test_in_a_bucket(monkeypatch):
     store = MemoryFileSystem(skip_instance_cache=True)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
     # The library knows Google's buckets itself.
-    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())
+    monkeypatch.setattr(metric_writer, 'EventsWriter', mock.MagicMock())
     for last in (3, 5):  # the second start drops the line of step 3
         writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
         writer.write(1, {'loss': 4.0}, ()) if last == 3 else None
