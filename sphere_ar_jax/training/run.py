@@ -50,11 +50,11 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """
     path = epath.Path(workdir, 'config.json')
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'there is no run in {workdir}') from None
     try:
-        return checks.from_dict(json.loads(text))
+        return checks.from_dict(json.loads(content))
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):

@@ -20,6 +20,7 @@ def collect(phase, info):
     if phase == 'start' and not told:
         told.append(phase)
         signal.raise_signal(signal.SIGINT)
+interrupts.keep({keeps})
 try:
     print('begins', flush=True)
     {body}
@@ -29,9 +30,9 @@ except KeyboardInterrupt:
 COMPILING = 'interrupted: ends when the compilation is over; press Ctrl-C again to end now'
 
 
-def _program(body):
+def _program(body, keeps=False):
     process = subprocess.Popen(
-        [sys.executable, '-c', PROGRAM.format(body=body)], cwd=ROOT, text=True,
+        [sys.executable, '-c', PROGRAM.format(body=body, keeps=keeps)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout.readline() == 'begins\n'
@@ -49,7 +50,7 @@ def test_ctrl_c_answers_while_python_cannot_and_a_second_one_ends():
 
 
 def test_a_state_that_is_not_saved_yet_is_kept():
-    with _program(f'interrupts.keep(True); {BUSY}') as process:
+    with _program(BUSY, keeps=True) as process:
         for _ in range(3):
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
