@@ -29,7 +29,6 @@ Train, sample, grid and evaluate may be started as several processes, which then
 """
 
 import difflib
-import errno
 import os
 import shlex
 import signal
@@ -45,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
-from sphere_ar_jax.runtime.console import Preempted, UserError, interrupts, one_line
+from sphere_ar_jax.runtime.console import Preempted, UserError, interrupts, one_line, said
 
 # Only the command that runs imports JAX, and whatever needs it, so that wrong flags are reported
 # at once.
@@ -347,23 +346,6 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
     sys.exit(code)
 
 
-# What a full disk, a quota or a limit on sizes says. A repeated command goes on.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _said(error: Exception) -> str:
-    """What is said of an error that the user can put right, in one line."""
-    if isinstance(error, OSError) and error.filename:
-        if isinstance(error, FileNotFoundError):
-            return f'there is no file {error.filename}'
-        if error.errno in _NO_ROOM:
-            return (
-                f'{error.filename} cannot be written ({error.strerror}): '
-                'make room, and the same command goes on'
-            )
-    return one_line(error)
-
-
 def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
     """Makes errors of a function end the process with a line on stderr.
 
@@ -375,7 +357,7 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
         try:
             return function(argument)
         except (UserError, OSError) as error:
-            _end(2, f'error: {_said(error)}')
+            _end(2, f'error: {said(error)}')
         except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 

@@ -385,7 +385,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     try:
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(console.said(error)) from None
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
     print(

@@ -4,6 +4,7 @@ The doctor imports this module where packages may be missing, so that it imports
 """
 
 import _thread
+import errno
 import math
 import os
 import re
@@ -82,17 +83,13 @@ class Interrupts:
 
         sys.unraisablehook = hook
 
-    def heard(self) -> None:
-        """Notes that Python has heard the signal, and will act on it."""
-        self._heard.set()
-
     def keep(self, keeps: bool) -> None:
         """Says whether the process has a state that a second Ctrl-C must not take."""
         self._keeps = keeps
 
     def _raise(self, number: int, frame: Any) -> None:
         """The handler of SIGINT."""
-        self.heard()
+        self._heard.set()
         signal.default_int_handler(number, frame)
 
     def _lost(self) -> None:
@@ -247,3 +244,20 @@ def one_line(error: BaseException) -> str:
     if any(line.startswith('Traceback') for line in lines):
         return lines[-1]
     return ' '.join(lines)
+
+
+# What a full disk, a quota or a limit on the size of files says.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def said(error: Exception) -> str:
+    """What is said of an error that the user can put right, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        if isinstance(error, FileNotFoundError):
+            return f'there is no file {error.filename}'
+        if error.errno in _NO_ROOM:
+            return (
+                f'{error.filename} cannot be written ({error.strerror}): '
+                'make room, and the same command goes on'
+            )
+    return one_line(error)

@@ -41,7 +41,6 @@ class Signals:
 
     def _note(self, number: int, _: Any) -> None:
         self.arrived = number
-        console.interrupts.heard()
         signal.signal(number, self._previous[signal.Signals(number)])
 
     def agreed(self, now: bool = False) -> int:

@@ -1,12 +1,16 @@
 """Ctrl-C where Python cannot hear it at once."""
 
+import errno
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from sphere_ar_jax.runtime import console
 
 ROOT = pathlib.Path(__file__).parents[2]
 # An hour inside one call of C that lets other threads run, as XLA's compiler does.
@@ -36,6 +40,7 @@ def _program(body, keeps=False):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout.readline() == 'begins\n'
+    time.sleep(0.3)  # until it is inside the body
     return process
 
 
@@ -82,3 +87,21 @@ def test_a_program_that_ignores_ctrl_c_goes_on_to_do_so():
     with process:
         os.kill(process.pid, signal.SIGINT)
         assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    'error, line',
+    [
+        (
+            OSError(errno.ENOSPC, 'No space left on device', 'w/a'),
+            'w/a cannot be written (No space left on device): make room, and the same command goes '
+            'on',
+        ),
+        (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'a'), 'there is no file a'),
+        (FileNotFoundError('there is no run in w'), 'there is no run in w'),
+        (OSError(errno.EIO, 'Input/output error', 'a'), "[Errno 5] Input/output error: 'a'"),
+        (console.UserError('two\nlines'), 'two lines'),
+    ],
+)
+def test_an_error_is_one_line(error, line):
+    assert console.said(error) == line
