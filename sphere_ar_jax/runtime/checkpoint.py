@@ -472,7 +472,8 @@ class Checkpoints:
           UserError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
-            self.wait()  # This process may be saving.
+            with self._writing():  # This process may be saving.
+                self._manager.wait_until_finished()
         numbers = jax.tree.unflatten(jax.tree.structure(like), range(len(jax.tree.leaves(like))))
         indices, tree_def = jax.tree.flatten(numbers if part is None else part(numbers))
         steps = self.steps()[::-1]

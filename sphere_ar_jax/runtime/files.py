@@ -240,7 +240,8 @@ def owned(directory: str, what: str) -> Iterator[None]:
     """A context in which no other run writes to a directory. All processes must enter it.
 
     The lock is the kernel's, so that it ends with its process, however that ends. DIRECTORY/lock
-    holds it, and DIRECTORY/lock.json says who has it. Directories in buckets are not locked.
+    holds it, and DIRECTORY/lock.json says who has it; both are gone at the end. Directories in
+    buckets are not locked.
 
     Args:
       directory: the directory, which is made if needed.
@@ -263,7 +264,9 @@ def owned(directory: str, what: str) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(directory, 'lock.json'))
+            # Whoever has opened the file meanwhile sees that it is gone, and makes another one.
+            for name in ('lock.json', 'lock'):
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(directory, name))
             with contextlib.suppress(OSError):
                 lock.release()
