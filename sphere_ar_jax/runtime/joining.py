@@ -89,7 +89,7 @@ def _check_port(address: str) -> None:
         socket.create_server(('', port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise UserError(
-            f'port {port} cannot be opened ({error.strerror}): give another one in '
+            f'port {port} cannot be opened ({os.strerror(error.errno or 0)}): give another one in '
             'JAX_COORDINATOR_ADDRESS to all processes'
         ) from None
 
