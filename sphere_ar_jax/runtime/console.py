@@ -67,6 +67,8 @@ class Interrupts:
         """
         if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python hears signals in the main thread alone.
         self._end = end
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
