@@ -33,6 +33,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -44,7 +45,7 @@ from ml_collections import ConfigDict, config_flags
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import packaged, schema
 from sphere_ar_jax.runtime import console
-from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
+from sphere_ar_jax.runtime.console import Preempted, UserError, interrupts, one_line, said
 
 # Only the command that runs imports JAX, and whatever needs it, so that wrong flags are reported
 # at once.
@@ -52,6 +53,7 @@ from sphere_ar_jax.runtime.console import Preempted, UserError, one_line
 _T = TypeVar('_T')
 
 _STARTED = time.perf_counter()
+_PATIENCE = 5  # seconds that a process which has failed waits for its threads
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.'
@@ -294,6 +296,7 @@ def main(argv: list[str]) -> None:
 
     cache = files.compilation_cache(os.environ)
     if cache is not None:
+        files.sweep_compilation_cache(cache)
         jax.config.update('jax_compilation_cache_dir', cache)
         # In bytes; the least recently used programs are removed first.
         jax.config.update('jax_compilation_cache_max_size', 2**31)
@@ -392,7 +395,7 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
         except BrokenPipeError:
             console.end_unheard()
         except (UserError, OSError) as error:
-            _end(2, f'error: {console.described(error)}')
+            _end(2, f'error: {said(error)}')
         except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 
@@ -407,10 +410,31 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
     return guarded
 
 
+def _tell(code: int, line: str) -> None:
+    """Tells the other processes of the run to end, if there are any."""
+    ending = sys.modules.get('sphere_ar_jax.runtime.ending')
+    if ending is not None:
+        ending.tell(code, line)
+
+
+def _leave(code: object) -> None:
+    """Ends the process with an exit code, whatever its other threads wait for."""
+    time.sleep(_PATIENCE)
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def run() -> None:
     """Runs the command line, `sphere-ar` or `python -m sphere_ar_jax.main`."""
     console.print_anything()
-    app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
+    interrupts.watch(_tell)
+    try:
+        app.run(_guarded(main), flags_parser=_guarded(_parse_flags))
+    except SystemExit as stop:
+        hosts = sys.modules.get('sphere_ar_jax.runtime.hosts')
+        # A save that failed may have left threads of Orbax that wait, and Python waits for them.
+        if stop.code and (hosts is None or hosts.count() == 1):
+            threading.Thread(target=_leave, args=(stop.code,), daemon=True).start()
+        raise
 
 
 if __name__ == '__main__':

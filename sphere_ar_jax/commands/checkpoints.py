@@ -1,10 +1,11 @@
 """--mode=convert and --mode=export: read PyTorch checkpoints, write weights as published."""
 
-import os
+import contextlib
 import shutil
 from typing import Any
 
 import jax
+import safetensors
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -59,14 +60,13 @@ def _write_weights(workdir: str, stage: str, model: VAE | AR, tensors: dict[str,
     """Writes WORKDIR/STAGE/weights, the parameters of one model, from a checkpoint's tensors."""
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))
     show = console.bar(len(torch_names.torch_shapes(shapes)), stage, 'tensor')
-    weights = checkpoint.Checkpoints(f'{workdir}/{stage}/weights')
     leaves, tree_def = jax.tree.flatten(torch_names.from_torch(tensors, shapes, show))
     # One leaf at a time, so that the parameters are in memory only once.
     for i in range(len(leaves)):
         leaves[i] = jax.block_until_ready(jax.device_put(leaves[i]))
-    weights.save(0, jax.tree.unflatten(tree_def, leaves), {}, 0.0)
-    del leaves
-    weights.close()
+    with contextlib.closing(checkpoint.Checkpoints(f'{workdir}/{stage}/weights')) as weights:
+        weights.save(0, jax.tree.unflatten(tree_def, leaves), {}, 0.0)
+        del leaves
 
 
 def convert_checkpoint(
@@ -92,8 +92,16 @@ def convert_checkpoint(
 
     Raises:
       UserError: the checkpoint is none of SphereAR's, is damaged, or holds another model than
-        `like`; or the workdir has a run already.
+        `like`; or the workdir has a run already, or is in use, or cannot be written.
     """
+    with files.owned(workdir, 'a conversion'):
+        _convert(source, workdir, ema, heads, like)
+
+
+def _convert(
+    source: str, workdir: str, ema: bool, heads: int | None, like: ConfigDict | None
+) -> None:
+    """Does what `convert_checkpoint` says, in a workdir that is locked."""
     if epath.Path(workdir, 'config.json').exists() or has(workdir, 'checkpoints'):
         raise UserError(f'{workdir} has a run already: use another --workdir')
     tree = torch_file.open_file(_local(source))
@@ -129,10 +137,17 @@ def export_checkpoint(workdir: str, output: str | None = None) -> None:
     Args:
       workdir: the directory of the run; one without an AR model gives its tokenizer alone.
       output: the file, WORKDIR/model.safetensors if None.
+
+    Raises:
+      UserError: the run cannot be read, or the file cannot be written.
+      OSError: likewise.
     """
     path = output or f'{workdir}/model.safetensors'
     run, _ = open_run.open_run(workdir, tokenizer_only=not epath.Path(workdir, 'ar').is_dir())
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch_names.export(f'{path}.tmp', run.vae, run.vae_params, run.ar_params)
-    os.replace(f'{path}.tmp', path)
+    with files.whole(path) as temporary:
+        try:
+            torch_names.export(temporary, run.vae, run.vae_params, run.ar_params)
+        except safetensors.SafetensorError as error:
+            raise UserError(f'{path} cannot be written ({first_line(error)})') from None
     print(f'wrote {path}')

@@ -25,7 +25,7 @@ from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.files import absolute, write_json
+from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop
@@ -361,7 +361,6 @@ def _set_up(
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
-    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -414,12 +413,19 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
       The metrics, as written to WORKDIR/metrics.json.
 
     Raises:
-      UserError: something that the user can put right; one line.
+      UserError: something that the user can put right, as another run in the workdir; one line.
+      OSError: likewise.
     """
+    with owned(workdir, 'a training'):
+        return _train_alone(cfg, workdir, command, started)
+
+
+def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
+    """Does what `train` says, in a workdir that is locked."""
     try:
         setting, stages = _set_up(cfg, workdir)
     except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
+        raise UserError(console.said(error)) from None
     _introduce(setting)
     for line in checks.advice(cfg, len(setting.source)):
         print(line, flush=True)

@@ -1,22 +1,28 @@
 """Orbax checkpoints that tell damage: a fingerprint of every save, verified on every restore.
 
 A step directory holds `state` (the training state), `data` (what is noted of the data and of frozen
-parameters) and `meta` (fingerprint, seconds trained). Orbax writes it under a temporary name and
-renames it when it is whole, so that a kill leaves no half step. Orbax does not notice bit flips in
-array data, but the fingerprint does.
+parameters) and `meta` (fingerprint, step, seconds trained). Orbax writes it under a temporary name
+and renames it when it is whole, so that a kill leaves no half step. Orbax notices neither bit flips
+in array data nor a step that was copied over another one. The fingerprint and the step do.
+
+Only contents that are wrong are damage. What a disk or a bucket refuses for a while (`_fault`) is
+tried again, and then ends the run with everything left as it is.
 
 Where a run has several processes, all of them must make the same calls. Each writes and reads what
 its devices hold, in one directory that all see, and all come to the same verdict on what they read.
 """
 
+import contextlib
 import errno
 import functools
 import json
 import logging
 import os
+import re
 import sys
+import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -31,10 +37,11 @@ from sphere_ar_jax.runtime.types import PyTree
 
 _LARGE = 2**22  # numbers in a leaf
 
-# What a step holds: (state, data_state, seconds).
+# Seconds before each further try to read a step, after a fault that may pass.
+PAUSES: tuple[float, ...] = (1, 2, 4)
+
+# What a step holds: (state or the part of it that was asked for, data_state, seconds).
 _Contents: TypeAlias = tuple[PyTree, Any, float]
-# A list of fingerprints, one for each leaf of the state, and a checksum of the rest.
-_Digest: TypeAlias = tuple[list[int], int]
 
 
 @jax.jit
@@ -79,32 +86,123 @@ def fingerprint(tree: PyTree) -> list[int]:
     return [int(x) for x in hosts.gather(_fingerprints(tree))]
 
 
-def _digest(state: PyTree, data_state: Any, seconds: float) -> _Digest:
-    """What `meta` holds to be compared on restore."""
-    text = json.dumps([data_state, seconds], sort_keys=True)
-    return fingerprint(state), zlib.crc32(text.encode())
+def _checksum(data_state: Any, seconds: float, step: int | None) -> int:
+    """A checksum of what a step holds beside the state.
 
-
-# These are the machine's faults, not the checkpoint's: no reason to skip a checkpoint.
-_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and those that led to it, the first cause last."""
-    return [error] if error.__cause__ is None else [error, *_causes(error.__cause__)]
-
-
-def _machine_error(errors: Iterable[BaseException]) -> int:
-    """The errno of the first of `_MACHINE_ERRORS` among errors, 0 if there is none.
-
-    TensorStore's errors have no errno, only its text in their message.
+    Args:
+      data_state: see `Checkpoints.save`.
+      seconds: see `Checkpoints.save`.
+      step: the step; None for checkpoints of versions that did not note it.
     """
-    for number in _MACHINE_ERRORS:
-        words = os.strerror(number)
-        for error in errors:
-            if getattr(error, 'errno', None) == number or words in str(error):
-                return number
+    noted = [data_state, seconds] if step is None else [data_state, seconds, step]
+    return zlib.crc32(json.dumps(noted, sort_keys=True).encode())
+
+
+# Errors that say what the contents of a step are like: a piece is missing or is no file.
+_CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# What TensorStore and gRPC say of a disk, a network or a bucket. All other words of theirs, such as
+# NOT_FOUND and DATA_LOSS, are about contents.
+_PASSING = re.compile(
+    r'\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|'
+    r'PERMISSION_DENIED|CANCELLED|INTERNAL|UNKNOWN): '
+)
+_OS_ERROR = re.compile(r"OS error (\d+): |os_error_code='(\d+)'")  # by versions of TensorStore
+_STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how TensorStore's errors begin
+_PASSING_HTTP = (401, 403, 408, 429, 500, 502, 503, 504)
+# Packages that speak with buckets.
+_BUCKETS = ('aiohttp', 'botocore', 'fsspec', 'gcsfs', 'google', 'requests', 'urllib3')
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that led to it, the first cause last."""
+    while error is not None:
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            for inner in error.exceptions:
+                yield from _chain(inner)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _http_status(error: BaseException) -> int:
+    """The HTTP status that an error of a bucket's package carries, 0 if there is none."""
+    for holder in (error, getattr(error, 'response', None)):
+        for name in ('code', 'status', 'status_code'):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return int(value)
+            if isinstance(value, str) and value.isdigit():
+                return int(value)
     return 0
+
+
+def _fault_in(error: BaseException) -> str:
+    """What `_fault` says of a single error."""
+    package = type(error).__module__.partition('.')[0]
+    if package in _BUCKETS:
+        status = _http_status(error)
+        if status in _PASSING_HTTP:
+            return f'HTTP {status}: {first_line(error, 120)}'
+        signing_in = type(error).__module__.startswith('google.auth')
+        return first_line(error, 120) if signing_in or isinstance(error, OSError) else ''
+    if isinstance(error, FileNotFoundError):
+        return ''
+    if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
+        return first_line(error, 120)
+    text = str(error)
+    numbers = [int(old or new) for old, new in _OS_ERROR.findall(text)]
+    for number in numbers:
+        if number not in _CONTENT_ERRORS:
+            return os.strerror(number)
+    if _PASSING.search(text) and not numbers:
+        return first_line(error, 120)
+    return ''
+
+
+def _fault(error: BaseException) -> str:
+    """The fault of a disk, a network or a bucket that an error tells of, '' if it tells of none.
+
+    Such a fault may pass, and says nothing about the contents of a checkpoint. TensorStore's errors
+    have no errno, only its number and name in their message.
+    """
+    return next((said for said in map(_fault_in, _chain(error)) if said), '')
+
+
+def _damage(
+    data_state: Any, meta: dict[str, Any], numbers: dict[int, int], step: int, held: int | None
+) -> str:
+    """What is wrong with what was read of a step, '' if nothing is.
+
+    Args:
+      data_state: what the step notes of the data.
+      meta: what it notes to be compared.
+      numbers: the fingerprints of the leaves that were read, by their index in the state.
+      step: the step by the name of its directory.
+      held: the step by the state, None where the state has none.
+    """
+    try:
+        same = all(meta['fingerprint'][i] == number for i, number in numbers.items())
+        checksum = _checksum(data_state, meta['seconds'], meta.get('step'))
+        if not same or checksum != meta['crc32']:
+            return 'its contents do not match their fingerprint'
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return 'its fingerprint cannot be read'
+    inside = meta.get('step', held)
+    return '' if inside in (None, step) else f'it holds step {inside}, not {step}'
+
+
+def _step_index(like: PyTree) -> int | None:
+    """The index of the leaf `step` at the top of a state, None where there is none."""
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(like)):
+        if jax.tree_util.keystr(path, simple=True) == 'step':
+            return i
+    return None
 
 
 def _left_behind(error: BaseException | None) -> bool:
@@ -118,12 +216,19 @@ def _not_left_behind(record: logging.LogRecord) -> bool:
     return not (record.exc_info and _left_behind(record.exc_info[1]))
 
 
+def _not_raised_later(record: logging.LogRecord) -> bool:
+    """Filters out of a log the tracebacks of Orbax's threads, whose errors it raises later."""
+    return not (record.exc_info and 'orbax' in record.pathname)
+
+
 @functools.cache
 def _quieten() -> None:
-    """Hides the errors of reads that Orbax abandons, for the rest of the process.
+    """Hides errors that Orbax shows in tracebacks besides raising them, to the process's end.
 
-    When one read fails, Orbax abandons the others, and each of them would show a traceback.
+    When one read fails, Orbax abandons the others, and each of them would show a traceback. When a
+    save fails, each of the threads that share in it shows one.
     """
+    logging.getLogger('absl').addFilter(_not_raised_later)
     show = sys.unraisablehook
 
     def show_others(it: 'sys.UnraisableHookArgs') -> None:
@@ -158,22 +263,68 @@ class Checkpoints:
         """
         self.directory = files.absolute(directory)
         self._read_only = read_only
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            keep_period=keep_every or None,
-            read_only=read_only,
-            create=not read_only,
-        )
         self._manager: ocp.CheckpointManager | None = None
-        if not read_only or epath.Path(self.directory).is_dir():
-            self._manager = self._open()
+        _quieten()
+        if read_only:
+            return
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            # An error of making a directory is raised at once. A thread that meets it leaves other
+            # threads waiting for the directory, which keep the process alive.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._check_directory()
+        self._manager = self._open()
+        self._remove_dead_saves()
+
+    def _check_directory(self) -> None:
+        """Raises UserError where something else than a directory is in the way."""
+        for path in (epath.Path(self.directory), *epath.Path(self.directory).parents):
+            if path.exists():
+                if not path.is_dir():
+                    raise UserError(f'{path} is a file, but must be a directory: move it away')
+                return
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.directory, options=self._options)
+        with self._writing():
+            return ocp.CheckpointManager(self.directory, options=self._options)
+
+    def _remove_dead_saves(self) -> None:
+        """Removes what saves left that were killed or failed: they never get whole."""
+        if not hosts.is_first():
+            return
+        for path in epath.Path(self.directory).iterdir():
+            if re.match(r'\d+\.orbax-checkpoint-tmp', path.name):
+                path.rmtree(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes a UserError of what a disk or a bucket refuses while something is written.
+
+        Orbax raises errors of its background threads where the next save begins, or where it waits.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            causes = [e for e in _chain(error) if isinstance(e, OSError) or _STATUS.match(str(e))]
+            if not causes:
+                raise
+            reason = _fault(error) or first_line(causes[-1], 120)
+            raise UserError(
+                f'no checkpoint could be written to {self.directory} ({reason}): those that were '
+                'there are untouched, and the same command goes on once this is put right'
+            ) from error
 
     def steps(self) -> list[int]:
         """All steps that have a checkpoint, ascending."""
-        return [] if self._manager is None else sorted(self._manager.all_steps())
+        if self._manager is not None:
+            return sorted(self._manager.all_steps())
+        if not epath.Path(self.directory).is_dir():
+            return []
+        return sorted(it.step for it in ocp.step.standard_name_format().find_all(self.directory))
 
     def save(self, step: int, state: PyTree, data_state: Any, seconds: float) -> None:
         """Starts saving in the background. The state may be donated right after.
@@ -188,35 +339,41 @@ class Checkpoints:
 
         Raises:
           RuntimeError: Orbax takes no checkpoint at this step, as it does if there is a newer one.
+          UserError: this save or the one before cannot be written.
         """
-        assert self._manager is not None  # It is None only where read_only finds no directory.
+        assert self._manager is not None  # It is None only for those that read.
         if step in self._manager.all_steps():
             return
-        state_digest, other_digest = _digest(state, data_state, seconds)
-        meta = {'fingerprint': state_digest, 'crc32': other_digest, 'seconds': seconds}
+        meta = {
+            'fingerprint': fingerprint(state),
+            'crc32': _checksum(data_state, seconds, step),
+            'seconds': seconds,
+            'step': step,
+        }
         args = ocp.args.Composite(
             # As much as one file holds waits in memory: 64 MB here, 2 GB by default.
             state=ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=2**26),
             data=ocp.args.JsonSave(data_state),
             meta=ocp.args.JsonSave(meta),
         )
-        if not self._manager.save(step, args=args):
+        with self._writing():
+            if not epath.Path(self.directory).is_dir():
+                raise FileNotFoundError(errno.ENOENT, 'the directory is gone', self.directory)
+            taken = self._manager.save(step, args=args)
+        if not taken:
             raise RuntimeError(
                 f'{self.directory} took no checkpoint at step {step}: is there a newer one?'
             )
 
-    def _read(self, step: int, like: PyTree) -> tuple[_Contents, _Digest]:
-        """What a step holds, and the digest that was stored with it.
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, Any, dict[str, Any]]:
+        """What a step holds: (state, data_state, meta).
 
-        Each process reads on its own: one that fails must not leave the others waiting inside
-        Orbax.
+        Leaves of `like` that are `ocp.PLACEHOLDER` are not read. Each process reads on its own: one
+        that fails must not leave the others waiting inside Orbax.
         """
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             me, active_processes={me}, barrier_sync_key_prefix=str(me)
-        )
-        options = ocp.CheckpointManagerOptions(
-            read_only=True, create=False, multiprocessing_options=alone
         )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.Composite(
@@ -225,57 +382,103 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             meta=ocp.args.JsonRestore(),
         )
-        with ocp.CheckpointManager(self.directory, options=options) as reader:
-            found = reader.restore(step, args=args)
-        contents = (found.state, found.data, found.meta['seconds'])
-        return contents, (found.meta['fingerprint'], found.meta['crc32'])
+        handler = ocp.CompositeCheckpointHandler()
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            found = reader.restore(epath.Path(self.directory, str(step)), args=args)
+        return found.state, found.data, found.meta
 
-    def _judge(self, step: int, like: PyTree) -> tuple[_Contents | None, str]:
-        """What a step holds, verified: (its contents, ''), or (None, why it cannot be read).
+    def _try(self, step: int, like: PyTree) -> tuple[Any, str, str]:
+        """Reads a step once: (what `_read` gives or None, its damage, a fault that may pass)."""
+        try:
+            return self._read(step, like), '', ''
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step.
+            if any(isinstance(cause, MemoryError) for cause in _chain(error)):
+                raise
+            fault = _fault(error)
+            return None, '' if fault else first_line(_root(error), 160), fault
+
+    def _read_patiently(self, step: int, like: PyTree) -> tuple[Any, str]:
+        """Reads a step, several times if need be: (what `_read` gives, '') or (None, its damage).
 
         The verdict is the same in all processes.
-        """
-        reason = ''
-        _quieten()
-        try:
-            contents, noted = self._read(step, like)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step.
-            causes = _causes(error)
-            if any(isinstance(cause, MemoryError) for cause in causes):
-                raise
-            number = _machine_error(causes)
-            if number:
-                raise OSError(number, os.strerror(number), f'{self.directory}/{step}') from error
-            reason = first_line(causes[-1], 160)
-        if int(hosts.largest(bool(reason))):
-            return None, reason or 'not by another process'
-        noted_leaves, noted_other = noted
-        leaves, other = _digest(*contents)
-        # An older version's state may have had more leaves. They came last, and are not read.
-        if leaves != noted_leaves[: len(leaves)] or other != noted_other:
-            return None, 'its contents do not match their fingerprint'
-        return contents, ''
 
-    def restore(self, like: PyTree) -> _Contents | None:
+        Raises:
+          UserError: a fault of the disk or the bucket did not pass.
+        """
+        where = f'checkpoint {self.directory}/{step}'
+        for pause in (*PAUSES, None):
+            found, damage, fault = self._try(step, like)
+            worst = int(hosts.largest(2 if fault else int(bool(damage))))
+            if worst == 0:
+                return found, ''
+            if worst == 1:
+                return None, damage or 'not by another process'
+            if pause is not None:
+                if fault:
+                    print(f'{where}: {fault}; trying again in {pause:g} s', file=sys.stderr)
+                time.sleep(pause)
+        fault = fault or 'not by another process'
+        raise UserError(
+            f'{where} cannot be read now ({fault}): nothing was changed, and the same command goes '
+            'on once this is put right'
+        )
+
+    def _judge(self, step: int, like: PyTree, indices: Sequence[int]) -> tuple[Any, str]:
+        """What a step holds, verified: (its contents, ''), or (None, why it cannot be read).
+
+        The contents are (the leaves of these indices in `like`, data_state, seconds). All processes
+        come to the same verdict.
+        """
+        leaves, tree_def = jax.tree.flatten(like)
+        wanted = set(indices)
+        own_step = _step_index(like)
+        if own_step is not None:  # It tells the step where an older version did not note it.
+            wanted.add(own_step)
+        for i in range(len(leaves)):
+            if i not in wanted:
+                leaves[i] = ocp.PLACEHOLDER
+        found, damage = self._read_patiently(step, jax.tree.unflatten(tree_def, leaves))
+        if found is None:
+            return None, damage
+        state, data_state, meta = found
+        read = jax.tree.leaves(state)
+        order = sorted(wanted)
+        # Each leaf has its own number. An older version's state may have had more leaves. They came
+        # last, and are not read.
+        numbers = dict(zip(order, fingerprint([read[i] for i in order]), strict=True))
+        held = None if own_step is None else int(read[own_step])
+        damage = _damage(data_state, meta, numbers, step, held)
+        if damage:
+            return None, damage
+        return ([read[i] for i in indices], data_state, meta['seconds']), ''
+
+    def restore(
+        self, like: PyTree, part: Callable[[PyTree], PyTree] | None = None
+    ) -> _Contents | None:
         """Reads the newest checkpoint that is whole, on any number of devices and processes.
 
         Damaged newer ones are named on stderr. They are not deleted but, unless read_only, renamed
-        to `damaged-STEP`.
+        to `damaged-STEP`. A fault of the disk or the bucket is no damage: it is said, the step is
+        read again after each of `PAUSES`, and nothing is renamed.
 
         Args:
           like: the wanted state, as a tree of ShapeDtypeStructs with shardings.
+          part: gives the part of such a state that is wanted; nothing else is read. None reads all.
 
         Returns:
-          (state, data_state, seconds), or None if there is no checkpoint at all.
+          (state or its part, data_state, seconds), or None if there is no checkpoint at all.
 
         Raises:
           UserError: there are checkpoints, but none can be read.
         """
         if self._manager is not None:
-            self._manager.wait_until_finished()  # This process may be saving.
+            with self._writing():  # This process may be saving.
+                self._manager.wait_until_finished()
+        numbers = jax.tree.unflatten(jax.tree.structure(like), range(len(jax.tree.leaves(like))))
+        indices, tree_def = jax.tree.flatten(numbers if part is None else part(numbers))
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
-            contents, reason = self._judge(step, like)
+            contents, reason = self._judge(step, like, indices)
             if contents is None:
                 print(
                     f'checkpoint {self.directory}/{step} cannot be read ({reason}): skipped',
@@ -284,7 +487,10 @@ class Checkpoints:
                 continue
             if not self._read_only:
                 self.set_aside(steps[:i])
-            return contents
+            leaves, data_state, seconds = contents
+            return jax.tree.unflatten(tree_def, leaves), data_state, seconds
+        if self._read_only and self.steps()[::-1] != steps:
+            return self.restore(like, part)  # A training has meanwhile saved and deleted some.
         if steps:
             raise UserError(
                 f'none of the checkpoints in {self.directory} can be read: '
@@ -307,12 +513,22 @@ class Checkpoints:
         self._manager = self._open()
 
     def wait(self) -> None:
-        """Returns when all that is being saved is there."""
+        """Returns when all that is being saved is there.
+
+        Raises:
+          UserError: it could not be written.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the saves under way, and closes the directory."""
+        """Waits for the saves under way, and closes the directory.
+
+        Raises:
+          UserError: they could not be written.
+        """
         if self._manager is not None:
             self.wait()
-            self._manager.close()
+            with self._writing():
+                self._manager.close()

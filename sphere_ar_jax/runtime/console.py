@@ -3,12 +3,15 @@
 The doctor imports this module where packages may be missing, so that it imports none at the top.
 """
 
+import _thread
+import errno
 import io
 import math
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
@@ -41,6 +44,93 @@ class Preempted(Exception):
         name = signal.Signals(number).name
         super().__init__(f'{name}: saved at step {step} of {steps}; the same command goes on')
         self.number = number
+
+
+class Interrupts:
+    """Answers Ctrl-C at once, also while Python waits for XLA to compile.
+
+    Python hears a signal only between two of its own instructions, of which there are none during a
+    compilation. A thread hears it at once: it says so at the first Ctrl-C, and ends the process at
+    the second one, unless a training has a state that is not saved yet.
+    """
+
+    SILENCE = 0.5  # seconds in which Python mostly hears a signal itself
+
+    def __init__(self) -> None:
+        """Makes an object that watches nothing yet."""
+        self._heard = threading.Event()
+        self._keeps = False
+        self._own = 0  # signals that come from `_lost`, not from the user
+        self._end: Callable[[int, str], object] = lambda code, line: None
+
+    def watch(self, end: Callable[[int, str], object]) -> None:
+        """Begins to watch, in the main thread of a program, unless it ignores Ctrl-C.
+
+        Args:
+          end: is called with the exit code and a line before a second Ctrl-C ends the process.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python hears signals in the main thread alone.
+        self._end = end
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, self._raise)
+        threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+        show = sys.unraisablehook
+
+        def hook(it: 'sys.UnraisableHookArgs') -> None:
+            if isinstance(it.exc_value, KeyboardInterrupt):
+                self._lost()
+            else:
+                show(it)
+
+        sys.unraisablehook = hook
+
+    def keep(self, keeps: bool) -> None:
+        """Says whether the process has a state that a second Ctrl-C must not take."""
+        self._keeps = keeps
+
+    def _raise(self, number: int, frame: Any) -> None:
+        """The handler of SIGINT."""
+        self._heard.set()
+        signal.default_int_handler(number, frame)
+
+    def _lost(self) -> None:
+        """Interrupts again, since a callback of the garbage collector, say, swallowed the error."""
+        self._own += 1
+        again = threading.Timer(0.01, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    def _listen(self, reading: int) -> None:
+        """Waits for signals to the end of the process."""
+        count = 0
+        while True:
+            for number in os.read(reading, 64):
+                if number != signal.SIGINT:
+                    continue
+                if self._own:
+                    self._own -= 1
+                    continue
+                count += 1
+                self._answer(count)
+
+    def _answer(self, count: int) -> None:
+        """Answers the Ctrl-C of this number."""
+        code = 128 + signal.SIGINT
+        if count > 1 and not self._keeps:
+            self._end(code, 'interrupted')
+            print('interrupted', file=sys.stderr, flush=True)
+            os._exit(code)
+        if count == 1 and not self._heard.wait(self.SILENCE) and not self._keeps:
+            line = 'interrupted: ends when the compilation is over; press Ctrl-C again to end now'
+            print(line, file=sys.stderr, flush=True)
+
+
+interrupts = Interrupts()
 
 
 class Bar(Protocol):
@@ -97,15 +187,6 @@ def end_unheard() -> NoReturn:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def described(error: BaseException) -> str:
-    """What an error that the user can put right says, in one line."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        if isinstance(error, FileNotFoundError):
-            return f'there is no file {error.filename}'
-        return f'{error.filename}: {error.strerror}'
-    return one_line(error)
-
-
 def run(program: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs a program and ends the process.
 
@@ -122,7 +203,7 @@ def run(program: Callable[[list[str]], int | None]) -> NoReturn:
     except BrokenPipeError:
         end_unheard()
     except (UserError, OSError) as error:
-        print(f'error: {described(error)}', file=sys.stderr)
+        print(f'error: {said(error)}', file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -240,3 +321,22 @@ def one_line(error: BaseException) -> str:
     if any(line.startswith('Traceback') for line in lines):
         return lines[-1]
     return ' '.join(lines)
+
+
+# What a full disk, a quota or a limit on the size of files says.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def said(error: Exception) -> str:
+    """What is said of an error that the user can put right, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        if isinstance(error, FileNotFoundError):
+            return f'there is no file {error.filename}'
+        if error.errno in _NO_ROOM:
+            return (
+                f'{error.filename} cannot be written ({error.strerror}): '
+                'make room, and the same command goes on'
+            )
+        if error.strerror:
+            return f'{error.filename}: {error.strerror}'
+    return one_line(error)

@@ -74,6 +74,21 @@ def listen() -> None:
     atexit.register(_wait_for_the_last)
 
 
+def tell(code: int, line: str) -> None:
+    """Tells all other processes of the run to end. The first one that tells it counts.
+
+    Args:
+      code: their exit code.
+      line: what they print. The name of this process precedes it.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    run = distributed.global_state
+    name = f'process {run.process_id} of {run.num_processes} ({socket.gethostname()})'
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process has been faster.
+        _client().key_value_set(_KEY, f'{code} {name}: {line}')
+
+
 def end(code: int, line: str, details: str = '') -> NoReturn:
     """End this process, and those that it has joined, with an exit code and a line on stderr.
 
@@ -91,9 +106,6 @@ def end(code: int, line: str, details: str = '') -> NoReturn:
             sys.exit(code)
         # Another Ctrl-C would end this process and leave the others waiting.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        run = distributed.global_state
-        name = f'process {run.process_id} of {run.num_processes} ({socket.gethostname()})'
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process has been faster.
-            _client().key_value_set(_KEY, f'{code} {name}: {line}')
+        tell(code, line)
     _listener.join()  # It ends this process, too.
     os.abort()  # The listener has heard nothing, since the first process is lost.

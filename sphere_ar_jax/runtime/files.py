@@ -1,15 +1,23 @@
-"""Files that are whole or absent, and where things are kept."""
+"""Files that are whole or absent, where things are kept, and who may write to a directory."""
 
+import contextlib
 import json
 import os
 import platform
+import socket
+import sys
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
+import filelock
 from etils import epath
 
 from sphere_ar_jax.runtime import hosts
+from sphere_ar_jax.runtime.console import UserError
+
+_CHECKED = 2**26  # bytes of compiled programs that one sweep decompresses at most
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -44,21 +52,131 @@ def compilation_cache(environ: Mapping[str, str]) -> str | None:
     return os.path.join(root, 'sphere_ar_jax', kind)
 
 
-def replace(path: str | os.PathLike[str], write: Callable[[IO[Any]], object]) -> None:
-    """Writes or replaces a file, in the first process only.
+def _is_readable(path: str) -> bool:
+    """Whether JAX can decompress an entry of its cache: by zstd if there is one, else by zlib."""
+    with open(path, 'rb') as f:
+        content = f.read()
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+
+            zstd.decompress(content)
+            return True
+        try:
+            import zstandard
+        except ImportError:
+            zlib.decompress(content)
+        else:
+            zstandard.ZstdDecompressor().decompress(content)
+    except Exception:  # Each of the packages has errors of its own.
+        return False
+    return bool(content)
+
+
+def sweep_compilation_cache(directory: str) -> None:
+    """Removes from JAX's cache of compiled programs what is left of a kill or a full disk.
+
+    JAX keeps an entry in two files, KEY-cache and KEY-atime. It writes no more entries once one of
+    the two is alone, and it never replaces an entry that it cannot decompress. The sweep removes
+    single files, empty entries, and those that do not decompress. It looks only into entries that
+    were written since the last sweep, the newest ones first, and stops after 64 MiB of them.
+
+    Nothing happens while another process uses the cache, or where it cannot be written.
+
+    Args:
+      directory: the cache, which belongs to this program.
+    """
+    if not os.path.isdir(directory):
+        return  # FileLock would make it.
+    try:
+        with filelock.FileLock(os.path.join(directory, '.lockfile'), timeout=0):
+            _sweep(directory)
+    except (filelock.Timeout, OSError, NotImplementedError):
+        return
+
+
+def _sweep(directory: str) -> None:
+    """Does what `sweep_compilation_cache` says, for whoever holds the cache's lock."""
+    now = time.time()
+    stamp = os.path.join(directory, '.swept')
+    last = os.path.getmtime(stamp) if os.path.exists(stamp) else 0.0
+    names = os.listdir(directory)
+    entries = {name.removesuffix('-cache') for name in names if name.endswith('-cache')}
+    times = {name.removesuffix('-atime') for name in names if name.endswith('-atime')}
+    broken = entries ^ times
+    written = {key: os.stat(os.path.join(directory, f'{key}-cache')) for key in entries & times}
+    left = _CHECKED
+    for key in sorted(written, key=lambda key: written[key].st_mtime, reverse=True):
+        size = written[key].st_size
+        if written[key].st_mtime >= last and 0 < size <= left:
+            left -= size
+            if not _is_readable(os.path.join(directory, f'{key}-cache')):
+                broken.add(key)
+        elif not size:
+            broken.add(key)
+    for key in broken:
+        for suffix in ('-cache', '-atime'):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(directory, key + suffix))
+    with open(stamp, 'wb'):
+        os.utime(stamp, (now, now))
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which an OSError that names no file gets the name of this one.
+
+    A full disk is noticed while something is written, when the system knows no path any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """A context that writes or replaces a file, or leaves it as it was where an error ends it.
 
     Whoever reads `path` meanwhile finds the old file or the new one, never half of it.
 
     Args:
       path: the file.
+
+    Yields:
+      The path of a temporary file, which becomes `path` at the end.
+    """
+    temporary = epath.Path(f'{os.fspath(path)}.tmp')
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(path: str | os.PathLike[str], write: Callable[[IO[Any]], object]) -> None:
+    """Writes or replaces a file, in the first process only.
+
+    Whoever reads `path` meanwhile finds the old file or the new one, never half of it. An error
+    leaves the old one.
+
+    Args:
+      path: the file.
       write: is called with a temporary binary file, which becomes `path` when it is written.
+
+    Raises:
+      OSError: the file cannot be written; it names the file.
     """
     if not hosts.is_first():
         return
-    temporary = epath.Path(f'{path}.tmp')
-    with temporary.open('wb') as f:
+    # The file is closed, and so written to the end, before it takes the place of `path`.
+    with whole(path) as temporary, temporary.open('wb') as f:
         write(f)
-    temporary.replace(path)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -69,3 +187,86 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes a value as an indented JSON file, see `replace`."""
     write_bytes(path, (json.dumps(values, indent=2) + '\n').encode())
+
+
+def _owner(path: str) -> str:
+    """Who has left a note in the JSON file at `path`, in words."""
+    try:
+        with open(path) as f:
+            note = json.load(f)
+        words = '{what}, process {pid} on {host}, since {since}'.format_map(note)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 'another process'
+    return ''.join(sign if sign.isprintable() else '?' for sign in words)[:300]
+
+
+def _take(directory: str, what: str) -> filelock.BaseFileLock | None:
+    """Locks a directory and leaves a note of the owner beside the lock.
+
+    Returns:
+      The lock, or None where the file system knows no locks.
+
+    Raises:
+      UserError: another process has locked it.
+    """
+    lock = filelock.FileLock(os.path.join(directory, 'lock'), timeout=0)
+    note = os.path.join(directory, 'lock.json')
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f'{directory} is in use by {_owner(note)}: wait for its end, or stop it'
+        ) from None
+    except NotImplementedError:
+        print(f'{directory} cannot be locked: start nothing else in it', file=sys.stderr)
+        return None
+    owner = {
+        'what': what,
+        'pid': os.getpid(),
+        'host': socket.gethostname(),
+        'since': time.strftime('%Y-%m-%d %H:%M:%S %z'),
+        'command': sys.argv,
+    }
+    try:
+        write_json(note, owner)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+@contextlib.contextmanager
+def owned(directory: str, what: str) -> Iterator[None]:
+    """A context in which no other run writes to a directory. All processes must enter it.
+
+    The lock is the kernel's, so that it ends with its process, however that ends. DIRECTORY/lock
+    holds it, and DIRECTORY/lock.json says who has it; both are gone at the end. Directories in
+    buckets are not locked.
+
+    Args:
+      directory: the directory, which is made if needed.
+      what: what goes on in it, for the line that whoever comes second gets, as 'a training'.
+
+    Raises:
+      UserError: another run has the directory; the message names it.
+      OSError: the directory cannot be made or written.
+    """
+    if '://' in directory:
+        yield
+        return
+    lock = None
+    if hosts.is_first():
+        os.makedirs(directory, exist_ok=True)
+        lock = _take(directory, what)
+    try:
+        if hosts.count() > 1:
+            hosts.wait()  # A refusal of the first process ends the others here.
+        yield
+    finally:
+        if lock is not None:
+            # Whoever has opened the file meanwhile sees that it is gone, and makes another one.
+            for name in ('lock.json', 'lock'):
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(directory, name))
+            with contextlib.suppress(OSError):
+                lock.release()

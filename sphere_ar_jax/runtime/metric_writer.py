@@ -3,18 +3,59 @@
 clu's own writers import TensorFlow; tensorboardX writes the same event files without it.
 """
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
-import tensorboardX
 from etils import epath
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from sphere_ar_jax.runtime import hosts
+from sphere_ar_jax.runtime import files, hosts
+
+_FLUSH = 10  # seconds between writes to the event file
+
+
+class _Events:
+    """Writes TensorBoard events.
+
+    `tensorboardX.SummaryWriter` writes in a thread. Once that fails, as on a full disk, its caller
+    waits for ever. Here errors are raised where the events are added.
+    """
+
+    def __init__(self, directory: str, purge_step: int) -> None:
+        """Opens a new event file in a directory.
+
+        Args:
+          directory: where it is.
+          purge_step: TensorBoard forgets earlier events from this step on.
+        """
+        self._path = os.path.join(directory, 'events')
+        with files.naming(self._path):
+            self._writer = EventsWriter(self._path)
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=purge_step, session_log=start))
+        self._flushed = 0.0
+
+    def add(self, summary: Any, step: int) -> None:
+        """Adds a summary of a step."""
+        with files.naming(self._path):
+            self._writer.write_event(Event(summary=summary, step=step, wall_time=time.time()))
+            if time.monotonic() - self._flushed > _FLUSH:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is not written yet, and closes the file."""
+        with files.naming(self._path):
+            self._writer.close()
 
 
 class MetricWriter:
@@ -45,13 +86,12 @@ class MetricWriter:
             json.dumps(line) + '\n' for line in read_scalars(path) if line['step'] <= step
         )
         self._path = epath.Path(path)
-        epath.Path(f'{path}.tmp').write_text(self._text)
-        epath.Path(f'{path}.tmp').replace(path)
+        files.write_bytes(path, self._text.encode())
         self._file: TextIO | None = None
         # Nothing can be added to a file in a bucket, so that such a file is written anew.
         if '://' not in str(directory):
             self._file = open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
-        self._events = tensorboardX.SummaryWriter(directory, purge_step=step + 1, flush_secs=10)
+        self._events = _Events(os.fspath(directory), step + 1)
         bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
         self._bar = tqdm(
             total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty()
@@ -73,13 +113,14 @@ class MetricWriter:
         if self._silent:
             return
         line = json.dumps({'step': step, **scalars}) + '\n'
-        if self._file is not None:
-            self._file.write(line)
-        else:
-            self._text += line
-            self._path.write_text(self._text)
+        with files.naming(self._path):
+            if self._file is not None:
+                self._file.write(line)
+            else:
+                self._text += line
+                self._path.write_text(self._text)
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            self._events.add(tensorboard.scalar(name, value), step)
         text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown)
         if self._bar.disable:
             speed = scalars.get('seconds_per_step')
@@ -91,15 +132,18 @@ class MetricWriter:
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """Adds a picture, uint8 (height, width, c), to the TensorBoard events."""
         if not self._silent:
-            self._events.add_image(name, pixels, step, dataformats='HWC')
+            self._events.add(tensorboard.image(name, pixels, dataformats='HWC'), step)
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
-        if not self._silent:
-            self._bar.close()
-            self._events.close()
+        if self._silent:
+            return
+        with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
+            stack.callback(self._bar.close)
+            stack.callback(self._events.close)
             if self._file is not None:
-                self._file.close()
+                stack.enter_context(files.naming(self._path))
+                stack.callback(self._file.close)
 
 
 def read_scalars(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The training loop, which runs every stage."""
 
+import contextlib
 import math
 import signal
 import sys
@@ -13,7 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.runtime import checkpoint, hosts, metric_writer, sharding
+from sphere_ar_jax.runtime import checkpoint, console, hosts, metric_writer, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import state as training_state
@@ -238,8 +239,9 @@ def train(
     Raises:
       NonFiniteError: the loss or the gradient is not finite.
       Preempted: a signal arrived.
-      UserError: the checkpoints cannot be read, or belong to another tokenizer or other data, or
-        the images cannot be read.
+      UserError: the checkpoints cannot be read or written, or belong to another tokenizer or other
+        data, or the images cannot be read.
+      OSError: what is logged cannot be written.
     """
     options = stage.options
     started = time.perf_counter()
@@ -266,18 +268,23 @@ def train(
     if data_state is not None:
         batches.check_state(data_state['batches'])
     step_fn = training_state.jitted_step(stage, mesh, abstract)
-    writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
-    log = _Log(stage, writer)
     pending = None  # the scalars of the step before
-    print(f'{stage.name}: compiling', flush=True)
 
-    try:
+    with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
+        stack.callback(console.interrupts.keep, False)
+        stack.callback(batches.close)
+        stack.callback(checkpoints.close)
+        writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
+        stack.callback(writer.close)
+        log = _Log(stage, writer)
+        print(f'{stage.name}: compiling', flush=True)
         with Signals() as signals:
             while step < options.steps:
                 batch = sharding.place_batch(mesh, next(batches))
                 state, scalars = step_fn(state, stage.frozen, batch)
                 if pending is None:
                     log.start(step + 1, scalars)
+                    console.interrupts.keep(True)  # From here on there is a state to lose.
                 else:  # The check is one step late, so that the device is never idle.
                     _check_finite(pending, step, checkpoints, stage)
                 step += 1
@@ -302,8 +309,4 @@ def train(
             arrived = signals.agreed(now=True)
             if arrived:
                 raise Preempted(arrived, step, options.steps)
-    finally:
-        batches.close()
-        checkpoints.close()
-        writer.close()
     return state, time.perf_counter() - started

@@ -50,21 +50,24 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """
     path = epath.Path(workdir, 'config.json')
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'there is no run in {workdir}') from None
     try:
-        return checks.from_dict(json.loads(text))
+        return checks.from_dict(json.loads(content))
     except UserError:
         raise
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise UserError(f'{path} is not a sphere_ar_jax config: use another --workdir') from None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f'{path} is not a sphere_ar_jax config: use another --workdir, or remove the file, and '
+            "training with the run's own --config writes it again"
+        ) from None
 
 
 def _restore(
     stage: state.Stage, workdir: str | os.PathLike[str], mesh: Mesh, ema: int | None
 ) -> PyTree:
-    """Reads the parameters of a stage.
+    """Reads the parameters of a stage to sample with, and nothing else of its state.
 
     Args:
       stage: the stage.
@@ -78,12 +81,16 @@ def _restore(
     directory = os.path.join(workdir, stage.name)
     checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
     like = state.abstract_state(stage, mesh)
-    restored = checkpoints.restore(like)
+
+    def part(whole: state.TrainState) -> PyTree:
+        return whole.eval_params if ema is None else whole.ema[ema]
+
+    restored = checkpoints.restore(like, part)
     checkpoints.close()
     if restored is not None:
-        found, data_state, _ = restored
+        params, data_state, _ = restored
         state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
-        return found.eval_params if ema is None else found.ema[ema]
+        return params
     weights = state.converted(directory, like.params)
     if weights is None:
         raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')

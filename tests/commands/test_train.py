@@ -24,7 +24,7 @@ from sphere_ar_jax.data import augment, stand_in
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
-from sphere_ar_jax.runtime import console, metric_writer
+from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop
 from sphere_ar_jax.training.run import load_config, load_run
@@ -369,3 +369,12 @@ def test_killed_and_resumed(tar, tokenizer, tmp_path):
         )
         found.close()
     assert states[0] == states[1] and len(states[0]) > 100
+
+
+def test_a_workdir_in_which_another_training_runs_is_refused(tar, tmp_path):
+    """The second one names the first, and changes nothing."""
+    with files.owned(str(tmp_path), 'a training'):
+        before = sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*'))
+        with pytest.raises(console.UserError, match=r'in use by a training, process \d+ on '):
+            _train(_config(tar), tmp_path)
+        assert sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*')) == before

@@ -1,9 +1,12 @@
 import errno
+import json
+import logging
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -131,25 +134,280 @@ def _move_iterator(directory):
     path.write_text(path.read_text().replace('3', '4'))
 
 
-def test_the_machine_s_faults_are_not_the_checkpoint_s(tmp_path, mesh, monkeypatch):
+class _HttpError(Exception):
+    """As gcsfs raises it; the status is a number there and in google's packages a text."""
+
+    __module__ = 'gcsfs.retry'
+
+    def __init__(self, code):
+        super().__init__(f'{code}, a bucket says')
+        self.code = code
+
+
+def _from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def _while(error, handled):
+    error.__context__ = handled
+    return error
+
+
+ERRNOS = (
+    'EIO', 'ESTALE', 'ETIMEDOUT', 'ECONNRESET', 'ENOSPC', 'EROFS', 'EDQUOT', 'EAGAIN', 'EBUSY',
+    'EMFILE', 'ENFILE', 'ENOMEM', 'EACCES', 'EPERM', 'EHOSTDOWN', 'ENETUNREACH', 'ENXIO',
+)  # fmt: skip
+STATUSES = (
+    'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED',
+    'PERMISSION_DENIED', 'CANCELLED', 'INTERNAL',
+)  # fmt: skip
+PASSING = {
+    **{name: OSError(getattr(errno, name), os.strerror(getattr(errno, name))) for name in ERRNOS},
+    **{name: ValueError(f'{name}: Error reading "gs://b/o"') for name in STATUSES},
+    **{f'HTTP {code}': _HttpError(code) for code in (401, 403, '429', 500, 502, '503', 504)},
+    'by number': ValueError("OUT_OF_RANGE: Failed reading: Input/output error [os_error_code='5']"),
+    'by number, older': ValueError('ABORTED: [OS error 24: EMFILE Too many open files]'),
+    'as a cause': _from(Exception('reading an array'), ValueError('UNAVAILABLE: no route')),
+    'from another': _from(OSError(errno.EMFILE, 'Too many open files'), KeyError('x')),
+    'while handling another': _while(KeyError('x'), OSError(errno.EIO, 'Input/output error')),
+    'in a group': ExceptionGroup('reads', [KeyError('x'), OSError(errno.EIO, 'an error')]),
+    'no answer': TimeoutError(),
+}
+CONTENT = {
+    'ENOENT': FileNotFoundError(errno.ENOENT, 'No such file or directory'),
+    'ENOTDIR': NotADirectoryError(errno.ENOTDIR, 'Not a directory'),
+    'EISDIR': IsADirectoryError(errno.EISDIR, 'Is a directory'),
+    'HTTP 404': _HttpError(404),
+    'NOT_FOUND': ValueError("NOT_FOUND: Error opening: [os_error_code='2']"),
+    'DATA_LOSS': ValueError('DATA_LOSS: checksum does not match'),
+    'FAILED_PRECONDITION': ValueError('FAILED_PRECONDITION: Error opening "zarr" driver'),
+    'INVALID_ARGUMENT': ValueError('INVALID_ARGUMENT: Error decoding zstd'),
+    'OUT_OF_RANGE': ValueError('OUT_OF_RANGE: Requested byte range is not valid'),
+    'JSON': json.JSONDecodeError('Expecting value', 'x', 0),
+    'a key': KeyError('w'),
+}
+
+
+def _failing(monkeypatch, error, times):
+    """Lets so many reads of step 2 fail, and counts the reads of all steps."""
+    read = checkpoint.Checkpoints._read
+    tried = []
+
+    def reading(self, step, like):
+        tried.append(step)
+        if step == 2 and tried.count(2) <= times:
+            raise error
+        return read(self, step, like)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
+    monkeypatch.setattr(checkpoint, 'PAUSES', (0, 0, 0))
+    return tried
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('two_steps')
+    _save(directory, sharding.make_mesh(), [1, 2], keep=10)
+    return directory
+
+
+@pytest.mark.parametrize('name', PASSING)
+def test_a_fault_that_may_pass_is_no_damage(two_steps, mesh, monkeypatch, capfd, name):
+    before = sorted(two_steps.rglob('*'))
+    tried = _failing(monkeypatch, PASSING[name], 99)
+    with pytest.raises(UserError, match=r'/2 cannot be read now .*: nothing was changed') as caught:
+        _restored(two_steps, mesh)
+    assert tried == [2] * 4 and len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr().err.count('trying again in 0 s') == 3
+    assert sorted(two_steps.rglob('*')) == before
+
+
+@pytest.mark.parametrize('name', CONTENT)
+def test_wrong_contents_are_damage(two_steps, tmp_path, mesh, monkeypatch, name):
+    directory = tmp_path / 'w'
+    shutil.copytree(two_steps, directory)
+    tried = _failing(monkeypatch, CONTENT[name], 99)
+    assert int(_restored(directory, mesh)[0]['step']) == 1
+    assert tried == [2, 1] and (directory / 'damaged-2').is_dir()
+
+
+def test_a_fault_that_passes_costs_nothing(two_steps, mesh, monkeypatch, capfd):
+    tried = _failing(monkeypatch, OSError(errno.ESTALE, 'Stale file handle'), 2)
+    assert int(_restored(two_steps, mesh)[0]['step']) == 2 and tried == [2] * 3
+    assert capfd.readouterr().err.count('Stale file handle; trying again') == 2
+
+
+def test_a_fault_of_another_process_is_retried_here_too(two_steps, mesh, monkeypatch):
+    """Processes that do not agree would wait for each other."""
+    tried = _failing(monkeypatch, None, 0)
+    others = iter([2, 2, 0])  # what the other process has met: a fault twice
+    monkeypatch.setattr(checkpoint.hosts, 'largest', lambda mine: max(mine, next(others)))
+    assert int(_restored(two_steps, mesh)[0]['step']) == 2 and tried == [2] * 3
+
+
+def test_a_step_in_the_place_of_another_is_damage(tmp_path, mesh, capfd):
+    _save(tmp_path, mesh, [1, 2, 3], keep=10)
+    shutil.rmtree(tmp_path / '3')
+    shutil.copytree(tmp_path / '1', tmp_path / '3')
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert int(checkpoints.restore(_like(_state(mesh, 0)))[0]['step']) == 2
+    assert int(_restored(tmp_path, mesh)[0]['step']) == 2
+    assert (
+        capfd.readouterr().err.count(f'{tmp_path}/3 cannot be read (it holds step 1, not 3)') == 2
+    )
+    assert (tmp_path / 'damaged-3').is_dir()
+
+
+def _note_otherwise(directory, change):
+    """Writes a step's meta again, as `change` leaves it."""
+    path = directory / 'meta' / 'metadata'
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def _as_before(meta):
+    """As versions wrote it that noted no step."""
+    del meta['step']
+    meta['crc32'] = zlib.crc32(json.dumps([{'next_index': 2}, meta['seconds']]).encode())
+
+
+@pytest.mark.parametrize('swapped', [False, True])
+def test_an_older_checkpoint_tells_its_step_by_its_state(tmp_path, mesh, swapped):
     _save(tmp_path, mesh, [1, 2], keep=10)
+    _note_otherwise(tmp_path / '2', _as_before)
+    if swapped:
+        (tmp_path / '2').rename(tmp_path / '4')
+    state, data_state, _ = _restored(tmp_path, mesh)
+    assert int(state['step']) == data_state['next_index'] == (1 if swapped else 2)
 
-    def full(*_):
-        raise OSError(errno.EMFILE, 'Too many open files')
 
-    def full_in_tensorstore(*_):
-        raise Exception('reading an array') from ValueError(
-            'ABORTED: [OS error 24: EMFILE Too many open files]'
-        )
+@pytest.mark.parametrize('piece', ['state', 'data', 'meta'])
+def test_pieces_of_two_steps_are_not_one(tmp_path, mesh, piece):
+    """The same state and data, so that seconds and steps alone differ."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
+    for step in (1, 2, 3):
+        checkpoints.save(step, _state(mesh, 7 if piece == 'meta' else step), {'a': step}, step)
+    checkpoints.close()
+    shutil.rmtree(tmp_path / '3' / piece)
+    shutil.copytree(tmp_path / '1' / piece, tmp_path / '3' / piece)
+    assert _restored(tmp_path, mesh)[2] == 2
 
-    def full_from_another(*_):
-        raise OSError(errno.EMFILE, 'Too many open files') from KeyError('x')
 
-    for read in (full, full_in_tensorstore, full_from_another):
-        monkeypatch.setattr(checkpoint.Checkpoints, '_read', read)
-        with pytest.raises(OSError, match=r'Too many open files: .*/2'):
-            _restored(tmp_path, mesh)
-    assert {'1', '2'} <= set(os.listdir(tmp_path))
+@pytest.mark.parametrize('key', ['step', 'seconds', 'crc32'])
+def test_what_is_noted_of_a_step_is_checked(tmp_path, mesh, key):
+    def change(meta):
+        meta[key] += 1
+
+    _save(tmp_path, mesh, [1, 2], keep=10)
+    _note_otherwise(tmp_path / '2', change)
+    assert int(_restored(tmp_path, mesh)[0]['step']) == 1
+
+
+@pytest.mark.parametrize('meta', ['{}', '[]', '7', 'null', '{"fingerprint": 7}', '[' * 100_000])
+def test_notes_that_are_not_ours_are_damage(tmp_path, mesh, meta):
+    _save(tmp_path, mesh, [1, 2], keep=10)
+    (tmp_path / '2' / 'meta' / 'metadata').write_text(meta)
+    assert int(_restored(tmp_path, mesh)[0]['step']) == 1
+
+
+def test_only_the_part_that_is_wanted_is_read(tmp_path, mesh, monkeypatch):
+    _save(tmp_path, mesh, [1, 2], keep=10)
+    # A leaf that is not wanted is damaged; another one, of an older version, is not wanted at all.
+    state = _state(mesh, 2) | {'zz': jnp.arange(5.0)}
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
+    checkpoints.save(3, state, {}, 0.0)
+    checkpoints.close()
+    seen = []
+    read = checkpoint.Checkpoints._read
+
+    def reading(self, step, like):
+        found = read(self, step, like)
+        seen.append(sum(a.nbytes for a in jax.tree.leaves(found[0]) if a is not ...))
+        return found
+
+    monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    part, _, _ = checkpoints.restore(_like(_state(mesh, 0)), lambda state: {'x': state['half']})
+    assert list(part) == ['x'] and seen == [2 * 64 + 4]  # with the step
+    np.testing.assert_array_equal(np.asarray(part['x'], np.float32), np.arange(64))
+
+
+@pytest.mark.parametrize('wanted, whole', [('half', 3), ('w', 2)])
+def test_a_part_is_checked_by_its_own_number(tmp_path, mesh, wanted, whole):
+    """The fingerprint of another leaf is wrong; it counts only for whoever reads that leaf."""
+
+    def change(meta):
+        meta['fingerprint'][2] ^= 1  # the leaves in order: half, step, w
+
+    _save(tmp_path, mesh, [2, 3], keep=10)
+    _note_otherwise(tmp_path / '3', change)
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    _, data_state, _ = checkpoints.restore(_like(_state(mesh, 0)), lambda state: state[wanted])
+    assert data_state == {'next_index': whole}
+
+
+def test_opening_and_reading_says_nothing(two_steps, mesh, caplog, capfd):
+    """Neither absl nor Orbax warns of what was asked for."""
+    with caplog.at_level(logging.WARNING):
+        checkpoints = checkpoint.Checkpoints(two_steps, read_only=True)
+        assert checkpoints.restore(_like(_state(mesh, 0))) is not None
+        checkpoints.close()
+    assert caplog.records == [] and capfd.readouterr().err == ''
+
+
+SAVE = """
+import os, resource, shutil, sys
+import jax, numpy as np
+from sphere_ar_jax.runtime import checkpoint
+from sphere_ar_jax.runtime.console import UserError
+state = {'w': np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32)}
+state = jax.device_put(state, jax.devices()[0])
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+how, directory = sys.argv[1:]
+if how == 'file':
+    open(directory, 'w').close()
+try:
+    checkpoints = checkpoint.Checkpoints(directory)
+    checkpoints.save(1, state, {}, 0.0)
+    checkpoints.wait()
+    if how == 'gone':
+        shutil.rmtree(directory)
+    elif how != 'file':
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(how), hard))
+    checkpoints.save(2, state, {}, 0.0)
+    checkpoints.close()
+except UserError as error:
+    os.write(1, str(error).encode())
+"""
+
+
+@pytest.mark.parametrize(
+    'how, reason',
+    [
+        ('0', 'File too large'),
+        ('20000', 'File too large'),
+        ('gone', 'the directory is gone'),
+        ('file', 'is a file, but must be a directory: move it away'),
+    ],
+)
+def test_a_save_that_cannot_be_written_is_one_line(tmp_path, how, reason):
+    """Nor does the process wait for threads of Orbax at its end."""
+    directory = tmp_path / 'c'
+    done = subprocess.run(
+        [sys.executable, '-c', SAVE, how, directory], cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert reason in done.stdout and str(directory) in done.stdout and '\n' not in done.stdout
+    assert done.returncode == 0 and done.stderr == ''
+    if how.isdigit():
+        whole = [name for name in os.listdir(directory) if name.isdigit()]
+        assert whole == ['1'] and len(os.listdir(directory)) == 2  # and half a step
+        checkpoint.Checkpoints(directory, read_only=True)
+        assert len(os.listdir(directory)) == 2
+        checkpoint.Checkpoints(directory).close()
+        assert os.listdir(directory) == ['1']
 
 
 def test_read_only_changes_nothing(tmp_path, mesh, capfd):

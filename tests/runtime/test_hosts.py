@@ -328,6 +328,19 @@ def test_processes_of_another_config_do_not_train_together(start, tmp_path):
     assert not (tmp_path / 'w' / 'config.json').exists()
 
 
+def test_a_workdir_in_use_is_refused_in_all_processes(start, tmp_path):
+    """The first process alone looks at the lock, and tells the other one."""
+    with files.owned(str(tmp_path / 'w'), 'a training'):
+        before = sorted(os.listdir(tmp_path / 'w'))
+        with start(tmp_path / 'said', 2, 1, TINY, f'--workdir={tmp_path / "w"}') as run:
+            assert run.end(120) == [2, 2], run.err
+            for said in run.err:
+                line = said.splitlines()[-1]
+                assert line.startswith(f'process 0 of 2 ({socket.gethostname()}): error: ')
+                assert f'in use by a training, process {os.getpid()} on ' in line
+        assert sorted(os.listdir(tmp_path / 'w')) == before
+
+
 def test_a_mesh_without_a_process_is_refused(start, tmp_path):
     """Both processes say so at the same time."""
     words = (TINY, f'--workdir={tmp_path / "w"}', '--config.mesh.data=1')

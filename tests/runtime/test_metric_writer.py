@@ -1,8 +1,11 @@
+import contextlib
 import json
+import resource
 import sys
 from unittest import mock
 
 import numpy as np
+import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
@@ -87,7 +90,7 @@ def test_in_a_bucket(monkeypatch):
     store = MemoryFileSystem(skip_instance_cache=True)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store)
     # The library knows Google's buckets itself.
-    monkeypatch.setattr(metric_writer.tensorboardX, 'SummaryWriter', mock.MagicMock())
+    monkeypatch.setattr(metric_writer, 'EventsWriter', mock.MagicMock())
     for last in (3, 5):  # the second start drops the line of step 3
         writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
         writer.write(1, {'loss': 4.0}, ()) if last == 3 else None
@@ -109,3 +112,25 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
     writer.close()
     files.write_json(tmp_path / 'config.json', {})
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('bytes_left', [0, 400])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, bytes_left):
+    """It is raised where the numbers are written, and closing does not wait for a thread."""
+    path = tmp_path / 'w'
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = metric_writer.MetricWriter(path, 'stage', 0, 10)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        with pytest.raises(OSError, match='File too large') as caught:
+            for step in range(1, 11):
+                writer.write(step, {'loss': 1.0, 'a_name_of_some_length': 2.0}, ())
+        with contextlib.suppress(OSError):  # What is still in memory cannot be written either.
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename.startswith(str(path))
+    writer = metric_writer.MetricWriter(path, 'stage', 0, 10)
+    writer.write(1, {'loss': 1.0}, ())
+    writer.close()
+    assert metric_writer.read_scalars(path / 'metrics.jsonl') == [{'step': 1, 'loss': 1.0}]
