@@ -21,17 +21,12 @@ from typing import IO, Any
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
 from sphere_ar_jax.runtime.types import Progress
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks
 _INDEX_VERSION = 1
-
-
-def printable(text: str) -> str:
-    """Escapes every character of a text that is not printable."""
-    return repr(text)[1:-1]
 
 
 def _identity(fd: int, tars: np.ndarray) -> str:
