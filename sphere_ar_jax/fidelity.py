@@ -42,6 +42,7 @@ def main() -> None:
     except (OSError, UserError) as error:
         sys.exit(f'error: {error}')
     print(json.dumps(scores, indent=2))
+    protocol.warn(scores)
 
 
 if __name__ == '__main__':
