@@ -122,6 +122,16 @@ HOSTILE = {
         b'}(' + b''.join(w.number(i * (2**61 - 1)) + b'N' for i in range(40_000)) + b'u',
         'a huge number',
     ),
+    'many keys whose last bits are 0': (
+        b'}(' + b''.join(w.number(i << 40) + b'N' for i in range(100_000)) + b'u',
+        'a huge number',
+    ),
+    'many members whose last bits are 0': (
+        b'(' + b''.join(w.number(i << 32) for i in range(1, 100_000)) + b'\x91',
+        'a huge number',
+    ),
+    'negative huge key': (b'}' + w.number(-(2**59)) + b'Ns', 'a huge number'),
+    'key that is a fraction': (b'}G?\xf0\x00\x00\x00\x00\x00\x00Ns', 'is no plain value'),
     'dtype that is a bomb': (call('numpy', 'dtype', BOMB), 'NumPy dtype is unknown'),
     'dtype of objects': (call('numpy', 'dtype', w.text('O8')), 'NumPy dtype is unknown'),
     'big-endian number': (

@@ -13,7 +13,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
@@ -80,10 +80,13 @@ def _in_one_line(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 def _check_members(path: str | os.PathLike[str], archive: zipfile.ZipFile) -> None:
     """Raises UserError for members that are packed in another way, or unpack to too much."""
     members = archive.infolist()
+    size = os.path.getsize(path)
     if len(members) > MAX_MEMBERS:
         raise UserError(f'{path} has {len(members)} arrays, but may have {MAX_MEMBERS}')
     for info in members:
         name = printable(info.filename, 60)
+        if not 0 <= info.header_offset < size:
+            raise UserError(f'{path}: {name} does not lie in the file')
         if info.compress_type not in _METHODS:
             raise UserError(
                 f'{path}: {name} is compressed by method {info.compress_type}; only stored and '
@@ -134,22 +137,19 @@ def read_header(file: IO[bytes]) -> Header:
     return header
 
 
-def _read_numbers(file: IO[bytes], header: Header, most: int) -> np.ndarray:
-    """Reads the numbers after a header, which may take `most` bytes; see `read_header`."""
-    if header.size > most:
-        raise ValueError(f'its header says {header}, which is more than the file holds')
+def read_numbers(file: IO[bytes], header: Header) -> np.ndarray:
+    """Reads the numbers after a header, see `read_header`.
+
+    The caller must have compared the header's size with what it expects, or with the file's.
+
+    Raises:
+      EOFError: the file ends too early.
+    """
     content = file.read(header.size)
     if len(content) < header.size:
         raise EOFError('it ends too early')
-    order = 'F' if header.fortran else 'C'
+    order: Literal['F', 'C'] = 'F' if header.fortran else 'C'
     return np.frombuffer(content, header.dtype).reshape(header.shape, order=order)
-
-
-def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Reads an array of an npz, in an `open_archive`, which turns errors into one line."""
-    with archive.open(f'{name}.npy') as file:
-        header = read_header(file)
-        return _read_numbers(file, header, archive.getinfo(f'{name}.npy').file_size)
 
 
 def read_open_npy(file: IO[bytes], path: str | os.PathLike[str]) -> np.ndarray:
@@ -163,7 +163,10 @@ def read_open_npy(file: IO[bytes], path: str | os.PathLike[str]) -> np.ndarray:
       UserError: the file is damaged, or no npy.
     """
     with _in_one_line(path, 'npy'):
-        return _read_numbers(file, read_header(file), os.fstat(file.fileno()).st_size)
+        header = read_header(file)
+        if header.size > os.fstat(file.fileno()).st_size:
+            raise EOFError(f'its array is {header}, which is more than the file holds')
+        return read_numbers(file, header)
 
 
 def read_npy(path: str | os.PathLike[str]) -> np.ndarray:

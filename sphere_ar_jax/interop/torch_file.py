@@ -223,10 +223,12 @@ def _parameter(data: Any, *state: Any) -> Tensor:
 
 def _plain(value: Any) -> Any:
     """Returns the value if it may be a key or a member of a set: a scalar, whose hash is quick."""
-    plain = type(value) in (str, bytes, int, float, bool, type(None))
+    plain = type(value) in (str, bytes, int, bool, type(None))
     _require(plain, 'a key or a member of a set is no plain value')
-    # Python's hash of an integer n is n mod 2⁶¹ − 1. 40,000 keys of one hash take half a minute.
-    small = type(value) is not int or abs(value) < 2**60
+    # The hash of a number is the number itself, or its remainder by 2⁶¹ − 1, and a dictionary looks
+    # for keys by the last bits of their hashes first. Large numbers, or fractions, can be chosen so
+    # that 100,000 of them do not end; small ones share too few places. Text has a secret in it.
+    small = type(value) is not int or abs(value) < 2**20
     _require(small, 'a key or a member of a set is a huge number')
     return value
 

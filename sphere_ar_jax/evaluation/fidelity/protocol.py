@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sphere_ar_jax.data import npz
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, statistics
 from sphere_ar_jax.runtime import files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -108,19 +109,19 @@ def _read_statistics(path: _Path) -> tuple[statistics.Statistics, statistics.Sta
         'sigma_s': inception.SPATIAL,
     }
     arrays = {}
-    with image_sets.reading(path), np.load(path) as archive:
+    with npz.open_archive(path) as archive:
+        names = npz.array_names(archive)
         for name, width in widths.items():
-            if name not in archive:
+            if name not in names:
                 raise UserError(
                     f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s'
                 )
-            array = archive[name]
             expected = (width,) if name.startswith('mu') else (width, width)
-            if array.shape != expected or array.dtype.kind != 'f':
-                raise UserError(
-                    f'{path}: {name} must be floats {expected}, but is {array.dtype} {array.shape}'
-                )
-            arrays[name] = array.astype(np.float64)
+            with archive.open(f'{name}.npy') as file:
+                header = npz.read_header(file)
+                if header.shape != expected or header.dtype.kind != 'f':
+                    raise UserError(f'{path}: {name} must be floats {expected}, but is {header}')
+                arrays[name] = npz.read_numbers(file, header).astype(np.float64)
     pool = statistics.Statistics(arrays['mu'], arrays['sigma'])
     spatial = statistics.Statistics(arrays['mu_s'], arrays['sigma_s'])
     return pool, spatial
@@ -167,8 +168,8 @@ def summarize(
       OSError: there is no file.
       UserError: the file is damaged, or has neither images nor statistics of these shapes.
     """
-    with image_sets.reading(path) as archive:
-        names = image_sets.array_names(archive)
+    with npz.open_archive(path) as archive:
+        names = npz.array_names(archive)
     found = _read_statistics(path) if 'mu' in names else None
     if image_sets.IMAGES not in names:
         if found is None:
