@@ -253,7 +253,7 @@ class ArrayRecords:
             raise UserError(
                 f'{self.path} has no {_METADATA}: it was not packed, or not to the end'
             ) from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f'{self.path}/{_METADATA} is damaged: {first_line(error)}') from None
         if made != _FORMAT:
             raise UserError(

@@ -50,14 +50,14 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """
     path = epath.Path(workdir, 'config.json')
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'there is no run in {workdir}') from None
     try:
         return checks.from_dict(json.loads(text))
     except UserError:
         raise
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise UserError(f'{path} is not a sphere_ar_jax config: use another --workdir') from None
 
 
