@@ -136,9 +136,7 @@ def test_the_error_of_dpm_solver_falls_as_the_docstring_says():
     constant = error * n**2 / np.log(n)
     np.testing.assert_allclose(constant[1:], constant[-1], rtol=0.1)
     assert (error * n**2)[-1] > 1.5 * (error * n**2)[0]
-    order = np.log2(error[:-1] / error[1:])
-    np.testing.assert_allclose(order[1:], 2 - 1 / np.log(n[1:-1]), atol=0.06)
-    np.testing.assert_allclose(error[:-1] / error[1:], [3.1, 3.35, 3.5], atol=0.1)
+    np.testing.assert_allclose(error[:2] / error[1:3], [3.14, 3.35], atol=0.02)
 
 
 @pytest.mark.parametrize('solver', [*DETERMINISTIC, 'euler_maruyama'])
