@@ -315,14 +315,16 @@ def _begin(path: str, identity: dict[str, Any], shape: tuple[int, ...]) -> _Part
 def _owned(path: str) -> Iterator[None]:
     """Context in which no other process draws samples to a path. Only the first process asks.
 
-    The kernel holds the lock, so that it ends with the process. The file PATH.lock is removed.
+    Nothing is asked where the file is there already, because nothing will be drawn. The kernel
+    holds the lock, so that it ends with the process. The file PATH.lock is removed.
 
     Raises:
       UserError: another process draws to it now; the message names that process.
     """
-    if not hosts.is_first():
+    if not hosts.is_first() or os.path.exists(path):
         yield
         return
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     name = f'{path}.lock'
     lock = filelock.FileLock(name, timeout=0)
     try:
