@@ -222,7 +222,7 @@ class _Parts:
                 os.remove(os.path.join(directory, name))
         if damaged:
             print(
-                f'{directory}: {len(damaged)} files are damaged, {damaged[0]} the first; '
+                f'{directory}: damaged files: {len(damaged)}, {damaged[0]} the first; '
                 'their images are drawn again',
                 file=sys.stderr,
                 flush=True,
