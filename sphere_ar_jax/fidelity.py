@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         progress=console.bars(sys.stderr),
     )
     print(json.dumps(scores, indent=2))
+    protocol.warn(scores)
 
 
 if __name__ == '__main__':

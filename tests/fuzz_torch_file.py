@@ -122,6 +122,23 @@ HOSTILE = {
         b'}(' + b''.join(w.number(i * (2**61 - 1)) + b'N' for i in range(40_000)) + b'u',
         'a huge number',
     ),
+    'many keys whose last bits are 0': (
+        b'}(' + b''.join(w.number(i << 40) + b'N' for i in range(100_000)) + b'u',
+        'among more than 1000',
+    ),
+    'many members whose last bits are 0': (
+        b'(' + b''.join(w.number(i << 32) for i in range(1, 100_000)) + b'\x91',
+        'among more than 1000',
+    ),
+    'negative huge key': (b'}' + w.number(-(2**61)) + b'Ns', 'a huge number'),
+    'many keys that are fractions': (
+        b'}(' + b''.join(b'G' + struct.pack('>d', i / 2**40) + b'N' for i in range(100_000)) + b'u',
+        'among more than 1000',
+    ),
+    'many members that are fractions': (
+        b'(' + b''.join(b'G' + struct.pack('>d', i / 2**40) for i in range(100_000)) + b'\x91',
+        'among more than 1000',
+    ),
     'dtype that is a bomb': (call('numpy', 'dtype', BOMB), 'NumPy dtype is unknown'),
     'dtype of objects': (call('numpy', 'dtype', w.text('O8')), 'NumPy dtype is unknown'),
     'big-endian number': (

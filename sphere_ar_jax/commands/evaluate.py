@@ -62,7 +62,8 @@ def _score_digits(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     train, heldout = digits.splits(run.config.seed, run.config.data.holdout)
     setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
     scores, _ = snapshots.score_digits(setting, run.vae_params, run.ar_params)
-    return scores
+    sampling = run.config.sampling.to_dict()
+    return {**scores, 'seed': run.config.seed, 'sampling': sampling}
 
 
 def evaluate(
@@ -109,5 +110,7 @@ def evaluate(
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     files.write_json(path, scores)
     print(json.dumps(scores, indent=2))
+    protocol.warn(scores)
+    protocol.warn(scores.get('tokenizer', {}))
     print(f'wrote {path}')
     return scores

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import augment, digits, imagenet, sources
 from sphere_ar_jax.evaluation import class_names, page, snapshots
-from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
+from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -347,7 +347,9 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
         return None
     network = inception_weights.load(w.inception)
     progress = functools.partial(console.bars(), 'reference')
-    return network, protocol.summarize(w.reference, network, progress=progress).pool
+    reference = protocol.summarize(w.reference, network, progress=progress)
+    protocol.warn({'note': statistics.note(w.fid_images, reference.images)})
+    return network, reference.pool
 
 
 def _set_up(

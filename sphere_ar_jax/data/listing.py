@@ -14,7 +14,7 @@ _OF_SYSTEMS = {'thumbs.db', 'desktop.ini', '__macosx', '@eadir', 'lost+found', '
 _LONGEST = 200  # characters of a name that are shown
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """Escapes every character of a text that is not printable."""
     return repr(text)[1:-1]
 
@@ -24,7 +24,7 @@ def shown(text: str) -> str:
     if len(text) > _LONGEST:
         half = _LONGEST // 2
         text = f'{text[:half]} … {text[-half:]}'
-    return text if text.isprintable() else printable(text)
+    return text if text.isprintable() else escaped(text)
 
 
 def first_names(names: Sequence[str], most: int) -> str:

@@ -26,9 +26,9 @@ import numpy as np
 
 from sphere_ar_jax.data.listing import (
     LeftOut,
+    escaped,
     is_image,
     is_of_system,
-    printable,
     shown,
 )
 from sphere_ar_jax.data.tar_index import BLOCK, open_index
@@ -148,7 +148,7 @@ class ImageNetTar:
         It has at most 100 bytes. In a pax tar it is the ASCII form of the name.
         """
         name = self._read(i, 0)[:100].split(b'\0')[0].decode('utf-8', 'surrogateescape')
-        return f'{self.class_names[self._labels[i]]}/{printable(name)}'
+        return f'{self.class_names[self._labels[i]]}/{escaped(name)}'
 
 
 # ---- directories
@@ -230,7 +230,7 @@ class ImageFolder:
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-        self.class_names = tuple(map(printable, classes))
+        self.class_names = tuple(map(escaped, classes))
         self.num_classes = len(classes)
 
     def _classes(self, left: LeftOut) -> list[str]:
@@ -281,7 +281,7 @@ class ImageFolder:
 
     def name(self, i: int) -> str:
         """Gives the path of image file i below PATH."""
-        return printable(self._names[i])
+        return escaped(self._names[i])
 
 
 # ---- ArrayRecord

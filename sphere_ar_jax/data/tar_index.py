@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.data.listing import LeftOut, is_of_system, printable, shown
+from sphere_ar_jax.data.listing import LeftOut, escaped, is_of_system, shown
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
@@ -101,7 +101,7 @@ def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, t
     found: dict[str, tarfile.TarInfo] = {}
     for member in _files(outer, path):
         name, suffix = os.path.splitext(os.path.basename(member.name))
-        synset = printable(name)
+        synset = escaped(name)
         is_tar = suffix == '.tar' and not is_of_system(member.name)
         if not is_tar:
             if left.takes(member.name):

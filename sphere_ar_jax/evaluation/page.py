@@ -5,7 +5,7 @@ import html
 import os
 import platform
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -53,9 +53,14 @@ _CURVES = (
 )
 
 
+def _has(line: Mapping[str, Any], curve: _Curve) -> bool:
+    """Whether a line of metrics.jsonl has a number for a curve."""
+    return isinstance(line.get(curve.name), int | float)
+
+
 def _plot(axis: Axes, curve: _Curve, lines: list[dict[str, float]]) -> None:
     """Plots a curve from the lines of its stage's metrics.jsonl."""
-    points = [(line['step'], line[curve.name]) for line in lines if curve.name in line]
+    points = [(line['step'], line[curve.name]) for line in lines if _has(line, curve)]
     axis.plot(*zip(*points, strict=True))
     axis.set_title(curve.label, fontsize=9)
     axis.set_xlabel('step', fontsize=8)
@@ -72,7 +77,7 @@ def _columns(curves: int) -> int:
 
 
 def save_curves(path: str | os.PathLike[str], workdir: str) -> None:
-    """Plots the training curves of the stages that a workdir has.
+    """Plots the training curves of the stages that a workdir has; no PNG where there are none.
 
     Args:
       path: the PNG.
@@ -82,7 +87,9 @@ def save_curves(path: str | os.PathLike[str], workdir: str) -> None:
         stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl')
         for stage in {curve.stage for curve in _CURVES}
     }
-    curves = [curve for curve in _CURVES if any(curve.name in line for line in lines[curve.stage])]
+    curves = [curve for curve in _CURVES if any(_has(line, curve) for line in lines[curve.stage])]
+    if not curves:
+        return
     columns = _columns(len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.75 * columns, 3 * rows), squeeze=False)
@@ -94,23 +101,45 @@ def save_curves(path: str | os.PathLike[str], workdir: str) -> None:
     save_figure(figure, path)
 
 
+_PAGE_WIDTH = 992  # pixels: the 62rem below
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>SphereAR: {title}</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>SphereAR: {title}</title><style>
+:root {{
+  color-scheme: light dark;
+  --ground: #fff; --text: #222; --line: #ddd; --code: #f5f5f5;
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ground: #16181c; --text: #e4e4e6; --line: #3c4048; --code: #23262c; }}
+}}
 body {{
   font: 16px/1.5 system-ui, sans-serif;
   max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222;
+  color: var(--text); background: var(--ground);
 }}
-img {{ max-width: 100%; image-rendering: pixelated; }}
+img {{ max-width: 100%; height: auto; background: #fff; }}
+img.pixels {{ image-rendering: pixelated; }}
+.wide {{ overflow-x: auto; }}
+@media (max-width: 62rem) {{
+  img {{ max-width: none; }}
+  img.plot {{ width: 56rem; }}
+}}
 table {{ border-collapse: collapse; }}
-td, th {{ padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ddd; }}
+td, th {{
+  padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line);
+}}
+td:first-child {{ min-width: 9rem; overflow-wrap: anywhere; }}
+td:last-child {{ min-width: 12rem; }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; }}
+pre {{ background: var(--code); padding: .8rem; overflow-x: auto; font-size: 13px; }}
 </style></head><body>
 <h1>SphereAR on {title}</h1>
 <p>{summary}</p>
 {pictures}
-<h2>Numbers</h2><table>{rows}</table>
+<h2>Numbers</h2><div class="wide"><table>{rows}</table></div>
 {curves}
 <h2>Again</h2>
 <p>The same command in an empty directory gives the same result on the same machine.</p>
@@ -145,12 +174,21 @@ _MEANING = {
 }
 
 
-def _section(heading: str, alt: str, path: str) -> str:
-    """A picture with its heading as HTML, or an empty string where there is no picture."""
+def _section(heading: str, alt: str, path: str, kind: str) -> str:
+    """A picture with its heading as HTML, or an empty string where there is no picture.
+
+    The kind is 'pixels' for a grid of small images, whose pixels stay squares, or 'plot' for what
+    has thin lines and letters. A grid that is wider than the page is shrunk as a plot is.
+    """
     if not epath.Path(path).exists():
         return ''
-    source = 'data:image/png;base64,' + base64.b64encode(epath.Path(path).read_bytes()).decode()
-    return f'<h2>{heading}</h2><img alt="{alt}" src="{source}">'
+    content = epath.Path(path).read_bytes()
+    width = int.from_bytes(content[16:20], 'big')  # as the header of a PNG says
+    if width > _PAGE_WIDTH:
+        kind = 'plot'
+    source = f'data:image/png;base64,{base64.b64encode(content).decode()}'
+    image = f'<img class="{kind}" alt="{alt}" src="{source}">'
+    return f'<h2>{heading}</h2><div class="wide">{image}</div>'
 
 
 def _row(name: str, value: float) -> str:
@@ -181,18 +219,21 @@ def save_page(
       config: the config as text.
       command: the command that made the run.
     """
-    samples = _section('Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png')
+    samples = _section(
+        'Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png', 'pixels'
+    )
     reconstructions = _section(
         'Images, and below each what the tokenizer makes of it',
         'originals and reconstructions',
         f'{workdir}/reconstructions.png',
+        'pixels',
     )
     page = _PAGE.format(
         title=html.escape(title),
         summary=html.escape(summary),
         rows=''.join(_row(name, value) for name, value in metrics.items()),
         pictures=samples + reconstructions,
-        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png'),
+        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png', 'plot'),
         command=html.escape(command),
         version=__version__,
         jax=jax.__version__,

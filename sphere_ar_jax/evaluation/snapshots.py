@@ -4,6 +4,7 @@ Dimensions:
   n  images     H, W, c  an image, float in [−1, 1]
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -102,6 +103,12 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
     return np.stack(found)
 
 
+def _report_no_picture(step: int, error: on_mesh.NonFiniteSamples) -> None:
+    """Says in one line on stderr why there is no picture of a step; training goes on."""
+    if hosts.is_first():
+        print(f'step {step}: no picture, {error}', file=sys.stderr, flush=True)
+
+
 def look_at_reconstructions(
     setting: Setting, vae_params: PyTree, images: np.ndarray, step: int, writer: MetricWriter
 ) -> None:
@@ -114,9 +121,13 @@ def look_at_reconstructions(
       step: number of training steps done.
       writer: the stage's metrics.
     """
-    recon, _ = on_mesh.reconstruct(
-        setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
-    )
+    try:
+        recon, _ = on_mesh.reconstruct(
+            setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
+        )
+    except on_mesh.NonFiniteSamples as error:
+        _report_no_picture(step, error)
+        return
     path = f'{setting.workdir}/tokenizer/reconstructions_{step:07d}.png'
     columns = min(8, len(images))
     pictures.save_reconstructions(path, images, recon, columns=columns, title=f'step {step}')
@@ -146,6 +157,8 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
 
     def batches() -> Iterator[np.ndarray]:
         for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
+            finite = hosts.gather(on_mesh.are_finite(images))[: n - first]
+            on_mesh.require_finite(finite, first)
             yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
 
     features = protocol.extract(
@@ -202,13 +215,19 @@ def look_at_samples(
       ar_params: the autoregressive model's parameters at this step.
       directory: where samples_STEP.png goes.
       step: number of training steps done.
-      writer: the stage's metrics, which get the picture and `fid`.
+      writer: the stage's metrics, which get the picture, `fid` and `fid_images`, the number of
+        samples that it was taken from.
     """
-    images = _draw_grid(setting, vae_params, ar_params)
-    _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
-    writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
-    if setting.judge is not None:
-        writer.write(step, {'fid': _fid(setting, vae_params, ar_params)}, ('fid',))
+    try:
+        images = _draw_grid(setting, vae_params, ar_params)
+        _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
+        writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
+        if setting.judge is not None:
+            n = setting.cfg.watch.fid_images
+            found = {'fid': _fid(setting, vae_params, ar_params), 'fid_images': n}
+            writer.write(step, found, found)
+    except on_mesh.NonFiniteSamples as error:
+        _report_no_picture(step, error)
 
 
 def _reconstruct(

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import dm_pix
 import jax
@@ -82,7 +83,7 @@ def score_tokenizer(
     lpips: PyTree | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Scores the reconstructions of real images, decoded from posterior samples.
 
     All scores but `psnr` take reconstructions that are rounded to bytes, as samples are. See
@@ -98,7 +99,9 @@ def score_tokenizer(
 
     Returns:
       Scores by name: `psnr` (all pixels together), `image_psnr` and `ssim` (means over images),
-      `lpips`, `rfid`, and the statistics that the posterior shows.
+      `lpips`, `rfid`, and the statistics that the posterior shows. `images` is the number of
+      images and `seed` that of the posterior samples. With rFID, `note` is a line where there are
+      too few images for an FID that can be compared.
 
     Raises:
       UserError: there are no images, or their size is not the tokenizer's.
@@ -132,10 +135,14 @@ def score_tokenizer(
         progress(count)
     if not count:
         raise UserError('there are no images to score')
-    scores = {name: value / count for name, value in totals.items()}
+    scores: dict[str, Any] = {name: value / count for name, value in totals.items()}
     scores['psnr'] = _decibels(scores.pop('error'))
     if network is not None:
         of_real = statistics.statistics(np.concatenate(features_of_real))
         of_decoded = statistics.statistics(np.concatenate(features_of_decoded))
         scores['rfid'] = statistics.frechet_distance(*of_decoded, *of_real)
+        note = statistics.note(count)
+        if note is not None:
+            scores['note'] = note
+    scores |= {'images': count, 'seed': seed}
     return scores

@@ -34,6 +34,7 @@ from sphere_ar_jax.training.run import Run, load_run
 
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
+_ROW = ('workdir', 'setting', 'num_images', 'evaluations', *SCORES)  # what scores.jsonl has
 _SOLVERS = ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama')
 
 # Settings by name: (keyword arguments of `plan.Options`, guidance scale).
@@ -301,8 +302,8 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
     os.makedirs(output, exist_ok=True)
     workdirs = [os.path.abspath(workdir) for workdir in workdirs]
     path = os.path.join(output, 'scores.jsonl')
-    rows = metric_writer.read_scalars(path)
-    # The file is written again without a line that a kill cut off.
+    rows = metric_writer.read_scalars(path, _ROW)
+    # The file is written again without lines that are damaged or cut off.
     with open(path, 'w') as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
     done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}

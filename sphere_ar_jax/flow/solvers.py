@@ -135,7 +135,12 @@ def dpmpp_2m(times: np.ndarray) -> Table:
         x ← (1 − s)/(1 − t)·x + (s − t·(1 − s)/(1 − t))·[D + (D − D_before)·Δλ/(2·Δλ_before)].
 
     The first step, the second (whose Δλ_before is infinite) and the last (whose Δλ is infinite) are
-    of first order, which keeps the second order of the whole. There is one evaluation per step.
+    of first order. There is one evaluation per step.
+
+    On a part of the path where λ is finite, the method is of second order. On the whole path its
+    error falls as log(n)/n²: λ is infinite at both ends, and beside them Δλ/Δλ_before stays away
+    from 1 however small the steps are, as in any method that is linear in λ. For data of a normal
+    distribution, twice 64 steps divide the error by 3.1 and twice 256 steps by 3.5, not by 4.
     Source: arXiv 2211.01095, algorithm 2, with α = t and σ = 1 − t.
 
     Args:

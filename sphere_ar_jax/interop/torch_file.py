@@ -47,6 +47,7 @@ from sphere_ar_jax.runtime.console import UserError
 MAX_BYTES = 2**26
 MAX_STEPS = 10**6
 MAX_DEPTH = 100
+MAX_LARGE_KEYS = 1000
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _CHUNK = 2**24
@@ -221,31 +222,48 @@ def _parameter(data: Any, *state: Any) -> Tensor:
     return data
 
 
-def _plain(value: Any) -> Any:
-    """Returns the value if it may be a key or a member of a set: a scalar, whose hash is quick."""
+def _plain(value: Any, others: int = 0) -> Any:
+    """Returns the value if it may be a key or a member of a set: a scalar, whose hash is quick.
+
+    Args:
+      value: the value.
+      others: number of keys or members that are there already.
+    """
     plain = type(value) in (str, bytes, int, float, bool, type(None))
     _require(plain, 'a key or a member of a set is no plain value')
-    # Python's hash of an integer n is n mod 2⁶¹ − 1. 40,000 keys of one hash take half a minute.
+    # The hash of a number is its remainder by 2⁶¹ − 1. Large numbers and fractions can be chosen so
+    # that thousands of them are looked for in the same places, one after another. Small whole
+    # numbers share too few places for that, and the hashes of texts have a secret in them.
     small = type(value) is not int or abs(value) < 2**60
     _require(small, 'a key or a member of a set is a huge number')
+    harmless = type(value) is not float and (type(value) is not int or abs(value) < 2**20)
+    message = f'a large number or a fraction is a key or a member among more than {MAX_LARGE_KEYS}'
+    _require(harmless or others < MAX_LARGE_KEYS, message)
     return value
+
+
+def _add(target: set[Any], items: Iterable[Any]) -> set[Any]:
+    """Adds members to a set, and returns it."""
+    for item in items:
+        target.add(_plain(item, len(target)))
+    return target
 
 
 def _plain_set(items: Iterable[Any]) -> set[Any]:
     """Stands for builtins.set."""
-    return set(map(_plain, items))
+    return _add(set(), items)
 
 
 def _plain_frozenset(items: Iterable[Any]) -> frozenset[Any]:
     """Stands for builtins.frozenset."""
-    return frozenset(map(_plain, items))
+    return frozenset(_add(set(), items))
 
 
 def _update(target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
     """Sets items of a dictionary."""
     _require(type(target) is dict, 'something that is no dictionary is given items')
     for key, value in pairs:
-        target[_plain(key)] = value
+        target[_plain(key, len(target))] = value
 
 
 def _dictionary(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
@@ -443,11 +461,11 @@ class _Unpickler(pickle._Unpickler):
     def load_additems(self) -> None:
         items = self.pop_mark()
         _require(type(self.stack[-1]) is set, 'something that is no set is added to')
-        self.stack[-1].update(map(_plain, items))
+        _add(self.stack[-1], items)
 
     def load_frozenset(self) -> None:
         items = self.pop_mark()
-        self.append(frozenset(map(_plain, items)))
+        self.append(_plain_frozenset(items))
 
     def _pop_argument(self) -> Any:
         """Takes the arguments of a call, or a state, from the stack.

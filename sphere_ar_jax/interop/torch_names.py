@@ -28,12 +28,13 @@ from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer, vae
 from sphere_ar_jax.models.backbones import Hybrid, vit
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.runtime.types import PyTree
 
 Array = TypeVar('Array', np.ndarray, jax.Array)
 Shape: TypeAlias = tuple[int, ...]
 
+MOST_NAMED = 20  # names of tensors of one kind in a message
 _BLOCK = {
     'attention/qkv/kernel': 'attention.wqkv.weight',
     'attention/out/kernel': 'attention.wo.weight',
@@ -172,31 +173,42 @@ def to_torch(params: PyTree) -> dict[str, np.ndarray]:
 
 
 def nearest_names(name: str, others: Iterable[str]) -> str:
-    """Gives ' (nearest: NAME)' for the name most like this one, '' where none is like it."""
+    """Gives ' (nearest: NAME)' for the name most like this one, '' where none is like it.
+
+    Names without end, which no model has, are like none.
+    """
+    if len(name) > 200:
+        return ''
     parts = set(name.split('.'))
 
     def common_parts(other: str) -> int:
         return len(parts & set(other.split('.')))
 
     # difflib is slow, so it sees only the names with most parts in common.
+    others = (other for other in others if len(other) <= 200)
     alike = sorted(others, key=common_parts, reverse=True)[:20]
     near = difflib.get_close_matches(name, alike, 1)
-    return f' (nearest: {near[0]})' if near else ''
+    return f' (nearest: {printable(near[0])})' if near else ''
 
 
 def _require_fit(tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     """Raises UserError unless the tensors have the names and shapes of `shapes`.
 
-    Its message has a line for each tensor that is missing, unexpected or of another shape.
+    Its message has a line for each tensor that is missing, unexpected or of another shape, up to
+    MOST_NAMED of each kind.
     """
     missing = sorted(set(shapes) - set(tensors))
     unexpected = sorted(set(tensors) - set(shapes))
     found = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
     misshaped = [name for name, shape in found.items() if shape != shapes[name]]
-    lines = [f'missing: {name}{nearest_names(name, unexpected)}' for name in missing]
-    lines += [f'unexpected: {name}{nearest_names(name, missing)}' for name in unexpected]
+    lines = [f'missing: {name}{nearest_names(name, unexpected)}' for name in missing[:MOST_NAMED]]
     lines += [
-        f'shape: {name} has {found[name]}, but the model needs {shapes[name]}' for name in misshaped
+        f'unexpected: {printable(name)}{nearest_names(name, missing)}'
+        for name in unexpected[:MOST_NAMED]
+    ]
+    lines += [
+        f'shape: {name} has {found[name]}, but the model needs {shapes[name]}'
+        for name in misshaped[:MOST_NAMED]
     ]
     if lines:
         summary = (
@@ -235,8 +247,8 @@ def from_torch(
       A tree like `like` of float32 NumPy arrays.
 
     Raises:
-      UserError: tensors are missing, unexpected or mis-shaped. The message lists them all; nothing
-        has been read then.
+      UserError: tensors are missing, unexpected or mis-shaped. The message counts them and names
+        the first; nothing has been read then.
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, transformer
 from sphere_ar_jax.models.backbones import vit
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, printable
 
 Value = TypeVar('Value')
+
+MAX_SIDE = 256  # tokens along a side of the grid; the published grids have 16
+MAX_STAGES = 12  # halvings of an image's side; the published S-VAE has 4
 
 
 def _is_state_dict(entry: Any) -> bool:
@@ -80,24 +83,27 @@ class Sizes(NamedTuple):
 
 
 def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int:
-    """Gives the length of a tensor's axis. Raises UserError if there is none, or it is empty."""
+    """Gives the length of a tensor's axis. Raises UserError if there is none, or it is empty.
+
+    A tensor with numbers cannot be larger than its file, so that no size found here is.
+    """
     shape = getattr(tensors.get(name), 'shape', None)
     if shape is None:
         nearest = torch_names.nearest_names(name, tensors)
         raise UserError(f'the checkpoint is no SphereAR model: it lacks {name}{nearest}')
-    if axis >= len(shape) or shape[axis] < 1:
+    if axis >= len(shape) or 0 in shape:
         raise UserError(f'the checkpoint is no SphereAR model: {name} has shape {tuple(shape)}')
     return shape[axis]
 
 
-def _count(tensors: Mapping[str, Any], prefix: str) -> int:
+def _count(tensors: Mapping[str, Any], prefix: str, most: int = 1000) -> int:
     """Counts the modules that are numbered under a prefix: 1 + the largest number there.
 
-    Raises UserError if there are none, or more than 1000.
+    Raises UserError if there are none, or more than `most`.
     """
     matches = (re.match(rf'{re.escape(prefix)}\.(\d{{1,9}})\.', name) for name in tensors)
     count = 1 + max((int(match[1]) for match in matches if match), default=-1)
-    if not 1 <= count <= 1000:
+    if not 1 <= count <= most:
         raise UserError(f'the checkpoint is no SphereAR model: it has {count} modules {prefix}.…')
     return count
 
@@ -114,7 +120,9 @@ def _agree(what: str, values: Mapping[str, Value | None]) -> Value | None:
     """
     known = {source: value for source, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
-        said = ', '.join(f'{value} by {source}' for source, value in known.items())
+        said = ', '.join(
+            f'{printable(str(value), 40)} by {source}' for source, value in known.items()
+        )
         raise UserError(f'{what} disagree: {said}')
     return next(iter(known.values()), None)
 
@@ -124,14 +132,19 @@ def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None
 
     Three sources may tell it, and must agree: the RoPE tables in `tensors`, the AR model's number
     of tokens, and the side of an image in pixels that `args` has. The last two are None where they
-    are not known.
+    are not known. Nothing is allocated by this number before it was compared with MAX_SIDE.
     """
     by_source: dict[str, int | None] = {
         name: _size(tensors, name, 0) - vit.NUM_REGISTERS for name in _rope_tables(tensors)
     }
     by_source['pos_for_diff'] = num_tokens
     if pixels is not None:
-        stages = _count(tensors, 'vae.encoder.patchify.0.net')
+        stages = _count(tensors, 'vae.encoder.patchify.0.net', MAX_STAGES)
+        if not 0 < pixels >> stages <= MAX_SIDE:
+            raise UserError(
+                f'args.image_size is {printable(str(pixels), 40)}, but an image has '
+                f'{1 << stages} to {MAX_SIDE << stages} pixels a side'
+            )
         by_source['args.image_size'] = (pixels >> stages) ** 2
     L = _agree('numbers of tokens', by_source)
     if L is None or L < 1 or math.isqrt(L) ** 2 != L:
@@ -139,6 +152,8 @@ def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None
         raise UserError(
             f'the grid of tokens cannot be told: their number is {number}, it must be a square'
         )
+    if L > MAX_SIDE**2:
+        raise UserError(f'the grid has {L} tokens, but may have {MAX_SIDE}×{MAX_SIDE}')
     return math.isqrt(L)
 
 
@@ -155,7 +170,7 @@ def _vae_sizes(
     size = functools.partial(_size, tensors)
     up = 'vae.decoder.unpatchify.1.net.{}.block.2.weight'
     down = 'vae.encoder.patchify.0.net.{}.block.2.weight'
-    stages = _count(tensors, 'vae.encoder.patchify.0.net')
+    stages = _count(tensors, 'vae.encoder.patchify.0.net', MAX_STAGES)
     width = size('vae.post_quant_proj.weight', 0)
     head_dims = {name: 2 * size(name, 1) for name in _rope_tables(tensors)}
     head_dim = _agree('head dimensions', head_dims)
@@ -245,7 +260,7 @@ def sizes(tensors: Mapping[str, Any], args: Any = None, heads: int | None = None
     given = args if isinstance(args, dict) else getattr(args, '__dict__', {})
     said = {key: value for key, value in given.items() if type(value) is int or key == 'model'}
     if not any(name.startswith('vae.') for name in tensors):
-        first = ', '.join(list(tensors)[:5])
+        first = ', '.join(printable(name, 60) for name in list(tensors)[:5])
         raise UserError(f'the checkpoint is no SphereAR model: it has no tensor vae.…, but {first}')
     if all(name.startswith('vae.') for name in tensors):
         return Sizes(_vae_sizes(tensors, None, said))

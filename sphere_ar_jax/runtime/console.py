@@ -230,6 +230,21 @@ def pick(parts: Mapping[str, Any], key: str, word: str) -> Any:
     return parts[word]
 
 
+def printable(text: str, most: int = 200) -> str:
+    """A text of a file, fit to be printed: short, in one line, and without signs for the terminal.
+
+    Args:
+      text: the text, of any length.
+      most: number of its characters that are shown.
+
+    Returns:
+      The text, escaped where a character is not printable, with '…' where it is cut.
+    """
+    part = text[:most]
+    shown = part if part.isprintable() else repr(part)[1:-1]
+    return shown if len(text) <= most else f'{shown}…'
+
+
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of an error's message, or the name of its class where it has no message.
 

@@ -15,9 +15,10 @@ import filelock
 from etils import epath
 
 from sphere_ar_jax.runtime import hosts
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 _CHECKED = 2**26  # bytes of compiled programs that one sweep decompresses at most
+_MOST_JSON_BYTES = 2**26
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -187,6 +188,28 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes a value as an indented JSON file, see `replace`."""
     write_bytes(path, (json.dumps(values, indent=2) + '\n').encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file of any origin.
+
+    Args:
+      path: the file; gs://… too.
+
+    Returns:
+      The value.
+
+    Raises:
+      OSError: the file cannot be read.
+      UserError: it holds something else, or is too large or too deep; the message is one line.
+    """
+    file = epath.Path(path)
+    if file.stat().length > _MOST_JSON_BYTES:
+        raise UserError(f'{path} has more bytes than any JSON file of a run')
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path} is no JSON file: {printable(first_line(error))}') from None
 
 
 def _owner(path: str) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -146,16 +146,43 @@ class MetricWriter:
                 stack.callback(self._file.close)
 
 
-def read_scalars(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _scalars(line: bytes, needed: Collection[str]) -> dict[str, Any] | None:
+    """A line as a dictionary, or None where it is damaged or lacks one of the names needed."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not all(name in found for name in needed):
+        return None
+    return found if isinstance(found.get('step', 0), int) else None
+
+
+def read_scalars(
+    path: str | os.PathLike[str], needed: Collection[str] = ('step',)
+) -> list[dict[str, Any]]:
     """Reads the lines of a `metrics.jsonl` as dictionaries; [] if there is no such file.
 
-    A line that was cut off when its process was killed is left out.
+    A line that was cut off when its process was killed is left out. So are damaged ones, which a
+    line on stderr counts.
+
+    Args:
+      path: the file.
+      needed: names that every line must have. A `step` must be a whole number.
+
+    Returns:
+      The whole lines, in order.
     """
-    lines = []
-    if epath.Path(path).exists():
-        for line in epath.Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return lines
+    if not epath.Path(path).exists():
+        return []
+    *lines, last = epath.Path(path).read_bytes().split(b'\n')
+    found = [_scalars(line, needed) for line in lines]
+    whole = [scalars for scalars in found if scalars is not None]
+    damaged = len(found) - len(whole)
+    if damaged and hosts.is_first():
+        print(
+            f'{path}: {damaged} of {len(found)} lines are damaged and left out',
+            file=sys.stderr,
+            flush=True,
+        )
+    end = _scalars(last, needed)
+    return whole if end is None else [*whole, end]

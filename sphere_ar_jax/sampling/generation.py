@@ -14,15 +14,21 @@ Dimensions:
   images are uint8 (n, H, W, c)
 """
 
+import contextlib
+import io
 import json
 import math
 import os
+import platform
+import re
 import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
+import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -30,12 +36,15 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import pixels
-from sphere_ar_jax.runtime import checkpoint, hosts
+from sphere_ar_jax.interop import npz
+from sphere_ar_jax.models.conditions import check_labels
+from sphere_ar_jax.runtime import checkpoint, console, hosts
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.files import replace, write_json
+from sphere_ar_jax.runtime.files import read_json, replace, write_bytes, write_json
 from sphere_ar_jax.sampling import on_mesh
 
 LABELS = ('uniform', 'balanced')
+_MOST_LABEL_BYTES = 2**30
 
 
 class Run(on_mesh.Models, Protocol):
@@ -80,20 +89,24 @@ def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:
         raise UserError(
             f'there is no file {path}; labels are uniform, balanced, or a file of whole numbers'
         )
-    npy = path.endswith('.npy')
-    try:
-        # The file is mapped, so that a wrong header takes no memory.
-        labels = np.load(path, mmap_mode='r') if npy else np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (ValueError, EOFError, OverflowError) as error:
-        raise UserError(f'{path} is no list of whole numbers: {error}') from None
-    if not isinstance(labels, np.ndarray):
-        raise UserError(f'{path} is an npz, but must be an npy or text')
+    if os.path.getsize(path) > _MOST_LABEL_BYTES:
+        raise UserError(f'{path} is no list of whole numbers: it has more than 1 GiB')
+    if path.endswith('.npy'):
+        labels = npz.read_npy(path)
+    else:
+        try:
+            labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
+        except (ValueError, OverflowError) as error:
+            why = console.printable(console.first_line(error))
+            raise UserError(f'{path} is no list of whole numbers: {why}') from None
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
         raise UserError(
             f'{path} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}'
         )
-    if not ((labels >= 0) & (labels < num_classes)).all():
-        raise UserError(f'{path}: labels must lie between 0 and {num_classes - 1}')
+    try:
+        check_labels(labels, num_classes)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
     return labels.astype(np.int32)
 
 
@@ -124,10 +137,51 @@ def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
 def _has_identity(path: str, identity: dict[str, Any]) -> bool:
     """Whether the JSON file at `path` holds this identity."""
     try:
-        with open(path) as f:
-            return json.load(f) == identity
-    except (OSError, ValueError):
+        return read_json(path) == identity
+    except (OSError, UserError):
         return False
+
+
+class _Part(NamedTuple):
+    """A file of consecutive images: an npy, and after it the CRC-32 of the whole npy.
+
+    Parts of earlier versions end with the npy.
+
+    Attributes:
+      path: the file.
+      start: number of its first image.
+      stop: number after its last image.
+    """
+
+    path: str
+    start: int
+    stop: int
+
+
+def _write_part(path: str, images: np.ndarray) -> None:
+    """Writes a part, whole or not at all."""
+    content = io.BytesIO()
+    np.save(content, images)
+    npy = content.getvalue()
+    checksum = zlib.crc32(npy).to_bytes(4, 'little')
+    write_bytes(path, npy + checksum)
+
+
+def _read_part(path: str) -> np.ndarray | None:
+    """The images (b, H, W, c) of a part, or None where its file is cut off or damaged."""
+    with open(path, 'rb') as f:
+        try:
+            images = npz.read_open_npy(f, path)
+        except UserError:
+            return None
+        end = f.tell()
+        checksum = f.read()
+        f.seek(0)
+        crc = zlib.crc32(f.read(end))
+    # A part of an earlier version has no checksum, but its length tells that it is whole.
+    if checksum not in (b'', crc.to_bytes(4, 'little')) or images.dtype != np.uint8:
+        return None
+    return images
 
 
 class _Parts:
@@ -135,8 +189,7 @@ class _Parts:
 
     Attributes:
       directory: where the files are.
-      done: number of images in them.
-      files: their paths, in order.
+      parts: those that are there and whole, in order.
     """
 
     def __init__(self, directory: str, identity: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -151,8 +204,8 @@ class _Parts:
           UserError: the directory holds samples of another identity.
         """
         self.directory = directory
-        self.done = 0
-        self.files: list[str] = []
+        self._shape = shape
+        self.parts: list[_Part] = []
         about = os.path.join(directory, 'about.json')
         if os.path.exists(about) and not _has_identity(about, identity):
             raise UserError(
@@ -160,30 +213,70 @@ class _Parts:
             )
         os.makedirs(directory, exist_ok=True)
         write_json(about, identity)
-        while os.path.exists(self._path(self.done)):
-            try:
-                part = np.load(self._path(self.done), mmap_mode='r')
-            except (ValueError, OSError, EOFError):
-                break  # The file was cut off; its images are drawn again.
-            is_image = part.dtype == np.uint8 and part.shape[1:] == shape[1:]
-            if not is_image or not 0 < len(part) <= shape[0] - self.done:
-                break
-            self.files.append(self._path(self.done))
-            self.done += len(part)
+        damaged = []
+        for name in sorted(os.listdir(directory)):
+            number = re.fullmatch(r'(\d{8,})\.npy', name)
+            if number is not None and not self._found(
+                os.path.join(directory, name), int(number[1])
+            ):
+                damaged.append(name)
+                os.remove(os.path.join(directory, name))
+        if damaged:
+            print(
+                f'{directory}: damaged files: {len(damaged)}, {damaged[0]} the first; '
+                'their images are drawn again',
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def _path(self, start: int) -> str:
-        """The file of the batch whose first image has the number `start`."""
-        return os.path.join(self.directory, f'{start:08d}.npy')
+    def _found(self, path: str, start: int) -> bool:
+        """Takes a file in as the next part. Returns whether it is whole."""
+        images = _read_part(path)
+        if images is None or images.shape[1:] != self._shape[1:] or not len(images):
+            return False
+        stop = start + len(images)
+        done = self.parts[-1].stop if self.parts else 0
+        if stop > self._shape[0]:
+            return False
+        if start >= done:  # else it repeats images of the part before
+            self.parts.append(_Part(path, start, stop))
+        return True
 
-    def add(self, images: np.ndarray) -> None:
-        """Writes the next batch."""
-        path = self._path(self.done)
-        replace(path, lambda f: np.save(f, images))
-        self.files.append(path)
-        self.done += len(images)
+    @property
+    def done(self) -> int:
+        """The number of images in the parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """The images that no part has, as (number of the first, number after the last)."""
+        edges = [0, *(edge for part in self.parts for edge in part[1:]), self._shape[0]]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [(start, stop) for start, stop in pairs if start < stop]
+
+    def add(self, start: int, images: np.ndarray) -> None:
+        """Writes a batch; `start` is the number of its first image."""
+        path = os.path.join(self.directory, f'{start:08d}.npy')
+        _write_part(path, images)
+        self.parts.append(_Part(path, start, start + len(images)))
+        self.parts.sort(key=lambda part: part.start)
+
+    def read(self) -> Iterator[bytes]:
+        """Yields the images of all parts in order.
+
+        Raises:
+          UserError: a file was damaged since it was found or written.
+        """
+        for part in self.parts:
+            images = _read_part(part.path)
+            if images is None or len(images) != part.stop - part.start:
+                raise UserError(
+                    f'{part.path} was damaged after it was written: the same command draws its '
+                    'images again'
+                )
+            yield images.tobytes()
 
 
-def _assemble(path: str, files: Sequence[str], shape: tuple[int, ...], labels: np.ndarray) -> None:
+def _assemble(path: str, parts: _Parts, shape: tuple[int, ...], labels: np.ndarray) -> None:
     """Writes the npz part by part: images as `arr_0`, labels as `arr_1`, for ADM's evaluator."""
 
     def write(f: IO[bytes]) -> None:
@@ -191,8 +284,8 @@ def _assemble(path: str, files: Sequence[str], shape: tuple[int, ...], labels: n
             with archive.open('arr_0.npy', 'w', force_zip64=True) as member:
                 header = {'descr': '|u1', 'fortran_order': False, 'shape': tuple(shape)}
                 np.lib.format.write_array_header_1_0(member, header)
-                for file in files:
-                    member.write(np.load(file).tobytes())
+                for content in parts.read():
+                    member.write(content)
             with archive.open('arr_1.npy', 'w', force_zip64=True) as member:
                 np.lib.format.write_array(member, labels)
 
@@ -201,9 +294,8 @@ def _assemble(path: str, files: Sequence[str], shape: tuple[int, ...], labels: n
 
 def images(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
     """Yields the images of a file that `generate` wrote, uint8 (H, W, c), reading one at a time."""
-    with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as f:
-        np.lib.format.read_magic(f)
-        (n, *shape), _, _ = np.lib.format.read_array_header_1_0(f)
+    with npz.open_archive(path) as archive, archive.open('arr_0.npy') as f:
+        n, *shape = npz.read_header(f).shape
         for _ in range(n):
             yield np.frombuffer(f.read(math.prod(shape)), np.uint8).reshape(shape)
 
@@ -220,6 +312,88 @@ def _begin(path: str, identity: dict[str, Any], shape: tuple[int, ...]) -> _Part
     return None
 
 
+@contextlib.contextmanager
+def _owned(path: str) -> Iterator[None]:
+    """Context in which no other process draws samples to a path. Only the first process asks.
+
+    Nothing is asked where the file is there already, because nothing will be drawn. The kernel
+    holds the lock, so that it ends with the process. The file PATH.lock is removed.
+
+    Raises:
+      UserError: another process draws to it now; the message names that process.
+    """
+    if not hosts.is_first() or os.path.exists(path):
+        yield
+        return
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    name = f'{path}.lock'
+    lock = filelock.FileLock(name, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        with contextlib.suppress(OSError), open(name, errors='replace') as f:
+            owner = console.printable(f.read(200).strip())
+        raise UserError(
+            f'another process draws samples to {path} ({owner or "unknown"}): wait for it, or take '
+            'another --output'
+        ) from None
+    try:
+        with open(name, 'w') as f:
+            f.write(f'process {os.getpid()} on {platform.node()}\n')
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(name)
+        lock.release()
+
+
+def _tell_all(gaps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The gaps that the first process gives. All processes must call it."""
+    count = hosts.from_first(len(gaps))
+    mine = gaps if hosts.is_first() else [(0, 0)] * count
+    return [(hosts.from_first(start), hosts.from_first(stop)) for start, stop in mine]
+
+
+def _draw_gap(
+    run: Run,
+    labels: np.ndarray,
+    gap: tuple[int, int],
+    add: Callable[[int, np.ndarray], None],
+    **drawing: Any,
+) -> None:
+    """Draws the images of a gap, and gives each batch to `add` while the next is computed.
+
+    Args:
+      run: both models and their config.
+      labels: labels of all images.
+      gap: number of the first image, and number after the last.
+      add: called with the number of a batch's first image, and its images.
+      **drawing: options of `on_mesh.draw_batches`.
+
+    Raises:
+      NonFiniteSamples: an image is not finite; the batches before are written.
+    """
+    start, stop = gap
+    running = None
+    sampler = build.build_sampler(run.config)
+
+    def write(batch: jax.Array, finite: jax.Array, first: int) -> None:
+        kept = hosts.gather(finite)[: stop - first]
+        on_mesh.require_finite(kept, first, '; those before them are kept')
+        add(first, hosts.gather(batch)[: stop - first])
+
+    batches = on_mesh.draw_batches(run, sampler, labels, start=start, stop=stop, **drawing)
+    for first, drawn, _ in batches:
+        batch = pixels.to_uint8(drawn)
+        finite = on_mesh.are_finite(drawn)
+        if running is not None:
+            write(*running)
+        # Waiting here leaves at most one unfinished batch for a kill to take.
+        running = (jax.block_until_ready(batch), finite, first)
+    if running is not None:
+        write(*running)
+
+
 def generate(
     run: Run,
     labels: np.ndarray,
@@ -233,9 +407,10 @@ def generate(
     """Draws an image for each label and writes them to an npz.
 
     The npz holds `arr_0`, uint8 (n, H, W, c), and `arr_1`, the labels. Batches lie in `PATH.parts`
-    until all of them are there, so that a run that was killed goes on after the last one. The file
-    appears whole or not at all. If it exists already and has the same settings, nothing is done.
-    While a batch is computed, the one before is written.
+    until all of them are there, so that a run that was killed goes on after the last one. Each has
+    a checksum, and those that are damaged are drawn again. The file appears whole or not at all. If
+    it exists already and has the same settings, nothing is done. While a batch is computed, the one
+    before is written.
 
     Args:
       run: both models and their config.
@@ -247,37 +422,43 @@ def generate(
       progress: called with the number of images done, at first with those of earlier starts.
 
     Raises:
-      UserError: there are samples of other settings at the path.
+      UserError: there are samples of other settings at the path, or another process draws there.
+      NonFiniteSamples: an image is not finite; what was drawn before is kept.
+      ValueError: the model does not know the labels.
     """
+    run.ar.condition.check(labels)
+    with _owned(path):
+        _generate(run, labels, seed, path, batch_size, mesh, progress)
+
+
+def _generate(
+    run: Run,
+    labels: np.ndarray,
+    seed: int,
+    path: str,
+    batch_size: int,
+    mesh: Mesh,
+    progress: Callable[[int], None],
+) -> None:
+    """Does what `generate` does, without its lock."""
     n = len(labels)
     shape = (n, *run.vae.image_shape)
     identity = _identity(run, labels, seed)
     parts = _begin(path, identity, shape) if hosts.is_first() else None
-    done = hosts.from_first(n if parts is None else parts.done)
+    gaps = _tell_all(parts.gaps() if parts is not None else [])
+    done = n - sum(stop - start for start, stop in gaps)
     progress(done)
-    if done == n and parts is None:
-        return
 
-    def write(batch: jax.Array, first: int) -> None:
-        images = hosts.gather(batch)[: n - first]
+    def add(first: int, images: np.ndarray) -> None:
+        nonlocal done
         if parts is not None:
-            parts.add(images)
-        progress(first + len(images))
+            parts.add(first, images)
+        done += len(images)
+        progress(done)
 
-    running = None
-    sampler = build.build_sampler(run.config)
-    batches = on_mesh.draw_batches(
-        run, sampler, labels, seed=seed, batch_size=batch_size, mesh=mesh, start=done
-    )
-    for start, drawn, _ in batches:
-        batch = pixels.to_uint8(drawn)
-        if running is not None:
-            write(*running)
-        # Waiting here leaves at most one unfinished batch for a kill to take.
-        running = (jax.block_until_ready(batch), start)
-    if running is not None:
-        write(*running)
+    for gap in gaps:
+        _draw_gap(run, labels, gap, add, seed=seed, batch_size=batch_size, mesh=mesh)
     if parts is not None:
         write_json(f'{path}.json', identity)
-        _assemble(path, parts.files, shape, labels)
+        _assemble(path, parts, shape, labels)
         shutil.rmtree(parts.directory)

@@ -10,10 +10,11 @@ Dimensions:
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -21,9 +22,10 @@ from jax.typing import ArrayLike
 from sphere_ar_jax.config.build import Sampler
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
-from sphere_ar_jax.models.conditions import Labels
+from sphere_ar_jax.models.conditions import Condition, Labels
 from sphere_ar_jax.models.vae import VAE, draw_tokens
 from sphere_ar_jax.runtime import hosts, sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling.tokens import sample_tokens
 
@@ -52,14 +54,83 @@ def _nothing(done: int) -> None:
     """Reports progress to nobody."""
 
 
-def _arrays(labels: PyTree) -> PyTree:
-    """Labels as a tree of NumPy arrays; whole numbers become int32, and a list is one array."""
+class NonFiniteSamples(UserError):
+    """Images hold numbers that are not finite, so that there is nothing to show of them.
 
-    def array(a: ArrayLike | list) -> np.ndarray:
-        a = np.asarray(a)
+    Attributes:
+      indices: the numbers of these images.
+    """
+
+    def __init__(self, indices: Sequence[int], first: int, stop: int, kept: str = '') -> None:
+        """Makes the error and its message.
+
+        Args:
+          indices: the numbers of these images.
+          first: number of the first image of their batch.
+          stop: number after the last image of their batch.
+          kept: a further clause of the message.
+        """
+        named = ', '.join(str(i) for i in indices[:10])
+        more = ', …' if len(indices) > 10 else ''
+        super().__init__(
+            f'{len(indices)} of the images {first} to {stop - 1} are not finite '
+            f'(numbers {named}{more}), so that none of these is written{kept}; the weights, '
+            'guidance_scale or temperature may be too large, or dtype too small'
+        )
+        self.indices = list(indices)
+
+
+@jax.jit
+def are_finite(images: jax.Array) -> jax.Array:
+    """Tells which images (B, …) hold finite numbers alone, (B,) bool."""
+    return jnp.isfinite(images).all(tuple(range(1, images.ndim)))
+
+
+def require_finite(finite: np.ndarray, first: int, kept: str = '') -> None:
+    """Refuses a batch in which an image is not finite.
+
+    Args:
+      finite: (B,) bool, from `are_finite`.
+      first: number of the first image of the batch.
+      kept: a further clause of the message.
+
+    Raises:
+      NonFiniteSamples: an image is not finite.
+    """
+    if not finite.all():
+        indices = (first + np.flatnonzero(~finite)).tolist()
+        raise NonFiniteSamples(indices, first, first + len(finite), kept)
+
+
+def _checked(condition: Condition, labels: PyTree) -> PyTree:
+    """Labels as a tree of NumPy arrays, a list as one array; whole numbers become int32.
+
+    Raises:
+      ValueError: the model does not know the labels; the message is one line.
+    """
+
+    def narrow(a: np.ndarray) -> np.ndarray:
         return a.astype(np.int32) if a.dtype.kind in 'iu' else a
 
-    return jax.tree.map(array, labels, is_leaf=lambda a: isinstance(a, list))
+    arrays = jax.tree.map(np.asarray, labels, is_leaf=lambda a: isinstance(a, list))
+    condition.check(arrays)
+    return jax.tree.map(narrow, arrays)
+
+
+def _noise_numbers(index: ArrayLike | None, n: int) -> np.ndarray:
+    """The numbers (n,) int32 of the images' noise, see `draw_batches`.
+
+    Raises:
+      UserError: they are not n whole numbers below 2³¹.
+    """
+    numbers = np.arange(n) if index is None else np.asarray(index)
+    whole = numbers.dtype.kind in 'iu' and numbers.shape == (n,)
+    if not whole or numbers.min() < 0 or numbers.max() >= 2**31:
+        raise UserError(
+            f'index must be {n} whole numbers from 0 to {2**31 - 1}, '
+            f'but is {numbers.dtype} {numbers.shape}'
+        )
+    return numbers.astype(np.int32)
 
 
 def _count(labels: PyTree) -> int:
@@ -120,6 +191,9 @@ def reconstruct(
     Returns:
       (reconstructions (n, H, W, c), the posterior's statistics over all images). Every process gets
         all of them.
+
+    Raises:
+      NonFiniteSamples: a reconstruction is not finite.
     """
     # The key goes as numbers, since keys cannot be put on other processes' devices.
     key_data = np.asarray(jax.random.key_data(key))
@@ -132,6 +206,8 @@ def reconstruct(
         rows = _rows_of_process(start, size, n, mesh)
         batch = sharding.place_batch(mesh, (images[rows], index[rows]))
         results = sharding.on_each_device(autoencoder(vae), mesh, frozen, batch)
+        finite = hosts.gather(are_finite(results[0]))[: n - start]
+        require_finite(finite, first + start)
         parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
     recon, q = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     return recon, {name: float(value) for name, value in q.statistics().items()}
@@ -236,6 +312,7 @@ def draw_batches(
     batch_size: int = 250,
     mesh: Mesh | None = None,
     start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
     """Draws one image per label, batch by batch; every command that samples goes through here.
 
@@ -252,27 +329,28 @@ def draw_batches(
       batch_size: B. It is lowered to n if it is larger, then rounded up to a multiple of the mesh's
         devices.
       mesh: devices that draw; None stands for all devices.
-      start: number of the first image, a multiple of the batch size.
+      start: number of the first image to draw.
+      stop: number after the last image to draw; None stands for n.
 
     Yields:
       (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of
         each batch, which is computed in the background. The caller must leave out the rows of the
-        last batch that go beyond n.
+        last batch that go beyond `stop`, and ask `are_finite` before it writes the others.
 
     Raises:
-      ValueError: the model does not know the labels; the message is one line.
+      ValueError: the model does not know the labels, or the index has no number for each; the
+        message is one line.
     """
-    labels = _arrays(labels)
-    models.ar.condition.check(labels)
+    labels = _checked(models.ar.condition, labels)
     mesh = sharding.make_mesh() if mesh is None else mesh
     ar, ar_params = unstacked(models.ar, models.ar_params)
     draw = program(ar, models.vae, sampler.options, mesh)
     vae_params = jax.device_put(models.vae_params, sharding.whole(mesh))  # Once for all batches.
     n = _count(labels)
-    index = np.arange(n, dtype=np.int32) if index is None else _arrays(index)
+    index = _noise_numbers(index, n)
     key = sampling_key(seed)
     size = sharding.whole_rows(mesh, min(batch_size, n))
-    for first in range(start, n, size):
+    for first in range(start, n if stop is None else stop, size):
         rows = _rows_of_process(first, size, n, mesh)
         batch = sharding.place_batch(
             mesh, jax.tree.map(lambda a, rows=rows: a[rows], (labels, index))
@@ -308,15 +386,21 @@ def sample_images(
 
     Returns:
       (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)). Every process gets all of
-        them.
+        them. All numbers are finite.
+
+    Raises:
+      ValueError: see `draw_batches`.
+      NonFiniteSamples: an image is not finite.
     """
-    n = _count(_arrays(labels))
+    labels = _checked(models.ar.condition, labels)
+    n = _count(labels)
     batches = draw_batches(
         models, sampler, labels, seed=seed, index=index, batch_size=batch_size, mesh=mesh
     )
     images = []
     tokens = []
     for first, drawn, z in batches:
+        require_finite(hosts.gather(are_finite(drawn))[: n - first], first)
         images.append(hosts.gather(drawn)[: n - first])
         tokens.append(hosts.gather(z)[: n - first])
         progress(min(first + len(drawn), n))

@@ -55,8 +55,11 @@ def sample_tokens(
       z (B, L, d) float32.
 
     Raises:
-      ValueError: an argument has no use or is missing, or the noise has other shapes.
+      ValueError: an argument has no use or is missing, the noise has other shapes, or the model
+        does not know the labels, where these are not traced.
     """
+    if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(labels)):
+        ar.condition.check(labels)
     guided = options.guidance is not None
     if guided != (guidance_scale is not None):
         raise ValueError('give guidance_scale with a guidance schedule, and only then')

@@ -22,32 +22,38 @@ def _unit_scale(z: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(scale)
 
 
-def _norm(z: jax.Array) -> jax.Array:
-    """‖z‖ over the last axis (kept), without overflow; its derivative at 0 is 0."""
+def _shrunk_norm(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A power of two h ≤ 1 and h·‖z‖ over the last axis (kept).
+
+    h·‖z‖ is finite for every finite z, also where ‖z‖ is not. Where all |z| are below 1, h is 1.
+    Scaling by h is exact. The derivative of the norm at 0 is 0.
+    """
     s = _unit_scale(z)
+    h = jnp.minimum(s, 1)
     square = jnp.sum(jnp.square(z * s), axis=-1, keepdims=True)
     positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) / s
+    return h, jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) / (s / h)
 
 
 @jax.custom_jvp
 def _normalize(z: jax.Array) -> jax.Array:
     """`l2_normalize` in the dtype of z."""
-    return z / jnp.maximum(_norm(z), jnp.asarray(EPS, z.dtype))
+    h, norm = _shrunk_norm(z)
+    return (h * z) / jnp.maximum(norm, h * jnp.asarray(EPS, z.dtype))
 
 
 @_normalize.defjvp
 def _normalize_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangent projection (I − uuᵀ) ż / max(‖z‖, EPS), u = z/‖z‖."""
+    """The tangent projection (I − uuᵀ) ż / max(‖z‖, EPS), u = z/‖z‖; ż and the norm times h."""
     (z,) = primals
-    (z_dot,) = tangents
-    norm = _norm(z)
+    h, norm = _shrunk_norm(z)
+    z_dot = h * tangents[0]
     w = z * _unit_scale(z)
     # Below EPS the value is linear in z. There the slope of the direction, which reaches 1e37, must
     # not enter higher derivatives.
-    w = jnp.where(norm < EPS, jax.lax.stop_gradient(w), w)
+    w = jnp.where(norm < h * EPS, jax.lax.stop_gradient(w), w)
     # First a multiple of w is subtracted from ż, so that ż becomes 0 where |w| is largest. This
     # does not change the projection. But it makes a radial ż exactly 0, in whatever order the sums
     # below are added up.
@@ -57,7 +63,7 @@ def _normalize_jvp(
     rest = z_dot - multiple * w
     square = jnp.sum(w * w, axis=-1, keepdims=True)
     radial = jnp.sum(w * rest, axis=-1, keepdims=True) / jnp.where(square > 0, square, 1)
-    tangent = (rest - radial * w) / jnp.maximum(norm, jnp.asarray(EPS, z.dtype))
+    tangent = (rest - radial * w) / jnp.maximum(norm, h * jnp.asarray(EPS, z.dtype))
     return _normalize(z), tangent
 
 
@@ -66,7 +72,7 @@ def l2_normalize(z: ArrayLike) -> jax.Array:
 
     The derivative is the exact tangent projection `(I − uuᵀ) ż / max(‖z‖, 1e-7)`, u = z/‖z‖. A
     radial tangent gives exactly 0. This holds below 1e-7 too, where the derivative of the clamped
-    quotient would let it through. The value is finite for every finite z, 0 and 1e30 included, and
+    quotient would let it through. The value is finite for every finite z, 0 and 3e38 included, and
     so are its forward, reverse and higher derivatives. See `docs/method.md`, "Sphere and
     projection".
 

@@ -448,6 +448,8 @@ def test_digits_are_scored_again(tuned, capsys):
     with libraries_promote():
         _main('--mode=evaluate', f'--workdir={workdir}')
     written = json.loads((workdir / 'evaluation.json').read_text())
+    assert written.pop('seed') == json.loads((workdir / 'config.json').read_text())['seed']
+    assert written.pop('sampling')['num_steps'] == 2
     assert written == {
         name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))
     }

@@ -402,6 +402,10 @@ def test_evaluate_puts_the_scores_together():
     shares = precision_recall.precision_recall(reference.features.pool, samples.features.pool)
     expected |= dict(zip(('precision', 'recall'), shares, strict=True))
     seconds = found.pop('seconds')
+    said = {key: found.pop(key) for key in ('samples', 'reference', 'settings', 'note')}
+    assert (said['samples'], said['reference']) == ({'images': 60}, {'images': 80})
+    assert said['settings']['batch_size'] == 64
+    assert said['note'].startswith('FID of 60 images is biased upwards')
     assert (
         set(seconds) == {'fid', 'sfid', 'inception_score', 'precision_recall'}
         and min(seconds.values()) >= 0
@@ -411,9 +415,66 @@ def test_evaluate_puts_the_scores_together():
     )
     assert parts[-1] == ('precision_recall', 3, 3)
     without = protocol.evaluate(samples, reference._replace(features=None), None)
-    assert {k: v for k, v in without.items() if k != 'seconds'} == {
+    assert without['reference'] == {'images': None}
+    assert {k: v for k, v in without.items() if isinstance(v, float)} == {
         k: found[k] for k in ('fid', 'sfid', 'inception_score')
     }
+
+
+@pytest.mark.parametrize(
+    'counts, number',
+    [((10,), 10), ((9_999,), 9_999), ((10_000,), None), ((50_000, None), None), ((None,), None),
+     ((50_000, 5_000), 5_000)],
+)  # fmt: skip
+def test_a_note_where_images_are_few(counts, number):
+    note = statistics.note(*counts)
+    if number is None:
+        assert note is None
+    else:
+        assert note.startswith(f'FID of {number} images is biased upwards and cannot be compared')
+
+
+def _fake_features(batches, params, *, batch_size, progress):
+    """Features of the protocol's widths, without a network."""
+    images = np.concatenate(list(batches))
+    rng = np.random.default_rng(len(images))
+    return inception.Features(
+        rng.normal(size=(len(images), inception.POOL)),
+        rng.normal(size=(len(images), inception.SPATIAL)),
+        rng.normal(size=(len(images), 8)),
+    )
+
+
+def test_a_result_says_what_it_was_taken_from(tmp_path, monkeypatch):
+    """Number of images, files, and the seed and sampler that lie beside samples."""
+    monkeypatch.setattr(protocol, 'extract', _fake_features)
+    monkeypatch.setattr(statistics, 'frechet_distance', lambda *moments: 1.5)
+    path = tmp_path / 's.npz'
+    np.savez(path, arr_0=np.zeros((6, 4, 4, 3), np.uint8))
+    real = tmp_path / 'r.npz'
+    np.savez(real, arr_0=np.zeros((5, 4, 4, 3), np.uint8))
+    sampling = {'num_images': 6, 'guidance_scale': 1.5}
+    about = {'seed': 3, 'dtype': 'float32', 'sampling': sampling, 'labels': 1}
+    (tmp_path / 's.npz.json').write_text(json.dumps(about))
+    found = protocol.evaluate(path, real, None)
+    del about['labels']
+    assert found['samples'] == {'images': 6, 'file': str(path), **about}
+    assert found['reference'] == {'images': 5, 'file': str(real)}
+    assert found['note'].startswith('FID of 5 images')
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    'beside, said',
+    [('{"seed": 3, "sampling": {"num_images": 7}}', 0), ('[]', 0), ('{"seed": ', 1)],
+)
+def test_settings_of_other_samples_are_left_out(tmp_path, monkeypatch, capsys, beside, said):
+    monkeypatch.setattr(protocol, 'extract', _fake_features)
+    path = tmp_path / 's.npz'
+    np.savez(path, arr_0=np.zeros((6, 4, 4, 3), np.uint8))
+    (tmp_path / 's.npz.json').write_text(beside)
+    assert protocol.summarize(path, None).describe() == {'images': 6, 'file': str(path)}
+    assert len(capsys.readouterr().err.splitlines()) == said
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
@@ -444,7 +505,10 @@ def test_the_command_scores_two_files(tmp_path, capsys):
         f'--weights={tmp_path / "weights.pb"}',
     ]
     fidelity.main([*command, '--batch_size=2'])
-    scores = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1].startswith('FID of 5 images is biased upwards')
+    scores = json.loads(shown.out)
+    assert scores['samples']['images'] == 5
     assert scores['fid'] == pytest.approx(0, abs=1e-6) and scores['sfid'] == pytest.approx(
         0, abs=1e-6
     )

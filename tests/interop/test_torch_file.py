@@ -175,6 +175,16 @@ def test_other_files_are_refused_by_name(tmp_path):
         torch_file.open_file(tmp_path / 'absent.pt')
 
 
+def test_few_keys_may_be_large_numbers_or_fractions(tmp_path):
+    """As those of a scheduler's milestones."""
+    numbers = [3_000_000, -(2**59), 7]
+    value = b'}(' + b''.join(w.number(n) + b'N' for n in numbers) + b'u'
+    fraction = b'}G' + struct.pack('>d', 0.3) + b'Ns'
+    path = tmp_path / 'a.pt'
+    path.write_bytes(w.zip_file(b'(' + value + fraction + b't'))
+    assert torch_file.open_file(path) == (dict.fromkeys(numbers), {0.3: None})
+
+
 @pytest.mark.parametrize('what', fuzz.HOSTILE)
 def test_hostile_files_are_refused_by_name(tmp_path, what):
     containers = (w.zip_file,) if what.startswith('many') else (w.zip_file, w.stream_file)

@@ -118,6 +118,48 @@ def test_a_tokenizer_alone_needs_to_say_its_grid(torch_tensors):
     assert torch_sizes.sizes(tensors, argparse.Namespace(image_size=64)).vae['grid'] == (4, 4)
 
 
+HUGE = (2**60, 2**200, 2**13 << 1, 0, -64)
+
+
+@pytest.mark.parametrize('image_size', HUGE)
+def test_a_grid_without_end_is_refused_before_anything_is_made(torch_tensors, image_size):
+    """A tokenizer's own file has no table that would contradict `args`."""
+    tensors = {
+        k: v for k, v in torch_tensors.items() if k.startswith('vae.') and 'freqs_cis' not in k
+    }
+    with pytest.raises(UserError, match=r'^args.image_size is .*, but an image has'):
+        torch_sizes.sizes(tensors, argparse.Namespace(image_size=image_size))
+
+
+@pytest.mark.parametrize(
+    'name, shape, message',
+    [
+        ('pos_for_diff.weight', (2**40, 0), r'pos_for_diff.weight has shape \(1099511627776, 0\)'),
+        ('cls_embedding.weight', (2**47, 0), 'cls_embedding.weight has shape'),
+        ('pos_for_diff.weight', (2**18, 64), 'the grid has 262144 tokens, but may have 256×256'),
+    ],
+)
+def test_sizes_without_numbers_behind_them_are_refused(torch_tensors, name, shape, message):
+    tensors = {k: v for k, v in torch_tensors.items() if 'freqs_cis' not in k}
+    tensors[name] = jax.ShapeDtypeStruct(shape, np.float32)
+    with pytest.raises(UserError, match=message):
+        torch_sizes.sizes(tensors)
+
+
+def test_names_of_a_file_are_printed_short_and_without_escapes(torch_tensors, tiny_vae):
+    bad = '\x1b[31m' + 'x.' * 20_000_000
+    a = np.zeros(1)
+    with pytest.raises(UserError) as error:
+        torch_sizes.sizes({bad: a})
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+    names = {f'vae.{i}{bad[:100_000]}': a for i in range(30)}
+    with pytest.raises(UserError) as error:
+        torch_names.from_torch(dict(torch_tensors) | names, tiny_vae[1])
+    lines = str(error.value).split('\n')
+    assert '30 unexpected' in lines[0] and len(lines) == 1 + torch_names.MOST_NAMED
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+
+
 def test_state_dict_picks_and_strips(torch_tensors):
     a = np.zeros(1)
     b = np.ones(1)

@@ -11,6 +11,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto import event_pb2
 
+from sphere_ar_jax.evaluation import page
 from sphere_ar_jax.runtime import files, hosts, metric_writer
 
 
@@ -61,6 +62,57 @@ def test_a_resumed_run_drops_later_lines_and_a_torn_one(tmp_path):
         (4, 4),
         (6, 0.5),
     ]
+
+
+LINES = [json.dumps({'step': step, 'loss': 0.5 * step}).encode() + b'\n' for step in (2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        b'{"step": 4, "loss": 2.0',
+        b'{"step": 4, "loss": 2.\xff}',
+        b'{"s\xf4ep": 4, "loss": 2.0}',
+        b'{"stfp": 4, "loss": 2.0}',
+        b'{"step": "4", "loss": 2.0}',
+        b'[' * 100_000,
+        b'7',
+        b'',
+        b'\0' * 30,
+    ],
+)
+def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys, bad):
+    """Those around them stay, and so they do when the run goes on."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(LINES[0] + bad + b'\n' + LINES[2])
+    assert [line['step'] for line in metric_writer.read_scalars(path)] == [2, 6]
+    assert capsys.readouterr().err == f'{path}: 1 of 3 lines are damaged and left out\n'
+    writer = metric_writer.MetricWriter(tmp_path, 'stage', 6, 10)
+    writer.write(8, {'loss': 4.0}, ())
+    writer.close()
+    capsys.readouterr()
+    assert [line['step'] for line in metric_writer.read_scalars(path)] == [2, 6, 8]
+    assert capsys.readouterr().err == ''
+
+
+def test_any_flipped_bit_of_the_file(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    content = b''.join(LINES)
+    for at in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            found = metric_writer.read_scalars(path)
+            assert len(found) >= 1 and all(isinstance(line['step'], int) for line in found)
+
+
+def test_curves_of_a_damaged_file(tmp_path):
+    (tmp_path / 'ar').mkdir()
+    lines = [*LINES[:2], b'{"step": 5, "loss": "x"}\n', b'{"step": 5, "lo\xff\n', LINES[2]]
+    (tmp_path / 'ar' / 'metrics.jsonl').write_bytes(b''.join(lines))
+    page.save_curves(tmp_path / 'curves.png', str(tmp_path))
+    assert (tmp_path / 'curves.png').read_bytes()[:4] == b'\x89PNG'
 
 
 def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):

@@ -216,11 +216,25 @@ def whole(run, labels, tmp_path_factory):
     return _generate(run, labels, tmp_path_factory.mktemp('whole') / 'a.npz')[0]
 
 
+def _flipped(content, at):
+    """Bytes with one bit flipped."""
+    content = bytearray(content)
+    content[at] ^= 4
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
-    'damage', [lambda b: b[:-1], lambda b: b[:9], lambda b: b'', lambda b: b'\0' * len(b)],
-    ids=['one byte short', 'in the header', 'empty', 'zeros'],
+    'damage', [
+        lambda b: b[:-1], lambda b: b[:-5], lambda b: b[:9], lambda b: b'',
+        lambda b: b'\0' * len(b), lambda b: _flipped(b, 130), lambda b: _flipped(b, -9),
+        lambda b: _flipped(b, -1), lambda b: _flipped(b, 70), lambda b: b + b'\0',
+    ],
+    ids=[
+        'one byte short', 'five bytes short', 'in the header', 'empty', 'zeros', 'a bit of a pixel',
+        'a bit of the last pixel', 'a bit of the checksum', 'a bit of the header', 'one byte more',
+    ],
 )  # fmt: skip
-def test_a_part_that_is_cut_off_is_drawn_again(run, labels, whole, tmp_path, damage):
+def test_a_damaged_part_alone_is_drawn_again(run, labels, whole, tmp_path, capsys, damage):
     path = tmp_path / 'a.npz'
     calls = []
     with pytest.raises(_Stop):
@@ -228,8 +242,120 @@ def test_a_part_that_is_cut_off_is_drawn_again(run, labels, whole, tmp_path, dam
     part = tmp_path / 'a.npz.parts' / '00000004.npy'
     part.write_bytes(damage(part.read_bytes()))
     images, _ = _generate(run, labels, path, progress=calls.append)
-    assert calls[0] == 4
+    assert calls == [8, 12, 16, 20]  # the parts before and after it are kept
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and '00000004.npy' in said[0] and 'drawn again' in said[0]
     np.testing.assert_array_equal(images, whole)
+
+
+def test_a_part_that_is_damaged_before_all_are_put_together(run, labels, whole, tmp_path):
+    path = tmp_path / 'a.npz'
+    part = tmp_path / 'a.npz.parts' / '00000008.npy'
+
+    def damage_at_the_end(done):
+        if done == N:
+            part.write_bytes(_flipped(part.read_bytes(), 200))
+
+    with pytest.raises(UserError, match=r'00000008.npy was damaged .* the same command draws'):
+        _generate(run, labels, path, progress=damage_at_the_end)
+    assert not path.exists()
+    calls = []
+    images, _ = _generate(run, labels, path, progress=calls.append)
+    assert calls == [16, 20]
+    np.testing.assert_array_equal(images, whole)
+
+
+def test_parts_of_earlier_versions_have_no_checksum_and_are_taken(run, labels, whole, tmp_path):
+    path = tmp_path / 'a.npz'
+    with pytest.raises(_Stop):
+        _generate(run, labels, path, progress=_stop_at(8))
+    for start in (0, 4):
+        with open(tmp_path / 'a.npz.parts' / f'{start:08d}.npy', 'wb') as f:
+            np.save(f, whole[start : start + 4])
+    calls = []
+    images, _ = _generate(run, labels, path, progress=calls.append)
+    assert calls == [8, 12, 16, 20]
+    np.testing.assert_array_equal(images, whole)
+
+
+def _with_a_broken_class(run, number):
+    """The run with NaN in the tokens of one class, so that its images alone are not finite."""
+    table = np.array(run.ar_params['cls_embedding'])
+    table[number] = np.nan
+    return run._replace(ar_params={**run.ar_params, 'cls_embedding': table})
+
+
+def test_images_that_are_not_finite_are_never_written(run, tmp_path):
+    broken = _with_a_broken_class(run, 7)
+    labels = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9, 7, 1, 7, 0, 1, 2, 3, 4, 5, 6, 8], np.int32)
+    path = tmp_path / 'a.npz'
+    for begun in (0, 8):  # the second start goes on from what is finite
+        calls = []
+        with pytest.raises(
+            on_mesh.NonFiniteSamples,
+            match=r'^2 of the images 8 to 11 are not finite \(numbers 9, 11\).*are kept;',
+        ) as error:
+            _generate(broken, labels, path, progress=calls.append)
+        assert error.value.indices == [9, 11] and '\n' not in str(error.value)
+        assert isinstance(error.value, UserError)  # the exit code is 2
+        assert calls == list(range(begun, 9, 4))
+    parts = tmp_path / 'a.npz.parts'
+    assert sorted(f.name for f in parts.iterdir()) == ['00000000.npy', '00000004.npy', 'about.json']
+    assert not path.exists() and not (tmp_path / 'a.npz.lock').exists()
+
+
+def test_sampled_arrays_that_are_not_finite_are_refused(run):
+    broken = _with_a_broken_class(run, 7)
+    with pytest.raises(on_mesh.NonFiniteSamples, match='2 of the images 4 to 6') as error:
+        on_mesh.sample_images(
+            broken, build.build_sampler(run.config), [1, 2, 3, 4, 7, 1, 7], seed=0, batch_size=4,
+            mesh=sharding.make_mesh(1),
+        )  # fmt: skip
+    assert error.value.indices == [4, 6]
+
+
+def test_ten_images_that_are_not_finite_are_named():
+    finite = np.arange(16) >= 12
+    with pytest.raises(on_mesh.NonFiniteSamples) as error:
+        on_mesh.require_finite(finite, 100)
+    assert error.value.indices == list(range(100, 112))
+    assert '12 of the images 100 to 115' in str(error.value)
+    assert '(numbers 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, …)' in str(error.value)
+    on_mesh.require_finite(finite[12:], 100)
+
+
+def test_reconstructions_that_are_not_finite_are_refused(run):
+    images = np.zeros((4, 16, 16, 1), np.float32)
+    images[2] = np.inf
+    with pytest.raises(on_mesh.NonFiniteSamples, match='1 of the images 10 to 13') as error:
+        on_mesh.reconstruct(
+            run.vae, run.vae_params, images, jax.random.key(0), 4, sharding.make_mesh(1), first=10
+        )
+    assert error.value.indices == [12]
+
+
+def test_two_samplers_of_one_file(run, labels, whole, tmp_path):
+    """The second is refused while the first draws; afterwards nothing of the lock is left."""
+    path = tmp_path / 'a.npz'
+    said = []
+
+    def second(done):
+        if done == 8:
+            with pytest.raises(UserError, match='another process draws samples to') as error:
+                _generate(run, labels, path)
+            said.append(str(error.value))
+
+    images, _ = _generate(run, labels, path, progress=second)
+    assert len(said) == 1 and f'process {os.getpid()} on ' in said[0] and '\n' not in said[0]
+    np.testing.assert_array_equal(images, whole)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['a.npz', 'a.npz.json']
+
+
+def test_the_lock_of_a_killed_sampler_is_taken_over(run, labels, tmp_path):
+    path = tmp_path / 'a.npz'
+    (tmp_path / 'a.npz.lock').write_text('process 1 on elsewhere\n')
+    _generate(run, labels[:4], path)
+    assert path.exists() and not (tmp_path / 'a.npz.lock').exists()
 
 
 def test_other_batches_go_on_with_the_parts_there_are(run, labels, whole, tmp_path):
@@ -366,15 +492,18 @@ def test_labels_of_a_file(tmp_path):
         ('words.txt', b'1\n2\ncat\n4\n', 'is no list of whole numbers'),
         ('half.txt', b'1\n2\n0.5\n4\n', 'is no list of whole numbers'),
         ('huge.txt', b'1\n2\n3\n' + b'9' * 30, 'is no list of whole numbers'),
-        ('null.txt', b'1\n2\n3\n10\n', 'labels must lie between 0 and 9'),
+        ('null.txt', b'1\n2\n3\n10\n', 'labels must lie between 0 and 9, but go from 1 to 10'),
         ('below.txt', b'1\n2\n3\n-1\n', 'labels must lie between 0 and 9'),
         ('bytes.txt', b'\x89PNG\xff\xfe\0', 'is no list of whole numbers'),
         ('floats.npy', np.zeros(4), 'must hold 4 whole numbers, but holds float64 (4,)'),
-        ('object.npy', np.array([1, 'a', None, 2], object), 'is no list of whole numbers'),
-        ('empty.npy', b'', 'is no list of whole numbers'),
-        ('text.npy', b'1 2 3 4', 'is no list of whole numbers'),
-        ('zip.npy', 'npz', 'is an npz, but must be an npy or text'),
-        ('vast.npy', 'vast', 'is no list of whole numbers'),
+        ('object.npy', np.array([1, 'a', None, 2], object), 'is not a whole npy file'),
+        ('empty.npy', b'', 'is not a whole npy file'),
+        ('text.npy', b'1 2 3 4', 'is not a whole npy file'),
+        ('zip.npy', 'npz', 'is not a whole npy file'),
+        ('vast.npy', 'vast', 'is not a whole npy file'),
+        ('deep.npy', 'deep', 'is not a whole npy file'),
+        ('escape.txt', b'1\n\x1b[31mred\n', r"could not convert string '\\x1b[31mred'"),
+        ('escapes.npy', b'\x93NUMPY\1\0\x76\0\x1b[31m' + b'\x1b' * 200, 'is not a whole npy'),
         ('none.txt', None, 'there is no file'),
     ],
 )  # fmt: skip
@@ -388,6 +517,8 @@ def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
     elif content == 'npz':
         with open(path, 'wb') as f:
             np.savez(f, a=np.arange(4))
+    elif content == 'deep':
+        path.write_bytes(b'\x93NUMPY\1\0' + (9000).to_bytes(2, 'little') + b'(' * 9000)
     elif content == 'vast':
         with open(path, 'wb') as f:
             np.lib.format.write_array_header_1_0(
@@ -395,7 +526,8 @@ def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
             )
     with pytest.raises(UserError, match=re.escape(message)) as error:
         generation.draw_labels(str(path), 4, 10, 0)
-    assert str(path) in str(error.value) and '\n' not in str(error.value)
+    assert str(path) in str(error.value) and str(error.value).isprintable()
+    assert len(str(error.value)) < len(str(path)) + 300
 
 
 def test_what_a_file_says_of_itself(run, labels, tmp_path):

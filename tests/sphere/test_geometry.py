@@ -155,3 +155,47 @@ def test_householder_at_the_poles():
     )
     gradient = jax.jit(jax.grad(lambda mu: jnp.sum(geometry.householder(y, mu))))
     chex.assert_tree_all_finite((gradient(e1), gradient(-e1)))
+
+
+@pytest.mark.parametrize('d', [1, 2, 16])
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_the_largest_numbers_are_projected(d, dtype):
+    """Also where their norm is beyond the largest number."""
+    z = jnp.full((d,), float(jnp.finfo(dtype).max), dtype).at[0].multiply(-1)
+    expected = np.full(d, 1.0)
+    expected[0] = -1
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float64(geometry.project(z)), expected, rtol=tolerance)
+    np.testing.assert_allclose(
+        np.float64(geometry.l2_normalize(z)), expected / np.sqrt(d), rtol=tolerance
+    )
+
+
+def test_derivatives_at_the_largest_numbers_are_finite():
+    z = np.float32([3.4e38, -3.4e38])
+
+    @jax.jit
+    def derivatives(z):
+        return [one(geometry.project)(z) for one in (jax.jacfwd, jax.jacrev, jax.hessian)]
+
+    chex.assert_tree_all_finite(derivatives(z))
+
+
+def test_the_tangent_at_the_largest_numbers():
+    """R (I − uuᵀ) ż / ‖z‖ in float64, with ż as large as z."""
+    largest = 3.4e38
+    z = np.array([largest, largest, -largest / 2, 0])
+    z_dot = np.array([largest, 0, 0, largest])
+    u = z / np.linalg.norm(z / largest) / largest
+    ratio = z_dot / largest / np.linalg.norm(z / largest)
+    expected = 2 * (ratio - u * (u @ ratio))
+    _, found = jax.jvp(geometry.project, (jnp.float32(z),), (jnp.float32(z_dot),))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit():
+    """The direction of z has no size; only subnormal numbers lose bits."""
+    z = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+    expected = np.asarray(geometry.project(z))
+    for power in (-20, 1, 60, 120):
+        np.testing.assert_array_equal(geometry.project(z * np.float32(2.0**power)), expected)

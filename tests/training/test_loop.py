@@ -360,7 +360,7 @@ def _spawn(which, directory, cache):
 
 
 def _await_training(process):
-    """Waits for four steps. Those before the third are saved then, since saves wait for each other."""
+    """Waits for four steps, when the first two are saved: each save waits for the one before."""
     steps = 0
     for line in process.stdout:
         steps += f'/{LONG}' in line

@@ -3,33 +3,15 @@
 import contextlib
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
 
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.interop import npz
+from sphere_ar_jax.runtime.console import UserError, printable
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
-
-
-@contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """Opens an npz as an archive; damage of any kind becomes one UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        raise UserError(f'{path} is not a whole npz file: {error}') from None
-
-
-def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """The names of the arrays in an open npz."""
-    return [name.removesuffix('.npy') for name in archive.namelist()]
 
 
 @contextlib.contextmanager
@@ -45,20 +27,20 @@ def open_images(
       OSError: there is no file.
       UserError: the file is damaged, or holds anything but uint8 (n, H, W, 3).
     """
-    with reading(path) as archive:
-        names = array_names(archive)
+    with npz.open_archive(path) as archive:
+        names = npz.array_names(archive)
         if IMAGES not in names:
-            raise UserError(f'{path} has no array {IMAGES}, only {", ".join(names) or "nothing"}')
-        with archive.open(f'{IMAGES}.npy') as f:
-            np.lib.format.read_magic(f)
-            # NumPy writes headers of version 1.0 for all arrays of numbers.
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            images = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3
-            if not images or 0 in shape or fortran:
-                order = ' in Fortran order' if fortran else ''
-                raise UserError(
-                    f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {dtype} {shape}{order}'
-                )
+            shown = ', '.join(printable(name, 60) for name in names[:20])
+            raise UserError(f'{path} has no array {IMAGES}, only {shown or "nothing"}')
+        member = archive.getinfo(f'{IMAGES}.npy')
+        with archive.open(member) as f:
+            header = npz.read_header(f)
+            shape = header.shape
+            images = header.dtype == np.uint8 and len(shape) == 4 and shape[3] == 3
+            if not images or 0 in shape or header.fortran:
+                raise UserError(f'{path}: {IMAGES} must be uint8 (n, H, W, 3), but is {header}')
+            if header.size > member.file_size:
+                raise UserError(f'{path} is cut off: {IMAGES} ends too early')
             yield f, shape
 
 

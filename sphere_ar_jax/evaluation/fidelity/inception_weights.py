@@ -18,7 +18,7 @@ from tensorboardX.proto import graph_pb2, types_pb2
 
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.interop import torch_file
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
 from sphere_ar_jax.runtime.types import PyTree
 
 MAX_FILE_BYTES = 2**29  # The published file has 95 MB.
@@ -161,9 +161,9 @@ def _take(
 
 
 def _some(names: Sequence[str], most: int = 10) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, fit to be printed, and how many more there are."""
     more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
+    return ', '.join(printable(name, 100) for name in names[:most]) + more
 
 
 def from_torch(tensors: Mapping[str, Any]) -> PyTree:
@@ -216,7 +216,7 @@ def _parse(path: str | os.PathLike[str]) -> graph_pb2.GraphDef:
         with open(path, 'rb') as f:
             graph.ParseFromString(f.read())
     except message.DecodeError as error:
-        raise UserError(f'{path} is not a GraphDef: {first_line(error)}') from None
+        raise UserError(f'{path} is not a GraphDef: {printable(first_line(error))}') from None
     return graph
 
 
@@ -271,7 +271,8 @@ def _array(path: str | os.PathLike[str], tensor: Any) -> np.ndarray:
     count = math.prod(shape) if all(size > 0 for size in shape) else 0
     if len(shape) > 8 or len(content) not in (4, 4 * count) or not 1 <= count <= 2**28:
         raise UserError(
-            f'{path} is not a GraphDef: it has a tensor of shape {shape} with {len(content)} bytes'
+            f'{path} is not a GraphDef: it has a tensor of shape {shape[:8]} with '
+            f'{len(content)} bytes'
         )
     values = np.frombuffer(content, '<f4')
     if len(values) == count:

@@ -2,8 +2,9 @@
 
 import functools
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, statistics
-from sphere_ar_jax.runtime import hosts, sharding
+from sphere_ar_jax.interop import npz
+from sphere_ar_jax.runtime import files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import Progress, PyTree
 
@@ -25,11 +27,30 @@ class Summary(NamedTuple):
       features: the features of its images, or None where there are no images.
       pool: the statistics of `inception.Features.pool`.
       spatial: the statistics of `inception.Features.spatial`.
+      about: what else is known of the set: 'file', and for samples of `generation.generate` their
+        'seed', 'dtype' and 'sampling'.
+      given: whether the statistics come from the file, not from the images in it.
     """
 
     features: inception.Features[np.ndarray] | None
     pool: statistics.Statistics
     spatial: statistics.Statistics
+    about: Mapping[str, Any] = {}
+    given: bool = False
+
+    @property
+    def images(self) -> int | None:
+        """The number of images that the statistics come from, or None where it is not known."""
+        return None if self.features is None or self.given else len(self.features.pool)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the set, for JSON."""
+        found: dict[str, Any] = {'images': self.images, **self.about}
+        if self.given:
+            found['statistics'] = 'of the file'
+            if self.features is not None:
+                found['images_for_precision_and_recall'] = len(self.features.pool)
+        return found
 
 
 def extract(
@@ -88,22 +109,40 @@ def _read_statistics(path: _Path) -> tuple[statistics.Statistics, statistics.Sta
         'sigma_s': inception.SPATIAL,
     }
     arrays = {}
-    with image_sets.reading(path), np.load(path) as archive:
+    with npz.open_archive(path) as archive:
+        names = npz.array_names(archive)
         for name, width in widths.items():
-            if name not in archive:
+            if name not in names:
                 raise UserError(
                     f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s'
                 )
-            array = archive[name]
             expected = (width,) if name.startswith('mu') else (width, width)
-            if array.shape != expected or array.dtype.kind != 'f':
-                raise UserError(
-                    f'{path}: {name} must be floats {expected}, but is {array.dtype} {array.shape}'
-                )
-            arrays[name] = array.astype(np.float64)
+            with archive.open(f'{name}.npy') as file:
+                header = npz.read_header(file)
+                if header.shape != expected or header.dtype.kind != 'f':
+                    raise UserError(f'{path}: {name} must be floats {expected}, but is {header}')
+                arrays[name] = npz.read_numbers(file, header).astype(np.float64)
     pool = statistics.Statistics(arrays['mu'], arrays['sigma'])
     spatial = statistics.Statistics(arrays['mu_s'], arrays['sigma_s'])
     return pool, spatial
+
+
+def _about(path: _Path, images: int | None) -> dict[str, Any]:
+    """What is known of a set of images: its file, and what PATH.json says of how it was drawn."""
+    found: dict[str, Any] = {'file': str(path)}
+    beside = f'{path}.json'
+    if images is None or not os.path.exists(beside):
+        return found
+    try:
+        said = files.read_json(beside)
+    except UserError as error:
+        print(f'{error}; it is left out', file=sys.stderr, flush=True)
+        return found
+    settings = said.get('sampling') if isinstance(said, dict) else None
+    # Another file may have been put in the place of the one that the JSON belongs to.
+    if isinstance(settings, dict) and settings.get('num_images') == images:
+        found |= {name: said[name] for name in ('seed', 'dtype', 'sampling') if name in said}
+    return found
 
 
 def summarize(
@@ -129,8 +168,8 @@ def summarize(
       OSError: there is no file.
       UserError: the file is damaged, or has neither images nor statistics of these shapes.
     """
-    with image_sets.reading(path) as archive:
-        names = image_sets.array_names(archive)
+    with npz.open_archive(path) as archive:
+        names = npz.array_names(archive)
     found = _read_statistics(path) if 'mu' in names else None
     if image_sets.IMAGES not in names:
         if found is None:
@@ -138,7 +177,7 @@ def summarize(
                 f'{path} has neither images ({image_sets.IMAGES}) '
                 'nor statistics (mu, sigma, mu_s, sigma_s)'
             )
-        return Summary(None, *found)
+        return Summary(None, *found, _about(path, None), given=True)
     with image_sets.open_images(path) as (_, shape):
         total = shape[0]
 
@@ -147,10 +186,12 @@ def summarize(
 
     images = image_sets.read_images(path, batch_size)
     features = extract(images, params, batch_size=batch_size, progress=report)
-    if found is None:
-        pool = statistics.statistics(features.pool)
-        found = pool, statistics.statistics(features.spatial)
-    return Summary(features, *found)
+    about = _about(path, total)
+    if found is not None:
+        return Summary(features, *found, about, given=True)
+    pool = statistics.statistics(features.pool)
+    spatial = statistics.statistics(features.spatial)
+    return Summary(features, pool, spatial, about)
 
 
 def evaluate(
@@ -176,14 +217,17 @@ def evaluate(
 
     Returns:
       The floats `fid`, `sfid`, `inception_score`, `precision` and `recall`, the last three only
-      where there are images to take them from, and `seconds`, a dict of the parts' times.
+      where there are images to take them from; `samples` and `reference`, which say the number of
+      images, the file and, where known, the seed and the settings of sampling; `settings` of the
+      protocol; `note`, a line, only where a set has too few images for numbers that can be
+      compared; and `seconds`, a dict of the parts' times.
 
     Raises:
       OSError: a file is not there.
       UserError: see `summarize`.
     """
     seconds = {}
-    scores = {}
+    scores: dict[str, Any] = {}
     for source in (reference, samples):
         if not isinstance(source, Summary):
             open(source, 'rb').close()  # A missing file is noticed before hours of work.
@@ -216,4 +260,21 @@ def evaluate(
                 fake.features.pool,
                 progress=functools.partial(progress, 'precision_recall'),
             )
+    scores['samples'] = fake.describe()
+    scores['reference'] = real.describe()
+    scores['settings'] = {
+        'protocol': "that of OpenAI's guided-diffusion (ADM)",
+        'batch_size': batch_size,
+        'neighbours': 3,
+        'precision_and_recall_in': 'float16',
+    }
+    note = statistics.note(fake.images, real.images)
+    if note is not None:
+        scores['note'] = note
     return scores | {'seconds': seconds}
+
+
+def warn(scores: Mapping[str, Any]) -> None:
+    """Prints the `note` of scores on stderr, where they have one."""
+    if scores.get('note') and hosts.is_first():
+        print(scores['note'], file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ from jax.typing import ArrayLike
 
 from sphere_ar_jax.runtime.console import UserError
 
+ENOUGH_IMAGES = 10_000  # With fewer, the bias of FID outweighs the differences of good models.
+
 
 class Statistics(NamedTuple):
     """Moments of a set's features.
@@ -96,6 +98,24 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     _check(mu1, sigma1, mu2, sigma2)
     overlap = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap)
+
+
+def note(*counts: int | None) -> str | None:
+    """What must be said of a Fréchet distance of so few images.
+
+    Args:
+      *counts: numbers of images of the sets; None for one whose number is not known.
+
+    Returns:
+      A line, or None where all sets are large enough.
+    """
+    known = [count for count in counts if count is not None]
+    if not known or min(known) >= ENOUGH_IMAGES:
+        return None
+    return (
+        f'FID of {min(known)} images is biased upwards and cannot be compared with published '
+        'numbers, which take 50,000 samples'
+    )
 
 
 def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:

@@ -12,7 +12,9 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from sphere_ar_jax.models.conditions.classes import Classes
+from sphere_ar_jax.models.conditions.classes import Classes, check_labels
+
+__all__ = ['CONDITIONS', 'Classes', 'Condition', 'Labels', 'check_labels']
 
 Labels: TypeAlias = Any  # a tree of arrays (B, …)
 
@@ -46,7 +48,7 @@ class Condition(Protocol):
         """
 
     def check(self, labels: Labels) -> None:
-        """Checks that the model knows the labels.
+        """Checks that the model knows labels, which are not traced and must not be null labels.
 
         Raises:
           ValueError: it does not. The message is one line.

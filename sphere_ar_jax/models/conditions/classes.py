@@ -6,6 +6,8 @@ Dimensions:
   B  images     C  class tokens     D  width of the AR model
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,41 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.runtime.console import UserError
+
+
+def check_labels(labels: Any, count: int) -> None:
+    """Checks that labels are whole numbers from 0 to count − 1.
+
+    No label is rounded or cast, so that truth values and fractions are refused too. A traced array
+    shows only its dtype, and an array that other processes share only to all of them; the numbers
+    of both are not checked.
+
+    Args:
+      labels: a NumPy or JAX array, a list or a number.
+      count: number of classes.
+
+    Raises:
+      UserError: they are not.
+    """
+    if not hasattr(labels, 'dtype'):
+        labels = np.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError(
+            f'labels must be whole numbers between 0 and {count - 1}, but are {labels.dtype}'
+        )
+    hidden = isinstance(labels, jax.core.Tracer) or not getattr(
+        labels, 'is_fully_addressable', True
+    )
+    if hidden or not labels.size:
+        return
+    numbers = np.asarray(labels)
+    least = numbers.min()
+    largest = numbers.max()
+    if least < 0 or largest >= count:
+        raise UserError(
+            f'labels must lie between 0 and {count - 1}, but go from {least} to {largest}'
+        )
 
 
 class Classes(nn.Module):
@@ -36,7 +73,12 @@ class Classes(nn.Module):
 
     @nn.compact
     def embed(self, labels: jax.Array) -> jax.Array:
-        """Turns labels (B,) int32 into tokens (B, C, D) float32."""
+        """Turns labels (B,) int32 into tokens (B, C, D) float32.
+
+        Raises:
+          UserError: a label is neither a class nor the null class; see `check_labels`.
+        """
+        check_labels(labels, self.num_classes + 1)
         shape = (self.num_classes + 1, self.length, self.width)
         table = self.param('cls_embedding', transformer.INIT, shape)
         return jnp.take(table, labels, axis=0)
@@ -63,16 +105,13 @@ class Classes(nn.Module):
         return jnp.where(jax.vmap(draw)(keys), self.num_classes, labels)
 
     def check(self, labels: ArrayLike) -> None:
-        """Checks that labels are whole numbers from 0 to num_classes − 1.
+        """Checks that labels are a list of whole numbers from 0 to num_classes − 1.
 
         Raises:
-          ValueError: they are not.
+          UserError: they are not, see `check_labels`; or there are none.
         """
-        labels = np.asarray(labels)
-        if labels.dtype.kind not in 'iu':
-            raise ValueError(f'labels are {labels.dtype}, but must be whole numbers')
-        if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise ValueError(
-                f'labels go from {labels.min()} to {labels.max()}, '
-                f'but the classes of this model from 0 to {self.num_classes - 1}'
+        check_labels(labels, self.num_classes)
+        if np.ndim(labels) != 1 or not np.size(labels):
+            raise UserError(
+                f'labels must be a list of numbers, one for each image, but are {np.shape(labels)}'
             )

@@ -1,0 +1,79 @@
+"""report.html can be read on a wide and a narrow screen, in light and in dark."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sphere_ar_jax.evaluation import page
+
+
+@pytest.fixture
+def html(tmp_path):
+    """The page of a run with a small grid of samples, a wide one of reconstructions, and curves."""
+    for name, width in (('samples', 300), ('reconstructions', 3000), ('curves', 1600)):
+        Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f'{name}.png')
+    metrics = {'samples/accuracy': 0.99}
+    page.save_page(str(tmp_path), 'a <b> & c', 'All is well.', metrics, '{}', 'run <it>')
+    return (tmp_path / 'report.html').read_text()
+
+
+def _kinds(html):
+    """The class of each picture by its alternative text."""
+    return {alt: kind for kind, alt in re.findall(r'<img class="(\w+)" alt="([^"]*)"', html)}
+
+
+def test_only_small_pictures_keep_their_pixels(html):
+    """Curves have thin lines; a picture that is shrunk must not lose lines of pixels."""
+    assert _kinds(html) == {
+        'a grid of samples, one row per class': 'pixels',
+        'originals and reconstructions': 'plot',
+        'training curves': 'plot',
+    }
+    rules = re.findall(r'([^{}\n]+)\{[^{}]*image-rendering: pixelated', html)
+    assert [rule.strip() for rule in rules] == ['img.pixels']
+
+
+def test_narrow_screens(html):
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    wide = re.findall(r'<div class="wide"><(\w+)', html)
+    assert wide == ['img', 'img', 'table', 'img'] and '.wide { overflow-x: auto; }' in html
+
+
+def _luminance(colour):
+    """Relative luminance of '#rgb' or '#rrggbb', by the Web Content Accessibility Guidelines 2."""
+    digits = colour.lstrip('#')
+    if len(digits) == 3:
+        digits = ''.join(2 * digit for digit in digits)
+    parts = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+    linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_light_and_dark_have_colours_of_their_own(html):
+    """Text has the contrast of at least 7 that those guidelines ask for; pictures stay on white."""
+    assert 'color-scheme: light dark' in html
+    themes = [
+        dict(re.findall(r'--(\w+): (#\w+)', block))
+        for block in re.findall(r':root \{([^}]*)', html)
+    ]
+    assert [_luminance(theme['ground']) > 0.5 for theme in themes] == [True, False]
+    for theme in themes:
+        assert set(theme) == {'ground', 'text', 'line', 'code'}
+        for ground in (theme['ground'], theme['code']):
+            light, dark = sorted((_luminance(ground), _luminance(theme['text'])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 7
+    assert re.search(r'img \{[^}]*background: #fff;', html)
+
+
+def test_texts_are_escaped(html):
+    assert 'a &lt;b&gt; &amp; c' in html and 'run &lt;it&gt;' in html
+    assert '<b>' not in html and '{' + '{' not in html
+
+
+def test_no_curves_are_no_picture(tmp_path):
+    (tmp_path / 'ar').mkdir()
+    (tmp_path / 'ar' / 'metrics.jsonl').write_bytes(b'\xff\n')
+    page.save_curves(tmp_path / 'curves.png', str(tmp_path))
+    assert not (tmp_path / 'curves.png').exists()
