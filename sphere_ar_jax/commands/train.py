@@ -10,6 +10,7 @@ Dimensions:
 import functools
 import resource
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from sphere_ar_jax.data import augment, digits, imagenet, sources
 from sphere_ar_jax.evaluation import class_names, page, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
-from sphere_ar_jax.runtime import console, sharding
+from sphere_ar_jax.runtime import console, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import MetricWriter
@@ -352,6 +353,31 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
     return network, reference.pool
 
 
+# Keys that processes on different machines may set each in its own way.
+_OF_MACHINES = (
+    'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer', 'init_from',
+    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
+)  # fmt: skip
+
+
+def _check_same(cfg: ConfigDict, source: Any) -> None:
+    """Raises UserError unless all processes of the run have the same config and the same images."""
+    values = schema.leaves(schema.as_dict(cfg))
+    for key in _OF_MACHINES:
+        values.pop(key, None)
+    values['the number of images'] = len(source)
+    values['the names of classes'] = getattr(source, 'class_names', None)
+    sums = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    keys = list(values)
+    differing = sorted(keys[i] for i in hosts.differing(sums))
+    if differing:
+        some = ', '.join(differing[:4])
+        raise UserError(
+            f'the processes of this run differ in {some}: start all of them by the same command, '
+            'with the same images'
+        )
+
+
 def _set_up(
     cfg: ConfigDict, workdir: str
 ) -> tuple[snapshots.Setting, Callable[[snapshots.Setting], _Trained]]:
@@ -376,6 +402,7 @@ def _set_up(
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, heldout, _judge(cfg))
+    _check_same(cfg, source)
     # Last, so that a config that was refused leaves the workdir free.
     claim(cfg, workdir)
     return setting, stages

@@ -178,7 +178,8 @@ def default() -> ConfigDict:
                 shift=config_dict.placeholder(float),
                 final_steps=config_dict.placeholder(int),
                 annealing=config_dict.placeholder(str),
-                # Rate of the EMA to sample with; the first one, if not given.
+                # Rate of the EMA to sample with; the first one, if not given. 0 takes the weights
+                # themselves.
                 ema_decay=config_dict.placeholder(float),
             ),
         )

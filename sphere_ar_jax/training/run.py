@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
@@ -64,8 +65,29 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         ) from None
 
 
+def _of_rate(training: ConfigDict, rate: float | None) -> Callable[[state.TrainState], PyTree]:
+    """Gives the function that takes the parameters to sample with out of a state.
+
+    Args:
+      training: the section of the config that trained the stage.
+      rate: of the EMA; 0 takes the weights themselves, None the stage's `eval_params`.
+    """
+
+    def chosen(whole: state.TrainState) -> PyTree:
+        if rate is None:
+            return whole.eval_params
+        if rate == 0:
+            return whole.params
+        return whole.ema[state.ema_decays(training).index(rate)]
+
+    return chosen
+
+
 def _restore(
-    stage: state.Stage, workdir: str | os.PathLike[str], mesh: Mesh, ema: int | None
+    stage: state.Stage,
+    workdir: str | os.PathLike[str],
+    mesh: Mesh,
+    part: Callable[[state.TrainState], PyTree] = lambda whole: whole.eval_params,
 ) -> PyTree:
     """Reads the parameters of a stage to sample with, and nothing else of its state.
 
@@ -73,7 +95,7 @@ def _restore(
       stage: the stage.
       workdir: the run's workdir.
       mesh: where the parameters go.
-      ema: index of the EMA to take; None takes the stage's `eval_params`.
+      part: takes the parameters out of the stage's state.
 
     Raises:
       FileNotFoundError: there is no checkpoint yet.
@@ -81,10 +103,6 @@ def _restore(
     directory = os.path.join(workdir, stage.name)
     checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
     like = state.abstract_state(stage, mesh)
-
-    def part(whole: state.TrainState) -> PyTree:
-        return whole.eval_params if ema is None else whole.ema[ema]
-
     restored = checkpoints.restore(like, part)
     checkpoints.close()
     if restored is not None:
@@ -125,8 +143,6 @@ def load_run(
     """
     if cfg is None:
         cfg = load_config(workdir)
-    rate = cfg.sampling.ema_decay
-    ema = None if rate is None else state.ema_decays(cfg.ar_training).index(rate)
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
     if mesh is None:
@@ -139,17 +155,18 @@ def load_run(
         distillation = stages.distillation_stage(
             ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
         )
-        head = _restore(distillation, workdir, mesh, None)
+        head = _restore(distillation, workdir, mesh)
         return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
     if cfg.tokenizer is None:
         tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-        vae_params = _restore(tokenizer, workdir, mesh, None)
+        vae_params = _restore(tokenizer, workdir, mesh)
     else:
         vae_params = load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
     if tokenizer_only:
         return Run(cfg, vae, vae_params, ar, None)
     stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
-    return Run(cfg, vae, vae_params, ar, _restore(stage, workdir, mesh, ema))
+    part = _of_rate(cfg.ar_training, cfg.sampling.ema_decay)
+    return Run(cfg, vae, vae_params, ar, _restore(stage, workdir, mesh, part))
 
 
 def load_teacher(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Run:

@@ -40,6 +40,27 @@ def _appears(path: epath.Path) -> bool:
     return False
 
 
+def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool) -> str:
+    """What to do about a run whose config differs from the one that its workdir was begun with.
+
+    Args:
+      changed: the differences, as 'KEY OLD → NEW'.
+      workdir: the workdir.
+      converted: whether it holds converted weights, in which no training has begun.
+    """
+    keys = [difference.split()[0] for difference in changed]
+    on_it = f'--config.tokenizer={os.fspath(workdir)} in another --workdir'
+    if converted and 'data.num_classes' in keys:
+        return f'a converted AR model keeps its classes; to train one for others, give {on_it}'
+    if not all(key.startswith(('ar_training.', 'ar.', 'sampling.', 'watch.')) for key in keys):
+        return 'use another --workdir, in which all is trained from the beginning'
+    longer = ''
+    if 'ar_training.steps' in keys:
+        longer = 'the learning rate of a training falls over all of its steps, so that it cannot '
+        longer += 'be lengthened; '
+    return f'{longer}to train another AR model on this tokenizer, give {on_it}'
+
+
 def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
 
@@ -66,9 +87,8 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             changed = schema.differences(schema.as_dict(before), mine)
         if changed:
             some = '; '.join(changed[:4])
-            raise UserError(
-                f'{workdir} was begun with another config ({some}): use another --workdir'
-            )
+            remedy = _remedy(changed, workdir, converted)
+            raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
     elif converted:
         raise UserError(
             f'a conversion into {workdir} broke off: repeat it, or use another --workdir'

@@ -145,6 +145,11 @@ def test_the_ema_to_sample_with(trained):
     slow.sampling.ema_decay = 0.9
     fast.sampling.ema_decay = 0.5
     of = [load_run(str(workdir), cfg=c).ar_params for c in (cfg, slow, fast)]
+    plain = cfg.copy_and_resolve_references()
+    plain.sampling.ema_decay = 0.0
+    weights = load_run(str(workdir), cfg=plain).ar_params
+    others = [jax.tree.map(lambda a, b: float(np.abs(a - b).max()), weights, o) for o in of[1:]]
+    assert min(max(jax.tree.leaves(tree)) for tree in others) > 1e-5
     chex.assert_trees_all_equal(of[0], of[1])
     away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), of[1], of[2])
     assert max(jax.tree.leaves(away)) > 1e-5
