@@ -403,6 +403,7 @@ def _set_up(
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, heldout, _judge(cfg))
     _check_same(cfg, source)
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
     claim(cfg, workdir)
     return setting, stages

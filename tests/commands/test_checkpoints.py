@@ -27,6 +27,7 @@ def _convert(workdir):
     checkpoints.convert_checkpoint(str(GOLDENS / 'tiny.pt'), str(workdir), heads=2)
 
 
+@pytest.mark.slow
 def test_without_room_a_conversion_and_an_export_are_one_line_each(tmp_path):
     """With room again, the same commands go through."""
     workdir = tmp_path / 'w'

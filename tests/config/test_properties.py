@@ -54,7 +54,7 @@ def test_labels_are_checked(labels):
     if all(0 <= label < 10 for label in labels):
         CLASSES.check(np.array(labels))
         return
-    with pytest.raises(ValueError, match='classes of this model from 0 to 9'):
+    with pytest.raises(ValueError, match='labels must lie between 0 and 9'):
         CLASSES.check(np.array(labels))
 
 

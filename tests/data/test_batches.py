@@ -380,7 +380,7 @@ def _alive(pid):
 @pytest.mark.parametrize(
     'what',
     [
-        'end',
+        pytest.param('end', marks=pytest.mark.slow),
         'killed worker',
         pytest.param('SIGTERM', marks=pytest.mark.slow),
         pytest.param('Ctrl-C', marks=pytest.mark.slow),

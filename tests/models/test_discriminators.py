@@ -107,6 +107,7 @@ def test_bfloat16(gan, patchgan):
     assert 1e-4 < np.abs(rounded - exact).max() < 0.05 * np.std(exact)
 
 
+@pytest.mark.slow
 def test_initialisation():
     """As published: sizes (counted on the public modules), distributions and their widths."""
     for name, count in (('patchgan', 2_765_633), ('stylegan', 36_500_225)):

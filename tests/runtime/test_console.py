@@ -99,7 +99,7 @@ def test_a_program_that_ignores_ctrl_c_goes_on_to_do_so():
         ),
         (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'a'), 'there is no file a'),
         (FileNotFoundError('there is no run in w'), 'there is no run in w'),
-        (OSError(errno.EIO, 'Input/output error', 'a'), "[Errno 5] Input/output error: 'a'"),
+        (OSError(errno.EIO, 'Input/output error', 'a'), 'a: Input/output error'),
         (console.UserError('two\nlines'), 'two lines'),
     ],
 )

@@ -282,7 +282,7 @@ def test_what_stops_one_process_ends_all(start, tmp_path, where, how, culprit, c
             0,
             joining.SILENCE,
         ),  # its end takes JAX's coordination service away
-        ('closing', 'SIGKILL', 1, 5),
+        pytest.param('closing', 'SIGKILL', 1, 5, marks=pytest.mark.slow),
         pytest.param('closing', 'SIGKILL', 1, joining.SILENCE, marks=pytest.mark.slow),
         pytest.param('exit', 'SIGKILL', 1, joining.SILENCE, marks=pytest.mark.slow),
         pytest.param('collective', 'SIGSTOP', 1, joining.SILENCE, marks=pytest.mark.slow),

@@ -502,7 +502,7 @@ def test_labels_of_a_file(tmp_path):
         ('zip.npy', 'npz', 'is not a whole npy file'),
         ('vast.npy', 'vast', 'is not a whole npy file'),
         ('deep.npy', 'deep', 'is not a whole npy file'),
-        ('escape.txt', b'1\n\x1b[31mred\n', r"could not convert string '\\x1b[31mred'"),
+        ('escape.txt', b'1\n\x1b[31mred\n', r"could not convert string '\x1b[31mred'"),
         ('escapes.npy', b'\x93NUMPY\1\0\x76\0\x1b[31m' + b'\x1b' * 200, 'is not a whole npy'),
         ('none.txt', None, 'there is no file'),
     ],

@@ -48,8 +48,9 @@ def _stage():
     return state.Stage('ar', options, init, None, {}, ())
 
 
-@pytest.mark.parametrize('index', [None, 0, 1])
-def test_sampling_reads_the_chosen_parameters_and_nothing_else(tmp_path, monkeypatch, index):
+@pytest.mark.parametrize('rate', [None, 0.9, 0.5, 0.0])
+def test_sampling_reads_the_chosen_parameters_and_nothing_else(tmp_path, monkeypatch, rate):
+    """An EMA by its rate, the first one, or the weights themselves."""
     mesh = sharding.make_mesh()
     like = state.abstract_state(_stage(), mesh)
     arrays = random_arrays(like).replace(step=np.int32(6))
@@ -66,6 +67,9 @@ def test_sampling_reads_the_chosen_parameters_and_nothing_else(tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
-    params = run._restore(_stage(), tmp_path, mesh, index)
-    jax.tree.map(np.testing.assert_array_equal, params, arrays.ema[index or 0])
+    stage = _stage()
+    params = run._restore(stage, tmp_path, mesh, run._of_rate(stage.options, rate))
+    first, second = arrays.ema
+    expected = {None: first, 0.9: first, 0.5: second, 0.0: arrays.params}[rate]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert seen == [4 * (30 * 40 + 7) + 4]  # with the step
