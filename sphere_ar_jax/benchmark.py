@@ -84,7 +84,6 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: there is a fault that the user can put right; the message is one line.
     """
-    assert __doc__ is not None
     console.parse(packaged.with_paths(argv), _FLAGS, __doc__)
     try:
         cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)

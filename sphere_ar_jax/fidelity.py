@@ -36,7 +36,6 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: a flag or a file is wrong; the message is one line.
     """
-    assert __doc__ is not None
     reference, samples = console.parse(argv, _FLAGS, __doc__, 'REFERENCE.npz', 'SAMPLES.npz')
     if _WEIGHTS.value is None:
         raise UserError('give --weights=classify_image_graph_def.pb, or a .pth file')

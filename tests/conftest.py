@@ -65,6 +65,12 @@ def accurate() -> dict[str, int | bool] | None:
     return options
 
 
+def noted_fingerprint(stage, step):
+    """The fingerprint of every bit of a state, as a checkpoint in a stage's directory has it."""
+    metadata = pathlib.Path(stage) / 'checkpoints' / str(step) / 'meta' / 'metadata'
+    return json.loads(metadata.read_text())['fingerprint']
+
+
 def compiled(model, params, method=None):
     """A method of a model with its parameters, as one program.
 

@@ -154,7 +154,6 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: a flag is wrong; the message is one line.
     """
-    assert __doc__ is not None
     (directory,) = console.parse(argv, _FLAGS, __doc__, 'DIR')
     synsets = _SYNSETS.value
     total = synsets * _IMAGES.value

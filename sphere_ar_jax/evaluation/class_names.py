@@ -8,7 +8,6 @@ Dimensions:
 """
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,11 +32,9 @@ def _read(workdir: str | os.PathLike[str]) -> tuple[str, ...] | None:
     """
     path = epath.Path(workdir, _FILE)
     try:
-        names = json.loads(path.read_text())
+        names = files.read_json(path)
     except FileNotFoundError:
         return None
-    except RecursionError:
-        raise ValueError(f'{path} is nested too deeply') from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{path} is no list of names')
     return tuple(names)

@@ -157,8 +157,7 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
 
     def batches() -> Iterator[np.ndarray]:
         for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
-            finite = hosts.gather(on_mesh.are_finite(images))[: n - first]
-            on_mesh.require_finite(finite, first)
+            on_mesh.require_finite_images(images, n - first, first)
             yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
 
     features = protocol.extract(

@@ -359,7 +359,6 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: a flag or a run is wrong; the message is one line.
     """
-    assert __doc__ is not None
     console.parse(argv, _FLAGS, __doc__)
     if not _WORKDIRS.value or _OUTPUT.value is None:
         raise console.UserError('give --workdir=DIR, once for each seed, and --output=DIR')

@@ -8,7 +8,7 @@ import numpy as np
 
 from sphere_ar_jax.interop import torch_file
 from sphere_ar_jax.models import lpips
-from sphere_ar_jax.runtime.console import UserError, printable
+from sphere_ar_jax.runtime.console import UserError, some
 from sphere_ar_jax.runtime.types import PyTree
 
 SOURCES = (
@@ -132,7 +132,5 @@ def _faults(
     if missing:
         faults.append(f'{file} lacks {", ".join(missing)}')
     if unexpected:
-        shown = ', '.join(printable(name, 100) for name in unexpected[:10])
-        more = f' and {len(unexpected) - 10} more' if len(unexpected) > 10 else ''
-        faults.append(f'{file} has unexpected {shown}{more}')
+        faults.append(f'{file} has unexpected {some(unexpected)}')
     return faults

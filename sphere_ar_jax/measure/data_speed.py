@@ -216,7 +216,6 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: a flag is wrong; the message is one line.
     """
-    assert __doc__ is not None
     console.parse(argv, _FLAGS, __doc__)
     usual = [photograph(i) for i in range(_IMAGES.value)]
     large = [photograph(i, 3) for i in range(max(1, _IMAGES.value // 8))]

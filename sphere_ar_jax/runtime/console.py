@@ -140,7 +140,7 @@ class Bar(Protocol):
         """Shows how many units are done, of `total` or of those that the bar was opened with."""
 
 
-def parse(argv: Sequence[str], values: 'FlagValues', about: str, *words: str) -> list[str]:
+def parse(argv: Sequence[str], values: 'FlagValues', about: str | None, *words: str) -> list[str]:
     """Parses the command line of a program.
 
     `--help` prints what the program does and its flags, and ends it with the exit code 0.
@@ -243,6 +243,12 @@ def printable(text: str, most: int = 200) -> str:
     part = text[:most]
     shown = part if part.isprintable() else repr(part)[1:-1]
     return shown if len(text) <= most else f'{shown}…'
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The first few names of a file, fit to be printed, and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(printable(name, 100) for name in names[:most]) + more
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

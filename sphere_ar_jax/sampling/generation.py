@@ -427,38 +427,25 @@ def generate(
       ValueError: the model does not know the labels.
     """
     run.ar.condition.check(labels)
-    with _owned(path):
-        _generate(run, labels, seed, path, batch_size, mesh, progress)
-
-
-def _generate(
-    run: Run,
-    labels: np.ndarray,
-    seed: int,
-    path: str,
-    batch_size: int,
-    mesh: Mesh,
-    progress: Callable[[int], None],
-) -> None:
-    """Does what `generate` does, without its lock."""
     n = len(labels)
     shape = (n, *run.vae.image_shape)
     identity = _identity(run, labels, seed)
-    parts = _begin(path, identity, shape) if hosts.is_first() else None
-    gaps = _tell_all(parts.gaps() if parts is not None else [])
-    done = n - sum(stop - start for start, stop in gaps)
-    progress(done)
-
-    def add(first: int, images: np.ndarray) -> None:
-        nonlocal done
-        if parts is not None:
-            parts.add(first, images)
-        done += len(images)
+    with _owned(path):
+        parts = _begin(path, identity, shape) if hosts.is_first() else None
+        gaps = _tell_all(parts.gaps() if parts is not None else [])
+        done = n - sum(stop - start for start, stop in gaps)
         progress(done)
 
-    for gap in gaps:
-        _draw_gap(run, labels, gap, add, seed=seed, batch_size=batch_size, mesh=mesh)
-    if parts is not None:
-        write_json(f'{path}.json', identity)
-        _assemble(path, parts, shape, labels)
-        shutil.rmtree(parts.directory)
+        def add(first: int, images: np.ndarray) -> None:
+            nonlocal done
+            if parts is not None:
+                parts.add(first, images)
+            done += len(images)
+            progress(done)
+
+        for gap in gaps:
+            _draw_gap(run, labels, gap, add, seed=seed, batch_size=batch_size, mesh=mesh)
+        if parts is not None:
+            write_json(f'{path}.json', identity)
+            _assemble(path, parts, shape, labels)
+            shutil.rmtree(parts.directory)

@@ -102,6 +102,17 @@ def require_finite(finite: np.ndarray, first: int, kept: str = '') -> None:
         raise NonFiniteSamples(indices, first, first + len(finite), kept)
 
 
+def require_finite_images(images: jax.Array, count: int, first: int) -> None:
+    """Refuses a batch (B, …) in which one of the first `count` images is not finite.
+
+    All processes must call it.
+
+    Raises:
+      NonFiniteSamples: as `require_finite`, which says what `first` is.
+    """
+    require_finite(hosts.gather(are_finite(images))[:count], first)
+
+
 def _checked(condition: Condition, labels: PyTree) -> PyTree:
     """Labels as a tree of NumPy arrays, a list as one array; whole numbers become int32.
 
@@ -206,8 +217,7 @@ def reconstruct(
         rows = _rows_of_process(start, size, n, mesh)
         batch = sharding.place_batch(mesh, (images[rows], index[rows]))
         results = sharding.on_each_device(autoencoder(vae), mesh, frozen, batch)
-        finite = hosts.gather(are_finite(results[0]))[: n - start]
-        require_finite(finite, first + start)
+        require_finite_images(results[0], n - start, first + start)
         parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
     recon, q = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     return recon, {name: float(value) for name, value in q.statistics().items()}
@@ -400,7 +410,7 @@ def sample_images(
     images = []
     tokens = []
     for first, drawn, z in batches:
-        require_finite(hosts.gather(are_finite(drawn))[: n - first], first)
+        require_finite_images(drawn, n - first, first)
         images.append(hosts.gather(drawn)[: n - first])
         tokens.append(hosts.gather(z)[: n - first])
         progress(min(first + len(drawn), n))

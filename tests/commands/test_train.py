@@ -28,7 +28,7 @@ from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop
 from sphere_ar_jax.training.run import load_config, load_run
-from tests.conftest import libraries_promote
+from tests.conftest import libraries_promote, noted_fingerprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 SYNSETS = ('n01440764', 'n01443537', 'n02099601')
@@ -367,11 +367,7 @@ def test_killed_and_resumed(tar, tokenizer, tmp_path):
     for workdir in (tmp_path / 'w', tokenizer[0]):
         found = loop.checkpoint.Checkpoints(f'{workdir}/tokenizer/checkpoints', read_only=True)
         assert found.steps()[-1] == 4
-        states.append(
-            json.loads((workdir / 'tokenizer/checkpoints/4/meta/metadata').read_text())[
-                'fingerprint'
-            ]
-        )
+        states.append(noted_fingerprint(workdir / 'tokenizer', 4))
         found.close()
     assert states[0] == states[1] and len(states[0]) > 100
 

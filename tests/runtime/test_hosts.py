@@ -22,7 +22,7 @@ from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.runtime import checkpoint, files, joining
 from sphere_ar_jax.training.run import load_run
 from sphere_ar_jax.training.state import quickly_compiled
-from tests.conftest import forced_devices
+from tests.conftest import forced_devices, noted_fingerprint
 from tests.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -190,9 +190,7 @@ def words(tmp_path_factory):
 
 def _fingerprint(workdir, stage='ar', step=STEPS):
     """The fingerprint of every bit of the state."""
-    return json.loads(
-        (workdir / stage / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text()
-    )['fingerprint']
+    return noted_fingerprint(workdir / stage, step)
 
 
 def _scores(workdir):

@@ -20,7 +20,7 @@ from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
 from sphere_ar_jax.training import loop, optimizer
 from sphere_ar_jax.training.state import quickly_compiled
-from tests.conftest import libraries_promote
+from tests.conftest import libraries_promote, noted_fingerprint
 from tests.tiny_config import LONG, get_config, stages
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -378,12 +378,6 @@ def _await_save(process, checkpoints):
     return False
 
 
-def _fingerprint(directory):
-    """The fingerprint of every bit of the last state."""
-    metadata = directory / 'checkpoints' / str(LONG) / 'meta' / 'metadata'
-    return json.loads(metadata.read_text())['fingerprint']
-
-
 def _logged(directory):
     """What was logged, but for times."""
     lines = (directory / 'metrics.jsonl').read_text().splitlines()
@@ -426,6 +420,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
         last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output
     ), output
     assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
-    assert _fingerprint(tmp_path / 'killed') == _fingerprint(tmp_path / 'whole')
+    killed, undisturbed = (noted_fingerprint(tmp_path / n, LONG) for n in ('killed', 'whole'))
+    assert killed == undisturbed
     logs = [_logged(tmp_path / name) for name in ('whole', 'killed')]
     assert len(logs[0]) == LONG and logs[0] == logs[1]

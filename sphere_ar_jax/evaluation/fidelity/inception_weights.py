@@ -18,7 +18,7 @@ from tensorboardX.proto import graph_pb2, types_pb2
 
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.interop import torch_file
-from sphere_ar_jax.runtime.console import UserError, first_line, printable
+from sphere_ar_jax.runtime.console import UserError, first_line, printable, some
 from sphere_ar_jax.runtime.types import PyTree
 
 MAX_FILE_BYTES = 2**29  # The published file has 95 MB.
@@ -153,17 +153,11 @@ def _take(
     unexpected = [name for name in tensors if name not in known and not ignored(name)]
     faults = {'missing': missing, 'misshapen': misshapen, 'unexpected': unexpected}
     found = '; '.join(
-        f'{len(names)} {kind}: {_some(names)}' for kind, names in faults.items() if names
+        f'{len(names)} {kind}: {some(names)}' for kind, names in faults.items() if names
     )
     if found:
         raise UserError(f'{source} does not hold the weights of the FID Inception ({found})')
     return traverse.unflatten_dict(params, sep='/')
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    """The first few names, fit to be printed, and how many more there are."""
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(printable(name, 100) for name in names[:most]) + more
 
 
 def from_torch(tensors: Mapping[str, Any]) -> PyTree:
