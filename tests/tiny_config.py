@@ -58,7 +58,7 @@ def long_config():
 
 
 @functools.cache
-def _untrained(vae):
+def untrained(vae):
     """Fresh parameters of a tokenizer, compiled once for all tests of a process."""
     return jax.jit(vae.init_params, **quickly_compiled())(jax.random.key(1))
 
@@ -67,7 +67,7 @@ def stages(cfg):
     """The tokenizer's stage, and the AR's on an untrained tokenizer."""
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
-    vae_params = _untrained(vae)
+    vae_params = untrained(vae)
     tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
     return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
 

@@ -29,7 +29,7 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.training import adversarial, loop
+from sphere_ar_jax.training import adversarial, loop, standardisation
 from sphere_ar_jax.training.run import Run, load_config, load_run, load_teacher
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
@@ -224,6 +224,16 @@ def _train(
         vae_params, seconds['tokenizer'] = _train_tokenizer(setting, reading, lpips)
     if not setting.cfg.ar_training.steps:
         return _Trained(vae_params, None, seconds)
+    vae_params = standardisation.add(
+        setting.vae,
+        vae_params,
+        setting.source,
+        setting.workdir,
+        seed=setting.cfg.seed,
+        batch_size=setting.cfg.ar_training.batch_size,
+        mesh=setting.mesh,
+        reading=reading,
+    )
     stage = ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
     directory = f'{setting.workdir}/ar'
 

@@ -17,7 +17,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError, pick
 
 # Keys of the section `vae` that are not fields of a backbone.
-_TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior')
+_TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input')
 
 
 class Sampler(NamedTuple):
@@ -51,8 +51,16 @@ def build_vae(config: ConfigDict) -> VAE:
     backbone_class = pick(BACKBONES, 'vae.backbone', c.backbone)
     backbone = backbone_class(**fields, dtype=dtype(config))
     posterior_class = pick(POSTERIORS, 'vae.posterior', c.posterior)
-    posterior = posterior_class()
-    return VAE(tuple(c.grid), c.latent_dim, backbone, posterior, dtype(config))
+    options = {field.name: c[field.name] for field in dataclasses.fields(posterior_class)}
+    return VAE(
+        tuple(c.grid),
+        c.latent_dim,
+        backbone,
+        posterior_class(**options),
+        dtype(config),
+        c.decoder_input,
+        config.ar.token_space,
+    )
 
 
 def build_ar(config: ConfigDict) -> AR:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.flow import guidance
-from sphere_ar_jax.models import discriminators, transformer
+from sphere_ar_jax.models import discriminators, transformer, vae
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -22,7 +22,9 @@ def _at_least(least: float) -> Callable[[float], bool]:
 # What numbers must be: (pattern of keys, the rule in words, the rule as a function).
 _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
-    (r'(vae|ar)\.\w+|distillation_training\.steps|data\.threads', 'be at least 1', _at_least(1)),
+    (r'vae\.sigma', 'be above 0', lambda n: n > 0),
+    (r'vae\.(?!sigma)\w+|ar\.\w+', 'be at least 1', _at_least(1)),
+    (r'distillation_training\.steps|data\.threads', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
     (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
     # A stage of 0 steps is not trained.
@@ -47,6 +49,8 @@ def _use(words: Collection[str]) -> str:
 _WORDS: dict[str, tuple[Collection[Any], str]] = {
     'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
     'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
+    'vae.decoder_input': (vae.DECODER_INPUTS, _use(vae.DECODER_INPUTS)),
+    'ar.token_space': (vae.TOKEN_SPACES, _use(vae.TOKEN_SPACES)),
     'tokenizer_training.discriminator': (discriminators.KINDS, _use(discriminators.KINDS)),
     'tokenizer_training.disc_loss': (discriminators.ADVERSARIAL, _use(discriminators.ADVERSARIAL)),
     'ar_training.encoder_dtype': (('', *schema.DTYPES), _use(schema.DTYPES)),

@@ -105,6 +105,10 @@ def default() -> ConfigDict:
                 # Words of `models.backbones` and `models.posteriors`.
                 backbone='hybrid',
                 posterior='power_spherical',
+                # The standard deviation of the posterior 'sigma_vae'; others do not read it.
+                sigma=0.5,
+                # What the decoder reads: 'latents', or 'projected' onto the sphere.
+                decoder_input='latents',
             ),
             ar=dict(
                 VARIANTS['B'],
@@ -112,6 +116,9 @@ def default() -> ConfigDict:
                 condition='classes',
                 head='flow',
                 class_tokens=16,
+                # What the model reads and draws: 'latents', 'projected' onto the sphere, or
+                # 'standardised' by the statistics of the training images (`vae.TOKEN_SPACES`).
+                token_space='latents',
                 remat=False,
                 unroll=1,
             ),

@@ -25,7 +25,7 @@ from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.conditions import Classes
 from sphere_ar_jax.models.heads.flow import chunk_size
-from sphere_ar_jax.models.vae import VAE, draw_tokens
+from sphere_ar_jax.models.vae import VAE, draw_latents
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
@@ -154,7 +154,8 @@ class Part:
 
     def _params(self, model: AR | VAE, seed: int) -> PyTree:
         if self.weights is None:
-            return random_params(model, seed)
+            params = random_params(model, seed)
+            return model.with_statistics(params) if isinstance(model, VAE) else params
         with np.load(self.weights) as tensors:
             return torch_names.from_torch(
                 tensors, jax.eval_shape(model.init_params, jax.random.key(0))
@@ -266,7 +267,7 @@ class Part:
             solver = jax.tree.map(lambda a: a[which[k]], head.prepare(params, plan))
             noise = jax.random.normal(key, (self.batch, num_draws, ar.latent_dim))
             noise = self._double(noise).swapaxes(0, 1)
-            return self.vae.posterior.project(head.draw_token(params, c, noise, solver, guidance))
+            return self.vae.project(head.draw_token(params, c, noise, solver, guidance))
 
         evaluations = int(plan.count[plan.which[1]])
         chunk = chunk_size(plan.tables.t.shape[1], self._rows)
@@ -296,7 +297,7 @@ class Part:
         keys = jax.random.split(jax.random.key(0), self.batch)
 
         def run(p: PyTree, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-            z, q = draw_tokens(self.vae, p, x, keys)
+            z, q = draw_latents(self.vae, p, x, keys)
             return z, q.kl()
 
         compiled = self._compiled(

@@ -74,8 +74,13 @@ class Work(NamedTuple):
 
 
 def _shapes(model: AR | VAE) -> PyTree:
-    """The shapes of a model's parameters."""
-    return jax.eval_shape(model.init_params, jax.random.key(0))
+    """The shapes of a model's parameters, a tokenizer's with the statistics that it needs."""
+
+    def make(key: jax.Array) -> PyTree:
+        params = model.init_params(key)
+        return model.with_statistics(params) if isinstance(model, VAE) else params
+
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def _lpips(options: ConfigDict) -> PyTree:

@@ -7,6 +7,7 @@ Dimensions:
   c    image channels       d      latent dimension
   D    width of the backbone
   p    pixels per token along each axis, the patch size of the backbone
+  R    √d, the radius of the sphere
 Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
@@ -16,12 +17,38 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from sphere_ar_jax.models.backbones import Backbone, Hybrid
 from sphere_ar_jax.models.convolutions import torch_init
 from sphere_ar_jax.models.posteriors import Distribution, Draws, Posterior, PowerSpherical
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sphere import geometry
+
+# What the decoder reads: latents z as they are, or N_R(z).
+DECODER_INPUTS = ('latents', 'projected')
+# What the AR model reads and draws, see `VAE.to_tokens`.
+TOKEN_SPACES = ('latents', 'projected', 'standardised')
+
+
+class Statistics(nn.Module):
+    """Mean and standard deviation of the training images' latents, one of each for a dimension.
+
+    They are no trained parameters. `VAE.with_statistics` puts them in.
+
+    Attributes:
+      latent_dim: d.
+    """
+
+    latent_dim: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Returns (mean, std), each (1, 1, d), as they stand beside latents (B, L, d)."""
+        mean = self.param('mean', nn.initializers.zeros, (self.latent_dim,))
+        std = self.param('std', nn.initializers.ones, (self.latent_dim,))
+        return mean[None, None], std[None, None]
 
 
 class VAE(nn.Module):
@@ -34,6 +61,8 @@ class VAE(nn.Module):
       latent_dim: d.
       backbone: see `backbones`. It computes in a dtype of its own.
       posterior: see `posteriors`.
+      decoder_input: one of `DECODER_INPUTS`.
+      token_space: one of `TOKEN_SPACES`, see `to_tokens`.
       dtype: dtype of the two projections; parameters are float32. `computing_in` sets it and the
         backbone's dtype.
     """
@@ -43,6 +72,8 @@ class VAE(nn.Module):
     backbone: Backbone = Hybrid()
     posterior: Posterior = PowerSpherical()
     dtype: DTypeLike = jnp.float32
+    decoder_input: str = 'latents'
+    token_space: str = 'latents'
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)  # its parameters stand beside the projections
@@ -59,6 +90,7 @@ class VAE(nn.Module):
         self.post_quant_proj = nn.Dense(
             width, use_bias=False, kernel_init=torch_init(), dtype=self.dtype
         )
+        self.statistics = Statistics(self.latent_dim)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,9 +108,71 @@ class VAE(nn.Module):
         return self.posterior(self.quant_proj(hidden).astype(jnp.float32))
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Turns tokens z (B, L, d) into images (B, H·p, W·p, c), float32, not clipped."""
+        """Turns latents z (B, L, d) into images (B, H·p, W·p, c), float32, not clipped."""
+        if self.decoder_input == 'projected':
+            z = geometry.project(z)
         x = self.post_quant_proj(z.astype(self.dtype))
         return self.backbone.decode(x.reshape(x.shape[0], *self.grid, x.shape[-1]))
+
+    def to_tokens(self, z: jax.Array) -> jax.Array:
+        """Turns latents z (B, L, d) into the tokens that the AR model reads.
+
+        With the token space 'latents' these are z itself, with 'projected' N_R(z), and with
+        'standardised' (z − mean)/std, by the `Statistics` of the training images.
+        """
+        if self.token_space == 'projected':
+            return geometry.project(z)
+        if self.token_space == 'standardised':
+            mean, std = self.statistics()
+            return (z - mean) / std
+        return z
+
+    def from_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Turns tokens (B, L, d) of the AR model into latents z.
+
+        It inverts `to_tokens`, but for the norm that 'projected' drops.
+        """
+        if self.token_space == 'standardised':
+            mean, std = self.statistics()
+            return mean + std * tokens
+        return tokens
+
+    def decode_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Turns tokens (B, L, d) of the AR model into images, as `decode` does for latents."""
+        return self.decode(self.from_tokens(tokens))
+
+    def project(self, tokens: jax.Array) -> jax.Array:
+        """Returns what the sampler feeds back for drawn tokens (..., d).
+
+        It is `Posterior.project` with the token space 'latents', N_R with 'projected', and the
+        drawn tokens themselves with 'standardised'. It needs no parameters.
+        """
+        if self.token_space == 'projected':
+            return geometry.project(tokens)
+        if self.token_space == 'standardised':
+            return tokens
+        return self.posterior.project(tokens)
+
+    def with_statistics(
+        self, params: PyTree, mean: ArrayLike | None = None, std: ArrayLike | None = None
+    ) -> PyTree:
+        """Adds the statistics that the token space needs to the parameters.
+
+        Args:
+          params: the trained parameters.
+          mean: (d,), 0 if not given.
+          std: (d,), 1 if not given.
+
+        Returns:
+          The parameters with the statistics for 'standardised', the same parameters otherwise.
+        """
+        if self.token_space != 'standardised':
+            return params
+        # NumPy's arrays belong to no device, so that they go with parameters on any mesh.
+        zeros = np.zeros(self.latent_dim, np.float32)
+        mean = zeros if mean is None else np.asarray(mean, np.float32)
+        std = zeros + 1 if std is None else np.asarray(std, np.float32)
+        return params | {'statistics': {'mean': mean, 'std': std}}
 
     def __call__(self, images: jax.Array, z: jax.Array) -> tuple[jax.Array, Distribution]:
         """Decodes tokens and encodes images, independently of each other.
@@ -96,7 +190,7 @@ class VAE(nn.Module):
         return self.decode(z), q
 
     def init_params(self, key: jax.Array) -> PyTree:
-        """Makes fresh parameters from a PRNG key."""
+        """Makes fresh parameters from a PRNG key, without `Statistics`."""
         images = jnp.zeros((1, *self.image_shape))
         z = jnp.zeros((1, self.grid[0] * self.grid[1], self.latent_dim))
         return self.init(key, images, z)['params']
@@ -122,10 +216,10 @@ def s_vae(
     return VAE(tuple(grid), latent_dim, Hybrid(**backbone, dtype=dtype), PowerSpherical(), dtype)
 
 
-def draw_tokens(
+def draw_latents(
     vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, Distribution]:
-    """Draws tokens from the posterior of images.
+    """Draws latents from the posterior of images.
 
     Args:
       vae: the tokenizer.
@@ -134,16 +228,31 @@ def draw_tokens(
       keys: one PRNG key for each image, (B,).
 
     Returns:
-      The tokens z (B, L, d), and the posterior.
+      The latents z (B, L, d), and the posterior.
     """
     q = vae.apply({'params': params}, images, method='encode')
     return q.sample(q.draws(keys)), q
 
 
+def draw_tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws the tokens that the AR model learns from, (B, L, d).
+
+    They are the latents of `draw_latents`, brought into the token space.
+
+    Args:
+      vae: the tokenizer.
+      params: its parameters, see `VAE.with_statistics`.
+      images: (B, H·p, W·p, c) in [−1, 1].
+      keys: one PRNG key for each image, (B,).
+    """
+    z, _ = draw_latents(vae, params, images, keys)
+    return vae.apply({'params': params}, z, method='to_tokens')
+
+
 def autoencode(
     vae: VAE, params: PyTree, images: jax.Array, draws: Callable[[Distribution], Draws]
 ) -> tuple[jax.Array, jax.Array, Distribution]:
-    """Encodes images, draws tokens and decodes them.
+    """Encodes images, draws latents and decodes them.
 
     Args:
       vae: the tokenizer.
@@ -152,7 +261,7 @@ def autoencode(
       draws: called with the posterior, returns the random draws of its samples.
 
     Returns:
-      The reconstructions (B, H·p, W·p, c), the tokens z (B, L, d), and the posterior.
+      The reconstructions (B, H·p, W·p, c), the latents z (B, L, d), and the posterior.
     """
     q = vae.apply({'params': params}, images, method='encode')
     z = q.sample(draws(q))

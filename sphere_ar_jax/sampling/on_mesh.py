@@ -23,7 +23,7 @@ from sphere_ar_jax.config.build import Sampler
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Condition, Labels
-from sphere_ar_jax.models.vae import VAE, draw_tokens
+from sphere_ar_jax.models.vae import VAE, draw_latents
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
@@ -170,7 +170,7 @@ def autoencoder(vae: VAE) -> Callable[..., tuple[jax.Array, PyTree]]:
         params, key = frozen
         images, index = rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key), index)
-        z, q = draw_tokens(vae, params, images, keys)
+        z, q = draw_latents(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), q
 
     return jax.jit(run)
@@ -250,11 +250,11 @@ def sampling_programs(
             options,
             guidance_scale,
             temperature,
-            project=vae.posterior.project,
+            project=vae.project,
         )
 
-    def decode(params, z):
-        return vae.apply({'params': params}, z, method='decode')
+    def decode(params, tokens):
+        return vae.apply({'params': params}, tokens, method='decode_tokens')
 
     whole = sharding.P()
     split = sharding.BATCH

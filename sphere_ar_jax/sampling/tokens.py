@@ -48,8 +48,7 @@ def sample_tokens(
       temperature: () factor of x₀'s noise.
       noise: explicit draws in place of keys: (first (m, R, d), rest (L − 1, m, B, d)). With
         guidance, the null rows of `first` are used only where token 0 goes apart.
-      project: the tokenizer's `Posterior.project`; every token goes through it before it is fed
-        back.
+      project: the tokenizer's `VAE.project`; every token goes through it before it is fed back.
 
     Returns:
       z (B, L, d) float32.

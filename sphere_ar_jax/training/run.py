@@ -15,7 +15,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.training import adversarial, stages, state
+from sphere_ar_jax.training import adversarial, stages, standardisation, state
 
 
 class Run(NamedTuple):
@@ -164,6 +164,7 @@ def load_run(
         vae_params = load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
     if tokenizer_only:
         return Run(cfg, vae, vae_params, ar, None)
+    vae_params = standardisation.read(vae, vae_params, workdir)
     stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
     part = _of_rate(cfg.ar_training, cfg.sampling.ema_decay)
     return Run(cfg, vae, vae_params, ar, _restore(stage, workdir, mesh, part))

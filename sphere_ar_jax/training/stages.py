@@ -106,7 +106,7 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(split, out_axes=1)(keys)
-        z, _ = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
+        z = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
         draws = ar.head.draws(flow_keys, (options.copies, *z.shape[1:]))
         labels = ar.condition.drop(label_keys, batch['label'], options.label_dropout)
         return ar.apply({'params': params}, labels, z, draws, method='loss')
@@ -151,7 +151,7 @@ def distillation_stage(
     def loss(head, frozen, batch, keys):
         vae_params, ar_params = frozen
         posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        z, _ = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
+        z = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
         noise = ar.head.draws(noise_keys, (1, *z.shape[1:]))
         scales = guidance.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
         return mean_velocity.distillation_loss(

@@ -381,7 +381,7 @@ def test_training_goes_on_from_converted_weights(tuned):
 
     @jax.jit
     def loss(ar_params, vae_params, image, label):
-        z, _ = vae.draw_tokens(before.vae, vae_params, image, posterior)
+        z, _ = vae.draw_latents(before.vae, vae_params, image, posterior)
         draws = before.ar.head.draws(flows, (2, *z.shape[1:]))
         label = before.ar.condition.drop(drops, label, cfg.ar_training.label_dropout)
         return before.ar.apply({'params': ar_params}, label, z, draws, method='loss')[0]

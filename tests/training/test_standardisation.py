@@ -1,0 +1,157 @@
+"""The AR model's token spaces: latents, projected and standardised."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data.digits import splits
+from sphere_ar_jax.models import vae as vae_module
+from sphere_ar_jax.models.posteriors import PowerSpherical
+from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training import standardisation
+from tests import tiny_config
+
+MEAN = np.linspace(-1, 2, 8)
+STD = np.linspace(0.5, 3, 8)
+
+
+def build_tiny(**changes):
+    """The tiny tokenizer with other values of its keys."""
+    return build.build_vae(schema.changed(tiny_config.get_config(), changes))
+
+
+@pytest.fixture(scope='module')
+def z():
+    """Latents of two images that lie on no sphere."""
+    return jnp.float32(np.random.default_rng(0).normal(size=(2, 16, 8)) * STD + MEAN)
+
+
+def apply(vae, z, method):
+    """A method of the tokenizer that reads no trained parameters."""
+    return vae.apply({'params': vae.with_statistics({}, MEAN, STD)}, z, method=method)
+
+
+def test_latents_are_tokens_as_they_are(z):
+    vae = build_tiny()
+    chex.assert_trees_all_equal(apply(vae, z, 'to_tokens'), z)
+    chex.assert_trees_all_equal(apply(vae, z, 'from_tokens'), z)
+    chex.assert_trees_all_equal(vae.project(z), PowerSpherical().project(z))
+    assert vae.with_statistics({'a': 1}) == {'a': 1}
+
+
+def test_projected_tokens_have_the_norm_of_the_sphere(z):
+    vae = build_tiny(**{'ar.token_space': 'projected'})
+    tokens = apply(vae, z, 'to_tokens')
+    norms = np.linalg.norm(np.asarray(z), axis=-1, keepdims=True)
+    np.testing.assert_allclose(tokens, np.sqrt(8) * z / norms, rtol=1e-6)
+    chex.assert_trees_all_equal(vae.project(z), tokens)
+    chex.assert_trees_all_equal(apply(vae, tokens, 'from_tokens'), tokens)
+
+
+def test_standardised_tokens_have_mean_0_and_spread_1(z):
+    vae = build_tiny(**{'ar.token_space': 'standardised'})
+    tokens = apply(vae, z, 'to_tokens')
+    np.testing.assert_allclose(tokens, (np.asarray(z) - MEAN) / STD, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(vae, tokens, 'from_tokens'), z, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(vae.project(tokens), tokens)
+
+
+def test_the_decoder_may_read_projected_latents(z):
+    plain = build_tiny()
+    projecting = build_tiny(**{'vae.decoder_input': 'projected'})
+    params = tiny_config.untrained(plain)
+
+    def decode(vae, z):
+        return vae.apply({'params': params}, z, method='decode')
+
+    decoded = decode(projecting, z)
+    chex.assert_shape(decoded, (2, 16, 16, 1))
+    chex.assert_tree_all_finite(decoded)
+    by_hand = np.sqrt(8) * z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    np.testing.assert_allclose(decoded, decode(plain, by_hand), atol=1e-5)
+    assert np.abs(decoded - decode(plain, z)).max() > 1e-3
+
+
+def test_decoding_tokens_decodes_their_latents(z):
+    vae = build_tiny(**{'ar.token_space': 'standardised'})
+    params = vae.with_statistics(tiny_config.untrained(build_tiny()), MEAN, STD)
+    tokens = vae.apply({'params': params}, z, method='to_tokens')
+    images = vae.apply({'params': params}, tokens, method='decode_tokens')
+    np.testing.assert_allclose(images, vae.apply({'params': params}, z, method='decode'), atol=1e-4)
+
+
+def measure(vae, params, source, batch_size):
+    """The statistics of a source's latents."""
+    return standardisation.measure(
+        vae, params, source, seed=3, batch_size=batch_size, mesh=sharding.make_mesh()
+    )
+
+
+def test_statistics_are_those_of_all_images_in_any_batches():
+    vae = build_tiny(**{'ar.token_space': 'standardised'})
+    params = tiny_config.untrained(build_tiny())
+    train, _ = splits(0, 0.9)
+    found = measure(vae, params, train, 64)
+    assert found['images'] == len(train)
+    again = measure(vae, params, train, 16)
+    chex.assert_trees_all_close(found, again, atol=1e-5)
+    # The same draws by hand: the order of the data is that of the first epoch.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(len(train)))
+    from sphere_ar_jax.data.batches import batches
+
+    with batches(train, batch_size=len(train), seed=3) as all_images:
+        images = next(all_images)['image']
+    z, _ = vae_module.draw_latents(vae, params, images, keys)
+    rows = np.asarray(z, np.float64).reshape(-1, 8)
+    np.testing.assert_allclose(found['mean'], rows.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(found['std'], rows.std(axis=0), rtol=1e-4)
+
+
+def test_statistics_are_kept_with_the_tokenizer_and_measured_once(tmp_path, monkeypatch):
+    vae = build_tiny(**{'ar.token_space': 'standardised'})
+    params = tiny_config.untrained(build_tiny())
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return {'images': 2, 'mean': MEAN.tolist(), 'std': STD.tolist()}
+
+    monkeypatch.setattr(standardisation, 'measure', counted)
+    with pytest.raises(FileNotFoundError, match='no statistics of the latents yet'):
+        standardisation.read(vae, params, tmp_path)
+    added = standardisation.add(vae, params, None, tmp_path, seed=0)
+    np.testing.assert_array_equal(added['statistics']['mean'], np.float32(MEAN))
+    np.testing.assert_array_equal(added['statistics']['std'], np.float32(STD))
+    chex.assert_trees_all_equal(standardisation.read(vae, params, tmp_path), added)
+    standardisation.add(vae, params, None, tmp_path, seed=0)
+    assert len(calls) == 1
+    other = jax.tree.map(lambda a: a + 1, params)
+    standardisation.add(vae, other, None, tmp_path, seed=0)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize('damage', [{'std': [0.0] * 8}, {'mean': [1.0]}, {'std': ['a'] * 8}])
+def test_damaged_statistics_are_refused_in_one_line(tmp_path, damage):
+    vae = build_tiny(**{'ar.token_space': 'standardised'})
+    file = standardisation.path(tmp_path)
+    file.parent.mkdir()
+    file.write_text(json.dumps({'mean': MEAN.tolist(), 'std': STD.tolist()} | damage))
+    with pytest.raises(UserError, match='does not hold the statistics of 8 dimensions'):
+        standardisation.read(vae, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [('ar.token_space', 'sphere'), ('vae.decoder_input', 'z')]
+)
+def test_unknown_words_are_refused(key, value):
+    from sphere_ar_jax.config import checks
+
+    cfg = schema.changed(tiny_config.get_config(), {key: value})
+    with pytest.raises(UserError, match=f"{key} is '{value}': use latents, projected"):
+        checks.check(cfg)
