@@ -12,6 +12,7 @@ Dimensions:
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,32 @@ from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sphere import geometry
 
 
-def sample_tokens(
+class Prefix(NamedTuple):
+    """Tokens that are given, so that the sampler goes on from them.
+
+    Attributes:
+      tokens: (B, L, d), of which the first `count` are read.
+      count: () int, 0 ≤ count ≤ L.
+    """
+
+    tokens: jax.Array
+    count: jax.Array | int
+
+
+class Drawn(NamedTuple):
+    """What the sampler draws.
+
+    Attributes:
+      z: tokens (B, L, d), projected; those of a prefix are as they were given.
+      raw: the same tokens as the head drew them, before projection. Those in the place of a prefix
+        are what the head would have drawn there.
+    """
+
+    z: jax.Array
+    raw: jax.Array
+
+
+def draw(
     ar: AR,
     params: PyTree,
     labels: Labels,
@@ -34,8 +60,9 @@ def sample_tokens(
     temperature: jax.Array | float = 1.0,
     noise: tuple[jax.Array, jax.Array] | None = None,
     project: Callable[[jax.Array], jax.Array] = geometry.project,
-) -> jax.Array:
-    """Draws the tokens of B images.
+    prefix: Prefix | None = None,
+) -> Drawn:
+    """Draws the tokens of B images, projected and as the head draws them.
 
     Args:
       ar: the model.
@@ -49,9 +76,11 @@ def sample_tokens(
       noise: explicit draws in place of keys: (first (m, R, d), rest (L − 1, m, B, d)). With
         guidance, the null rows of `first` are used only where token 0 goes apart.
       project: the tokenizer's `VAE.project`; every token goes through it before it is fed back.
+      prefix: the first tokens, if they are given. They are fed back as they are. The noise of the
+        other tokens is the same as without a prefix.
 
     Returns:
-      z (B, L, d) float32.
+      The tokens, float32.
 
     Raises:
       ValueError: an argument has no use or is missing, the noise has other shapes, or the model
@@ -69,20 +98,23 @@ def sample_tokens(
     L = ar.num_tokens
     d = ar.latent_dim
     m = options.num_draws(L)
+    if prefix is not None and prefix.tokens.shape != (B, L, d):
+        raise ValueError(f'the prefix has the shape {prefix.tokens.shape}, not {(B, L, d)}')
     if noise is not None:
         _check_noise(noise, ((m, 2 * B if guided else B, d), (L - 1, m, B, d)))
 
     scales = _scales(options, guidance_scale, L)
+    forced = None if prefix is None else prefix.tokens.swapaxes(0, 1)
     plan = options.plan(L)
     prepared = ar.head.prepare(params['head'], plan)
     c, cache = _prefill(ar, params, labels, guided)
     apart = _apart(options, scales)
-    given = None if noise is None else _join_noise(noise, apart, guided)
+    noises = None if noise is None else _join_noise(noise, apart, guided)
 
     def step(carry, inputs):
         """Draws token k and feeds it: (condition, cache) of token k → those of token k + 1."""
         c, cache = carry
-        k, which, scale, apart, draws = inputs
+        k, which, scale, apart, draws, given = inputs
         if draws is None:
             draws = _draw_rows(options, keys, k, L, (m, d))
         draws = jnp.concatenate([temperature * draws[:1], draws[1:]])
@@ -90,15 +122,45 @@ def sample_tokens(
             lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), prepared
         )
         guidance = Guidance(scale, apart, options.guidance_interval) if guided else None
-        z = project(ar.head.draw_token(params['head'], c, draws, solver, guidance))
+        raw = ar.head.draw_token(params['head'], c, draws, solver, guidance)
+        z = project(raw)
+        if prefix is not None:
+            given = jnp.concatenate([given, given]) if guided else given
+            z = jnp.where(k < prefix.count, given, z)
         # Nothing reads the condition and the cache after the last token. They are computed all the
         # same, so that every token, 0 included, is one step of one program.
         carry = ar.apply({'params': params}, z, k + 1, cache, method='decode_step')
-        return carry, z[:B]
+        return carry, Drawn(z[:B], raw[:B])
 
-    tokens = (jnp.arange(L), jnp.asarray(plan.which), scales, apart, given)
-    _, z = jax.lax.scan(step, (c, cache), tokens)
-    return z.swapaxes(0, 1)
+    tokens = (jnp.arange(L), jnp.asarray(plan.which), scales, apart, noises, forced)
+    _, drawn = jax.lax.scan(step, (c, cache), tokens)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
+
+
+def sample_tokens(
+    ar: AR,
+    params: PyTree,
+    labels: Labels,
+    keys: jax.Array | None,
+    options: Options,
+    guidance_scale: jax.Array | float | None = None,
+    temperature: jax.Array | float = 1.0,
+    noise: tuple[jax.Array, jax.Array] | None = None,
+    project: Callable[[jax.Array], jax.Array] = geometry.project,
+    prefix: Prefix | None = None,
+) -> jax.Array:
+    """Draws the tokens of B images by `draw`, which explains the arguments.
+
+    Returns:
+      z (B, L, d) float32, projected.
+
+    Raises:
+      ValueError: see `draw`.
+    """
+    drawn = draw(
+        ar, params, labels, keys, options, guidance_scale, temperature, noise, project, prefix
+    )
+    return drawn.z
 
 
 def _check_noise(

@@ -121,7 +121,10 @@ def tokenizer_stage(
         return optax.apply_updates(params, updates), opt_state
 
     def step(
-        state: AdversarialState, lpips_params: PyTree, batch: training_state.Batch
+        state: AdversarialState,
+        lpips_params: PyTree,
+        batch: training_state.Batch,
+        seed: int | jax.Array = seed,
     ) -> tuple[AdversarialState, training_state.Scalars]:
         images = batch['image']
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(images))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -228,7 +229,7 @@ def train(
       stage: the stage.
       source: the images, see `data.batches.batches`.
       directory: where checkpoints, events and metrics.jsonl go.
-      seed: seed of the initialisation and of the order of the data.
+      seed: seed of the initialisation, of the order of the data and of all draws.
       mesh: see `sharding`.
       reading: further arguments of `data.batches.batches`: transform, threads, workers, max_broken.
       watch: a look at the model from time to time.
@@ -281,7 +282,7 @@ def train(
         with Signals() as signals:
             while step < options.steps:
                 batch = sharding.place_batch(mesh, next(batches))
-                state, scalars = step_fn(state, stage.frozen, batch)
+                state, scalars = step_fn(state, stage.frozen, batch, np.uint32(seed))
                 if pending is None:
                     log.start(step + 1, scalars)
                     console.interrupts.keep(True)  # From here on there is a state to lose.

@@ -65,7 +65,9 @@ class Stage(NamedTuple):
       name: its name, also that of its directory.
       options: its section of the config.
       init: key → `TrainState`.
-      step: (state, frozen, batch) → (state, scalars).
+      step: (state, frozen, batch, seed) → (state, scalars). The seed is that of all draws; the
+        stage's own if not given. The compiled program takes it as an argument, so that runs of
+        other seeds find it in the compilation cache.
       frozen: parameters that it reads but does not train.
       shown: names of the scalars that the console shows.
       about: what the frozen parameters are, for messages.
@@ -76,7 +78,7 @@ class Stage(NamedTuple):
     name: str
     options: ConfigDict
     init: Callable[[jax.Array], Any]
-    step: Callable[[Any, PyTree, Batch], tuple[Any, Scalars]]
+    step: Callable[..., tuple[Any, Scalars]]
     frozen: PyTree
     shown: tuple[str, ...]
     about: str = ''
@@ -174,7 +176,9 @@ def make_stage(
         params = init_params(key)
         return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
 
-    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Scalars]:
+    def step(
+        state: TrainState, frozen: PyTree, batch: Batch, seed: int | jax.Array = seed
+    ) -> tuple[TrainState, Scalars]:
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['image']))
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -329,7 +333,7 @@ def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
       state: the stage's state, abstract or not, laid out on the mesh.
 
     Returns:
-      The function (state, frozen, batch) → (state, scalars), not compiled yet.
+      The function (state, frozen, batch, seed) → (state, scalars), not compiled yet; see `Stage`.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = sharding.keep_rows_split(mesh, stage.step)

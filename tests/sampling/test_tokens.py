@@ -11,7 +11,7 @@ from sphere_ar_jax.flow.plan import Options, annealed_steps
 from sphere_ar_jax.models import ar
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
-from sphere_ar_jax.sampling.tokens import sample_tokens
+from sphere_ar_jax.sampling.tokens import Prefix, draw, sample_tokens
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training.run import Run
 from tests.conftest import compiled, libraries_promote
@@ -164,6 +164,38 @@ def test_first_token_quirk(golden, tiny_ar):
     ]
     np.testing.assert_array_equal(*together)
     np.testing.assert_allclose(together[0][:, 0], apart[0][:, 0], atol=1e-4)
+
+
+def test_a_prefix_is_kept_and_read(tiny_ar):
+    """Behind it stands what a run draws whose first tokens happen to be those of the prefix."""
+    model, params = tiny_ar
+    options = Options('euler', 3, guidance='constant')
+    keys = jax.random.split(jax.random.key(3), 2)
+    labels = jnp.arange(2)
+    count = model.num_tokens // 2
+
+    @jax.jit
+    def given(tokens, count):
+        return draw(model, params, labels, keys, options, 2.0, prefix=Prefix(tokens, count))
+
+    tokens = jnp.full((2, model.num_tokens, model.latent_dim), jnp.nan)
+    whole = given(tokens, 0)
+    plain = sample_tokens(model, params, labels, keys, options, 2.0)
+    chex.assert_trees_all_close(whole.z, plain, atol=1e-4)
+    # The tokens before projection are those that N_R takes to the tokens.
+    chex.assert_trees_all_close(geometry.project(whole.raw), whole.z, atol=1e-5)
+    norms = jnp.linalg.norm(whole.raw, axis=-1)
+    assert jnp.abs(norms - model.latent_dim**0.5).max() > 0.01
+    # What stands behind the prefix is not read.
+    own = given(whole.z.at[:, count:].set(jnp.nan), count)
+    chex.assert_trees_all_close(own, whole, atol=1e-6)
+    other = given(-whole.z, count)
+    chex.assert_trees_all_equal(other.z[:, :count], -whole.z[:, :count])
+    assert jnp.abs(other.z[:, count:] - whole.z[:, count:]).max() > 1e-4
+    # The head's first token does not depend on tokens.
+    chex.assert_trees_all_close(other.raw[:, 0], whole.raw[:, 0], atol=1e-6)
+    with pytest.raises(ValueError, match='the prefix has the shape'):
+        given(whole.z[:1], 1)
 
 
 def test_scale_one_is_no_guidance(golden, tiny_ar):

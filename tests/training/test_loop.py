@@ -19,7 +19,12 @@ from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
 from sphere_ar_jax.training import loop, optimizer
-from sphere_ar_jax.training.state import quickly_compiled
+from sphere_ar_jax.training.state import (
+    abstract_state,
+    jitted_step,
+    make_stage,
+    quickly_compiled,
+)
 from tests.conftest import libraries_promote, noted_fingerprint
 from tests.tiny_config import LONG, get_config, stages
 
@@ -62,6 +67,36 @@ def test_a_stage_trains_and_logs(tmp_path, which):
     assert names <= set(lines[0])
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert list(tmp_path.glob('events.out.tfevents.*'))
+
+
+def test_runs_of_other_seeds_have_the_same_program():
+    """A seed is an argument, so that a second run finds its program compiled."""
+    mesh = sharding.make_mesh()
+    batch = {'image': jnp.ones((4, 3)), 'label': jnp.zeros(4, jnp.int32)}
+
+    def loss(params, frozen, batch, keys):
+        del frozen
+        noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        return jnp.mean((params - batch['image'] * noise) ** 2), {}
+
+    def make(seed):
+        options = get_config().tokenizer_training
+        return make_stage('a', options, seed, lambda key: jnp.ones((1, 3)), loss, (), ())
+
+    results = []
+    texts = []
+    for seed in (0, 1):
+        stage = make(seed)
+        like = abstract_state(stage, mesh)
+        step = jitted_step(stage, mesh, like)
+        state = stage.init(jax.random.key(0))
+        texts.append(step.lower(like, (), batch, np.uint32(seed)).as_text())
+        _, alone = stage.step(state, (), batch)
+        _, scalars = step(state, (), batch, np.uint32(seed))
+        np.testing.assert_allclose(scalars['loss'], alone['loss'], rtol=1e-6)
+        results.append(float(scalars['loss']))
+    assert texts[0] == texts[1]
+    assert results[0] != results[1]
 
 
 def test_a_step_is_the_recipe():
