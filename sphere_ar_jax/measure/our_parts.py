@@ -347,7 +347,7 @@ class Part:
         vae_params = self._params(self.vae, 2)
         draw = _compile(tokens, *arguments)
         to_pixels = _compile(decode, vae_params, self.inputs['z'])
-        return lambda: to_pixels(vae_params, draw(*arguments))
+        return lambda: to_pixels(vae_params, draw(*arguments).z)
 
     def _sample(self) -> Callable[[], np.ndarray]:
         _, params = self._sampler()

@@ -27,7 +27,8 @@ from sphere_ar_jax.models.vae import VAE, draw_latents
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling.tokens import sample_tokens
+from sphere_ar_jax.sampling.tokens import Drawn
+from sphere_ar_jax.sampling.tokens import draw as draw_tokens
 
 
 class Models(Protocol):
@@ -236,13 +237,13 @@ def sampling_programs(
 
     Returns:
       (tokens, decode). The program `tokens` runs on all devices: (ar_params, labels, index, key,
-        guidance_scale, temperature) → (B, L, d). The program `decode` runs on one device, for its
-        rows: (vae_params, tokens) → images.
+        guidance_scale, temperature) → `Drawn` of (B, L, d). The program `decode` runs on one
+        device, for its rows: (vae_params, tokens) → images.
     """
 
     def rows(ar_params, labels, index, key, guidance_scale, temperature):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        return sample_tokens(
+        return draw_tokens(
             ar,
             ar_params,
             labels,
@@ -273,7 +274,7 @@ def sampling_programs(
 @functools.cache
 def program(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
+) -> Callable[..., tuple[jax.Array, Drawn]]:
     """Makes the function that draws a batch on a mesh, where each device has rows of its own.
 
     If the compiler split conditional and null rows by itself, devices would exchange data at every
@@ -292,14 +293,14 @@ def program(
 
     Returns:
       function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale,
-        temperature) → (images (B, H, W, c) float32, tokens (B, L, d)). Labels and index are laid
-        out by `sharding.place_batch`.
+        temperature) → (images (B, H, W, c) float32, `Drawn` of (B, L, d)). Labels and index are
+        laid out by `sharding.place_batch`.
     """
     tokens, decode = sampling_programs(ar, vae, options, mesh)
 
     def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
-        z = tokens(ar_params, labels, index, key, guidance_scale, temperature)
-        return sharding.on_each_device(decode, mesh, vae_params, z), z
+        drawn = tokens(ar_params, labels, index, key, guidance_scale, temperature)
+        return sharding.on_each_device(decode, mesh, vae_params, drawn.z), drawn
 
     return draw
 
@@ -323,7 +324,7 @@ def draw_batches(
     mesh: Mesh | None = None,
     start: int = 0,
     stop: int | None = None,
-) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+) -> Iterator[tuple[int, jax.Array, Drawn]]:
     """Draws one image per label, batch by batch; every command that samples goes through here.
 
     Image i is drawn from `sampling_key` folded by i alone, or by index[i]. Whatever batch and
@@ -343,9 +344,9 @@ def draw_batches(
       stop: number after the last image to draw; None stands for n.
 
     Yields:
-      (number of the first image, images (B, H, W, c) float32 about [−1, 1], tokens (B, L, d)) of
-        each batch, which is computed in the background. The caller must leave out the rows of the
-        last batch that go beyond `stop`, and ask `are_finite` before it writes the others.
+      (number of the first image, images (B, H, W, c) float32 about [−1, 1], `Drawn` of (B, L, d))
+        of each batch, which is computed in the background. The caller must leave out the rows of
+        the last batch that go beyond `stop`, and ask `are_finite` before it writes the others.
 
     Raises:
       ValueError: the model does not know the labels, or the index has no number for each; the
@@ -365,10 +366,54 @@ def draw_batches(
         batch = sharding.place_batch(
             mesh, jax.tree.map(lambda a, rows=rows: a[rows], (labels, index))
         )
-        images, tokens = draw(
+        images, drawn = draw(
             ar_params, vae_params, *batch, key, sampler.guidance_scale, sampler.temperature
         )
-        yield first, images, tokens
+        yield first, images, drawn
+
+
+def draw_images(
+    models: Models,
+    sampler: Sampler,
+    labels: Labels,
+    *,
+    seed: int,
+    index: np.ndarray | None = None,
+    batch_size: int = 250,
+    mesh: Mesh | None = None,
+    progress: Callable[[int], None] = _nothing,
+) -> tuple[np.ndarray, Drawn]:
+    """Draws one image per label by `draw_batches`, and gathers them all with what was drawn.
+
+    Args:
+      models: see `draw_batches`.
+      sampler: see `draw_batches`.
+      labels: see `draw_batches`.
+      seed: see `draw_batches`.
+      index: see `draw_batches`.
+      batch_size: see `draw_batches`.
+      mesh: see `draw_batches`.
+      progress: called with the number of images done.
+
+    Returns:
+      (images (n, H, W, c) float32, about [−1, 1], `Drawn` of (n, L, d)). Every process gets all of
+        them. All images are finite.
+
+    Raises:
+      ValueError: see `draw_batches`.
+      NonFiniteSamples: an image is not finite.
+    """
+    labels = _checked(models.ar.condition, labels)
+    n = _count(labels)
+    batches = draw_batches(
+        models, sampler, labels, seed=seed, index=index, batch_size=batch_size, mesh=mesh
+    )
+    parts = []
+    for first, images, drawn in batches:
+        require_finite_images(images, n - first, first)
+        parts.append(jax.tree.map(lambda a: hosts.gather(a)[: n - first], (images, drawn)))
+        progress(min(first + len(images), n))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def sample_images(
@@ -382,36 +427,15 @@ def sample_images(
     mesh: Mesh | None = None,
     progress: Callable[[int], None] = _nothing,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one image per label by `draw_batches`, and gathers them all.
-
-    Args:
-      models: see `draw_batches`.
-      sampler: see `draw_batches`.
-      labels: see `draw_batches`.
-      seed: see `draw_batches`.
-      index: see `draw_batches`.
-      batch_size: see `draw_batches`.
-      mesh: see `draw_batches`.
-      progress: called with the number of images done.
+    """Draws one image per label by `draw_images`, which explains the arguments.
 
     Returns:
-      (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)). Every process gets all of
-        them. All numbers are finite.
+      (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)).
 
     Raises:
       ValueError: see `draw_batches`.
       NonFiniteSamples: an image is not finite.
     """
-    labels = _checked(models.ar.condition, labels)
-    n = _count(labels)
-    batches = draw_batches(
-        models, sampler, labels, seed=seed, index=index, batch_size=batch_size, mesh=mesh
-    )
-    images = []
-    tokens = []
-    for first, drawn, z in batches:
-        require_finite_images(drawn, n - first, first)
-        images.append(hosts.gather(drawn)[: n - first])
-        tokens.append(hosts.gather(z)[: n - first])
-        progress(min(first + len(drawn), n))
-    return np.concatenate(images), np.concatenate(tokens)
+    options = {'index': index, 'batch_size': batch_size, 'mesh': mesh, 'progress': progress}
+    images, drawn = draw_images(models, sampler, labels, seed=seed, **options)
+    return images, np.asarray(drawn.z)

@@ -542,9 +542,9 @@ def test_the_programs_of_sampling_are_those_that_run():
     draw = on_mesh.program(run.ar, run.vae, build.build_sampler(run.config).options, mesh)
     rows = sharding.place_batch(mesh, (np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)))
     arguments = *rows, jax.random.key(0), None, jnp.float32(1)
-    images, z = draw(run.ar_params, run.vae_params, *arguments)
-    np.testing.assert_array_equal(z, tokens(run.ar_params, *arguments))
-    np.testing.assert_array_equal(images, decode(run.vae_params, z))
+    images, drawn = draw(run.ar_params, run.vae_params, *arguments)
+    np.testing.assert_array_equal(drawn.z, tokens(run.ar_params, *arguments).z)
+    np.testing.assert_array_equal(images, decode(run.vae_params, drawn.z))
 
 
 def test_inception_looks_at_colours_only():

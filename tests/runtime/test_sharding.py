@@ -246,9 +246,10 @@ def _run(sizes):
     model, params = ar.unstacked(run.ar, place(run.ar_params))
     arrays = np.arange(16, dtype=np.int32) % 10, np.arange(16, dtype=np.int32)
     draw = on_mesh.program(model, run.vae, build.build_sampler(cfg).options, mesh)
-    found['images'], found['tokens'] = draw(
+    found['images'], drawn = draw(
         params, vae_params, *sharding.place_batch(mesh, arrays), jax.random.key(5), 1.5, 1.0
     )
+    found['tokens'] = drawn.z
     key = jax.random.key(5)
     images = batch['image']
     recon, statistics = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)

@@ -81,7 +81,7 @@ def _tokens(run, labels, mesh):
                 on_mesh.sampling_key(5),
                 s.guidance_scale,
                 s.temperature,
-            )[1]
+            )[1].z
         )
     return np.concatenate([np.asarray(part) for part in parts])
 
