@@ -18,6 +18,8 @@ goes on where it stopped. The other modes are:
                    [--output=FILE.png]
   --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
                    [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
+  --mode=experiment --config=configs/experiments/NAME.py --workdir=DIR [--seeds=0,1,2]
+                   (trains and compares rows with several seeds, see docs/experiments)
   --mode=compile   --config=FILE --topology=v6e-256[,v5p-64,…] [--noaudit]
                    [--parts=train,sample,evaluate] [--output=FILE.json]
                    (what the programs would take on TPUs, without one)
@@ -62,7 +64,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numb
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate', 'compile'],
+    ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate', 'compile', 'experiment'],
     'What to do, see above.',
 )
 
@@ -122,6 +124,7 @@ _OPTIONS = (
     _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
     _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
     _words('parts', ('compile',), 'Any of train, sample and evaluate; all if not given.'),
+    _words('seeds', ('experiment',), "Seeds, in place of the config's."),
     _switch('audit', ('compile',), 'Compile steps once more, to find what is replicated.'),
 )
 
@@ -131,12 +134,16 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
     'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
     'grid': (('classes',), "give --classes='golden retriever; 388'"),
+    'experiment': (
+        ('config', 'workdir'),
+        'give --config=configs/experiments/NAME.py and --workdir=DIR',
+    ),
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 # Modes that draw or score what a run has trained, by its own config unless another is given.
 _OF_A_RUN = ('sample', 'grid', 'evaluate')
 # Modes that several processes cannot share.
-_ALONE = ('compile', 'convert', 'export', 'pack')
+_ALONE = ('compile', 'convert', 'experiment', 'export', 'pack')
 
 
 def _value(argv: list[str], name: str) -> str | None:
@@ -153,6 +160,11 @@ def _config_file(argv: list[str]) -> str | None:
     """The file that --config names, without its argument."""
     value = _value(argv, 'config')
     return None if value is None else value.split(':')[0]
+
+
+def _config_name() -> str:
+    """The name of the config file, without its folder and its ending."""
+    return os.path.splitext(os.path.basename(_config_file(packaged.with_paths(sys.argv)) or ''))[0]
 
 
 def _with_own_config(argv: list[str]) -> list[str]:
@@ -306,7 +318,9 @@ def main(argv: list[str]) -> None:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     elif mode in _ALONE and hosts.count() > 1:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
-    cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
+    cfg = _CONFIG.value
+    if cfg is not None and mode != 'experiment':
+        cfg = checks.check(cfg)
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
@@ -334,11 +348,16 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
         compile_ahead.run(cfg, **given)
         return
     assert workdir is not None  # by `_check_usage`
-    if mode == 'train':
+    command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
+    if mode == 'experiment':
+        from sphere_ar_jax.commands import experiment
+
+        assert cfg is not None  # by `_check_usage`
+        experiment.experiment(cfg, _config_name(), workdir, command, **given)
+    elif mode == 'train':
         from sphere_ar_jax.commands import train
 
         assert cfg is not None  # by `_check_usage`
-        command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
         train.train(cfg, workdir, command, _STARTED)
     elif mode == 'convert':
         from sphere_ar_jax.commands import checkpoints

@@ -1,8 +1,10 @@
 """The configs that come with the package, by their bare words, as in --config=digits:smoke."""
 
+import importlib.util
 import os
 import pathlib
 import re
+from typing import Any
 
 # A config file whose argument is a workdir, and whose config is that of the run in it.
 OF_RUN = str(pathlib.Path(__file__).parents[1] / 'commands' / 'own_config.py')
@@ -11,10 +13,11 @@ OF_RUN = str(pathlib.Path(__file__).parents[1] / 'commands' / 'own_config.py')
 def find(word: str) -> str:
     """Turns the bare word of a packaged config into its file; any other word stays as it is.
 
-    'digits:smoke' becomes 'PATH/digits.py:smoke', unless the current directory has a file 'digits'.
+    'digits:smoke' becomes 'PATH/digits.py:smoke', unless the current directory has a file 'digits',
+    and 'experiments/guidance' becomes 'PATH/experiments/guidance.py'.
     """
     name, colon, arg = word.partition(':')
-    if not re.fullmatch(r'\w+', name) or os.path.exists(name):
+    if not re.fullmatch(r'\w+(/\w+)?', name) or os.path.exists(name):
         return word
     package = pathlib.Path(__file__).parents[1]
     # An installed wheel has its configs in the first place, a checkout in the second.
@@ -22,6 +25,21 @@ def find(word: str) -> str:
         if (place / f'{name}.py').exists():
             return f'{place / name}.py{colon}{arg}'
     return word
+
+
+def load(word: str) -> Any:
+    """The config that the bare word of a packaged config gives, as 'digits' or 'digits:smoke'.
+
+    Raises:
+      FileNotFoundError: there is no such config.
+    """
+    file, _, arg = find(word).partition(':')
+    spec = importlib.util.spec_from_file_location('packaged_config', file)
+    if spec is None or spec.loader is None or not os.path.exists(file):
+        raise FileNotFoundError(f'there is no packaged config {word}')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
 
 
 def with_paths(argv: list[str]) -> list[str]:

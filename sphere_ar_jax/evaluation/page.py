@@ -106,7 +106,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>SphereAR: {title}</title><style>
+<title>{title}</title><style>
 :root {{
   color-scheme: light dark;
   --ground: #fff; --text: #222; --line: #ddd; --code: #f5f5f5;
@@ -136,8 +136,11 @@ td:last-child {{ min-width: 12rem; }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 pre {{ background: var(--code); padding: .8rem; overflow-x: auto; font-size: 13px; }}
 </style></head><body>
-<h1>SphereAR on {title}</h1>
-<p>{summary}</p>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+_REPORT = """<p>{summary}</p>
 {pictures}
 <h2>Numbers</h2><div class="wide"><table>{rows}</table></div>
 {curves}
@@ -146,7 +149,6 @@ pre {{ background: var(--code); padding: .8rem; overflow-x: auto; font-size: 13p
 <pre>pip install -e . && {command}</pre>
 <p>This page was made with sphere_ar_jax {version} and JAX {jax}, on {platform}.</p>
 <h2>Configuration</h2><pre>{config}</pre>
-</body></html>
 """
 
 # Name of a metric → what the table says about it.
@@ -200,6 +202,16 @@ def _row(name: str, value: float) -> str:
     )
 
 
+def document(title: str, body: str) -> str:
+    """A page as HTML.
+
+    Args:
+      title: its heading, as text.
+      body: what stands below, as HTML.
+    """
+    return _PAGE.format(title=html.escape(title), body=body)
+
+
 def save_page(
     workdir: str,
     title: str,
@@ -228,8 +240,7 @@ def save_page(
         f'{workdir}/reconstructions.png',
         'pixels',
     )
-    page = _PAGE.format(
-        title=html.escape(title),
+    report = _REPORT.format(
         summary=html.escape(summary),
         rows=''.join(_row(name, value) for name, value in metrics.items()),
         pictures=samples + reconstructions,
@@ -240,4 +251,5 @@ def save_page(
         platform=html.escape(platform.platform()),
         config=html.escape(config),
     )
+    page = document(f'SphereAR on {title}', report)
     files.write_bytes(f'{workdir}/report.html', page.encode())

@@ -1,0 +1,41 @@
+r"""Claim 3 on the digits: how errors go on from token to token.
+
+Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
+               --config=configs/experiments/propagation.py
+Result:    docs/experiments/propagation.md
+
+Tokens are disturbed radially and tangentially, and derivatives by forward mode say what the later
+tokens do to first order (docs/method.md, "Propagation of errors").
+The word smoke after a colon shows in two minutes that everything runs.
+"""
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import experiments
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """The config of the experiment; arg: '' or 'smoke'."""
+    c = experiments.on_digits()
+    c.kind = 'propagation'
+    c.title = 'Propagation: radial and tangential errors'
+    c.claim = (
+        'Projection after each token removes the radial part of the error, which otherwise '
+        'accumulates while tokens are drawn one after the other.'
+    )
+    c.method = (
+        'A token of a drawn sequence is disturbed by 1%, 3% or 10% of its norm, along itself or '
+        'across, and the sampler goes on with the same noise. The growth is the root mean square '
+        'change of the later tokens over the size of the smallest disturbance. '
+        'Forward-mode derivatives predict it to first order. '
+        'Norms before projection are measured with projection after each token, never, and only '
+        'before decoding.'
+    )
+    for name in ('gaussian', 'gaussian_norm', 'power_spherical'):
+        c.rows[name] = experiments.LATENTS[name]
+    c.comparisons = (
+        'power_spherical gaussian radial_growth',
+        'power_spherical gaussian tangential_growth',
+        'power_spherical gaussian_norm radial_growth',
+    )
+    return experiments.finish(c, 'propagation', arg)

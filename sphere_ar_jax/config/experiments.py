@@ -1,0 +1,258 @@
+"""The schema of an experiment's config: rows that are trained and compared, and the analysis.
+
+An experiment repeats a run of an ordinary config for several rows and seeds. A row is a set of
+changes of that config. What is compared, and on which side the paper's claim lies, stands in the
+config before the first run. Files in configs/experiments/ start from `default`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import checks, packaged, recipes, schema
+from sphere_ar_jax.runtime.console import UserError
+
+# What an experiment measures of each trained row: `comparison` scores samples over guidance,
+# `propagation` follows errors from token to token.
+KINDS = ('comparison', 'propagation')
+
+# The scores of a row and seed that a claim may be about, see `comparison.summarize`, and whether
+# more of it is better.
+SCORES: dict[str, bool] = {
+    'frechet_best': False,
+    'frechet_common': False,
+    'frechet_degradation': False,
+    'accuracy_best': True,
+    'accuracy_common': True,
+    'accuracy_degradation': False,
+    'collapsed_degradation': False,
+    'psnr': True,
+    'rfrechet': False,
+    'tokenizer_steps_per_second': True,
+    'radial_growth': False,
+    'tangential_growth': False,
+}
+
+# The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").
+LATENTS: dict[str, dict[str, Any]] = {
+    'gaussian': {
+        'vae': {'posterior': 'gaussian'},
+        'ar': {'token_space': 'standardised'},
+    },
+    'gaussian_decoder_norm': {
+        'vae': {'posterior': 'gaussian', 'decoder_input': 'projected'},
+        'ar': {'token_space': 'standardised'},
+    },
+    'gaussian_norm': {
+        'vae': {'posterior': 'gaussian', 'decoder_input': 'projected'},
+        'ar': {'token_space': 'projected'},
+    },
+    'power_spherical': {},
+    'sigma_vae': {
+        'vae': {'posterior': 'sigma_vae'},
+        'ar': {'token_space': 'standardised'},
+    },
+    'vmf': {'vae': {'posterior': 'vmf'}},
+}
+
+
+def default(base: ConfigDict) -> ConfigDict:
+    """The config of an experiment, with every key there is.
+
+    Args:
+      base: the config of a run, which the rows change.
+    """
+    return ConfigDict(
+        dict(
+            # One of KINDS.
+            kind='comparison',
+            # The heading of the page, the claim in a sentence, and the method in a few.
+            title='',
+            claim='',
+            method='',
+            # What would change the verdict, in a sentence.
+            caveat='',
+            base=base.copy_and_resolve_references().to_dict(),
+            # {row: changes of the base}.
+            rows=dict(power_spherical={}),
+            # {row: names of the rows that differ from it in the weight of the KL term alone}. The
+            # best of them stands for the row.
+            variants=dict(),
+            seeds=(0, 1, 2, 3, 4),
+            # Samples of each row, seed and guidance scale.
+            num_images=1000,
+            # Guidance scales, and the one at which all rows are compared.
+            guidance_scales=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
+            common_guidance=1.5,
+            # Pairs that the claim orders: 'BETTER WORSE SCORE', a score of SCORES.
+            comparisons=(),
+            # Of the kind `propagation`: sizes of the disturbance as shares of the token's norm,
+            # positions of the disturbed tokens as shares of the sequence, and images.
+            disturbances=(0.01, 0.03, 0.1),
+            positions=(0.0, 0.25, 0.5),
+            followed_images=64,
+        )
+    )
+
+
+def row(config: ConfigDict, name: str, seed: int) -> ConfigDict:
+    """The config of the run of one row and seed.
+
+    Args:
+      config: the experiment's config.
+      name: a key of its rows.
+      seed: the seed.
+
+    Returns:
+      The checked config.
+    """
+    values = schema.leaves(config.base.to_dict())
+    changes = schema.leaves(config.rows[name].to_dict())
+    values.update(changes, seed=seed)
+    cfg = schema.default()
+    cfg.update_from_flattened_dict(values)
+    return checks.check(cfg)
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def _check_comparison(config: ConfigDict, words: str) -> None:
+    """Checks one of the comparisons."""
+    parts = words.split()
+    known = len(parts) == 3 and all(name in config.rows for name in parts[:2])
+    _require(
+        known and parts[2] in SCORES,
+        f'comparisons: {words!r} is not BETTER WORSE SCORE, with two of the rows '
+        f'({", ".join(config.rows)}) and one of {", ".join(SCORES)}',
+    )
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """Checks an experiment's config.
+
+    Returns:
+      The same config.
+
+    Raises:
+      UserError: a value is impossible; one line.
+    """
+    _require(config.kind in KINDS, f'kind is {config.kind!r}: use {" or ".join(KINDS)}')
+    seeds = tuple(config.seeds)
+    _require(
+        len(seeds) > 0 and len(set(seeds)) == len(seeds),
+        f'seeds are {seeds}, but must be one or more different numbers',
+    )
+    _require(len(config.rows) > 0, 'rows: give at least one')
+    scales = tuple(config.guidance_scales)
+    _require(
+        len(scales) > 0 and config.common_guidance in scales,
+        f'guidance_scales are {scales}, but must have common_guidance {config.common_guidance}',
+    )
+    for name, others in config.variants.items():
+        for other in (name, *others):
+            _require(other in config.rows, f'variants: there is no row {other}')
+    for words in config.comparisons:
+        _check_comparison(config, words)
+    for name in config.rows:
+        try:
+            row(config, name, seeds[0])
+        except UserError as error:
+            raise UserError(f'the row {name}: {error}') from None
+    return config
+
+
+def flat(changes: Mapping[str, Any]) -> str:
+    """The changes of a row as 'vae.posterior=gaussian, …', or 'nothing'."""
+    found = [f'{key}={value}' for key, value in schema.leaves(dict(changes)).items()]
+    return ', '.join(found) or 'nothing'
+
+
+def add_kl_weights(config: ConfigDict, name: str, weights: tuple[float, ...]) -> tuple[str, ...]:
+    """Adds rows that differ from a row in the weight of the KL term alone.
+
+    Args:
+      config: the experiment's config.
+      name: the row.
+      weights: a weight for each new row.
+
+    Returns:
+      The names of the new rows.
+    """
+    names = []
+    for weight in weights:
+        # A key of a ConfigDict has no dot.
+        new = f'{name}_kl_{round(1000 * weight)}e-3'
+        config.rows[new] = config.rows[name].to_dict() | {
+            'tokenizer_training': {'kl_weight': weight}
+        }
+        names.append(new)
+    return tuple(names)
+
+
+def shortened(base: ConfigDict, share: float) -> ConfigDict:
+    """A run's config with a share of its steps, and the sampler of the fewest evaluations.
+
+    Args:
+      base: the config of a run.
+      share: of the steps and the warm-up of both trainings.
+    """
+    c = base.copy_and_resolve_references()
+    for name in ('tokenizer_training', 'ar_training'):
+        t = c[name]
+        t.steps = max(2, int(share * t.steps))
+        t.warmup_steps = int(share * t.warmup_steps)
+        t.log_every = min(t.log_every, t.steps)
+    c.sampling.update(recipes.FAST)
+    return c
+
+
+def on_digits(more: str = '') -> ConfigDict:
+    """The config of an experiment on the digits, with half the steps of configs/digits.py.
+
+    Args:
+      more: a further sentence of the method.
+    """
+    c = default(shortened(packaged.load('digits'), 0.5))
+    c.method = (
+        'All rows share data, order, noise, sizes and steps: half the steps of configs/digits.py, '
+        f'ab2 with 10 evaluations, constant guidance. {more}'
+        'An SVC trained on the real digits reads 1,000 samples per row, seed and guidance scale. '
+        'The Fréchet distance to all real digits is taken on their 8×8 pixels. '
+        'A lead is the difference of two rows, seed by seed.'
+    )
+    return c
+
+
+def finish(config: ConfigDict, name: str, arg: str) -> ConfigDict:
+    """The config of an experiment after the word behind its file's colon.
+
+    Args:
+      config: the config.
+      name: the name of its file.
+      arg: '', or 'smoke' for few steps and samples, which only show that everything runs.
+
+    Raises:
+      ValueError: another word was given; one line.
+    """
+    if arg not in ('', 'smoke'):
+        raise ValueError(
+            f'configs/experiments/{name}.py has no variant {arg!r}: use it alone, or :smoke'
+        )
+    if arg == 'smoke':
+        _make_small(config)
+    return config
+
+
+def _make_small(config: ConfigDict) -> None:
+    """Takes a few steps, two seeds and a few samples."""
+    base = config.base
+    for name in ('tokenizer_training', 'ar_training'):
+        base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4)
+    base.sampling.update(num_steps=2)
+    config.update(seeds=(0, 1), num_images=60, followed_images=4, disturbances=(0.01, 0.1))
+    config.update(guidance_scales=(config.common_guidance, 8.0), positions=(0.0,))

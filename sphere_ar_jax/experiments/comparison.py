@@ -1,0 +1,176 @@
+"""Scores of trained rows: reconstruction, and samples over guidance scales (claims 1, 2 and 4).
+
+Dimensions:
+  n  samples     L  tokens of an image     d  latent dimension
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.data import digits
+from sphere_ar_jax.evaluation import digits as protocol
+from sphere_ar_jax.evaluation import tokenizer
+from sphere_ar_jax.evaluation.fidelity import statistics
+from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.training.run import Run
+
+# The quantiles of the training images' norms between which a sample's tokens should lie.
+RANGE = (0.001, 0.999)
+
+
+def _frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """The Fréchet distance between two sets of features (·, f)."""
+    return statistics.frechet_distance(*statistics.statistics(a), *statistics.statistics(b))
+
+
+def _latents(run: Run, tokens: jax.Array | np.ndarray) -> np.ndarray:
+    """The latents (n, L, d) that tokens of the AR model stand for."""
+    return np.asarray(run.vae.apply({'params': run.vae_params}, tokens, method='from_tokens'))
+
+
+def _norms(latents: np.ndarray) -> np.ndarray:
+    """The norms (n, L) of latents."""
+    return np.linalg.norm(latents, axis=-1)
+
+
+def _encoded(run: Run, images: np.ndarray, seed: int) -> np.ndarray:
+    """The latents (n, L, d) of training images, as the AR model reads them."""
+
+    @jax.jit
+    def encode(params: PyTree, images: jax.Array, index: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed + 2), index)
+        q = run.vae.apply({'params': params}, images, method='encode')
+        z = q.sample(q.draws(keys))
+        tokens = run.vae.apply({'params': params}, z, method='to_tokens')
+        return run.vae.apply({'params': params}, tokens, method='from_tokens')
+
+    return np.asarray(encode(run.vae_params, images, np.arange(len(images))))
+
+
+def collapsed_share(samples: np.ndarray, real: np.ndarray) -> float:
+    """The share of samples that have next to no contrast.
+
+    Args:
+      samples: (n, …) pixels.
+      real: real images (·, …).
+
+    Returns:
+      The share whose standard deviation over pixels lies below a quarter of the 1% quantile of the
+      real images'.
+    """
+    least = np.quantile(real.reshape(len(real), -1).std(axis=1), 0.01) / 4
+    return float(np.mean(samples.reshape(len(samples), -1).std(axis=1) < least))
+
+
+def _reconstruction(run: Run, heldout: Any, mesh: Mesh) -> dict[str, float]:
+    """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL."""
+    cfg = run.config
+    key = jax.random.key(cfg.seed + 1)
+    recon, found = on_mesh.reconstruct(
+        run.vae, run.vae_params, heldout.images, key, cfg.sampling.batch_size, mesh
+    )
+    real = protocol.digit_pixels(heldout.images)
+    return {
+        'psnr': tokenizer.psnr(recon, heldout.images),
+        'rfrechet': _frechet(protocol.digit_pixels(recon), real),
+        **{name: float(value) for name, value in found.items()},
+    }
+
+
+def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
+    """Scores one row and seed: its tokenizer, and samples at each guidance scale.
+
+    Args:
+      config: the experiment's config.
+      row: the row.
+      cfg: the config of its run.
+      cache: directory of the trained models.
+      mesh: the devices.
+
+    Returns:
+      A line for the tokenizer (`guidance` None), and one for each scale, each a dictionary. The
+      lines of samples hold `raw_norm_mean` and `raw_norm_std`, which have L numbers, of the latents
+      before projection.
+    """
+    run = runs.load(cfg, cache, mesh)
+    train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
+    common = {'row': row, 'seed': cfg.seed}
+    norms = _norms(_encoded(run, train.images, cfg.seed))
+    low, high = np.quantile(norms, RANGE)
+    first = common | {'guidance': None} | _reconstruction(run, heldout, mesh)
+    first['tokenizer_steps_per_second'] = runs.speed(
+        runs.tokenizer_directory(cache, cfg), 'tokenizer'
+    )
+    first['norm_low'] = float(low)
+    first['norm_high'] = float(high)
+    lines = [first]
+    labels = np.arange(config.num_images) % train.num_classes
+    sampler = build.build_sampler(cfg)
+    for scale in config.guidance_scales:
+        images, drawn = on_mesh.draw_images(
+            run,
+            sampler._replace(guidance_scale=scale),
+            labels,
+            seed=cfg.seed,
+            batch_size=cfg.sampling.batch_size,
+            mesh=mesh,
+        )
+        raw = _norms(_latents(run, drawn.raw))
+        final = _norms(_latents(run, drawn.z))
+        # Rounding moves a norm off the sphere, where low and high are the same.
+        outside = (final < low * (1 - 1e-4)) | (final > high * (1 + 1e-4))
+        scores = protocol.score_digits(protocol.digit_pixels(images), labels, train, heldout)
+        lines.append(
+            common
+            | {'guidance': scale}
+            | {name.removeprefix('samples/'): float(value) for name, value in scores.items()}
+            | {
+                'collapsed': collapsed_share(images, train.images),
+                'outside_norms': float(np.mean(outside.any(axis=1))),
+                'raw_norm_mean': raw.mean(axis=0).tolist(),
+                'raw_norm_std': raw.std(axis=0).tolist(),
+            }
+        )
+    return lines
+
+
+def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[str, float]:
+    """The scores of one row and seed that a claim may be about (`experiments.SCORES`).
+
+    A degradation is what the largest guidance scale costs against the best one.
+
+    Args:
+      lines: what `measure` returned.
+      common_guidance: the scale at which all rows are compared.
+    """
+    tokenizer_line = next(line for line in lines if line['guidance'] is None)
+    samples = sorted(
+        (line for line in lines if line['guidance'] is not None), key=lambda line: line['guidance']
+    )
+    best = min(samples, key=lambda line: line['frechet'])
+    common = next(line for line in samples if line['guidance'] == common_guidance)
+    last = samples[-1]
+    return {
+        'psnr': tokenizer_line['psnr'],
+        'rfrechet': tokenizer_line['rfrechet'],
+        'kl': tokenizer_line['kl'],
+        'tokenizer_steps_per_second': tokenizer_line['tokenizer_steps_per_second'],
+        'best_guidance': best['guidance'],
+        'frechet_best': best['frechet'],
+        'frechet_common': common['frechet'],
+        'frechet_degradation': last['frechet'] - best['frechet'],
+        'accuracy_best': best['accuracy'],
+        'accuracy_common': common['accuracy'],
+        'accuracy_degradation': max(line['accuracy'] for line in samples) - last['accuracy'],
+        'collapsed_degradation': last['collapsed'] - best['collapsed'],
+        'precision_best': best['precision'],
+        'recall_best': best['recall'],
+    }

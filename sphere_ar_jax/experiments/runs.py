@@ -1,0 +1,134 @@
+"""Trained tokenizers and AR models, each trained once and shared by all experiments of a workdir.
+
+Each is an ordinary workdir in WORKDIR/models. Its name has a hash of all keys of its config that
+decide what is trained. A training that broke off goes on where it was.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data import digits
+from sphere_ar_jax.runtime import files, metric_writer
+from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
+from sphere_ar_jax.training.run import Run, load_run
+from sphere_ar_jax.training.stages import ar_stage
+
+# The sections of a config that decide what a tokenizer and an AR model become.
+_OF_TOKENIZER = ('seed', 'dtype', 'data', 'vae', 'tokenizer_training')
+_OF_AR = (*_OF_TOKENIZER, 'ar', 'ar_training')
+# A file of a finished training, with the seconds that it took.
+_FINISHED = 'finished.json'
+
+
+def key(values: Any) -> str:
+    """Eight hexadecimal digits that stand for a value that JSON takes."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _of_sections(cfg: ConfigDict, sections: tuple[str, ...]) -> str:
+    """The key of some sections of a config."""
+    values = schema.as_dict(cfg)
+    return key({name: values[name] for name in sections})
+
+
+def tokenizer_directory(cache: str, cfg: ConfigDict) -> str:
+    """The workdir of a config's tokenizer."""
+    return f'{cache}/tokenizer-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_TOKENIZER)}'
+
+
+def ar_directory(cache: str, cfg: ConfigDict) -> str:
+    """The workdir of a config's AR model."""
+    return f'{cache}/ar-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_AR)}'
+
+
+def is_finished(directory: str) -> bool:
+    """Whether a training in a workdir of the cache is finished."""
+    return epath.Path(directory, _FINISHED).exists()
+
+
+@contextlib.contextmanager
+def _logged(directory: str) -> Any:
+    """A context that appends what a training prints to log.txt in its workdir."""
+    os.makedirs(directory, exist_ok=True)
+    with (
+        open(f'{directory}/log.txt', 'a') as log,
+        contextlib.redirect_stdout(log),
+    ):
+        yield
+
+
+def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
+    """Trains the tokenizer of a config, unless it is trained.
+
+    Args:
+      cfg: a checked config on a data set that is held in memory.
+      cache: directory of the trained models.
+      mesh: the devices.
+    """
+    directory = tokenizer_directory(cache, cfg)
+    if is_finished(directory):
+        return
+    own = schema.changed(cfg, {'ar_training.steps': 0, 'ar_training.warmup_steps': 0})
+    source, _ = digits.splits(cfg.seed, cfg.data.holdout)
+    vae = build.build_vae(own)
+    stage = adversarial.tokenizer_stage(vae, own.tokenizer_training, own.seed)
+    with _logged(directory):
+        workdir.claim(own, directory)
+        _, seconds = loop.train(
+            stage, source, f'{directory}/{stage.name}', seed=own.seed, mesh=mesh
+        )
+    files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
+
+
+def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
+    """Trains the AR model of a config on its trained tokenizer, unless it is trained.
+
+    Args:
+      cfg: see `train_tokenizer`.
+      cache: see `train_tokenizer`.
+      mesh: see `train_tokenizer`.
+    """
+    directory = ar_directory(cache, cfg)
+    if is_finished(directory):
+        return
+    own = schema.changed(cfg, {'tokenizer': tokenizer_directory(cache, cfg)})
+    source, _ = digits.splits(cfg.seed, cfg.data.holdout)
+    tokenizer = load_run(own.tokenizer, mesh, tokenizer_only=True)
+    vae = build.build_vae(own)
+    with _logged(directory):
+        workdir.claim(own, directory)
+        params = standardisation.add(
+            vae,
+            tokenizer.vae_params,
+            source,
+            directory,
+            seed=own.seed,
+            batch_size=own.ar_training.batch_size,
+            mesh=mesh,
+        )
+        stage = ar_stage(build.build_ar(own), vae, params, own.ar_training, own.seed)
+        _, seconds = loop.train(
+            stage, source, f'{directory}/{stage.name}', seed=own.seed, mesh=mesh
+        )
+    files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
+
+
+def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:
+    """Reads the trained models of a config."""
+    return load_run(ar_directory(cache, cfg), mesh)
+
+
+def speed(directory: str, stage: str) -> float:
+    """Steps per second of a training: the median of its log's lines."""
+    path = f'{directory}/{stage}/metrics.jsonl'
+    lines = metric_writer.read_scalars(path, ('step', 'seconds_per_step'))
+    seconds = sorted(line['seconds_per_step'] for line in lines)
+    return 1 / seconds[len(seconds) // 2]
