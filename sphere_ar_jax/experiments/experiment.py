@@ -71,7 +71,7 @@ _MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure
 def _measure_key(config: ConfigDict, cfg: ConfigDict) -> str:
     """What a measurement depends on: the trained models, the sampler and the experiment's keys."""
     own = {name: config[name] for name in _MEASURED_BY[config.kind]}
-    return runs.key([schema.as_dict(cfg), own])
+    return runs.key([runs.ar_directory('', cfg), schema.as_dict(cfg)['sampling'], own])
 
 
 # The keys of an experiment that decide what is measured of a row and seed.

@@ -34,9 +34,20 @@ def key(values: Any) -> str:
 
 
 def _of_sections(cfg: ConfigDict, sections: tuple[str, ...]) -> str:
-    """The key of some sections of a config."""
-    values = schema.as_dict(cfg)
-    return key({name: values[name] for name in sections})
+    """The key of some sections of a config.
+
+    Only values that differ from the schema's defaults count, so that a new key of the schema leaves
+    trained models valid.
+    """
+    defaults = schema.leaves(schema.as_dict(schema.default()))
+    values = schema.leaves(schema.as_dict(cfg))
+    return key(
+        {
+            name: value
+            for name, value in values.items()
+            if name.split('.')[0] in sections and value != defaults[name]
+        }
+    )
 
 
 def tokenizer_directory(cache: str, cfg: ConfigDict) -> str:
