@@ -21,7 +21,7 @@ def get_config(arg: str = '') -> ConfigDict:
         'The hybrid backbone is nearly as fast as a pure transformer and much faster than pure '
         'convolutions (5.81, 7.19 and 2.25 steps/s at 256×256), and draws the best images.'
     )
-    c.rows = dict(hybrid={}, **experiments.BACKBONES)
+    c.rows = experiments.rows(hybrid={}, **experiments.BACKBONES)
     c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
     c.comparisons = (
         'hybrid cnn frechet_best',

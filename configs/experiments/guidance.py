@@ -21,7 +21,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c.claim = (
         'Under large guidance spherical tokens stay stable, and Gaussian ones degrade (Figure 4).'
     )
-    c.rows = experiments.LATENTS
+    c.rows = experiments.rows(**experiments.LATENTS)
     c.comparisons = (
         'power_spherical gaussian frechet_degradation',
         'power_spherical gaussian accuracy_degradation',

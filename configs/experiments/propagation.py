@@ -31,8 +31,8 @@ def get_config(arg: str = '') -> ConfigDict:
         'Norms before projection are measured with projection after each token, never, and only '
         'before decoding.'
     )
-    for name in ('gaussian', 'gaussian_norm', 'power_spherical'):
-        c.rows[name] = experiments.LATENTS[name]
+    shown = ('gaussian', 'gaussian_norm', 'power_spherical')
+    c.rows = experiments.rows(**{row: experiments.LATENTS[row] for row in shown})
     c.comparisons = (
         'power_spherical gaussian radial_growth',
         'power_spherical gaussian tangential_growth',

@@ -57,6 +57,15 @@ LATENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def rows(**changes: Any) -> ConfigDict:
+    """The rows of an experiment in the order in which tables show them.
+
+    Args:
+      **changes: {row: changes of the base}.
+    """
+    return ConfigDict(changes, sort_keys=False)
+
+
 def default(base: ConfigDict) -> ConfigDict:
     """The config of an experiment, with every key there is.
 
@@ -75,7 +84,7 @@ def default(base: ConfigDict) -> ConfigDict:
             caveat='',
             base=base.copy_and_resolve_references().to_dict(),
             # {row: changes of the base}.
-            rows=dict(power_spherical={}),
+            rows=rows(power_spherical={}),
             # {row: names of the rows that differ from it in the weight of the KL term alone}. The
             # best of them stands for the row.
             variants=dict(),

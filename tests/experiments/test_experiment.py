@@ -1,0 +1,266 @@
+"""Experiments: their configs, what they do once, what they resume, and what they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sphere_ar_jax.commands import experiment as command
+from sphere_ar_jax.config import experiments, packaged
+from sphere_ar_jax.experiments import comparison, experiment, propagation, report, runs
+from sphere_ar_jax.runtime.console import UserError
+from tests import tiny_config
+
+NAMES = ('guidance', 'ablation', 'propagation', 'backbones')
+
+
+def small(**changes):
+    """An experiment of two rows on the tiny run."""
+    c = experiments.default(tiny_config.get_config())
+    c.title = 'Two rows'
+    c.claim = 'A claim.'
+    c.rows = experiments.rows(
+        power_spherical={}, gaussian_norm={'ar': {'token_space': 'projected'}}
+    )
+    c.seeds = (0, 1, 2)
+    c.guidance_scales = (1.5, 8.0)
+    c.num_images = 20
+    c.followed_images = 2
+    c.positions = (0.0,)
+    c.update(changes)
+    return c
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_packaged_experiments_are_whole(name):
+    """Every row is a config that passes the checks, on both sizes."""
+    for word in (f'experiments/{name}', f'experiments/{name}:smoke'):
+        c = experiments.check(packaged.load(word))
+        for row in c.rows:
+            cfg = experiments.row(c, row, 7)
+            assert cfg.seed == 7
+        assert c.comparisons and c.claim and c.method
+    with pytest.raises(ValueError, match='has no variant'):
+        packaged.load(f'experiments/{name}:quick')
+
+
+def test_rows_are_the_papers():
+    rows = {row: experiments.flat(changes) for row, changes in experiments.LATENTS.items()}
+    assert rows['power_spherical'] == 'nothing'
+    assert rows['gaussian'] == 'vae.posterior=gaussian, ar.token_space=standardised'
+    assert rows['gaussian_decoder_norm'] == (
+        'vae.posterior=gaussian, vae.decoder_input=projected, ar.token_space=standardised'
+    )
+    assert rows['gaussian_norm'] == (
+        'vae.posterior=gaussian, vae.decoder_input=projected, ar.token_space=projected'
+    )
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'kind': 'a'}, "kind is 'a': use comparison or propagation"),
+        ({'seeds': ()}, r'seeds are \(\), but must be'),
+        ({'seeds': (1, 1)}, 'different numbers'),
+        ({'guidance_scales': (1.0,)}, 'must have common_guidance 1.5'),
+        ({'comparisons': ('power_spherical vmf frechet_best',)}, 'is not BETTER WORSE SCORE'),
+        ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
+        ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
+        ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
+    ],
+)
+def test_impossible_experiments_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        experiments.check(small(**changes))
+
+
+def test_the_command_refuses_what_is_no_experiment(tmp_path):
+    with pytest.raises(UserError, match='this is the config of a run'):
+        command.experiment(tiny_config.get_config(), 'a', str(tmp_path), '')
+    with pytest.raises(UserError, match='--seeds is 0,x, but must be whole numbers'):
+        command.experiment(small(), 'a', str(tmp_path), '', seeds=['0', 'x'])
+
+
+def test_models_are_shared_where_their_configs_agree():
+    """The tokenizer knows nothing of the AR model's token space."""
+    c = small()
+    first = experiments.row(c, 'power_spherical', 0)
+    second = experiments.row(c, 'gaussian_norm', 0)
+    other_seed = experiments.row(c, 'power_spherical', 1)
+    tokenizers = [runs.tokenizer_directory('', cfg) for cfg in (first, second, other_seed)]
+    models = [runs.ar_directory('', cfg) for cfg in (first, second, other_seed)]
+    assert tokenizers[0] == tokenizers[1] != tokenizers[2]
+    assert len(set(models)) == 3
+    first.sampling.guidance_scale = 9.0
+    assert runs.ar_directory('', first) == models[0]
+
+
+def fake_lines(row, seed):
+    """What `comparison.measure` returns, with chosen numbers."""
+    worse = 1.0 if row == 'gaussian_norm' else 0.0
+    lines = [
+        {
+            'guidance': None,
+            'psnr': 20 - worse,
+            'rfrechet': 0.1,
+            'kl': 5.0,
+            'tokenizer_steps_per_second': 3.0,
+        }
+    ]
+    for scale in (1.5, 8.0):
+        lines.append(
+            {
+                'guidance': scale,
+                'frechet': (scale + worse) * (1 + 0.01 * seed),
+                'accuracy': 0.9,
+                'collapsed': 0.0,
+                'precision': 0.8,
+                'recall': 0.7,
+            }
+        )
+    return [{'row': row, 'seed': seed} | line for line in lines]
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Trainings and measurements that take no time; returns the list of what was done."""
+    done = []
+
+    def train(stage):
+        def mark(cfg, cache, mesh):
+            directory = {'tokenizer': runs.tokenizer_directory, 'ar': runs.ar_directory}[stage]
+            done.append((stage, directory(cache, cfg)))
+            finished.add(directory(cache, cfg))
+
+        return mark
+
+    finished = set()
+    monkeypatch.setattr(runs, 'train_tokenizer', train('tokenizer'))
+    monkeypatch.setattr(runs, 'train_ar', train('ar'))
+    monkeypatch.setattr(runs, 'is_finished', lambda directory: directory in finished)
+
+    def measure(config, row, cfg, cache, mesh):
+        done.append(('measure', row, cfg.seed))
+        return fake_lines(row, cfg.seed)
+
+    monkeypatch.setitem(experiment._MEASURE, 'comparison', measure)
+    return done
+
+
+def test_what_is_done_is_not_done_again(tmp_path, faked, capsys):
+    c = small(comparisons=('power_spherical gaussian_norm frechet_best',))
+    found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    # Two rows share a tokenizer, so that three seeds train three.
+    assert [unit[0] for unit in faked].count('tokenizer') == 3
+    assert [unit[0] for unit in faked].count('ar') == 6
+    assert [unit[0] for unit in faked].count('measure') == 6
+    assert list(found['rows']) == ['power_spherical', 'gaussian_norm']
+    assert '[4/18]' not in capsys.readouterr().out  # the shared tokenizer of the second row
+
+    # A kill left half a line, and took the last measurement with it.
+    path = tmp_path / 'two' / 'lines.jsonl'
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    faked.clear()
+    again = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert faked == [('measure', 'gaussian_norm', 2)]
+    assert again == found
+    assert json.loads((tmp_path / 'two' / 'results.json').read_text()) == found
+
+    # Fewer seeds are a part of the same experiment.
+    faked.clear()
+    c.seeds = (1, 2)
+    part = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert not faked
+    assert {unit['seed'] for unit in part['measured']} == {1, 2}
+
+
+def test_results_say_rows_verdicts_and_versions(tmp_path, faked):
+    c = small(
+        comparisons=(
+            'power_spherical gaussian_norm frechet_best',
+            'power_spherical gaussian_norm psnr',
+            'gaussian_norm power_spherical frechet_best',
+            'power_spherical gaussian_norm accuracy_best',
+        )
+    )
+    found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert [v['verdict'] for v in found['verdicts']] == [
+        'reproduced',
+        'reproduced',
+        'contradicted',
+        'undecided',
+    ]
+    # Leads are 1, 1.01, 1.02: their mean and t-interval.
+    lead = found['verdicts'][0]['advantage']
+    np.testing.assert_allclose(lead['mean'], 1.01)
+    half = 4.302652729911275 * 0.01 / np.sqrt(3)
+    np.testing.assert_allclose([lead['low'], lead['high']], [1.01 - half, 1.01 + half], rtol=1e-9)
+    row = found['rows']['power_spherical']
+    assert row['best_guidance']['mean'] == 1.5
+    np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
+    assert found['version'] and found['config']['seeds'] == [0, 1, 2]
+    directory = tmp_path / 'two'
+    assert (directory / 'guidance.png').stat().st_size > 5000
+    page = (directory / 'page.html').read_text()
+    text = (directory / 'page.md').read_text()
+    for said in (page, text):
+        for words in ('Two rows', 'A claim.', 'COMMAND', 'reproduced', 'contradicted', '3 seeds'):
+            assert words in said
+    assert '![scores of samples over the guidance scale' in text
+
+
+def test_the_best_variant_stands_for_its_row():
+    c = small(variants={'power_spherical': ('gaussian_norm',)})
+    scores = {
+        'power_spherical': {0: {'frechet_best': 2.0}, 1: {'frechet_best': 1.0}},
+        'gaussian_norm': {0: {'frechet_best': 1.0}, 1: {'frechet_best': 1.5}},
+    }
+    chosen = report.best_of_variants(c, scores)
+    assert chosen == {'power_spherical': 'gaussian_norm', 'gaussian_norm': 'gaussian_norm'}
+
+
+def test_kl_weights_make_variants():
+    c = small()
+    names = experiments.add_kl_weights(c, 'gaussian_norm', (0.001, 0.016))
+    assert names == ('gaussian_norm_kl_1e-3', 'gaussian_norm_kl_16e-3')
+    cfg = experiments.row(c, names[1], 0)
+    assert cfg.tokenizer_training.kl_weight == 0.016
+    assert cfg.ar.token_space == 'projected'
+
+
+def test_the_time_left_is_that_of_like_units():
+    def unit(kind):
+        return experiment.Unit(kind, '', lambda: False, lambda: None)
+
+    todo = [unit('ar'), unit('measure'), unit('ar')]
+    assert experiment.time_left(todo, {'ar': [10.0, 20.0], 'measure': [5.0]}) == 35.0
+    assert experiment.time_left(todo, {'ar': [10.0]}) is None
+    assert experiment.spoken(7265) == '2 h 1 min'
+    assert experiment.spoken(150) == '2 min'
+    assert experiment.spoken(42.4) == '42 s'
+
+
+def test_collapsed_samples_have_no_contrast():
+    rng = np.random.default_rng(0)
+    real = rng.uniform(-1, 1, (200, 8, 8, 1))
+    flat = 0.01 * rng.uniform(-1, 1, (30, 8, 8, 1))
+    assert comparison.collapsed_share(real, real) == 0
+    assert comparison.collapsed_share(np.concatenate([real[:70], flat]), real) == 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+def test_every_experiment_runs(tmp_path, name):
+    """All rows of it, trained in a few steps; what it measures is finite."""
+    c = experiments.check(packaged.load(f'experiments/{name}:smoke'))
+    c.seeds = (0,)
+    found = experiment.run(c, name, str(tmp_path), 'COMMAND')
+    assert set(found['rows']) == set(c.rows)
+    for scores in found['rows'].values():
+        assert all(np.isfinite(score['mean']) for score in scores.values())
+    assert {v['verdict'] for v in found['verdicts']} == {'undecided'}  # of one seed
+    if c.kind == 'propagation':
+        spherical = found['rows']['power_spherical']
+        assert set(spherical) == set(propagation.summarize(found['measured'][0]['lines']))
+    assert (tmp_path / name / 'page.html').exists()
