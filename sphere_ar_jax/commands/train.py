@@ -477,13 +477,14 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     metrics, parts = finish(setting, trained.vae_params, trained.ar_params)
     seconds |= parts
     mark = time.perf_counter()
-    page.save_curves(f'{workdir}/curves.png', workdir)
+    posterior = setting.vae.posterior
+    page.save_curves(f'{workdir}/curves.png', workdir, posterior)
     seconds['curves'] = time.perf_counter() - mark
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     write_json(f'{workdir}/metrics.json', metrics)
     summary = _summary(cfg, metrics)
-    page.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command)
+    page.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command, posterior)
     print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
     return metrics

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.evaluation.pictures import save_figure
-from sphere_ar_jax.models.posteriors import POSTERIORS
+from sphere_ar_jax.models.posteriors import Posterior
 from sphere_ar_jax.runtime import files, metric_writer
 
 
@@ -34,16 +34,11 @@ class _Curve(NamedTuple):
     logarithmic: bool
 
 
-_POSTERIORS = [family() for family in POSTERIORS.values()]
-
-_CURVES = (
+_TOKENIZER_CURVES = (
     _Curve('tokenizer', 'l1', 'tokenizer: mean |error|', True),
     _Curve('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
-    *(
-        _Curve('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
-        for posterior in _POSTERIORS
-        for name, label in posterior.labels.items()
-    ),
+)
+_LATER_CURVES = (
     _Curve('ar', 'loss', 'AR: flow loss', True),
     _Curve('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
     _Curve('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
@@ -51,6 +46,15 @@ _CURVES = (
     _Curve('distillation', 'loss', 'distillation: error of mean velocities', True),
     _Curve('distillation', 'one_step', 'distillation: error of one step', True),
 )
+
+
+def _curves(posterior: Posterior) -> tuple[_Curve, ...]:
+    """The curves of a run, those of its posterior among them."""
+    latents = (
+        _Curve('tokenizer', name, f'tokenizer: {label}', name in posterior.logarithmic)
+        for name, label in posterior.labels.items()
+    )
+    return (*_TOKENIZER_CURVES, *latents, *_LATER_CURVES)
 
 
 def _has(line: Mapping[str, Any], curve: _Curve) -> bool:
@@ -76,18 +80,20 @@ def _columns(curves: int) -> int:
     return min(curves, next(fitting, 4))
 
 
-def save_curves(path: str | os.PathLike[str], workdir: str) -> None:
+def save_curves(path: str | os.PathLike[str], workdir: str, posterior: Posterior) -> None:
     """Plots the training curves of the stages that a workdir has; no PNG where there are none.
 
     Args:
       path: the PNG.
       workdir: directory of the run. The curves come from the metrics.jsonl of each stage.
+      posterior: the family of the tokenizer's posterior; its `labels` are plotted.
     """
+    curves = _curves(posterior)
     lines = {
         stage: metric_writer.read_scalars(f'{workdir}/{stage}/metrics.jsonl')
-        for stage in {curve.stage for curve in _CURVES}
+        for stage in {curve.stage for curve in curves}
     }
-    curves = [curve for curve in _CURVES if any(_has(line, curve) for line in lines[curve.stage])]
+    curves = tuple(c for c in curves if any(_has(line, c) for line in lines[c.stage]))
     if not curves:
         return
     columns = _columns(len(curves))
@@ -154,11 +160,6 @@ _REPORT = """<p>{summary}</p>
 # Name of a metric → what the table says about it.
 _MEANING = {
     'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
-    **{
-        f'vae/{name}': meaning
-        for posterior in _POSTERIORS
-        for name, meaning in posterior.shown.items()
-    },
     'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',
@@ -193,12 +194,12 @@ def _section(heading: str, alt: str, path: str, kind: str) -> str:
     return f'<h2>{heading}</h2><div class="wide">{image}</div>'
 
 
-def _row(name: str, value: float) -> str:
+def _row(name: str, value: float, meanings: Mapping[str, str]) -> str:
     """A row of the table of metrics as HTML."""
     return (
         f'<tr><td><code>{name}</code></td>'
         f'<td class="n">{value:.4g}</td>'
-        f'<td>{_MEANING.get(name, "")}</td></tr>'
+        f'<td>{meanings.get(name, "")}</td></tr>'
     )
 
 
@@ -219,6 +220,7 @@ def save_page(
     metrics: Mapping[str, float],
     config: str,
     command: str,
+    posterior: Posterior,
 ) -> None:
     """Writes WORKDIR/report.html.
 
@@ -230,7 +232,9 @@ def save_page(
       metrics: the numbers by name.
       config: the config as text.
       command: the command that made the run.
+      posterior: the family of the tokenizer's posterior; its `shown` explains its numbers.
     """
+    meanings = _MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
     samples = _section(
         'Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png', 'pixels'
     )
@@ -242,7 +246,7 @@ def save_page(
     )
     report = _REPORT.format(
         summary=html.escape(summary),
-        rows=''.join(_row(name, value) for name, value in metrics.items()),
+        rows=''.join(_row(name, value, meanings) for name, value in metrics.items()),
         pictures=samples + reconstructions,
         curves=_section('Training curves', 'training curves', f'{workdir}/curves.png', 'plot'),
         command=html.escape(command),

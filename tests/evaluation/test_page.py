@@ -1,12 +1,15 @@
 """report.html can be read on a wide and a narrow screen, in light and in dark."""
 
+import json
 import re
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from sphere_ar_jax.evaluation import page
+from sphere_ar_jax.models.posteriors import POSTERIORS, PowerSpherical
 
 
 @pytest.fixture
@@ -15,7 +18,8 @@ def html(tmp_path):
     for name, width in (('samples', 300), ('reconstructions', 3000), ('curves', 1600)):
         Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f'{name}.png')
     metrics = {'samples/accuracy': 0.99}
-    page.save_page(str(tmp_path), 'a <b> & c', 'All is well.', metrics, '{}', 'run <it>')
+    texts = ('a <b> & c', 'All is well.', metrics, '{}', 'run <it>')
+    page.save_page(str(tmp_path), *texts, PowerSpherical())
     return (tmp_path / 'report.html').read_text()
 
 
@@ -75,5 +79,31 @@ def test_texts_are_escaped(html):
 def test_no_curves_are_no_picture(tmp_path):
     (tmp_path / 'ar').mkdir()
     (tmp_path / 'ar' / 'metrics.jsonl').write_bytes(b'\xff\n')
-    page.save_curves(tmp_path / 'curves.png', str(tmp_path))
+    page.save_curves(tmp_path / 'curves.png', str(tmp_path), PowerSpherical())
     assert not (tmp_path / 'curves.png').exists()
+
+
+@pytest.mark.parametrize('word', POSTERIORS)
+def test_numbers_of_a_posterior_are_explained_in_its_own_words(tmp_path, word):
+    posterior = POSTERIORS[word]()
+    metrics = {f'vae/{name}': 0.5 for name in posterior.shown}
+    page.save_page(str(tmp_path), 'a', 'b', metrics, '{}', 'c', posterior)
+    rows = re.findall(
+        r'<code>vae/(\w+)</code></td>.*?<td>(.*?)</td>', (tmp_path / 'report.html').read_text()
+    )
+    assert dict(rows) == posterior.shown
+
+
+@pytest.mark.parametrize('word', POSTERIORS)
+def test_a_posterior_has_one_curve_for_each_label(tmp_path, word, monkeypatch):
+    posterior = POSTERIORS[word]()
+    (tmp_path / 'tokenizer').mkdir()
+    line = {'step': 1, 'psnr': 20.0, **dict.fromkeys(posterior.labels, 2.0)}
+    (tmp_path / 'tokenizer' / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+    figures = []
+    monkeypatch.setattr(page, 'save_figure', lambda figure, path: figures.append(figure))
+    page.save_curves(tmp_path / 'curves.png', str(tmp_path), posterior)
+    titles = [axis.get_title() for axis in figures[0].axes if axis.get_title()]
+    plt.close(figures[0])
+    expected = [f'tokenizer: {label}' for label in posterior.labels.values()]
+    assert titles == ['tokenizer: PSNR of the batch, dB', *expected]

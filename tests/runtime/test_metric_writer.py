@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto import event_pb2
 
 from sphere_ar_jax.evaluation import page
+from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime import files, hosts, metric_writer
 
 
@@ -111,7 +112,7 @@ def test_curves_of_a_damaged_file(tmp_path):
     (tmp_path / 'ar').mkdir()
     lines = [*LINES[:2], b'{"step": 5, "loss": "x"}\n', b'{"step": 5, "lo\xff\n', LINES[2]]
     (tmp_path / 'ar' / 'metrics.jsonl').write_bytes(b''.join(lines))
-    page.save_curves(tmp_path / 'curves.png', str(tmp_path))
+    page.save_curves(tmp_path / 'curves.png', str(tmp_path), PowerSpherical())
     assert (tmp_path / 'curves.png').read_bytes()[:4] == b'\x89PNG'
 
 

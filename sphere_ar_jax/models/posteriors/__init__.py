@@ -12,7 +12,10 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
+from sphere_ar_jax.models.posteriors.gaussian import Gaussian
 from sphere_ar_jax.models.posteriors.power_spherical import PowerSpherical
+from sphere_ar_jax.models.posteriors.sigma_vae import SigmaVAE
+from sphere_ar_jax.models.posteriors.vmf import VonMisesFisher
 
 Draws: TypeAlias = Any  # a tree of arrays, whatever a distribution's samples are made from
 
@@ -75,5 +78,10 @@ class Posterior(Protocol):
         """
 
 
-# The config's word `vae.posterior` → the family.
-POSTERIORS: dict[str, type[Posterior]] = {'power_spherical': PowerSpherical}
+# The config's word `vae.posterior` → the family. Its fields are keys of the config's section `vae`.
+POSTERIORS: dict[str, type[Posterior]] = {
+    'gaussian': Gaussian,
+    'power_spherical': PowerSpherical,
+    'sigma_vae': SigmaVAE,
+    'vmf': VonMisesFisher,
+}

@@ -1,0 +1,83 @@
+"""The von Mises–Fisher posterior of the hyperspherical VAE (Davidson et al. 2018).
+
+Tokens lie on the sphere of radius R = √d, as those of the power-spherical one. See
+`docs/method.md`, "Other posteriors".
+
+Dimensions:
+  B  images     L  tokens of an image     d  latent dimension
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+
+from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.sphere import geometry, von_mises_fisher
+
+
+class VonMisesFisherTokens(NamedTuple):
+    """A von Mises–Fisher distribution q(x | image) of every token, on the unit sphere.
+
+    Attributes:
+      mu: directions, unit vectors (B, L, d) float32.
+      kappa: concentrations (B, L) float32, at least 1.
+    """
+
+    mu: jax.Array
+    kappa: jax.Array
+
+    def draws(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Makes the random draws for `sample`.
+
+        Args:
+          keys: one PRNG key for each image, (B,).
+
+        Returns:
+          Haversines of the angles to mu (B, L) and standard normal numbers (B, L, d−1).
+        """
+        d = self.mu.shape[-1]
+
+        def draw(key: jax.Array, kappa: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return von_mises_fisher.draw(key, kappa, d)
+
+        return jax.vmap(draw)(keys, self.kappa)
+
+    def sample(self, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Makes tokens z = R · x, (B, L, d), differentiable in mu and kappa."""
+        x = von_mises_fisher.sample_from_draws(self.mu, self.kappa, *draws)
+        return geometry.radius(self.mu.shape[-1]) * x
+
+    def kl(self) -> jax.Array:
+        """Computes the KL divergence from the uniform distribution, (B, L), in nats."""
+        return von_mises_fisher.kl_to_uniform(self.kappa, self.mu.shape[-1])
+
+    def statistics(self) -> dict[str, jax.Array]:
+        """Computes the scalars of `power_spherical.statistics`."""
+        return power_spherical.statistics(self.mu, self.kappa, self.kl())
+
+
+@dataclasses.dataclass(frozen=True)
+class VonMisesFisher:
+    """Direction mu and concentration kappa, with a uniform prior."""
+
+    shown: ClassVar[dict[str, str]] = power_spherical.PowerSpherical.shown
+    labels: ClassVar[dict[str, str]] = power_spherical.PowerSpherical.labels
+    logarithmic: ClassVar[frozenset[str]] = power_spherical.PowerSpherical.logarithmic
+
+    def outputs(self, d: int) -> int:
+        """Returns d + 1: d numbers for the direction and one for the concentration."""
+        return d + 1
+
+    def __call__(self, x: jax.Array) -> VonMisesFisherTokens:
+        """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1."""
+        mu, kappa = power_spherical.direction_and_concentration(x)
+        return VonMisesFisherTokens(mu, kappa)
+
+    def project(self, z: jax.Array) -> jax.Array:
+        """Returns N_R(z) (..., d), the nearest point of the sphere of radius R = √d."""
+        return geometry.project(z)
+
+    def faults(self, scalars: dict[str, float]) -> str | None:
+        """Says what is wrong with a tokenizer's latents, as `power_spherical.faults` does."""
+        return power_spherical.faults(scalars)
