@@ -22,30 +22,56 @@ from sphere_ar_jax.runtime import console, files
 # {row: {seed: scores by name}}
 _Summaries = Mapping[str, Mapping[int, Mapping[str, float]]]
 
-# What the tables call the scores, in order.
-_COLUMNS = {
-    'psnr': 'PSNR, dB',
-    'rfrechet': 'rFréchet',
-    'kl': 'KL, nats',
-    'best_guidance': 'best guidance',
-    'frechet_best': 'Fréchet, best guidance',
-    'frechet_common': 'Fréchet, common guidance',
-    'frechet_degradation': 'Fréchet lost at the largest guidance',
+# The tables of scores: {heading: {score: head of its column}}.
+_TABLES = {
+    'Tokenizers': {
+        'psnr': 'PSNR, dB',
+        'rfrechet': 'rFréchet',
+        'kl': 'KL, nats per token',
+        'tokenizer_steps_per_second': 'steps/s',
+    },
+    'Fréchet distance of samples': {
+        'best_guidance': 'best guidance',
+        'frechet_best': 'at the best guidance',
+        'frechet_common': 'at the common guidance',
+        'frechet_degradation': 'lost at the largest guidance',
+        'precision_best': 'precision',
+        'recall_best': 'recall',
+    },
+    'Accuracy of samples': {
+        'accuracy_best': 'at the best guidance',
+        'accuracy_common': 'at the common guidance',
+        'accuracy_degradation': 'lost at the largest guidance',
+        'collapsed_degradation': 'collapsed at the largest guidance',
+    },
+    'Growth of small errors': {
+        'radial_growth': 'radial',
+        'radial_growth_predicted': 'radial, to first order',
+        'tangential_growth': 'tangential',
+        'tangential_growth_predicted': 'tangential, to first order',
+    },
+    'Spectral norms of one decoding step, before projection': {
+        'radial_to_radial': 'radial → radial',
+        'radial_to_tangential': 'radial → tangential',
+        'tangential_to_radial': 'tangential → radial',
+        'tangential_to_tangential': 'tangential → tangential',
+    },
+}
+
+# What the table of verdicts calls the scores.
+_SCORES = {
+    'frechet_best': 'Fréchet distance, best guidance',
+    'frechet_common': 'Fréchet distance, common guidance',
+    'frechet_degradation': 'Fréchet distance lost at the largest guidance',
     'accuracy_best': 'accuracy, best guidance',
     'accuracy_common': 'accuracy, common guidance',
     'accuracy_degradation': 'accuracy lost at the largest guidance',
-    'collapsed_degradation': 'collapsed at the largest guidance',
-    'precision_best': 'precision',
-    'recall_best': 'recall',
-    'tokenizer_steps_per_second': 'tokenizer steps/s',
+    'collapsed_degradation': 'collapsed samples at the largest guidance',
+    'psnr': 'PSNR, dB',
+    'rfrechet': 'Fréchet distance of reconstructions',
+    'tokenizer_steps_per_second': 'steps/s of the tokenizer',
     'radial_growth': 'growth of radial errors',
-    'radial_growth_predicted': 'predicted',
     'tangential_growth': 'growth of tangential errors',
-    'tangential_growth_predicted': 'predicted',
-    'radial_to_radial': '∂ radial → radial',
-    'radial_to_tangential': '∂ radial → tangential',
-    'tangential_to_radial': '∂ tangential → radial',
-    'tangential_to_tangential': '∂ tangential → tangential',
 }
 
 
@@ -270,16 +296,29 @@ def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict
     }
 
 
-def _score_table(config: ConfigDict, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The heads and the cells of the table of scores."""
-    present = {name for scores in found['rows'].values() for name in scores}
-    names = [name for name in _COLUMNS if name in present]
-    heads = ['row', 'changes', *(_COLUMNS[name] for name in names)]
-    cells = []
-    for row, scores in found['rows'].items():
-        changes = experiments.flat(config.rows[row].to_dict())
-        cells.append([row, changes, *(str(_interval(scores[name])) for name in names)])
-    return heads, cells
+def _rows_table(config: ConfigDict, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the cells of the table that says what the rows are."""
+    cells = [[row, experiments.flat(config.rows[row].to_dict())] for row in found['rows']]
+    return ['row', 'changes of the base'], cells
+
+
+def _score_tables(
+    found: Mapping[str, Any],
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """{heading: (heads, cells)} of the tables of scores."""
+    tables = {}
+    for heading, columns in _TABLES.items():
+        names = [
+            name for name in columns if all(name in scores for scores in found['rows'].values())
+        ]
+        if not names:
+            continue
+        cells = [
+            [row, *(str(_interval(scores[name])) for name in names)]
+            for row, scores in found['rows'].items()
+        ]
+        tables[heading] = (['row', *(columns[name] for name in names)], cells)
+    return tables
 
 
 def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -292,7 +331,7 @@ def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         cells.append(
             [
                 f'{better} before {worse}',
-                _COLUMNS[verdict['score']],
+                _SCORES[verdict['score']],
                 str(lead),
                 str(lead.seeds),
                 verdict['verdict'],
@@ -301,8 +340,8 @@ def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return heads, cells
 
 
-def _time(found: Mapping[str, Any]) -> str:
-    """A sentence on what was measured by."""
+def _measured_by(found: Mapping[str, Any]) -> str:
+    """What the numbers were measured with, in two sentences."""
     seeds = sorted({unit['seed'] for unit in found['measured']})
     return (
         f'Measured with {len(seeds)} seed{"s" if len(seeds) != 1 else ""} '
@@ -321,9 +360,13 @@ def _markdown(config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, 
         '## Verdicts',
         '\n'.join(console.markdown(*_verdict_table(found))),
         config.caveat,
-        '## Scores',
-        '\n'.join(console.markdown(*_score_table(config, found))),
-        f'{_time(found)}',
+        '## Rows',
+        '\n'.join(console.markdown(*_rows_table(config, found))),
+        *(
+            f'## {heading}\n\n' + '\n'.join(console.markdown(*cells))
+            for heading, cells in _score_tables(found).items()
+        ),
+        _measured_by(found),
         f'```bash\n{found["command"]}\n```',
     ]
     return '\n\n'.join(part for part in parts if part) + '\n'
@@ -364,9 +407,13 @@ def write(config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
         '<h2>Verdicts</h2>',
         _html_table(*_verdict_table(found)),
         f'<p>{html.escape(config.caveat)}</p>',
-        '<h2>Scores</h2>',
-        _html_table(*_score_table(config, found)),
-        f'<p>{html.escape(_time(found))}</p>',
+        '<h2>Rows</h2>',
+        _html_table(*_rows_table(config, found)),
+        *(
+            f'<h2>{html.escape(heading)}</h2>{_html_table(*cells)}'
+            for heading, cells in _score_tables(found).items()
+        ),
+        f'<p>{html.escape(_measured_by(found))}</p>',
         f'<pre>{html.escape(found["command"])}</pre>',
     ]
     document = page.document(config.title, '\n'.join(body))
