@@ -27,8 +27,8 @@ def pack(
       data_dir: the directory of tfds, None for its default.
 
     Raises:
-      UserError: the images are a small data set or cannot be read, or the directory exists or cannot be
-        written.
+      UserError: the images are a small data set or cannot be read, or the directory exists or
+        cannot be written.
     """
     kind, path = recipes.data_set(data)
     if kind in small.KINDS:

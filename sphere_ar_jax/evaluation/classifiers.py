@@ -93,7 +93,9 @@ class Recipe(NamedTuple):
 
 
 class _Network(nn.Module):
-    """Patches of 4×4 pixels at a stride of 2, two convolutions of 3×3 with a maximum over 2×2
+    """A small convolutional network.
+
+    It has patches of 4×4 pixels at a stride of 2, two convolutions of 3×3 with a maximum over 2×2
     between them, then two dense layers.
     """
 

@@ -157,7 +157,7 @@ _MEANING = {
         for posterior in _POSTERIORS
         for name, meaning in posterior.shown.items()
     },
-    'classifier/accuracy': "the judge: an independent classifier's accuracy on held-out real images",
+    'classifier/accuracy': "an independent classifier's accuracy on held-out real images",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',
     'samples/frechet': 'Fréchet distance of samples to all real images, in pixels',
