@@ -60,8 +60,9 @@ def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
             'give --samples, --reference and --inception, or --images: '
             f'only {" and ".join(small.KINDS)} have scores of their own'
         )
-    moved = like is not None and like.data.name == d.name and like.data.path is not None
-    path = like.data.path if moved else d.path
+    path = d.path
+    if like is not None and like.data.name == d.name:  # the files may have moved
+        path = like.data.path
     data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
     setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, data.train, data)
     scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)

@@ -103,6 +103,10 @@ class _Network(nn.Module):
     width: int
     classes: int
 
+    def _bias(self, name: str, channels: int) -> jax.Array:
+        """A bias (1, 1, 1, channels), 0 at first."""
+        return self.param(name, nn.initializers.zeros, (1, 1, 1, channels))
+
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images (n, h, w) in [0, 1] → (features (n, f), logits (n, k))."""
@@ -114,11 +118,11 @@ class _Network(nn.Module):
         taps = [x[:, i : i + h : 2, j : j + w : 2] for i in range(4) for j in range(4)]
         x = nn.relu(nn.Dense(self.channels[0])(jnp.stack(taps, axis=-1)))
         x = Conv(self.channels[1])(x)
-        x = nn.relu(x + self.param('bias_1', nn.initializers.zeros, (self.channels[1],)))
+        x = nn.relu(x + self._bias('bias_1', self.channels[1]))
         # XLA's own maximum over windows has a slow gradient on CPUs.
         x = x.reshape(n, h // 4, 2, w // 4, 2, self.channels[1]).max((2, 4))
         x = Conv(self.channels[2])(x)
-        x = nn.relu(x + self.param('bias_2', nn.initializers.zeros, (self.channels[2],)))
+        x = nn.relu(x + self._bias('bias_2', self.channels[2]))
         features = nn.relu(nn.Dense(self.width)(x.reshape(n, -1)))
         return features, nn.Dense(self.classes)(features)
 
@@ -201,8 +205,8 @@ def _trained(network: _Network, params: PyTree, train: Split, recipe: Recipe, do
 def fingerprint(train: Split, recipe: Recipe) -> str:
     """A hash of the images, their labels and the recipe, in hexadecimal digits."""
     found = hashlib.sha256(repr((tuple(recipe), train.num_classes)).encode())
-    found.update(np.ascontiguousarray(train.pixels))
-    found.update(np.ascontiguousarray(train.labels))
+    found.update(train.pixels.tobytes())
+    found.update(train.labels.tobytes())
     return found.hexdigest()
 
 

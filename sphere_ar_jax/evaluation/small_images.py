@@ -1,6 +1,6 @@
 """The protocol of scores for small labelled data sets: the digits, and images in IDX files.
 
-The scores are listed in `docs/evaluation.md`, "Small data sets".
+The scores are listed in `docs/evaluation.md`, "Small data sets: the digits and IDX files".
 
   data = small.open_data_set('idx', '/data/fashion', seed=0, holdout=0.2)
   judge = small_images.Judge(data, small_images.classifier(data, steps=1600))

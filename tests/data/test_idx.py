@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / 't10k-labels-idx1-ubyte.gz').unlink()
     with pytest.raises(UserError, match=r'has no test-labels-idx1-ubyte \(or t10k-…\), .gz or not'):
         idx.splits(tmp_path)
-    with pytest.raises(UserError, match='none cannot be read|has no IDX files'):
+    with pytest.raises(UserError, match='none cannot be read: No such file'):
         idx.splits(tmp_path / 'none' / 'there')
     with pytest.raises(UserError, match=r'give --config\.data\.path, of the idx data'):
         small.open_data_set('idx', None, 0, 0.2)

@@ -5,7 +5,6 @@ from sphere_ar_jax.data import digits, idx, small
 from sphere_ar_jax.evaluation import classifiers, small_images
 from sphere_ar_jax.evaluation.small_images import memorisation
 
-
 # What metrics.json of a run on the digits has had from the beginning.
 NAMES = [
     'classifier/accuracy',
