@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
-    from sphere_ar_jax.data import digits, sources
+    from sphere_ar_jax.data import small, sources
     from sphere_ar_jax.runtime.types import PyTree
     from sphere_ar_jax.training.state import Stage
 
@@ -90,7 +90,7 @@ def examine(
 
 
 def _trainings(
-    cfg: 'ConfigDict', source: 'sources.Images | digits.Digits | None', trains: bool
+    cfg: 'ConfigDict', source: 'sources.Images | small.Split | None', trains: bool
 ) -> 'dict[str, tuple[Stage, PyTree]] | None':
     """Checks a config, and counts classes as a training does.
 
@@ -123,14 +123,14 @@ def _trainings(
 
 def _examine_data(
     cfg: 'ConfigDict | None', data: str | None, examination: checks.Examination
-) -> 'sources.Images | digits.Digits | None':
+) -> 'sources.Images | small.Split | None':
     """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
     from sphere_ar_jax.config import recipes
 
     if data is None and cfg is None:
         return None
 
-    def opened() -> 'tuple[checks.Check, sources.Images | digits.Digits]':
+    def opened() -> 'tuple[checks.Check, sources.Images | small.Split]':
         if data is not None:
             return checks.check_data(*recipes.data_set(data))
         assert cfg is not None  # by the lines above

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
-    from sphere_ar_jax.data import digits, sources
+    from sphere_ar_jax.data import small, sources
     from sphere_ar_jax.runtime.types import PyTree
     from sphere_ar_jax.training.state import Stage
 
@@ -310,7 +310,7 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
 
 def check_data(
     kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
-) -> 'tuple[Check, sources.Images | digits.Digits]':
+) -> 'tuple[Check, sources.Images | small.Split]':
     """Opens the images of a training, and says how many images and classes there are.
 
     Args:
@@ -325,16 +325,19 @@ def check_data(
     Raises:
       UserError: the images cannot be opened, or the first or the last one cannot be read.
     """
-    from sphere_ar_jax.data import digits, sources
+    from sphere_ar_jax.data import small, sources
     from sphere_ar_jax.evaluation import class_names
 
-    if kind == 'digits':
-        training = digits.Digits('train', 0)
-        classes = class_names.describe(training.num_classes, training.class_names)
-        text = f'digits, part of scikit-learn: {len(training)} images to train on, {classes}'
-        return Check('data', 'ok', text), training
-    if path is None:
+    of_files = kind not in small.KINDS or small.KINDS[kind].has_path
+    if path is None and of_files:
         raise UserError(f'data.path is not given, of the {kind} data: --config.data.path=…')
+    if kind in small.KINDS:
+        training = small.open_data_set(kind, path, 0, 0.2).train
+        where = f'{kind} {path}' if of_files else f'{kind}, part of scikit-learn'
+        classes = class_names.describe(training.num_classes, training.class_names)
+        text = f'{where}: {len(training)} images to train on, {classes}'
+        return Check('data', 'ok', text), training
+    assert path is not None  # by the lines above
     source = sources.open_source(kind, path, split, data_dir)
     # Reading raises where the files are damaged.
     for i in (0, len(source) - 1):

@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.data import digits
+from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
 from sphere_ar_jax.interop.lpips import read
@@ -51,17 +51,21 @@ def _score_tokenizer(
     return tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
 
 
-def _score_digits(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
-    """The scores of a run on the digits, by the digits' own protocol."""
+def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
+    """The scores of a run on a small data set, by the protocol of such sets."""
     run, mesh = open_run.open_run(workdir, like)
-    if run.config.data.name != 'digits':
+    d = run.config.data
+    if d.name not in small.KINDS:
         raise UserError(
             'give --samples, --reference and --inception, or --images: '
-            'only digits have scores of their own'
+            f'only {" and ".join(small.KINDS)} have scores of their own'
         )
-    train, heldout = digits.splits(run.config.seed, run.config.data.holdout)
-    setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, train, heldout)
-    scores, _ = snapshots.score_digits(setting, run.vae_params, run.ar_params)
+    path = d.path
+    if like is not None and like.data.name == d.name:  # the files may have moved
+        path = like.data.path
+    data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
+    setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, data.train, data)
+    scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
     sampling = run.config.sampling.to_dict()
     return {**scores, 'seed': run.config.seed, 'sampling': sampling}
 
@@ -79,7 +83,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a run, or samples alone, and writes WORKDIR/evaluation.json.
 
-    Without samples and images a run on the digits is scored by the digits' protocol.
+    Without samples and images a run on a small data set is scored by the protocol of such sets.
 
     Args:
       workdir: the directory of the run; for samples alone any directory.
@@ -105,7 +109,7 @@ def evaluate(
     if images is not None:
         scores['tokenizer'] = _score_tokenizer(workdir, like, images, weights, lpips, vgg)
     if not scores:
-        scores = _score_digits(workdir, like)
+        scores = _score_small(workdir, like)
     path = f'{workdir}/evaluation.json'
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     files.write_json(path, scores)

@@ -1,7 +1,7 @@
 """--mode=pack: copies a data set to ArrayRecord files."""
 
 from sphere_ar_jax.config import recipes
-from sphere_ar_jax.data import sources
+from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError
@@ -27,12 +27,12 @@ def pack(
       data_dir: the directory of tfds, None for its default.
 
     Raises:
-      UserError: the images are the digits or cannot be read, or the directory exists or cannot be
-        written.
+      UserError: the images are a small data set or cannot be read, or the directory exists or
+        cannot be written.
     """
     kind, path = recipes.data_set(data)
-    if kind == 'digits':
-        raise UserError('the digits are part of scikit-learn: there is nothing to pack')
+    if kind in small.KINDS:
+        raise UserError(small.KINDS[kind].unpackable)
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(kind, path, split, data_dir, bar)
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, schema
-from sphere_ar_jax.data import augment, digits, imagenet, sources
-from sphere_ar_jax.evaluation import class_names, page, snapshots
+from sphere_ar_jax.data import augment, imagenet, small, sources
+from sphere_ar_jax.evaluation import class_names, page, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, hosts, sharding
@@ -87,7 +87,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     return teacher
 
 
-def count_classes(cfg: ConfigDict, source: sources.Images | digits.Digits) -> None:
+def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None:
     """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
 
     Args:
@@ -105,6 +105,15 @@ def count_classes(cfg: ConfigDict, source: sources.Images | digits.Digits) -> No
         raise UserError(f'{cfg.data.path} has {source.num_classes} classes, but the model {known}')
 
 
+def _check_labels(cfg: ConfigDict, train: small.Split) -> None:
+    """Raises UserError unless every class of a small data set gets a sample to be scored."""
+    if cfg.sampling.num_images < train.num_classes:
+        raise UserError(
+            f'sampling.num_images is {cfg.sampling.num_images}, '
+            f'but must be at least one for each of {train.num_classes} classes'
+        )
+
+
 def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     """Opens the training images.
 
@@ -112,15 +121,19 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     cfg.data.num_classes to the number found.
 
     Returns:
-      (training source, held-out source or None, what else `loop.train` needs to read it).
+      (training source, the small data set that it belongs to or None, what else `loop.train` needs
+      to read it).
 
     Raises:
       UserError: there are no images, or they have more classes than the model.
     """
     d = cfg.data
-    if d.name == 'digits':
-        training, heldout = digits.splits(cfg.seed, d.holdout)
-        return training, heldout, {}
+    if d.name in small.KINDS:
+        data = small.open_data_set(d.name, d.path, cfg.seed, d.holdout)
+        count_classes(cfg, data.train)
+        checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
+        _check_labels(cfg, data.train)
+        return data.train, data, {}
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
@@ -244,29 +257,25 @@ def _train(
     return _Trained(vae_params, state.eval_params, seconds)
 
 
-def _summary(cfg: ConfigDict, metrics: dict[str, float]) -> str:
+def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
     """The result of a run, in a few sentences for report.html."""
+    cfg = setting.cfg
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
-    if cfg.data.name != 'digits' and not cfg.ar_training.steps:
+    if setting.data is None and not cfg.ar_training.steps:
         return (
             f'The tokenizer gives training images back at {psnr}. '
             'Scores: --mode=evaluate --images=NPZ. '
             'An AR model on it: another --workdir, and --config.tokenizer with this one.'
         )
-    if cfg.data.name != 'digits':
+    if setting.data is None:
         return (
             f'The tokenizer gives training images back at {psnr}. '
             'Scores: --mode=sample, then --mode=evaluate.'
         )
+    noun = small.KINDS[setting.data.kind].noun
     if 'samples/accuracy' not in metrics:
-        return f'The tokenizer gives held-out digits back at {psnr}.'
-    return (
-        f'{cfg.sampling.num_images} digits, drawn class by class, none selected. '
-        f'An independent classifier reads {metrics["samples/accuracy"]:.1%} of them as the class '
-        f'asked for (and {metrics["classifier/accuracy"]:.1%} of real held-out digits correctly). '
-        f'Fréchet distance to real digits: {metrics["samples/frechet"]:.3f}; between the training '
-        f'and the held-out real digits it is {metrics["real/frechet"]:.3f}.'
-    )
+        return f'The tokenizer gives held-out {noun} back at {psnr}.'
+    return small_images.summary(noun, cfg.sampling.num_images, metrics)
 
 
 def _with_lpips(cfg: ConfigDict) -> bool:
@@ -400,7 +409,7 @@ def _set_up(
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
     mesh = sharding.make_mesh(**cfg.mesh)
-    source, heldout, reading = _open_data(cfg)
+    source, data, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
     stages: Callable[[snapshots.Setting], _Trained]
     if cfg.init_from is None:
@@ -411,7 +420,7 @@ def _set_up(
         stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
-    setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, heldout, _judge(cfg))
+    setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg))
     _check_same(cfg, source)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
@@ -429,7 +438,7 @@ def _introduce(setting: snapshots.Setting) -> None:
     names = getattr(source, 'class_names', None)
     if setting.cfg.ar_training.steps or setting.cfg.init_from is not None:
         class_names.keep(setting.workdir, names)
-    held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
+    held = '' if setting.data is None else f', {len(setting.data.heldout)} held out'
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
     print(class_names.describe(source.num_classes, names), flush=True)
@@ -473,7 +482,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
 
     trained = stages(setting)
     seconds |= trained.seconds
-    finish = snapshots.score_digits if cfg.data.name == 'digits' else snapshots.show
+    finish = snapshots.show if setting.data is None else snapshots.score
     metrics, parts = finish(setting, trained.vae_params, trained.ar_params)
     seconds |= parts
     mark = time.perf_counter()
@@ -484,7 +493,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     write_json(f'{workdir}/metrics.json', metrics)
-    summary = _summary(cfg, metrics)
+    summary = _summary(setting, metrics)
     page.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command, posterior)
     print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
     return metrics

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import digits
+from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer, vae
 from sphere_ar_jax.runtime.console import UserError
@@ -24,7 +24,8 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
     (r'vae\.sigma', 'be above 0', lambda n: n > 0),
     (r'vae\.(?!sigma)\w+|ar\.\w+', 'be at least 1', _at_least(1)),
-    (r'distillation_training\.steps|data\.threads', 'be at least 1', _at_least(1)),
+    (r'distillation_training\.steps', 'be at least 1', _at_least(1)),
+    (r'data\.(threads|classifier_steps)', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
     (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
     # A stage of 0 steps is not trained.
@@ -174,14 +175,34 @@ def _check_models(v: ConfigDict, a: ConfigDict) -> None:
     )
 
 
+def check_image_shape(
+    name: str, want: tuple[int, int, int] | None, image_shape: tuple[int, int, int]
+) -> None:
+    """Checks that the tokenizer's images are as large as those of a small data set.
+
+    Args:
+      name: the kind of data.
+      want: the shape of its images, None where it is not known yet.
+      image_shape: the shape of the tokenizer's images.
+
+    Raises:
+      UserError: the shapes differ.
+    """
+    _require(
+        want in (None, image_shape),
+        f'vae makes images of {image_shape} (grid · 2^stages), but data {name} has {want}',
+    )
+
+
 def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """Checks the section `data`, and that its images have the tokenizer's shape (H, W, c)."""
     height, width, channels = image_shape
-    if d.name == 'digits':
-        want = digits.Digits.image_shape
+    kind = small.KINDS.get(d.name)
+    if kind is not None:
+        check_image_shape(d.name, kind.image_shape, image_shape)
         _require(
-            want == image_shape,
-            f'vae makes images of {image_shape} (grid · 2^stages), but data digits has {want}',
+            channels == 1,
+            f'vae.image_channels is {channels}, but data {d.name} is grey: set it to 1',
         )
     _require(
         channels in (1, 3),
@@ -237,7 +258,8 @@ def _check_sampling(config: ConfigDict) -> None:
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
-    least = digits.Digits.num_classes if config.data.name == 'digits' else 1
+    kind = small.KINDS.get(config.data.name)
+    least = 1 if kind is None else kind.num_classes
     classes = schema.num_classes(config)
     _require(
         classes is None or classes >= least,
@@ -297,7 +319,7 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
             continue
         epochs = t.steps * t.batch_size / num_images
         line = f'{name}: {t.steps} steps of {t.batch_size} images are {epochs:,.1f} epochs'
-        if config.data.name != 'digits':
+        if config.data.name not in small.KINDS:
             first, last = config.data.crop_until
             line += f'; crops are random up to epoch {first}, and all central from {last}'
         lines.append(line)

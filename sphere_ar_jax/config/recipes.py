@@ -63,6 +63,14 @@ def arguments(
     return found_words, found_values
 
 
+def _kind_of(directory: str) -> str:
+    """The kind of data that a directory seems to hold."""
+    names = os.listdir(directory)
+    if 'images.json' in names:
+        return 'array_records'
+    return 'idx' if any('-idx3-ubyte' in name for name in names) else 'folder'
+
+
 def data_set(text: str) -> tuple[str, str]:
     """Splits the text that names a data set.
 
@@ -80,10 +88,7 @@ def data_set(text: str) -> tuple[str, str]:
         return kind, path
     place = os.path.expanduser(text)
     if os.path.isdir(place):
-        packed = os.path.exists(os.path.join(place, 'images.json'))
-        raise UserError(
-            f'{text} is a directory: write data={"array_records" if packed else "folder"}:{text}'
-        )
+        raise UserError(f'{text} is a directory: write data={_kind_of(place)}:{text}')
     if colon and re.fullmatch(r'\w+', kind) and not os.path.exists(place):
         kinds = ', '.join(name for name in schema.DATA if name != 'digits')
         raise UserError(f'there is no kind of data {kind!r}: write KIND:PATH with one of {kinds}')
@@ -152,8 +157,8 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
 
     The words that `arg` takes, separated by commas:
 
-      data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records or
-                 tfds (tfds:NAME).
+      data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records,
+                 idx or tfds (tfds:NAME).
       batch=N    Images a step. The number of epochs stays.
       dtype=…    bfloat16 or float32 (the default) of the computation.
       tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps

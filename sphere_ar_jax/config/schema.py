@@ -16,9 +16,10 @@ from sphere_ar_jax.models.sizes import VARIANTS
 DTYPES = ('float32', 'bfloat16')
 
 # The number of classes of each kind of data; None where only the data says it. The kinds are those
-# of `sources.open_source`, and the digits.
+# of `sources.open_source` and of `small`.
 DATA: dict[str, int | None] = {
     'digits': 10,
+    'idx': None,
     'imagenet': 1000,
     'folder': None,
     'array_records': None,
@@ -71,13 +72,15 @@ def default() -> ConfigDict:
             data=dict(
                 # A key of DATA.
                 name='digits',
-                # Path of the tar or the directory; for tfds the name of the data set.
+                # Path of the tar or of the directory; for tfds the name of the data set.
                 path=config_dict.placeholder(str),
                 # Split and directory of tfds; its default directory, if not given.
                 split='train',
                 data_dir=config_dict.placeholder(str),
                 # Share of the digits that is held out.
                 holdout=0.2,
+                # Training steps of the network that judges samples, for IDX files.
+                classifier_steps=1600,
                 # Number of classes of the AR model; as many as the data has, if not given.
                 num_classes=config_dict.placeholder(int),
                 # Random crops give way to centre crops between these two epochs.
@@ -225,7 +228,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer'
-    r'|data\.(path|data_dir|workers|threads|max_broken)'
+    r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'
 )

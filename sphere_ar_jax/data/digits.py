@@ -76,6 +76,11 @@ class Digits:
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         return {'image': self.images[index], 'label': np.int32(self.labels[index])}
 
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Model images (n, 16, 16, 1) in [−1, 1] → (n, 8, 8) pixels of the scans in [0, 1]."""
+        scaled = np.clip((np.asarray(images) + 1) / 2, 0, 1)
+        return shrink(scaled)[..., 0]
+
 
 def splits(seed: int, holdout: float) -> tuple[Digits, Digits]:
     """Loads (the digits to train on, those held out); see `Digits`."""

@@ -24,14 +24,14 @@ import filelock
 import msgpack
 import numpy as np
 
-from sphere_ar_jax.data.listing import (
+from sphere_ar_jax.data.files.listing import (
     LeftOut,
     escaped,
     is_image,
     is_of_system,
     shown,
 )
-from sphere_ar_jax.data.tar_index import BLOCK, open_index
+from sphere_ar_jax.data.files.tar_index import BLOCK, open_index
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.data.listing import first_names, shown
+from sphere_ar_jax.data.files.listing import first_names, shown
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 

@@ -159,19 +159,22 @@ _REPORT = """<p>{summary}</p>
 
 # Name of a metric → what the table says about it.
 _MEANING = {
-    'vae/psnr': 'reconstruction of held-out digits, or of training images, dB',
-    'classifier/accuracy': "the judge: an SVC's accuracy on held-out real digits",
+    'vae/psnr': 'reconstruction of held-out images of a small data set, or of training images, dB',
+    'classifier/accuracy': "an independent classifier's accuracy on held-out real images",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',
-    'samples/frechet': 'Fréchet distance of samples to all real digits',
-    'samples/frechet_heldout': 'Fréchet distance of samples to the held-out digits',
-    'real/frechet': 'Fréchet distance of training to held-out digits',
+    'samples/frechet': 'Fréchet distance of samples to all real images, in pixels',
+    'samples/frechet_heldout': 'the same to the held-out images',
+    'real/frechet': 'the same of training to held-out images, the floor',
+    'samples/feature_frechet': "Fréchet distance to all real images, in the classifier's features",
+    'samples/feature_frechet_heldout': 'the same to the held-out images',
+    'real/feature_frechet': 'the same of training to held-out images, the floor',
     'samples/precision': 'share of samples on the real manifold (k = 3)',
-    'samples/recall': "share of real digits on the samples' manifold (k = 3)",
-    'memorisation/samples_to_train': 'median distance of a sample to the nearest training digit',
-    'memorisation/heldout_to_train': 'the same of a held-out real digit',
+    'samples/recall': "share of real images on the samples' manifold (k = 3)",
+    'memorisation/samples_to_train': 'median distance of a sample to the nearest training image',
+    'memorisation/heldout_to_train': 'the same of a held-out real image',
     'memorisation/nearer_than_5pct_of_heldout': (
-        'share of samples nearer than the nearest 5% of held-out digits'
+        'share of samples nearer than the nearest 5% of held-out images'
     ),
     'peak_rss_mb': 'largest memory of the process, MiB',
 }

@@ -79,7 +79,11 @@ def _save_grid(
 
 
 def save_samples(
-    path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray, per_class: int = 16
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    labels: np.ndarray,
+    titles: Sequence[str],
+    per_class: int = 16,
 ) -> None:
     """Writes a labelled grid of samples, a row for each class.
 
@@ -87,6 +91,7 @@ def save_samples(
       path: the PNG.
       images: (n, H, W, c).
       labels: (n,) int, the classes that the images were drawn for.
+      titles: the title of each class, by its label.
       per_class: images in a row, the first of each class. Where a class has fewer, all rows have
         as few.
     """
@@ -96,7 +101,7 @@ def save_samples(
     chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
     title = f'drawn by the model: the first {per_class} of each class'
     scale = max(1, 48 // images.shape[1])
-    names = [str(c) for c in classes]
+    names = [titles[c] for c in classes]
     _save_grid(path, images[chosen], per_class, names, title, 'class asked for', scale)
 
 

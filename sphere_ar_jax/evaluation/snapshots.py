@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import augment, imagenet, pixels
-from sphere_ar_jax.evaluation import class_names, digits, pictures, tokenizer
+from sphere_ar_jax.data import augment, imagenet, pixels, small
+from sphere_ar_jax.evaluation import class_names, pictures, small_images, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
@@ -38,7 +38,7 @@ class Setting(NamedTuple):
       vae: the tokenizer.
       ar: the autoregressive model.
       source: the training images, see `sources`.
-      heldout: other images of the same kind, or None.
+      data: the small data set whose training images these are, or None.
       judge: parameters of the Inception network and the statistics of the reference, for FID while
         training, or None.
     """
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     vae: VAE
     ar: AR
     source: Any
-    heldout: Any = None
+    data: small.DataSet | None = None
     judge: tuple[PyTree, statistics.Statistics] | None = None
 
 
@@ -78,6 +78,15 @@ def _example(setting: Setting, i: int, as_stored: bool) -> np.ndarray | None:
     return pixels.to_float(augment.with_channels(crop, channels))
 
 
+# Held-out images that are reconstructed at the end of a run at most.
+_MOST_HELD_OUT = 10_000
+
+
+def _first(split: small.Split, n: int) -> np.ndarray:
+    """The first n images (n, H, W, c) of a split, or all where it has fewer."""
+    return np.stack([split[i]['image'] for i in range(min(n, len(split)))])
+
+
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
     """The first n images of which reconstructions are shown.
 
@@ -88,8 +97,8 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
     Raises:
       UserError: no image can be shown.
     """
-    if setting.heldout is not None:
-        return setting.heldout.images[:n]
+    if setting.data is not None:
+        return _first(setting.data.heldout, n)
     as_stored = imagenet.are_synsets(getattr(setting.source, 'class_names', None))
     found: list[np.ndarray] = []
     for i in range(len(setting.source)):
@@ -246,10 +255,12 @@ def _reconstruct(
     return {'vae/psnr': tokenizer.psnr(recon, images), **scores}
 
 
-def score_digits(
+def score(
     setting: Setting, vae_params: PyTree, ar_params: PyTree | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores a run on the digits by their protocol, and writes pictures into the workdir.
+    """Scores a run on a small data set by its protocol, and writes pictures into the workdir.
+
+    The weights of a classifier that had to be trained are kept in the workdir.
 
     Args:
       setting: the run.
@@ -259,16 +270,20 @@ def score_digits(
     Returns:
       (metrics by name, seconds by part).
     """
+    data = setting.data
+    assert data is not None  # by the caller
     sampling = setting.cfg.sampling
     seconds = {}
     started = time.perf_counter()
-    metrics = _reconstruct(setting, vae_params, setting.heldout.images, sampling.batch_size)
+    heldout = _first(data.heldout, _MOST_HELD_OUT)
+    columns = min(16, len(heldout))
+    metrics = _reconstruct(setting, vae_params, heldout, sampling.batch_size, columns=columns)
     seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is None:
         return metrics, seconds
 
     started = time.perf_counter()
-    labels = np.arange(sampling.num_images) % setting.source.num_classes
+    labels = np.arange(sampling.num_images) % data.train.num_classes
     print(
         f'sampling {sampling.num_images} images: {sampling.solver}, {sampling.num_steps} steps, '
         f'guidance {sampling.guidance_scale}',
@@ -279,14 +294,17 @@ def score_digits(
         progress=console.bar(sampling.num_images, 'samples'),
         **_drawing(setting, vae_params, ar_params),
     )
-    pictures.save_samples(f'{setting.workdir}/samples.png', images, labels)
+    titles = class_names.titles(range(data.train.num_classes), data.train.class_names)
+    pictures.save_samples(f'{setting.workdir}/samples.png', images, labels, titles)
     seconds['sampling'] = time.perf_counter() - started
 
     started = time.perf_counter()
     print('scoring', flush=True)
-    metrics |= digits.score_digits(
-        digits.digit_pixels(images), labels, setting.source, setting.heldout
-    )
+    steps = setting.cfg.data.classifier_steps
+    bar = console.bar(steps, 'training the classifier', 'step')
+    classifier = small_images.classifier(data, steps, setting.workdir, bar)
+    judge = small_images.Judge(data, classifier)
+    metrics |= judge.floor() | judge.scores(images, labels)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 
@@ -294,7 +312,7 @@ def score_digits(
 def show(
     setting: Setting, vae_params: PyTree, ar_params: PyTree | None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Writes pictures of a run on images other than the digits, which have no protocol here.
+    """Writes pictures of a run on images that have no protocol of scores here.
 
     Args:
       setting: the run.

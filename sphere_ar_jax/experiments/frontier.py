@@ -24,9 +24,8 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.data import digits
-from sphere_ar_jax.evaluation import pictures
-from sphere_ar_jax.evaluation.digits import digit_pixels, score_digits
+from sphere_ar_jax.data import small
+from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
@@ -134,11 +133,12 @@ def _measure(
 ) -> dict[str, Any]:
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
-    train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
-    labels = np.arange(num_images) % 10
+    data = small.open_data_set(cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout)
+    labels = np.arange(num_images) % data.train.num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
-    scores = score_digits(digit_pixels(images), labels, train, heldout)
+    judge = small_images.Judge(data, small_images.classifier(data, cfg.data.classifier_steps))
+    scores = judge.scores(images, labels)
     found = {name: float(scores[name]) for name in SCORES}
     found['evaluations'] = options.plan(run.ar.num_tokens).evaluations
     return found

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sphere_ar_jax.commands import train
+from sphere_ar_jax.commands import checks as commands_checks
+from sphere_ar_jax.commands import evaluate, pack, train
 from sphere_ar_jax.config import checks, schema
 from sphere_ar_jax.data import augment, stand_in
 from sphere_ar_jax.data import batches as data_batches
@@ -28,7 +29,9 @@ from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import loop
 from sphere_ar_jax.training.run import load_config, load_run
+from tests import tiny_config
 from tests.conftest import libraries_promote, noted_fingerprint
+from tests.data.test_idx import write
 
 ROOT = pathlib.Path(__file__).parents[2]
 SYNSETS = ('n01440764', 'n01443537', 'n02099601')
@@ -379,3 +382,53 @@ def test_a_workdir_in_which_another_training_runs_is_refused(tar, tmp_path):
         with pytest.raises(console.UserError, match=r'in use by a training, process \d+ on '):
             _train(_config(tar), tmp_path)
         assert sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*')) == before
+
+
+def _idx(directory, **options):
+    """The config of the smallest run on IDX files of 14×14 pixels, which become 16×16."""
+    write(directory, shape=(14, 14))
+    (directory / 'classes.txt').write_text('bag\nboot\ncoat\n')
+    cfg = tiny_config.get_config()
+    cfg.data.update(name='idx', path=str(directory), classifier_steps=3)
+    cfg.update_from_flattened_dict(options)
+    return checks.check(cfg)
+
+
+def test_idx_files_are_opened_with_their_classes(tmp_path):
+    """Training and doctor open them; a model of another size and too few samples are refused."""
+    cfg = _idx(tmp_path / 'data')
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    assert setting.ar.condition.num_classes == 3 and len(setting.source) == 12
+    assert len(setting.data.heldout) == 6 and snapshots.examples(setting).shape == (6, 16, 16, 1)
+    assert load_config(str(tmp_path / 'w')).data.num_classes == 3
+    found, _ = commands_checks.check_data('idx', str(tmp_path / 'data'))
+    assert found.text.endswith('12 images to train on, 3 classes: bag, boot, coat')
+    for values, message in (
+        ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
+        ({'sampling.num_images': 2}, 'at least one for each of 3 classes'),
+        ({'vae.grid': (8, 8)}, r'vae makes images of \(32, 32, 1\) .* data idx has \(16, 16, 1\)'),
+        ({'data.path': None}, r'give --config\.data\.path, of the idx data'),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            train._set_up(_idx(tmp_path / 'data', **values), str(tmp_path / 'v'))
+        assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match='IDX files are packed already'):
+        pack.pack(f'idx:{tmp_path}/data', str(tmp_path / 'packed'))
+
+
+@pytest.mark.slow
+def test_a_run_on_idx_files(tmp_path):
+    """It is trained, scored and reported; --mode=evaluate repeats the scores from kept weights."""
+    metrics = _train(_idx(tmp_path / 'data'), tmp_path / 'w')
+    page = (tmp_path / 'w' / 'report.html').read_text()
+    assert '40 images, drawn class by class' in page and 'samples/feature_frechet' in page
+    assert json.loads((tmp_path / 'w' / 'classes.json').read_text()) == ['bag', 'boot', 'coat']
+    kept = (tmp_path / 'w' / 'classifier.npz').stat().st_mtime_ns
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    like = load_config(str(tmp_path / 'w'))
+    like.data.path = str(tmp_path / 'moved')
+    with libraries_promote():
+        scores = evaluate.evaluate(str(tmp_path / 'w'), like=like)
+    assert (tmp_path / 'w' / 'classifier.npz').stat().st_mtime_ns == kept
+    for name in ('samples/accuracy', 'samples/feature_frechet', 'real/feature_frechet'):
+        assert scores[name] == metrics[name]

@@ -173,8 +173,33 @@ def test_variants_of_the_digits():
             checks.check(changed)
 
 
+@pytest.mark.parametrize('arg', ['', 'smoke', 'fast,data=idx:/elsewhere'])
+def test_the_config_of_fashion(arg):
+    """8×8 tokens of 32×32 grey pixels; the words are joined as those of the published configs."""
+    cfg = checks.check(_load('fashion', arg))
+    assert build.build_vae(cfg).image_shape == (32, 32, 1) and tuple(cfg.vae.grid) == (8, 8)
+    assert cfg.data.name == 'idx' and cfg.vae.latent_dim in (8, 16)
+    assert (cfg.data.path == '/elsewhere') == ('elsewhere' in arg)
+    assert (cfg.sampling.solver == 'ab2') == ('fast' in arg or cfg.sampling.num_steps == 10)
+    with pytest.raises(ValueError, match="no variant 'huge'"):
+        _load('fashion', 'huge')
+    for values, message in (
+        ({'vae.image_channels': 3}, 'data idx is grey: set it to 1'),
+        ({'vae.grid': (8, 4)}, 'give two equal sizes'),
+    ):
+        with pytest.raises(UserError, match=message):
+            checks.check(schema.changed(cfg, values))
+
+
 def test_configs_are_all_tested_here():
-    assert {path.stem for path in CONFIGS.glob('*.py')} == {'digits', 'vae', 'ar_b', 'ar_l', 'ar_h'}
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {
+        'digits',
+        'fashion',
+        'vae',
+        'ar_b',
+        'ar_l',
+        'ar_h',
+    }
 
 
 def test_default_is_the_published_model():
@@ -225,7 +250,7 @@ WRONG = {
     'vae.stem': (3, 'cannot be normalised'),
     'vae.latent_dim': (1, 'must be at least 2'),
     'dtype': ('float8', 'float32, bfloat16'),
-    'data.name': ('imagenett', 'one of digits, imagenet'),
+    'data.name': ('imagenett', 'one of digits, idx, imagenet'),
     'data.max_broken': (0.0, r'lie in .0, 1.'),
     'data.workers': (-1, 'at least 0'),
     'data.crop_until': ((375, 350), 'two epochs in order'),
@@ -240,6 +265,7 @@ WRONG = {
     'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
     'watch.every': (-1, 'not be negative'),
     'watch.fid_images': (100, 'needs watch.inception'),
+    'data.classifier_steps': (0, 'at least 1'),
     'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
     'seed': (-1, 'seed is -1'),
     'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
@@ -270,6 +296,9 @@ def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
     for text in (str(tmp_path / 'birds'), '~/birds'):
         with pytest.raises(UserError, match=f'^{text} is a directory: write data=folder:{text}$'):
             recipes.data_set(text)
+    (tmp_path / 'birds' / 't10k-images-idx3-ubyte.gz').write_text('')
+    with pytest.raises(UserError, match='write data=idx:~/birds'):
+        recipes.data_set('~/birds')
     (tmp_path / 'birds' / 'images.json').write_text('')
     with pytest.raises(UserError, match='write data=array_records:~/birds'):
         recipes.data_set('~/birds')

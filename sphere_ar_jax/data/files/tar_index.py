@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from sphere_ar_jax.data import imagenet
-from sphere_ar_jax.data.listing import LeftOut, escaped, is_of_system, shown
+from sphere_ar_jax.data.files.listing import LeftOut, escaped, is_of_system, shown
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 

@@ -1,0 +1,1 @@
+"""How files of images are found: what counts as one, and where a tar has them."""

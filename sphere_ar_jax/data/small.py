@@ -1,0 +1,108 @@
+"""Small labelled data sets, held in memory whole, with a part held out to score by.
+
+  KINDS   their kinds by the word of the config
+
+Dimensions:
+  n        images of a split
+  h, w     height and width of an image as its file has it
+  H, W, c  height, width and channels of an image for the models
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sphere_ar_jax.data import digits, idx
+from sphere_ar_jax.runtime.console import UserError
+
+
+class Split(Protocol):
+    """The images of one part of a small data set.
+
+    Attributes:
+      labels: (n,) int, 0 … num_classes − 1.
+      num_classes: the number of classes.
+      image_shape: (H, W, c).
+    """
+
+    labels: np.ndarray
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names, or None where they are not known."""
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images as their file has them, (n, h, w) in [0, 1]."""
+
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Model images (n, H, W, c) in [−1, 1] → (n, h, w) in [0, 1]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+class DataSet(NamedTuple):
+    """A small data set.
+
+    Attributes:
+      kind: a key of `KINDS`.
+      train: the images to train on.
+      heldout: images of the same kind that are never trained on.
+    """
+
+    kind: str
+    train: Split
+    heldout: Split
+
+
+class Kind(NamedTuple):
+    """What can be said of a kind of small data sets before one is opened.
+
+    Attributes:
+      noun: what its images are, in the plural.
+      image_shape: (H, W, c), or None where only the files say it.
+      num_classes: the least number of classes that there are.
+      has_path: whether it lies in files of the user's.
+      unpackable: why `--mode=pack` has nothing to do.
+    """
+
+    noun: str
+    image_shape: tuple[int, int, int] | None
+    num_classes: int
+    has_path: bool
+    unpackable: str
+
+
+KINDS = {
+    'digits': Kind(
+        'digits',
+        digits.Digits.image_shape,
+        digits.Digits.num_classes,
+        False,
+        'the digits are part of scikit-learn: there is nothing to pack',
+    ),
+    'idx': Kind('images', None, 1, True, 'IDX files are packed already: train on them as they are'),
+}
+
+
+def open_data_set(kind: str, path: str | None, seed: int, holdout: float) -> DataSet:
+    """Opens a small data set.
+
+    Args:
+      kind: a key of `KINDS`.
+      path: where its files are, see `idx.splits`; not used for the digits.
+      seed: decides which of the digits are held out. IDX files have a test split of their own.
+      holdout: the share of the digits that is held out.
+
+    Raises:
+      UserError: the path is missing, or the files cannot be read.
+    """
+    if kind == 'digits':
+        return DataSet(kind, *digits.splits(seed, holdout))
+    if path is None:
+        raise UserError(f'give --config.data.path, of the {kind} data')
+    return DataSet(kind, *idx.splits(path))
