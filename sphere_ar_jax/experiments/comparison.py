@@ -13,22 +13,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.data import digits
-from sphere_ar_jax.evaluation import digits as protocol
+from sphere_ar_jax.data.small import Split
 from sphere_ar_jax.evaluation import tokenizer
-from sphere_ar_jax.evaluation.fidelity import statistics
+from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
 
+# The most training images, and the most held-out ones, whose latents or reconstructions are looked at.
+MOST_IMAGES = 5000
 # The quantiles of the training images' norms between which a sample's tokens should lie.
 RANGE = (0.001, 0.999)
 
 
-def _frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The Fréchet distance between two sets of features (·, f)."""
-    return statistics.frechet_distance(*statistics.statistics(a), *statistics.statistics(b))
+def _images(split: Split) -> np.ndarray:
+    """The first images (n, H, W, c) of a split, at most `MOST_IMAGES`."""
+    return np.stack([split[i]['image'] for i in range(min(len(split), MOST_IMAGES))])
 
 
 def _latents(run: Run, tokens: jax.Array | np.ndarray) -> np.ndarray:
@@ -70,17 +71,32 @@ def collapsed_share(samples: np.ndarray, real: np.ndarray) -> float:
     return float(np.mean(samples.reshape(len(samples), -1).std(axis=1) < least))
 
 
-def _reconstruction(run: Run, heldout: Any, mesh: Mesh) -> dict[str, float]:
+def sample_scores(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The scores of samples (n, H, W, c), without the word 'samples/' of their names.
+
+    `frechet` is the distance in the classifier's features where it has any, else in pixels.
+    """
+    found = judge.scores(images, labels)
+    scores = {name.removeprefix('samples/'): float(value) for name, value in found.items()}
+    for end in ('', '_heldout'):
+        if f'feature_frechet{end}' in scores:
+            scores[f'pixel_frechet{end}'] = scores[f'frechet{end}']
+            scores[f'frechet{end}'] = scores.pop(f'feature_frechet{end}')
+    return scores
+
+
+def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[str, float]:
     """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL."""
     cfg = run.config
     key = jax.random.key(cfg.seed + 1)
+    images = _images(heldout)
     recon, found = on_mesh.reconstruct(
-        run.vae, run.vae_params, heldout.images, key, cfg.sampling.batch_size, mesh
+        run.vae, run.vae_params, images, key, cfg.sampling.batch_size, mesh
     )
-    real = protocol.digit_pixels(heldout.images)
+    scores = sample_scores(judge, recon, heldout.labels[: len(images)])
     return {
-        'psnr': tokenizer.psnr(recon, heldout.images),
-        'rfrechet': _frechet(protocol.digit_pixels(recon), real),
+        'psnr': tokenizer.psnr(recon, images),
+        'rfrechet': scores['frechet_heldout'],
         **{name: float(value) for name, value in found.items()},
     }
 
@@ -101,11 +117,13 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
       before projection.
     """
     run = runs.load(cfg, cache, mesh)
-    train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
+    _, train, heldout = runs.data_set(cfg)
+    judge = runs.judge(cfg, cache)
     common = {'row': row, 'seed': cfg.seed}
-    norms = _norms(_encoded(run, train.images, cfg.seed))
+    real = _images(train)
+    norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
-    first = common | {'guidance': None} | _reconstruction(run, heldout, mesh)
+    first = common | {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
     first['tokenizer_steps_per_second'] = runs.speed(
         runs.tokenizer_directory(cache, cfg), 'tokenizer'
     )
@@ -127,13 +145,12 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
         final = _norms(_latents(run, drawn.z))
         # Rounding moves a norm off the sphere, where low and high are the same.
         outside = (final < low * (1 - 1e-4)) | (final > high * (1 + 1e-4))
-        scores = protocol.score_digits(protocol.digit_pixels(images), labels, train, heldout)
         lines.append(
             common
             | {'guidance': scale}
-            | {name.removeprefix('samples/'): float(value) for name, value in scores.items()}
+            | sample_scores(judge, images, labels)
             | {
-                'collapsed': collapsed_share(images, train.images),
+                'collapsed': collapsed_share(images, real),
                 'outside_norms': float(np.mean(outside.any(axis=1))),
                 'raw_norm_mean': raw.mean(axis=0).tolist(),
                 'raw_norm_std': raw.std(axis=0).tolist(),

@@ -18,9 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.data import digits
-from sphere_ar_jax.evaluation import digits as protocol
-from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.experiments import comparison, runs
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, draw
@@ -86,7 +84,8 @@ class Sequences:
     """Sequences that a run draws, with others that begin by given tokens.
 
     Attributes:
-      drawn: what the run draws without interference, of (B, L, d).
+      z: the tokens that the run draws without interference, (B, L, d).
+      raw: the same before projection.
     """
 
     def __init__(self, run: Run, labels: np.ndarray, scale: float) -> None:
@@ -122,15 +121,22 @@ class Sequences:
         self._continued = jax.jit(continued)
         self._jacobians = jax.jit(jacobians)
         nothing = jnp.zeros((len(labels), ar.num_tokens, ar.latent_dim))
-        self.drawn: Drawn = jax.tree.map(np.asarray, self._continued(nothing, 0))
+        drawn = self._continued(nothing, 0)
+        self.z = np.asarray(drawn.z)
+        self.raw = np.asarray(drawn.raw)
 
     def after(self, tokens: np.ndarray, position: int) -> np.ndarray:
         """The tokens (B, L, d) that follow the first position + 1 of the given ones (B, L, d)."""
         return np.asarray(self._continued(tokens, position + 1).z)
 
-    def jacobians(self, position: int) -> Drawn:
-        """The derivatives (B, L, d, d) of all tokens by the token at a position, output first."""
-        return jax.tree.map(np.asarray, self._jacobians(self.drawn.z, position))
+    def jacobians(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """The derivatives of all tokens by the token at a position.
+
+        Returns:
+          (those of z, those of raw), each (B, L, d, d), output before input.
+        """
+        found = self._jacobians(self.z, position)
+        return np.asarray(found.z), np.asarray(found.raw)
 
 
 def _root_mean_square(changes: np.ndarray) -> list[float]:
@@ -157,16 +163,16 @@ def follow(
       each direction and ε, with L numbers in each of `change`, as measured, and `predicted`, to
       first order.
     """
-    z = sequences.drawn.z
-    jacobians = sequences.jacobians(position)
-    next_raw = sequences.drawn.raw[:, position + 1]
-    parts = split(jacobians.raw[:, position + 1], z[:, position], next_raw)
+    z = sequences.z
+    of_z, of_raw = sequences.jacobians(position)
+    behind = position + 1
+    parts = split(of_raw[:, behind], z[:, position], sequences.raw[:, behind])
     means = {name: float(np.mean(values)) for name, values in parts.items()}
     lines: list[dict[str, Any]] = [{'part': 'jacobian', 'position': position} | means]
     norms = np.linalg.norm(z[:, position], axis=-1, keepdims=True)
     unit = float(np.sqrt(np.mean(norms**2)))
     for direction, vectors in directions(z[:, position], seed).items():
-        first_order = np.einsum('blij,bj->bli', jacobians.z, norms * vectors) / unit
+        first_order = np.einsum('blij,bj->bli', of_z, norms * vectors) / unit
         for size in disturbances:
             tokens = z.copy()
             tokens[:, position] += size * norms * vectors
@@ -201,11 +207,11 @@ def _modes(run: Run) -> dict[str, Run]:
     }
 
 
-def _norms(config: ConfigDict, run: Run, mesh: Mesh) -> list[dict[str, Any]]:
+def _norms(config: ConfigDict, run: Run, cache: str, mesh: Mesh) -> list[dict[str, Any]]:
     """Norms before projection by position, and scores, for each of `_modes`."""
     cfg = run.config
-    train, heldout = digits.splits(cfg.seed, cfg.data.holdout)
-    labels = np.arange(config.num_images) % train.num_classes
+    labels = np.arange(config.num_images) % runs.data_set(cfg).train.num_classes
+    judge = runs.judge(cfg, cache)
     sampler = build.build_sampler(cfg)._replace(guidance_scale=config.common_guidance)
     lines = []
     for mode, changed in _modes(run).items():
@@ -213,14 +219,14 @@ def _norms(config: ConfigDict, run: Run, mesh: Mesh) -> list[dict[str, Any]]:
             changed, sampler, labels, seed=cfg.seed, batch_size=cfg.sampling.batch_size, mesh=mesh
         )
         norms = np.linalg.norm(drawn.raw, axis=-1)
-        scores = protocol.score_digits(protocol.digit_pixels(images), labels, train, heldout)
+        scores = comparison.sample_scores(judge, images, labels)
         line = {
             'part': 'norms',
             'mode': mode,
             'raw_norm_mean': norms.mean(axis=0).tolist(),
             'raw_norm_std': norms.std(axis=0).tolist(),
-            'accuracy': float(scores['samples/accuracy']),
-            'frechet': float(scores['samples/frechet']),
+            'accuracy': scores['accuracy'],
+            'frechet': scores['frechet'],
         }
         lines.append(line)
     return lines
@@ -241,9 +247,8 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
     """
     run = runs.load(cfg, cache, mesh)
     common = {'row': row, 'seed': cfg.seed}
-    lines = _norms(config, run, mesh)
-    classes = run.ar.condition.num_classes
-    labels = np.arange(config.followed_images) % classes
+    lines = _norms(config, run, cache, mesh)
+    labels = np.arange(config.followed_images) % runs.data_set(cfg).train.num_classes
     sequences = Sequences(run, labels, config.common_guidance)
     for share in config.positions:
         position = int(share * run.ar.num_tokens)

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import digits
+from sphere_ar_jax.data import small
+from sphere_ar_jax.evaluation import small_images
 from sphere_ar_jax.runtime import files, metric_writer
 from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
 from sphere_ar_jax.training.run import Run, load_run
@@ -60,6 +61,31 @@ def ar_directory(cache: str, cfg: ConfigDict) -> str:
     return f'{cache}/ar-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_AR)}'
 
 
+def data_set(cfg: ConfigDict) -> small.DataSet:
+    """The data set of a run, which must be one of `small.KINDS`."""
+    return small.open_data_set(cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout)
+
+
+_judges: dict[str, small_images.Judge] = {}
+
+
+def judge(cfg: ConfigDict, cache: str) -> small_images.Judge:
+    """The judge of a run's samples, made once for a data set and the seed of its split.
+
+    Args:
+      cfg: the run's config.
+      cache: directory of the trained models, which keeps the classifier, too.
+    """
+    values = schema.as_dict(cfg)
+    name = key([values['data'], values['seed']])
+    if name not in _judges:
+        _judges.clear()  # One at a time is in use.
+        data = data_set(cfg)
+        reader = small_images.classifier(data, cfg.data.classifier_steps, keep_in=cache)
+        _judges[name] = small_images.Judge(data, reader)
+    return _judges[name]
+
+
 def is_finished(directory: str) -> bool:
     """Whether a training in a workdir of the cache is finished."""
     return epath.Path(directory, _FINISHED).exists()
@@ -88,7 +114,7 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     if is_finished(directory):
         return
     own = schema.changed(cfg, {'ar_training.steps': 0, 'ar_training.warmup_steps': 0})
-    source, _ = digits.splits(cfg.seed, cfg.data.holdout)
+    source = data_set(cfg).train
     vae = build.build_vae(own)
     stage = adversarial.tokenizer_stage(vae, own.tokenizer_training, own.seed)
     with _logged(directory):
@@ -111,7 +137,7 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     if is_finished(directory):
         return
     own = schema.changed(cfg, {'tokenizer': tokenizer_directory(cache, cfg)})
-    source, _ = digits.splits(cfg.seed, cfg.data.holdout)
+    source = data_set(cfg).train
     tokenizer = load_run(own.tokenizer, mesh, tokenizer_only=True)
     vae = build.build_vae(own)
     with _logged(directory):

@@ -436,6 +436,14 @@ def sample_images(
       ValueError: see `draw_batches`.
       NonFiniteSamples: an image is not finite.
     """
-    options = {'index': index, 'batch_size': batch_size, 'mesh': mesh, 'progress': progress}
-    images, drawn = draw_images(models, sampler, labels, seed=seed, **options)
+    images, drawn = draw_images(
+        models,
+        sampler,
+        labels,
+        seed=seed,
+        index=index,
+        batch_size=batch_size,
+        mesh=mesh,
+        progress=progress,
+    )
     return images, np.asarray(drawn.z)

@@ -61,12 +61,12 @@ def test_sequences_are_what_the_sampler_draws(followed):
     )
     options = build.build_sampler(run.config).options
     z = sample_tokens(ar, params, np.arange(3), keys, options, 1.5)
-    np.testing.assert_allclose(sequences.drawn.z, z, atol=1e-3)
+    np.testing.assert_allclose(sequences.z, z, atol=1e-3)
 
 
 def test_changes_begin_behind_the_disturbed_token(followed):
     _, sequences, lines = followed
-    L = sequences.drawn.z.shape[1]
+    L = sequences.z.shape[1]
     disturbed = [line for line in lines if line['part'] == 'disturbance']
     assert {(line['direction'], line['size']) for line in disturbed} == {
         (direction, size) for direction in propagation.DIRECTIONS for size in (1e-3, 0.1)
