@@ -21,7 +21,7 @@ from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
 
-# The most training images, and the most held-out ones, whose latents or reconstructions are looked at.
+# The most images of a split whose latents or reconstructions are looked at.
 MOST_IMAGES = 5000
 # The quantiles of the training images' norms between which a sample's tokens should lie.
 RANGE = (0.001, 0.999)

@@ -29,12 +29,12 @@ class Prefix(NamedTuple):
     """Tokens that are given, so that the sampler goes on from them.
 
     Attributes:
-      tokens: (B, L, d), of which the first `count` are read.
-      count: () int, 0 ≤ count ≤ L.
+      tokens: (B, L, d), of which the first `length` are read.
+      length: () int, 0 ≤ length ≤ L.
     """
 
     tokens: jax.Array
-    count: jax.Array | int
+    length: jax.Array | int
 
 
 class Drawn(NamedTuple):
@@ -126,7 +126,7 @@ def draw(
         z = project(raw)
         if prefix is not None:
             given = jnp.concatenate([given, given]) if guided else given
-            z = jnp.where(k < prefix.count, given, z)
+            z = jnp.where(k < prefix.length, given, z)
         # Nothing reads the condition and the cache after the last token. They are computed all the
         # same, so that every token, 0 included, is one step of one program.
         carry = ar.apply({'params': params}, z, k + 1, cache, method='decode_step')
