@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer, vae
-from sphere_ar_jax.models.backbones import Hybrid, vit
+from sphere_ar_jax.models.backbones import Hybrid, grid_transformer
 from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.runtime.types import PyTree
 
@@ -296,7 +296,7 @@ def export(
     backbone = model.backbone
     assert isinstance(backbone, Hybrid)  # parameters of other backbones have no PyTorch names
     head_dim = transformer.head_dim(backbone.width, backbone.heads)
-    angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)
+    angles = transformer.rope_table(*model.grid, grid_transformer.NUM_REGISTERS, head_dim)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     for part in ('encoder', 'decoder'):
         tensors[f'vae.{part}.freqs_cis'] = table.copy()
