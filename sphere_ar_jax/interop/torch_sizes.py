@@ -135,7 +135,8 @@ def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None
     are not known. Nothing is allocated by this number before it was compared with MAX_SIDE.
     """
     by_source: dict[str, int | None] = {
-        name: _size(tensors, name, 0) - grid_transformer.NUM_REGISTERS for name in _rope_tables(tensors)
+        name: _size(tensors, name, 0) - grid_transformer.NUM_REGISTERS
+        for name in _rope_tables(tensors)
     }
     by_source['pos_for_diff'] = num_tokens
     if pixels is not None:

@@ -129,9 +129,7 @@ class ViT(nn.Module):
 
     def _vit(self, depth: int) -> GridTransformer:
         """Makes a transformer without a parent: it becomes a part of the module that gets it."""
-        return GridTransformer(
-            depth, self.heads, self.remat, self.unroll, self.dtype, parent=None
-        )
+        return GridTransformer(depth, self.heads, self.remat, self.unroll, self.dtype, parent=None)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Turns images (B, H·p, W·p, c) in [−1, 1] into hidden states (B, L, D) in `dtype`."""
