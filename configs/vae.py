@@ -28,6 +28,8 @@ batch=N    Images a step. The number of epochs stays.
 dtype=…    bfloat16 or float32 (the default) of the computation.
 tpu        The setting for slices of TPUs: bfloat16.
 512        512×512 pixels, 32×32 tokens. This is not a published model.
+cnn, vit   Another backbone with as many parameters, within 2%, in place of the hybrid
+           (docs/method.md, "Backbone"). These are not published models, and nothing was trained.
 smoke      20 steps of a shallow S-VAE on 64×64 pixels, to see that everything runs. It takes about
            a minute on a CPU:
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sphere_ar_jax.config import build, checks, packaged
 from sphere_ar_jax.flow import plan
+from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import compare, our_parts
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError, one_line
@@ -66,6 +67,7 @@ def _check_against(checkout: str, cfg: ConfigDict) -> None:
     """Raises UserError unless `checkout` is the public code and can sample by the config."""
     if not os.path.isdir(os.path.join(checkout, 'SphereAR')):
         raise UserError(f'{checkout} is no checkout of guolinke/SphereAR')
+    torch_names.require_public(build.build_vae(cfg))
     published = plan.Options(num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance)
     is_published = build.build_sampler(cfg).options == published
     if not is_published or cfg.sampling.guidance is None or cfg.init_from is not None:

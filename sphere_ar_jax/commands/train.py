@@ -30,7 +30,7 @@ from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop, standardisation
-from sphere_ar_jax.training.run import Run, load_config, load_run, load_teacher
+from sphere_ar_jax.training.run import Run, load_config, load_teacher, load_tokenizer
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.workdir import claim, has, other_model
@@ -339,13 +339,7 @@ def _tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
     """
     if cfg.tokenizer is None:
         return None
-    run = _opened('tokenizer', load_run, cfg.tokenizer, mesh, tokenizer_only=True)
-    changed = other_model(run.config, cfg, tokenizer_only=True)
-    if changed:
-        raise UserError(
-            f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config'
-        )
-    return run.vae_params
+    return _opened('tokenizer', load_tokenizer, cfg, mesh)
 
 
 def _lpips(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:

@@ -18,6 +18,8 @@ from sphere_ar_jax.runtime.console import UserError, pick
 
 # Keys of the section `vae` that are not fields of a backbone.
 _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input')
+# Fields of a backbone whose values follow from the key `vae.channels`.
+_FROM_CHANNELS = {'patch_size', 'width'}
 
 
 class Sampler(NamedTuple):
@@ -39,16 +41,43 @@ def dtype(config: ConfigDict) -> Any:
     return getattr(jnp, config.dtype)
 
 
+def backbone_fields(config: ConfigDict) -> set[str]:
+    """The names of the fields of the backbone that the config names.
+
+    Raises:
+      UserError: there is no such backbone.
+    """
+    backbone_class: Any = pick(BACKBONES, 'vae.backbone', config.vae.backbone)
+    return {field.name for field in dataclasses.fields(backbone_class)}
+
+
+def unread_keys(config: ConfigDict) -> list[str]:
+    """The keys of the section `vae` that the backbone does not read.
+
+    Raises:
+      UserError: there is no such backbone.
+    """
+    fields = backbone_fields(config)
+    if fields & _FROM_CHANNELS:
+        fields.add('channels')
+    return [name for name in config.vae if name not in _TOKENIZER_KEYS and name not in fields]
+
+
 def build_vae(config: ConfigDict) -> VAE:
-    """The tokenizer that the config describes (docs/method.md, "Tokenizer")."""
+    """The tokenizer that the config describes (docs/method.md, "Tokenizer").
+
+    A backbone gets the keys of the section `vae` that are its fields. One with the fields
+    `patch_size` and `width` has them from `vae.channels`, so that they are what they would be in a
+    backbone of convolutions.
+    """
     c = config.vae
+    backbone_class = pick(BACKBONES, 'vae.backbone', c.backbone)
+    values = c.to_dict() | {'patch_size': 2 ** (len(c.channels) - 1), 'width': c.channels[-1]}
     fields = {}
-    for name, value in c.to_dict().items():
-        if name in _TOKENIZER_KEYS:
-            continue
+    for name in backbone_fields(config) & set(values):
+        value = values[name]
         # Fields of Flax modules must be hashable.
         fields[name] = tuple(value) if isinstance(value, list | tuple) else value
-    backbone_class = pick(BACKBONES, 'vae.backbone', c.backbone)
     backbone = backbone_class(**fields, dtype=dtype(config))
     posterior_class = pick(POSTERIORS, 'vae.posterior', c.posterior)
     options = {field.name: c[field.name] for field in dataclasses.fields(posterior_class)}

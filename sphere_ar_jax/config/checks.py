@@ -146,8 +146,32 @@ def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) ->
         )
 
 
-def _check_models(v: ConfigDict, a: ConfigDict) -> None:
-    """Checks the sections `vae` (v) and `ar` (a)."""
+def _check_heads(section: str, width: int, heads: int) -> None:
+    """Checks that attention of a width can have so many heads."""
+    try:
+        transformer.head_dim(width, heads)
+    except ValueError as error:
+        raise UserError(f'{section}: {error}') from None
+
+
+def _check_backbone(v: ConfigDict, fields: Collection[str]) -> None:
+    """Checks the keys of the section `vae` (v) that are fields of its backbone."""
+    for channels in (v.stem, *v.channels) if 'channels' in fields else ():
+        groups = min(32, channels // 4)
+        _require(
+            groups >= 1 and channels % groups == 0,
+            f'vae: {channels} channels cannot be normalised in {groups} groups: '
+            'use a multiple of 4 up to 128 or of 32',
+        )
+    if 'heads' in fields:
+        _check_heads('vae', v.channels[-1], v.heads)
+
+
+def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None:
+    """Checks the sections `vae` (v) and `ar` (a).
+
+    fields are the names of the backbone's fields.
+    """
     for key in ('grid', 'channels'):
         _require(_are_whole(v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
     _require(
@@ -157,18 +181,11 @@ def _check_models(v: ConfigDict, a: ConfigDict) -> None:
     _require(
         len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages'
     )
-    for channels in (v.stem, *v.channels):
-        groups = min(32, channels // 4)
-        _require(
-            groups >= 1 and channels % groups == 0,
-            f'vae: {channels} channels cannot be normalised in {groups} groups: '
-            'use a multiple of 4 up to 128 or of 32',
-        )
-    for where, width, heads in (('vae', v.channels[-1], v.heads), ('ar', a.width, a.heads)):
-        try:
-            transformer.head_dim(width, heads)
-        except ValueError as error:
-            raise UserError(f'{where}: {error}') from None
+    _require(
+        min(v.channels) >= 1, f'vae.channels is {tuple(v.channels)}, but must be at least 1 each'
+    )
+    _check_backbone(v, fields)
+    _check_heads('ar', a.width, a.heads)
     _require(
         a.head_depth % a.head_groups == 0,
         f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}',
@@ -302,8 +319,9 @@ _SHARE_OF_START = 0.05
 def advice(config: ConfigDict, num_images: int) -> list[str]:
     """Lines on what the trainings of a checked config amount to, for the images there are.
 
-    They say how many epochs the steps are, and where an average of the weights still holds much of
-    the initialisation: after n steps of rate r its share is rⁿ.
+    They say which keys the backbone does not read, how many epochs the steps are, and where an
+    average of the weights still holds much of the initialisation: after n steps of rate r its share
+    is rⁿ.
 
     Args:
       config: a checked config.
@@ -313,6 +331,9 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
     if config.init_from is not None:
         names = ['distillation_training']
     lines = []
+    unread = build.unread_keys(config)
+    if unread:
+        lines.append(f'vae: the backbone {config.vae.backbone} does not read {", ".join(unread)}')
     for name in names:
         t = config[name]
         if not t.steps or (name == 'tokenizer_training' and config.tokenizer is not None):
@@ -345,7 +366,7 @@ def check(config: ConfigDict) -> ConfigDict:
       UserError: a value is impossible, or some values do not go together; one line.
     """
     _check_values(config)
-    _check_models(config.vae, config.ar)
+    _check_models(config.vae, config.ar, build.backbone_fields(config))
     image_shape = build.build_vae(config).image_shape
     _check_data(config.data, image_shape)
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):

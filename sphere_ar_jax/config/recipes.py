@@ -24,6 +24,19 @@ FAST: dict[str, Any] = dict(solver='ab2', num_steps=10, shift=1.5)
 # Guidance at which the published models were scored (docs/method.md, "Guidance").
 PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}
 
+# Sizes of the other backbones with as many parameters as the hybrid, within 5%: values of the
+# section `vae`, for the digits and for the published image sizes (docs/method.md, "Backbone").
+BACKBONES: dict[str, dict[str, dict[str, Any]]] = {
+    'digits': {
+        'cnn': dict(backbone='cnn', channels=(16, 32, 72)),
+        'vit': dict(backbone='vit', channels=(112, 112, 112)),
+    },
+    'published': {
+        'cnn': dict(backbone='cnn', channels=(64, 64, 128, 384, 768)),
+        'vit': dict(backbone='vit', encoder_depth=7, decoder_depth=15),
+    },
+}
+
 # Images of ImageNet's training set.
 IMAGENET = 1_281_167
 
@@ -71,6 +84,24 @@ def _kind_of(directory: str) -> str:
     return 'idx' if any('-idx3-ubyte' in name for name in names) else 'folder'
 
 
+def set_backbone(config: ConfigDict, given: Collection[str], sizes: str) -> None:
+    """Gives a config the backbone that is among the words after the colon, if one is.
+
+    Args:
+      config: the config to change.
+      given: the words.
+      sizes: a key of `BACKBONES`.
+
+    Raises:
+      ValueError: two backbones were given; one line.
+    """
+    words = [word for word in BACKBONES[sizes] if word in given]
+    if len(words) > 1:
+        raise ValueError(f'a tokenizer has one backbone: use one of {", ".join(words)}')
+    for word in words:
+        config.vae.update(BACKBONES[sizes][word])
+
+
 def data_set(text: str) -> tuple[str, str]:
     """Splits the text that names a data set.
 
@@ -112,7 +143,10 @@ def _published(
       (config, words given).
     """
     given, values = arguments(
-        file, arg, ('smoke', '512', 'tpu', *words), ('batch', 'data', 'dtype')
+        file,
+        arg,
+        ('smoke', '512', 'tpu', *BACKBONES['published'], *words),
+        ('batch', 'data', 'dtype'),
     )
     c = schema.default()
     c.data.update(name='imagenet', max_broken=0.001)
@@ -121,6 +155,7 @@ def _published(
         c.data.name = kind
         c.data.path = path
     c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in given else 'float32')
+    set_backbone(c, given, 'published')
     if '512' in given:
         c.vae.grid = (32, 32)
     size = int(values.get('batch', 8 if 'smoke' in given else batch))
@@ -168,6 +203,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
                  there is memory enough, --config.ar.remat=False computes a fifth less, but moves
                  more memory.
       512        512×512 pixels, 32×32 tokens. This is not a published model.
+      cnn, vit   Another backbone of the tokenizer, as in configs/vae.py.
       fast       The sampler of the fewest evaluations that lost nothing on the digits
                  (BUILD_NOTES.md, "Fewer evaluations"). Its FID on ImageNet has not been measured.
       smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs. It takes

@@ -98,8 +98,12 @@ def default() -> ConfigDict:
                 grid=(16, 16),
                 latent_dim=16,
                 image_channels=3,
+                # The backbones hybrid and cnn read it.
                 stem=64,
+                # The number of stages gives the pixels of a token, 2^(stages − 1) along each axis.
+                # The last stage has the width; vit reads nothing of the others.
                 channels=(64, 64, 128, 256, 512),
+                # The backbones hybrid and vit read these five.
                 encoder_depth=6,
                 decoder_depth=12,
                 heads=8,

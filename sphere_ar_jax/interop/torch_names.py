@@ -27,7 +27,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer, vae
-from sphere_ar_jax.models.backbones import Hybrid, vit
+from sphere_ar_jax.models.backbones import Hybrid, grid_transformer
+from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.runtime.types import PyTree
 
@@ -271,6 +272,23 @@ def from_torch(
     return traverse.unflatten_dict(params, sep='/')
 
 
+def require_public(model: vae.VAE) -> None:
+    """Checks that a tokenizer is made of the parts that the public code has.
+
+    Raises:
+      UserError: it has another backbone or another posterior.
+    """
+    for key, part, public in (
+        ('backbone', model.backbone, Hybrid),
+        ('posterior', model.posterior, PowerSpherical),
+    ):
+        if not isinstance(part, public):
+            raise UserError(
+                f'the public PyTorch code has the vae.{key} {public.__name__} alone, not '
+                f'{type(part).__name__}: such a run can be neither exported nor compared with it'
+            )
+
+
 def export(
     path: str | os.PathLike[str],
     model: vae.VAE,
@@ -288,15 +306,17 @@ def export(
       ar_params: the parameters of the AR model; None writes the S-VAE alone.
 
     Raises:
-      UserError: a parameter has no PyTorch name, as in a distilled head.
+      UserError: the S-VAE has a part that the public code lacks, or a parameter has no PyTorch
+        name, as in a distilled head.
     """
+    require_public(model)
     tensors = to_torch(vae_params)
     if ar_params is not None:
         tensors |= to_torch(ar_params)
     backbone = model.backbone
-    assert isinstance(backbone, Hybrid)  # parameters of other backbones have no PyTorch names
+    assert isinstance(backbone, Hybrid)  # `require_public` has checked this
     head_dim = transformer.head_dim(backbone.width, backbone.heads)
-    angles = transformer.rope_table(*model.grid, vit.NUM_REGISTERS, head_dim)
+    angles = transformer.rope_table(*model.grid, grid_transformer.NUM_REGISTERS, head_dim)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     for part in ('encoder', 'decoder'):
         tensors[f'vae.{part}.freqs_cis'] = table.copy()

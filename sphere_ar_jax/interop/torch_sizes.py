@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, transformer
-from sphere_ar_jax.models.backbones import vit
+from sphere_ar_jax.models.backbones import grid_transformer
 from sphere_ar_jax.runtime.console import UserError, printable
 
 Value = TypeVar('Value')
@@ -135,7 +135,8 @@ def _side(tensors: Mapping[str, Any], num_tokens: int | None, pixels: int | None
     are not known. Nothing is allocated by this number before it was compared with MAX_SIDE.
     """
     by_source: dict[str, int | None] = {
-        name: _size(tensors, name, 0) - vit.NUM_REGISTERS for name in _rope_tables(tensors)
+        name: _size(tensors, name, 0) - grid_transformer.NUM_REGISTERS
+        for name in _rope_tables(tensors)
     }
     by_source['pos_for_diff'] = num_tokens
     if pixels is not None:

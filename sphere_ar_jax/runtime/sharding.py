@@ -29,8 +29,9 @@ AXES = ('data', 'fsdp', 'tensor')
 
 # Pairs (pattern somewhere in a leaf's path, spec of its last dimensions). The first match wins. A
 # leaf that matches no pattern is replicated on every device. Convolutions are such leaves: they
-# take 56 MB, for which gathering would not pay. The rules hold for parameters, EMAs and the
-# optimizer's moments alike, whether layers are stacked or not.
+# take 56 MB, for which gathering would not pay. A tokenizer with the backbone `cnn` is replicated
+# as a whole, at 256×256 pixels 305 MB. The rules hold for parameters, EMAs and the optimizer's
+# moments alike, whether layers are stacked or not.
 RULES = (
     (r'attention/qkv/kernel', P('fsdp', None, 'tensor', None)),  # (D, 3, N, K)
     (r'attention/out/kernel', P('tensor', None, 'fsdp')),  # (N, K, D)

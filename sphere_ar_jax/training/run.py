@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, sharding
@@ -115,6 +115,23 @@ def _restore(
     return weights
 
 
+def load_tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree:
+    """Reads the parameters of the tokenizer in the workdir that `cfg.tokenizer` names.
+
+    Raises:
+      OSError: there is no run, or no checkpoint of its tokenizer yet.
+      UserError: its tokenizer is another model than the config's.
+    """
+    theirs = load_config(cfg.tokenizer)
+    found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
+    changed = [difference for difference in found if difference.startswith('vae.')]
+    if changed:
+        raise UserError(
+            f'{cfg.tokenizer} has another tokenizer ({"; ".join(changed)}) than this config'
+        )
+    return load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
+
+
 def load_run(
     workdir: str | os.PathLike[str],
     mesh: Mesh | None = None,
@@ -161,7 +178,7 @@ def load_run(
         tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
         vae_params = _restore(tokenizer, workdir, mesh)
     else:
-        vae_params = load_run(cfg.tokenizer, mesh, tokenizer_only=True).vae_params
+        vae_params = load_tokenizer(cfg, mesh)
     if tokenizer_only:
         return Run(cfg, vae, vae_params, ar, None)
     vae_params = standardisation.read(vae, vae_params, workdir)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.models import ar, convolutions, transformer, vae
-from sphere_ar_jax.models.backbones import cnn
+from sphere_ar_jax.models.backbones import convolutional
 from sphere_ar_jax.models.heads import flow
 from sphere_ar_jax.training.state import quickly_compiled
 from tests import tiny_config
@@ -227,7 +227,7 @@ def test_product_is_dot_general(inner, outer):
 def test_norm_silu_is_group_norm_and_silu():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(3.0, 2.0, size=(2, 4, 6, 96)), jnp.float32)  # 24 groups of 4
-    module = cnn.NormSiLU()
+    module = convolutional.NormSiLU()
     variables = {
         'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}
     }

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import jax
 from jax.typing import DTypeLike
 
+from sphere_ar_jax.models.backbones.cnn import CNN
 from sphere_ar_jax.models.backbones.hybrid import Hybrid
+from sphere_ar_jax.models.backbones.vit import ViT
 
 
 class Backbone(Protocol):
@@ -46,4 +48,4 @@ class Backbone(Protocol):
 
 
 # The config's word `vae.backbone` → the module.
-BACKBONES: dict[str, type[Backbone]] = {'hybrid': Hybrid}
+BACKBONES: dict[str, type[Backbone]] = {'hybrid': Hybrid, 'cnn': CNN, 'vit': ViT}

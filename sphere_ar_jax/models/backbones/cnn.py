@@ -1,99 +1,111 @@
-"""Convolutional stages of the tokenizer, which halve and double the resolution.
+"""A backbone of convolutions with one attention on the grid (`docs/method.md`, "Backbone").
 
-See `docs/method.md`, "Backbone" and "Decoder".
+It has the hybrid's stages. In the place of its transformers stands what the autoencoder of latent
+diffusion has at its lowest resolution: a residual block, attention, a residual block (Rombach et
+al. 2022, arXiv 2112.10752).
+
+Dimensions:
+  B  images     H, W  token grid, L = H·W     D  width     c  image channels
+  p  pixels per token along each axis
 """
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.convolutions import Conv, ConvTranspose
+from sphere_ar_jax.models.attention import attend
+from sphere_ar_jax.models.backbones.convolutional import Decoder, Encoder, GroupNorm, ResBlock
+from sphere_ar_jax.models.convolutions import torch_init
 
 
-class NormSiLU(nn.Module):
-    """GroupNorm over min(32, channels//4) groups, then SiLU, in float32.
+class GridAttention(nn.Module):
+    """Computes x + W·softmax(q·kᵀ/√D)·v over all positions of the grid, with one head.
 
-    The statistics take two passes over x. The norm is then the affine map a·(x − mean) + bias, with
-    one a and one mean for each image and channel.
+    q, k and v are linear in GroupNorm(x). No linear map has a bias, and positions are not encoded:
+    the convolutions around tell them apart at the edges.
 
     Attributes:
-      dtype: dtype of the result.
+      dtype: dtype of the computation; parameters and the softmax are float32.
     """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (B, H, W, c) → (B, H, W, c) in `dtype`."""
-        channels = x.shape[-1]
-        scale = self.param('scale', nn.initializers.ones, (channels,))
-        bias = self.param('bias', nn.initializers.zeros, (channels,))
-        groups = min(32, channels // 4)
-        x = x.astype(jnp.float32)
+        """Maps x (B, H, W, D) → (B, H, W, D) in `dtype`."""
+        B, H, W, D = x.shape
 
-        def mean(x: jax.Array) -> jax.Array:
-            """Averages over pixels and the channels of a group: (B, H, W, c) → (B, 1, 1, c)."""
-            per_channel = jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1)
-            per_group = jnp.mean(per_channel, axis=-1)
-            return jnp.repeat(per_group, channels // groups, axis=-1)[:, None, None]
+        def linear(name: str, x: jax.Array) -> jax.Array:
+            dense = nn.Dense(
+                D, use_bias=False, kernel_init=torch_init(), dtype=self.dtype, name=name
+            )
+            return dense(x)
 
-        center = mean(x)
-        gain = scale[None, None, None]
-        variance = mean(jnp.square(x - center))
-        a = gain * jax.lax.rsqrt(variance + transformer.EPS)
-        return nn.silu(a * (x - center) + bias[None, None, None]).astype(self.dtype)
+        normal = GroupNorm(self.dtype, name='norm')(x).reshape(B, H * W, D)
+        q = linear('q', normal)[:, :, None]
+        k = linear('k', normal)[:, :, None]
+        v = linear('v', normal)[:, :, None]
+        out = attend(q, k, v, causal=False)[:, :, 0]
+        return x + linear('proj', out).reshape(B, H, W, D)
 
 
-class ResDown(nn.Module):
-    """Halves the resolution by a residual block.
-
-    It computes conv2×2 stride 2 (x) + [GN, SiLU, conv3×3 stride 2, GN, SiLU, conv3×3] (x).
+class Middle(nn.Module):
+    """The network on the grid: a residual block, attention, a residual block.
 
     Attributes:
-      channels: output channels.
-      dtype: dtype of the convolutions; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
     """
 
-    channels: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (B, H, W, in) → (B, H/2, W/2, channels)."""
-        h = NormSiLU(self.dtype, name='norm1')(x)
-        h = Conv(self.channels, stride=2, dtype=self.dtype, name='conv1')(h)
-        h = NormSiLU(self.dtype, name='norm2')(h)
-        h = Conv(self.channels, dtype=self.dtype, name='conv2')(h)
-        return Conv(self.channels, kernel=2, dtype=self.dtype, name='shortcut')(x) + h
+        """Maps x (B, H, W, D) → (B, H, W, D) in `dtype`."""
+        x = ResBlock(self.dtype, name='block1')(x)
+        x = GridAttention(self.dtype, name='attention')(x)
+        return ResBlock(self.dtype, name='block2')(x)
 
 
-class ResUp(nn.Module):
-    """Doubles the resolution by a residual block, followed by another one.
+class CNN(nn.Module):
+    """The hybrid's convolutions without its transformers, and `Middle` in their place.
 
-    The first computes x ← tconv2×2 (x) + [GN, SiLU, tconv4×4, GN, SiLU, conv3×3] (x), where "tconv"
-    is a transposed convolution of stride 2. The second computes
-    x ← x + [GN, SiLU, conv3×3, GN, SiLU, conv3×3] (x).
+    The defaults have about as many parameters as the published hybrid.
 
     Attributes:
-      channels: output channels.
-      dtype: dtype of the convolutions; parameters are float32.
+      image_channels: c.
+      stem: output channels of the encoder's first convolution.
+      channels: channels stage by stage. The last number is the width D.
+      dtype: dtype of the computation; parameters are float32.
     """
 
-    channels: int
+    image_channels: int = 3
+    stem: int = 64
+    channels: tuple[int, ...] = (64, 64, 128, 384, 768)
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (B, H, W, in) → (B, 2H, 2W, channels)."""
-        h = NormSiLU(self.dtype, name='norm1')(x)
-        h = ConvTranspose(self.channels, 4, self.dtype, name='conv1')(h)
-        h = NormSiLU(self.dtype, name='norm2')(h)
-        h = Conv(self.channels, dtype=self.dtype, name='conv2')(h)
-        x = ConvTranspose(self.channels, 2, self.dtype, name='shortcut')(x) + h
-        h = NormSiLU(self.dtype, name='norm3')(x)
-        h = Conv(self.channels, dtype=self.dtype, name='conv3')(h)
-        h = NormSiLU(self.dtype, name='norm4')(h)
-        h = Conv(self.channels, dtype=self.dtype, name='conv4')(h)
-        return x + h
+    def setup(self) -> None:
+        channels = tuple(self.channels)
+        middle = functools.partial(Middle, self.dtype, name='middle')
+        self.encoder = Encoder(channels, self.stem, middle, self.dtype)
+        self.decoder = Decoder(channels, self.image_channels, middle, self.dtype)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token along each axis, p."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+        return self.channels[-1]
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Turns images (B, H·p, W·p, c) in [−1, 1] into hidden states (B, L, D) in `dtype`."""
+        return self.encoder(images)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Turns hidden states (B, H, W, D) into images (B, H·p, W·p, c), float32, not clipped."""
+        return self.decoder(x)

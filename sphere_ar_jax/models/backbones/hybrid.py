@@ -5,71 +5,16 @@ Dimensions:
   p  pixels per token along each axis
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.backbones import cnn
-from sphere_ar_jax.models.backbones.vit import ViT
-from sphere_ar_jax.models.convolutions import Conv, torch_init
-
-
-class Encoder(nn.Module):
-    """The network from images to hidden states.
-
-    Attributes:
-      channels: see `Hybrid`.
-      stem: see `Hybrid`.
-      vit: the transformer on the token grid.
-      dtype: dtype of the computation; parameters are float32.
-    """
-
-    channels: tuple[int, ...]
-    stem: int
-    vit: ViT
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Turns images (B, H·p, W·p, c) into hidden states (B, L, D) in `dtype`."""
-        x = Conv(self.stem, dtype=self.dtype, name='conv_in')(images.astype(self.dtype))
-        for i, channels in enumerate(self.channels[1:]):
-            x = cnn.ResDown(channels, self.dtype, name=f'down{i}')(x)
-        x = self.vit(x)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = transformer.RMSNorm(self.dtype, name='norm')(x)
-        output = nn.Dense(
-            x.shape[-1], use_bias=False, kernel_init=torch_init(), dtype=self.dtype, name='output'
-        )
-        return output(x)
-
-
-class Decoder(nn.Module):
-    """The network from hidden states on the grid to images.
-
-    Attributes:
-      channels: see `Hybrid`.
-      image_channels: c.
-      vit: the transformer on the token grid.
-      dtype: dtype of the computation; parameters are float32.
-    """
-
-    channels: tuple[int, ...]
-    image_channels: int
-    vit: ViT
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Turns hidden states (B, H, W, D) into images (B, H·p, W·p, c), float32, not clipped."""
-        x = Conv(x.shape[-1], dtype=self.dtype, name='conv_in')(x)
-        x = self.vit(x)
-        for i, channels in enumerate(self.channels[-2::-1]):
-            x = cnn.ResUp(channels, self.dtype, name=f'up{i}')(x)
-        x = cnn.NormSiLU(self.dtype, name='norm_out')(x)
-        return Conv(self.image_channels, dtype=self.dtype, name='conv_out')(x).astype(jnp.float32)
+from sphere_ar_jax.models.backbones.convolutional import Decoder, Encoder
+from sphere_ar_jax.models.backbones.grid_transformer import GridTransformer
 
 
 class Hybrid(nn.Module):
@@ -102,14 +47,16 @@ class Hybrid(nn.Module):
 
     def setup(self) -> None:
         channels = tuple(self.channels)
-        self.encoder = Encoder(channels, self.stem, self._vit(self.encoder_depth), self.dtype)
-        self.decoder = Decoder(
-            channels, self.image_channels, self._vit(self.decoder_depth), self.dtype
-        )
+        encoder_vit = self._vit(self.encoder_depth)
+        decoder_vit = self._vit(self.decoder_depth)
+        self.encoder = Encoder(channels, self.stem, encoder_vit, self.dtype)
+        self.decoder = Decoder(channels, self.image_channels, decoder_vit, self.dtype)
 
-    def _vit(self, depth: int) -> ViT:
-        """Makes a ViT without a parent: it becomes a part of the module to which it is given."""
-        return ViT(depth, self.heads, self.remat, self.unroll, self.dtype, parent=None)
+    def _vit(self, depth: int) -> Callable[[], GridTransformer]:
+        """Returns what makes a ViT inside of the module that calls it."""
+        return functools.partial(
+            GridTransformer, depth, self.heads, self.remat, self.unroll, self.dtype, name='vit'
+        )
 
     @property
     def patch_size(self) -> int:
