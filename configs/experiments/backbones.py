@@ -10,7 +10,7 @@ The word smoke after a colon shows in two minutes that everything runs.
 
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import experiments
+from sphere_ar_jax.config import experiments, recipes
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -21,7 +21,8 @@ def get_config(arg: str = '') -> ConfigDict:
         'The hybrid backbone is nearly as fast as a pure transformer and much faster than pure '
         'convolutions (5.81, 7.19 and 2.25 steps/s at 256×256), and draws the best images.'
     )
-    c.rows = experiments.rows(hybrid={}, **experiments.BACKBONES)
+    sizes = recipes.BACKBONES['digits']
+    c.rows = experiments.rows(hybrid={}, cnn={'vae': sizes['cnn']}, vit={'vae': sizes['vit']})
     c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
     c.comparisons = (
         'hybrid cnn frechet_best',
