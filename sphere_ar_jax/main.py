@@ -320,6 +320,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = _CONFIG.value
     if cfg is not None and mode != 'experiment':
+        if 'comparisons' in cfg:
+            raise UserError('this is the config of an experiment: give --mode=experiment')
         cfg = checks.check(cfg)
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):

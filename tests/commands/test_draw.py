@@ -668,6 +668,16 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
         ),
         (['--mode=export', workdir, '--classes=3'], '--classes is for --mode=grid, not for export'),
         (['--mode=export'], 'give --workdir=DIR'),
+        (['--mode=experiment', workdir], 'give --config=configs/experiments/NAME.py'),
+        (
+            ['--mode=experiment', workdir, '--config=tests/tiny_config.py'],
+            'this is the config of a run: give --config=configs/experiments/NAME.py',
+        ),
+        (
+            ['--mode=sample', workdir, '--config=experiments/guidance'],
+            'this is the config of an experiment: give --mode=experiment',
+        ),
+        (['--mode=sample', workdir, '--seeds=1'], '--seeds is for --mode=experiment, not for'),
         (['--mode=sampel', workdir], 'mode'),
     ):
         assert message in _refused(capsys, *arguments), arguments
