@@ -50,7 +50,8 @@ LATENTS: dict[str, dict[str, Any]] = {
     },
     'power_spherical': {},
     'sigma_vae': {
-        'vae': {'posterior': 'sigma_vae'},
+        # Its sigma is about half of the spread of mu, which the log has as `sigma_to_spread`.
+        'vae': {'posterior': 'sigma_vae', 'sigma': 0.75},
         'ar': {'token_space': 'standardised'},
     },
     'vmf': {'vae': {'posterior': 'vmf'}},
