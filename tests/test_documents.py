@@ -1,9 +1,15 @@
 """What README and docs/ show: their commands and their Python."""
 
 import ast
+import os
+import pathlib
 import re
 import subprocess
 import sys
+
+import chex
+import numpy as np
+import pytest
 
 from tests import read_commands
 from tests.words import ROOT, documents
@@ -37,6 +43,29 @@ def test_a_wrong_command_is_named(tmp_path):
             [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert out.returncode == 1 and message in out.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_small_imagenet_from_the_tar_to_samples(tmp_path):
+    """The commands of docs/imagenet.md, as they stand there."""
+    (block,) = [text for _, text in read_commands.blocks('bash') if 'stand_in /tmp' in text]
+    programs = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+    done = subprocess.run(
+        ['bash', '-euc', block.replace('/tmp/', f'{tmp_path}/')],
+        cwd=ROOT,
+        env=os.environ | {'PATH': programs, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'are broken' not in done.stdout and '5 classes: n01' in done.stdout
+    for name in ('vae_smoke', 'ar_smoke'):
+        assert (tmp_path / name / 'report.html').exists()
+    samples = np.load(tmp_path / 'ar_smoke' / 'samples.npz')
+    chex.assert_shape(samples['arr_0'], (16, 64, 64, 3))
+    chex.assert_shape(samples['arr_1'], (16,))
+    assert samples['arr_0'].dtype == np.uint8 and samples['arr_0'].std() > 1
 
 
 def test_the_python_of_the_documents_is_whole():
