@@ -1,10 +1,19 @@
 """What README and docs/ show: their commands and their Python."""
 
 import ast
+import io
+import os
+import pathlib
 import re
 import subprocess
 import sys
 
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+from sphere_ar_jax.data import sources
 from tests import read_commands
 from tests.words import ROOT, documents
 
@@ -37,6 +46,52 @@ def test_a_wrong_command_is_named(tmp_path):
             [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert out.returncode == 1 and message in out.stderr.splitlines()[-1]
+
+
+def _run(words, place, tmp_path):
+    """Runs the one block of commands that has certain words, with a directory below `place`."""
+    (block,) = [text for _, text in read_commands.blocks('bash') if words in text]
+    programs = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return subprocess.run(
+        ['bash', '-euc', block.replace(place, f'{tmp_path}/')],
+        cwd=ROOT,
+        env=os.environ | {'PATH': programs, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+
+
+@pytest.mark.slow
+def test_a_small_imagenet_from_the_tar_to_samples(tmp_path):
+    """The commands of docs/imagenet.md, as they stand there."""
+    done = _run('stand_in /tmp', '/tmp/', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'are broken' not in done.stdout and '5 classes: n01' in done.stdout
+    for name in ('vae_smoke', 'ar_smoke'):
+        assert (tmp_path / name / 'report.html').exists()
+    samples = np.load(tmp_path / 'ar_smoke' / 'samples.npz')
+    chex.assert_shape(samples['arr_0'], (16, 64, 64, 3))
+    chex.assert_shape(samples['arr_1'], (16,))
+    assert samples['arr_0'].dtype == np.uint8 and samples['arr_0'].std() > 1
+
+
+@pytest.mark.slow
+def test_images_of_ones_own_are_packed(tmp_path):
+    """The command of docs/own_images.md; the files hold every image with its class."""
+    colours = {'owl': (200, 0, 0), 'wren': (0, 0, 200)}
+    for name, colour in colours.items():
+        (tmp_path / 'birds' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 50), colour).save(tmp_path / 'birds' / name / '1.png')
+    done = _run('--mode=pack', '/data/', tmp_path)
+    assert done.returncode == 0, done.stderr
+    packed = sources.open_source('array_records', str(tmp_path / 'birds_packed'))
+    assert list(packed.class_names) == list(colours) and len(packed) == 2
+    for i in range(2):
+        record = packed[i]
+        image = Image.open(io.BytesIO(record['image']))
+        assert image.size == (40, 50)
+        assert image.getpixel((0, 0)) == colours[packed.class_names[record['label']]]
 
 
 def test_the_python_of_the_documents_is_whole():

@@ -121,7 +121,9 @@ class Interrupts:
     def _answer(self, count: int) -> None:
         """Answers the Ctrl-C of this number."""
         code = 128 + signal.SIGINT
-        if count > 1 and not self._keeps:
+        if self._keeps:
+            return  # The training saves its state, ends and says so itself.
+        if count > 1:
             self._end(code, 'interrupted')
             print('interrupted', file=sys.stderr, flush=True)
             os._exit(code)

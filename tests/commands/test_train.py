@@ -7,6 +7,7 @@ What trains on the tar is slow: each run compiles the tokenizer, the discriminat
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,19 +17,22 @@ import chex
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 
+from sphere_ar_jax import main
 from sphere_ar_jax.commands import checks as commands_checks
-from sphere_ar_jax.commands import evaluate, pack, train
-from sphere_ar_jax.config import checks, schema
+from sphere_ar_jax.commands import evaluate, open_run, pack, train
+from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import augment, stand_in
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
-from sphere_ar_jax.runtime import console, files, metric_writer
+from sphere_ar_jax.runtime import checkpoint, console, files, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.training import loop
+from sphere_ar_jax.training import adversarial, loop, state
 from sphere_ar_jax.training.run import load_config, load_run
+from sphere_ar_jax.training.workdir import claim
 from tests import tiny_config
 from tests.conftest import libraries_promote, noted_fingerprint
 from tests.data.test_idx import write
@@ -339,6 +343,76 @@ def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
         console.UserError, match=r'has another tokenizer .vae\.latent_dim 8 → 4. than this config'
     ):
         _train(_config(tar, **options), tmp_path / 'w')
+
+
+@pytest.fixture
+def tokenizer_only(tar, tmp_path):
+    """Config and workdir of a run that trained a tokenizer alone, as its end leaves them.
+
+    The numbers in the checkpoint are any, so that nothing need be compiled.
+    """
+    cfg = _config(tar, **{'ar_training.steps': 0})
+    directory = tmp_path / 'tokenizer'
+    directory.mkdir()
+    claim(cfg, directory)
+    stage = adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
+    like = state.abstract_state(stage, sharding.make_mesh())
+    arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    arrays = arrays.replace(step=np.int32(4), params=tiny_config.random_arrays(like.params), ema=())
+    saved = checkpoint.Checkpoints(directory / 'tokenizer' / 'checkpoints')
+    saved.save(4, arrays, {}, 0.0)
+    saved.close()
+    return cfg, directory, arrays.params
+
+
+def _accepted(monkeypatch, *arguments):
+    """The config of a command line that the program finds no fault in, None without --config."""
+    command = ['main', *map(str, arguments)]
+    monkeypatch.setattr(sys, 'argv', command)  # ml_collections takes overrides from there.
+    with flagsaver.flagsaver():
+        rest = main._parse_flags(command)
+        main._check_usage(rest, main._MODE.value, main._given())
+        return None if main._CONFIG.value is None else checks.check(main._CONFIG.value)
+
+
+def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_path, monkeypatch):
+    """What report.html and the last lines of such a run advise: to score it, and to train an AR
+    model on it.
+    """
+    cfg, directory, params = tokenizer_only
+    said = train._summary(cfg, {'vae/psnr': 20.0})
+    flags = re.findall(r'--[\w.]+(?:=\w+)?', said)
+    assert flags == ['--mode=evaluate', '--images=NPZ', '--workdir', '--config.tokenizer']
+    mode, images, another, with_this = flags
+    assert _accepted(monkeypatch, mode, images, f'--workdir={directory}') is None
+    run, _ = open_run.open_run(str(directory), tokenizer_only=True)
+    chex.assert_trees_all_equal(run.vae_params, params)
+
+    of_ar = ('--config=configs/ar_b.py:smoke', f'{another}={tmp_path / "ar"}')
+    asked = _accepted(monkeypatch, *of_ar, f'{with_this}={directory}')
+    assert asked.tokenizer == str(directory) and asked.ar_training.steps > 0
+    # The same config, with the AR model's steps again and with or without the tokenizer's own.
+    for steps in (0, 4):
+        key = with_this.removeprefix('--config.')
+        options = {'tokenizer_training.steps': steps, key: str(directory)}
+        setting, stages = train._set_up(_config(tar, **options), str(tmp_path / f'ar{steps}'))
+        assert setting.cfg.tokenizer == str(directory)
+        chex.assert_trees_all_equal(stages.keywords['tokenizer'], params)
+
+
+@pytest.mark.parametrize('options', [{}, {'ar_training.batch_size': 4}, {'sampling.num_steps': 3}])
+def test_the_advice_to_train_on_its_tokenizer_elsewhere_is_accepted(
+    tar, tokenizer_only, tmp_path, options
+):
+    """An AR model asked for in the workdir of a tokenizer alone: what the refusal says helps."""
+    _, directory, params = tokenizer_only
+    with pytest.raises(UserError, match='begun with another config') as refusal:
+        train._set_up(_config(tar, **options), str(directory))
+    advice = re.search(r'give --config\.(tokenizer)=(.*) in another --workdir$', str(refusal.value))
+    cfg = _config(tar, **options, **{advice[1]: advice[2]})
+    setting, stages = train._set_up(cfg, str(tmp_path / 'ar'))
+    chex.assert_trees_all_equal(stages.keywords['tokenizer'], params)
+    assert setting.cfg.ar_training.steps == 4
 
 
 _KILLED = """

@@ -64,6 +64,19 @@ def test_a_state_that_is_not_saved_yet_is_kept():
         assert process.communicate() == ('', '')
 
 
+def test_ctrl_c_just_before_the_last_state_is_saved_says_nothing_of_a_compilation():
+    """The training notes the signal, saves, and lets its state go before the listener speaks."""
+    body = (
+        'import threading; '
+        'let_go = threading.Timer(0.2, interrupts.keep, (False,)); '
+        'signal.signal(signal.SIGINT, lambda *_: let_go.start()); '
+        'time.sleep(1.5)'
+    )
+    with _program(body, keeps=True) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
+
+
 def test_ctrl_c_that_python_hears_says_nothing_more():
     with _program('time.sleep(100)') as process:
         process.send_signal(signal.SIGINT)
