@@ -191,7 +191,8 @@ def _trained(network: _Network, params: PyTree, train: Split, recipe: Recipe, do
         params: PyTree, state: PyTree, pixels: jax.Array, labels: jax.Array
     ) -> tuple[PyTree, PyTree]:
         gradient = jax.grad(loss)(params, pixels, labels)
-        change, state = optimizer.update(gradient, state, params)
+        with jax.numpy_dtype_promotion('standard'):  # optax mixes types
+            change, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, change), state
 
     state = optimizer.init(params)

@@ -506,3 +506,17 @@ def test_a_run_on_idx_files(tmp_path):
     assert (tmp_path / 'w' / 'classifier.npz').stat().st_mtime_ns == kept
     for name in ('samples/accuracy', 'samples/feature_frechet', 'real/feature_frechet'):
         assert scores[name] == metrics[name]
+
+
+def test_samples_of_idx_files_are_scored_and_summed_up(tmp_path, monkeypatch):
+    """The end of a run, with real held-out images in place of samples and reconstructions."""
+    cfg = _idx(tmp_path / 'data', **{'sampling.num_images': 6})
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    images = snapshots.examples(setting)
+    monkeypatch.setattr(snapshots, '_reconstruct', lambda *_, **__: {'vae/psnr': 20.0})
+    monkeypatch.setattr(snapshots.on_mesh, 'sample_images', lambda **_: (images, None))
+    metrics, _ = snapshots.score(setting, {}, {})
+    assert metrics['samples/accuracy'] == metrics['classifier/accuracy']
+    assert (tmp_path / 'w' / 'samples.png').exists()
+    assert (tmp_path / 'w' / 'classifier.npz').exists()
+    assert '6 images, drawn class by class' in train._summary(setting, metrics)

@@ -117,7 +117,7 @@ def bars():
 
 
 PARTS = {'train': 300, 'test': 120}
-RECIPE = classifiers.Recipe(40, 32, 1e-2, channels=(4, 4, 4), width=8)
+RECIPE = classifiers.Recipe(100, 32, 1e-2, channels=(8, 8, 8), width=16)
 
 
 def _images(split):
@@ -132,17 +132,17 @@ def test_a_network_learns_and_its_weights_are_kept(bars, tmp_path):
         seen.append(done)
 
     first = classifiers.conv_net(bars.train, RECIPE, str(tmp_path), count)
-    assert seen == list(range(1, 41))
+    assert seen == list(range(1, 101))
     read = first.predict(bars.heldout.pixels)
     assert np.mean(read == bars.heldout.labels) > 0.95
     again = classifiers.conv_net(bars.train, RECIPE, str(tmp_path), count)
-    assert len(seen) == 40
+    assert len(seen) == 100
     pixels = bars.heldout.pixels
     np.testing.assert_array_equal(first.features(pixels), again.features(pixels))
     content = (tmp_path / 'classifier.npz').read_bytes()
     (tmp_path / 'classifier.npz').write_bytes(content[:-200])
     classifiers.conv_net(bars.train, RECIPE, str(tmp_path), count)
-    assert len(seen) == 80
+    assert len(seen) == 200
     other = idx.IDX('/bars', 'train', *_bars(300, 7), 3, None)
     assert classifiers.fingerprint(other, RECIPE) != classifiers.fingerprint(bars.train, RECIPE)
     assert classifiers.fingerprint(bars.train, RECIPE._replace(steps=5)) != (
