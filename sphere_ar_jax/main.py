@@ -163,8 +163,10 @@ def _config_file(argv: list[str]) -> str | None:
 
 
 def _config_name() -> str:
-    """The name of the config file, without its folder and its ending."""
-    return os.path.splitext(os.path.basename(_config_file(packaged.with_paths(sys.argv)) or ''))[0]
+    """The name of the config file without its folder, and its words: 'guidance-fashion'."""
+    file, _, words = (_value(sys.argv, 'config') or '').partition(':')
+    name = os.path.splitext(os.path.basename(file))[0]
+    return '-'.join([name, *sorted(filter(None, words.split(',')))])
 
 
 def _with_own_config(argv: list[str]) -> list[str]:

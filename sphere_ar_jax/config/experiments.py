@@ -221,39 +221,63 @@ def shortened(base: ConfigDict, share: float) -> ConfigDict:
     return c
 
 
-def on_digits(more: str = '') -> ConfigDict:
-    """The config of an experiment on the digits, with half the steps of configs/digits.py.
+# The data sets of the experiments by the word of their config, with a sentence on their scores and
+# the number of seeds.
+_DATA: dict[str, tuple[str, str, int]] = {
+    'digits': (
+        'the digits',
+        'An SVC trained on the real digits reads 1,000 samples per row, seed and guidance scale. '
+        'The Fréchet distance to all real digits is taken on their 8×8 pixels. ',
+        5,
+    ),
+    'fashion': (
+        'Fashion-MNIST',
+        'A convolutional network trained on the real images reads 1,000 samples per row, seed and '
+        'guidance scale. The Fréchet distance to all real images is taken in its features. ',
+        3,
+    ),
+}
+
+
+def start(name: str, arg: str, title: str, more: str = '') -> ConfigDict:
+    """The config of an experiment before its rows, on the data that its word names.
+
+    The trainings have half the steps of the data's own config.
 
     Args:
+      name: the name of the experiment's file.
+      arg: the words behind its colon, separated by commas: 'fashion' for Fashion-MNIST in place of
+        the digits, 'smoke' for what `finish` does.
+      title: the heading of the page.
       more: a further sentence of the method.
+
+    Raises:
+      ValueError: another word was given; one line.
     """
-    c = default(shortened(packaged.load('digits'), 0.5))
+    file = f'configs/experiments/{name}.py'
+    words, _ = recipes.arguments(file, arg, ('fashion', 'smoke'))
+    data = 'fashion' if 'fashion' in words else 'digits'
+    noun, scores, seeds = _DATA[data]
+    c = default(shortened(packaged.load(data), 0.5))
+    c.title = f'{title} ({noun})'
+    c.seeds = tuple(range(seeds))
     c.method = (
-        'All rows share data, order, noise, sizes and steps: half the steps of configs/digits.py, '
-        f'ab2 with 10 evaluations, constant guidance. {more}'
-        'An SVC trained on the real digits reads 1,000 samples per row, seed and guidance scale. '
-        'The Fréchet distance to all real digits is taken on their 8×8 pixels. '
+        f'All rows share data, order, noise, sizes and steps: half the steps of configs/{data}.py, '
+        f'ab2 with 10 evaluations, constant guidance. {more}{scores}'
         'A lead is the difference of two rows, seed by seed.'
     )
     return c
 
 
-def finish(config: ConfigDict, name: str, arg: str) -> ConfigDict:
-    """The config of an experiment after the word behind its file's colon.
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+    """The config of an experiment, made small where its words ask for it.
 
     Args:
-      config: the config.
-      name: the name of its file.
-      arg: '', or 'smoke' for few steps and samples, which only show that everything runs.
-
-    Raises:
-      ValueError: another word was given; one line.
+      config: the config with its rows.
+      arg: the words behind the colon. 'smoke' takes few steps and samples, which only show that
+        everything runs.
     """
-    if arg not in ('', 'smoke'):
-        raise ValueError(
-            f'configs/experiments/{name}.py has no variant {arg!r}: use it alone, or :smoke'
-        )
-    if arg == 'smoke':
+    if 'smoke' in arg.split(','):
         _make_small(config)
     return config
 
@@ -264,5 +288,6 @@ def _make_small(config: ConfigDict) -> None:
     for name in ('tokenizer_training', 'ar_training'):
         base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4)
     base.sampling.update(num_steps=2)
+    base.data.classifier_steps = 20
     config.update(seeds=(0, 1), num_images=60, followed_images=4, disturbances=(0.01, 0.1))
     config.update(guidance_scales=(config.common_guidance, 8.0), positions=(0.0,))

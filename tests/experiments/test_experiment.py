@@ -33,8 +33,9 @@ def small(**changes):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_packaged_experiments_are_whole(name):
-    """Every row is a config that passes the checks, on both sizes."""
-    for word in (f'experiments/{name}', f'experiments/{name}:smoke'):
+    """Every row is a config that passes the checks, on both data sets and sizes."""
+    for words in ('', ':smoke', ':fashion', ':fashion,smoke'):
+        word = f'experiments/{name}{words}'
         c = experiments.check(packaged.load(word))
         for row in c.rows:
             cfg = experiments.row(c, row, 7)
