@@ -6,8 +6,9 @@ Result:    docs/experiments/ablation.md
 
 The paper's four rows, and two more. The Gaussian rows are trained with three weights of the KL
 term, and the best weight stands for the row.
-Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits; smoke shows
-in minutes that everything runs.
+
+Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
+shows in minutes that everything runs.
 """
 
 from ml_collections import ConfigDict

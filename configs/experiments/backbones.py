@@ -5,8 +5,9 @@ Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
 Result:    docs/experiments/backbones.md
 
 The backbones have the same number of parameters within 5%.
-Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits; smoke shows
-in minutes that everything runs.
+
+Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
+shows in minutes that everything runs.
 """
 
 from ml_collections import ConfigDict

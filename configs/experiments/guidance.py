@@ -6,8 +6,9 @@ Result:    docs/experiments/guidance.md
 
 Six latent families (docs/method.md, "Posterior" and "Token spaces") are trained with five seeds
 each. Samples are drawn at nine guidance scales.
-Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits; smoke shows
-in minutes that everything runs.
+
+Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
+shows in minutes that everything runs.
 """
 
 from ml_collections import ConfigDict

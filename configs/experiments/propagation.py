@@ -6,8 +6,9 @@ Result:    docs/experiments/propagation.md
 
 Tokens are disturbed radially and tangentially, and derivatives by forward mode say what the later
 tokens do to first order (docs/method.md, "Propagation of errors").
-Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits; smoke shows
-in minutes that everything runs.
+
+Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
+shows in minutes that everything runs.
 """
 
 from ml_collections import ConfigDict
