@@ -11,8 +11,8 @@ Words after the colon, separated by commas:
 data=idx:DIR   Another directory of IDX files, as those of MNIST, KMNIST or EMNIST.
 fast           The sampler of the fewest evaluations that lost nothing on the digits
                (BUILD_NOTES.md, "Fewer evaluations").
-smoke          The same path in about a minute, to see that everything runs. Its pictures show no
-               clothes yet, and its classifier is weak.
+smoke          The same path in few steps, to see that everything runs. Its pictures show no clothes
+               yet, and its classifier is weak.
 
 Images are filled up to 32×32 pixels: 8×8 tokens of d = 16 on a sphere of radius 4. The recipe is
 that of configs/digits.py with a wider transformer and head; it was not tuned on these images.
