@@ -288,7 +288,7 @@ def test_statistics_of_sigma_latents():
     assert scalars['dead_share'] == 0
     assert SigmaVAE().faults(scalars) is None
     small = SigmaVAE(0.5)(jnp.asarray(0.1 * mu, jnp.float32))
-    assert 'sigma is 5.' in SigmaVAE().faults(_floats(small))
+    assert 'sigma is 5 times the spread of the means' in SigmaVAE().faults(_floats(small))
     alike = _floats(SigmaVAE(0.5)(jnp.ones((4, 4, 16))))
     assert '100% of the dimensions are dead' in SigmaVAE().faults(alike)
     assert SigmaVAE().faults(scalars | {'kl': float('inf')}) == 'the latents are no numbers'

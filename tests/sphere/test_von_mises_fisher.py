@@ -206,7 +206,8 @@ def test_implicit_gradient_is_the_slope_of_the_quantile(d):
     slope = (above - below) / (2 * steps[:, None])
     h = np.array([[law(d, kappa).haversine(p) for p in u] for kappa in kappas])
     ours = _in_float64(lambda h, k: _slopes(h, k, d), h, kappas)
-    np.testing.assert_allclose(ours, slope, rtol=2e-6, atol=1e-13)
+    # Differences of quantiles next to 1 have an error of their rounding over the step, 1e-12.
+    np.testing.assert_allclose(ours, slope, rtol=2e-6, atol=1e-12)
     ours = _in_float32(lambda h, k: _slopes(h, k, d), h, kappas)
     # float32 cannot tell the last draw at kappa = 0 from 1.
     inside = h < 1 - 1e-5
@@ -411,7 +412,8 @@ def test_the_loop_ends_after_its_last_round(monkeypatch):
     h, _ = von_mises_fisher.draw(jax.random.key(8), kappas, 8)
     key = jax.random.fold_in(jax.random.split(jax.random.key(8))[0], 0)
     proposals, accepted = von_mises_fisher._propose(key, kappas, 8)
-    np.testing.assert_array_equal(h, proposals)
+    # Within a loop, XLA rounds the same operations otherwise.
+    np.testing.assert_allclose(h, proposals, rtol=2e-6)
     assert not accepted.all()
 
 
