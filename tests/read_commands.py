@@ -50,12 +50,14 @@ def read(module: str, arguments: list[str]) -> None:
     sys.argv = [module, *arguments]
     if module == 'sphere_ar_jax.main':
         from sphere_ar_jax import main
-        from sphere_ar_jax.config import checks
+        from sphere_ar_jax.config import checks, experiments
 
         rest = main._parse_flags(sys.argv)
         main._check_usage(rest, main._MODE.value, main._given())
         if main._CONFIG.value is not None:
-            checks.check(main._CONFIG.value)
+            is_experiment = main._MODE.value == 'experiment'
+            check = experiments.check if is_experiment else checks.check
+            check(main._CONFIG.value)
     elif module == 'sphere_ar_jax.doctor':
         from sphere_ar_jax import doctor
 

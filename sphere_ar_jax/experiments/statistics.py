@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 # The share of repetitions of the whole experiment whose interval holds the true mean.
 LEVEL = 0.95
@@ -50,6 +49,9 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     n = len(values)
     if not n:
         raise ValueError('there are no values to take a mean of')
+    # SciPy's statistics take a second to import.
+    from scipy import stats
+
     mean = float(np.mean(values))
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)

@@ -168,7 +168,7 @@ class VAE(nn.Module):
         """
         if self.token_space != 'standardised':
             return params
-        # NumPy's arrays belong to no device, so that they go with parameters on any mesh.
+        # NumPy's arrays belong to no device, so that they go with parameters anywhere.
         zeros = np.zeros(self.latent_dim, np.float32)
         mean = zeros if mean is None else np.asarray(mean, np.float32)
         std = zeros + 1 if std is None else np.asarray(std, np.float32)

@@ -380,7 +380,8 @@ def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_pa
     model on it.
     """
     cfg, directory, params = tokenizer_only
-    said = train._summary(cfg, {'vae/psnr': 20.0})
+    setting = snapshots.Setting(cfg, str(directory), None, None, None, None)
+    said = train._summary(setting, {'vae/psnr': 20.0})
     flags = re.findall(r'--[\w.]+(?:=\w+)?', said)
     assert flags == ['--mode=evaluate', '--images=NPZ', '--workdir', '--config.tokenizer']
     mode, images, another, with_this = flags

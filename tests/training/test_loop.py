@@ -77,11 +77,11 @@ def test_runs_of_other_seeds_have_the_same_program():
     def loss(params, frozen, batch, keys):
         del frozen
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-        return jnp.mean((params - batch['image'] * noise) ** 2), {}
+        return jnp.mean((params['w'] - batch['image'] * noise) ** 2), {}
 
     def make(seed):
         options = get_config().tokenizer_training
-        return make_stage('a', options, seed, lambda key: jnp.ones((1, 3)), loss, (), ())
+        return make_stage('a', options, seed, lambda key: {'w': jnp.ones((1, 3))}, loss, (), ())
 
     results = []
     texts = []
