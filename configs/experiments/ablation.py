@@ -2,7 +2,7 @@ r"""Claim 2 at small size: the order of the latent families.
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/ablation.py
-Result:    docs/experiments/ablation.md
+Result:    Not measured yet (docs/experiments/README.md).
 
 The paper's four rows, and two more. The Gaussian rows are trained with three weights of the KL
 term, and the best weight stands for the row.

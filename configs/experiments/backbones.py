@@ -2,7 +2,7 @@ r"""Claim 4 at small size: three backbones of the tokenizer.
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/backbones.py
-Result:    docs/experiments/backbones.md
+Result:    Not measured yet (docs/experiments/README.md).
 
 The backbones have the same number of parameters within 5%.
 

@@ -2,7 +2,7 @@ r"""Claim 1 at small size: do tokens on a sphere stay stable under large guidanc
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/guidance.py
-Result:    docs/experiments/guidance.md
+Result:    Not measured yet (docs/experiments/README.md).
 
 Six latent families (docs/method.md, "Posterior" and "Token spaces") are trained with five seeds
 each. Samples are drawn at nine guidance scales.

@@ -2,7 +2,7 @@ r"""Claim 3 at small size: how errors go on from token to token.
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/propagation.py
-Result:    docs/experiments/propagation.md
+Result:    Not measured yet (docs/experiments/README.md).
 
 Tokens are disturbed radially and tangentially, and derivatives by forward mode say what the later
 tokens do to first order (docs/method.md, "Propagation of errors").
