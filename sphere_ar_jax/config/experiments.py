@@ -274,8 +274,8 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
     Args:
       config: the config with its rows.
-      arg: the words behind the colon. 'smoke' takes few steps and samples, which only show that
-        everything runs.
+      arg: the words behind the colon. 'smoke' takes the rows of the first comparison, in few steps
+        and samples of narrow models, which only show that everything runs.
     """
     if 'smoke' in arg.split(','):
         _make_small(config)
@@ -283,8 +283,18 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
 
 def _make_small(config: ConfigDict) -> None:
-    """Takes a few steps, two seeds and a few samples."""
+    """Takes the rows of the first comparison alone, in few steps and samples of narrow models."""
     base = config.base
+    base.vae.update(stem=4, channels=(4, 8, 16), encoder_depth=1, decoder_depth=1, heads=2)
+    base.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1)
+    first = config.comparisons[0].split()[:2]
+    for name in list(config.rows):
+        if name not in first:
+            del config.rows[name]
+    config.variants = {}
+    config.comparisons = tuple(
+        words for words in config.comparisons if set(words.split()[:2]) <= set(first)
+    )
     for name in ('tokenizer_training', 'ar_training'):
         base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4)
     base.sampling.update(num_steps=2)
