@@ -1,5 +1,6 @@
 """Experiments: their configs, what they do once, what they resume, and what they say."""
 
+import functools
 import json
 
 import numpy as np
@@ -149,7 +150,8 @@ def faked(monkeypatch):
     return done
 
 
-def test_what_is_done_is_not_done_again(tmp_path, faked, capsys):
+def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
     c = small(comparisons=('power_spherical gaussian_norm frechet_best',))
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     # Two rows share a tokenizer, so that three seeds train three.
@@ -177,7 +179,13 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys):
     assert {unit['seed'] for unit in part['measured']} == {1, 2}
 
 
-def test_results_say_rows_verdicts_and_versions(tmp_path, faked):
+def _without_pages(do, todo, after):
+    """Does the work without writing pages after each measurement."""
+    del after
+    do(todo, lambda: None)
+
+
+def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     c = small(
         comparisons=(
             'power_spherical gaussian_norm frechet_best',
@@ -186,6 +194,7 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked):
             'power_spherical gaussian_norm accuracy_best',
         )
     )
+    monkeypatch.setattr(experiment, '_do', functools.partial(_without_pages, experiment._do))
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert [v['verdict'] for v in found['verdicts']] == [
         'reproduced',
