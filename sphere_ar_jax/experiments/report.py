@@ -233,11 +233,12 @@ def _plot_norms(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, 
     figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         lines = _of_part(measured, row, 'norms')
-        for mode in dict.fromkeys(line['mode'] for line in lines):
+        modes = dict.fromkeys(line['mode'] for line in lines)
+        for mode, dashes in zip(modes, ('-', '--', ':'), strict=False):
             mine = [line for line in lines if line['mode'] == mode]
             mean = _mean(mine, 'raw_norm_mean')
             spread = _mean(mine, 'raw_norm_std')
-            (line,) = axis.plot(mean, marker='o', ms=3, label=f'projected {mode}')
+            (line,) = axis.plot(mean, dashes, label=f'projected {mode}')
             x = np.arange(len(mean))
             axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
         axis.set_title(row)
@@ -275,7 +276,8 @@ def _plot_changes(path: str, rows: Sequence[str], measured: Sequence[Mapping[str
         axis.set_xlabel('tokens after the disturbed one')
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel('change / norm (dotted: to first order)')
-    axes[0, 0].legend(fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='upper center', ncols=6, bbox_to_anchor=(0.5, 0), fontsize=8)
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -318,7 +320,29 @@ def _score_tables(
             for row, scores in found['rows'].items()
         ]
         tables[heading] = (['row', *(columns[name] for name in names)], cells)
+    modes = _mode_cells(found)
+    if modes:
+        heads = ['row', 'projected', 'accuracy', 'Fréchet', 'norm of token 0', 'of the last one']
+        tables['Scores with and without projection'] = (heads, modes)
     return tables
+
+
+def _mode_cells(found: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of the ways in which tokens are projected; [] where there are none."""
+    cells = []
+    for row in found['rows']:
+        lines = _of_part(found['measured'], row, 'norms')
+        for mode in dict.fromkeys(line['mode'] for line in lines):
+            mine = [line for line in lines if line['mode'] == mode]
+            numbers = [
+                [line['accuracy'] for line in mine],
+                [line['frechet'] for line in mine],
+                [line['raw_norm_mean'][0] for line in mine],
+                [line['raw_norm_mean'][-1] for line in mine],
+            ]
+            shown = [str(statistics.interval(values)) for values in numbers]
+            cells.append([row, mode, *shown])
+    return cells
 
 
 def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

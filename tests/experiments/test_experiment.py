@@ -281,4 +281,7 @@ def test_every_experiment_runs(shared, name):
     if c.kind == 'propagation':
         (unit, _) = found['measured']
         assert {line['part'] for line in unit['lines']} == {'norms', 'jacobian', 'disturbance'}
+        page = (shared / name / 'page.md').read_text()
+        assert '## Scores with and without projection' in page
+        assert page.count('| after each token |') == 1  # of the spherical row
     assert (shared / name / 'page.html').exists()
