@@ -106,3 +106,8 @@ def open_data_set(kind: str, path: str | None, seed: int, holdout: float) -> Dat
     if path is None:
         raise UserError(f'give --config.data.path, of the {kind} data')
     return DataSet(kind, *idx.splits(path))
+
+
+def first_images(split: Split, n: int) -> np.ndarray:
+    """The first n images (n, H, W, c) of a split, or all where it has fewer."""
+    return np.stack([split[i]['image'] for i in range(min(n, len(split)))])

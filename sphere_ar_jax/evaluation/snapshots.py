@@ -82,11 +82,6 @@ def _example(setting: Setting, i: int, as_stored: bool) -> np.ndarray | None:
 _MOST_HELD_OUT = 10_000
 
 
-def _first(split: small.Split, n: int) -> np.ndarray:
-    """The first n images (n, H, W, c) of a split, or all where it has fewer."""
-    return np.stack([split[i]['image'] for i in range(min(n, len(split)))])
-
-
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
     """The first n images of which reconstructions are shown.
 
@@ -98,7 +93,7 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
       UserError: no image can be shown.
     """
     if setting.data is not None:
-        return _first(setting.data.heldout, n)
+        return small.first_images(setting.data.heldout, n)
     as_stored = imagenet.are_synsets(getattr(setting.source, 'class_names', None))
     found: list[np.ndarray] = []
     for i in range(len(setting.source)):
@@ -275,7 +270,7 @@ def score(
     sampling = setting.cfg.sampling
     seconds = {}
     started = time.perf_counter()
-    heldout = _first(data.heldout, _MOST_HELD_OUT)
+    heldout = small.first_images(data.heldout, _MOST_HELD_OUT)
     columns = min(16, len(heldout))
     metrics = _reconstruct(setting, vae_params, heldout, sampling.batch_size, columns=columns)
     seconds['reconstruction'] = time.perf_counter() - started

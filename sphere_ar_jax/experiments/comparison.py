@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
+from sphere_ar_jax.data import small
 from sphere_ar_jax.data.small import Split
 from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
@@ -25,11 +27,6 @@ from sphere_ar_jax.training.run import Run
 MOST_IMAGES = 5000
 # The quantiles of the training images' norms between which a sample's tokens should lie.
 RANGE = (0.001, 0.999)
-
-
-def _images(split: Split) -> np.ndarray:
-    """The first images (n, H, W, c) of a split, at most `MOST_IMAGES`."""
-    return np.stack([split[i]['image'] for i in range(min(len(split), MOST_IMAGES))])
 
 
 def _latents(run: Run, tokens: jax.Array | np.ndarray) -> np.ndarray:
@@ -48,9 +45,7 @@ def _encoded(run: Run, images: np.ndarray, seed: int) -> np.ndarray:
     @jax.jit
     def encode(params: PyTree, images: jax.Array, index: jax.Array) -> jax.Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed + 2), index)
-        q = run.vae.apply({'params': params}, images, method='encode')
-        z = q.sample(q.draws(keys))
-        tokens = run.vae.apply({'params': params}, z, method='to_tokens')
+        tokens = draw_tokens(run.vae, params, images, keys)
         return run.vae.apply({'params': params}, tokens, method='from_tokens')
 
     return np.asarray(encode(run.vae_params, images, np.arange(len(images))))
@@ -89,7 +84,7 @@ def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[
     """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL."""
     cfg = run.config
     key = jax.random.key(cfg.seed + 1)
-    images = _images(heldout)
+    images = small.first_images(heldout, MOST_IMAGES)
     recon, found = on_mesh.reconstruct(
         run.vae, run.vae_params, images, key, cfg.sampling.batch_size, mesh
     )
@@ -120,7 +115,7 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
     _, train, heldout = runs.data_set(cfg)
     judge = runs.judge(cfg, cache)
     common = {'row': row, 'seed': cfg.seed}
-    real = _images(train)
+    real = small.first_images(train, MOST_IMAGES)
     norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
     first = common | {'guidance': None} | _reconstruction(run, heldout, judge, mesh)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -21,6 +22,7 @@ from sphere_ar_jax.runtime import files, metric_writer
 from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
 from sphere_ar_jax.training.run import Run, load_run
 from sphere_ar_jax.training.stages import ar_stage
+from sphere_ar_jax.training.state import Stage
 
 # The sections of a config that decide what a tokenizer and an AR model become.
 _OF_TOKENIZER = ('seed', 'dtype', 'data', 'vae', 'tokenizer_training')
@@ -92,7 +94,7 @@ def is_finished(directory: str) -> bool:
 
 
 @contextlib.contextmanager
-def _logged(directory: str) -> Any:
+def _logged(directory: str) -> Iterator[None]:
     """A context that appends what a training prints to log.txt in its workdir."""
     os.makedirs(directory, exist_ok=True)
     with (
@@ -100,6 +102,12 @@ def _logged(directory: str) -> Any:
         contextlib.redirect_stdout(log),
     ):
         yield
+
+
+def _train(stage: Stage, source: small.Split, directory: str, seed: int, mesh: Mesh) -> None:
+    """Trains a stage in its workdir, and marks the workdir as finished."""
+    _, seconds = loop.train(stage, source, f'{directory}/{stage.name}', seed=seed, mesh=mesh)
+    files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
 
 
 def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
@@ -119,10 +127,7 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     stage = adversarial.tokenizer_stage(vae, own.tokenizer_training, own.seed)
     with _logged(directory):
         workdir.claim(own, directory)
-        _, seconds = loop.train(
-            stage, source, f'{directory}/{stage.name}', seed=own.seed, mesh=mesh
-        )
-    files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
+        _train(stage, source, directory, own.seed, mesh)
 
 
 def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
@@ -152,10 +157,7 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
             mesh=mesh,
         )
         stage = ar_stage(build.build_ar(own), vae, params, own.ar_training, own.seed)
-        _, seconds = loop.train(
-            stage, source, f'{directory}/{stage.name}', seed=own.seed, mesh=mesh
-        )
-    files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
+        _train(stage, source, directory, own.seed, mesh)
 
 
 def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:
