@@ -401,7 +401,7 @@ def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_pa
         chex.assert_trees_all_equal(stages.keywords['tokenizer'], params)
 
 
-@pytest.mark.parametrize('options', [{}, {'ar_training.batch_size': 4}, {'sampling.num_steps': 3}])
+@pytest.mark.parametrize('options', [{}, {'ar_training.batch_size': 16}, {'sampling.num_steps': 3}])
 def test_the_advice_to_train_on_its_tokenizer_elsewhere_is_accepted(
     tar, tokenizer_only, tmp_path, options
 ):
