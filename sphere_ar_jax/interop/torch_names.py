@@ -276,7 +276,7 @@ def require_public(model: vae.VAE) -> None:
     """Checks that a tokenizer is made of the parts that the public code has.
 
     Raises:
-      UserError: it has another backbone or another posterior.
+      UserError: it has another backbone, another posterior or another token space.
     """
     for key, part, public in (
         ('backbone', model.backbone, Hybrid),
@@ -287,6 +287,12 @@ def require_public(model: vae.VAE) -> None:
                 f'the public PyTorch code has the vae.{key} {public.__name__} alone, not '
                 f'{type(part).__name__}: such a run can be neither exported nor compared with it'
             )
+    if model.token_space == 'standardised':
+        # The other two spaces change nothing on the sphere.
+        raise UserError(
+            'the public PyTorch code has no ar.token_space standardised: such a run can be neither '
+            'exported nor compared with it'
+        )
 
 
 def export(

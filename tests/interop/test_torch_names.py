@@ -221,6 +221,18 @@ def test_export_is_what_was_read(torch_tensors, tiny_ar, tiny_vae, tmp_path):
         torch_names.to_torch({'head': {'span1': {'kernel': np.zeros((2, 2))}}})
 
 
+def test_standardised_tokens_are_not_exported(tiny_vae, tmp_path):
+    """The public model would read other tokens than the AR model was trained on."""
+    model, params = tiny_vae
+    standardised = model.clone(token_space='standardised')
+    path = tmp_path / 'a.safetensors'
+    with pytest.raises(UserError, match='has no ar.token_space standardised'):
+        torch_names.export(path, standardised, standardised.with_statistics(params))
+    assert not path.exists()
+    torch_names.export(path, model.clone(token_space='projected'), params)
+    assert path.exists()
+
+
 def test_all_that_does_not_fit_is_listed_at_once(torch_tensors, tiny_ar, tiny_vae):
     like = _abstract(tiny_ar[0])
     wrong = dict(torch_tensors)
