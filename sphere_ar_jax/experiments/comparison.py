@@ -119,9 +119,6 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
     norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
     first = common | {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
-    first['tokenizer_steps_per_second'] = runs.speed(
-        runs.tokenizer_directory(cache, cfg), 'tokenizer'
-    )
     first['norm_low'] = float(low)
     first['norm_high'] = float(high)
     lines = [first]
@@ -160,21 +157,21 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
     A degradation is what the largest guidance scale costs against the best one.
 
     Args:
-      lines: what `measure` returned.
+      lines: what `measure` returned, and a line of `tokenizer_steps_per_second` where an experiment
+        compares speeds.
       common_guidance: the scale at which all rows are compared.
     """
-    tokenizer_line = next(line for line in lines if line['guidance'] is None)
-    samples = sorted(
-        (line for line in lines if line['guidance'] is not None), key=lambda line: line['guidance']
-    )
+    tokenizer_line = next(line for line in lines if 'psnr' in line)
+    timed = next((line for line in lines if 'guidance' not in line), {})
+    scales = {line['guidance']: line for line in lines if line.get('guidance') is not None}
+    samples = [scales[scale] for scale in sorted(scales)]
     best = min(samples, key=lambda line: line['frechet'])
-    common = next(line for line in samples if line['guidance'] == common_guidance)
+    common = scales[common_guidance]
     last = samples[-1]
     return {
         'psnr': tokenizer_line['psnr'],
         'rfrechet': tokenizer_line['rfrechet'],
         'kl': tokenizer_line['kl'],
-        'tokenizer_steps_per_second': tokenizer_line['tokenizer_steps_per_second'],
         'best_guidance': best['guidance'],
         'frechet_best': best['frechet'],
         'frechet_common': common['frechet'],
@@ -185,4 +182,5 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
         'collapsed_degradation': last['collapsed'] - best['collapsed'],
         'precision_best': best['precision'],
         'recall_best': best['recall'],
+        **timed,
     }

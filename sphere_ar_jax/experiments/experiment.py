@@ -4,7 +4,7 @@ Everything lies in the workdir: `models` has the trained models, which all exper
 NAME/ has what one experiment leaves. A killed experiment goes on when its command is typed again.
 
 Files of NAME/:
-  lines.jsonl    what was measured, a line for each row and seed
+  lines.jsonl    what was measured, a line for each row and seed, and one for its speed
   results.json   the same with summaries, intervals, verdicts, versions and the config
   *.png, page.md, page.html
 """
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import experiments, schema
-from sphere_ar_jax.experiments import comparison, propagation, report, runs
+from sphere_ar_jax.experiments import comparison, propagation, report, runs, speed
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
 
@@ -47,6 +47,7 @@ class _Results:
 
     Attributes:
       measured: {(row, seed, key of the config): the lines that were measured}.
+      seconds: {(row, seed, key of the config): the wall time of the measurement}.
     """
 
     def __init__(self, path: str) -> None:
@@ -54,13 +55,18 @@ class _Results:
         needed = ('row', 'seed', 'key', 'lines')
         rows = metric_writer.read_scalars(path, needed)
         self.measured = {(row['row'], row['seed'], row['key']): row['lines'] for row in rows}
+        # Files of earlier versions have no times.
+        self.seconds = {
+            (row['row'], row['seed'], row['key']): row.get('seconds', 0.0) for row in rows
+        }
         # The file is written again without a line that was cut off.
         files.write_bytes(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
 
-    def add(self, row: str, seed: int, key: str, lines: list[Any]) -> None:
-        """Adds what was measured of a row and seed."""
+    def add(self, row: str, seed: int, key: str, lines: list[Any], seconds: float) -> None:
+        """Adds what was measured of a row and seed, and the wall time that it took."""
         self.measured[row, seed, key] = lines
-        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines}
+        self.seconds[row, seed, key] = seconds
+        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines, 'seconds': seconds}
         with files.naming(self._path), open(self._path, 'a') as f:
             f.write(json.dumps(line) + '\n')
 
@@ -72,6 +78,27 @@ def _measure_key(config: ConfigDict, cfg: ConfigDict) -> str:
     """What a measurement depends on: the trained models, the sampler and the experiment's keys."""
     own = {name: config[name] for name in _MEASURED_BY[config.kind]}
     return runs.key([runs.ar_directory('', cfg), schema.as_dict(cfg)['sampling'], own])
+
+
+def _speed_key(config: ConfigDict, seed: int) -> str:
+    """What the speeds of a seed depend on: the tokenizers of all rows, which are timed in turns."""
+    rows = [experiments.row(config, row, seed) for row in config.rows]
+    return f'speed-{runs.key([runs.tokenizer_directory("", cfg) for cfg in rows])}'
+
+
+def _compares_speeds(config: ConfigDict) -> bool:
+    """Whether a comparison of the config is about the speed of training."""
+    return any(words.endswith('steps_per_second') for words in config.comparisons)
+
+
+def _lines(config: ConfigDict, results: _Results, row: str, seed: int) -> list[Any] | None:
+    """All lines that were measured of a row and seed, None until they are complete."""
+    key = _measure_key(config, experiments.row(config, row, seed))
+    lines = results.measured.get((row, seed, key))
+    if lines is None or not _compares_speeds(config):
+        return lines
+    timed = results.measured.get((row, seed, _speed_key(config, seed)))
+    return None if timed is None else lines + timed
 
 
 # The keys of an experiment that decide what is measured of a row and seed.
@@ -100,7 +127,29 @@ def units(config: ConfigDict, cache: str, results: _Results, mesh: Mesh) -> list
     for seed in config.seeds:
         for row in config.rows:
             found += _units_of(config, row, seed, cache, results, mesh)
+        if _compares_speeds(config):
+            found.append(_speed_unit(config, seed, results, mesh))
     return found
+
+
+def _speed_unit(config: ConfigDict, seed: int, results: _Results, mesh: Mesh) -> Unit:
+    """The work of timing the training steps of all rows with one seed."""
+    key = _speed_key(config, seed)
+
+    def run() -> None:
+        started = time.perf_counter()
+        found = speed.measure(config, seed, mesh)
+        seconds = (time.perf_counter() - started) / len(found)
+        for row, steps_per_second in found.items():
+            line = {'tokenizer_steps_per_second': steps_per_second}
+            results.add(row, seed, key, [line], seconds)
+
+    return Unit(
+        kind='speed',
+        what=f'seed {seed}: steps/s of all tokenizers, in turns',
+        is_done=lambda: all((row, seed, key) in results.measured for row in config.rows),
+        run=run,
+    )
 
 
 def _units_of(
@@ -111,8 +160,9 @@ def _units_of(
     key = _measure_key(config, cfg)
 
     def measure() -> None:
+        started = time.perf_counter()
         lines = _MEASURE[config.kind](config, row, cfg, cache, mesh)
-        results.add(row, seed, key, lines)
+        results.add(row, seed, key, lines, time.perf_counter() - started)
 
     tokenizer = runs.tokenizer_directory(cache, cfg)
     ar = runs.ar_directory(cache, cfg)
@@ -153,14 +203,6 @@ def time_left(todo: Sequence[Unit], seconds: dict[str, list[float]]) -> float | 
     return sum(sum(seconds[unit.kind]) / len(seconds[unit.kind]) for unit in todo)
 
 
-def spoken(seconds: float) -> str:
-    """A time as '2 h 5 min', '3 min' or '40 s'."""
-    if seconds < 60:
-        return f'{seconds:.0f} s'
-    hours, rest = divmod(round(seconds / 60), 60)
-    return f'{hours} h {rest} min' if hours else f'{rest} min'
-
-
 def _do(todo: list[Unit], after: Callable[[], Any]) -> None:
     """Does units one after the other and says where it is; calls `after` after each measurement."""
     seconds: dict[str, list[float]] = {}
@@ -169,12 +211,12 @@ def _do(todo: list[Unit], after: Callable[[], Any]) -> None:
         if unit.is_done():  # An equal training of another row may have done it.
             continue
         left = time_left(todo[i:], seconds)
-        ahead = '' if left is None else f'; {spoken(left)} left'
+        ahead = '' if left is None else f'; {report.spoken(left)} left'
         print(f'[{i + 1}/{total}] {unit.what}{ahead}', flush=True)
         started = time.perf_counter()
         unit.run()
         seconds.setdefault(unit.kind, []).append(time.perf_counter() - started)
-        if unit.kind == 'measure':
+        if unit.kind in ('measure', 'speed'):
             after()
 
 
@@ -183,8 +225,7 @@ def summaries(config: ConfigDict, results: _Results) -> dict[str, dict[int, dict
     found: dict[str, dict[int, dict[str, float]]] = {}
     for row in config.rows:
         for seed in config.seeds:
-            key = _measure_key(config, experiments.row(config, row, seed))
-            lines = results.measured.get((row, seed, key))
+            lines = _lines(config, results, row, seed)
             if lines is None:
                 continue
             if config.kind == 'comparison':
@@ -193,6 +234,22 @@ def summaries(config: ConfigDict, results: _Results) -> dict[str, dict[int, dict
                 summary = propagation.summarize(lines)
             found.setdefault(row, {})[seed] = summary
     return found
+
+
+def _seconds(config: ConfigDict, cache: str, results: _Results) -> dict[str, float]:
+    """The wall time of all that is measured by this config: its trainings, its measurements."""
+    trainings = set()
+    measuring = 0.0
+    for row in config.rows:
+        for seed in config.seeds:
+            cfg = experiments.row(config, row, seed)
+            if _lines(config, results, row, seed) is None:
+                continue
+            trainings |= {runs.tokenizer_directory(cache, cfg), runs.ar_directory(cache, cfg)}
+            measuring += results.seconds[row, seed, _measure_key(config, cfg)]
+            measuring += results.seconds.get((row, seed, _speed_key(config, seed)), 0.0)
+    finished = [directory for directory in trainings if runs.is_finished(directory)]
+    return {'training': sum(map(runs.seconds, finished)), 'measuring': measuring}
 
 
 def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, Any]:
@@ -218,7 +275,7 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
         print(f'{name}: {len(work) - len(todo)} of {len(work)} parts are done', flush=True)
 
         def write() -> dict[str, Any]:
-            return _write(config, name, directory, command, results)
+            return _write(config, name, workdir, command, results)
 
         _do(todo, write)
         found = write()
@@ -227,15 +284,15 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
 
 
 def _write(
-    config: ConfigDict, name: str, directory: str, command: str, results: _Results
+    config: ConfigDict, name: str, workdir: str, command: str, results: _Results
 ) -> dict[str, Any]:
     """Writes results.json, plots and pages of what is measured so far."""
+    directory = os.path.join(workdir, name)
     by_row = summaries(config, results)
     measured = [
-        {'row': row, 'seed': seed, 'lines': lines}
-        for (row, seed, key), lines in results.measured.items()
-        if seed in by_row.get(row, {})
-        and key == _measure_key(config, experiments.row(config, row, seed))
+        {'row': row, 'seed': seed, 'lines': _lines(config, results, row, seed)}
+        for row, seeds in by_row.items()
+        for seed in seeds
     ]
     found = {
         'experiment': name,
@@ -244,6 +301,7 @@ def _write(
         'jax': jax.__version__,
         'platform': jax.devices()[0].platform,
         'command': command,
+        'seconds': _seconds(config, os.path.join(workdir, 'models'), results),
         'config': json.loads(config.to_json_best_effort()),
         'rows': report.table(config, by_row),
         'verdicts': report.verdicts(config, by_row),
