@@ -13,7 +13,7 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import libraries_promote
 
-NAMES = ('guidance', 'ablation', 'propagation', 'backbones')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
 
 
 def small(**changes):
