@@ -30,8 +30,8 @@ def get_config(arg: str = '') -> ConfigDict:
         '(FID 2.97, 2.89, 2.68, 2.52 at size L).'
     )
     c.caveat = (
-        'What would change it: a tokenizer with perceptual and adversarial losses on large images, as '
-        'the paper has it, since the KL term then competes with other losses.'
+        'What would change it: a tokenizer with perceptual and adversarial losses on large images, '
+        'as the paper has it, since the KL term then competes with other losses.'
     )
     c.rows = experiments.rows(**experiments.LATENTS)
     for name in ('gaussian', 'gaussian_decoder_norm', 'gaussian_norm'):

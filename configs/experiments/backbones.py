@@ -28,8 +28,8 @@ def get_config(arg: str = '') -> ConfigDict:
         'convolutions (5.81, 7.19 and 2.25 steps/s at 256×256), and draws the best images.'
     )
     c.caveat = (
-        'What would change it: images of 256×256, where convolutions at full resolution take most of '
-        'the time, and an accelerator.'
+        'What would change it: images of 256×256, where convolutions at full resolution take most '
+        'of the time, and an accelerator.'
     )
     sizes = recipes.BACKBONES['digits']
     c.rows = experiments.rows(hybrid={}, cnn={'vae': sizes['cnn']}, vit={'vae': sizes['vit']})
