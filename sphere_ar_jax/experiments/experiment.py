@@ -42,66 +42,25 @@ class Unit(NamedTuple):
     run: Callable[[], None]
 
 
-class _Results:
-    """The lines of lines.jsonl.
+class Part(NamedTuple):
+    """One row with one seed.
 
     Attributes:
-      measured: {(row, seed, key of the config): the lines that were measured}.
-      seconds: {(row, seed, key of the config): the wall time of the measurement}.
+      row: a key of the experiment's rows.
+      seed: one of its seeds.
+      cfg: the config of its run.
+      key: stands for all that its measurement depends on.
+      speed_key: stands for all that its speed depends on; None where no speeds are compared.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        needed = ('row', 'seed', 'key', 'lines')
-        rows = metric_writer.read_scalars(path, needed)
-        self.measured = {(row['row'], row['seed'], row['key']): row['lines'] for row in rows}
-        # Files of earlier versions have no times.
-        self.seconds = {
-            (row['row'], row['seed'], row['key']): row.get('seconds', 0.0) for row in rows
-        }
-        # The file is written again without a line that was cut off.
-        files.write_bytes(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
-
-    def add(self, row: str, seed: int, key: str, lines: list[Any], seconds: float) -> None:
-        """Adds what was measured of a row and seed, and the wall time that it took."""
-        self.measured[row, seed, key] = lines
-        self.seconds[row, seed, key] = seconds
-        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines, 'seconds': seconds}
-        with files.naming(self._path), open(self._path, 'a') as f:
-            f.write(json.dumps(line) + '\n')
+    row: str
+    seed: int
+    cfg: ConfigDict
+    key: str
+    speed_key: str | None
 
 
-_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
-
-
-def _measure_key(config: ConfigDict, cfg: ConfigDict) -> str:
-    """What a measurement depends on: the trained models, the sampler and the experiment's keys."""
-    own = {name: config[name] for name in _MEASURED_BY[config.kind]}
-    return runs.key([runs.ar_directory('', cfg), schema.as_dict(cfg)['sampling'], own])
-
-
-def _speed_key(config: ConfigDict, seed: int) -> str:
-    """What the speeds of a seed depend on: the tokenizers of all rows, which are timed in turns."""
-    rows = [experiments.row(config, row, seed) for row in config.rows]
-    return f'speed-{runs.key([runs.tokenizer_directory("", cfg) for cfg in rows])}'
-
-
-def _compares_speeds(config: ConfigDict) -> bool:
-    """Whether a comparison of the config is about the speed of training."""
-    return any(words.endswith('steps_per_second') for words in config.comparisons)
-
-
-def _lines(config: ConfigDict, results: _Results, row: str, seed: int) -> list[Any] | None:
-    """All lines that were measured of a row and seed, None until they are complete."""
-    key = _measure_key(config, experiments.row(config, row, seed))
-    lines = results.measured.get((row, seed, key))
-    if lines is None or not _compares_speeds(config):
-        return lines
-    timed = results.measured.get((row, seed, _speed_key(config, seed)))
-    return None if timed is None else lines + timed
-
-
-# The keys of an experiment that decide what is measured of a row and seed.
+# The keys of an experiment that decide what is measured of a part.
 _MEASURED_BY = {
     'comparison': ('num_images', 'guidance_scales'),
     'propagation': (
@@ -114,27 +73,91 @@ _MEASURED_BY = {
 }
 
 
-def units(config: ConfigDict, cache: str, results: _Results, mesh: Mesh) -> list[Unit]:
-    """The work of an experiment, seed by seed, so that early results have all rows.
+def parts(config: ConfigDict) -> list[Part]:
+    """The parts of an experiment, seed by seed, so that early results have all rows."""
+    own = {name: config[name] for name in _MEASURED_BY[config.kind]}
+    compares_speeds = any(words.endswith('steps_per_second') for words in config.comparisons)
+    found = []
+    for seed in config.seeds:
+        configs = {row: experiments.row(config, row, seed) for row in config.rows}
+        speed_key = None
+        if compares_speeds:
+            # The tokenizers of all rows are timed in turns.
+            names = [runs.tokenizer_directory('', cfg) for cfg in configs.values()]
+            speed_key = f'speed-{runs.key(names)}'
+        for row, cfg in configs.items():
+            sampling = schema.as_dict(cfg)['sampling']
+            key = runs.key([runs.ar_directory('', cfg), sampling, own])
+            found.append(Part(row, seed, cfg, key, speed_key))
+    return found
+
+
+class _Results:
+    """The lines of lines.jsonl."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        needed = ('row', 'seed', 'key', 'lines')
+        rows = metric_writer.read_scalars(path, needed)
+        # {(row, seed, key): (the lines that were measured, the seconds that it took)}
+        self._measured: dict[tuple[str, int, str], tuple[list[Any], float]] = {}
+        for row in rows:
+            seconds = row.get('seconds', 0.0)  # Files of earlier versions have no times.
+            self._measured[row['row'], row['seed'], row['key']] = (row['lines'], seconds)
+        # The file is written again without a line that was cut off.
+        files.write_bytes(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
+
+    def add(self, row: str, seed: int, key: str, lines: list[Any], seconds: float) -> None:
+        """Adds what was measured of a row and seed, and the wall time that it took."""
+        self._measured[row, seed, key] = (lines, seconds)
+        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines, 'seconds': seconds}
+        with files.naming(self._path), open(self._path, 'a') as f:
+            f.write(json.dumps(line) + '\n')
+
+    def has(self, row: str, seed: int, key: str) -> bool:
+        """Whether this was measured."""
+        return (row, seed, key) in self._measured
+
+    def complete(self, part: Part) -> tuple[list[Any], float] | None:
+        """All lines of a part and the seconds that they took, None until they are complete."""
+        found = self._measured.get((part.row, part.seed, part.key))
+        if found is None or part.speed_key is None:
+            return found
+        timed = self._measured.get((part.row, part.seed, part.speed_key))
+        return None if timed is None else (found[0] + timed[0], found[1] + timed[1])
+
+
+_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
+
+
+def units(
+    config: ConfigDict, chosen: Sequence[Part], cache: str, results: _Results, mesh: Mesh
+) -> list[Unit]:
+    """The work of an experiment in the order of its parts.
 
     Args:
       config: the experiment's config.
+      chosen: its parts.
       cache: directory of the trained models.
       results: what is measured.
       mesh: the devices.
     """
     found = []
     for seed in config.seeds:
-        for row in config.rows:
-            found += _units_of(config, row, seed, cache, results, mesh)
-        if _compares_speeds(config):
-            found.append(_speed_unit(config, seed, results, mesh))
+        same_seed = [part for part in chosen if part.seed == seed]
+        for part in same_seed:
+            found += _units_of(config, part, cache, results, mesh)
+        if same_seed[0].speed_key is not None:
+            found.append(_speed_unit(config, same_seed, results, mesh))
     return found
 
 
-def _speed_unit(config: ConfigDict, seed: int, results: _Results, mesh: Mesh) -> Unit:
+def _speed_unit(
+    config: ConfigDict, same_seed: Sequence[Part], results: _Results, mesh: Mesh
+) -> Unit:
     """The work of timing the training steps of all rows with one seed."""
-    key = _speed_key(config, seed)
+    seed = same_seed[0].seed
+    key = str(same_seed[0].speed_key)
 
     def run() -> None:
         started = time.perf_counter()
@@ -147,17 +170,16 @@ def _speed_unit(config: ConfigDict, seed: int, results: _Results, mesh: Mesh) ->
     return Unit(
         kind='speed',
         what=f'seed {seed}: steps/s of all tokenizers, in turns',
-        is_done=lambda: all((row, seed, key) in results.measured for row in config.rows),
+        is_done=lambda: all(results.has(part.row, seed, key) for part in same_seed),
         run=run,
     )
 
 
 def _units_of(
-    config: ConfigDict, row: str, seed: int, cache: str, results: _Results, mesh: Mesh
+    config: ConfigDict, part: Part, cache: str, results: _Results, mesh: Mesh
 ) -> list[Unit]:
-    """The work for one row and seed: two trainings and a measurement."""
-    cfg = experiments.row(config, row, seed)
-    key = _measure_key(config, cfg)
+    """The work for one part: two trainings and a measurement."""
+    row, seed, cfg, key, _ = part
 
     def measure() -> None:
         started = time.perf_counter()
@@ -182,7 +204,7 @@ def _units_of(
         Unit(
             kind='measure',
             what=f'{row}, seed {seed}: samples',
-            is_done=lambda: (row, seed, key) in results.measured,
+            is_done=lambda: results.has(row, seed, key),
             run=measure,
         ),
     ]
@@ -220,34 +242,33 @@ def _do(todo: list[Unit], after: Callable[[], Any]) -> None:
             after()
 
 
-def summaries(config: ConfigDict, results: _Results) -> dict[str, dict[int, dict[str, float]]]:
-    """{row: {seed: its summary}} of all that is measured by this config."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for row in config.rows:
-        for seed in config.seeds:
-            lines = _lines(config, results, row, seed)
-            if lines is None:
-                continue
-            if config.kind == 'comparison':
-                summary = comparison.summarize(lines, config.common_guidance)
-            else:
-                summary = propagation.summarize(lines)
-            found.setdefault(row, {})[seed] = summary
-    return found
+def _summaries(
+    config: ConfigDict, chosen: Sequence[Part], results: _Results
+) -> dict[str, dict[int, dict[str, float]]]:
+    """{row: {seed: its summary}} of all parts that are measured."""
+    found: dict[str, dict[int, dict[str, float]]] = {row: {} for row in config.rows}
+    for part in chosen:
+        measured = results.complete(part)
+        if measured is None:
+            continue
+        if config.kind == 'comparison':
+            summary = comparison.summarize(measured[0], config.common_guidance)
+        else:
+            summary = propagation.summarize(measured[0])
+        found[part.row][part.seed] = summary
+    return {row: seeds for row, seeds in found.items() if seeds}
 
 
-def _seconds(config: ConfigDict, cache: str, results: _Results) -> dict[str, float]:
-    """The wall time of all that is measured by this config: its trainings, its measurements."""
+def _seconds(chosen: Sequence[Part], cache: str, results: _Results) -> dict[str, float]:
+    """The wall time of all parts that are measured: of their trainings, of their measurements."""
     trainings = set()
     measuring = 0.0
-    for row in config.rows:
-        for seed in config.seeds:
-            cfg = experiments.row(config, row, seed)
-            if _lines(config, results, row, seed) is None:
-                continue
-            trainings |= {runs.tokenizer_directory(cache, cfg), runs.ar_directory(cache, cfg)}
-            measuring += results.seconds[row, seed, _measure_key(config, cfg)]
-            measuring += results.seconds.get((row, seed, _speed_key(config, seed)), 0.0)
+    for part in chosen:
+        measured = results.complete(part)
+        if measured is not None:
+            trainings.add(runs.tokenizer_directory(cache, part.cfg))
+            trainings.add(runs.ar_directory(cache, part.cfg))
+            measuring += measured[1]
     finished = [directory for directory in trainings if runs.is_finished(directory)]
     return {'training': sum(map(runs.seconds, finished)), 'measuring': measuring}
 
@@ -270,12 +291,13 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
     with files.owned(workdir, 'an experiment'):
         results = _Results(f'{directory}/lines.jsonl')
         cache = os.path.join(workdir, 'models')
-        work = units(config, cache, results, mesh)
+        chosen = parts(config)
+        work = units(config, chosen, cache, results, mesh)
         todo = [unit for unit in work if not unit.is_done()]
         print(f'{name}: {len(work) - len(todo)} of {len(work)} parts are done', flush=True)
 
         def write() -> dict[str, Any]:
-            return _write(config, name, workdir, command, results)
+            return _write(config, name, chosen, workdir, command, results)
 
         _do(todo, write)
         found = write()
@@ -284,16 +306,21 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
 
 
 def _write(
-    config: ConfigDict, name: str, workdir: str, command: str, results: _Results
+    config: ConfigDict,
+    name: str,
+    chosen: Sequence[Part],
+    workdir: str,
+    command: str,
+    results: _Results,
 ) -> dict[str, Any]:
     """Writes results.json, plots and pages of what is measured so far."""
     directory = os.path.join(workdir, name)
-    by_row = summaries(config, results)
-    measured = [
-        {'row': row, 'seed': seed, 'lines': _lines(config, results, row, seed)}
-        for row, seeds in by_row.items()
-        for seed in seeds
-    ]
+    by_row = _summaries(config, chosen, results)
+    measured = []
+    for part in chosen:
+        complete = results.complete(part)
+        if complete is not None:
+            measured.append({'row': part.row, 'seed': part.seed, 'lines': complete[0]})
     found = {
         'experiment': name,
         'title': config.title,
@@ -301,7 +328,7 @@ def _write(
         'jax': jax.__version__,
         'platform': jax.devices()[0].platform,
         'command': command,
-        'seconds': _seconds(config, os.path.join(workdir, 'models'), results),
+        'seconds': _seconds(chosen, os.path.join(workdir, 'models'), results),
         'config': json.loads(config.to_json_best_effort()),
         'rows': report.table(config, by_row),
         'verdicts': report.verdicts(config, by_row),
