@@ -135,6 +135,7 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
     assert (run.ar.condition.num_classes, run.ar.heads, run.vae.grid) == (10, 2, (4, 4))
 
 
+@pytest.mark.slow
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
     assert run.vae == tiny_vae[0]
