@@ -36,7 +36,6 @@ def get_config(arg: str = '') -> ConfigDict:
     c.rows = experiments.rows(**experiments.LATENTS)
     for name in ('gaussian', 'gaussian_decoder_norm', 'gaussian_norm'):
         c.variants[name] = experiments.add_kl_weights(c, name, (0.001, 0.016))
-    c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
     c.comparisons = (
         'power_spherical gaussian_norm frechet_best',
         'gaussian_norm gaussian_decoder_norm frechet_best',

@@ -33,7 +33,6 @@ def get_config(arg: str = '') -> ConfigDict:
     )
     sizes = recipes.BACKBONES['digits']
     c.rows = experiments.rows(hybrid={}, cnn={'vae': sizes['cnn']}, vit={'vae': sizes['vit']})
-    c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
     c.comparisons = (
         'hybrid cnn frechet_best',
         'hybrid vit frechet_best',

@@ -96,12 +96,11 @@ def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[
     }
 
 
-def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
+def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
     """Scores one row and seed: its tokenizer, and samples at each guidance scale.
 
     Args:
       config: the experiment's config.
-      row: the row.
       cfg: the config of its run.
       cache: directory of the trained models.
       mesh: the devices.
@@ -114,11 +113,10 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
     run = runs.load(cfg, cache, mesh)
     _, train, heldout = runs.data_set(cfg)
     judge = runs.judge(cfg, cache)
-    common = {'row': row, 'seed': cfg.seed}
     real = small.first_images(train, MOST_IMAGES)
     norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
-    first = common | {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
+    first: dict[str, Any] = {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
     first['norm_low'] = float(low)
     first['norm_high'] = float(high)
     lines = [first]
@@ -138,8 +136,7 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
         # Rounding moves a norm off the sphere, where low and high are the same.
         outside = (final < low * (1 - 1e-4)) | (final > high * (1 + 1e-4))
         lines.append(
-            common
-            | {'guidance': scale}
+            {'guidance': scale}
             | sample_scores(judge, images, labels)
             | {
                 'collapsed': collapsed_share(images, real),

@@ -1,12 +1,12 @@
 """--mode=experiment: trains and measures rows with several seeds, and writes the verdicts.
 
-Everything lies in the workdir: `models` has the trained models, which all experiments share, and
-NAME/ has what one experiment leaves. A killed experiment goes on when its command is typed again.
+A killed experiment goes on when its command is typed again. Experiments of one workdir share what
+they train and measure:
 
-Files of NAME/:
-  lines.jsonl    what was measured, a line for each row and seed, and one for its speed
-  results.json   the same with summaries, intervals, verdicts, versions and the config
-  *.png, page.md, page.html
+  models/              the trained models
+  measured.jsonl       what was measured of each of them
+  NAME/results.json    the numbers of one experiment, intervals, verdicts, versions and the config
+  NAME/*.png, page.md, page.html
 """
 
 import functools
@@ -80,50 +80,48 @@ def parts(config: ConfigDict) -> list[Part]:
     found = []
     for seed in config.seeds:
         configs = {row: experiments.row(config, row, seed) for row in config.rows}
-        speed_key = None
-        if compares_speeds:
-            # The tokenizers of all rows are timed in turns.
-            names = [runs.tokenizer_directory('', cfg) for cfg in configs.values()]
-            speed_key = f'speed-{runs.key(names)}'
+        tokenizers = [runs.tokenizer_directory('', cfg) for cfg in configs.values()]
         for row, cfg in configs.items():
             sampling = schema.as_dict(cfg)['sampling']
             key = runs.key([runs.ar_directory('', cfg), sampling, own])
+            speed_key = None
+            if compares_speeds:
+                # The tokenizers of all rows are timed in turns.
+                speed_key = f'speed-{runs.key([row, tokenizers])}'
             found.append(Part(row, seed, cfg, key, speed_key))
     return found
 
 
 class _Results:
-    """The lines of lines.jsonl."""
+    """The lines of measured.jsonl."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        needed = ('row', 'seed', 'key', 'lines')
-        rows = metric_writer.read_scalars(path, needed)
-        # {(row, seed, key): (the lines that were measured, the seconds that it took)}
-        self._measured: dict[tuple[str, int, str], tuple[list[Any], float]] = {}
-        for row in rows:
-            seconds = row.get('seconds', 0.0)  # Files of earlier versions have no times.
-            self._measured[row['row'], row['seed'], row['key']] = (row['lines'], seconds)
+        lines = metric_writer.read_scalars(path, ('key', 'lines', 'seconds'))
+        # {key: (the lines that were measured, the seconds that it took)}
+        self._measured: dict[str, tuple[list[Any], float]] = {
+            line['key']: (line['lines'], line['seconds']) for line in lines
+        }
         # The file is written again without a line that was cut off.
-        files.write_bytes(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
+        files.write_bytes(path, ''.join(json.dumps(line) + '\n' for line in lines).encode())
 
-    def add(self, row: str, seed: int, key: str, lines: list[Any], seconds: float) -> None:
-        """Adds what was measured of a row and seed, and the wall time that it took."""
-        self._measured[row, seed, key] = (lines, seconds)
-        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines, 'seconds': seconds}
+    def add(self, key: str, what: str, lines: list[Any], seconds: float) -> None:
+        """Adds what was measured, and the wall time that it took; `what` is for readers."""
+        self._measured[key] = (lines, seconds)
+        line = {'what': what, 'key': key, 'lines': lines, 'seconds': seconds}
         with files.naming(self._path), open(self._path, 'a') as f:
             f.write(json.dumps(line) + '\n')
 
-    def has(self, row: str, seed: int, key: str) -> bool:
+    def has(self, key: str | None) -> bool:
         """Whether this was measured."""
-        return (row, seed, key) in self._measured
+        return key in self._measured
 
     def complete(self, part: Part) -> tuple[list[Any], float] | None:
         """All lines of a part and the seconds that they took, None until they are complete."""
-        found = self._measured.get((part.row, part.seed, part.key))
+        found = self._measured.get(part.key)
         if found is None or part.speed_key is None:
             return found
-        timed = self._measured.get((part.row, part.seed, part.speed_key))
+        timed = self._measured.get(part.speed_key)
         return None if timed is None else (found[0] + timed[0], found[1] + timed[1])
 
 
@@ -157,20 +155,20 @@ def _speed_unit(
 ) -> Unit:
     """The work of timing the training steps of all rows with one seed."""
     seed = same_seed[0].seed
-    key = str(same_seed[0].speed_key)
 
     def run() -> None:
         started = time.perf_counter()
         found = speed.measure(config, seed, mesh)
         seconds = (time.perf_counter() - started) / len(found)
-        for row, steps_per_second in found.items():
-            line = {'tokenizer_steps_per_second': steps_per_second}
-            results.add(row, seed, key, [line], seconds)
+        for part in same_seed:
+            line = {'tokenizer_steps_per_second': found[part.row]}
+            what = f'{part.row}, seed {seed}: speed'
+            results.add(str(part.speed_key), what, [line], seconds)
 
     return Unit(
         kind='speed',
         what=f'seed {seed}: steps/s of all tokenizers, in turns',
-        is_done=lambda: all(results.has(part.row, seed, key) for part in same_seed),
+        is_done=lambda: all(results.has(part.speed_key) for part in same_seed),
         run=run,
     )
 
@@ -183,8 +181,9 @@ def _units_of(
 
     def measure() -> None:
         started = time.perf_counter()
-        lines = _MEASURE[config.kind](config, row, cfg, cache, mesh)
-        results.add(row, seed, key, lines, time.perf_counter() - started)
+        lines = _MEASURE[config.kind](config, cfg, cache, mesh)
+        what = f'{row}, seed {seed}: {config.kind}'
+        results.add(key, what, lines, time.perf_counter() - started)
 
     tokenizer = runs.tokenizer_directory(cache, cfg)
     ar = runs.ar_directory(cache, cfg)
@@ -204,7 +203,7 @@ def _units_of(
         Unit(
             kind='measure',
             what=f'{row}, seed {seed}: samples',
-            is_done=lambda: results.has(row, seed, key),
+            is_done=functools.partial(results.has, key),
             run=measure,
         ),
     ]
@@ -289,7 +288,7 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
     directory = os.path.join(workdir, name)
     os.makedirs(directory, exist_ok=True)
     with files.owned(workdir, 'an experiment'):
-        results = _Results(f'{directory}/lines.jsonl')
+        results = _Results(f'{workdir}/measured.jsonl')
         cache = os.path.join(workdir, 'models')
         chosen = parts(config)
         work = units(config, chosen, cache, results, mesh)

@@ -120,7 +120,7 @@ def fake_lines(row, seed):
                 'recall': 0.7,
             }
         )
-    return [{'row': row, 'seed': seed} | line for line in lines]
+    return lines
 
 
 @pytest.fixture
@@ -142,7 +142,8 @@ def faked(monkeypatch):
     monkeypatch.setattr(runs, 'is_finished', lambda directory: directory in finished)
     monkeypatch.setattr(runs, 'seconds', lambda directory: 60.0)
 
-    def measure(config, row, cfg, cache, mesh):
+    def measure(config, cfg, cache, mesh):
+        row = 'gaussian_norm' if cfg.ar.token_space == 'projected' else 'power_spherical'
         done.append(('measure', row, cfg.seed))
         return fake_lines(row, cfg.seed)
 
@@ -162,7 +163,7 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     assert '[4/18]' not in capsys.readouterr().out  # the shared tokenizer of the second row
 
     # A kill left half a line, and took the last measurement with it.
-    path = tmp_path / 'two' / 'lines.jsonl'
+    path = tmp_path / 'measured.jsonl'
     content = path.read_bytes()
     path.write_bytes(content[:-20])
     faked.clear()
@@ -183,6 +184,22 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     part = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert not faked
     assert {unit['seed'] for unit in part['measured']} == {1, 2}
+
+
+def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
+    """The second one has the same models, sampler and scales under another name of a row."""
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
+    first = experiment.run(small(), 'one', str(tmp_path), 'COMMAND')
+    faked.clear()
+    c = small()
+    c.rows = experiments.rows(hybrid={})
+    second = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert not faked
+    assert second['rows']['hybrid'] == first['rows']['power_spherical']
+    assert first['seconds']['training'] == 2 * second['seconds']['training'] - 3 * 60
+    c.num_images = 21
+    experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert faked == [('measure', 'power_spherical', seed) for seed in c.seeds]
 
 
 def test_speeds_are_measured_in_turns_once_a_seed(tmp_path, faked, monkeypatch):
