@@ -372,6 +372,22 @@ def spoken(seconds: float) -> str:
     return f'{hours} h {rest} min' if hours else f'{rest} min'
 
 
+def _missing(config: ConfigDict, found: Mapping[str, Any]) -> str:
+    """Names what the config asks for and nobody has measured yet; '' where nothing is missing."""
+    done = {(unit['row'], unit['seed']) for unit in found['measured']}
+    seeds = {row: [seed for seed in config.seeds if (row, seed) not in done] for row in config.rows}
+    rows = [row for row, lacking in seeds.items() if len(lacking) == len(config.seeds)]
+    parts = [
+        f'{row} with seed {seed}'
+        for row, lacking in seeds.items()
+        for seed in lacking
+        if row not in rows
+    ]
+    if not rows + parts:
+        return ''
+    return f'Not measured yet: {", ".join(rows + parts)}.'
+
+
 def _measured_by(found: Mapping[str, Any]) -> str:
     """What the numbers were measured with and how long it took, in three sentences."""
     seeds = sorted({unit['seed'] for unit in found['measured']})
@@ -394,6 +410,7 @@ def _markdown(config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, 
         '## Verdicts',
         '\n'.join(console.markdown(*_verdict_table(found))),
         config.caveat,
+        _missing(config, found),
         '## Rows',
         '\n'.join(console.markdown(*_rows_table(config, found))),
         *(
@@ -441,6 +458,7 @@ def write(config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
         '<h2>Verdicts</h2>',
         _html_table(*_verdict_table(found)),
         f'<p>{html.escape(config.caveat)}</p>',
+        f'<p>{html.escape(_missing(config, found))}</p>',
         '<h2>Rows</h2>',
         _html_table(*_rows_table(config, found)),
         *(

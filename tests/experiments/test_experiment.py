@@ -178,6 +178,16 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     assert found['seconds']['training'] == 9 * 60
     assert 'The trainings took 9 min' in (tmp_path / 'two' / 'page.md').read_text()
 
+    # What is missing is named.
+    assert 'Not measured yet' not in (tmp_path / 'two' / 'page.md').read_text()
+    monkeypatch.setattr(experiment, '_do', lambda todo, after: None)
+    more = small(seeds=(0, 1, 2, 3))
+    more.rows['vmf'] = {'vae': {'posterior': 'vmf'}}
+    experiment.run(more, 'two', str(tmp_path), 'COMMAND')
+    said = 'Not measured yet: vmf, power_spherical with seed 3, gaussian_norm with seed 3.'
+    for name in ('page.md', 'page.html'):
+        assert said in (tmp_path / 'two' / name).read_text()
+
     # Fewer seeds are a part of the same experiment.
     faked.clear()
     c.seeds = (1, 2)
