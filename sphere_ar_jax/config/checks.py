@@ -112,6 +112,10 @@ def _check_training(name: str, training: ConfigDict) -> None:
         'beside an ema_decay',
     )
     _require(
+        bool(training.ema_decay) or not training.ema_ramp,
+        f'{name}.ema_ramp: there is no average to ramp up; give an ema_decay too',
+    )
+    _require(
         training.batch_size % training.accumulate == 0,
         f'{name}.accumulate is {training.accumulate}, '
         f'but must divide the batch size {training.batch_size}',
@@ -316,12 +320,27 @@ def _check_watch(w: ConfigDict, channels: int) -> None:
 _SHARE_OF_START = 0.05
 
 
+def share_of_start(decay: float, steps: int, ramp: bool = False) -> float:
+    """The share of the initialisation in an EMA of a rate after so many steps.
+
+    It is the product of the rates of all steps: rⁿ, or with a ramp that of
+    min(r, (1 + i)/(10 + i)) for i = 0 … n − 1.
+    """
+    if not ramp:
+        return decay**steps
+    share = 1.0
+    for i in range(steps):
+        share *= min(decay, (1 + i) / (10 + i))
+        if share < _SHARE_OF_START / 100:  # What follows only makes it smaller.
+            break
+    return share
+
+
 def advice(config: ConfigDict, num_images: int) -> list[str]:
     """Lines on what the trainings of a checked config amount to, for the images there are.
 
     They say which keys the backbone does not read, how many epochs the steps are, and where an
-    average of the weights still holds much of the initialisation: after n steps of rate r its share
-    is rⁿ.
+    average of the weights still holds much of the initialisation, see `share_of_start`.
 
     Args:
       config: a checked config.
@@ -344,9 +363,9 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
             first, last = config.data.crop_until
             line += f'; crops are random up to epoch {first}, and all central from {last}'
         lines.append(line)
-        share = t.ema_decay**t.steps
+        share = share_of_start(t.ema_decay, t.steps, t.ema_ramp)
         if share > _SHARE_OF_START:
-            remedy = f'lower --config.{name}.ema_decay'
+            remedy = f'lower --config.{name}.ema_decay, give --config.{name}.ema_ramp=True'
             if name == 'ar_training':
                 remedy += ', or sample the weights themselves by --config.sampling.ema_decay=0'
             lines.append(

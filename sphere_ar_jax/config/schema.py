@@ -43,6 +43,8 @@ def _training(**values: Any) -> ConfigDict:
         ema_decay=0.0,
         # Rates of further EMAs, which are kept besides the first.
         more_ema_decays=(),
+        # Whether the rates of all EMAs rise to these values from 0.1, see `state.ramped`.
+        ema_ramp=False,
         # Pieces of a batch whose gradients are computed one after the other, to save memory.
         accumulate=1,
         log_every=100,
