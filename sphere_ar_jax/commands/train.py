@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.evaluation import class_names, page, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -144,7 +144,9 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     # The exact recipe of ImageNet knows neither EXIF nor transparency.
     as_stored = imagenet.are_synsets(source.class_names)
     reading = dict(
-        transform=augment.Augmentation(size, decay_from, decay_to, d.draft, as_stored, channels),
+        transform=augment.Augmentation(
+            size, decay_from, decay_to, d.draft, as_stored, channels, d.flip
+        ),
         workers=d.workers,
         threads=d.threads,
         max_broken=d.max_broken,
@@ -368,8 +370,9 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
 
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
-    'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer', 'init_from',
-    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
+    'reasons', 'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer',
+    'init_from', 'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception',
+    'watch.reference',
 )  # fmt: skip
 
 
@@ -441,6 +444,12 @@ def _introduce(setting: snapshots.Setting) -> None:
         print(f'left out: {left_out}', flush=True)
 
 
+def _as_text(cfg: ConfigDict) -> str:
+    """A config as text, with the reasons of its derived values as plain lines in front."""
+    values = schema.changed(cfg, {'reasons': ()})
+    return '\n'.join([*own.lines(cfg), str(values)])
+
+
 def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
     """Runs the trainings, then evaluates and reports.
 
@@ -470,7 +479,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     except (OSError, ValueError) as error:
         raise UserError(console.said(error)) from None
     _introduce(setting)
-    for line in checks.advice(cfg, len(setting.source)):
+    for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
         print(line, flush=True)
     seconds = {'start': time.perf_counter() - started}
 
@@ -488,6 +497,6 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     write_json(f'{workdir}/metrics.json', metrics)
     summary = _summary(setting, metrics)
-    page.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command, posterior)
+    page.save_page(workdir, cfg.data.name, summary, metrics, _as_text(cfg), command, posterior)
     print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
     return metrics

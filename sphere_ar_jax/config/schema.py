@@ -67,6 +67,9 @@ def default() -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
+            # What a config file says of the values that it has derived, a line each, see
+            # `own.lines`. The start of a training prints them; they change nothing.
+            reasons=(),
             # Dtype of the computation, one of DTYPES; parameters are always float32.
             dtype='float32',
             # Devices along each axis, see `sharding`; −1 takes as many as there are.
@@ -87,6 +90,8 @@ def default() -> ConfigDict:
                 num_classes=config_dict.placeholder(int),
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
+                # Whether training images are mirrored left to right with probability ½.
+                flip=True,
                 # A run stops at this share of images that cannot be decoded.
                 max_broken=0.001,
                 # Whether JPEG's decoder may scale down, which is faster but not exact.
@@ -233,7 +238,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # Keys that may change between two starts in one workdir: where things are, speed, how often to log
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
-    r'mesh\..*|sampling\..*|watch\..*|tokenizer'
+    r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons'
     r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'

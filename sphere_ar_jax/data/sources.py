@@ -169,7 +169,7 @@ def _check_classes(path: str, classes: list[str]) -> None:
       UserError: there are none, or they are the parts of a data set.
     """
     if not classes:
-        hint = 'one directory with all images in it makes a single class'
+        hint = 'all images may also lie in it directly, as a single class'
         if os.path.exists(os.path.join(path, _METADATA)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
@@ -185,6 +185,8 @@ def _check_classes(path: str, classes: list[str]) -> None:
 
 class ImageFolder:
     """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
+
+    A directory of images without any directory in it is a single class, which has its name.
 
     Images are in sorted order, class by class. A label is the index of a class among the sorted
     classes. Images are recognised by their suffix, in upper or lower case. Hidden files and those
@@ -213,6 +215,10 @@ class ImageFolder:
         left = LeftOut()
         try:
             classes = self._classes(left)
+            is_one_class = not classes and left.outside > 0
+            if is_one_class:
+                left = LeftOut()  # They do not lie beside classes, but are the class.
+                classes = ['']
             _check_classes(self.path, classes)
             found = [self._list(name, left) for name in classes]
         except NotADirectoryError:
@@ -230,6 +236,8 @@ class ImageFolder:
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        if is_one_class:
+            classes = [os.path.basename(self.path)]
         self.class_names = tuple(map(escaped, classes))
         self.num_classes = len(classes)
 
@@ -248,9 +256,12 @@ class ImageFolder:
         return sorted(classes)
 
     def _list(self, name: str, left: LeftOut) -> list[str]:
-        """Lists the image files of a class, as paths below PATH, and counts what is left out."""
+        """Lists the image files of a class, as paths below PATH, and counts what is left out.
+
+        The name '' stands for the directory itself.
+        """
         files = []
-        listed = {os.path.realpath(self.path)}
+        listed = {os.path.realpath(self.path)} if name else set()
         waiting = [name]
         while waiting:
             inside = waiting.pop(0)

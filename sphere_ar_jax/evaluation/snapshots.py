@@ -113,6 +113,14 @@ def _report_no_picture(step: int, error: on_mesh.NonFiniteSamples) -> None:
         print(f'step {step}: no picture, {error}', file=sys.stderr, flush=True)
 
 
+def _at_once(images: np.ndarray) -> int:
+    """How many of some examples are reconstructed at once.
+
+    Looks and the end of a run share it, and so the compiled program.
+    """
+    return min(16, len(images))
+
+
 def look_at_reconstructions(
     setting: Setting, vae_params: PyTree, images: np.ndarray, step: int, writer: MetricWriter
 ) -> None:
@@ -127,7 +135,7 @@ def look_at_reconstructions(
     """
     try:
         recon, _ = on_mesh.reconstruct(
-            setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
+            setting.vae, vae_params, images, jax.random.key(0), _at_once(images), setting.mesh
         )
     except on_mesh.NonFiniteSamples as error:
         _report_no_picture(step, error)
@@ -324,7 +332,7 @@ def show(
         setting,
         vae_params,
         images,
-        min(16, len(images)),
+        _at_once(images),
         columns=min(8, len(images)),
         title='training images, cropped at the centre, and decoded',
     )

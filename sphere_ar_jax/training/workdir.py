@@ -40,6 +40,20 @@ def _appears(path: epath.Path) -> bool:
     return False
 
 
+def _derived_otherwise(before: ConfigDict, now: ConfigDict) -> str:
+    """What to do where two configs derive their values from different images; '' otherwise."""
+    old = before.reasons[:1]
+    new = now.reasons[:1]
+    if not old or not new or old == new:
+        return ''
+    was = old[0].split('. ')[0]
+    is_now = new[0].split('. ')[0]
+    return (
+        f'its values were {was}, and now they are {is_now}. A run goes on with the images that it '
+        'was begun with alone: put the folder back as it was, or use another --workdir'
+    )
+
+
 def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool) -> str:
     """What to do about a run whose config differs from the one that its workdir was begun with.
 
@@ -87,7 +101,7 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             changed = schema.differences(schema.as_dict(before), mine)
         if changed:
             some = '; '.join(changed[:4])
-            remedy = _remedy(changed, workdir, converted)
+            remedy = _derived_otherwise(before, cfg) or _remedy(changed, workdir, converted)
             raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
     elif converted:
         raise UserError(

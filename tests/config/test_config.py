@@ -195,6 +195,7 @@ def test_configs_are_all_tested_here():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         'digits',
         'fashion',
+        'own',  # in test_own.py
         'vae',
         'ar_b',
         'ar_l',

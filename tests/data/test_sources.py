@@ -788,9 +788,21 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
     assert sources.ImageFolder(tmp_path).num_classes == len(parts) + 1
 
 
+def test_a_folder_without_directories_is_one_class(tmp_path):
+    birds = tmp_path / 'birds'
+    _fill(birds, 'b.png', 'a.JPG', 'notes.txt', '.DS_Store', '.git/1.png')
+    source = sources.ImageFolder(birds)
+    assert _contents(source) == [(b'a.JPG', 0, 'a.JPG'), (b'b.png', 0, 'b.png')]
+    assert source.class_names == ('birds',) and source.num_classes == 1
+    assert source.left_out == '1 file(s) that are no images (.txt 1); 2 hidden file(s)'
+    _fill(birds, 'owl/1.png')  # beside a directory they are no class
+    assert sources.ImageFolder(birds).class_names == ('owl',)
+
+
 def test_folders_without_images_are_refused(tmp_path):
-    (tmp_path / 'top.jpg').write_text('')
+    (tmp_path / 'top.txt').write_text('')
     assert 'must have one for each class' in _refusal(sources.ImageFolder, tmp_path)
+    (tmp_path / 'top.txt').rename(tmp_path / 'top.jpg')
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'notes.txt').write_text('')
     line = _refusal(sources.ImageFolder, tmp_path)
