@@ -37,6 +37,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
     (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
     (r'data\.holdout', 'lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9),
+    (r'data\.holdout_files', 'lie between 0 and 0.9', lambda n: 0 <= n <= 0.9),
     (r'seed', 'lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31),
 )
 
@@ -224,6 +225,10 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
         _require(
             channels == 1,
             f'vae.image_channels is {channels}, but data {d.name} is grey: set it to 1',
+        )
+        _require(
+            not d.holdout_files,
+            f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
         )
     _require(
         channels in (1, 3),

@@ -294,7 +294,7 @@ def _warmup(steps: int) -> int:
     return min(math.ceil(steps / 20), 5000)
 
 
-def _images(epochs: float, wishes: Wishes) -> list[Decision]:
+def _images(n: int, epochs: float, wishes: Wishes) -> list[Decision]:
     """What becomes of image files before a model sees them."""
     if wishes.crop:
         until = (int(epochs * 0.875), int(epochs * 0.9375))
@@ -312,7 +312,19 @@ def _images(epochs: float, wishes: Wishes) -> list[Decision]:
         Decision({'data.crop_until': until}, crops),
         Decision({'data.flip': wishes.flip}, flips),
         Decision({'data.max_broken': 0.05}, 'a broken file is named, and up to 5% are replaced.'),
+        _held_out(n),
     ]
+
+
+def _held_out(n: int) -> Decision:
+    """The share of the images that is held out."""
+    if n < 200:
+        return Decision({'data.holdout_files': 0.0}, 'fewer than 200 images are all trained on.')
+    return Decision(
+        {'data.holdout_files': 0.05},
+        'these are never trained on. Where their loss rises while that of the others falls, the '
+        'model learns its images by heart.',
+    )
 
 
 def _sampling(classes: int, tokens: int, smoke: bool) -> list[Decision]:
@@ -388,7 +400,7 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
         model,
         *_training(n, batch, steps, why, rate),
         losses,
-        *([] if found.grey else _images(steps * batch / n, wishes)),
+        *([] if found.grey else _images(n, steps * batch / n, wishes)),
         *_sampling(found.classes, tokens, smoke),
     )
 

@@ -7,6 +7,7 @@ Threads may share a source. Processes get it by pickle, without its open files. 
 raise `UserError`, when the source is opened if they can be seen then.
 
   KINDS   the sources by name      pack   copies any source to the files of `ArrayRecords`
+  split   holds some images of a source out
 
 Dimensions:
   n     entries
@@ -14,10 +15,11 @@ Dimensions:
   H, W  height and width of an image
 """
 
+import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import filelock
@@ -569,6 +571,70 @@ class TFDS:
         """Names entry i by the data set, the split and its number."""
         name, split, _ = self._arguments
         return f'{name} {split} [{range(len(self))[i]}]'
+
+
+# ---- a part of a source
+
+
+class Part:
+    """Some of the images of a source, in its order; else it is like the source."""
+
+    def __init__(self, source: Images, chosen: Sequence[int]):
+        """Takes entries of a source.
+
+        Args:
+          source: the source.
+          chosen: the numbers of the entries, ascending.
+        """
+        self._source = source
+        self._chosen = np.asarray(chosen, np.int64)
+        self.num_classes = source.num_classes
+        self.left_out = source.left_out
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the source's classes."""
+        return self._source.class_names
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._source[int(self._chosen[i])]
+
+    def name(self, i: int) -> str:
+        """Gives the source's name of entry i of this part."""
+        return self._source.name(int(self._chosen[i]))
+
+
+def _is_held_out(name: str, share: float) -> bool:
+    """Whether a name's hash, a number in [0, 1), lies below a share."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'big') < share * 2**64
+
+
+def split(source: Images, share: float) -> tuple[Images, Images | None]:
+    """Holds a share of a source's images out.
+
+    The hash of an image's name alone decides, for a folder that of its path below the folder. So
+    an image stays on its side when others are added or removed. Tars and ArrayRecord files, whose
+    names cost a read each, and which do not grow, are held out by the numbers of their entries.
+
+    Args:
+      source: the images.
+      share: about this share is held out, in [0, 1).
+
+    Returns:
+      (the images to train on, those held out). None in place of the second where there would be
+        none in one of the two, as with a share of 0.
+    """
+    if not share:
+        return source, None
+    named = isinstance(source, ImageFolder | TFDS)
+    out = [_is_held_out(source.name(i) if named else str(i), share) for i in range(len(source))]
+    if all(out) or not any(out):
+        return source, None
+    return Part(source, np.flatnonzero(np.logical_not(out))), Part(source, np.flatnonzero(out))
 
 
 def open_source(

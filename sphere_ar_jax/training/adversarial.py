@@ -168,4 +168,5 @@ def tokenizer_stage(
         shown=('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake'),
         about='LPIPS network',
         warn=vae.posterior.faults,
+        loss=stages.tokenizer_loss(vae, options),
     )

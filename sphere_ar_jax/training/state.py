@@ -73,6 +73,7 @@ class Stage(NamedTuple):
       about: what the frozen parameters are, for messages.
       warn: logged scalars → what is wrong with them in words, or None.
       model: the module of the frozen parameters, which checkpoints note, or None.
+      loss: the loss without an update, for images that are held out, or None.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Stage(NamedTuple):
     about: str = ''
     warn: Callable[[dict[str, float]], str | None] = _no_warning
     model: Any = None
+    loss: Loss | None = None
 
 
 def ema_decays(options: ConfigDict) -> tuple[float, ...]:
@@ -189,7 +191,7 @@ def make_stage(
         )
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
-    return Stage(name, options, init, step, frozen, shown, **fields)
+    return Stage(name, options, init, step, frozen, shown, loss=loss, **fields)
 
 
 def copies(params: PyTree, decays: Iterable[Any]) -> tuple[PyTree, ...]:

@@ -269,6 +269,8 @@ WRONG = {
     'watch.fid_images': (100, 'needs watch.inception'),
     'data.classifier_steps': (0, 'at least 1'),
     'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
+    'data.holdout_files': (0.1, 'data digits has a held-out part of its own'),
+    'data.holdout_files ': (1.0, r'between 0 and 0\.9'),
     'seed': (-1, 'seed is -1'),
     'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
     'tokenizer_training.steps': (-1, 'at least 0'),

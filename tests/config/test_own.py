@@ -55,6 +55,7 @@ def test_every_derived_config_is_possible(images, classes, size):
     assert epochs * 0.8 <= first + 1 and last <= epochs
     assert (config.sampling.guidance is None) == (t.label_dropout == 0) == (classes == 1)
     assert 0 < config.watch.every <= t.steps / 4
+    assert config.data.holdout_files == (0.0 if images < 200 else 0.05)
     assert max(t.log_every, t.checkpoint_every) <= t.steps / 5
 
 
