@@ -4,8 +4,8 @@ Command:   python -m sphere_ar_jax.main --config=configs/own.py:data=folder:/dat
                --workdir=/tmp/birds
 Data:      A directory for each class, DIR/CLASS/NAME.jpg, or all images in one directory, which
            then are a single class without guidance.
-Hardware:  Sized for one small GPU: 2,000 images of 64×64 pixels take 1.1·10¹⁶ operations, which is
-           35 minutes at 5 TFLOP/s. This is reckoned. It was not measured on a GPU.
+Hardware:  Sized for one small GPU: 2,000 images of 64×64 pixels take 1.0·10¹⁶ operations, which is
+           34 minutes at 5 TFLOP/s. This is reckoned. It was not measured on a GPU.
 Result:    Not measured. The recipe is that of configs/digits.py in larger models.
 
 Sizes, steps, warm-up, EMA and crops are derived from the number of images, their size and the

@@ -1,5 +1,6 @@
 """Refuses values that no run can have, each in one line that says what to change."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection
@@ -124,6 +125,17 @@ def _check_training(name: str, training: ConfigDict) -> None:
     _require(
         training.warmup_steps <= training.steps or not training.steps,
         f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
+    )
+
+
+def _check_restarts(name: str, training: ConfigDict) -> None:
+    """Checks that the learning rate of a training can rise and fall between its restarts."""
+    ends = (0, *training.restarts, training.steps)
+    lengths = [after - before for before, after in itertools.pairwise(ends)]
+    _require(
+        not training.restarts or (_are_whole(ends) and min(lengths) > training.warmup_steps),
+        f'{name}.restarts is {tuple(training.restarts)}, but must be ascending steps below '
+        f'{training.steps}, further apart than the warm-up of {training.warmup_steps}',
     )
 
 
@@ -395,6 +407,7 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_data(config.data, image_shape)
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
+        _check_restarts(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)

@@ -35,6 +35,9 @@ def _training(**values: Any) -> ConfigDict:
         learning_rate=1e-4,
         final_learning_rate=1e-4,
         warmup_steps=0,
+        # Steps from which the learning rate rises and falls anew: the `steps` that a run had before
+        # it was prolonged, ascending.
+        restarts=(),
         weight_decay=0.05,
         b1=0.9,
         b2=0.95,

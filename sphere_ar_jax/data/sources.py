@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import filelock
@@ -579,15 +579,15 @@ class TFDS:
 class Part:
     """Some of the images of a source, in its order; else it is like the source."""
 
-    def __init__(self, source: Images, chosen: Sequence[int]):
+    def __init__(self, source: Images, chosen: np.ndarray):
         """Takes entries of a source.
 
         Args:
           source: the source.
-          chosen: the numbers of the entries, ascending.
+          chosen: the numbers of the entries, (n,) ints, ascending.
         """
         self._source = source
-        self._chosen = np.asarray(chosen, np.int64)
+        self._chosen = chosen
         self.num_classes = source.num_classes
         self.left_out = source.left_out
 

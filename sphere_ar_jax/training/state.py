@@ -133,7 +133,11 @@ def value_and_grad(loss: Loss, parts: int) -> Callable[..., tuple[tuple[jax.Arra
 def build_optimizer(options: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The learning rate's schedule and the optimizer of a stage's options."""
     schedule = optimizer.learning_rate(
-        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+        options.learning_rate,
+        options.warmup_steps,
+        options.steps,
+        options.final_learning_rate,
+        tuple(options.restarts),
     )
     tx = optimizer.adamw(
         schedule,

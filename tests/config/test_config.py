@@ -263,6 +263,8 @@ WRONG = {
     'tokenizer_training.accumulate': (3, 'must divide the batch size 16'),
     'ar_training.more_ema_decays': ((0.9, 1), 'between 0 and 1'),
     'tokenizer_training.ema_ramp': (True, 'no average to ramp up; give an ema_decay'),
+    'ar_training.restarts': ((5,), 'further apart than the warm-up of 2'),
+    'ar_training.restarts ': ((9,), 'ascending steps below 6'),
     'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
     'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
     'watch.every': (-1, 'not be negative'),

@@ -44,7 +44,7 @@ def test_every_derived_config_is_possible(images, classes, size):
     config = _config(images, classes, size=size)
     assert build.build_vae(config).image_shape == (size, size, 3)
     t = config.ar_training
-    epochs = t.steps * t.batch_size / images
+    epochs = t.steps * t.batch_size / (images * (1 - config.data.holdout_files))
     assert 2000 <= t.steps < 1_000_800 and epochs > 10
     assert t.warmup_steps <= t.steps / 10 and config.tokenizer_training.steps < t.steps
     # The average looks back over a part of the training, and forgets how it began.
@@ -69,10 +69,10 @@ def test_more_images_are_seen_more_often_together_and_less_often_each():
     assert np.isclose(seen[3] / seen[2], math.sqrt(25), rtol=0.05)
     widths = [c.ar.width for c in runs]
     assert widths == sorted(widths) and len(set(widths)) == 4
-    # 300 epochs of 2,000 images, in the words of the line too.
-    assert np.isclose(each[2], 300, rtol=0.01)
+    # 300 epochs of 2,000 images, but for those held out; the words of the line count 1,900.
+    assert np.isclose(each[2], 300 * 0.95**0.5, rtol=0.01)
     (line,) = (line for line in runs[2].reasons if line.startswith('ar_training.steps='))
-    assert line.startswith('ar_training.steps=9400: each image is seen 301 times.')
+    assert line.startswith('ar_training.steps=9100: each image is seen 307 times.')
 
 
 def test_an_hour_on_a_small_gpu():
@@ -83,7 +83,7 @@ def test_an_hour_on_a_small_gpu():
         for name in ('tokenizer_training', 'ar_training')
     }
     operations = 6.5e9 * seen['tokenizer_training'] + 12.8e9 * seen['ar_training']
-    assert np.isclose(operations, 1.1e16, rtol=0.05)
+    assert np.isclose(operations, 1.02e16, rtol=0.01)
     assert operations / 5e12 < 40 * 60
 
 
@@ -118,7 +118,7 @@ def test_few_images_are_learnt_by_heart_and_that_is_said():
 
 
 def test_epochs_and_steps_are_asked_for():
-    by_epochs = _config(2000, 10, epochs=64).ar_training
+    by_epochs = _config(160, 10, epochs=200).ar_training
     assert by_epochs.steps == 2000 and by_epochs.warmup_steps == 100
     config = _config(2000, 10, steps=100)
     assert config.ar_training.steps == 100 and config.tokenizer_training.steps == 75
