@@ -23,8 +23,9 @@ flip, no_flip  Whether images are mirrored left to right at random. They are, un
                given: a flip spoils letters.
 crop, whole    Random crops (the default), or always the whole square in the middle.
 grey           A model of grey images.
-smoke          20 steps of the smallest models, to see that everything runs. It takes about a minute
-               on two cores; its pictures show nothing.
+smoke          20 steps of the smallest models, to see that everything runs; its pictures show
+               nothing. It takes 200 CPU seconds, nearly all of them compilation, when nothing is
+               compiled yet.
 """
 
 from ml_collections import ConfigDict

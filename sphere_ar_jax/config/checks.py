@@ -337,6 +337,10 @@ def _check_watch(w: ConfigDict, channels: int) -> None:
 _SHARE_OF_START = 0.05
 
 
+# Epochs of a training above which its length hardly fits its images.
+_MANY_EPOCHS = 2000
+
+
 def share_of_start(decay: float, steps: int, ramp: bool = False) -> float:
     """The share of the initialisation in an EMA of a rate after so many steps.
 
@@ -379,6 +383,8 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
         if config.data.name not in small.KINDS:
             first, last = config.data.crop_until
             line += f'; crops are random up to epoch {first}, and all central from {last}'
+        if epochs > _MANY_EPOCHS and not config.reasons:
+            line += '; configs/own.py derives shorter trainings from the number of images'
         lines.append(line)
         share = share_of_start(t.ema_decay, t.steps, t.ema_ramp)
         if share > _SHARE_OF_START:

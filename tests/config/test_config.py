@@ -386,6 +386,9 @@ def test_what_the_trainings_amount_to():
     # 0.1 · 2/11 · 3/12, which is 1/C(12, 9).
     assert np.isclose(checks.share_of_start(0.9999, 3, ramp=True), 1 / 220)
     assert np.isclose(checks.share_of_start(0.15, 3, ramp=True), 0.1 * 0.15 * 0.15)
+    assert 'configs/own.py' not in ar
+    _, many = checks.advice(cfg, 12)
+    assert many.endswith('; configs/own.py derives shorter trainings from the number of images')
     cfg.ar_training.update(ema_decay=0.99, ema_ramp=False)
     cfg.tokenizer = '/trained'
     assert len(checks.advice(cfg, 64)) == 1

@@ -99,6 +99,21 @@ def test_runs_of_other_seeds_have_the_same_program():
     assert results[0] != results[1]
 
 
+@pytest.mark.slow
+def test_a_prolonged_run_is_one_that_restarted_from_the_beginning(tmp_path):
+    """The state at its new end is that of an undisturbed run with the same restart."""
+    cfg = get_config()
+    cfg.ar_training.update(steps=6, warmup_steps=2, ema_ramp=True)
+    _train(cfg, tmp_path / 'a', 1)
+    cfg.ar_training.update(steps=12, restarts=(6,))
+    states = [_train(cfg, tmp_path / directory, 1)[0] for directory in ('a', 'b')]
+    assert [int(state.step) for state in states] == [12, 12]
+    chex.assert_trees_all_close(states[0], states[1], atol=1e-6)
+    lines = (tmp_path / 'a' / 'metrics.jsonl').read_text().splitlines()
+    rates = [json.loads(line)['learning_rate'] for line in lines]
+    assert len(rates) == 6 and rates[2] < rates[1] and rates[4] > rates[2]
+
+
 @pytest.mark.parametrize('ramp', [False, True])
 def test_the_averages_of_a_stage_follow_their_rates(ramp):
     """Beside a loop in float64 over the same weights: n counts the steps before each one."""
