@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.evaluation import class_names, page, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -36,6 +36,22 @@ from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.workdir import claim, has, other_model
 
 _T = TypeVar('_T')
+
+
+class _Data(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+      source: the images to train on.
+      data: the small data set that these belong to, or None.
+      heldout: images that are never trained on, or None.
+      reading: what else `loop.train` needs to read the source.
+    """
+
+    source: Any
+    data: small.DataSet | None
+    heldout: Any
+    reading: dict[str, Any]
 
 
 class _Trained(NamedTuple):
@@ -114,15 +130,11 @@ def _check_labels(cfg: ConfigDict, train: small.Split) -> None:
         )
 
 
-def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
+def _open_data(cfg: ConfigDict) -> _Data:
     """Opens the training images.
 
     Where neither the config nor the kind of data says how many classes there are, this sets
     cfg.data.num_classes to the number found.
-
-    Returns:
-      (training source, the small data set that it belongs to or None, what else `loop.train` needs
-      to read it).
 
     Raises:
       UserError: there are no images, or they have more classes than the model.
@@ -133,7 +145,7 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
         count_classes(cfg, data.train)
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)
-        return data.train, data, {}
+        return _Data(data.train, data, data.heldout, {})
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
@@ -144,12 +156,15 @@ def _open_data(cfg: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     # The exact recipe of ImageNet knows neither EXIF nor transparency.
     as_stored = imagenet.are_synsets(source.class_names)
     reading = dict(
-        transform=augment.Augmentation(size, decay_from, decay_to, d.draft, as_stored, channels),
+        transform=augment.Augmentation(
+            size, decay_from, decay_to, d.draft, as_stored, channels, d.flip
+        ),
         workers=d.workers,
         threads=d.threads,
         max_broken=d.max_broken,
     )
-    return source, None, reading
+    training, heldout = sources.split(source, d.holdout_files)
+    return _Data(training, None, heldout, reading)
 
 
 def _run(
@@ -161,9 +176,16 @@ def _run(
     """Runs one stage by `loop.train`. Returns (its state at the end, wall time in seconds).
 
     `reading` comes from `_open_data`. `look` is called every `cfg.watch.every` steps, see
-    `loop.Watch`.
+    `loop.Watch`, and then the held-out images are looked at.
     """
     every = setting.cfg.watch.every
+    held = snapshots.held_out(setting, stage) if every else None
+
+    def look_at_all(step: int, params: PyTree, writer: MetricWriter) -> None:
+        look(step, params, writer)
+        if held is not None:
+            snapshots.look_at_heldout(held, params, step, writer)
+
     return loop.train(
         stage,
         setting.source,
@@ -171,7 +193,7 @@ def _run(
         seed=setting.cfg.seed,
         mesh=setting.mesh,
         reading=reading,
-        watch=loop.Watch(every, look) if every else None,
+        watch=loop.Watch(every, look_at_all) if every else None,
     )
 
 
@@ -261,15 +283,16 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
     """The result of a run, in a few sentences for report.html."""
     cfg = setting.cfg
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
+    which = 'training' if setting.heldout is None else 'held-out'
     if setting.data is None and not cfg.ar_training.steps:
         return (
-            f'The tokenizer gives training images back at {psnr}. '
+            f'The tokenizer gives {which} images back at {psnr}. '
             'Scores: --mode=evaluate --images=NPZ. '
             'An AR model on it: another --workdir, and --config.tokenizer with this one.'
         )
     if setting.data is None:
         return (
-            f'The tokenizer gives training images back at {psnr}. '
+            f'The tokenizer gives {which} images back at {psnr}. '
             'Scores: --mode=sample, then --mode=evaluate.'
         )
     noun = small.KINDS[setting.data.kind].noun
@@ -368,8 +391,9 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
 
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
-    'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer', 'init_from',
-    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
+    'reasons', 'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer',
+    'init_from', 'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception',
+    'watch.reference',
 )  # fmt: skip
 
 
@@ -403,7 +427,7 @@ def _set_up(
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
     mesh = sharding.make_mesh(**cfg.mesh)
-    source, data, reading = _open_data(cfg)
+    source, data, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
     stages: Callable[[snapshots.Setting], _Trained]
     if cfg.init_from is None:
@@ -414,7 +438,7 @@ def _set_up(
         stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
-    setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg))
+    setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
     _check_same(cfg, source)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
@@ -432,13 +456,19 @@ def _introduce(setting: snapshots.Setting) -> None:
     names = getattr(source, 'class_names', None)
     if setting.cfg.ar_training.steps or setting.cfg.init_from is not None:
         class_names.keep(setting.workdir, names)
-    held = '' if setting.data is None else f', {len(setting.data.heldout)} held out'
+    held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
     print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')
     if left_out:
         print(f'left out: {left_out}', flush=True)
+
+
+def _as_text(cfg: ConfigDict) -> str:
+    """A config as text, with the reasons of its derived values as plain lines in front."""
+    values = schema.changed(cfg, {'reasons': ()})
+    return '\n'.join([*own.lines(cfg), str(values)])
 
 
 def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
@@ -470,7 +500,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     except (OSError, ValueError) as error:
         raise UserError(console.said(error)) from None
     _introduce(setting)
-    for line in checks.advice(cfg, len(setting.source)):
+    for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
         print(line, flush=True)
     seconds = {'start': time.perf_counter() - started}
 
@@ -488,6 +518,6 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     write_json(f'{workdir}/metrics.json', metrics)
     summary = _summary(setting, metrics)
-    page.save_page(workdir, cfg.data.name, summary, metrics, str(cfg), command, posterior)
+    page.save_page(workdir, cfg.data.name, summary, metrics, _as_text(cfg), command, posterior)
     print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')
     return metrics

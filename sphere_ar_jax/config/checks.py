@@ -1,5 +1,6 @@
 """Refuses values that no run can have, each in one line that says what to change."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection
@@ -37,6 +38,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
     (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
     (r'data\.holdout', 'lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9),
+    (r'data\.holdout_files', 'lie between 0 and 0.9', lambda n: 0 <= n <= 0.9),
     (r'seed', 'lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31),
 )
 
@@ -112,6 +114,10 @@ def _check_training(name: str, training: ConfigDict) -> None:
         'beside an ema_decay',
     )
     _require(
+        bool(training.ema_decay) or not training.ema_ramp,
+        f'{name}.ema_ramp: there is no average to ramp up; give an ema_decay too',
+    )
+    _require(
         training.batch_size % training.accumulate == 0,
         f'{name}.accumulate is {training.accumulate}, '
         f'but must divide the batch size {training.batch_size}',
@@ -119,6 +125,17 @@ def _check_training(name: str, training: ConfigDict) -> None:
     _require(
         training.warmup_steps <= training.steps or not training.steps,
         f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
+    )
+
+
+def _check_restarts(name: str, training: ConfigDict) -> None:
+    """Checks that the learning rate of a training can rise and fall between its restarts."""
+    ends = (0, *training.restarts, training.steps)
+    lengths = [after - before for before, after in itertools.pairwise(ends)]
+    _require(
+        not training.restarts or (_are_whole(ends) and min(lengths) > training.warmup_steps),
+        f'{name}.restarts is {tuple(training.restarts)}, but must be ascending steps below '
+        f'{training.steps}, further apart than the warm-up of {training.warmup_steps}',
     )
 
 
@@ -221,6 +238,10 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
             channels == 1,
             f'vae.image_channels is {channels}, but data {d.name} is grey: set it to 1',
         )
+        _require(
+            not d.holdout_files,
+            f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
+        )
     _require(
         channels in (1, 3),
         f'vae.image_channels is {channels}, but must be 3 for colour or 1 for grey',
@@ -316,12 +337,31 @@ def _check_watch(w: ConfigDict, channels: int) -> None:
 _SHARE_OF_START = 0.05
 
 
+# Epochs of a training above which its length hardly fits its images.
+_MANY_EPOCHS = 2000
+
+
+def share_of_start(decay: float, steps: int, ramp: bool = False) -> float:
+    """The share of the initialisation in an EMA of a rate after so many steps.
+
+    It is the product of the rates of all steps: rⁿ, or with a ramp that of
+    min(r, (1 + i)/(10 + i)) for i = 0 … n − 1.
+    """
+    if not ramp:
+        return decay**steps
+    share = 1.0
+    for i in range(steps):
+        share *= min(decay, (1 + i) / (10 + i))
+        if share < _SHARE_OF_START / 100:  # What follows only makes it smaller.
+            break
+    return share
+
+
 def advice(config: ConfigDict, num_images: int) -> list[str]:
     """Lines on what the trainings of a checked config amount to, for the images there are.
 
     They say which keys the backbone does not read, how many epochs the steps are, and where an
-    average of the weights still holds much of the initialisation: after n steps of rate r its share
-    is rⁿ.
+    average of the weights still holds much of the initialisation, see `share_of_start`.
 
     Args:
       config: a checked config.
@@ -343,10 +383,12 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
         if config.data.name not in small.KINDS:
             first, last = config.data.crop_until
             line += f'; crops are random up to epoch {first}, and all central from {last}'
+        if epochs > _MANY_EPOCHS and not config.reasons:
+            line += '; configs/own.py derives shorter trainings from the number of images'
         lines.append(line)
-        share = t.ema_decay**t.steps
+        share = share_of_start(t.ema_decay, t.steps, t.ema_ramp)
         if share > _SHARE_OF_START:
-            remedy = f'lower --config.{name}.ema_decay'
+            remedy = f'lower --config.{name}.ema_decay, give --config.{name}.ema_ramp=True'
             if name == 'ar_training':
                 remedy += ', or sample the weights themselves by --config.sampling.ema_decay=0'
             lines.append(
@@ -371,6 +413,7 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_data(config.data, image_shape)
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):
         _check_training(name, config[name])
+        _check_restarts(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)

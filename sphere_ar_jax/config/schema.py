@@ -35,6 +35,9 @@ def _training(**values: Any) -> ConfigDict:
         learning_rate=1e-4,
         final_learning_rate=1e-4,
         warmup_steps=0,
+        # Steps from which the learning rate rises and falls anew: the `steps` that a run had before
+        # it was prolonged, ascending.
+        restarts=(),
         weight_decay=0.05,
         b1=0.9,
         b2=0.95,
@@ -43,6 +46,8 @@ def _training(**values: Any) -> ConfigDict:
         ema_decay=0.0,
         # Rates of further EMAs, which are kept besides the first.
         more_ema_decays=(),
+        # Whether the rates of all EMAs rise to these values from 0.1, see `state.ramped`.
+        ema_ramp=False,
         # Pieces of a batch whose gradients are computed one after the other, to save memory.
         accumulate=1,
         log_every=100,
@@ -65,6 +70,9 @@ def default() -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
+            # What a config file says of the values that it has derived, a line each, see
+            # `own.lines`. The start of a training prints them; they change nothing.
+            reasons=(),
             # Dtype of the computation, one of DTYPES; parameters are always float32.
             dtype='float32',
             # Devices along each axis, see `sharding`; −1 takes as many as there are.
@@ -79,12 +87,18 @@ def default() -> ConfigDict:
                 data_dir=config_dict.placeholder(str),
                 # Share of the digits that is held out.
                 holdout=0.2,
+                # Share of the images of all other kinds that is held out, see `sources.split`. IDX
+                # files have a test split. (`holdout` stands at 0.2 in old runs on files, which
+                # hold nothing out.)
+                holdout_files=0.0,
                 # Training steps of the network that judges samples, for IDX files.
                 classifier_steps=1600,
                 # Number of classes of the AR model; as many as the data has, if not given.
                 num_classes=config_dict.placeholder(int),
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
+                # Whether training images are mirrored left to right with probability ½.
+                flip=True,
                 # A run stops at this share of images that cannot be decoded.
                 max_broken=0.001,
                 # Whether JPEG's decoder may scale down, which is faster but not exact.
@@ -231,7 +245,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # Keys that may change between two starts in one workdir: where things are, speed, how often to log
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
-    r'mesh\..*|sampling\..*|watch\..*|tokenizer'
+    r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons'
     r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'

@@ -295,7 +295,7 @@ class Augmentation:
 
     1. A float in [0, 1). If it is below `aug_ratio` of the epoch, the crop is random.
     2. For a random crop: s, y and x.
-    3. 0 or 1. 1 flips left and right.
+    3. With `flip`, 0 or 1. 1 flips left and right.
 
     Attributes:
       size: S.
@@ -304,6 +304,7 @@ class Augmentation:
       draft: whether to decode at a reduced size, see `decode`; this is not exact.
       as_stored: whether alpha is dropped and EXIF ignored, see `decode`.
       channels: c, 3 or 1, see `with_channels`.
+      flip: whether images are flipped.
     """
 
     size: int
@@ -312,6 +313,7 @@ class Augmentation:
     draft: bool = False
     as_stored: bool = False
     channels: int = 3
+    flip: bool = True
 
     def __call__(
         self, record: dict[str, Any], epoch: int, rng: np.random.Generator
@@ -338,6 +340,6 @@ class Augmentation:
         image = decode(record['image'], shorter if self.draft else None, self.as_stored)
         pixels = crop(image, self.size, shorter, draw if is_random else _middle)
         pixels = with_channels(pixels, self.channels)
-        if draw(0, 2):
+        if self.flip and draw(0, 2):
             pixels = pixels[:, ::-1]
         return {'image': to_float(pixels), 'label': record['label']}

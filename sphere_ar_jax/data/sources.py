@@ -7,6 +7,7 @@ Threads may share a source. Processes get it by pickle, without its open files. 
 raise `UserError`, when the source is opened if they can be seen then.
 
   KINDS   the sources by name      pack   copies any source to the files of `ArrayRecords`
+  split   holds some images of a source out
 
 Dimensions:
   n     entries
@@ -14,6 +15,7 @@ Dimensions:
   H, W  height and width of an image
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -169,7 +171,7 @@ def _check_classes(path: str, classes: list[str]) -> None:
       UserError: there are none, or they are the parts of a data set.
     """
     if not classes:
-        hint = 'one directory with all images in it makes a single class'
+        hint = 'all images may also lie in it directly, as a single class'
         if os.path.exists(os.path.join(path, _METADATA)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
@@ -185,6 +187,8 @@ def _check_classes(path: str, classes: list[str]) -> None:
 
 class ImageFolder:
     """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
+
+    A directory of images without any directory in it is a single class, which has its name.
 
     Images are in sorted order, class by class. A label is the index of a class among the sorted
     classes. Images are recognised by their suffix, in upper or lower case. Hidden files and those
@@ -213,6 +217,10 @@ class ImageFolder:
         left = LeftOut()
         try:
             classes = self._classes(left)
+            is_one_class = not classes and left.outside > 0
+            if is_one_class:
+                left = LeftOut()  # They do not lie beside classes, but are the class.
+                classes = ['']
             _check_classes(self.path, classes)
             found = [self._list(name, left) for name in classes]
         except NotADirectoryError:
@@ -230,6 +238,8 @@ class ImageFolder:
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
         self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        if is_one_class:
+            classes = [os.path.basename(self.path)]
         self.class_names = tuple(map(escaped, classes))
         self.num_classes = len(classes)
 
@@ -248,9 +258,12 @@ class ImageFolder:
         return sorted(classes)
 
     def _list(self, name: str, left: LeftOut) -> list[str]:
-        """Lists the image files of a class, as paths below PATH, and counts what is left out."""
+        """Lists the image files of a class, as paths below PATH, and counts what is left out.
+
+        The name '' stands for the directory itself.
+        """
         files = []
-        listed = {os.path.realpath(self.path)}
+        listed = {os.path.realpath(self.path)} if name else set()
         waiting = [name]
         while waiting:
             inside = waiting.pop(0)
@@ -558,6 +571,70 @@ class TFDS:
         """Names entry i by the data set, the split and its number."""
         name, split, _ = self._arguments
         return f'{name} {split} [{range(len(self))[i]}]'
+
+
+# ---- a part of a source
+
+
+class Part:
+    """Some of the images of a source, in its order; else it is like the source."""
+
+    def __init__(self, source: Images, chosen: np.ndarray):
+        """Takes entries of a source.
+
+        Args:
+          source: the source.
+          chosen: the numbers of the entries, (n,) ints, ascending.
+        """
+        self._source = source
+        self._chosen = chosen
+        self.num_classes = source.num_classes
+        self.left_out = source.left_out
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the source's classes."""
+        return self._source.class_names
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._source[int(self._chosen[i])]
+
+    def name(self, i: int) -> str:
+        """Gives the source's name of entry i of this part."""
+        return self._source.name(int(self._chosen[i]))
+
+
+def _is_held_out(name: str, share: float) -> bool:
+    """Whether a name's hash, a number in [0, 1), lies below a share."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'big') < share * 2**64
+
+
+def split(source: Images, share: float) -> tuple[Images, Images | None]:
+    """Holds a share of a source's images out.
+
+    The hash of an image's name alone decides, for a folder that of its path below the folder. So
+    an image stays on its side when others are added or removed. Tars and ArrayRecord files, whose
+    names cost a read each, and which do not grow, are held out by the numbers of their entries.
+
+    Args:
+      source: the images.
+      share: about this share is held out, in [0, 1).
+
+    Returns:
+      (the images to train on, those held out). None in place of the second where there would be
+        none in one of the two, as with a share of 0.
+    """
+    if not share:
+        return source, None
+    named = isinstance(source, ImageFolder | TFDS)
+    out = [_is_held_out(source.name(i) if named else str(i), share) for i in range(len(source))]
+    if all(out) or not any(out):
+        return source, None
+    return Part(source, np.flatnonzero(np.logical_not(out))), Part(source, np.flatnonzero(out))
 
 
 def open_source(

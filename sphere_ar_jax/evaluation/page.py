@@ -63,9 +63,14 @@ def _has(line: Mapping[str, Any], curve: _Curve) -> bool:
 
 
 def _plot(axis: Axes, curve: _Curve, lines: list[dict[str, float]]) -> None:
-    """Plots a curve from the lines of its stage's metrics.jsonl."""
+    """Plots a curve from the lines of its stage's metrics.jsonl, and that of held-out images."""
     points = [(line['step'], line[curve.name]) for line in lines if _has(line, curve)]
     axis.plot(*zip(*points, strict=True))
+    held_out = curve._replace(name=f'heldout_{curve.name}')
+    looks = [(line['step'], line[held_out.name]) for line in lines if _has(line, held_out)]
+    if looks:
+        axis.plot(*zip(*looks, strict=True), marker='.', label='held out')
+        axis.legend(fontsize=8)
     axis.set_title(curve.label, fontsize=9)
     axis.set_xlabel('step', fontsize=8)
     axis.tick_params(labelsize=8)
@@ -159,7 +164,7 @@ _REPORT = """<p>{summary}</p>
 
 # Name of a metric → what the table says about it.
 _MEANING = {
-    'vae/psnr': 'reconstruction of held-out images of a small data set, or of training images, dB',
+    'vae/psnr': 'reconstruction of held-out images, or of training images if none are, dB',
     'classifier/accuracy': "an independent classifier's accuracy on held-out real images",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',

@@ -6,7 +6,7 @@ Dimensions:
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels, small
-from sphere_ar_jax.evaluation import class_names, pictures, small_images, tokenizer
+from sphere_ar_jax.evaluation import class_names, heldout, pictures, small_images, tokenizer
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
@@ -26,6 +26,7 @@ from sphere_ar_jax.runtime.metric_writer import MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
+from sphere_ar_jax.training.state import Batch, Stage
 
 
 class Setting(NamedTuple):
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
       data: the small data set whose training images these are, or None.
       judge: parameters of the Inception network and the statistics of the reference, for FID while
         training, or None.
+      heldout: images that are never trained on, a source or a split of `data`, or None.
     """
 
     cfg: ConfigDict
@@ -51,6 +53,7 @@ class Setting(NamedTuple):
     source: Any
     data: small.DataSet | None = None
     judge: tuple[PyTree, statistics.Statistics] | None = None
+    heldout: Any = None
 
 
 class _Grid(NamedTuple):
@@ -67,15 +70,76 @@ class _Grid(NamedTuple):
     noise: np.ndarray
 
 
-def _example(setting: Setting, i: int, as_stored: bool) -> np.ndarray | None:
-    """Training image i (H, W, c), cropped at the centre; None where it cannot be shown."""
+def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) -> Batch:
+    """Images of files, cropped at the centre, without those that cannot be shown.
+
+    Args:
+      setting: the run.
+      source: the images.
+      numbers: the entries to try, in turn.
+      most: how many are taken.
+
+    Returns:
+      {'image': (n, H, W, c), 'label': (n,)}; both are lists of nothing where n would be 0.
+    """
     size, _, channels = setting.vae.image_shape
-    try:
-        image = augment.decode(setting.source[i]['image'], as_stored=as_stored)
-        crop = augment.center_crop(image, size)
-    except (augment.BrokenImageError, UserError, MemoryError):
+    as_stored = imagenet.are_synsets(getattr(source, 'class_names', None))
+    images: list[np.ndarray] = []
+    labels: list[Any] = []
+    for i in numbers:
+        if len(images) == most:
+            break
+        try:
+            record = source[i]
+            image = augment.decode(record['image'], as_stored=as_stored)
+            crop = augment.center_crop(image, size)
+        except (augment.BrokenImageError, UserError, MemoryError):
+            continue
+        images.append(pixels.to_float(augment.with_channels(crop, channels)))
+        labels.append(record['label'])
+    return {
+        'image': np.stack(images) if images else [],
+        'label': np.array(labels, np.int32),
+    }
+
+
+# Held-out images that a look takes at most.
+_MOST_LOOKED_AT = 256
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers 0 … count − 1, spread evenly, so that all classes are met."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def held_out(setting: Setting, stage: Stage) -> heldout.HeldOut | None:
+    """What computes a stage's loss on held-out images, None where there are none."""
+    if setting.heldout is None or stage.loss is None:
         return None
-    return pixels.to_float(augment.with_channels(crop, channels))
+    numbers = _spread(len(setting.heldout), _MOST_LOOKED_AT)
+    images: Batch
+    if setting.data is not None:
+        records = [setting.heldout[i] for i in numbers]
+        images = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    else:
+        images = _examples(setting, setting.heldout, numbers, _MOST_LOOKED_AT)
+    if not len(images['label']):
+        return None
+    return heldout.HeldOut(stage, images, setting.cfg.seed, setting.mesh)
+
+
+def look_at_heldout(held: heldout.HeldOut, params: PyTree, step: int, writer: MetricWriter) -> None:
+    """Writes a stage's loss on held-out images, as heldout_loss, heldout_psnr and heldout_l1.
+
+    Args:
+      held: from `held_out`.
+      params: the stage's parameters at this step.
+      step: number of training steps done.
+      writer: the stage's metrics.
+    """
+    found = held.scalars(params)
+    if found:
+        writer.write(step, found, found)
 
 
 # Held-out images that are reconstructed at the end of a run at most.
@@ -86,31 +150,37 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
     """The first n images of which reconstructions are shown.
 
     Returns:
-      (n, H, W, c): held-out images, or training images cropped at the centre, without those that
-      are broken, cannot be read, or are too long and thin to be cropped.
+      (n, H, W, c): held-out images, or training images where none are held out. Images of files
+      are cropped at the centre, and left out where they are broken, cannot be read, or are too
+      long and thin to be cropped.
 
     Raises:
       UserError: no image can be shown.
     """
     if setting.data is not None:
         return small.first_images(setting.data.heldout, n)
-    as_stored = imagenet.are_synsets(getattr(setting.source, 'class_names', None))
-    found: list[np.ndarray] = []
-    for i in range(len(setting.source)):
-        if len(found) == n:
-            break
-        image = _example(setting, i, as_stored)
-        if image is not None:
-            found.append(image)
-    if not found:
+    if setting.heldout is not None:
+        found = _examples(setting, setting.heldout, _spread(len(setting.heldout), n), n)['image']
+        if len(found):
+            return found
+    found = _examples(setting, setting.source, range(len(setting.source)), n)['image']
+    if not len(found):
         raise UserError(f'none of the {len(setting.source)} images can be shown: all are broken')
-    return np.stack(found)
+    return found
 
 
 def _report_no_picture(step: int, error: on_mesh.NonFiniteSamples) -> None:
     """Says in one line on stderr why there is no picture of a step; training goes on."""
     if hosts.is_first():
         print(f'step {step}: no picture, {error}', file=sys.stderr, flush=True)
+
+
+def _at_once(images: np.ndarray) -> int:
+    """How many of some examples are reconstructed at once.
+
+    Looks and the end of a run share it, and so the compiled program.
+    """
+    return min(16, len(images))
 
 
 def look_at_reconstructions(
@@ -127,7 +197,7 @@ def look_at_reconstructions(
     """
     try:
         recon, _ = on_mesh.reconstruct(
-            setting.vae, vae_params, images, jax.random.key(0), len(images), setting.mesh
+            setting.vae, vae_params, images, jax.random.key(0), _at_once(images), setting.mesh
         )
     except on_mesh.NonFiniteSamples as error:
         _report_no_picture(step, error)
@@ -318,15 +388,16 @@ def show(
       (metrics by name, seconds by part).
     """
     images = examples(setting)
+    which = 'training' if setting.heldout is None else 'held-out'
     seconds = {}
     started = time.perf_counter()
     metrics = _reconstruct(
         setting,
         vae_params,
         images,
-        min(16, len(images)),
+        _at_once(images),
         columns=min(8, len(images)),
-        title='training images, cropped at the centre, and decoded',
+        title=f'{which} images, cropped at the centre, and decoded',
     )
     seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is not None:

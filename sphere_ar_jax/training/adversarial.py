@@ -135,7 +135,8 @@ def tokenizer_stage(
             state.params, state, lpips_params, images, keys, weight
         )
         params, opt_state = update(state.params, state.opt_state, grads)
-        ema = training_state.update_emas(state.ema, params, decays)
+        rates = training_state.rates_now(options, state.step)
+        ema = training_state.update_emas(state.ema, params, rates)
 
         judge = jax.value_and_grad(discriminator_loss, has_aux=True)
         (_, more), disc_grads = judge(state.disc_params, images, recon, weight)
@@ -167,4 +168,5 @@ def tokenizer_stage(
         shown=('loss', 'psnr', 'kl', 'discriminator', 'logits_real', 'logits_fake'),
         about='LPIPS network',
         warn=vae.posterior.faults,
+        loss=stages.tokenizer_loss(vae, options),
     )

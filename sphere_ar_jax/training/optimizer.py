@@ -3,6 +3,8 @@
 The defaults are those of the public SphereAR code. See `docs/method.md`, "Optimizer".
 """
 
+from collections.abc import Sequence
+
 import jax
 import optax
 
@@ -12,7 +14,13 @@ from sphere_ar_jax.runtime.types import PyTree
 NO_DECAY_NAMES = ('proj_in', 'cls_embedding')
 
 
-def learning_rate(peak: float, warmup_steps: int, total_steps: int, final: float) -> optax.Schedule:
+def learning_rate(
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    final: float,
+    restarts: Sequence[int] = (),
+) -> optax.Schedule:
     """The schedule of the learning rate: a linear warm-up, then a cosine.
 
     With warmup_steps = 0 and final = peak the rate is constant, which is the S-VAE's recipe. See
@@ -23,13 +31,23 @@ def learning_rate(peak: float, warmup_steps: int, total_steps: int, final: float
       warmup_steps: number of steps in which the rate rises from 0 to `peak`.
       total_steps: the step at which the rate reaches `final`.
       final: the last rate.
+      restarts: steps at which the rate has reached `final` too, and from which it rises to `peak`
+        and falls again; ascending, below total_steps.
 
     Returns:
-      A function step () int → learning rate () float32.
+      A function step () int → learning rate () float32. Up to the first restart r it is what it is
+        without restarts and with total_steps = r.
     """
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), final
-    )
+    parts = []
+    begins = 0
+    for ends in (*restarts, total_steps):
+        steps = max(ends - begins, warmup_steps + 1)
+        lowest = final if begins else 0.0
+        parts.append(optax.warmup_cosine_decay_schedule(lowest, peak, warmup_steps, steps, final))
+        begins = ends
+    if len(parts) == 1:
+        return parts[0]
+    return optax.join_schedules(parts, list(restarts))
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -45,6 +45,26 @@ def tokenizer_weights(vae: VAE, options: ConfigDict, lpips_params: PyTree | None
     )
 
 
+def tokenizer_loss(vae: VAE, options: ConfigDict) -> state.Loss:
+    """The loss of the S-VAE without an adversarial term, see `losses.reconstruction_loss`.
+
+    Args:
+      vae: the tokenizer.
+      options: the stage's section of the config.
+
+    Returns:
+      A function (params, LPIPS' parameters or None, batch, keys) → (loss, scalars).
+    """
+
+    def loss(params, lpips_params, batch, keys):
+        weights = tokenizer_weights(vae, options, lpips_params)
+        images = batch['image']
+        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
+        return losses.reconstruction_loss(images, recon, z, posterior, **weights)
+
+    return loss
+
+
 def tokenizer_stage(
     vae: VAE, options: ConfigDict, seed: int, lpips_params: PyTree | None = None
 ) -> state.Stage:
@@ -61,19 +81,12 @@ def tokenizer_stage(
     Returns:
       The stage.
     """
-
-    def loss(params, lpips_params, batch, keys):
-        weights = tokenizer_weights(vae, options, lpips_params)
-        images = batch['image']
-        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
-        return losses.reconstruction_loss(images, recon, z, posterior, **weights)
-
     return state.make_stage(
         'tokenizer',
         options,
         seed,
         vae.init_params,
-        loss,
+        tokenizer_loss(vae, options),
         frozen=lpips_params,
         shown=('loss', 'psnr', *vae.posterior.shown),
         about='LPIPS network',

@@ -73,6 +73,7 @@ class Stage(NamedTuple):
       about: what the frozen parameters are, for messages.
       warn: logged scalars → what is wrong with them in words, or None.
       model: the module of the frozen parameters, which checkpoints note, or None.
+      loss: the loss without an update, for images that are held out, or None.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Stage(NamedTuple):
     about: str = ''
     warn: Callable[[dict[str, float]], str | None] = _no_warning
     model: Any = None
+    loss: Loss | None = None
 
 
 def ema_decays(options: ConfigDict) -> tuple[float, ...]:
@@ -131,7 +133,11 @@ def value_and_grad(loss: Loss, parts: int) -> Callable[..., tuple[tuple[jax.Arra
 def build_optimizer(options: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The learning rate's schedule and the optimizer of a stage's options."""
     schedule = optimizer.learning_rate(
-        options.learning_rate, options.warmup_steps, options.steps, options.final_learning_rate
+        options.learning_rate,
+        options.warmup_steps,
+        options.steps,
+        options.final_learning_rate,
+        tuple(options.restarts),
     )
     tx = optimizer.adamw(
         schedule,
@@ -183,13 +189,13 @@ def make_stage(
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update_emas(state.ema, params, decays)
+        ema = update_emas(state.ema, params, rates_now(options, state.step))
         scalars |= dict(
             loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step)
         )
         return TrainState(state.step + 1, params, opt_state, ema), scalars
 
-    return Stage(name, options, init, step, frozen, shown, **fields)
+    return Stage(name, options, init, step, frozen, shown, loss=loss, **fields)
 
 
 def copies(params: PyTree, decays: Iterable[Any]) -> tuple[PyTree, ...]:
@@ -197,8 +203,33 @@ def copies(params: PyTree, decays: Iterable[Any]) -> tuple[PyTree, ...]:
     return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
 
 
+def ramped(decay: float, steps: jax.Array) -> jax.Array:
+    """The rate of a ramped EMA at one step: min(decay, (1 + n)/(10 + n)), () float32.
+
+    Args:
+      decay: the rate that it rises to.
+      steps: n, () int32, the optimizer steps that were done before this one: 0 at the first step,
+        whose rate is 0.1.
+    """
+    n = steps.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n))
+
+
+def rates_now(options: ConfigDict, steps: jax.Array) -> tuple[float | jax.Array, ...]:
+    """The rates of a stage's EMAs at one step, in the order of `ema_decays`.
+
+    Args:
+      options: the stage's section of the config.
+      steps: () int32, the number of steps done before this one.
+    """
+    decays = ema_decays(options)
+    if not options.ema_ramp:
+        return decays
+    return tuple(ramped(decay, steps) for decay in decays)
+
+
 def update_emas(
-    emas: Iterable[PyTree], params: PyTree, decays: Iterable[float]
+    emas: Iterable[PyTree], params: PyTree, decays: Iterable[float | jax.Array]
 ) -> tuple[PyTree, ...]:
     """The next EMAs: decay·ema + (1 − decay)·params for each EMA and its rate.
 

@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
-from sphere_ar_jax.runtime import files, hosts
+from sphere_ar_jax.runtime import checkpoint, files, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run
 
@@ -40,6 +40,107 @@ def _appears(path: epath.Path) -> bool:
     return False
 
 
+def _derived_otherwise(before: ConfigDict, now: ConfigDict) -> str:
+    """What to do where two configs derive their values from different images; '' otherwise."""
+    old = before.reasons[:1]
+    new = now.reasons[:1]
+    if not old or not new or old == new:
+        return ''
+    was = old[0].split('. ')[0]
+    is_now = new[0].split('. ')[0]
+    return (
+        f'its values were {was}, and now they are {is_now}. A run goes on with the images that it '
+        'was begun with alone: put the folder back as it was, or use another --workdir'
+    )
+
+
+def goes_on(old: ConfigDict, new: ConfigDict, done: int) -> bool:
+    """Whether a training can be prolonged without a break in what was trained so far.
+
+    It can where its learning rate up to here is the same by both sections of the config: the rate
+    is constant after the warm-up, or has not begun to fall, or restarts where the former steps end.
+
+    Args:
+      old: the section that it was begun with.
+      new: the section with more steps.
+      done: the number of steps done.
+    """
+    if not 0 < old.steps < new.steps:
+        return False
+    if tuple(new.restarts) == (*old.restarts, old.steps):
+        return True
+    if tuple(new.restarts) != tuple(old.restarts):
+        return False
+    if all(section.learning_rate == section.final_learning_rate for section in (old, new)):
+        return True
+    return done <= max(old.restarts, default=0) + old.warmup_steps
+
+
+def _done(workdir: str | os.PathLike[str], stage: str) -> int:
+    """The number of steps of a stage's newest checkpoint, 0 without one."""
+    place = os.path.join(workdir, stage, 'checkpoints')
+    return max(checkpoint.Checkpoints(place, read_only=True).steps(), default=0)
+
+
+def _prolonged(
+    before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, str]:
+    """The trainings that are prolonged, as may be: {section: a line that says so}."""
+    found = {}
+    for stage in ('tokenizer', 'ar', 'distillation'):
+        section = f'{stage}_training'
+        old = before[section]
+        new = now[section]
+        if stage == 'tokenizer' and _done(workdir, 'ar'):
+            continue  # Another tokenizer would be of no use to the AR model.
+        if goes_on(old, new, _done(workdir, stage)):
+            line = f'{section}: prolonged from {old.steps} to {new.steps} steps'
+            if len(new.restarts) > len(old.restarts):
+                line += f'; the learning rate rises and falls anew from step {old.steps} on'
+            found[section] = line
+    return found
+
+
+def _changes(
+    before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]
+) -> tuple[list[str], list[str]]:
+    """What a run cannot go on across, and what it can.
+
+    Returns:
+      (differences as 'KEY OLD → NEW', lines that say which trainings are prolonged).
+    """
+    found = schema.differences(schema.as_dict(before), schema.as_dict(now))
+    if _derived_otherwise(before, now):
+        return found, []  # Steps that follow from other images are no wish for more of them.
+    longer = _prolonged(before, now, workdir)
+    allowed = {f'{section}.{key}' for section in longer for key in ('steps', 'restarts')}
+    changed = [difference for difference in found if difference.split()[0] not in allowed]
+    return changed, list(longer.values())
+
+
+def _how_to_prolong(
+    before: ConfigDict, now: ConfigDict, changed: list[str], workdir: str | os.PathLike[str]
+) -> str:
+    """How to prolong the one training whose steps alone were raised; '' in all other cases."""
+    keys = {difference.split()[0] for difference in changed}
+    for stage in ('tokenizer', 'ar', 'distillation'):
+        section = f'{stage}_training'
+        old = before[section]
+        if keys != {f'{section}.steps'} or not 0 < old.steps < now[section].steps:
+            continue
+        if stage == 'tokenizer' and _done(workdir, 'ar'):
+            return (
+                'the AR model in it was trained on this tokenizer, which therefore stays as it is; '
+                'to train the tokenizer longer, use another --workdir'
+            )
+        restarts = (*old.restarts, old.steps)
+        return (
+            'the learning rate has begun to fall towards its last step; to let it rise and fall '
+            f"anew from step {old.steps} on, add --config.{section}.restarts='{restarts}'"
+        )
+    return ''
+
+
 def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool) -> str:
     """What to do about a run whose config differs from the one that its workdir was begun with.
 
@@ -54,17 +155,14 @@ def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool
         return f'a converted AR model keeps its classes; to train one for others, give {on_it}'
     if not all(key.startswith(('ar_training.', 'ar.', 'sampling.', 'watch.')) for key in keys):
         return 'use another --workdir, in which all is trained from the beginning'
-    longer = ''
-    if 'ar_training.steps' in keys:
-        longer = 'the learning rate of a training falls over all of its steps, so that it cannot '
-        longer += 'be lengthened; '
-    return f'{longer}to train another AR model on this tokenizer, give {on_it}'
+    return f'to train another AR model on this tokenizer, give {on_it}'
 
 
 def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
 
-    A workdir of converted weights in which no training has begun needs the same model only. All
+    A workdir of converted weights in which no training has begun needs the same model only. A
+    training may have more steps than before where `goes_on` allows it, which a line says. All
     processes must call this.
 
     Args:
@@ -84,10 +182,16 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(before, cfg, alone)
         else:
-            changed = schema.differences(schema.as_dict(before), mine)
+            changed, longer = _changes(before, cfg, workdir)
+            if longer and not changed:
+                print('\n'.join(longer), flush=True)
         if changed:
             some = '; '.join(changed[:4])
-            remedy = _remedy(changed, workdir, converted)
+            remedy = (
+                _derived_otherwise(before, cfg)
+                or _how_to_prolong(before, cfg, changed, workdir)
+                or _remedy(changed, workdir, converted)
+            )
             raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
     elif converted:
         raise UserError(

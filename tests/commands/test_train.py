@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 
 import chex
@@ -23,7 +24,7 @@ from PIL import Image
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.commands import evaluate, open_run, pack, train
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment, stand_in
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.evaluation import snapshots
@@ -305,7 +306,7 @@ def test_grey_models_are_trained_on_image_files(tmp_path):
     images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images, 'vae.image_channels': 1})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    _, _, reading = train._open_data(cfg)
+    reading = train._open_data(cfg).reading
     with data_batches.batches(setting.source, batch_size=4, seed=0, **reading) as batches:
         assert next(batches)['image'].shape == (4, *setting.vae.image_shape) == (4, 32, 32, 1)
     shown = snapshots.examples(setting)
@@ -330,10 +331,10 @@ def test_what_cannot_be_shown_is_left_out_of_the_examples(tmp_path):
 
 
 def test_only_synsets_of_imagenet_are_read_as_stored(tar, tmp_path):
-    assert train._open_data(_config(tar))[2]['transform'].as_stored
+    assert train._open_data(_config(tar)).reading['transform'].as_stored
     images = _folder(tmp_path / 'images', n01440764=(9, 9), cat=(9, 9))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images})
-    assert not train._open_data(cfg)[2]['transform'].as_stored
+    assert not train._open_data(cfg).reading['transform'].as_stored
 
 
 @pytest.mark.slow
@@ -457,6 +458,40 @@ def test_a_workdir_in_which_another_training_runs_is_refused(tar, tmp_path):
         with pytest.raises(console.UserError, match=r'in use by a training, process \d+ on '):
             _train(_config(tar), tmp_path)
         assert sorted((p, p.stat().st_mtime) for p in tmp_path.rglob('*')) == before
+
+
+def _photos(directory, images=20):
+    """A folder of two classes with so many drawn pictures of 60 to 600 pixels in each."""
+    path = directory / 'train.tar'
+    directory.mkdir()
+    stand_in.write_tar(str(path), SYNSETS[:2], images, broken=0)
+    with tarfile.open(path) as outer:
+        for member in outer.getmembers():
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                place = directory / 'photos' / member.name.removesuffix('.tar')
+                inner.extractall(place, filter='data')
+    return directory / 'photos'
+
+
+@pytest.mark.slow
+def test_the_config_of_ones_own_images(tmp_path, capsys):
+    """:smoke on 40 pictures: both stages, every line of what is derived, and a page."""
+    cfg = packaged.load(f'own:data=folder:{_photos(tmp_path / "data")},smoke')
+    cfg.data.holdout_files = 0.2
+    metrics = _train(checks.check(cfg), tmp_path / 'w')
+    out = capsys.readouterr().out
+    for line in own.lines(cfg):
+        assert out.count(line) == 1
+    assert 'from 40 images in 2 classes, as counted there' in out
+    assert 5 < metrics['vae/psnr'] < 40
+    for stage, name in (('tokenizer', 'heldout_psnr'), ('ar', 'heldout_loss')):
+        lines = metric_writer.read_scalars(f'{tmp_path}/w/{stage}/metrics.jsonl', (name,))
+        assert lines and all(line['step'] % 10 == 0 for line in lines)
+    page = (tmp_path / 'w' / 'report.html').read_text()
+    assert 'gives held-out images back' in page
+    assert page.count('<img') == 3 and own.lines(cfg)[0] in page
+    assert (tmp_path / 'w' / 'ar' / 'samples_0000020.png').exists()
+    assert load_run(str(tmp_path / 'w')).ar.condition.num_classes == 2
 
 
 def _idx(directory, **options):

@@ -196,6 +196,7 @@ def test_configs_are_all_tested_here():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         'digits',
         'fashion',
+        'own',  # in test_own.py
         'vae',
         'ar_b',
         'ar_l',
@@ -262,12 +263,17 @@ WRONG = {
     'tokenizer_training.disc_weight ': (0.5, 'at least 24×24 pixels, not 16×16; set it to 0'),
     'tokenizer_training.accumulate': (3, 'must divide the batch size 16'),
     'ar_training.more_ema_decays': ((0.9, 1), 'between 0 and 1'),
+    'tokenizer_training.ema_ramp': (True, 'no average to ramp up; give an ema_decay'),
+    'ar_training.restarts': ((5,), 'further apart than the warm-up of 2'),
+    'ar_training.restarts ': ((9,), 'ascending steps below 6'),
     'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
     'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
     'watch.every': (-1, 'not be negative'),
     'watch.fid_images': (100, 'needs watch.inception'),
     'data.classifier_steps': (0, 'at least 1'),
     'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
+    'data.holdout_files': (0.1, 'data digits has a held-out part of its own'),
+    'data.holdout_files ': (1.0, r'between 0 and 0\.9'),
     'seed': (-1, 'seed is -1'),
     'tokenizer_training.kl_weight': (-1.0, 'not be negative'),
     'tokenizer_training.steps': (-1, 'at least 0'),
@@ -373,10 +379,18 @@ def test_what_the_trainings_amount_to():
     assert 'are 400.0 epochs; crops are random up to epoch 350, and all central from 375' in ar
     assert share == (
         'ar_training: after 800 steps the average of rate 0.9999 is still 92% initialisation: '
-        'lower --config.ar_training.ema_decay, '
+        'lower --config.ar_training.ema_decay, give --config.ar_training.ema_ramp=True, '
         'or sample the weights themselves by --config.sampling.ema_decay=0'
     )
-    cfg.ar_training.update(ema_decay=0.99)
+    cfg.ar_training.ema_ramp = True
+    assert len(checks.advice(cfg, 64)) == 2
+    # 0.1 · 2/11 · 3/12, which is 1/C(12, 9).
+    assert np.isclose(checks.share_of_start(0.9999, 3, ramp=True), 1 / 220)
+    assert np.isclose(checks.share_of_start(0.15, 3, ramp=True), 0.1 * 0.15 * 0.15)
+    assert 'configs/own.py' not in ar
+    _, many = checks.advice(cfg, 12)
+    assert many.endswith('; configs/own.py derives shorter trainings from the number of images')
+    cfg.ar_training.update(ema_decay=0.99, ema_ramp=False)
     cfg.tokenizer = '/trained'
     assert len(checks.advice(cfg, 64)) == 1
 

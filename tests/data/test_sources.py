@@ -4,6 +4,7 @@ What is damaged is said in one line.
 """
 
 import concurrent.futures
+import hashlib
 import io
 import json
 import multiprocessing
@@ -788,9 +789,53 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
     assert sources.ImageFolder(tmp_path).num_classes == len(parts) + 1
 
 
+def test_a_folder_without_directories_is_one_class(tmp_path):
+    birds = tmp_path / 'birds'
+    _fill(birds, 'b.png', 'a.JPG', 'notes.txt', '.DS_Store', '.git/1.png')
+    source = sources.ImageFolder(birds)
+    assert _contents(source) == [(b'a.JPG', 0, 'a.JPG'), (b'b.png', 0, 'b.png')]
+    assert source.class_names == ('birds',) and source.num_classes == 1
+    assert source.left_out == '1 file(s) that are no images (.txt 1); 2 hidden file(s)'
+    _fill(birds, 'owl/1.png')  # beside a directory they are no class
+    assert sources.ImageFolder(birds).class_names == ('owl',)
+
+
+def test_an_image_stays_on_its_side_when_others_come(tmp_path):
+    """By a hash of its path, whatever the folder is called and whatever else lies in it."""
+    names = [f'{kind}/{i}.png' for kind in ('cat', 'dog') for i in range(150)]
+    _fill(tmp_path / 'old', *names[::2])
+    _fill(tmp_path / 'new', *names, 'ant/1.png')
+
+    def sides(root):
+        parts = sources.split(sources.ImageFolder(root), 0.2)
+        return [{part.name(i) for i in range(len(part))} for part in parts]
+
+    train, out = sides(tmp_path / 'old')
+    assert train | out == set(names[::2]) and not train & out
+    assert 15 <= len(out) <= 45  # 30 expected, ± 3 standard deviations
+    more_train, more_out = sides(tmp_path / 'new')
+    assert train <= more_train and out <= more_out
+    for name in out:
+        # The rule itself: the first 8 bytes of BLAKE2b, as a share of 2⁶⁴.
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        assert int(digest, 16) / 16**16 < 0.2
+    _, part = sources.split(sources.ImageFolder(tmp_path / 'old'), 0.2)
+    again = pickle.loads(pickle.dumps(part))
+    assert _contents(again) == _contents(part) and again.class_names == ('cat', 'dog')
+    assert all(image.decode() == name for image, _, name in _contents(part))
+
+
+def test_nothing_is_held_out_of_few_images_or_by_a_share_of_0(tmp_path):
+    _fill(tmp_path, 'cat/1.png')
+    source = sources.ImageFolder(tmp_path)
+    for share in (0.0, 0.01, 0.9):
+        assert sources.split(source, share) == (source, None)
+
+
 def test_folders_without_images_are_refused(tmp_path):
-    (tmp_path / 'top.jpg').write_text('')
+    (tmp_path / 'top.txt').write_text('')
     assert 'must have one for each class' in _refusal(sources.ImageFolder, tmp_path)
+    (tmp_path / 'top.txt').rename(tmp_path / 'top.jpg')
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'notes.txt').write_text('')
     line = _refusal(sources.ImageFolder, tmp_path)

@@ -2,11 +2,74 @@
 
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from sphere_ar_jax.evaluation import snapshots
+from sphere_ar_jax.data import small, sources
+from sphere_ar_jax.evaluation import heldout, snapshots
+from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.training import state
+from tests import tiny_config
+
+
+def _stage():
+    """A stage whose loss is the mean of |w·image| plus a draw for each image."""
+
+    def loss(params, frozen, batch, keys):
+        draws = jax.vmap(jax.random.uniform)(keys)
+        value = jnp.mean(jnp.abs(params['w'] * batch['image']).mean((1, 2, 3)) + frozen * draws)
+        return value, {'psnr': jnp.mean(batch['image']), 'token_norm': value}
+
+    options = tiny_config.get_config().ar_training
+    options.batch_size = 4
+    return state.make_stage('ar', options, 0, lambda key: {}, loss, np.float32(0), ())
+
+
+def test_the_loss_of_held_out_images():
+    """The mean over whole batches of the stage's own loss, with the same draws at every look."""
+    images = np.random.default_rng(0).normal(size=(10, 2, 2, 1)).astype(np.float32)
+    batch = {'image': images, 'label': np.arange(10, dtype=np.int32)}
+    mesh = sharding.make_mesh()
+    held = heldout.HeldOut(_stage(), batch, 0, mesh)
+    found = held.scalars({'w': np.float32(3)})
+    assert set(found) == {'heldout_loss', 'heldout_psnr'}
+    size = min(4, sharding.whole_rows(mesh, 10))
+    taken = images[: 10 // size * size]
+    np.testing.assert_allclose(found['heldout_loss'], 3 * np.abs(taken).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found['heldout_psnr'], taken.mean(), atol=1e-6)
+    noisy = _stage()._replace(frozen=np.float32(5))
+    noisy = heldout.HeldOut(noisy, batch, 0, mesh)
+    first = noisy.scalars({'w': np.float32(3)})['heldout_loss']
+    assert first > found['heldout_loss'] + 1
+    assert noisy.scalars({'w': np.float32(3)})['heldout_loss'] == first
+    # Numbers that are not finite are no loss to plot.
+    assert set(held.scalars({'w': np.float32(np.nan)})) == {'heldout_psnr'}
+
+
+def test_held_out_images_are_shown_and_looked_at(tmp_path):
+    """They come from the held-out part, spread over its classes; the digits have their own."""
+    for i in range(60):
+        place = tmp_path / 'ab'[i // 30]
+        place.mkdir(exist_ok=True)
+        Image.new('L', (16, 16), i).save(place / f'{i}.png')
+    training, out = sources.split(sources.ImageFolder(tmp_path), 0.3)
+    vae = mock.Mock(image_shape=(16, 16, 1))
+    cfg = tiny_config.get_config()
+    mesh = sharding.make_mesh()
+    setting = snapshots.Setting(cfg, '', mesh, vae, None, training, None, None, out)
+    shown = ((snapshots.examples(setting, 5)[:, 0, 0, 0] + 1) * 127.5).round().astype(int)
+    names = {int(out.name(i)[2:-4]) for i in range(len(out))}
+    assert set(shown.tolist()) <= names and shown.min() < 30 <= shown.max()
+    assert len(snapshots.held_out(setting, _stage())._images['label']) == len(out)
+    assert snapshots.held_out(setting._replace(heldout=None), _stage()) is None
+    data = small.open_data_set('digits', None, 0, 0.2)
+    digits = setting._replace(data=data, source=data.train, heldout=data.heldout)
+    images = snapshots.held_out(digits, _stage())._images
+    assert images['image'].shape == (256, 16, 16, 1) and set(images['label']) == set(range(10))
 
 
 @pytest.fixture

@@ -100,6 +100,45 @@ def test_runs_of_other_seeds_have_the_same_program():
 
 
 @pytest.mark.slow
+def test_a_prolonged_run_is_one_that_restarted_from_the_beginning(tmp_path):
+    """The state at its new end is that of an undisturbed run with the same restart."""
+    cfg = get_config()
+    cfg.ar_training.update(steps=6, warmup_steps=2, ema_ramp=True)
+    _train(cfg, tmp_path / 'a', 1)
+    cfg.ar_training.update(steps=12, restarts=(6,))
+    states = [_train(cfg, tmp_path / directory, 1)[0] for directory in ('a', 'b')]
+    assert [int(state.step) for state in states] == [12, 12]
+    chex.assert_trees_all_close(states[0], states[1], atol=1e-6)
+    lines = (tmp_path / 'a' / 'metrics.jsonl').read_text().splitlines()
+    rates = [json.loads(line)['learning_rate'] for line in lines]
+    assert len(rates) == 6 and rates[2] < rates[1] and rates[4] > rates[2]
+
+
+@pytest.mark.parametrize('ramp', [False, True])
+def test_the_averages_of_a_stage_follow_their_rates(ramp):
+    """Beside a loop in float64 over the same weights: n counts the steps before each one."""
+    options = get_config().ar_training
+    options.update(ema_decay=0.5, more_ema_decays=(0.9,), ema_ramp=ramp, warmup_steps=0)
+    batch = {'image': jnp.ones((4, 3)), 'label': jnp.zeros(4, jnp.int32)}
+
+    def loss(params, frozen, batch, keys):
+        del frozen, keys
+        return jnp.mean((params['w'] - batch['image']) ** 2), {}
+
+    stage = make_stage('a', options, 0, lambda key: {'w': jnp.ones((1, 3)) * 3}, loss, (), ())
+    state = stage.init(jax.random.key(0))
+    step = jax.jit(stage.step)
+    expected = [np.full((1, 3), 3.0), np.full((1, 3), 3.0)]
+    for n in range(12):  # The rate of 0.5 is reached at n = 8.
+        state, _ = step(state, (), batch)
+        for i, decay in enumerate((0.5, 0.9)):
+            rate = min(decay, (1 + n) / (10 + n)) if ramp else decay
+            expected[i] = rate * expected[i] + (1 - rate) * np.asarray(state.params['w'], float)
+    for ema, by_hand in zip(state.ema, expected, strict=True):
+        np.testing.assert_allclose(ema['w'], by_hand, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_step_is_the_recipe():
     """One step by hand: loss, clip, AdamW, EMA, on the keys folded by step and sample."""
     cfg = get_config()

@@ -65,6 +65,25 @@ def test_constant_schedule():
     np.testing.assert_allclose([schedule(s) for s in (0, 1, 500, 1000, 2000)], 1e-4, rtol=1e-6)
 
 
+@libraries_promote()
+def test_a_schedule_with_restarts():
+    """Up to a restart it is the shorter one; then it rises from its floor and falls again."""
+    short = optimizer.learning_rate(1e-3, 4, 20, 1e-5)
+    schedule = optimizer.learning_rate(1e-3, 4, 50, 1e-5, (20,))
+    np.testing.assert_allclose(
+        [schedule(s) for s in range(20)], [short(s) for s in range(20)], rtol=1e-6
+    )
+
+    def by_hand(s):
+        if s < 4:
+            return 1e-5 + (1e-3 - 1e-5) * s / 4
+        return 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * (s - 4) / 26)) / 2
+
+    np.testing.assert_allclose(
+        [schedule(20 + s) for s in range(31)], [by_hand(s) for s in range(31)], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize('model', [ar.sphere_ar(**ar.VARIANTS['B']), vae.VAE()], ids=['B', 'vae'])
 def test_decay_mask_is_the_published_rule(model):
     """Decay exactly where the PyTorch tensor has two dimensions or more and no excluded name."""

@@ -1,5 +1,8 @@
 """Runs that are read from their workdirs."""
 
+import ast
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +10,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from sphere_ar_jax.config import checks
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run, state, workdir
+from tests.conftest import libraries_promote
 from tests.tiny_config import get_config, random_arrays
 
 HOSTILE = {
@@ -73,3 +78,77 @@ def test_sampling_reads_the_chosen_parameters_and_nothing_else(tmp_path, monkeyp
     expected = {None: first, 0.9: first, 0.5: second, 0.0: arrays.params}[rate]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert seen == [4 * (30 * 40 + 7) + 4]  # with the step
+
+
+def _begun(directory, steps=8, **options):
+    """The config of a run whose AR model has trained so many steps; the tokenizer is finished."""
+    cfg = get_config()
+    cfg.ar_training.update(steps=8, warmup_steps=3, **options)
+    workdir.claim(cfg, directory)
+    for stage, done in (('tokenizer', 6), ('ar', steps)):
+        (directory / stage / 'checkpoints' / str(done)).mkdir(parents=True)
+    return cfg
+
+
+def _longer(cfg, **options):
+    other = cfg.copy_and_resolve_references()
+    other.ar_training.update({'steps': 20} | options)
+    return other
+
+
+@pytest.mark.parametrize(
+    ('steps', 'options', 'more'),
+    [
+        (8, {'final_learning_rate': 1e-3}, {}),  # constant after the warm-up
+        (3, {}, {}),  # at the end of the warm-up
+        (8, {}, {'restarts': (8,)}),
+        (5, {}, {'restarts': (8,)}),
+    ],
+)
+def test_a_run_is_prolonged(tmp_path, capsys, steps, options, more):
+    """And its rates so far are those of both configs, so that nothing that was done changes."""
+    cfg = _begun(tmp_path, steps, **options)
+    longer = checks.check(_longer(cfg, **more))
+    workdir.claim(longer, tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith('ar_training: prolonged from 8 to 20 steps')
+    assert ('rises and falls anew from step 8 on' in said) == bool(more)
+    assert run.load_config(tmp_path).ar_training.steps == 20
+    with libraries_promote():
+        before, _ = state.build_optimizer(cfg.ar_training)
+        after, _ = state.build_optimizer(longer.ar_training)
+        for step in range(steps):
+            np.testing.assert_allclose(before(step), after(step), rtol=1e-6)
+    # The next restart comes after the first one.
+    if more:
+        again = _longer(longer, steps=40, restarts=(8, 20))
+        workdir.claim(checks.check(again), tmp_path)
+
+
+def test_a_rate_that_has_begun_to_fall_is_not_stretched(tmp_path):
+    """The refusal says how to restart it, and that is then accepted."""
+    cfg = _begun(tmp_path, 4)
+    with pytest.raises(UserError, match='steps 8 → 20') as refusal:
+        workdir.claim(_longer(cfg), tmp_path)
+    advice = re.search(r"add --config\.ar_training\.restarts='(.*)'$", str(refusal.value))
+    assert '\n' not in str(refusal.value)
+    workdir.claim(_longer(cfg, restarts=ast.literal_eval(advice[1])), tmp_path)
+
+
+def test_what_is_no_prolonging_is_refused(tmp_path):
+    cfg = _begun(tmp_path, 3)
+    for options in ({'steps': 5}, {'restarts': (7,)}, {'steps': 8, 'restarts': (4,)}):
+        with pytest.raises(UserError, match='begun with another config'):
+            workdir.claim(_longer(cfg, **options), tmp_path)
+    other = _longer(cfg)
+    other.ar_training.copies = 3
+    with pytest.raises(UserError, match=r'\(ar_training.copies 2 → 3\): to train another AR model'):
+        workdir.claim(other, tmp_path)
+    tokenizer = cfg.copy_and_resolve_references()
+    tokenizer.tokenizer_training.update(steps=12, restarts=(6,))
+    with pytest.raises(UserError, match='use another --workdir'):
+        workdir.claim(tokenizer, tmp_path)
+    tokenizer.tokenizer_training.restarts = ()
+    with pytest.raises(UserError, match='AR model in it was trained on this tokenizer'):
+        workdir.claim(tokenizer, tmp_path)
+    assert run.load_config(tmp_path).ar_training.steps == 8
