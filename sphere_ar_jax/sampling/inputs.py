@@ -96,11 +96,11 @@ def images(value: Images, shape: tuple[int, int, int]) -> np.ndarray:
       UserError: the images have another shape, dtype or range, or a file is no image.
       OSError: a file cannot be read.
     """
-    if _is_picture(value):
-        value = [value]  # type: ignore[list-item]
-    if isinstance(value, list | tuple) and value and all(map(_is_picture, value)):
-        value = np.stack([_cropped(picture, shape) for picture in value])
-    array = _array(value, 'images')
+    pictures: Any = [value] if _is_picture(value) else value
+    if isinstance(pictures, list | tuple) and pictures and all(map(_is_picture, pictures)):
+        array = np.stack([_cropped(picture, shape) for picture in pictures])
+    else:
+        array = _array(value, 'images')
     if array.ndim == 3:
         array = array[None]
     if array.shape[1:] != shape or not len(array):
@@ -148,11 +148,11 @@ def tokens(value: ArrayLike, count: int, latent_dim: int) -> np.ndarray:
     return floats
 
 
-def labels(value: Labels, find: Callable[[str], int] | None = None) -> Any:
+def labels(value: Any, find: Callable[[str], int] | None = None) -> Any:
     """Makes a list of one label; names become numbers. What the model knows is not checked here.
 
     Args:
-      value: a number or a name, or one for each image; labels of another kind stay as they are.
+      value: `Labels`; labels of another kind stay as they are.
       find: gives the number of the class that has a name; None knows no names.
 
     Returns:

@@ -9,9 +9,10 @@ Dimensions:
   d  latent dimension
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ from sphere_ar_jax.sampling.tokens import Drawn, Prefix
 from sphere_ar_jax.sphere import geometry
 
 
-class _Request(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Request:
     """What a call asks to be drawn, checked.
 
     Attributes:

@@ -9,9 +9,10 @@ Dimensions:
   images are float32 (…, H, W, c)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -459,7 +460,7 @@ def row_programs(
     return jax.jit(start), jax.jit(advance, donate_argnums=1)
 
 
-def sampling_key(seed: int) -> jax.Array:
+def sampling_key(seed: int | jax.Array) -> jax.Array:
     """The key of all images that a seed stands for; image i folds it by i.
 
     The draws of training have another key. See `docs/method.md`, "Random numbers".
@@ -467,7 +468,8 @@ def sampling_key(seed: int) -> jax.Array:
     return jax.random.key(seed + 1)
 
 
-class _Settings(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Settings:
     """What the images of a call are drawn from; arrays have a row for each image.
 
     Attributes:
@@ -488,14 +490,14 @@ class _Settings(NamedTuple):
 
     def batch(self, mesh: Mesh, rows: np.ndarray) -> tuple[Any, ...]:
         """The arguments of `program` for some rows: labels, index, key, scale and prefix."""
-        scales = self.scale if np.ndim(self.scale) else None
-        tokens = None if self.prefix is None else self.prefix.tokens
-        arrays = (self.labels, self.index, self.key_data, scales, tokens)
+        scales = self.scale if isinstance(self.scale, np.ndarray) else None
+        given = None if self.prefix is None else self.prefix.tokens
+        arrays = (self.labels, self.index, self.key_data, scales, given)
         placed = sharding.place_batch(mesh, jax.tree.map(lambda a: a[rows], arrays))
-        labels, index, key_data, scales, tokens = placed
+        labels, index, key_data, scales, given = placed
         key = self.key if key_data is None else jax.random.wrap_key_data(key_data)
         scale = self.scale if scales is None else scales
-        prefix = None if self.prefix is None else Prefix(tokens, self.prefix.length)
+        prefix = None if self.prefix is None else Prefix(given, self.prefix.length)
         return labels, index, key, scale, prefix
 
 
@@ -517,19 +519,20 @@ def _settings(
     numbers = _noise_numbers(index, n)
     key = None
     key_data = None
-    if np.ndim(seed):
-        seeds = np.asarray(seed)
-        _require_rows('seed', seeds, n)
-        key_data = np.asarray(jax.random.key_data(jax.vmap(sampling_key)(seeds.astype(np.uint32))))
+    if isinstance(seed, np.ndarray):
+        _require_rows('seed', seed, n)
+        keys = jax.vmap(sampling_key)(jnp.asarray(seed, jnp.uint32))
+        key_data = np.asarray(jax.random.key_data(keys))
     else:
-        key = sampling_key(int(seed))
+        key = sampling_key(seed)
     scale = sampler.guidance_scale
-    if np.ndim(scale):
-        scale = np.asarray(scale, np.float32)
+    if isinstance(scale, np.ndarray):
+        scale = scale.astype(np.float32)
         _require_rows('guidance_scale', scale, n)
     if prefix is not None:
-        prefix = Prefix(np.asarray(prefix.tokens, np.float32), np.int32(prefix.length))
-        _require_rows('prefix', prefix.tokens[:, 0, 0], n)
+        given = np.asarray(prefix.tokens, np.float32)
+        _require_rows('prefix', given[:, 0, 0], n)
+        prefix = Prefix(given, np.asarray(prefix.length, np.int32))
     return _Settings(labels, numbers, key, key_data, scale, prefix)
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from sphere_ar_jax.flow.guidance import Guidance, guidance_scales
 from sphere_ar_jax.flow.plan import Options
@@ -33,8 +35,8 @@ class Prefix(NamedTuple):
       length: () int, 0 ≤ length ≤ L.
     """
 
-    tokens: jax.Array
-    length: jax.Array | int
+    tokens: jax.Array | np.ndarray
+    length: ArrayLike
 
 
 class Carry(NamedTuple):
@@ -118,9 +120,9 @@ def draw(
     tokens = _tokens(options, guidance_scale, L)
     if noise is not None:
         tokens = tokens._replace(draws=_join_noise(noise, tokens.apart[0], guided))
-    length = None
+    length: ArrayLike | None = None
     if prefix is not None:
-        tokens = tokens._replace(given=prefix.tokens.swapaxes(0, 1))
+        tokens = tokens._replace(given=jnp.asarray(prefix.tokens).swapaxes(0, 1))
         length = prefix.length
     step = _step(ar, params, keys, options, temperature, project, length)
     _, drawn = jax.lax.scan(step, _prefill(ar, params, labels, guided), tokens)
@@ -218,7 +220,7 @@ def _step(
     options: Options,
     temperature: jax.Array | float,
     project: Callable[[jax.Array], jax.Array],
-    length: jax.Array | int | None,
+    length: ArrayLike | None,
 ) -> Callable[[Carry, _Tokens], tuple[Carry, Drawn]]:
     """Makes the function that draws one token of every image, for a scan over the tokens.
 

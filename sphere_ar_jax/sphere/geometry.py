@@ -136,7 +136,8 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     divisor = jnp.where(straight, 1, sine)
     of_a = jnp.where(straight, 1 - t, jnp.sin((1 - t) * theta) / divisor)
     of_b = jnp.where(straight, t, jnp.sin(t * theta) / divisor)
-    return of_a * a + of_b * b
+    way = of_a * a + of_b * b
+    return jnp.where(t == 0, a, jnp.where(t == 1, b, way))
 
 
 def householder(y: jax.Array, mu: jax.Array) -> jax.Array:
