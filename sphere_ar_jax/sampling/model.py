@@ -12,7 +12,7 @@ Dimensions:
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,20 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import inputs, on_mesh
 from sphere_ar_jax.sampling.generation import Run
-from sphere_ar_jax.sampling.tokens import Drawn, Prefix
+from sphere_ar_jax.sampling.tokens import Prefix
 from sphere_ar_jax.sphere import geometry
+
+
+class Tokens(NamedTuple):
+    """Tokens that were drawn.
+
+    Attributes:
+      z: tokens (n, L, d) float32, projected.
+      raw: the same tokens as the head drew them, before projection.
+    """
+
+    z: np.ndarray
+    raw: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +231,7 @@ class Model:
         index = np.zeros(found, np.int32) if np.ndim(seeds) else np.arange(found, dtype=np.int32)
         return _Request(arrays, found, seeds, index, sampler)
 
-    def _draw(self, request: _Request, prefix: Prefix | None = None) -> tuple[np.ndarray, Drawn]:
+    def _draw(self, request: _Request, prefix: Prefix | None = None) -> tuple[np.ndarray, Tokens]:
         """Images (n, H, W, c), clipped, and their tokens."""
         images, drawn = on_mesh.draw_images(
             self,
@@ -231,7 +243,7 @@ class Model:
             batch_size=self._batch_size,
             mesh=self._mesh,
         )
-        return _clipped(images), drawn
+        return _clipped(images), Tokens(np.asarray(drawn.z), np.asarray(drawn.raw))
 
     # ---- drawing
 
@@ -306,7 +318,7 @@ class Model:
         seed: ArrayLike = 0,
         guidance: ArrayLike | None = None,
         steps: int | None = None,
-    ) -> Drawn:
+    ) -> Tokens:
         """Draws the tokens of an image for each label; `decode` makes the images of `sample`.
 
         >>> import numpy as np
@@ -323,8 +335,7 @@ class Model:
           steps: see the class.
 
         Returns:
-          `Drawn` of NumPy arrays (n, L, d): the tokens z, and the same as the head drew them,
-            before projection.
+          The tokens z, and `raw`, the same before projection.
 
         Raises:
           UserError: see `sample`.

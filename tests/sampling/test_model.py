@@ -16,9 +16,10 @@ import sphere_ar_jax
 from sphere_ar_jax import loading
 from sphere_ar_jax.commands import checkpoints
 from sphere_ar_jax.commands import draw as commands_draw
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import pictures
+from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import inputs, model, on_mesh
@@ -41,9 +42,15 @@ def run(workdir):
 
 
 @pytest.fixture(scope='module')
-def lively():
-    """A random model of the same sizes, whose images depend on everything; the run's hardly do."""
-    return model.Model(tiny_config.random_run(), mesh=sharding.make_mesh(1))
+def random_run():
+    """Models of the same sizes with random parameters."""
+    return tiny_config.random_run()
+
+
+@pytest.fixture(scope='module')
+def lively(random_run):
+    """A model whose images depend on everything; those of the run hardly do."""
+    return model.Model(random_run, mesh=sharding.make_mesh(1))
 
 
 @pytest.fixture(scope='module')
@@ -225,8 +232,8 @@ def test_only_the_weights_that_are_needed_are_read(workdir, run, monkeypatch):
     assert seen[1:] == [size(run.ar_params)]
 
 
-def test_a_tokenizer_alone():
-    alone = model.Model(tiny_config.random_run()._replace(ar_params=None))
+def test_a_tokenizer_alone(random_run):
+    alone = model.Model(random_run._replace(ar_params=None))
     with pytest.raises(UserError, match='a tokenizer alone'):
         alone.sample(3)
 
@@ -271,18 +278,17 @@ def test_what_the_model_cannot_take_is_one_line(run, what):
     assert isinstance(error.value, ValueError) and '\n' not in str(error.value)
 
 
-def test_more_images_than_a_batch_are_not_shown_row_by_row():
-    small = model.Model(tiny_config.random_run(), batch_size=1)
+def test_more_images_than_a_batch_are_not_shown_row_by_row(random_run):
+    small = model.Model(random_run, batch_size=1)
     with pytest.raises(UserError, match='at most batch_size = 1 images, not 2'):
         small.sample([3, 5], on_token=lambda k, images: None)
     with pytest.raises(UserError, match='batch_size must be a whole number of at least 1'):
-        model.Model(tiny_config.random_run(), batch_size=0)
+        model.Model(random_run, batch_size=0)
 
 
-def test_a_run_without_guidance_takes_no_scale():
-    cfg = tiny_config.get_config()
-    cfg.sampling.update(guidance=None, guidance_scale=None)
-    plain = model.Model(tiny_config.random_run(cfg))
+def test_a_run_without_guidance_takes_no_scale(random_run):
+    cfg = schema.changed(random_run.config, {'sampling.guidance': None})
+    plain = model.Model(random_run._replace(config=cfg))
     with pytest.raises(UserError, match='samples without guidance'):
         plain.sample(3, guidance=2.0)
 
@@ -361,6 +367,21 @@ def test_a_checkpoint_of_hugging_face_is_converted_once(tmp_path, monkeypatch):
     revision = 'r2'
     assert checkpoints.converted_once('hf://a/b/x.pt') not in (first, None)
     assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_hugging_face_is_opened(tmp_path, monkeypatch):
+    """The file is one of the public code's kind, as the hub's own cache would have it."""
+    fetched = tmp_path / 'hub' / 'models--a--b' / 'snapshots' / 'r1' / 'tiny.pt'
+    fetched.parent.mkdir(parents=True)
+    fetched.write_bytes((GOLDENS / 'tiny.pt').read_bytes())
+    monkeypatch.setenv('XDG_CACHE_HOME', f'{tmp_path}/cache')
+    monkeypatch.setattr(checkpoints, '_local', lambda source: str(fetched))
+    opened = sphere_ar_jax.load('hf://a/b/tiny.pt')
+    assert repr(opened) == '<Model: images (64, 64, 3), tokens (16, 8), 10 classes>'
+    tensors = torch_sizes.state_dict(torch_file.open_file(GOLDENS / 'tiny.pt'))
+    for params in (opened.vae_params, opened._read_ar().ar_params):
+        jax.tree.map(np.testing.assert_array_equal, params, torch_names.from_torch(tensors, params))
 
 
 def _blocks(document):
