@@ -66,7 +66,7 @@ def load(
         run,
         mesh=mesh,
         batch_size=batch_size,
-        read_ar=lambda: with_ar(run, workdir, mesh),
+        read_ar=None if is_whole else functools.partial(with_ar, run, workdir, mesh),
         class_names=names,
         find=functools.partial(class_names.find, names=names, known=known),
     )

@@ -134,7 +134,7 @@ class Model:
         self.vae: VAE = run.vae
         self.vae_params: PyTree = run.vae_params
         self.class_names = class_names
-        self._run = run
+        self._run: Run | None = run
         self._read_ar = read_ar
         self._find = find
         self._mesh = sharding.make_mesh() if mesh is None else mesh
@@ -160,10 +160,12 @@ class Model:
     def _autoregressive(self) -> tuple[AR, PyTree]:
         """The AR model and its parameters in the layout that sampling needs, read at first use."""
         run = self._run
+        assert run is not None  # this is computed once
         if run.ar_params is None and self._read_ar is not None:
             run = self._read_ar()
         if run.ar_params is None:
             raise UserError('this model is a tokenizer alone: it encodes and decodes')
+        self._run = None  # It would keep the parameters in memory twice.
         return unstacked(run.ar, run.ar_params)
 
     @property

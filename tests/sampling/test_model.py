@@ -20,7 +20,7 @@ from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import pictures
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
-from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime import checkpoint
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import inputs, model, on_mesh
 from tests import tiny_config
@@ -38,7 +38,7 @@ def workdir(old_runs):
 @pytest.fixture(scope='module')
 def run(workdir):
     with libraries_promote():
-        yield sphere_ar_jax.load(workdir, mesh=sharding.make_mesh(1))
+        yield sphere_ar_jax.load(workdir)
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +50,7 @@ def random_run():
 @pytest.fixture(scope='module')
 def lively(random_run):
     """A model whose images depend on everything; those of the run hardly do."""
-    return model.Model(random_run, mesh=sharding.make_mesh(1))
+    return model.Model(random_run)
 
 
 @pytest.fixture(scope='module')
@@ -176,7 +176,7 @@ def test_interpolation_begins_and_ends_at_the_images(lively):
 def test_tokens_in_the_plane_are_interpolated_in_straight_lines(monkeypatch):
     cfg = tiny_config.get_config()
     cfg.vae.posterior = 'gaussian'
-    plane = model.Model(tiny_config.random_run(cfg), mesh=sharding.make_mesh(1))
+    plane = model.Model(tiny_config.random_run(cfg))
     ends = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
     monkeypatch.setattr(plane, 'encode', lambda images: ends)
     monkeypatch.setattr(plane, 'decode', lambda tokens: tokens)
