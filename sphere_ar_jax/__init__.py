@@ -6,9 +6,8 @@ opens a trained run from Python (`docs/python.md`).
 
 import importlib
 
-TYPE_CHECKING = (
-    False  # Type checkers take it as true. `typing` would be imported for its own alone.
-)
+# Type checkers take it as true. That of `typing` would cost an import.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sphere_ar_jax.loading import load as load
     from sphere_ar_jax.sampling.model import Model as Model

@@ -169,8 +169,8 @@ def labels(value: Any, find: Callable[[str], int] | None = None) -> Any:
             raise UserError(f'{label!r} is a name, but this model knows classes by numbers alone')
         return find(label)
 
-    if isinstance(value, dict):
-        return value
+    if isinstance(value, dict) or (isinstance(value, tuple) and any(map(np.ndim, value))):
+        return value  # a tree, of a condition of its own
     if isinstance(value, list | tuple):
         return [number(label) for label in value]
     if isinstance(value, str):

@@ -307,6 +307,22 @@ def test_names_of_classes():
     assert inputs.labels(np.array(['wren', 'owl']), numbers.__getitem__) == [4, 3]
     with pytest.raises(UserError, match="'owl' is a name, but this model knows"):
         inputs.labels('owl')
+    tree = (np.zeros(3), np.ones(3))  # of a condition with other labels than classes
+    assert inputs.labels(tree) is tree
+    assert inputs.labels((4, 'owl'), numbers.__getitem__) == [4, 3]
+
+
+def test_the_largest_seeds():
+    """One for all images and one for each are the same key."""
+    for seed in (0, 2**31 - 1, 2**31, 2**32 - 2):
+        alone = jax.random.key_data(on_mesh.sampling_key(inputs.seeds(seed, 1)))
+        own = jax.vmap(on_mesh.sampling_key)(inputs.seeds([seed], 1))
+        np.testing.assert_array_equal(jax.random.key_data(own)[0], alone)
+        keys = [model._posterior_keys(inputs.seeds(given, 1), 1) for given in (seed, [seed])]
+        np.testing.assert_array_equal(*map(jax.random.key_data, keys))
+    for seed in (2**32 - 1, [0, 2**32]):
+        with pytest.raises(UserError, match='seed must be a whole number from 0 to 4294967294'):
+            inputs.seeds(seed, 2)
 
 
 def test_pictures_are_cropped_as_for_an_evaluation(tmp_path):
