@@ -18,6 +18,10 @@ goes on where it stopped. The other modes are:
                    [--output=FILE.png]
   --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
                    [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
+                   (each NPZ may be a directory of images)
+  --mode=reference --data=KIND:PATH --size=256 --output=FILE.npz [--inception=FILE]
+                   [--num_images=N] [--split=NAME] [--data_dir=DIR]
+                   (statistics and images of a data set, for FID)
   --mode=experiment --config=configs/experiments/NAME.py --workdir=DIR [--seeds=0,1,2]
                    (trains and compares rows with several seeds, see docs/experiments)
   --mode=compile   --config=FILE --topology=v6e-256[,v5p-64,…] [--noaudit]
@@ -64,7 +68,18 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numb
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'convert', 'export', 'pack', 'sample', 'grid', 'evaluate', 'compile', 'experiment'],
+    [
+        'train',
+        'convert',
+        'export',
+        'pack',
+        'sample',
+        'grid',
+        'evaluate',
+        'reference',
+        'compile',
+        'experiment',
+    ],
     'What to do, see above.',
 )
 
@@ -101,25 +116,27 @@ def _words(name: str, modes: tuple[str, ...], help: str) -> _Option:
     return _Option(flags.DEFINE_list(name, None, help), modes)
 
 
-_WRITING = ('export', 'pack', 'sample', 'grid', 'compile')
+_WRITING = ('export', 'pack', 'sample', 'grid', 'reference', 'compile')
+_OF_DATA = ('pack', 'reference')
 _OPTIONS = (
     _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
     _switch('no-ema', ('convert',), 'Take `model`, not `ema`, of a checkpoint.'),
     _count('heads', ('convert',), 'Attention heads of an AR model that was not published.'),
     _text('output', _WRITING, 'File or directory to write.'),
-    _text('data', ('pack',), 'A tar of ImageNet, or KIND:PATH of another data set.'),
+    _text('data', _OF_DATA, 'A tar of ImageNet, or KIND:PATH of another data set.'),
     _count('shards', ('pack',), 'Files to write, 128 if not given.'),
-    _text('split', ('pack',), 'Split of tfds; train if not given.'),
-    _text('data_dir', ('pack',), 'Directory of tfds, if not its default.'),
-    _count('num_images', ('sample',), 'Images to draw; as many as the config says if not given.'),
+    _text('split', _OF_DATA, 'Split of tfds; train if not given.'),
+    _text('data_dir', _OF_DATA, 'Directory of tfds, if not its default.'),
+    _count('num_images', ('sample', 'reference'), 'Images to draw, or to keep in a reference.'),
+    _count('size', ('reference',), 'Side of the crops in pixels.'),
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid',), 'Names, synsets or numbers, separated by semicolons.'),
     _count('columns', ('grid',), 'Images of each class, 4 if not given.'),
-    _text('samples', ('evaluate',), 'npz of samples (arr_0).'),
-    _text('reference', ('evaluate',), 'npz of reference images or statistics.'),
-    _text('inception', ('evaluate',), 'Weights of the Inception network, .pb or .pth.'),
-    _text('images', ('evaluate',), 'npz of real images (arr_0), for scores of the tokenizer.'),
+    _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
+    _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
+    _text('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
+    _text('images', ('evaluate',), 'npz (arr_0) or directory of real images, for the tokenizer.'),
     _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
     _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
     _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
@@ -133,6 +150,10 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
     'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
     'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
+    'reference': (
+        ('data', 'size', 'output'),
+        'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
+    ),
     'grid': (('classes',), "give --classes='golden retriever; 388'"),
     'experiment': (
         ('config', 'workdir'),
@@ -143,7 +164,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
 # Modes that draw or score what a run has trained, by its own config unless another is given.
 _OF_A_RUN = ('sample', 'grid', 'evaluate')
 # Modes that several processes cannot share.
-_ALONE = ('compile', 'convert', 'experiment', 'export', 'pack')
+_ALONE = ('compile', 'convert', 'experiment', 'export', 'pack', 'reference')
+# Modes that need no workdir.
+_WITHOUT_WORKDIR = ('pack', 'reference', 'compile')
 
 
 def _value(argv: list[str], name: str) -> str | None:
@@ -271,7 +294,7 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
     needed, message = _NEEDED.get(mode, ((), ''))
     if not there.issuperset(needed):
         raise UserError(message)
-    if mode not in ('pack', 'compile') and 'workdir' not in there:
+    if mode not in _WITHOUT_WORKDIR and 'workdir' not in there:
         raise UserError('give --workdir=DIR')
     if mode == 'sample' and 'output' in given:
         _check_samples_file(given['output'])
@@ -331,25 +354,34 @@ def main(argv: list[str]) -> None:
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
+def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+    """Calls the command of a mode of `_WITHOUT_WORKDIR`; see `_run`."""
+    if mode == 'pack':
+        from sphere_ar_jax.commands import pack
+
+        pack.pack(**given)
+    elif mode == 'reference':
+        from sphere_ar_jax.commands import evaluate
+
+        evaluate.write_reference(**given)
+    else:
+        from sphere_ar_jax.measure import compile_ahead
+
+        assert cfg is not None  # by `_check_usage`
+        compile_ahead.run(cfg, **given)
+
+
 def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
     """Calls the command of a mode.
 
     Args:
       mode: the value of --mode.
-      workdir: an absolute path; only for pack and compile it may be None.
+      workdir: an absolute path; only for modes of `_WITHOUT_WORKDIR` it may be None.
       cfg: the checked config, None where none was given; train and compile always have one.
       given: the values of the flags of `_OPTIONS` that were given.
     """
-    if mode == 'pack':
-        from sphere_ar_jax.commands import pack
-
-        pack.pack(**given)
-        return
-    if mode == 'compile':
-        from sphere_ar_jax.measure import compile_ahead
-
-        assert cfg is not None  # by `_check_usage`
-        compile_ahead.run(cfg, **given)
+    if mode in _WITHOUT_WORKDIR:
+        _run_without_workdir(mode, cfg, given)
         return
     assert workdir is not None  # by `_check_usage`
     command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'

@@ -53,6 +53,7 @@ def test_every_part_runs_and_is_counted():
         assert (part.flops > 0) == (name not in ('sample', *our_parts.STARTS))
 
 
+@pytest.mark.slow
 def test_a_token_costs_what_its_matrices_cost():
     """Operations of the head's part by hand: two for every weight that x, its modulation, c or t
     meets.

@@ -618,7 +618,8 @@ def test_two_processes_join(by):
     assert _processes(environs, '-c', JOINED) == [(0, '0 2\n'), (0, '1 2\n')]
 
 
-@pytest.mark.parametrize('index', ['0', pytest.param('1', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('index', ['0', '1'])
 def test_a_process_that_comes_alone_says_so_and_ends(index):
     port = free_port()
     environ = {

@@ -18,6 +18,7 @@ from tests import read_commands
 from tests.words import ROOT, documents
 
 
+@pytest.mark.slow
 def test_every_command_is_understood(tmp_path):
     """Each program parses the commands that the documents show and finds no fault in a config."""
     out = subprocess.run(
@@ -31,6 +32,7 @@ def test_every_command_is_understood(tmp_path):
     assert int(out.stdout.split()[0]) == len(read_commands.commands()) >= 30
 
 
+@pytest.mark.slow
 def test_a_wrong_command_is_named(tmp_path):
     """A flag that does not exist, a key that the config lacks and a value that it refuses."""
     for arguments, message in (

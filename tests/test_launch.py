@@ -513,6 +513,7 @@ def test_local_passes_signals_on_and_ends(stubs, number):
     assert (stubs.codes / 'saved').read_text() == f'{int(number)} ' and len(stubs.calls()) == 1
 
 
+@pytest.mark.slow
 def test_local_goes_on_when_only_the_program_was_told_to_end(stubs):
     stubs.add('python', SAVES)
     environ = stubs.environ | {'DOCTOR': '0', 'RESTART_SECONDS': '0'}

@@ -22,6 +22,10 @@ def get_config(arg: str = '') -> ConfigDict:
     c.claim = (
         'Under large guidance spherical tokens stay stable, and Gaussian ones degrade (Figure 4).'
     )
+    c.caveat = (
+        'What would change it: more tokens an image, over which a scale error could add up, and '
+        'images whose classes overlap more.'
+    )
     c.rows = experiments.rows(**experiments.LATENTS)
     c.comparisons = (
         'power_spherical gaussian frechet_degradation',

@@ -32,6 +32,10 @@ def get_config(arg: str = '') -> ConfigDict:
         'Norms before projection are measured with projection after each token, never, and only '
         'before decoding.'
     )
+    c.caveat = (
+        'What would change it: longer sequences, and models whose errors are not those of a short '
+        'training on few images.'
+    )
     shown = ('gaussian', 'gaussian_norm', 'power_spherical')
     c.rows = experiments.rows(**{row: experiments.LATENTS[row] for row in shown})
     c.comparisons = (

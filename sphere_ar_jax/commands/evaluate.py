@@ -1,4 +1,4 @@
-"""--mode=evaluate: scores a run, or samples alone."""
+"""--mode=evaluate scores a run, or samples alone; --mode=reference makes what they need."""
 
 import json
 from typing import Any
@@ -7,13 +7,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.data import small
-from sphere_ar_jax.evaluation import snapshots, tokenizer
-from sphere_ar_jax.evaluation.fidelity import image_sets, inception_weights, protocol
+from sphere_ar_jax.config import recipes
+from sphere_ar_jax.data import small, sources
+from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
+from sphere_ar_jax.evaluation.fidelity import (
+    image_sets,
+    inception_weights,
+    protocol,
+    statistics,
+)
+from sphere_ar_jax.evaluation.fidelity import reference as references
 from sphere_ar_jax.interop.lpips import read
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sampling import generation
 
 
 def _check_files(
@@ -48,7 +56,8 @@ def _score_tokenizer(
         judge = read(lpips, vgg)
     batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
     bar = console.bar(None, 'reconstructions')
-    return tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
+    scores = tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
+    return scores | {'parameters': generation.parameters_crc(run)}
 
 
 def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
@@ -66,8 +75,12 @@ def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
     setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, data.train, data)
     scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
-    sampling = run.config.sampling.to_dict()
-    return {**scores, 'seed': run.config.seed, 'sampling': sampling}
+    return {
+        **scores,
+        'seed': run.config.seed,
+        'sampling': run.config.sampling.to_dict(),
+        'parameters': generation.parameters_crc(run),
+    }
 
 
 def evaluate(
@@ -87,10 +100,10 @@ def evaluate(
 
     Args:
       workdir: the directory of the run; for samples alone any directory.
-      samples: an npz of samples to score by `protocol.evaluate`.
-      reference: an npz of reference images or statistics to compare them with.
+      samples: an npz or a directory of samples to score by `protocol.evaluate`.
+      reference: an npz of images or statistics, or a directory of images, to compare them with.
       inception: the weights of the Inception network (.pb or .pth).
-      images: an npz of real images (arr_0) on which the tokenizer is scored.
+      images: an npz (arr_0) or a directory of real images on which the tokenizer is scored.
       lpips: LPIPS' linear weights (vgg.pth); None leaves the tokenizer's LPIPS score out.
       vgg: VGG16's weights, which LPIPS needs too.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -118,3 +131,56 @@ def evaluate(
     protocol.warn(scores.get('tokenizer', {}))
     print(f'wrote {path}')
     return scores
+
+
+def write_reference(
+    data: str,
+    size: int,
+    output: str,
+    *,
+    inception: str | None = None,
+    num_images: int = references.KEPT,
+    split: str = 'train',
+    data_dir: str | None = None,
+) -> None:
+    """Writes statistics and images of a data set to an npz, to compare samples with.
+
+    Args:
+      data: KIND:PATH, see `recipes.data_set`.
+      size: the side of the crops, that of the samples.
+      output: the npz.
+      inception: the weights of the Inception network (.pb or .pth); None writes images alone.
+      num_images: images to keep in the file.
+      split: the split of tfds.
+      data_dir: the directory of tfds, None for its default.
+
+    Raises:
+      UserError: the images are a small data set or cannot be read, or the file cannot be written.
+    """
+    kind, path = recipes.data_set(data)
+    if kind in small.KINDS:
+        raise UserError(
+            f'{small.KINDS[kind].noun} have scores of their own: '
+            '--mode=evaluate --workdir=DIR compares a run with them'
+        )
+    if not output.endswith('.npz'):
+        raise UserError(f'--output is {output}, but must end in .npz')
+    weights = None if inception is None else inception_weights.load(inception)
+    bar = console.bar(None, 'reading the tar', 'byte')
+    source = sources.open_source(kind, path, split, data_dir, bar)
+    print(f'{len(source)} images of {class_names.describe(source.num_classes, source.class_names)}')
+    if source.left_out:
+        print(f'left out: {source.left_out}')
+    crops = references.Crops(source, size)
+    progress = console.bar(len(source), 'reference')
+    found = references.write(output, crops, weights, kept=num_images, progress=progress)
+    if crops.broken:
+        first = min(crops.broken.items())[1]
+        print(f'left out: {len(crops.broken)} image(s) that cannot be decoded; the first: {first}')
+    made_of = 'without statistics, since there is no --inception'
+    if weights is not None:
+        made_of = f'with statistics of {found["images"]}'
+    print(f'wrote {output}: {found["kept"]} images of {size}×{size} pixels, {made_of}')
+    note = statistics.note(found['images'] or None)
+    if note is not None:
+        print(note)

@@ -96,12 +96,11 @@ def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[
     }
 
 
-def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
+def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
     """Scores one row and seed: its tokenizer, and samples at each guidance scale.
 
     Args:
       config: the experiment's config.
-      row: the row.
       cfg: the config of its run.
       cache: directory of the trained models.
       mesh: the devices.
@@ -114,14 +113,10 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
     run = runs.load(cfg, cache, mesh)
     _, train, heldout = runs.data_set(cfg)
     judge = runs.judge(cfg, cache)
-    common = {'row': row, 'seed': cfg.seed}
     real = small.first_images(train, MOST_IMAGES)
     norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
-    first = common | {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
-    first['tokenizer_steps_per_second'] = runs.speed(
-        runs.tokenizer_directory(cache, cfg), 'tokenizer'
-    )
+    first: dict[str, Any] = {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
     first['norm_low'] = float(low)
     first['norm_high'] = float(high)
     lines = [first]
@@ -141,8 +136,7 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
         # Rounding moves a norm off the sphere, where low and high are the same.
         outside = (final < low * (1 - 1e-4)) | (final > high * (1 + 1e-4))
         lines.append(
-            common
-            | {'guidance': scale}
+            {'guidance': scale}
             | sample_scores(judge, images, labels)
             | {
                 'collapsed': collapsed_share(images, real),
@@ -160,21 +154,21 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
     A degradation is what the largest guidance scale costs against the best one.
 
     Args:
-      lines: what `measure` returned.
+      lines: what `measure` returned, and a line of `tokenizer_steps_per_second` where an experiment
+        compares speeds.
       common_guidance: the scale at which all rows are compared.
     """
-    tokenizer_line = next(line for line in lines if line['guidance'] is None)
-    samples = sorted(
-        (line for line in lines if line['guidance'] is not None), key=lambda line: line['guidance']
-    )
+    tokenizer_line = next(line for line in lines if 'psnr' in line)
+    timed = next((line for line in lines if 'guidance' not in line), {})
+    scales = {line['guidance']: line for line in lines if line.get('guidance') is not None}
+    samples = [scales[scale] for scale in sorted(scales)]
     best = min(samples, key=lambda line: line['frechet'])
-    common = next(line for line in samples if line['guidance'] == common_guidance)
+    common = scales[common_guidance]
     last = samples[-1]
     return {
         'psnr': tokenizer_line['psnr'],
         'rfrechet': tokenizer_line['rfrechet'],
         'kl': tokenizer_line['kl'],
-        'tokenizer_steps_per_second': tokenizer_line['tokenizer_steps_per_second'],
         'best_guidance': best['guidance'],
         'frechet_best': best['frechet'],
         'frechet_common': common['frechet'],
@@ -185,4 +179,5 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
         'collapsed_degradation': last['collapsed'] - best['collapsed'],
         'precision_best': best['precision'],
         'recall_best': best['recall'],
+        **timed,
     }

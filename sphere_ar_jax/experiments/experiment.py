@@ -1,12 +1,12 @@
 """--mode=experiment: trains and measures rows with several seeds, and writes the verdicts.
 
-Everything lies in the workdir: `models` has the trained models, which all experiments share, and
-NAME/ has what one experiment leaves. A killed experiment goes on when its command is typed again.
+A killed experiment goes on when its command is typed again. Experiments of one workdir share what
+they train and measure:
 
-Files of NAME/:
-  lines.jsonl    what was measured, a line for each row and seed
-  results.json   the same with summaries, intervals, verdicts, versions and the config
-  *.png, page.md, page.html
+  models/              the trained models
+  measured.jsonl       what was measured of each of them
+  NAME/results.json    the numbers of one experiment, intervals, verdicts, versions and the config
+  NAME/*.png, page.md, page.html
 """
 
 import functools
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import experiments, schema
-from sphere_ar_jax.experiments import comparison, propagation, report, runs
+from sphere_ar_jax.experiments import comparison, propagation, report, runs, speed
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
 
@@ -42,39 +42,25 @@ class Unit(NamedTuple):
     run: Callable[[], None]
 
 
-class _Results:
-    """The lines of lines.jsonl.
+class Part(NamedTuple):
+    """One row with one seed.
 
     Attributes:
-      measured: {(row, seed, key of the config): the lines that were measured}.
+      row: a key of the experiment's rows.
+      seed: one of its seeds.
+      cfg: the config of its run.
+      key: stands for all that its measurement depends on.
+      speed_key: stands for all that its speed depends on; None where no speeds are compared.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        needed = ('row', 'seed', 'key', 'lines')
-        rows = metric_writer.read_scalars(path, needed)
-        self.measured = {(row['row'], row['seed'], row['key']): row['lines'] for row in rows}
-        # The file is written again without a line that was cut off.
-        files.write_bytes(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
-
-    def add(self, row: str, seed: int, key: str, lines: list[Any]) -> None:
-        """Adds what was measured of a row and seed."""
-        self.measured[row, seed, key] = lines
-        line = {'row': row, 'seed': seed, 'key': key, 'lines': lines}
-        with files.naming(self._path), open(self._path, 'a') as f:
-            f.write(json.dumps(line) + '\n')
+    row: str
+    seed: int
+    cfg: ConfigDict
+    key: str
+    speed_key: str | None
 
 
-_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
-
-
-def _measure_key(config: ConfigDict, cfg: ConfigDict) -> str:
-    """What a measurement depends on: the trained models, the sampler and the experiment's keys."""
-    own = {name: config[name] for name in _MEASURED_BY[config.kind]}
-    return runs.key([runs.ar_directory('', cfg), schema.as_dict(cfg)['sampling'], own])
-
-
-# The keys of an experiment that decide what is measured of a row and seed.
+# The keys of an experiment that decide what is measured of a part.
 _MEASURED_BY = {
     'comparison': ('num_images', 'guidance_scales'),
     'propagation': (
@@ -87,32 +73,117 @@ _MEASURED_BY = {
 }
 
 
-def units(config: ConfigDict, cache: str, results: _Results, mesh: Mesh) -> list[Unit]:
-    """The work of an experiment, seed by seed, so that early results have all rows.
+def parts(config: ConfigDict) -> list[Part]:
+    """The parts of an experiment, seed by seed, so that early results have all rows."""
+    own = {name: config[name] for name in _MEASURED_BY[config.kind]}
+    compares_speeds = any(words.endswith('steps_per_second') for words in config.comparisons)
+    found = []
+    for seed in config.seeds:
+        configs = {row: experiments.row(config, row, seed) for row in config.rows}
+        tokenizers = [runs.tokenizer_directory('', cfg) for cfg in configs.values()]
+        for row, cfg in configs.items():
+            sampling = schema.as_dict(cfg)['sampling']
+            key = runs.key([runs.ar_directory('', cfg), sampling, own])
+            speed_key = None
+            if compares_speeds:
+                # The tokenizers of all rows are timed in turns.
+                speed_key = f'speed-{runs.key([row, tokenizers])}'
+            found.append(Part(row, seed, cfg, key, speed_key))
+    return found
+
+
+class _Results:
+    """The lines of measured.jsonl."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        lines = metric_writer.read_scalars(path, ('key', 'lines', 'seconds'))
+        # {key: (the lines that were measured, the seconds that it took)}
+        self._measured: dict[str, tuple[list[Any], float]] = {
+            line['key']: (line['lines'], line['seconds']) for line in lines
+        }
+        # The file is written again without a line that was cut off.
+        files.write_bytes(path, ''.join(json.dumps(line) + '\n' for line in lines).encode())
+
+    def add(self, key: str, what: str, lines: list[Any], seconds: float) -> None:
+        """Adds what was measured, and the wall time that it took; `what` is for readers."""
+        self._measured[key] = (lines, seconds)
+        line = {'what': what, 'key': key, 'lines': lines, 'seconds': seconds}
+        with files.naming(self._path), open(self._path, 'a') as f:
+            f.write(json.dumps(line) + '\n')
+
+    def has(self, key: str | None) -> bool:
+        """Whether this was measured."""
+        return key in self._measured
+
+    def complete(self, part: Part) -> tuple[list[Any], float] | None:
+        """All lines of a part and the seconds that they took, None until they are complete."""
+        found = self._measured.get(part.key)
+        if found is None or part.speed_key is None:
+            return found
+        timed = self._measured.get(part.speed_key)
+        return None if timed is None else (found[0] + timed[0], found[1] + timed[1])
+
+
+_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
+
+
+def units(
+    config: ConfigDict, chosen: Sequence[Part], cache: str, results: _Results, mesh: Mesh
+) -> list[Unit]:
+    """The work of an experiment in the order of its parts.
 
     Args:
       config: the experiment's config.
+      chosen: its parts.
       cache: directory of the trained models.
       results: what is measured.
       mesh: the devices.
     """
     found = []
     for seed in config.seeds:
-        for row in config.rows:
-            found += _units_of(config, row, seed, cache, results, mesh)
+        same_seed = [part for part in chosen if part.seed == seed]
+        for part in same_seed:
+            found += _units_of(config, part, cache, results, mesh)
+        if same_seed[0].speed_key is not None:
+            found.append(_speed_unit(config, same_seed, results, mesh))
     return found
 
 
+def _speed_unit(
+    config: ConfigDict, same_seed: Sequence[Part], results: _Results, mesh: Mesh
+) -> Unit:
+    """The work of timing the training steps of all rows with one seed."""
+    seed = same_seed[0].seed
+
+    def run() -> None:
+        started = time.perf_counter()
+        found = speed.measure(config, seed, mesh)
+        seconds = (time.perf_counter() - started) / len(found)
+        for part in same_seed:
+            line = {'tokenizer_steps_per_second': found[part.row]}
+            what = f'{part.row}, seed {seed}: speed'
+            results.add(str(part.speed_key), what, [line], seconds)
+
+    return Unit(
+        kind='speed',
+        what=f'seed {seed}: steps/s of all tokenizers, in turns',
+        is_done=lambda: all(results.has(part.speed_key) for part in same_seed),
+        run=run,
+    )
+
+
 def _units_of(
-    config: ConfigDict, row: str, seed: int, cache: str, results: _Results, mesh: Mesh
+    config: ConfigDict, part: Part, cache: str, results: _Results, mesh: Mesh
 ) -> list[Unit]:
-    """The work for one row and seed: two trainings and a measurement."""
-    cfg = experiments.row(config, row, seed)
-    key = _measure_key(config, cfg)
+    """The work for one part: two trainings and a measurement."""
+    row, seed, cfg, key, _ = part
 
     def measure() -> None:
-        lines = _MEASURE[config.kind](config, row, cfg, cache, mesh)
-        results.add(row, seed, key, lines)
+        started = time.perf_counter()
+        lines = _MEASURE[config.kind](config, cfg, cache, mesh)
+        what = f'{row}, seed {seed}: {config.kind}'
+        results.add(key, what, lines, time.perf_counter() - started)
 
     tokenizer = runs.tokenizer_directory(cache, cfg)
     ar = runs.ar_directory(cache, cfg)
@@ -132,7 +203,7 @@ def _units_of(
         Unit(
             kind='measure',
             what=f'{row}, seed {seed}: samples',
-            is_done=lambda: (row, seed, key) in results.measured,
+            is_done=functools.partial(results.has, key),
             run=measure,
         ),
     ]
@@ -153,14 +224,6 @@ def time_left(todo: Sequence[Unit], seconds: dict[str, list[float]]) -> float | 
     return sum(sum(seconds[unit.kind]) / len(seconds[unit.kind]) for unit in todo)
 
 
-def spoken(seconds: float) -> str:
-    """A time as '2 h 5 min', '3 min' or '40 s'."""
-    if seconds < 60:
-        return f'{seconds:.0f} s'
-    hours, rest = divmod(round(seconds / 60), 60)
-    return f'{hours} h {rest} min' if hours else f'{rest} min'
-
-
 def _do(todo: list[Unit], after: Callable[[], Any]) -> None:
     """Does units one after the other and says where it is; calls `after` after each measurement."""
     seconds: dict[str, list[float]] = {}
@@ -169,30 +232,44 @@ def _do(todo: list[Unit], after: Callable[[], Any]) -> None:
         if unit.is_done():  # An equal training of another row may have done it.
             continue
         left = time_left(todo[i:], seconds)
-        ahead = '' if left is None else f'; {spoken(left)} left'
+        ahead = '' if left is None else f'; {report.spoken(left)} left'
         print(f'[{i + 1}/{total}] {unit.what}{ahead}', flush=True)
         started = time.perf_counter()
         unit.run()
         seconds.setdefault(unit.kind, []).append(time.perf_counter() - started)
-        if unit.kind == 'measure':
+        if unit.kind in ('measure', 'speed'):
             after()
 
 
-def summaries(config: ConfigDict, results: _Results) -> dict[str, dict[int, dict[str, float]]]:
-    """{row: {seed: its summary}} of all that is measured by this config."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for row in config.rows:
-        for seed in config.seeds:
-            key = _measure_key(config, experiments.row(config, row, seed))
-            lines = results.measured.get((row, seed, key))
-            if lines is None:
-                continue
-            if config.kind == 'comparison':
-                summary = comparison.summarize(lines, config.common_guidance)
-            else:
-                summary = propagation.summarize(lines)
-            found.setdefault(row, {})[seed] = summary
-    return found
+def _summaries(
+    config: ConfigDict, chosen: Sequence[Part], results: _Results
+) -> dict[str, dict[int, dict[str, float]]]:
+    """{row: {seed: its summary}} of all parts that are measured."""
+    found: dict[str, dict[int, dict[str, float]]] = {row: {} for row in config.rows}
+    for part in chosen:
+        measured = results.complete(part)
+        if measured is None:
+            continue
+        if config.kind == 'comparison':
+            summary = comparison.summarize(measured[0], config.common_guidance)
+        else:
+            summary = propagation.summarize(measured[0])
+        found[part.row][part.seed] = summary
+    return {row: seeds for row, seeds in found.items() if seeds}
+
+
+def _seconds(chosen: Sequence[Part], cache: str, results: _Results) -> dict[str, float]:
+    """The wall time of all parts that are measured: of their trainings, of their measurements."""
+    trainings = set()
+    measuring = 0.0
+    for part in chosen:
+        measured = results.complete(part)
+        if measured is not None:
+            trainings.add(runs.tokenizer_directory(cache, part.cfg))
+            trainings.add(runs.ar_directory(cache, part.cfg))
+            measuring += measured[1]
+    finished = [directory for directory in trainings if runs.is_finished(directory)]
+    return {'training': sum(map(runs.seconds, finished)), 'measuring': measuring}
 
 
 def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, Any]:
@@ -211,14 +288,15 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
     directory = os.path.join(workdir, name)
     os.makedirs(directory, exist_ok=True)
     with files.owned(workdir, 'an experiment'):
-        results = _Results(f'{directory}/lines.jsonl')
+        results = _Results(f'{workdir}/measured.jsonl')
         cache = os.path.join(workdir, 'models')
-        work = units(config, cache, results, mesh)
+        chosen = parts(config)
+        work = units(config, chosen, cache, results, mesh)
         todo = [unit for unit in work if not unit.is_done()]
         print(f'{name}: {len(work) - len(todo)} of {len(work)} parts are done', flush=True)
 
         def write() -> dict[str, Any]:
-            return _write(config, name, directory, command, results)
+            return _write(config, name, chosen, workdir, command, results)
 
         _do(todo, write)
         found = write()
@@ -227,16 +305,21 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
 
 
 def _write(
-    config: ConfigDict, name: str, directory: str, command: str, results: _Results
+    config: ConfigDict,
+    name: str,
+    chosen: Sequence[Part],
+    workdir: str,
+    command: str,
+    results: _Results,
 ) -> dict[str, Any]:
     """Writes results.json, plots and pages of what is measured so far."""
-    by_row = summaries(config, results)
-    measured = [
-        {'row': row, 'seed': seed, 'lines': lines}
-        for (row, seed, key), lines in results.measured.items()
-        if seed in by_row.get(row, {})
-        and key == _measure_key(config, experiments.row(config, row, seed))
-    ]
+    directory = os.path.join(workdir, name)
+    by_row = _summaries(config, chosen, results)
+    measured = []
+    for part in chosen:
+        complete = results.complete(part)
+        if complete is not None:
+            measured.append({'row': part.row, 'seed': part.seed, 'lines': complete[0]})
     found = {
         'experiment': name,
         'title': config.title,
@@ -244,6 +327,7 @@ def _write(
         'jax': jax.__version__,
         'platform': jax.devices()[0].platform,
         'command': command,
+        'seconds': _seconds(chosen, os.path.join(workdir, 'models'), results),
         'config': json.loads(config.to_json_best_effort()),
         'rows': report.table(config, by_row),
         'verdicts': report.verdicts(config, by_row),

@@ -232,12 +232,11 @@ def _norms(config: ConfigDict, run: Run, cache: str, mesh: Mesh) -> list[dict[st
     return lines
 
 
-def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
+def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
     """Measures the norms and the propagation of errors of one row and seed.
 
     Args:
       config: the experiment's config.
-      row: the row.
       cfg: the config of its run.
       cache: directory of the trained models.
       mesh: the devices that draw the scored images.
@@ -246,14 +245,13 @@ def measure(config: ConfigDict, row: str, cfg: ConfigDict, cache: str, mesh: Mes
       The lines of the parts 'norms', 'jacobian' and 'disturbance', each a dictionary.
     """
     run = runs.load(cfg, cache, mesh)
-    common = {'row': row, 'seed': cfg.seed}
     lines = _norms(config, run, cache, mesh)
     labels = np.arange(config.followed_images) % runs.data_set(cfg).train.num_classes
     sequences = Sequences(run, labels, config.common_guidance)
     for share in config.positions:
         position = int(share * run.ar.num_tokens)
         lines += follow(sequences, position, config.disturbances, cfg.seed)
-    return [common | line for line in lines]
+    return lines
 
 
 def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, float]:

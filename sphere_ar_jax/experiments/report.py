@@ -364,13 +364,23 @@ def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return heads, cells
 
 
+def spoken(seconds: float) -> str:
+    """A time as '2 h 5 min', '3 min' or '40 s'."""
+    if seconds < 60:
+        return f'{seconds:.0f} s'
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f'{hours} h {rest} min' if hours else f'{rest} min'
+
+
 def _measured_by(found: Mapping[str, Any]) -> str:
-    """What the numbers were measured with, in two sentences."""
+    """What the numbers were measured with and how long it took, in three sentences."""
     seeds = sorted({unit['seed'] for unit in found['measured']})
     return (
         f'Measured with {len(seeds)} seed{"s" if len(seeds) != 1 else ""} '
         f'({", ".join(map(str, seeds)) or "none yet"}), sphere_ar_jax {found["version"]}, '
-        f'JAX {found["jax"]}, on a {found["platform"]}. Brackets are 95% t-intervals of the mean.'
+        f'JAX {found["jax"]}, on a {found["platform"]}. Brackets are 95% t-intervals of the mean. '
+        f'The trainings took {spoken(found["seconds"]["training"])}, one after the other, and the '
+        f'measurements {spoken(found["seconds"]["measuring"])}.'
     )
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import small_images
-from sphere_ar_jax.runtime import files, metric_writer
+from sphere_ar_jax.runtime import files
 from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
 from sphere_ar_jax.training.run import Run, load_run
 from sphere_ar_jax.training.stages import ar_stage
@@ -110,6 +110,11 @@ def _train(stage: Stage, source: small.Split, directory: str, seed: int, mesh: M
     files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
 
 
+def tokenizer_stage(cfg: ConfigDict) -> Stage:
+    """The training of a config's tokenizer."""
+    return adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
+
+
 def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     """Trains the tokenizer of a config, unless it is trained.
 
@@ -123,11 +128,9 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
         return
     own = schema.changed(cfg, {'ar_training.steps': 0, 'ar_training.warmup_steps': 0})
     source = data_set(cfg).train
-    vae = build.build_vae(own)
-    stage = adversarial.tokenizer_stage(vae, own.tokenizer_training, own.seed)
     with _logged(directory):
         workdir.claim(own, directory)
-        _train(stage, source, directory, own.seed, mesh)
+        _train(tokenizer_stage(own), source, directory, own.seed, mesh)
 
 
 def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
@@ -165,9 +168,6 @@ def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:
     return load_run(ar_directory(cache, cfg), mesh)
 
 
-def speed(directory: str, stage: str) -> float:
-    """Steps per second of a training: the median of its log's lines."""
-    path = f'{directory}/{stage}/metrics.jsonl'
-    lines = metric_writer.read_scalars(path, ('step', 'seconds_per_step'))
-    seconds = sorted(line['seconds_per_step'] for line in lines)
-    return 1 / seconds[len(seconds) // 2]
+def seconds(directory: str) -> float:
+    """The wall time of a finished training in a workdir of the cache."""
+    return float(files.read_json(epath.Path(directory, _FINISHED))['seconds'])

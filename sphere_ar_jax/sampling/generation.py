@@ -115,12 +115,16 @@ def _crc(values: Any, dtype: type[np.generic]) -> int:
     return zlib.crc32(np.asarray(values, dtype).tobytes())
 
 
+def parameters_crc(run: Run) -> int:
+    """A checksum of all parameters of a run, by which results name the weights they are of."""
+    return _crc(checkpoint.fingerprint((run.ar_params, run.vae_params)), np.uint32)
+
+
 def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
     """What the images depend on, as JSON gives it back. A run goes on only if it is unchanged."""
     settings = run.config.sampling.to_dict()
     settings['num_images'] = len(labels)
     del settings['batch_size']
-    params = checkpoint.fingerprint((run.ar_params, run.vae_params))
     about = {
         'sampling': settings,
         'seed': seed,
@@ -129,7 +133,7 @@ def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
         # What the shapes of the parameters do not tell.
         'model': [run.vae.grid, run.config.vae.heads, run.ar.heads],
         'labels': _crc(labels, np.int32),
-        'parameters': _crc(params, np.uint32),
+        'parameters': parameters_crc(run),
     }
     return json.loads(json.dumps(about))  # Tuples become lists.
 

@@ -33,7 +33,7 @@ from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import vae
 from sphere_ar_jax.runtime import checkpoint, console, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import generation, on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training.run import load_run
@@ -135,6 +135,7 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
     assert (run.ar.condition.num_classes, run.ar.heads, run.vae.grid) == (10, 2, (4, 4))
 
 
+@pytest.mark.slow
 def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny_ar):
     run = load_run(str(converted))
     assert run.vae == tiny_vae[0]
@@ -289,6 +290,7 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     _main('--mode=evaluate', f'--workdir={workdir}', f'--images={tmp_path}/real.npz')
     written = json.loads((workdir / 'evaluation.json').read_text())
     expected = tokenizer.score_tokenizer(run, [images[:2], images[2:]])
+    assert written['tokenizer'].pop('parameters') == generation.parameters_crc(run)
     assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(
         expected, rel=1e-5, abs=1e-6
     )
@@ -450,6 +452,7 @@ def test_digits_are_scored_again(tuned, capsys):
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written.pop('seed') == json.loads((workdir / 'config.json').read_text())['seed']
     assert written.pop('sampling')['num_steps'] == 2
+    assert written.pop('parameters') == generation.parameters_crc(load_run(str(workdir)))
     assert written == {
         name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))
     }

@@ -25,6 +25,7 @@ def _load(name, argument):
     return module.get_config(argument)
 
 
+@pytest.mark.slow
 @libraries_promote()
 def test_the_digits_are_built_and_traced():
     """Models, sampler and a step of both stages, as shapes: the slow tests run them.

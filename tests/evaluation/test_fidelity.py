@@ -343,6 +343,7 @@ def reference_arrays(seed):
     return arrays
 
 
+@pytest.mark.slow
 def test_statistics_of_a_file_come_before_those_of_its_images(tmp_path, inception_params):
     arrays = reference_arrays(0)
     path = tmp_path / 'reference.npz'

@@ -8,12 +8,12 @@ import pytest
 
 from sphere_ar_jax.commands import experiment as command
 from sphere_ar_jax.config import experiments, packaged
-from sphere_ar_jax.experiments import comparison, experiment, report, runs
+from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import libraries_promote
 
-NAMES = ('guidance', 'ablation', 'propagation', 'backbones')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
 
 
 def small(**changes):
@@ -107,7 +107,6 @@ def fake_lines(row, seed):
             'psnr': 20 - worse,
             'rfrechet': 0.1,
             'kl': 5.0,
-            'tokenizer_steps_per_second': 3.0,
         }
     ]
     for scale in (1.5, 8.0):
@@ -121,7 +120,7 @@ def fake_lines(row, seed):
                 'recall': 0.7,
             }
         )
-    return [{'row': row, 'seed': seed} | line for line in lines]
+    return lines
 
 
 @pytest.fixture
@@ -141,8 +140,10 @@ def faked(monkeypatch):
     monkeypatch.setattr(runs, 'train_tokenizer', train('tokenizer'))
     monkeypatch.setattr(runs, 'train_ar', train('ar'))
     monkeypatch.setattr(runs, 'is_finished', lambda directory: directory in finished)
+    monkeypatch.setattr(runs, 'seconds', lambda directory: 60.0)
 
-    def measure(config, row, cfg, cache, mesh):
+    def measure(config, cfg, cache, mesh):
+        row = 'gaussian_norm' if cfg.ar.token_space == 'projected' else 'power_spherical'
         done.append(('measure', row, cfg.seed))
         return fake_lines(row, cfg.seed)
 
@@ -162,14 +163,20 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     assert '[4/18]' not in capsys.readouterr().out  # the shared tokenizer of the second row
 
     # A kill left half a line, and took the last measurement with it.
-    path = tmp_path / 'two' / 'lines.jsonl'
+    path = tmp_path / 'measured.jsonl'
     content = path.read_bytes()
     path.write_bytes(content[:-20])
     faked.clear()
     again = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert faked == [('measure', 'gaussian_norm', 2)]
-    assert again == found
-    assert json.loads((tmp_path / 'two' / 'results.json').read_text()) == found
+    assert json.loads((tmp_path / 'two' / 'results.json').read_text()) == again
+    # The measurement that was made again took another time.
+    assert again.pop('seconds')['training'] == found['seconds']['training']
+    assert again == {name: value for name, value in found.items() if name != 'seconds'}
+
+    # Three tokenizers and six AR models of a minute each.
+    assert found['seconds']['training'] == 9 * 60
+    assert 'The trainings took 9 min' in (tmp_path / 'two' / 'page.md').read_text()
 
     # Fewer seeds are a part of the same experiment.
     faked.clear()
@@ -177,6 +184,45 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     part = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert not faked
     assert {unit['seed'] for unit in part['measured']} == {1, 2}
+
+
+def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
+    """The second one has the same models, sampler and scales under another name of a row."""
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
+    first = experiment.run(small(), 'one', str(tmp_path), 'COMMAND')
+    faked.clear()
+    c = small()
+    c.rows = experiments.rows(hybrid={})
+    second = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert not faked
+    assert second['rows']['hybrid'] == first['rows']['power_spherical']
+    assert first['seconds']['training'] == 2 * second['seconds']['training'] - 3 * 60
+    c.num_images = 21
+    experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert faked == [('measure', 'power_spherical', seed) for seed in c.seeds]
+
+
+def test_speeds_are_measured_in_turns_once_a_seed(tmp_path, faked, monkeypatch):
+    """A row counts when its speed is measured, too; the lead is that of the measured speeds."""
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
+
+    def speeds(config, seed, mesh):
+        faked.append(('speed', seed))
+        return {'power_spherical': 3.0 + seed, 'gaussian_norm': 2.0}
+
+    monkeypatch.setattr(speed, 'measure', speeds)
+    c = small(
+        seeds=(0, 1),
+        comparisons=('power_spherical gaussian_norm tokenizer_steps_per_second',),
+    )
+    found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert [unit for unit in faked if unit[0] == 'speed'] == [('speed', 0), ('speed', 1)]
+    lead = found['verdicts'][0]['advantage']
+    assert lead['mean'] == 1.5 and lead['seeds'] == 2
+    assert found['measured'][0]['lines'][-1] == {'tokenizer_steps_per_second': 3.0}
+    faked.clear()
+    assert experiment.run(c, 'two', str(tmp_path), 'COMMAND')['rows'] == found['rows']
+    assert not faked
 
 
 def _without_pages(do, todo, after):
@@ -247,9 +293,9 @@ def test_the_time_left_is_that_of_like_units():
     todo = [unit('ar'), unit('measure'), unit('ar')]
     assert experiment.time_left(todo, {'ar': [10.0, 20.0], 'measure': [5.0]}) == 35.0
     assert experiment.time_left(todo, {'ar': [10.0]}) is None
-    assert experiment.spoken(7265) == '2 h 1 min'
-    assert experiment.spoken(150) == '2 min'
-    assert experiment.spoken(42.4) == '42 s'
+    assert report.spoken(7265) == '2 h 1 min'
+    assert report.spoken(150) == '2 min'
+    assert report.spoken(42.4) == '42 s'
 
 
 def test_collapsed_samples_have_no_contrast():

@@ -226,7 +226,7 @@ def test_standardised_tokens_are_not_exported(tiny_vae, tmp_path):
     model, params = tiny_vae
     standardised = model.clone(token_space='standardised')
     path = tmp_path / 'a.safetensors'
-    with pytest.raises(UserError, match=r'has no ar\.token_space standardised'):
+    with pytest.raises(UserError, match='token_space standardised'):
         torch_names.export(path, standardised, standardised.with_statistics(params))
     assert not path.exists()
     torch_names.export(path, model.clone(token_space='projected'), params)

@@ -533,6 +533,7 @@ def test_images_of_another_device_are_seen():
     assert len(replicated) > 10 and any('all-reduce' in opcode for _, _, opcode, _ in replicated)
 
 
+@pytest.mark.slow
 def test_the_programs_of_sampling_are_those_that_run():
     run = tiny_config.random_run(guidance=None, guidance_scale=None)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -547,6 +548,7 @@ def test_the_programs_of_sampling_are_those_that_run():
     np.testing.assert_array_equal(images, decode(run.vae_params, drawn.z))
 
 
+@pytest.mark.slow
 def test_inception_looks_at_colours_only():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 

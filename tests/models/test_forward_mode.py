@@ -258,7 +258,13 @@ MODELS = {
 
 
 @pytest.mark.usefixtures('in_pieces')
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ('encode', 'decode') else ())
+        for name in MODELS
+    ],
+)
 def test_models(name):
     """In parameters and inputs, through scans and recomputed blocks."""
     function, arguments = MODELS[name]

@@ -444,6 +444,7 @@ def test_time_sinusoid():
     np.testing.assert_allclose(features[1, [0, 128]], [np.cos(250), np.sin(250)], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_initialisation():
     """The published initialisation, by the moments of what is drawn."""
     model = ar.sphere_ar(

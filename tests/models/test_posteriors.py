@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from scipy import integrate, special, stats
 
 from sphere_ar_jax.models.posteriors import POSTERIORS, Gaussian, SigmaVAE, VonMisesFisher
+from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sphere import geometry
 
 WORDS = sorted(POSTERIORS)
@@ -108,6 +110,22 @@ def test_draws_of_an_image_do_not_depend_on_the_batch(word):
     _, twins, _, _ = run(jnp.tile(x[:1], (B, 1, 1)), keys)
     for leaf in jax.tree.leaves(twins):
         assert (leaf[0] != leaf[1]).all()
+
+
+@pytest.mark.parametrize('word', WORDS)
+def test_draws_do_not_depend_on_the_devices(word):
+    """An image has the same draws and the same token where each device has images of its own."""
+    family = POSTERIORS[word]()
+    mesh = sharding.make_mesh()
+    count = 2 * mesh.size
+    x = _encoded(family, shape=(count, L))
+    keys = jax.random.split(jax.random.key(1), count)
+    expected = _program(family)(x, keys)
+    place = NamedSharding(mesh, sharding.BATCH)
+    found = _program(family)(*jax.device_put((x, keys), place))
+    for part in jax.tree.leaves(found[:2]):
+        assert len(part.sharding.device_set) == mesh.size
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('word', WORDS)

@@ -314,6 +314,7 @@ def test_a_mistake_of_the_command_line_ends_both(start, tmp_path):
     assert not (tmp_path / 'w' / 'config.json').exists()  # the workdir stays free
 
 
+@pytest.mark.slow
 def test_processes_of_another_config_do_not_train_together(start, tmp_path):
     """Both name what they differ in, and the workdir stays free."""
     words = (TINY, f'--workdir={tmp_path / "w"}')

@@ -167,6 +167,7 @@ def test_first_token_quirk(golden, tiny_ar):
     np.testing.assert_allclose(together[0][:, 0], apart[0][:, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prefix_is_kept_and_read(tiny_ar):
     """Behind it stands what a run draws whose first tokens happen to be those of the prefix."""
     model, params = tiny_ar
@@ -199,6 +200,7 @@ def test_a_prefix_is_kept_and_read(tiny_ar):
         given(whole.z[:1], 1)
 
 
+@pytest.mark.slow
 def test_scale_one_is_no_guidance(golden, tiny_ar):
     """At scale 1 the conditional rows of the guided program are the unguided program's."""
     model, params = tiny_ar
@@ -383,13 +385,8 @@ def test_annealed_steps():
     assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
 
 
-@pytest.mark.parametrize(
-    'solver',
-    [
-        pytest.param(name, marks=() if name == 'heun' else pytest.mark.slow)
-        for name in solvers.SOLVERS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('solver', solvers.SOLVERS)
 def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     """One program with steps from 5 to 2 gives what programs of one number of steps give for their
     own tokens.
@@ -420,6 +417,7 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_interval(golden, tiny_ar):
     """The whole interval is plain guidance; an empty part of it is none; between, the velocities
     are exchanged where the interval says, by a loop written out here.

@@ -240,7 +240,9 @@ def test_implicit_gradient_is_finite_for_any_draw(d):
     assert (slope <= 0).all()  # more kappa moves every quantile towards mu
 
 
-@pytest.mark.parametrize('d', DIMENSIONS)
+@pytest.mark.parametrize(
+    'd', [pytest.param(d, marks=pytest.mark.slow if d > 8 else ()) for d in DIMENSIONS]
+)
 def test_law_of_the_draws(d):
     """Mean, variance and the whole law (Kolmogorov–Smirnov) of the haversine."""
     n = 20_000

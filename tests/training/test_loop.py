@@ -99,6 +99,7 @@ def test_runs_of_other_seeds_have_the_same_program():
     assert results[0] != results[1]
 
 
+@pytest.mark.slow
 def test_a_step_is_the_recipe():
     """One step by hand: loss, clip, AdamW, EMA, on the keys folded by step and sample."""
     cfg = get_config()
@@ -293,6 +294,7 @@ def test_the_same_on_many_devices(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatch):
     cfg = get_config()
     wait = checkpoint.Checkpoints.wait
@@ -310,6 +312,7 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
     assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
 
 
+@pytest.mark.slow
 def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
     """What `reading` gives reaches the batches, which begin with the epoch of the step.
 

@@ -54,6 +54,7 @@ def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
     _assert_gradients(gradients, golden, '', lambda _: 1e-4)
 
 
+@pytest.mark.slow
 def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     """Decoder gradients to 1e-4 and, since our Beta gradient is the implicit one too, encoder
     gradients likewise.

@@ -85,6 +85,7 @@ def copying(**fields):
     return vae, vae.init_params(jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_the_decoder_may_read_projected_latents(z):
     plain, params = copying()
     projecting, _ = copying(decoder_input='projected')
@@ -120,6 +121,7 @@ class Images:
         return {'image': self.pixels[index], 'label': 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [8, 64])
 def test_statistics_are_those_of_all_images_in_any_batches(batch_size):
     """Batches that do not divide the images, and one that is larger than all of them."""

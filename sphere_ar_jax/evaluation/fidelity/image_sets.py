@@ -1,15 +1,18 @@
-"""Sets of images in npz files, read batch by batch."""
+"""Sets of images in npz files and directories, read batch by batch."""
 
 import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 from typing import IO
 
 import numpy as np
 
+from sphere_ar_jax.data import augment
+from sphere_ar_jax.data.files import listing
 from sphere_ar_jax.interop import npz
-from sphere_ar_jax.runtime.console import UserError, printable
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 
@@ -44,11 +47,81 @@ def open_images(
             yield f, shape
 
 
+def list_images(directory: str | os.PathLike[str]) -> list[str]:
+    """The paths of the images in a directory and in all directories below it, sorted.
+
+    Images are known by their suffix, see `listing.is_image`; what systems leave behind is ignored.
+
+    Raises:
+      OSError: the directory cannot be read.
+      UserError: there are no images in it.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found = []
+    for inside, directories, files in os.walk(directory, onerror=stop):
+        directories[:] = [name for name in directories if not listing.is_of_system(name)]
+        found += [
+            os.path.join(inside, name)
+            for name in files
+            if listing.is_image(name) and not listing.is_of_system(name)
+        ]
+    if not found:
+        raise UserError(f'{directory} holds no images ({", ".join(listing.IMAGE_SUFFIXES)})')
+    return sorted(found)
+
+
+def count_images(path: str | os.PathLike[str]) -> int:
+    """The number of images of an npz or a directory.
+
+    Raises:
+      OSError: there is no such file.
+      UserError: see `open_images` and `list_images`.
+    """
+    if os.path.isdir(path):
+        return len(list_images(path))
+    with open_images(path) as (_, shape):
+        return shape[0]
+
+
+def _decode(path: str) -> np.ndarray:
+    """Reads an image file as uint8 (H, W, 3)."""
+    with open(path, 'rb') as file:
+        content = file.read()
+    try:
+        return np.asarray(augment.decode(content))
+    except augment.BrokenImageError as error:
+        raise UserError(f'{listing.shown(path)} cannot be decoded: {first_line(error)}') from None
+
+
+def _read_directory(directory: str | os.PathLike[str], batch_size: int) -> Iterator[np.ndarray]:
+    """Reads the images of a directory, see `read_images`."""
+    paths = list_images(directory)
+    expected = None
+    with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(paths), batch_size):
+            chosen = paths[start : start + batch_size]
+            images = list(pool.map(_decode, chosen))
+            expected = images[0].shape if expected is None else expected
+            for path, image in zip(chosen, images, strict=True):
+                if image.shape != expected:
+                    raise UserError(
+                        f'{listing.shown(path)} has {image.shape[:2]} pixels, but '
+                        f'{listing.shown(paths[0])} has {expected[:2]}: the images of a set have '
+                        'one size; --mode=reference crops them'
+                    )
+            yield np.stack(images)
+
+
 def read_images(path: str | os.PathLike[str], batch_size: int = 64) -> Iterator[np.ndarray]:
-    """Reads the images `arr_0` of an npz, with never more than a batch in memory.
+    """Reads the images of an npz (`arr_0`) or of a directory, one batch in memory at a time.
 
     Args:
-      path: the npz, compressed or not. It is opened when the first batch is asked for.
+      path: the npz, compressed or not, or a directory, whose images are taken in the order of
+        `list_images` and decoded by `augment.decode`. It is opened when the first batch is asked
+        for.
       batch_size: images of a batch. The last batch may be smaller.
 
     Yields:
@@ -56,8 +129,12 @@ def read_images(path: str | os.PathLike[str], batch_size: int = 64) -> Iterator[
 
     Raises:
       OSError: there is no file.
-      UserError: the file is damaged, or holds anything but uint8 (n, H, W, 3).
+      UserError: the file is damaged, or holds anything but uint8 (n, H, W, 3); an image file cannot
+        be decoded, or images differ in size.
     """
+    if os.path.isdir(path):
+        yield from _read_directory(path, batch_size)
+        return
     with open_images(path) as (f, shape):
         for start in range(0, shape[0], batch_size):
             wanted = (min(batch_size, shape[0] - start), *shape[1:])

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,8 +29,9 @@ class Summary(NamedTuple):
       pool: the statistics of `inception.Features.pool`.
       spatial: the statistics of `inception.Features.spatial`.
       about: what else is known of the set: 'file', and for samples of `generation.generate` their
-        'seed', 'dtype' and 'sampling'.
+        'seed', 'dtype', 'sampling' and 'parameters', a checksum of the weights.
       given: whether the statistics come from the file, not from the images in it.
+      given_images: the number of images that given statistics come from, None where not known.
     """
 
     features: inception.Features[np.ndarray] | None
@@ -37,11 +39,12 @@ class Summary(NamedTuple):
     spatial: statistics.Statistics
     about: Mapping[str, Any] = {}
     given: bool = False
+    given_images: int | None = None
 
     @property
     def images(self) -> int | None:
         """The number of images that the statistics come from, or None where it is not known."""
-        return None if self.features is None or self.given else len(self.features.pool)
+        return self.given_images if self.features is None or self.given else len(self.features.pool)
 
     def describe(self) -> dict[str, Any]:
         """What a result says of the set, for JSON."""
@@ -100,31 +103,54 @@ def extract(
     return inception.Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _read_statistics(path: _Path) -> tuple[statistics.Statistics, statistics.Statistics]:
-    """The statistics of `pool` and `spatial` in an npz that has `mu`."""
-    widths = {
-        'mu': inception.POOL,
-        'sigma': inception.POOL,
-        'mu_s': inception.SPATIAL,
-        'sigma_s': inception.SPATIAL,
-    }
+# The arrays of statistics in an npz, and the features that each is of.
+_MOMENTS = {
+    'mu': inception.POOL,
+    'sigma': inception.POOL,
+    'mu_s': inception.SPATIAL,
+    'sigma_s': inception.SPATIAL,
+}
+# The array that says how many images the statistics come from. ADM's files have none.
+COUNT = 'n'
+
+
+def _read_moment(archive: zipfile.ZipFile, path: _Path, name: str) -> np.ndarray:
+    """One of `_MOMENTS` from an open npz, as float64."""
+    width = _MOMENTS[name]
+    expected = (width,) if name.startswith('mu') else (width, width)
+    with archive.open(f'{name}.npy') as file:
+        header = npz.read_header(file)
+        if header.shape != expected or header.dtype.kind != 'f':
+            raise UserError(f'{path}: {name} must be floats {expected}, but is {header}')
+        return npz.read_numbers(file, header).astype(np.float64)
+
+
+def _read_count(archive: zipfile.ZipFile, path: _Path) -> int:
+    """The number of images that the statistics of an open npz come from."""
+    with archive.open(f'{COUNT}.npy') as file:
+        header = npz.read_header(file)
+        if header.shape != () or header.dtype.kind not in 'iu':
+            raise UserError(f'{path}: {COUNT} must be a whole number, but is {header}')
+        return int(npz.read_numbers(file, header))
+
+
+def _read_statistics(
+    path: _Path,
+) -> tuple[statistics.Statistics, statistics.Statistics, int | None]:
+    """The statistics of `pool` and `spatial` in an npz that has `mu`, and their images' number."""
     arrays = {}
     with npz.open_archive(path) as archive:
         names = npz.array_names(archive)
-        for name, width in widths.items():
+        for name in _MOMENTS:
             if name not in names:
                 raise UserError(
                     f'{path} has mu but no {name}; it needs mu, sigma, mu_s and sigma_s'
                 )
-            expected = (width,) if name.startswith('mu') else (width, width)
-            with archive.open(f'{name}.npy') as file:
-                header = npz.read_header(file)
-                if header.shape != expected or header.dtype.kind != 'f':
-                    raise UserError(f'{path}: {name} must be floats {expected}, but is {header}')
-                arrays[name] = npz.read_numbers(file, header).astype(np.float64)
+            arrays[name] = _read_moment(archive, path, name)
+        count = _read_count(archive, path) if COUNT in names else None
     pool = statistics.Statistics(arrays['mu'], arrays['sigma'])
     spatial = statistics.Statistics(arrays['mu_s'], arrays['sigma_s'])
-    return pool, spatial
+    return pool, spatial, count
 
 
 def _about(path: _Path, images: int | None) -> dict[str, Any]:
@@ -141,7 +167,8 @@ def _about(path: _Path, images: int | None) -> dict[str, Any]:
     settings = said.get('sampling') if isinstance(said, dict) else None
     # Another file may have been put in the place of the one that the JSON belongs to.
     if isinstance(settings, dict) and settings.get('num_images') == images:
-        found |= {name: said[name] for name in ('seed', 'dtype', 'sampling') if name in said}
+        names = ('seed', 'dtype', 'sampling', 'parameters')
+        found |= {name: said[name] for name in names if name in said}
     return found
 
 
@@ -152,24 +179,27 @@ def summarize(
     batch_size: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
-    """Reads what the scores need of a set of images in an npz.
+    """Reads what the scores need of a set of images.
 
-    The npz has images (`arr_0`, uint8), statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), or both.
+    An npz has images (`arr_0`, uint8), statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), or both.
     Where it has both, as ADM's VIRTUAL_imagenet256_labeled.npz does, the statistics are taken from
-    the file, although its images are fewer.
+    the file, although its images are fewer. `n` says how many images they come from.
 
     Args:
-      path: the npz.
+      path: the npz, or a directory of image files.
       params: see `extract`.
       batch_size: see `extract`.
       progress: called with the number of images done and of all images.
 
     Raises:
       OSError: there is no file.
-      UserError: the file is damaged, or has neither images nor statistics of these shapes.
+      UserError: the file is damaged, or has neither images nor statistics of these shapes; see
+        `image_sets.read_images`.
     """
-    with npz.open_archive(path) as archive:
-        names = npz.array_names(archive)
+    names = [image_sets.IMAGES]
+    if not os.path.isdir(path):
+        with npz.open_archive(path) as archive:
+            names = npz.array_names(archive)
     found = _read_statistics(path) if 'mu' in names else None
     if image_sets.IMAGES not in names:
         if found is None:
@@ -177,9 +207,9 @@ def summarize(
                 f'{path} has neither images ({image_sets.IMAGES}) '
                 'nor statistics (mu, sigma, mu_s, sigma_s)'
             )
-        return Summary(None, *found, _about(path, None), given=True)
-    with image_sets.open_images(path) as (_, shape):
-        total = shape[0]
+        pool, spatial, count = found
+        return Summary(None, pool, spatial, _about(path, None), given=True, given_images=count)
+    total = image_sets.count_images(path)
 
     def report(done: int) -> None:
         progress(done, total)
@@ -188,7 +218,8 @@ def summarize(
     features = extract(images, params, batch_size=batch_size, progress=report)
     about = _about(path, total)
     if found is not None:
-        return Summary(features, *found, about, given=True)
+        pool, spatial, count = found
+        return Summary(features, pool, spatial, about, given=True, given_images=count)
     pool = statistics.statistics(features.pool)
     spatial = statistics.statistics(features.spatial)
     return Summary(features, pool, spatial, about)
@@ -208,8 +239,8 @@ def evaluate(
     See `docs/evaluation.md`, "FID, sFID, Inception Score, precision and recall".
 
     Args:
-      samples: a summary, or an npz that `summarize` takes.
-      reference: a summary, or an npz that `summarize` takes.
+      samples: a summary, or an npz or a directory that `summarize` takes.
+      reference: a summary, or an npz or a directory that `summarize` takes.
       params: see `extract`.
       batch_size: see `extract`.
       progress: called with the part ('samples', 'reference' or 'precision_recall'), how much of it
@@ -230,7 +261,7 @@ def evaluate(
     scores: dict[str, Any] = {}
     for source in (reference, samples):
         if not isinstance(source, Summary):
-            open(source, 'rb').close()  # A missing file is noticed before hours of work.
+            os.stat(source)  # A missing file is noticed before hours of work.
 
     def timed(name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()

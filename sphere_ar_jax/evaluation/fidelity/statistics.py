@@ -45,6 +45,25 @@ def statistics(x: np.ndarray) -> Statistics:
     return Statistics(mu, np.cov(x, rowvar=False, dtype=np.float64))
 
 
+def merged(first: Statistics, n: int, second: Statistics, m: int) -> Statistics:
+    """The statistics of two sets together, which need not be in memory at once.
+
+    Σ = [(n − 1)Σ₁ + (m − 1)Σ₂ + nm/(n + m) · δδᵀ]/(n + m − 1) with δ = μ₂ − μ₁.
+
+    Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
+
+    Args:
+      first: statistics of n images.
+      n: at least 2.
+      second: statistics of m images.
+      m: at least 2.
+    """
+    delta = second.mu - first.mu
+    spread = (n - 1) * first.sigma + (m - 1) * second.sigma
+    between = n * m / (n + m) * np.outer(delta, delta)
+    return Statistics(first.mu + delta * m / (n + m), (spread + between) / (n + m - 1))
+
+
 def _root(sigma: np.ndarray) -> np.ndarray:
     """A matrix A with A·Aᵀ = Σ, from the eigenvalues of a symmetric Σ ≥ 0.
 
