@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import tarfile
 import tempfile
 
 import jax
@@ -90,6 +91,23 @@ VGG16 = (
     (14, 256, 256), (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512),
     (28, 512, 512),
 )  # fmt: skip
+
+
+@pytest.fixture(scope='session')
+def old_runs(tmp_path_factory):
+    """The directory of runs that an earlier version finished (goldens/README.md). Tests that change
+    one copy it first.
+
+    They are digits, one distilled from it, and a converted PyTorch checkpoint.
+    """
+    directory = tmp_path_factory.mktemp('old_runs')
+    with tarfile.open(GOLDENS / 'old_runs.tar.xz') as archive:
+        archive.extractall(directory, filter='data')
+    path = directory / 'distilled' / 'config.json'
+    values = json.loads(path.read_text())
+    values['init_from'] = str(directory / 'digits')  # the place that it was moved to
+    path.write_text(json.dumps(values))
+    return directory
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,6 @@ continued and exported.
 import json
 import pathlib
 import shutil
-import tarfile
 import time
 
 import chex
@@ -27,19 +26,9 @@ from tests.conftest import GOLDENS, libraries_promote
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    """The directory of the runs.
-
-    They are digits, one distilled from it, and a converted PyTorch checkpoint.
-    """
-    directory = tmp_path_factory.mktemp('old_runs')
-    with tarfile.open(GOLDENS / 'old_runs.tar.xz') as archive:
-        archive.extractall(directory, filter='data')
-    path = directory / 'distilled' / 'config.json'
-    values = json.loads(path.read_text())
-    values['init_from'] = str(directory / 'digits')  # the place that it was moved to
-    path.write_text(json.dumps(values))
-    return directory
+def runs(old_runs):
+    """The directory of the runs."""
+    return old_runs
 
 
 @pytest.fixture(scope='module')

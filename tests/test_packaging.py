@@ -8,9 +8,10 @@ import zipfile
 import pytest
 
 import sphere_ar_jax
-from sphere_ar_jax import benchmark, config, doctor
+from sphere_ar_jax import benchmark, config, doctor, loading
 from sphere_ar_jax.config import packaged
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.sampling import model
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,6 +35,7 @@ def test_a_wheel_has_all_that_a_user_needs(tmp_path):
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob('*.whl')
     with zipfile.ZipFile(wheel) as archive:
+        assert 'sphere_ar_jax/py.typed' in archive.namelist()
         archive.extractall(tmp_path / 'site')
         metadata = next(name for name in archive.namelist() if name.endswith('entry_points.txt'))
         assert 'sphere-ar = sphere_ar_jax.main:run' in archive.read(metadata).decode()
@@ -119,6 +121,14 @@ def test_the_package_imports_nothing():
         timeout=100,
     )
     assert done.stdout.split() == ['sphere_ar_jax']
+
+
+def test_what_the_package_shows_is_imported_when_it_is_asked_for():
+    assert sphere_ar_jax.load is loading.load
+    assert sphere_ar_jax.Model is model.Model
+    assert {'load', 'Model', '__version__'} <= set(dir(sphere_ar_jax))
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = sphere_ar_jax.laod
 
 
 def test_config_files_of_version_0_1_are_read(tmp_path):

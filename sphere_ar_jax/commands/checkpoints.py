@@ -1,6 +1,7 @@
 """--mode=convert and --mode=export: read PyTorch checkpoints, write weights as published."""
 
 import contextlib
+import os
 import shutil
 from typing import Any
 
@@ -127,6 +128,28 @@ def _convert(
         _write_weights(workdir, stage, model, tensors)
     files.write_json(f'{workdir}/config.json', schema.as_dict(cfg))
     print(f'converted to {workdir}: --mode=sample, grid, evaluate and train take it')
+
+
+def converted_once(source: str) -> str:
+    """Converts a checkpoint of Hugging Face into the user's cache, the first time it is asked for.
+
+    Args:
+      source: hf://OWNER/REPOSITORY/FILE.
+
+    Returns:
+      The workdir, below ~/.cache/sphere_ar_jax/converted. Each revision of the file has its own.
+
+    Raises:
+      UserError: as `convert_checkpoint`.
+    """
+    local = _local(source)
+    # Hugging Face's cache has a file at …/models--OWNER--REPOSITORY/snapshots/REVISION/FILE.
+    *_, inside = local.rpartition('/snapshots/')
+    name = '--'.join([*source.removeprefix('hf://').split('/'), inside.split('/')[0]])
+    workdir = os.path.join(files.user_cache(os.environ), 'converted', name)
+    if not os.path.exists(os.path.join(workdir, 'config.json')):
+        convert_checkpoint(local, workdir)
+    return workdir
 
 
 def export_checkpoint(workdir: str, output: str | None = None) -> None:

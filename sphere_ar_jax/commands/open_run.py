@@ -11,6 +11,17 @@ from sphere_ar_jax.training.run import Run, load_config, load_run
 from sphere_ar_jax.training.workdir import other_model
 
 
+def config_of(workdir: str) -> ConfigDict:
+    """The config of the run in a workdir.
+
+    Raises:
+      UserError: there is no run, or its config is damaged.
+    """
+    if not epath.Path(workdir, 'config.json').exists():
+        raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
+    return load_config(workdir)
+
+
 def open_run(
     workdir: str, like: ConfigDict | None = None, tokenizer_only: bool = False
 ) -> tuple[Run, Mesh]:
@@ -28,9 +39,7 @@ def open_run(
     Raises:
       UserError: there is no run, or `like` has another model or impossible values.
     """
-    if not epath.Path(workdir, 'config.json').exists():
-        raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
-    cfg = load_config(workdir)
+    cfg = config_of(workdir)
     if like is not None:
         changed = other_model(cfg, like, tokenizer_only)
         if changed:

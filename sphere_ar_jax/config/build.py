@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
@@ -27,12 +28,13 @@ class Sampler(NamedTuple):
 
     Attributes:
       options: what is compiled, see `plan.Options`.
-      guidance_scale: s (docs/method.md, "Guidance"), None without guidance.
+      guidance_scale: s (docs/method.md, "Guidance"), one for all images or (n,), one for each; None
+        without guidance.
       temperature: the factor of x₀'s noise (docs/method.md, "Temperature").
     """
 
     options: plan.Options
-    guidance_scale: float | None = None
+    guidance_scale: float | np.ndarray | None = None
     temperature: float = 1.0
 
 

@@ -20,13 +20,19 @@ def guide(v_cond: jax.Array, v_null: jax.Array, scale: jax.Array | float) -> jax
     return v_null + scale * (v_cond - v_null)
 
 
+def _beside_rows(values: ArrayLike) -> jax.Array:
+    """Values () or (B,) in a shape that goes with rows (B, d): () or (B, 1)."""
+    values = jnp.asarray(values)
+    return values[:, None] if values.ndim else values
+
+
 class Guidance(NamedTuple):
     """How the velocities of conditional rows and null rows of one token become one.
 
     Attributes:
-      scale: () s_k.
-      apart: () bool, whether each conditional row and each null row follows its own velocity,
-        without guidance.
+      scale: s_k, () for all images or (B,) for each.
+      apart: bool of the scale's shape, whether each conditional row and each null row follows its
+        own velocity, without guidance.
       interval: (low, high); only times low ≤ t < high are guided, t ≤ 1 if high is 1. None guides
         at all times.
     """
@@ -42,8 +48,11 @@ class Guidance(NamedTuple):
           v: (2B, d), the velocities of the conditional rows, then those of the null rows.
         """
         v_cond, v_null = jnp.split(v, 2)
-        guided = guide(v_cond, v_null, self.scale)
-        return jnp.where(self.apart, v, jnp.concatenate([guided, guided]))
+        guided = guide(v_cond, v_null, _beside_rows(self.scale))
+        apart = _beside_rows(self.apart)
+        if apart.ndim:
+            apart = jnp.concatenate([apart, apart])
+        return jnp.where(apart, v, jnp.concatenate([guided, guided]))
 
 
 def guidance_scales(scale: ArrayLike, num_tokens: int, schedule: str) -> jax.Array:
@@ -52,12 +61,12 @@ def guidance_scales(scale: ArrayLike, num_tokens: int, schedule: str) -> jax.Arr
     The schedule 'linear' gives 1 + (scale − 1)·k/L, and 'constant' gives the scale itself.
 
     Args:
-      scale: () s, at least 1 in normal use.
+      scale: s, () for all images or (B,) for each; at least 1 in normal use.
       num_tokens: L.
       schedule: one of `SCHEDULES`.
 
     Returns:
-      (L,) float32.
+      (L,) float32, or (L, B) for a scale (B,).
 
     Raises:
       ValueError: there is no such schedule.
@@ -66,5 +75,9 @@ def guidance_scales(scale: ArrayLike, num_tokens: int, schedule: str) -> jax.Arr
         raise ValueError(f'guidance schedule {schedule!r} is not one of {", ".join(SCHEDULES)}')
     scale = jnp.asarray(scale, jnp.float32)
     if schedule == 'constant':
-        return jnp.broadcast_to(scale, (num_tokens,))
-    return 1 + (scale - 1) * jnp.arange(num_tokens, dtype=jnp.float32) / num_tokens
+        return jnp.broadcast_to(scale, (num_tokens, *scale.shape))
+    k = jnp.arange(num_tokens, dtype=jnp.float32)
+    if scale.ndim:
+        k = k[:, None]
+        scale = scale[None]
+    return 1 + (scale - 1) * k / num_tokens

@@ -27,6 +27,18 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return text if '://' in text else os.path.abspath(text)
 
 
+def user_cache(environ: Mapping[str, str]) -> str:
+    """The directory in the user's cache that belongs to this program.
+
+    Args:
+      environ: the environment variables.
+    """
+    root = environ.get('XDG_CACHE_HOME')
+    if not root:
+        root = os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(root, 'sphere_ar_jax')
+
+
 def compilation_cache(environ: Mapping[str, str]) -> str | None:
     """The directory that keeps compiled programs for the next start.
 
@@ -41,16 +53,13 @@ def compilation_cache(environ: Mapping[str, str]) -> str | None:
     """
     if 'JAX_COMPILATION_CACHE_DIR' in environ:
         return None
-    root = environ.get('XDG_CACHE_HOME')
-    if not root:
-        root = os.path.join(os.path.expanduser('~'), '.cache')
     try:
         with open('/proc/cpuinfo') as f:
             processor = next((line for line in f if line.startswith(('flags', 'Features'))), '')
     except OSError:
         processor = platform.processor()
     kind = f'{platform.machine()}-{zlib.crc32(processor.encode()):08x}'
-    return os.path.join(root, 'sphere_ar_jax', kind)
+    return os.path.join(user_cache(environ), kind)
 
 
 def _is_readable(path: str) -> bool:

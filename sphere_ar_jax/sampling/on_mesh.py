@@ -9,9 +9,10 @@ Dimensions:
   images are float32 (…, H, W, c)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Condition, Labels
 from sphere_ar_jax.models.vae import VAE, draw_latents
+from sphere_ar_jax.models.vae import draw_tokens as draw_posterior_tokens
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling.tokens import Drawn
+from sphere_ar_jax.sampling.tokens import Drawn, Prefix, begin, go_on
 from sphere_ar_jax.sampling.tokens import draw as draw_tokens
 
 
@@ -114,7 +116,7 @@ def require_finite_images(images: jax.Array, count: int, first: int) -> None:
     require_finite(hosts.gather(are_finite(images))[:count], first)
 
 
-def _checked(condition: Condition, labels: PyTree) -> PyTree:
+def checked_labels(condition: Condition, labels: PyTree) -> PyTree:
     """Labels as a tree of NumPy arrays, a list as one array; whole numbers become int32.
 
     Raises:
@@ -224,6 +226,114 @@ def reconstruct(
     return recon, {name: float(value) for name, value in q.statistics().items()}
 
 
+@functools.cache
+def encoder(vae: VAE) -> Callable[..., jax.Array]:
+    """The compiled program that turns images into the most probable tokens, for one device.
+
+    Returns:
+      function of (params, images (b, H, W, c)) → tokens (b, L, d), as the AR model reads them.
+    """
+
+    def run(params, images):
+        q = vae.apply({'params': params}, images, method='encode')
+        return vae.apply({'params': params}, q.mode(), method='to_tokens')
+
+    return jax.jit(run)
+
+
+@functools.cache
+def drawing_encoder(vae: VAE) -> Callable[..., jax.Array]:
+    """The compiled program that draws tokens from the posterior of images, for one device.
+
+    Returns:
+      function of (params, (images (b, H, W, c), key data (b, 2) of each image)) → tokens (b, L, d),
+        as the AR model reads them.
+    """
+
+    def run(params, rows):
+        images, key_data = rows
+        return draw_posterior_tokens(vae, params, images, jax.random.wrap_key_data(key_data))
+
+    return jax.jit(run)
+
+
+@functools.cache
+def decoder(vae: VAE) -> jax.stages.Wrapped:
+    """The jitted program that decodes tokens, for one device.
+
+    Returns:
+      function of (params, tokens (b, L, d)) → images (b, H, W, c).
+    """
+
+    def decode(params, tokens):
+        return vae.apply({'params': params}, tokens, method='decode_tokens')
+
+    return jax.jit(decode)
+
+
+def in_batches(
+    function: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    rows: PyTree,
+    batch_size: int,
+    mesh: Mesh,
+) -> PyTree:
+    """Computes function(params, rows) for many rows, batch by batch, each device for its own rows.
+
+    All processes call it with the same arguments.
+
+    Args:
+      function: jitted, with rows (b, …) → results (b, …), see `sharding.on_each_device`.
+      params: a tree of arrays.
+      rows: a tree of NumPy arrays (n, …).
+      batch_size: B. It is lowered to n if it is larger, then rounded up to a multiple of the mesh's
+        devices.
+      mesh: devices to use.
+
+    Returns:
+      The results (n, …) as NumPy arrays. Every process gets all of them.
+    """
+    params = jax.device_put(params, sharding.whole(mesh))  # Once for all batches.
+    n = _count(rows)
+    size = sharding.whole_rows(mesh, min(batch_size, n))
+    parts = []
+    for start in range(0, n, size):
+        taken = _rows_of_process(start, size, n, mesh)
+        batch = sharding.place_batch(mesh, jax.tree.map(lambda a, taken=taken: a[taken], rows))
+        results = sharding.on_each_device(function, mesh, params, batch)
+        parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _split_rows(function: Callable[..., PyTree], mesh: Mesh, specs: tuple) -> Callable[..., PyTree]:
+    """A function on a mesh whose devices have rows of their own.
+
+    Args:
+      function: the function of one device's rows; its results have the rows in front.
+      mesh: the devices.
+      specs: how each argument is laid out.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=sharding.BATCH,
+        # The compiler splits along the axis 'tensor', as the parameters are split.
+        axis_names={'data', 'fsdp'},
+        check_vma=False,
+    )
+
+
+def _spec(values: ArrayLike | None) -> sharding.PartitionSpec:
+    """How a value for all images, () or None, or one for each, (B,), is laid out."""
+    return sharding.BATCH if values is not None and jnp.ndim(values) else sharding.P()
+
+
+def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The keys (b,) of images from their key, () or (b,), and their numbers (b,)."""
+    return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)
+
+
 def sampling_programs(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
@@ -237,38 +347,32 @@ def sampling_programs(
 
     Returns:
       (tokens, decode). The program `tokens` runs on all devices: (ar_params, labels, index, key,
-        guidance_scale, temperature) → `Drawn` of (B, L, d). The program `decode` runs on one
-        device, for its rows: (vae_params, tokens) → images.
+        guidance_scale, temperature, prefix=None) → `Drawn` of (B, L, d). The program `decode` runs
+        on one device, for its rows: (vae_params, tokens) → images.
     """
 
-    def rows(ar_params, labels, index, key, guidance_scale, temperature):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    def rows(ar_params, labels, index, key, guidance_scale, temperature, prefix):
         return draw_tokens(
             ar,
             ar_params,
             labels,
-            keys,
+            _keys(key, index),
             options,
             guidance_scale,
             temperature,
             project=vae.project,
+            prefix=prefix,
         )
 
-    def decode(params, tokens):
-        return vae.apply({'params': params}, tokens, method='decode_tokens')
+    def tokens(ar_params, labels, index, key, guidance_scale, temperature, prefix=None):
+        whole = sharding.P()
+        split = sharding.BATCH
+        given = whole if prefix is None else Prefix(split, whole)
+        specs = (whole, split, split, _spec(key), _spec(guidance_scale), whole, given)
+        draw = _split_rows(rows, mesh, specs)
+        return draw(ar_params, labels, index, key, guidance_scale, temperature, prefix)
 
-    whole = sharding.P()
-    split = sharding.BATCH
-    tokens = jax.shard_map(
-        rows,
-        mesh=mesh,
-        in_specs=(whole, split, split, whole, whole, whole),
-        out_specs=split,
-        # The compiler splits along the axis 'tensor', as the parameters are split.
-        axis_names={'data', 'fsdp'},
-        check_vma=False,
-    )
-    return jax.jit(tokens), jax.jit(decode)
+    return jax.jit(tokens), decoder(vae)
 
 
 @functools.cache
@@ -293,19 +397,70 @@ def program(
 
     Returns:
       function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale,
-        temperature) → (images (B, H, W, c) float32, `Drawn` of (B, L, d)). Labels and index are
+        temperature, prefix=None) → (images (B, H, W, c) float32, `Drawn` of (B, L, d)). Key and
+        guidance scale are those of all images, (), or of each, (B,). What has rows of images is
         laid out by `sharding.place_batch`.
     """
     tokens, decode = sampling_programs(ar, vae, options, mesh)
 
-    def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature):
-        drawn = tokens(ar_params, labels, index, key, guidance_scale, temperature)
+    def draw(ar_params, vae_params, labels, index, key, guidance_scale, temperature, prefix=None):
+        drawn = tokens(ar_params, labels, index, key, guidance_scale, temperature, prefix)
         return sharding.on_each_device(decode, mesh, vae_params, drawn.z), drawn
 
     return draw
 
 
-def sampling_key(seed: int) -> jax.Array:
+@functools.cache
+def row_programs(
+    ar: AR, vae: VAE, options: Options, mesh: Mesh
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """The two jitted programs that draw a batch row by row of the token grid.
+
+    They make the steps of `program`, where one program draws all tokens.
+
+    Args:
+      ar: the AR model with scan=False, see `ar.unstacked`.
+      vae: the tokenizer.
+      options: what the sampler does.
+      mesh: devices that draw.
+
+    Returns:
+      (start, advance). The program `start` is (ar_params, labels) → carry. The program `advance` is
+        (ar_params, carry, first, index, key, guidance_scale, temperature) → (carry, `Drawn` of (B,
+        W, d)), where `first` is the number of the row's first token. It takes the carry's memory.
+    """
+    whole = sharding.P()
+    split = sharding.BATCH
+
+    def start(ar_params, labels):
+        def rows(ar_params, labels):
+            return begin(ar, ar_params, labels, options)
+
+        return _split_rows(rows, mesh, (whole, split))(ar_params, labels)
+
+    def advance(ar_params, carry, first, index, key, guidance_scale, temperature):
+        def rows(ar_params, carry, first, index, key, guidance_scale, temperature):
+            return go_on(
+                ar,
+                ar_params,
+                carry,
+                first,
+                ar.grid[1],
+                _keys(key, index),
+                options,
+                guidance_scale,
+                temperature,
+                project=vae.project,
+            )
+
+        specs = (whole, split, whole, split, _spec(key), _spec(guidance_scale), whole)
+        draw = _split_rows(rows, mesh, specs)
+        return draw(ar_params, carry, first, index, key, guidance_scale, temperature)
+
+    return jax.jit(start), jax.jit(advance, donate_argnums=1)
+
+
+def sampling_key(seed: int | jax.Array) -> jax.Array:
     """The key of all images that a seed stands for; image i folds it by i.
 
     The draws of training have another key. See `docs/method.md`, "Random numbers".
@@ -313,13 +468,139 @@ def sampling_key(seed: int) -> jax.Array:
     return jax.random.key(seed + 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What the images of a call are drawn from; arrays have a row for each image.
+
+    Attributes:
+      labels: a tree of (n, …).
+      index: numbers of the images' noise, (n,) int32.
+      key: the key of all images, or None where each has its own.
+      key_data: those of the images, (n, 2) uint32, or None.
+      scale: the guidance scale: a number, (n,) float32, or None without guidance.
+      prefix: tokens that are given, or None.
+    """
+
+    labels: Labels
+    index: np.ndarray
+    key: jax.Array | None
+    key_data: np.ndarray | None
+    scale: float | np.ndarray | None
+    prefix: Prefix | None
+
+    def batch(self, mesh: Mesh, rows: np.ndarray) -> tuple[Any, ...]:
+        """The arguments of `program` for some rows: labels, index, key, scale and prefix."""
+        scales = self.scale if isinstance(self.scale, np.ndarray) else None
+        given = None if self.prefix is None else self.prefix.tokens
+        arrays = (self.labels, self.index, self.key_data, scales, given)
+        placed = sharding.place_batch(mesh, jax.tree.map(lambda a: a[rows], arrays))
+        labels, index, key_data, scales, given = placed
+        key = self.key if key_data is None else jax.random.wrap_key_data(key_data)
+        scale = self.scale if scales is None else scales
+        prefix = None if self.prefix is None else Prefix(given, self.prefix.length)
+        return labels, index, key, scale, prefix
+
+
+def _settings(
+    models: Models,
+    sampler: Sampler,
+    labels: Labels,
+    seed: int | np.ndarray,
+    index: np.ndarray | None,
+    prefix: Prefix | None,
+) -> _Settings:
+    """The checked settings of a call of `draw_batches`, which explains the arguments.
+
+    Raises:
+      ValueError: the model does not know the labels, or an array has no row for each image.
+    """
+    labels = checked_labels(models.ar.condition, labels)
+    n = _count(labels)
+    numbers = _noise_numbers(index, n)
+    key = None
+    key_data = None
+    if isinstance(seed, np.ndarray):
+        _require_rows('seed', seed, n)
+        keys = jax.vmap(sampling_key)(jnp.asarray(seed, jnp.uint32))
+        key_data = np.asarray(jax.random.key_data(keys))
+    else:
+        key = sampling_key(seed)
+    scale = sampler.guidance_scale
+    if isinstance(scale, np.ndarray):
+        scale = scale.astype(np.float32)
+        _require_rows('guidance_scale', scale, n)
+    if prefix is not None:
+        given = np.asarray(prefix.tokens, np.float32)
+        _require_rows('prefix', given[:, 0, 0], n)
+        prefix = Prefix(given, np.asarray(prefix.length, np.int32))
+    return _Settings(labels, numbers, key, key_data, scale, prefix)
+
+
+def _require_rows(name: str, rows: np.ndarray, n: int) -> None:
+    """Raises UserError unless there is one row for each of n images."""
+    if rows.shape != (n,):
+        raise UserError(f'{name} must be one for all {n} images or one for each: {rows.shape}')
+
+
+def draw_row_by_row(
+    models: Models,
+    sampler: Sampler,
+    labels: Labels,
+    *,
+    seed: int | np.ndarray,
+    index: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[int, np.ndarray, Drawn]]:
+    """Draws one image per label, and shows the images after each row of the token grid.
+
+    The images are those of `draw_batches` up to rounding. All of them are one batch. Beside the
+    sampling this costs H decodings of the batch, and a wait for the devices after each row.
+
+    Args:
+      models: see `draw_batches`.
+      sampler: see `draw_batches`.
+      labels: see `draw_batches`.
+      seed: see `draw_batches`.
+      index: see `draw_batches`.
+      mesh: see `draw_batches`.
+
+    Yields:
+      (number k of tokens that are drawn, images (n, H, W, c) float32, `Drawn` of (n, k, d)) after
+        each row. The decoder sees zeros in the place of the other tokens.
+
+    Raises:
+      ValueError: see `draw_batches`.
+      NonFiniteSamples: an image is not finite.
+    """
+    settings = _settings(models, sampler, labels, seed, index, None)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    ar, ar_params = unstacked(models.ar, models.ar_params)
+    start, advance = row_programs(ar, models.vae, sampler.options, mesh)
+    n = len(settings.index)
+    rows = _rows_of_process(0, sharding.whole_rows(mesh, n), n, mesh)
+    placed, index, key, scale, _ = settings.batch(mesh, rows)
+    carry = start(ar_params, placed)
+    parts: list[Drawn] = []
+    for first in range(0, ar.num_tokens, ar.grid[1]):
+        number = np.int32(first)
+        carry, drawn = advance(ar_params, carry, number, index, key, scale, sampler.temperature)
+        parts.append(jax.tree.map(lambda a: hosts.gather(a)[:n], drawn))
+        so_far = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
+        missing = ar.num_tokens - so_far.z.shape[1]
+        tokens = np.pad(so_far.z, ((0, 0), (0, missing), (0, 0)))
+        images = in_batches(decoder(models.vae), models.vae_params, tokens, n, mesh)
+        require_finite(np.isfinite(images).all((1, 2, 3)), 0)
+        yield so_far.z.shape[1], images, so_far
+
+
 def draw_batches(
     models: Models,
     sampler: Sampler,
     labels: Labels,
     *,
-    seed: int,
+    seed: int | np.ndarray,
     index: np.ndarray | None = None,
+    prefix: Prefix | None = None,
     batch_size: int = 250,
     mesh: Mesh | None = None,
     start: int = 0,
@@ -329,14 +610,16 @@ def draw_batches(
 
     Image i is drawn from `sampling_key` folded by i alone, or by index[i]. Whatever batch and
     devices it is drawn in, it is the same up to rounding; see `program`. All processes call this
-    with the same arguments.
+    with the same arguments. Other labels, seeds, numbers, guidance scales and lengths of the prefix
+    need no compilation, as long as their shapes stay.
 
     Args:
       models: both models and their parameters.
-      sampler: how they are sampled.
+      sampler: how they are sampled. Its guidance scale is a number, or one for each image, (n,).
       labels: labels of n images, see `conditions`.
-      seed: see `sampling_key`.
+      seed: see `sampling_key`; one for all images, or one for each, (n,).
       index: (n,) ints, or None for 0 to n − 1.
+      prefix: tokens (n, L, d) of which the first are given, and their number; None gives none.
       batch_size: B. It is lowered to n if it is larger, then rounded up to a multiple of the mesh's
         devices.
       mesh: devices that draw; None stands for all devices.
@@ -349,26 +632,20 @@ def draw_batches(
         the last batch that go beyond `stop`, and ask `are_finite` before it writes the others.
 
     Raises:
-      ValueError: the model does not know the labels, or the index has no number for each; the
+      ValueError: the model does not know the labels, or an array has no row for each image; the
         message is one line.
     """
-    labels = _checked(models.ar.condition, labels)
+    settings = _settings(models, sampler, labels, seed, index, prefix)
     mesh = sharding.make_mesh() if mesh is None else mesh
     ar, ar_params = unstacked(models.ar, models.ar_params)
     draw = program(ar, models.vae, sampler.options, mesh)
     vae_params = jax.device_put(models.vae_params, sharding.whole(mesh))  # Once for all batches.
-    n = _count(labels)
-    index = _noise_numbers(index, n)
-    key = sampling_key(seed)
+    n = len(settings.index)
     size = sharding.whole_rows(mesh, min(batch_size, n))
     for first in range(start, n if stop is None else stop, size):
         rows = _rows_of_process(first, size, n, mesh)
-        batch = sharding.place_batch(
-            mesh, jax.tree.map(lambda a, rows=rows: a[rows], (labels, index))
-        )
-        images, drawn = draw(
-            ar_params, vae_params, *batch, key, sampler.guidance_scale, sampler.temperature
-        )
+        *batch, given = settings.batch(mesh, rows)
+        images, drawn = draw(ar_params, vae_params, *batch, sampler.temperature, given)
         yield first, images, drawn
 
 
@@ -377,8 +654,9 @@ def draw_images(
     sampler: Sampler,
     labels: Labels,
     *,
-    seed: int,
+    seed: int | np.ndarray,
     index: np.ndarray | None = None,
+    prefix: Prefix | None = None,
     batch_size: int = 250,
     mesh: Mesh | None = None,
     progress: Callable[[int], None] = _nothing,
@@ -391,6 +669,7 @@ def draw_images(
       labels: see `draw_batches`.
       seed: see `draw_batches`.
       index: see `draw_batches`.
+      prefix: see `draw_batches`.
       batch_size: see `draw_batches`.
       mesh: see `draw_batches`.
       progress: called with the number of images done.
@@ -403,10 +682,17 @@ def draw_images(
       ValueError: see `draw_batches`.
       NonFiniteSamples: an image is not finite.
     """
-    labels = _checked(models.ar.condition, labels)
+    labels = checked_labels(models.ar.condition, labels)
     n = _count(labels)
     batches = draw_batches(
-        models, sampler, labels, seed=seed, index=index, batch_size=batch_size, mesh=mesh
+        models,
+        sampler,
+        labels,
+        seed=seed,
+        index=index,
+        prefix=prefix,
+        batch_size=batch_size,
+        mesh=mesh,
     )
     parts = []
     for first, images, drawn in batches:
@@ -421,7 +707,7 @@ def sample_images(
     sampler: Sampler,
     labels: Labels,
     *,
-    seed: int,
+    seed: int | np.ndarray,
     index: np.ndarray | None = None,
     batch_size: int = 250,
     mesh: Mesh | None = None,

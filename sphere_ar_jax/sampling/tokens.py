@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from sphere_ar_jax.flow.guidance import Guidance, guidance_scales
 from sphere_ar_jax.flow.plan import Options
@@ -33,8 +35,20 @@ class Prefix(NamedTuple):
       length: () int, 0 ≤ length ≤ L.
     """
 
-    tokens: jax.Array
-    length: jax.Array | int
+    tokens: jax.Array | np.ndarray
+    length: ArrayLike
+
+
+class Carry(NamedTuple):
+    """What the sampler takes from one token to the next.
+
+    Attributes:
+      c: condition of the next token, (R, D).
+      cache: keys and values of the condition's tokens and of the tokens before.
+    """
+
+    c: jax.Array
+    cache: PyTree
 
 
 class Drawn(NamedTuple):
@@ -71,7 +85,8 @@ def draw(
       keys: (B,) PRNG keys, one per image, or None if noise is given. If each is folded by the
         image's global index, an image does not depend on its batch.
       options: what the sampler does.
-      guidance_scale: () s, needed with guidance and refused without.
+      guidance_scale: s, () for all images or (B,) for each. It is needed with guidance and refused
+        without.
       temperature: () factor of x₀'s noise.
       noise: explicit draws in place of keys: (first (m, R, d), rest (L − 1, m, B, d)). With
         guidance, the null rows of `first` are used only where token 0 goes apart.
@@ -88,12 +103,11 @@ def draw(
     """
     if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(labels)):
         ar.condition.check(labels)
-    guided = options.guidance is not None
-    if guided != (guidance_scale is not None):
-        raise ValueError('give guidance_scale with a guidance schedule, and only then')
+    _check_scale(options, guidance_scale)
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
     ar, params = unstacked(ar, params)
+    guided = options.guidance is not None
     B = len(jax.tree.leaves(labels)[0])
     L = ar.num_tokens
     d = ar.latent_dim
@@ -103,38 +117,145 @@ def draw(
     if noise is not None:
         _check_noise(noise, ((m, 2 * B if guided else B, d), (L - 1, m, B, d)))
 
-    scales = _scales(options, guidance_scale, L)
-    forced = None if prefix is None else prefix.tokens.swapaxes(0, 1)
-    plan = options.plan(L)
-    prepared = ar.head.prepare(params['head'], plan)
-    c, cache = _prefill(ar, params, labels, guided)
-    apart = _apart(options, scales)
-    noises = None if noise is None else _join_noise(noise, apart, guided)
+    tokens = _tokens(options, guidance_scale, L)
+    if noise is not None:
+        tokens = tokens._replace(draws=_join_noise(noise, tokens.apart[0], guided))
+    length: ArrayLike | None = None
+    if prefix is not None:
+        tokens = tokens._replace(given=jnp.asarray(prefix.tokens).swapaxes(0, 1))
+        length = prefix.length
+    step = _step(ar, params, keys, options, temperature, project, length)
+    _, drawn = jax.lax.scan(step, _prefill(ar, params, labels, guided), tokens)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
 
-    def step(carry, inputs):
-        """Draws token k and feeds it: (condition, cache) of token k → those of token k + 1."""
-        c, cache = carry
-        k, which, scale, apart, draws, given = inputs
+
+def begin(ar: AR, params: PyTree, labels: Labels, options: Options) -> Carry:
+    """Begins the sequences of B images, which `go_on` draws part by part.
+
+    Args:
+      ar: the model with scan=False, see `ar.unstacked`.
+      params: its parameters.
+      labels: labels of B images, see `conditions`. They are not checked.
+      options: what the sampler does.
+
+    Returns:
+      What token 0 is drawn from.
+    """
+    return _prefill(ar, params, labels, options.guidance is not None)
+
+
+def go_on(
+    ar: AR,
+    params: PyTree,
+    carry: Carry,
+    first: jax.Array | int,
+    count: int,
+    keys: jax.Array,
+    options: Options,
+    guidance_scale: jax.Array | float | None = None,
+    temperature: jax.Array | float = 1.0,
+    project: Callable[[jax.Array], jax.Array] = geometry.project,
+) -> tuple[Carry, Drawn]:
+    """Draws the next tokens of B images, by the same steps as `draw`.
+
+    Args:
+      ar: the model with scan=False, see `ar.unstacked`.
+      params: its parameters.
+      carry: what the part before returned, or `begin`.
+      first: () number of the first token to draw.
+      count: number of tokens to draw.
+      keys: see `draw`.
+      options: what the sampler does.
+      guidance_scale: see `draw`.
+      temperature: see `draw`.
+      project: see `draw`.
+
+    Returns:
+      What the next part goes on from, and the tokens (B, count, d).
+
+    Raises:
+      ValueError: guidance_scale is missing or has no use.
+    """
+    _check_scale(options, guidance_scale)
+    tokens = jax.tree.map(
+        lambda a: jax.lax.dynamic_slice_in_dim(a, first, count),
+        _tokens(options, guidance_scale, ar.num_tokens),
+    )
+    step = _step(ar, params, keys, options, temperature, project, None)
+    carry, drawn = jax.lax.scan(step, carry, tokens)
+    return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
+
+
+class _Tokens(NamedTuple):
+    """What differs from token to token; every array has a leading axis of tokens.
+
+    Attributes:
+      k: numbers of the tokens.
+      which: index of each token's solver table.
+      scale: guidance scales, () or (B,) each.
+      apart: whether conditional and null rows go apart, of the scale's shape.
+      draws: explicit draws (m, R, d) each, None where keys make them.
+      given: tokens (B, d) of a prefix, None without one.
+    """
+
+    k: jax.Array
+    which: jax.Array
+    scale: jax.Array
+    apart: jax.Array
+    draws: jax.Array | None = None
+    given: jax.Array | None = None
+
+
+def _tokens(options: Options, guidance_scale: jax.Array | float | None, L: int) -> _Tokens:
+    """All tokens of images, without explicit draws and without a prefix."""
+    scales = _scales(options, guidance_scale, L)
+    which = jnp.asarray(options.plan(L).which)
+    return _Tokens(jnp.arange(L), which, scales, _apart(options, scales))
+
+
+def _step(
+    ar: AR,
+    params: PyTree,
+    keys: jax.Array | None,
+    options: Options,
+    temperature: jax.Array | float,
+    project: Callable[[jax.Array], jax.Array],
+    length: ArrayLike | None,
+) -> Callable[[Carry, _Tokens], tuple[Carry, Drawn]]:
+    """Makes the function that draws one token of every image, for a scan over the tokens.
+
+    The arguments are those of `draw`, and `length` is that of the prefix.
+    """
+    L = ar.num_tokens
+    shape = (options.num_draws(L), ar.latent_dim)
+    guided = options.guidance is not None
+    prepared = ar.head.prepare(params['head'], options.plan(L))
+
+    def step(carry: Carry, token: _Tokens) -> tuple[Carry, Drawn]:
+        """Draws token k and feeds it: the carry of token k → that of token k + 1."""
+        draws = token.draws
         if draws is None:
-            draws = _draw_rows(options, keys, k, L, (m, d))
+            assert keys is not None  # `draw` has seen that one of the two is given
+            draws = _draw_rows(options, keys, token.k, L, shape)
         draws = jnp.concatenate([temperature * draws[:1], draws[1:]])
         solver = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), prepared
+            lambda a: jax.lax.dynamic_index_in_dim(a, token.which, keepdims=False), prepared
         )
-        guidance = Guidance(scale, apart, options.guidance_interval) if guided else None
-        raw = ar.head.draw_token(params['head'], c, draws, solver, guidance)
+        guidance = None
+        if guided:
+            guidance = Guidance(token.scale, token.apart, options.guidance_interval)
+        raw = ar.head.draw_token(params['head'], carry.c, draws, solver, guidance)
         z = project(raw)
-        if prefix is not None:
-            given = jnp.concatenate([given, given]) if guided else given
-            z = jnp.where(k < prefix.length, given, z)
+        if length is not None and token.given is not None:
+            given = jnp.concatenate([token.given, token.given]) if guided else token.given
+            z = jnp.where(token.k < length, given, z)
         # Nothing reads the condition and the cache after the last token. They are computed all the
         # same, so that every token, 0 included, is one step of one program.
-        carry = ar.apply({'params': params}, z, k + 1, cache, method='decode_step')
-        return carry, Drawn(z[:B], raw[:B])
+        following = ar.apply({'params': params}, z, token.k + 1, carry.cache, method='decode_step')
+        B = len(z) // 2 if guided else len(z)
+        return Carry(*following), Drawn(z[:B], raw[:B])
 
-    tokens = (jnp.arange(L), jnp.asarray(plan.which), scales, apart, noises, forced)
-    _, drawn = jax.lax.scan(step, (c, cache), tokens)
-    return jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
+    return step
 
 
 def sample_tokens(
@@ -163,6 +284,12 @@ def sample_tokens(
     return drawn.z
 
 
+def _check_scale(options: Options, guidance_scale: jax.Array | float | None) -> None:
+    """Raises ValueError for a guidance scale that is missing or has no use."""
+    if (options.guidance is not None) != (guidance_scale is not None):
+        raise ValueError('give guidance_scale with a guidance schedule, and only then')
+
+
 def _check_noise(
     noise: tuple[jax.Array, jax.Array], expected: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
@@ -173,14 +300,14 @@ def _check_noise(
 
 
 def _scales(options: Options, scale: jax.Array | float | None, num_tokens: int) -> jax.Array:
-    """The guidance scale s_k of every token, (L,); 1 without guidance."""
+    """The guidance scale s_k of every token, (L,) or (L, B); 1 without guidance."""
     if options.guidance is None or scale is None:
         return jnp.ones(num_tokens)
     return guidance_scales(scale, num_tokens, options.guidance)
 
 
 def _apart(options: Options, scales: jax.Array) -> jax.Array:
-    """Whether the conditional and null rows of each token go apart, (L,) bool.
+    """Whether the conditional and null rows of each token go apart, bool of the scales' shape.
 
     See `Guidance.apart`. They do where the scale is 1, but not at token 0 if
     `Options.first_token_apart` is False.
@@ -189,30 +316,33 @@ def _apart(options: Options, scales: jax.Array) -> jax.Array:
     return (scales == 1).at[0].set((scales[0] == 1) & allowed)
 
 
-def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> tuple[jax.Array, PyTree]:
+def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> Carry:
     """Condition (R, D) of token 0 and the filled cache of all rows."""
     if not guided:
-        return ar.apply({'params': params}, labels, method='prefill')
+        return Carry(*ar.apply({'params': params}, labels, method='prefill'))
     # All null rows begin alike, so one of them is computed and then copied.
     null = ar.condition.null(labels)
     rows = jax.tree.map(lambda a, null: jnp.concatenate([a, null[:1]]), labels, null)
     c, cache = ar.apply({'params': params}, rows, method='prefill')
     B = len(c) - 1
     copies = jnp.minimum(jnp.arange(2 * B), B)
-    return jax.tree.map(lambda a: jnp.take(a, copies, axis=0), (c, cache))
+    return jax.tree.map(lambda a: jnp.take(a, copies, axis=0), Carry(c, cache))
 
 
-def _join_noise(noise: tuple[jax.Array, jax.Array], apart: jax.Array, guided: bool) -> jax.Array:
+def _join_noise(
+    noise: tuple[jax.Array, jax.Array], first_apart: jax.Array, guided: bool
+) -> jax.Array:
     """Joins explicit draws (first (m, R, d), rest (L − 1, m, B, d)) to one array (L, m, R, d).
 
     Null rows get the noise of the conditional rows. Those of token 0 keep their own if it goes
-    apart.
+    apart, which `first_apart` () or (B,) says.
     """
     first, rest = noise
     if not guided:
         return jnp.concatenate([first[None], rest])
     B = rest.shape[2]
-    first_apart = apart[0]
+    if first_apart.ndim:
+        first_apart = jnp.concatenate([first_apart, first_apart])[None, :, None]
     shared = first[:, :B]
     first = jnp.where(first_apart, first, jnp.concatenate([shared, shared], axis=1))
     return jnp.concatenate([first[None], jnp.concatenate([rest, rest], axis=2)])

@@ -109,6 +109,37 @@ def project(z: ArrayLike, radius: float | None = None) -> jax.Array:
     return (jnp.asarray(R, compute) * _normalize(z.astype(compute))).astype(z.dtype)
 
 
+def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+    """Points on the great circle from a to b, at constant speed in t.
+
+    With the angle θ between a and b this is sin((1 − t)θ)/sin θ · a + sin(tθ)/sin θ · b. It is a
+    for t = 0 and b for t = 1, exactly. The norm goes along where those of a and b differ. Where
+    sin θ is next to 0 the points lie on the straight line; between opposite points that line goes
+    through 0, and no great circle is nearer than another.
+
+    Args:
+      a: (..., d).
+      b: (..., d) of the same dtype.
+      t: numbers in [0, 1] of a shape that goes with a and b, as (..., 1).
+
+    Returns:
+      (..., d).
+    """
+    u = l2_normalize(a)
+    v = l2_normalize(b)
+    # Unlike the arc cosine of ⟨u, v⟩ this is exact for small angles and for those next to π.
+    far = jnp.linalg.norm(u - v, axis=-1, keepdims=True)
+    near = jnp.linalg.norm(u + v, axis=-1, keepdims=True)
+    theta = 2 * jnp.arctan2(far, near)
+    sine = jnp.sin(theta)
+    straight = jnp.abs(sine) < 1e-4
+    divisor = jnp.where(straight, 1, sine)
+    of_a = jnp.where(straight, 1 - t, jnp.sin((1 - t) * theta) / divisor)
+    of_b = jnp.where(straight, t, jnp.sin(t * theta) / divisor)
+    way = of_a * a + of_b * b
+    return jnp.where(t == 0, a, jnp.where(t == 1, b, way))
+
+
 def householder(y: jax.Array, mu: jax.Array) -> jax.Array:
     """Reflects y by the Householder reflection that takes e₁ to mu.
 

@@ -164,35 +164,81 @@ def load_run(
     ar = build.build_ar(cfg)
     if mesh is None:
         mesh = sharding.make_mesh()
-
     if cfg.init_from is not None:
         if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
             raise UserError(f'{workdir} is distilled from itself')
-        teacher = load_teacher(cfg.init_from, mesh)
-        distillation = stages.distillation_stage(
-            ar, vae, teacher.vae_params, teacher.ar_params, cfg.distillation_training, cfg.seed
-        )
-        head = _restore(distillation, workdir, mesh)
-        return Run(cfg, vae, teacher.vae_params, ar, teacher.ar_params | {'head': head})
-    if cfg.tokenizer is None:
+        vae_params = load_teacher(cfg.init_from, mesh, tokenizer_only=True).vae_params
+    elif cfg.tokenizer is None:
         tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
         vae_params = _restore(tokenizer, workdir, mesh)
     else:
         vae_params = load_tokenizer(cfg, mesh)
-    if tokenizer_only:
-        return Run(cfg, vae, vae_params, ar, None)
-    vae_params = standardisation.read(vae, vae_params, workdir)
-    stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+    run = Run(cfg, vae, vae_params, ar, None)
+    return run if tokenizer_only else with_ar(run, workdir, mesh)
+
+
+def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Run:
+    """Reads the AR model of a run whose tokenizer alone was read.
+
+    Args:
+      run: the run, from `load_run(workdir, mesh, tokenizer_only=True)`.
+      workdir: the run's workdir.
+      mesh: where the parameters go, all devices if None.
+
+    Returns:
+      The run as `load_run` gives it.
+
+    Raises:
+      OSError: see `load_run`.
+      UserError: see `load_run`.
+    """
+    cfg = run.config
+    if mesh is None:
+        mesh = sharding.make_mesh()
+    if cfg.init_from is not None:
+        theirs = _teacher_config(cfg.init_from)
+        vae = build.build_vae(theirs)
+        teacher = Run(theirs, vae, run.vae_params, build.build_ar(theirs), None)
+        teacher = with_ar(teacher, cfg.init_from, mesh)
+        distillation = stages.distillation_stage(
+            run.ar,
+            run.vae,
+            teacher.vae_params,
+            teacher.ar_params,
+            cfg.distillation_training,
+            cfg.seed,
+        )
+        head = _restore(distillation, workdir, mesh)
+        ar_params = teacher.ar_params | {'head': head}
+        return run._replace(vae_params=teacher.vae_params, ar_params=ar_params)
+    vae_params = standardisation.read(run.vae, run.vae_params, workdir)
+    stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, cfg.seed)
     part = _of_rate(cfg.ar_training, cfg.sampling.ema_decay)
-    return Run(cfg, vae, vae_params, ar, _restore(stage, workdir, mesh, part))
+    return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
 
 
-def load_teacher(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Run:
+def _teacher_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """Reads the config of a run to distil from.
+
+    Raises:
+      OSError: there is no run.
+      UserError: its head is a distilled one itself.
+    """
+    cfg = load_config(workdir)
+    if cfg.init_from is not None:
+        raise UserError(f'{workdir} has a distilled head: distil from the run that trained it')
+    return cfg
+
+
+def load_teacher(
+    workdir: str | os.PathLike[str], mesh: Mesh | None = None, tokenizer_only: bool = False
+) -> Run:
     """Reads a run to distil from, as `load_run` does.
 
     Args:
       workdir: the run's workdir.
       mesh: where the parameters go, all devices if None.
+      tokenizer_only: leave the AR model's parameters None.
 
     Returns:
       The run.
@@ -201,7 +247,4 @@ def load_teacher(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> R
       OSError: as `load_run`.
       UserError: as `load_run`, or the run's head is a distilled one itself.
     """
-    run = load_run(workdir, mesh)
-    if run.config.init_from is not None:
-        raise UserError(f'{workdir} has a distilled head: distil from the run that trained it')
-    return run
+    return load_run(workdir, mesh, tokenizer_only, _teacher_config(workdir))

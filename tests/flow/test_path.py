@@ -41,3 +41,19 @@ def test_guidance():
     np.testing.assert_array_equal(guidance.guidance_scales(3.0, 4, 'constant'), [3, 3, 3, 3])
     with pytest.raises(ValueError, match='cosine'):
         guidance.guidance_scales(3.0, 4, 'cosine')
+    scales = np.float32([1.0, 4.5])
+    for schedule in guidance.SCHEDULES:
+        each = np.stack([guidance.guidance_scales(s, 16, schedule) for s in scales], axis=1)
+        np.testing.assert_array_equal(guidance.guidance_scales(scales, 16, schedule), each)
+
+
+def test_guidance_of_each_image():
+    """Rows of several images are combined as those of each image alone are."""
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
+    scales = jnp.asarray([2.0, 1.0, 4.5])
+    apart = scales == 1
+    together = guidance.Guidance(scales, apart).combine(v)
+    for i in range(3):
+        rows = jnp.array([i, 3 + i])
+        alone = guidance.Guidance(scales[i], apart[i]).combine(v[rows])
+        np.testing.assert_array_equal(together[rows], alone)

@@ -62,6 +62,23 @@ def test_protocol(word):
     assert family == POSTERIORS[word]() and hash(family) == hash(POSTERIORS[word]())
 
 
+# What makes draws concentrate, in the place of the encoder's outputs beside the mean.
+NARROW = {'gaussian': -30.0, 'power_spherical': 1e4, 'vmf': 1e4, 'sigma_vae': 0.0}
+
+
+@pytest.mark.parametrize('word', WORDS)
+def test_draws_concentrate_about_the_mode(word):
+    family = POSTERIORS[word]()
+    x = _encoded(family).at[..., D:].set(NARROW[word])
+    z, draws, _, _ = _program(family)(x, jax.random.split(jax.random.key(0), B))
+    mode = family(x).mode()
+    chex.assert_shape(mode, (B, L, D))
+    np.testing.assert_allclose(family.project(mode), mode, rtol=1e-6)
+    if word == 'sigma_vae':
+        z = z - family.sigma * draws
+    np.testing.assert_allclose(z, mode, atol=0.2)  # points on the sphere are some 4 apart
+
+
 @pytest.mark.parametrize('word', WORDS)
 def test_statistics_of_joined_batches(word):
     """Arrays of NumPy that were joined, as an evaluation joins them, have the same statistics."""

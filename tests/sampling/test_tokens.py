@@ -9,8 +9,9 @@ from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.flow import guidance, solvers
 from sphere_ar_jax.flow.plan import Options, annealed_steps
 from sphere_ar_jax.models import ar
+from sphere_ar_jax.models.heads import flow
 from sphere_ar_jax.runtime import sharding
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import on_mesh, tokens
 from sphere_ar_jax.sampling.tokens import Prefix, draw, sample_tokens
 from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training.run import Run
@@ -445,6 +446,39 @@ def test_guidance_interval(golden, tiny_ar):
         x = x + jnp.concatenate([guided, guided]) / 6
     expected = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * 8**0.5
     np.testing.assert_allclose(token((0.3, 0.6), 3.0), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_velocities_where_each_image_has_its_own_scale(inside):
+    """They are those of each image alone, at guided and at other times, also beside an image with
+    the scale 1, which goes apart.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 8)), jnp.float32)
+    slopes = jnp.asarray(rng.normal(size=(6, 1)), jnp.float32)
+    scales = jnp.asarray([2.0, 1.0, 4.5])
+
+    def velocity(scale, rows):
+        guide = guidance.Guidance(scale, scale == 1, (0.2, 0.6))
+        arguments = (guide, jnp.asarray(inside), x[rows], slopes[rows])
+        return flow._guided_velocity(jnp.multiply, *arguments)
+
+    together = velocity(scales, jnp.arange(6))
+    for i in range(3):
+        rows = jnp.array([i, 3 + i])
+        np.testing.assert_allclose(together[rows], velocity(scales[i], rows), atol=1e-6)
+
+
+def test_noise_of_the_first_token_where_each_image_has_its_own_scale():
+    rng = np.random.default_rng(0)
+    first = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32)
+    rest = jnp.asarray(rng.normal(size=(15, 2, 3, 8)), jnp.float32)
+    apart = jnp.asarray([True, False, True])
+    together = tokens._join_noise((first, rest), apart, True)
+    for i in range(3):
+        alone = tokens._join_noise((first, rest), apart[i], True)
+        rows = jnp.array([i, 3 + i])
+        np.testing.assert_array_equal(together[:, :, rows], alone[:, :, rows])
 
 
 def test_to_uint8():

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import spatial
 
 from sphere_ar_jax.sphere import geometry
 
@@ -199,3 +200,28 @@ def test_scaling_by_a_power_of_two_changes_no_bit():
     expected = np.asarray(geometry.project(z))
     for power in (-20, 1, 60, 120):
         np.testing.assert_array_equal(geometry.project(z * np.float32(2.0**power)), expected)
+
+
+def test_great_circles():
+    """Against SciPy in float64, at angles from 1e-3 to next to π; both ends are exact."""
+    rng = np.random.default_rng(0)
+    a, across = np.linalg.qr(rng.normal(size=(8, 2)))[0].T
+    t = np.linspace(0, 1, 7)
+    for angle in (1e-3, 0.5, 2.0, 3.1):
+        b = np.cos(angle) * a + np.sin(angle) * across
+        expected = 3 * spatial.geometric_slerp(a, b, t)
+        ends = jnp.asarray(3 * np.stack([a, b]), jnp.float32)
+        found = geometry.slerp(ends[:1], ends[1:], jnp.asarray(t[:, None], jnp.float32))
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        np.testing.assert_array_equal(found[jnp.array([0, 6])], ends)
+
+
+def test_great_circles_between_equal_and_opposite_points_are_finite():
+    a = _points((4, 8))
+    t = jnp.linspace(0, 1, 5)[:, None, None]
+    np.testing.assert_allclose(
+        geometry.slerp(a[None], a[None], t), np.tile(a, (5, 1, 1)), rtol=1e-6
+    )
+    opposite = geometry.slerp(a[None], -a[None], t)
+    np.testing.assert_array_equal(opposite[np.array([0, 4])], [a, -a])
+    assert np.isfinite(opposite).all()

@@ -464,4 +464,6 @@ def _guided_velocity(
 
     if guidance.interval is None:
         return guided(x, modulation)
-    return jax.lax.cond(inside | guidance.apart, guided, unguided, x, modulation)
+    # Where one image of the batch goes apart, the others are here too, without guidance: scale 1.
+    guidance = guidance._replace(scale=jnp.where(inside, guidance.scale, 1.0))
+    return jax.lax.cond(inside | jnp.any(guidance.apart), guided, unguided, x, modulation)

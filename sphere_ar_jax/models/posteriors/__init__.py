@@ -29,6 +29,9 @@ class Distribution(Protocol):
     def sample(self, draws: Draws) -> jax.Array:
         """Makes tokens z (B, L, d), differentiable in the distribution's parameters."""
 
+    def mode(self) -> jax.Array:
+        """Gives the most probable tokens z (B, L, d)."""
+
     def kl(self) -> jax.Array:
         """Computes the KL divergence from the prior, (B, L), in nats."""
 

@@ -55,6 +55,10 @@ class GaussianTokens(NamedTuple):
         """Makes tokens z = mean + std · ε, (B, L, d), differentiable in mean and log_variance."""
         return self.mean + jnp.exp(0.5 * self.log_variance) * draws
 
+    def mode(self) -> jax.Array:
+        """Gives the most probable tokens: the mean, (B, L, d)."""
+        return self.mean
+
     def kl(self) -> jax.Array:
         """Computes the KL divergence from N(0, I), summed over d, (B, L), in nats."""
         each = jnp.square(self.mean) + jnp.expm1(self.log_variance) - self.log_variance

@@ -42,6 +42,10 @@ class SigmaTokens:
         """Makes tokens z = mu + sigma · ε, (B, L, d), differentiable in mu."""
         return self.mu + self.sigma * draws
 
+    def mode(self) -> jax.Array:
+        """Gives the most probable tokens: mu, (B, L, d)."""
+        return self.mu
+
     def kl(self) -> jax.Array:
         """Computes ½‖mu‖², (B, L), in nats: the part of the KL from N(0, I) that depends on mu.
 

@@ -48,6 +48,10 @@ class VonMisesFisherTokens(NamedTuple):
         x = von_mises_fisher.sample_from_draws(self.mu, self.kappa, *draws)
         return geometry.radius(self.mu.shape[-1]) * x
 
+    def mode(self) -> jax.Array:
+        """Gives the most probable tokens: R · mu, (B, L, d)."""
+        return geometry.radius(self.mu.shape[-1]) * self.mu
+
     def kl(self) -> jax.Array:
         """Computes the KL divergence from the uniform distribution, (B, L), in nats."""
         return von_mises_fisher.kl_to_uniform(self.kappa, self.mu.shape[-1])
