@@ -50,6 +50,7 @@ def test_the_loss_of_held_out_images():
     assert set(held.scalars({'w': np.float32(np.nan)})) == {'heldout_psnr'}
 
 
+@pytest.mark.slow
 def test_held_out_images_are_shown_and_looked_at(tmp_path):
     """They come from the held-out part, spread over its classes; the digits have their own."""
     for i in range(60):

@@ -86,11 +86,13 @@ def test_samples_are_those_of_the_version_that_trained_the_run(run, measured):
     chex.assert_trees_all_close(run.decode(measured['digits/z']), images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_others(run, measured):
     images = run.sample([0, '1'], seed=0)
     np.testing.assert_allclose(images, measured['digits/images'][:2].clip(-1, 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_commands(run, workdir, tmp_path, monkeypatch):
     """--mode=grid and --mode=sample draw class 3 twice with the run's seed 0."""
     images = run.sample([3, 3], seed=0)
@@ -107,6 +109,7 @@ def test_images_are_those_of_the_commands(run, workdir, tmp_path, monkeypatch):
         np.testing.assert_array_equal(pixels.to_uint8(images), file['arr_0'])
 
 
+@pytest.mark.slow
 def test_each_image_may_have_its_own_seed_and_scale(lively):
     """It is the image that its seed and scale alone give, with the noise of image 0."""
     both = lively.sample([3, 5], seed=[0, 4], guidance=[1.5, 3.0])
@@ -118,6 +121,7 @@ def test_each_image_may_have_its_own_seed_and_scale(lively):
         assert np.abs(both[1] - lively.sample([5, 3], **arguments)[0]).max() > 10 * ROUNDING
 
 
+@pytest.mark.slow
 def test_images_are_shown_row_by_row(lively):
     shown = []
     images = lively.sample([3, 5], on_token=lambda k, images: shown.append((k, images)))
@@ -129,6 +133,7 @@ def test_images_are_shown_row_by_row(lively):
     np.testing.assert_allclose(shown[1][1], lively.decode(tokens), atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_completion_goes_from_a_sample_to_a_reconstruction(lively, monkeypatch):
     """Nothing kept is a sample, all kept is a reconstruction, and half of the tokens are kept."""
     images = lively.sample([3, 5], seed=1)
@@ -150,6 +155,7 @@ def test_completion_goes_from_a_sample_to_a_reconstruction(lively, monkeypatch):
     assert np.abs(tokens - lively.encode(images))[:, 8:].max() > 0.1
 
 
+@pytest.mark.slow
 def test_tokens_of_images(lively):
     """The most probable ones, and those that an evaluation of the tokenizer draws."""
     images = lively.sample([3, 5], seed=1)
@@ -186,6 +192,7 @@ def test_tokens_in_the_plane_are_interpolated_in_straight_lines(monkeypatch):
     np.testing.assert_array_equal(way[[0, 2]], ends)
 
 
+@pytest.mark.slow
 def test_other_values_compile_nothing(lively):
     """Labels, seeds, scales, kept tokens and images, written in another way too."""
 
