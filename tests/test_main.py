@@ -10,7 +10,6 @@ import sys
 import time
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -201,14 +200,16 @@ def test_the_whole_job(finished):
     assert page.count('data:image/png;base64,') == 3 and 'src="http' not in page
     assert 'tests/tiny_config.py' in page and 'samples/frechet' in page and 'latent_dim: 8' in page
 
-    # the README's ten lines, as they stand there
+    # The README's lines, as they stand there.
     snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(
         1
     )
     seen = {}
     exec(snippet.replace('/tmp/digits', str(workdir)), seen)
-    chex.assert_shape([seen['images'], seen['tokens']], [(6, 16, 16, 1), (6, 16, 8)])
-    np.testing.assert_allclose(jnp.linalg.norm(seen['tokens'], axis=-1), np.sqrt(8), rtol=1e-5)
+    chex.assert_shape(seen['images'], (6, 16, 16, 1))
+    tokens = seen['run'].sample_tokens([3, 1, 4, 1, 5, 9], seed=0).z
+    chex.assert_shape(tokens, (6, 16, 8))
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
 
 
 @pytest.mark.slow
