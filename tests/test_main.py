@@ -284,13 +284,13 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_digits_smoke(optimised, tmp_path):
+def test_digits_smoke(environment, tmp_path):
     """configs/digits.py:smoke runs through.
 
     Its time stands in docs/speed.md and is not asserted.
     """
     result = _run(
-        optimised, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
+        environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / 'metrics.json').read_text())['samples/classes_drawn'] >= 5

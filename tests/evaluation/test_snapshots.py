@@ -33,7 +33,7 @@ def test_the_loss_of_held_out_images():
     """The mean over whole batches of the stage's own loss, with the same draws at every look."""
     images = np.random.default_rng(0).normal(size=(10, 2, 2, 1)).astype(np.float32)
     batch = {'image': images, 'label': np.arange(10, dtype=np.int32)}
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(min(4, jax.device_count()))  # which divide the batch of 4
     held = heldout.HeldOut(_stage(), batch, 0, mesh)
     found = held.scalars({'w': np.float32(3)})
     assert set(found) == {'heldout_loss', 'heldout_psnr'}
