@@ -439,6 +439,8 @@ def test_samples_and_scores_of_any_number_of_processes(start, alone, tmp_path):
     scores = json.loads((alone / 'evaluation.json').read_text())
     trained = _scores(alone)
     assert scores['samples/classes_drawn'] > 0
+    drawn = json.loads((tmp_path / '2.npz.json').read_text())
+    assert scores.pop('parameters') == drawn['parameters']
     numbers = {name: value for name, value in scores.items() if name not in ('seed', 'sampling')}
     assert numbers == {name: trained[name] for name in numbers}
     assert scores['seed'] == get_config().seed
