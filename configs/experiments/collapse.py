@@ -44,18 +44,10 @@ def get_config(arg: str = '') -> ConfigDict:
     comparisons = []
     for name, changes in settings.items():
         for row in ('gaussian', 'power_spherical'):
-            c.rows[row + name] = _merged(experiments.LATENTS[row], changes)
+            c.rows[row + name] = experiments.merged(experiments.LATENTS[row], changes)
         pair = f'power_spherical{name} gaussian{name}'
         comparisons += [f'{pair} collapsed_degradation', f'{pair} frechet_degradation']
     c.seeds = (0, 1, 2)
     c.guidance_scales = (1.5, 4.0, 8.0, 16.0, 32.0)
     c.comparisons = tuple(comparisons)
     return experiments.finish(c, arg)
-
-
-def _merged(row: dict, changes: dict) -> dict:
-    """The changes of a row and those of a setting, section by section."""
-    return {
-        section: row.get(section, {}) | changes.get(section, {})
-        for section in dict.fromkeys([*row, *changes])
-    }

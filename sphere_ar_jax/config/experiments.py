@@ -182,6 +182,14 @@ def flat(changes: Mapping[str, Any]) -> str:
     return ', '.join(found) or 'nothing'
 
 
+def merged(row: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The changes of a row and further ones, section by section; the latter win."""
+    return {
+        section: dict(row.get(section, {})) | dict(changes.get(section, {}))
+        for section in dict.fromkeys([*row, *changes])
+    }
+
+
 def add_kl_weights(config: ConfigDict, name: str, weights: tuple[float, ...]) -> tuple[str, ...]:
     """Adds rows that differ from a row in the weight of the KL term alone.
 
@@ -197,9 +205,8 @@ def add_kl_weights(config: ConfigDict, name: str, weights: tuple[float, ...]) ->
     for weight in weights:
         # A key of a ConfigDict has no dot.
         new = f'{name}_kl_{round(1000 * weight)}e-3'
-        config.rows[new] = config.rows[name].to_dict() | {
-            'tokenizer_training': {'kl_weight': weight}
-        }
+        changes = {'tokenizer_training': {'kl_weight': weight}}
+        config.rows[new] = merged(config.rows[name].to_dict(), changes)
         names.append(new)
     return tuple(names)
 

@@ -457,8 +457,11 @@ def write(config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
         *(_image(os.path.join(directory, name), alt) for name, alt in plots.items()),
         '<h2>Verdicts</h2>',
         _html_table(*_verdict_table(found)),
-        f'<p>{html.escape(config.caveat)}</p>',
-        f'<p>{html.escape(_missing(config, found))}</p>',
+        *(
+            f'<p>{html.escape(text)}</p>'
+            for text in (config.caveat, _missing(config, found))
+            if text
+        ),
         '<h2>Rows</h2>',
         _html_table(*_rows_table(config, found)),
         *(
