@@ -3,8 +3,8 @@
 A killed experiment goes on when its command is typed again. Experiments of one workdir share what
 they train and measure:
 
-  models/              the trained models
-  measured.jsonl       what was measured of each of them
+  models/              the trained models, which are needed until all is measured
+  measured.jsonl       what was measured of each of them; files of several machines may be joined
   NAME/results.json    the numbers of one experiment, intervals, verdicts, versions and the config
   NAME/*.png, page.md, page.html
 """
@@ -92,23 +92,37 @@ def parts(config: ConfigDict) -> list[Part]:
     return found
 
 
+class Measured(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      lines: the scores.
+      seconds: the wall time that it took.
+      trained: {name of a workdir: the wall time of the training there} of what was measured.
+    """
+
+    lines: list[Any]
+    seconds: float
+    trained: dict[str, float]
+
+
 class _Results:
     """The lines of measured.jsonl."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         lines = metric_writer.read_scalars(path, ('key', 'lines', 'seconds'))
-        # {key: (the lines that were measured, the seconds that it took)}
-        self._measured: dict[str, tuple[list[Any], float]] = {
-            line['key']: (line['lines'], line['seconds']) for line in lines
+        self._measured = {
+            line['key']: Measured(line['lines'], line['seconds'], line.get('trained', {}))
+            for line in lines
         }
         # The file is written again without a line that was cut off.
         files.write_bytes(path, ''.join(json.dumps(line) + '\n' for line in lines).encode())
 
-    def add(self, key: str, what: str, lines: list[Any], seconds: float) -> None:
-        """Adds what was measured, and the wall time that it took; `what` is for readers."""
-        self._measured[key] = (lines, seconds)
-        line = {'what': what, 'key': key, 'lines': lines, 'seconds': seconds}
+    def add(self, key: str, what: str, measured: Measured) -> None:
+        """Adds what was measured; `what` is for readers."""
+        self._measured[key] = measured
+        line = {'what': what, 'key': key, **measured._asdict()}
         with files.naming(self._path), open(self._path, 'a') as f:
             f.write(json.dumps(line) + '\n')
 
@@ -116,13 +130,15 @@ class _Results:
         """Whether this was measured."""
         return key in self._measured
 
-    def complete(self, part: Part) -> tuple[list[Any], float] | None:
-        """All lines of a part and the seconds that they took, None until they are complete."""
+    def complete(self, part: Part) -> Measured | None:
+        """All that was measured of a part, None until it is complete."""
         found = self._measured.get(part.key)
         if found is None or part.speed_key is None:
             return found
         timed = self._measured.get(part.speed_key)
-        return None if timed is None else (found[0] + timed[0], found[1] + timed[1])
+        if timed is None:
+            return None
+        return Measured(found.lines + timed.lines, found.seconds + timed.seconds, found.trained)
 
 
 _MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
@@ -163,7 +179,7 @@ def _speed_unit(
         for part in same_seed:
             line = {'tokenizer_steps_per_second': found[part.row]}
             what = f'{part.row}, seed {seed}: speed'
-            results.add(str(part.speed_key), what, [line], seconds)
+            results.add(str(part.speed_key), what, Measured([line], seconds, {}))
 
     return Unit(
         kind='speed',
@@ -178,26 +194,33 @@ def _units_of(
 ) -> list[Unit]:
     """The work for one part: two trainings and a measurement."""
     row, seed, cfg, key, _ = part
+    tokenizer = runs.tokenizer_directory(cache, cfg)
+    ar = runs.ar_directory(cache, cfg)
 
     def measure() -> None:
         started = time.perf_counter()
         lines = _MEASURE[config.kind](config, cfg, cache, mesh)
-        what = f'{row}, seed {seed}: {config.kind}'
-        results.add(key, what, lines, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        trained = {
+            os.path.basename(directory): runs.seconds(directory) for directory in (tokenizer, ar)
+        }
+        results.add(key, f'{row}, seed {seed}: {config.kind}', Measured(lines, seconds, trained))
 
-    tokenizer = runs.tokenizer_directory(cache, cfg)
-    ar = runs.ar_directory(cache, cfg)
+    def is_trained(directory: str) -> bool:
+        # What is measured needs no models.
+        return results.has(key) or runs.is_finished(directory)
+
     return [
         Unit(
             kind=f'tokenizer {cfg.vae.backbone}',
             what=f'{row}, seed {seed}: tokenizer',
-            is_done=functools.partial(runs.is_finished, tokenizer),
+            is_done=functools.partial(is_trained, tokenizer),
             run=functools.partial(runs.train_tokenizer, cfg, cache, mesh),
         ),
         Unit(
             kind='ar',
             what=f'{row}, seed {seed}: AR model',
-            is_done=functools.partial(runs.is_finished, ar),
+            is_done=functools.partial(is_trained, ar),
             run=functools.partial(runs.train_ar, cfg, cache, mesh),
         ),
         Unit(
@@ -251,25 +274,23 @@ def _summaries(
         if measured is None:
             continue
         if config.kind == 'comparison':
-            summary = comparison.summarize(measured[0], config.common_guidance)
+            summary = comparison.summarize(measured.lines, config.common_guidance)
         else:
-            summary = propagation.summarize(measured[0])
+            summary = propagation.summarize(measured.lines)
         found[part.row][part.seed] = summary
     return {row: seeds for row, seeds in found.items() if seeds}
 
 
-def _seconds(chosen: Sequence[Part], cache: str, results: _Results) -> dict[str, float]:
+def _seconds(chosen: Sequence[Part], results: _Results) -> dict[str, float]:
     """The wall time of all parts that are measured: of their trainings, of their measurements."""
-    trainings = set()
+    trained: dict[str, float] = {}
     measuring = 0.0
     for part in chosen:
         measured = results.complete(part)
         if measured is not None:
-            trainings.add(runs.tokenizer_directory(cache, part.cfg))
-            trainings.add(runs.ar_directory(cache, part.cfg))
-            measuring += measured[1]
-    finished = [directory for directory in trainings if runs.is_finished(directory)]
-    return {'training': sum(map(runs.seconds, finished)), 'measuring': measuring}
+            trained.update(measured.trained)
+            measuring += measured.seconds
+    return {'training': sum(trained.values()), 'measuring': measuring}
 
 
 def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, Any]:
@@ -319,7 +340,7 @@ def _write(
     for part in chosen:
         complete = results.complete(part)
         if complete is not None:
-            measured.append({'row': part.row, 'seed': part.seed, 'lines': complete[0]})
+            measured.append({'row': part.row, 'seed': part.seed, 'lines': complete.lines})
     found = {
         'experiment': name,
         'title': config.title,
@@ -327,7 +348,7 @@ def _write(
         'jax': jax.__version__,
         'platform': jax.devices()[0].platform,
         'command': command,
-        'seconds': _seconds(chosen, os.path.join(workdir, 'models'), results),
+        'seconds': _seconds(chosen, results),
         'config': json.loads(config.to_json_best_effort()),
         'rows': report.table(config, by_row),
         'verdicts': report.verdicts(config, by_row),

@@ -196,6 +196,25 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     assert {unit['seed'] for unit in part['measured']} == {1, 2}
 
 
+def test_measurements_of_several_machines_are_joined(tmp_path, faked, monkeypatch):
+    """Each seed in a workdir of its own; nothing is trained to write the whole page."""
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
+    lines = b''
+    for seed in (0, 1, 2):
+        own = tmp_path / str(seed)
+        experiment.run(small(seeds=(seed,)), 'two', str(own), 'COMMAND')
+        lines += (own / 'measured.jsonl').read_bytes()
+    together = tmp_path / 'together'
+    together.mkdir()
+    (together / 'measured.jsonl').write_bytes(lines)
+    faked.clear()
+    joined = experiment.run(small(), 'two', str(together), 'COMMAND')
+    assert not faked
+    alone = experiment.run(small(), 'two', str(tmp_path / 'alone'), 'COMMAND')
+    assert joined['rows'] == alone['rows']
+    assert joined['seconds']['training'] == alone['seconds']['training'] == 9 * 60
+
+
 def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
     """The second one has the same models, sampler and scales under another name of a row."""
     monkeypatch.setattr(report, '_plots', lambda *arguments: {})
