@@ -22,7 +22,7 @@ from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.metric_writer import MetricWriter
+from sphere_ar_jax.runtime.metric_writer import DEFAULT, Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
       judge: parameters of the Inception network and the statistics of the reference, for FID while
         training, or None.
       heldout: images that are never trained on, a source or a split of `data`, or None.
+      logs: where numbers and pictures go besides the workdir's own files.
     """
 
     cfg: ConfigDict
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
     data: small.DataSet | None = None
     judge: tuple[PyTree, statistics.Statistics] | None = None
     heldout: Any = None
+    logs: Logs = DEFAULT
 
 
 class _Grid(NamedTuple):
