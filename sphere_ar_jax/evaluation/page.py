@@ -163,8 +163,8 @@ _REPORT = """<p>{summary}</p>
 <h2>Configuration</h2><pre>{config}</pre>
 """
 
-# Name of a metric → what the table says about it.
-_MEANING = {
+# Name of a metric → what tables say about it.
+MEANING = {
     'vae/psnr': 'reconstruction of held-out images, or of training images if none are, dB',
     'classifier/accuracy': "an independent classifier's accuracy on held-out real images",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
@@ -264,7 +264,7 @@ def save_page(
       command: the command that made the run.
       posterior: the family of the tokenizer's posterior; its `shown` explains its numbers.
     """
-    meanings = _MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
+    meanings = MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
     samples = _section(
         'Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png', 'pixels'
     )

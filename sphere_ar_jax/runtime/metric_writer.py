@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from sphere_ar_jax.runtime import files, hosts
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.console import UserError, one_line
 
 _FLUSH = 10  # seconds between writes to the event file
 
@@ -90,7 +90,8 @@ class WandbRun:
           UserError: the package is missing, or its server refuses the run.
         """
         self._wandb = _import_wandb()
-        mode = os.environ.get('WANDB_MODE')
+        run_id = _kept_id(workdir)
+        mode = os.environ.get('WANDB_MODE') or None
         is_local = '://' not in workdir
         try:
             if mode is None and not self._wandb.login(prompt=False, verify=False):
@@ -102,16 +103,16 @@ class WandbRun:
             self._run = self._wandb.init(
                 project=os.environ.get('WANDB_PROJECT', 'sphere_ar_jax'),
                 name=os.path.basename(workdir.rstrip('/')),
-                id=_kept_id(workdir),
+                id=run_id,
                 resume='allow',
                 config=dict(config),
                 dir=workdir if is_local else None,
                 mode=mode,
                 settings=self._wandb.Settings(silent=True, console='off'),
             )
-        except self._wandb.Error as error:
+        except (self._wandb.Error, ValueError) as error:
             raise UserError(
-                f'wandb: {first_line(error)}; WANDB_MODE=offline keeps the run on this machine'
+                f'wandb: {one_line(error)}; WANDB_MODE=offline keeps the run on this machine'
             ) from None
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:

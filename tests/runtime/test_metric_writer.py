@@ -239,7 +239,7 @@ class _FakeWandb(types.ModuleType):
 
     def init(self, **options):
         if options['config'].get('refused'):
-            raise self.Error('no such project\nmore')
+            raise self.Error('no such\nproject')
         self.calls.append(('init', options['id'], options['mode'], options['config']))
         return self
 
