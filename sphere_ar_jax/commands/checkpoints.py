@@ -19,7 +19,6 @@ from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, console, files
 from sphere_ar_jax.runtime.console import UserError, first_line
-from sphere_ar_jax.sampling import generation
 from sphere_ar_jax.training.run import Run, load_config
 from sphere_ar_jax.training.workdir import has, other_model
 
@@ -237,7 +236,7 @@ def _card(workdir: str, run: Run, source: str | None) -> str:
         run,
         class_names.of_run(workdir, cfg),
         done,
-        model_card.scores(workdir, generation.parameters_crc(run), finished),
+        model_card.scores(workdir, run, finished),
         source,
     )
 

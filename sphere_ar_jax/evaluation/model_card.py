@@ -14,11 +14,11 @@ from etils import epath
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import schema
-from sphere_ar_jax.data import small
 from sphere_ar_jax.data.files.listing import first_names
 from sphere_ar_jax.evaluation import page
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sampling import generation
 from sphere_ar_jax.training.run import Run
 
 _CARD = """---
@@ -118,22 +118,23 @@ def _rows(found: Mapping[str, Any], meanings: Mapping[str, str]) -> list[tuple[s
     ]
 
 
-def scores(workdir: str, parameters: int, finished: bool) -> list[Scores]:
+def scores(workdir: str, run: Run, finished: bool) -> list[Scores]:
     """The scores that a workdir holds of these very weights.
 
     Args:
       workdir: the directory of the run.
-      parameters: the checksum of the weights, `generation.parameters_crc`. Scores of
-        `--mode=evaluate` count where they note the same.
+      run: the run. Scores of `--mode=evaluate` count where they note the checksum of its weights.
       finished: whether the weights are those of the run's end, whose scores metrics.json has.
 
     Raises:
       UserError: a file of scores is damaged.
     """
     found = []
+    parameters = generation.parameters_crc(run)
     evaluation = _read(os.path.join(workdir, 'evaluation.json'))
     samples = evaluation.get('samples')
-    meanings = page.MEANING | _OF_CLASSIFIER
+    shown_by_posterior = run.vae.posterior.shown.items()
+    meanings = page.MEANING | _OF_CLASSIFIER | {f'vae/{k}': v for k, v in shown_by_posterior}
     if (
         isinstance(samples, dict)
         and samples.get('parameters') == parameters
@@ -156,7 +157,11 @@ def scores(workdir: str, parameters: int, finished: bool) -> list[Scores]:
         metrics = _read(os.path.join(workdir, 'metrics.json')) if finished else {}
         rows = [row for row in _rows(metrics, meanings) if not row[0].startswith(_OF_MACHINES)]
         if rows:
-            found.append(Scores('At the end of the training.', rows))
+            drawn = ''
+            if run.ar_params is not None:
+                about = {'seed': run.config.seed, 'sampling': run.config.sampling.to_dict()}
+                drawn = f' {_drawn(about)}'
+            found.append(Scores(f'At the end of the training.{drawn}', rows))
     return found
 
 
@@ -197,9 +202,7 @@ def _sizes(run: Run) -> list[str]:
 def _training(run: Run, names: Sequence[str] | None, done: Mapping[str, int | None]) -> list[str]:
     """What the run was trained on, and how long."""
     cfg = run.config
-    kind = small.KINDS.get(cfg.data.name)
-    data = f'{kind.noun}, `{cfg.data.name}`' if kind is not None else f'`{cfg.data.name}`'
-    lines = [f'- kind of data: {data}']
+    lines = [f'- kind of data: `{cfg.data.name}`']
     if names and run.ar_params is not None:
         shown = first_names([name.replace('`', '') for name in names], 10)
         lines.append(f'- classes: `{shown}`')
