@@ -66,11 +66,14 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     A run on a small data set is scored by the protocol of such sets, all others by a classifier.
     """
     run, mesh = open_run.open_run(workdir, like)
-    d = run.config.data
+    cfg = run.config
+    if like is not None:
+        cfg = schema.changed(cfg, {'data.classifier_steps': like.data.classifier_steps})
+    d = cfg.data
     path = d.path
     if like is not None and like.data.name == d.name:  # the files may have moved
         path = like.data.path
-    setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, None)
+    setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
         data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
         setting = setting._replace(source=data.train, data=data)
@@ -84,7 +87,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         bar = console.bar(None, 'reading the tar', 'byte')
         source = sources.open_source(d.name, path, d.split, d.data_dir, bar)
         training, heldout = sources.split(source, d.holdout_files)
-        known = schema.num_classes(run.config)
+        known = schema.num_classes(cfg)
         if known is not None and source.num_classes > known:
             raise UserError(f'{path} has {source.num_classes} classes, but the model {known}')
         setting = setting._replace(source=training, heldout=heldout)

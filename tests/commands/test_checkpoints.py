@@ -3,6 +3,7 @@ share, written, uploaded, loaded and converted.
 """
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -77,7 +78,6 @@ def run_with_paths(old_runs, tmp_path_factory):
     shutil.copytree(old_runs / 'digits', workdir)
     values = json.loads((workdir / 'config.json').read_text())
     values['data']['data_dir'] = values['watch']['inception'] = '/secret/place'
-    values['mesh']['data'] = 1
     (workdir / 'config.json').write_text(json.dumps(values))
     (workdir / 'classes.json').write_text(json.dumps(['nought', 'a|b`c', *map(str, range(8))]))
     return workdir
@@ -101,7 +101,7 @@ def test_a_directory_to_share_is_the_run(run_with_paths, directory):
     chex.assert_trees_all_equal(ours.vae_params, theirs.vae_params)
     chex.assert_trees_all_equal(ours.ar_params, theirs.ar_params)
     assert ours.vae == theirs.vae and ours.ar == theirs.ar
-    assert ours.config.sampling == theirs.config.sampling and theirs.config.mesh.data == -1
+    assert ours.config.sampling == theirs.config.sampling
     assert 'secret' not in ''.join((directory / name).read_text() for name in shared.FILES[1:])
 
 
@@ -216,6 +216,19 @@ class _FakeHub(types.ModuleType):
         if not (self._root / name).is_dir():
             raise self.errors.HfHubHTTPError('404 Client Error\nmore')
         return str(self._root / name)
+
+
+def test_the_fake_hub_takes_what_the_real_one_takes():
+    """Each call of the fake's kind fits the signature of huggingface_hub's own function."""
+    hub = pytest.importorskip('huggingface_hub')
+    for function, given, options in (
+        (hub.HfApi().create_repo, ['me/a'], ['exist_ok']),
+        (hub.HfApi().upload_folder, [], ['repo_id', 'folder_path', 'allow_patterns']),
+        (hub.snapshot_download, ['me/a'], ['allow_patterns']),
+        (hub.get_token, [], []),
+    ):
+        inspect.signature(function).bind(*given, **dict.fromkeys(options))
+    assert issubclass(hub.errors.HfHubHTTPError, OSError)
 
 
 def test_push_and_load_from_the_hub(run_with_paths, directory, tmp_path, monkeypatch):
