@@ -30,8 +30,9 @@ def load(
     (3, 16, 16, 1)
 
     Args:
-      path: a workdir, also gs://…; or a published checkpoint as hf://OWNER/REPOSITORY/FILE. The
-        latter is fetched and converted at the first time, into ~/.cache/sphere_ar_jax/converted.
+      path: a workdir, also gs://…; a directory that `--mode=export` has written, also as
+        hf://OWNER/REPOSITORY; or a published checkpoint as hf://OWNER/REPOSITORY/FILE. The latter
+        is fetched and converted at the first time, into ~/.cache/sphere_ar_jax/converted.
       mesh: devices that compute, all devices if None.
       batch_size: images that are computed at once, at most; None takes `sampling.batch_size` of the
         run's config.
@@ -45,7 +46,9 @@ def load(
       OSError: there is no checkpoint of the tokenizer yet.
     """
     given = os.fspath(path)
-    if given.startswith('hf://'):
+    if given.startswith('hf://') and given.strip('/').count('/') == 3:
+        workdir = checkpoints.fetched(given)
+    elif given.startswith('hf://'):
         workdir = checkpoints.converted_once(given)
     else:
         workdir = os.path.expanduser(given)

@@ -8,8 +8,9 @@ It then samples, scores, and writes pictures and report.html. Started again in t
 goes on where it stopped. The other modes are:
 
   --mode=convert   --workdir=DIR --checkpoint=FILE.pt|hf://OWNER/REPOSITORY/FILE.pt
-                   [--no-ema] [--heads=N]
-  --mode=export    --workdir=DIR [--output=FILE.safetensors]
+                   [--no-ema] [--heads=N] (the file may be a .safetensors, too)
+  --mode=export    --workdir=DIR [--output=FILE.safetensors|DIR] [--push=USER/NAME]
+                   (a directory has a config and a model card besides the weights)
   --mode=pack      --data=KIND:PATH --output=DIR [--shards=N]
                    [--split=NAME] [--data_dir=DIR] (these two for tfds)
   --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
@@ -123,6 +124,7 @@ _OPTIONS = (
     _switch('no-ema', ('convert',), 'Take `model`, not `ema`, of a checkpoint.'),
     _count('heads', ('convert',), 'Attention heads of an AR model that was not published.'),
     _text('output', _WRITING, 'File or directory to write.'),
+    _text('push', ('export',), 'Repository of Hugging Face to upload to, USER/NAME.'),
     _text('data', _OF_DATA, 'A tar of ImageNet, or KIND:PATH of another data set.'),
     _count('shards', ('pack',), 'Files to write, 128 if not given.'),
     _text('split', _OF_DATA, 'Split of tfds; train if not given.'),

@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.config import recipes
+from sphere_ar_jax.config import recipes, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import (
@@ -60,21 +60,38 @@ def _score_tokenizer(
     return scores | {'parameters': generation.parameters_crc(run)}
 
 
-def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
-    """The scores of a run on a small data set, by the protocol of such sets."""
+def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
+    """The scores of a run that need nothing but its own data.
+
+    A run on a small data set is scored by the protocol of such sets, all others by a classifier.
+    """
     run, mesh = open_run.open_run(workdir, like)
-    d = run.config.data
-    if d.name not in small.KINDS:
-        raise UserError(
-            'give --samples, --reference and --inception, or --images: '
-            f'only {" and ".join(small.KINDS)} have scores of their own'
-        )
+    cfg = run.config
+    if like is not None:
+        cfg = schema.changed(cfg, {'data.classifier_steps': like.data.classifier_steps})
+    d = cfg.data
     path = d.path
     if like is not None and like.data.name == d.name:  # the files may have moved
         path = like.data.path
-    data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
-    setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, data.train, data)
-    scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
+    setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
+    if d.name in small.KINDS:
+        data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
+        setting = setting._replace(source=data.train, data=data)
+        scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
+    elif path is None:
+        raise UserError(
+            'give --samples, --reference and --inception, or --images; or, for scores by a '
+            f'classifier, --config.data.path of the {d.name} data'
+        )
+    else:
+        bar = console.bar(None, 'reading the tar', 'byte')
+        source = sources.open_source(d.name, path, d.split, d.data_dir, bar)
+        training, heldout = sources.split(source, d.holdout_files)
+        known = schema.num_classes(cfg)
+        if known is not None and source.num_classes > known:
+            raise UserError(f'{path} has {source.num_classes} classes, but the model {known}')
+        setting = setting._replace(source=training, heldout=heldout)
+        scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)
     return {
         **scores,
         'seed': run.config.seed,
@@ -96,7 +113,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a run, or samples alone, and writes WORKDIR/evaluation.json.
 
-    Without samples and images a run on a small data set is scored by the protocol of such sets.
+    Without samples and images a run is scored by its own data: a small data set by the protocol of
+    such sets, others in the features of a classifier.
 
     Args:
       workdir: the directory of the run; for samples alone any directory.
@@ -122,7 +140,7 @@ def evaluate(
     if images is not None:
         scores['tokenizer'] = _score_tokenizer(workdir, like, images, weights, lpips, vgg)
     if not scores:
-        scores = _score_small(workdir, like)
+        scores = _score_run(workdir, like)
     path = f'{workdir}/evaluation.json'
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     files.write_json(path, scores)

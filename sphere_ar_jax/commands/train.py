@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
-from sphere_ar_jax.evaluation import class_names, page, small_images, snapshots
+from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, owned, write_json
-from sphere_ar_jax.runtime.metric_writer import MetricWriter
+from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter, require
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop, standardisation
 from sphere_ar_jax.training.run import Run, load_config, load_teacher, load_tokenizer
@@ -194,6 +194,7 @@ def _run(
         mesh=setting.mesh,
         reading=reading,
         watch=loop.Watch(every, look_at_all) if every else None,
+        logs=setting.logs,
     )
 
 
@@ -426,6 +427,7 @@ def _set_up(
     for name in ('init_from', 'tokenizer'):
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
+    require(cfg.logging)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -502,8 +504,20 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     _introduce(setting)
     for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
         print(line, flush=True)
-    seconds = {'start': time.perf_counter() - started}
+    with Logs.opened(cfg.logging, workdir, schema.as_dict(cfg)) as logs:
+        return _run_all(setting._replace(logs=logs), stages, command, started)
 
+
+def _run_all(
+    setting: snapshots.Setting,
+    stages: Callable[[snapshots.Setting], _Trained],
+    command: str,
+    started: float,
+) -> dict[str, float]:
+    """Runs the trainings, then evaluates and reports; see `train`."""
+    cfg = setting.cfg
+    workdir = setting.workdir
+    seconds = {'start': time.perf_counter() - started}
     trained = stages(setting)
     seconds |= trained.seconds
     finish = snapshots.show if setting.data is None else snapshots.score
@@ -517,6 +531,8 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     write_json(f'{workdir}/metrics.json', metrics)
+    final = pictures.read_all(workdir, ('samples', 'reconstructions'))
+    setting.logs.conclude(workdir, metrics, _as_text(cfg), final)
     summary = _summary(setting, metrics)
     page.save_page(workdir, cfg.data.name, summary, metrics, _as_text(cfg), command, posterior)
     print(f'{summary}\nlook at {workdir}/report.html; all numbers: {workdir}/metrics.json')

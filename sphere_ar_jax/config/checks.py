@@ -408,6 +408,11 @@ def check(config: ConfigDict) -> ConfigDict:
       UserError: a value is impossible, or some values do not go together; one line.
     """
     _check_values(config)
+    words = tuple(config.logging)
+    _require(
+        set(words) <= set(schema.LOGGING) and len(set(words)) == len(words),
+        f'logging is {words}, but must be any of {", ".join(schema.LOGGING)}',
+    )
     _check_models(config.vae, config.ar, build.backbone_fields(config))
     image_shape = build.build_vae(config).image_shape
     _check_data(config.data, image_shape)

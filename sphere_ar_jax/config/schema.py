@@ -15,6 +15,9 @@ from sphere_ar_jax.models.sizes import VARIANTS
 # Dtypes that a computation may have.
 DTYPES = ('float32', 'bfloat16')
 
+# Where a run may be logged besides its own files, see `metric_writer.Logs`.
+LOGGING = ('tensorboard', 'wandb')
+
 # The number of classes of each kind of data; None where only the data says it. The kinds are those
 # of `sources.open_source` and of `small`.
 DATA: dict[str, int | None] = {
@@ -73,6 +76,8 @@ def default() -> ConfigDict:
             # What a config file says of the values that it has derived, a line each, see
             # `own.lines`. The start of a training prints them; they change nothing.
             reasons=(),
+            # Any of LOGGING.
+            logging=('tensorboard',),
             # Dtype of the computation, one of DTYPES; parameters are always float32.
             dtype='float32',
             # Devices along each axis, see `sharding`; −1 takes as many as there are.
@@ -245,7 +250,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # Keys that may change between two starts in one workdir: where things are, speed, how often to log
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
-    r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons'
+    r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
     r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'

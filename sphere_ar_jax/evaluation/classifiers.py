@@ -1,10 +1,11 @@
-"""Classifiers that judge samples of small data sets.
+"""Classifiers that judge samples.
 
   SupportVectors   scikit-learn's SVC on pixels, for the digits
-  ConvNet          a small convolutional network, for images of 28×28 pixels or so
+  ConvNet          a small convolutional network, for images of up to 64×64 pixels or so
 
 Dimensions:
   n  images     h, w  pixels of an image as its file has it     f  features     k  classes
+Where images have colours, they are (n, h, w, c) in place of (n, h, w).
 """
 
 import functools
@@ -29,6 +30,24 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import Progress, PyTree
 
 _BATCH = 1000  # images that are classified at a time
+
+
+class Labelled(Protocol):
+    """Images to learn from.
+
+    Attributes:
+      labels: (n,) int, 0 … num_classes − 1.
+      num_classes: the number of classes.
+    """
+
+    labels: np.ndarray
+    num_classes: int
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images (n, h, w) or (n, h, w, c) in [0, 1]."""
+
+    def __len__(self) -> int: ...
 
 
 class Classifier(Protocol):
@@ -109,14 +128,16 @@ class _Network(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images (n, h, w) in [0, 1] → (features (n, f), logits (n, k))."""
-        n, h, w = x.shape
+        """Images (n, h, w) or (n, h, w, c) in [0, 1] → (features (n, f), logits (n, k))."""
+        if x.ndim == 3:
+            x = x[..., None]
+        n, h, w, _ = x.shape
         # A margin for the patches, and at the end what makes both sides multiples of 4.
         h += -h % 4
         w += -w % 4
-        x = jnp.pad(x, ((0, 0), (1, h + 2 - x.shape[1]), (1, w + 2 - x.shape[2])))
+        x = jnp.pad(x, ((0, 0), (1, h + 2 - x.shape[1]), (1, w + 2 - x.shape[2]), (0, 0)))
         taps = [x[:, i : i + h : 2, j : j + w : 2] for i in range(4) for j in range(4)]
-        x = nn.relu(nn.Dense(self.channels[0])(jnp.stack(taps, axis=-1)))
+        x = nn.relu(nn.Dense(self.channels[0])(jnp.concatenate(taps, axis=-1)))
         x = Conv(self.channels[1])(x)
         x = nn.relu(x + self._bias('bias_1', self.channels[1]))
         # XLA's own maximum over windows has a slow gradient on CPUs.
@@ -147,7 +168,7 @@ class ConvNet:
         for start in range(0, len(pixels), _BATCH):
             part = np.asarray(pixels[start : start + _BATCH], np.float32)
             missing = _BATCH - len(part)
-            filled = np.pad(part, ((0, missing), (0, 0), (0, 0)))
+            filled = np.pad(part, ((0, missing), *((0, 0),) * (part.ndim - 1)))
             parts.append(np.asarray(self._apply(filled)[output])[: len(part)])
         return np.concatenate(parts)
 
@@ -171,7 +192,9 @@ def _batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:
         order = order[recipe.batch_size :]
 
 
-def _trained(network: _Network, params: PyTree, train: Split, recipe: Recipe, done: Any) -> PyTree:
+def _trained(
+    network: _Network, params: PyTree, train: Labelled, recipe: Recipe, done: Any
+) -> PyTree:
     """Trains a network from its first parameters; done(step, steps) is called after every step."""
     warmup = recipe.steps // 5
     rate = optax.warmup_cosine_decay_schedule(
@@ -203,7 +226,7 @@ def _trained(network: _Network, params: PyTree, train: Split, recipe: Recipe, do
     return params
 
 
-def fingerprint(train: Split, recipe: Recipe) -> str:
+def fingerprint(train: Labelled, recipe: Recipe) -> str:
     """A hash of the images, their labels and the recipe, in hexadecimal digits."""
     found = hashlib.sha256(repr((tuple(recipe), train.num_classes)).encode())
     found.update(train.pixels.tobytes())
@@ -231,7 +254,7 @@ def _kept(path: str, key: str, like: PyTree) -> PyTree | None:
 
 
 def conv_net(
-    train: Split,
+    train: Labelled,
     recipe: Recipe,
     keep_in: str | None = None,
     progress: Progress = lambda done, total: None,

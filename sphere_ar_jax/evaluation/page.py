@@ -153,7 +153,8 @@ pre {{ background: var(--code); padding: .8rem; overflow-x: auto; font-size: 13p
 """
 _REPORT = """<p>{summary}</p>
 {pictures}
-<h2>Numbers</h2><div class="wide"><table>{rows}</table></div>
+<h2>Numbers</h2>
+{seconds}<div class="wide"><table>{rows}</table></div>
 {curves}
 <h2>Again</h2>
 <p>The same command in an empty directory gives the same result on the same machine.</p>
@@ -162,8 +163,8 @@ _REPORT = """<p>{summary}</p>
 <h2>Configuration</h2><pre>{config}</pre>
 """
 
-# Name of a metric → what the table says about it.
-_MEANING = {
+# Name of a metric → what tables say about it.
+MEANING = {
     'vae/psnr': 'reconstruction of held-out images, or of training images if none are, dB',
     'classifier/accuracy': "an independent classifier's accuracy on held-out real images",
     'samples/accuracy': 'share of samples that it reads as the class asked for',
@@ -181,8 +182,29 @@ _MEANING = {
     'memorisation/nearer_than_5pct_of_heldout': (
         'share of samples nearer than the nearest 5% of held-out images'
     ),
+    'wall_s/start': 'opening the data and the devices, s',
+    'wall_s/tokenizer': "the tokenizer's training, s",
+    'wall_s/ar': "the AR model's training, s",
+    'wall_s/distillation': 'the training of the distilled head, s',
+    'wall_s/reconstruction': 'reconstructing images, s',
+    'wall_s/sampling': 'drawing the samples, s',
+    'wall_s/scoring': 'computing the scores, and training the classifier, s',
+    'wall_s/curves': 'plotting the curves, s',
+    'wall_s/total': 'the sum of these parts, s',
     'peak_rss_mb': 'largest memory of the process, MiB',
 }
+# What the page says where its table has numbers of `wall_s`.
+_SECONDS = (
+    '<p><code>wall_s/…</code> is time on the clock in seconds, compilation included. That of a '
+    'training adds up all its starts, each up to its last checkpoint; the other parts are those of '
+    'the last start.</p>\n'
+)
+# What the page says of the axes of its curves.
+_UNITS = (
+    '<p>All curves are over training steps. Losses, gradient norms and norms of tokens have no '
+    'unit. Pixels lie in [−1, 1] for the mean |error|. Each point is a mean since the point '
+    'before; a line with dots is that of held-out images.</p>'
+)
 
 
 def _section(heading: str, alt: str, path: str, kind: str) -> str:
@@ -242,7 +264,7 @@ def save_page(
       command: the command that made the run.
       posterior: the family of the tokenizer's posterior; its `shown` explains its numbers.
     """
-    meanings = _MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
+    meanings = MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
     samples = _section(
         'Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png', 'pixels'
     )
@@ -252,11 +274,14 @@ def save_page(
         f'{workdir}/reconstructions.png',
         'pixels',
     )
+    curves = _section('Training curves', 'training curves', f'{workdir}/curves.png', 'plot')
+    has_seconds = any(name.startswith('wall_s/') for name in metrics)
     report = _REPORT.format(
         summary=html.escape(summary),
+        seconds=_SECONDS if has_seconds else '',
         rows=''.join(_row(name, value, meanings) for name, value in metrics.items()),
         pictures=samples + reconstructions,
-        curves=_section('Training curves', 'training curves', f'{workdir}/curves.png', 'plot'),
+        curves=curves + _UNITS if curves else '',
         command=html.escape(command),
         version=__version__,
         jax=jax.__version__,

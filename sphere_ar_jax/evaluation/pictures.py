@@ -5,12 +5,14 @@ Images are (n, H, W, c) float in [−1, 1].
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.runtime import files
@@ -41,6 +43,25 @@ def tile(images: np.ndarray, columns: int, scale: int = 3, gap: int = 4) -> np.n
         x = gap + i % columns * (W + gap)
         canvas[y : y + H, x : x + W] = image
     return canvas
+
+
+def read_all(directory: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads those of some pictures that a directory has.
+
+    Args:
+      directory: where DIRECTORY/NAME.png are.
+      names: the names.
+
+    Returns:
+      {name: uint8 (height, width, 3)}.
+    """
+    found = {}
+    for name in names:
+        path = epath.Path(directory, f'{name}.png')
+        if path.exists():
+            with Image.open(io.BytesIO(path.read_bytes())) as image:
+                found[name] = np.asarray(image.convert('RGB'))
+    return found
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

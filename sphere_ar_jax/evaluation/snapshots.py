@@ -6,7 +6,7 @@ Dimensions:
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels, small
 from sphere_ar_jax.evaluation import class_names, heldout, pictures, small_images, tokenizer
-from sphere_ar_jax.evaluation.fidelity import protocol, statistics
+from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, statistics
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.metric_writer import MetricWriter
+from sphere_ar_jax.runtime.metric_writer import DEFAULT, Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
       judge: parameters of the Inception network and the statistics of the reference, for FID while
         training, or None.
       heldout: images that are never trained on, a source or a split of `data`, or None.
+      logs: where numbers and pictures go besides the workdir's own files.
     """
 
     cfg: ConfigDict
@@ -54,6 +55,7 @@ class Setting(NamedTuple):
     data: small.DataSet | None = None
     judge: tuple[PyTree, statistics.Statistics] | None = None
     heldout: Any = None
+    logs: Logs = DEFAULT
 
 
 class _Grid(NamedTuple):
@@ -221,21 +223,62 @@ def _drawing(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[st
     }
 
 
+def _drawn(
+    setting: Setting,
+    vae_params: PyTree,
+    ar_params: PyTree,
+    labels: np.ndarray,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[np.ndarray]:
+    """Yields samples for labels (n,) batch by batch, uint8 (b, H, W, c)."""
+    n = len(labels)
+    options = _drawing(setting, vae_params, ar_params)
+    for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
+        on_mesh.require_finite_images(images, n - first, first)
+        found = np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
+        progress(first + len(found))
+        yield found
+
+
+def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[str, Any]:
+    """Scores a run on image files by a classifier of their classes; no other weights are needed.
+
+    Args:
+      setting: the run, on images that are no small data set.
+      vae_params: the tokenizer's parameters.
+      ar_params: the autoregressive model's parameters.
+
+    Returns:
+      What `classifier_features.score` gives, of `sampling.num_images` samples.
+
+    Raises:
+      UserError: there are too few classes or images.
+    """
+    size, _, channels = setting.vae.image_shape
+    real = classifier_features.read(setting.source, setting.heldout, size, channels)
+    labels = classifier_features.labels(real, setting.cfg.sampling.num_images)
+    steps = setting.cfg.data.classifier_steps
+    bar = console.bar(len(labels), 'samples')
+    return classifier_features.score(
+        _drawn(setting, vae_params, ar_params, labels, bar),
+        labels,
+        real,
+        steps,
+        setting.workdir,
+        console.bar(steps, 'training the classifier', 'step'),
+    )
+
+
 def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
     """The FID of `watch.fid_images` samples, class by class in turn, to the judge's reference."""
     assert setting.judge is not None
     network, reference = setting.judge
-    options = _drawing(setting, vae_params, ar_params)
-    n = setting.cfg.watch.fid_images
-    labels = np.arange(n) % schema.num_classes(setting.cfg)
-
-    def batches() -> Iterator[np.ndarray]:
-        for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
-            on_mesh.require_finite_images(images, n - first, first)
-            yield np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
-
+    labels = np.arange(setting.cfg.watch.fid_images) % schema.num_classes(setting.cfg)
     features = protocol.extract(
-        batches(), network, batch_size=options['batch_size'], mesh=setting.mesh
+        _drawn(setting, vae_params, ar_params, labels),
+        network,
+        batch_size=setting.cfg.sampling.batch_size,
+        mesh=setting.mesh,
     )
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 

@@ -1,15 +1,18 @@
-"""Where numbers of a run go: a JSON-lines file, TensorBoard events, and the console.
+"""Where numbers of a run go: a JSON-lines file, TensorBoard, Weights & Biases, and the console.
 
-clu's own writers import TensorFlow; tensorboardX writes the same event files without it.
+clu's own writers import TensorFlow; tensorboardX writes the same event files without it. The
+JSON-lines file and the console are always there; the config's `logging` names the others. See
+`docs/sharing.md`, "TensorBoard and Weights & Biases".
 """
 
 import contextlib
 import json
 import os
+import secrets
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TextIO
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self, TextIO
 
 import numpy as np
 from etils import epath
@@ -19,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from sphere_ar_jax.runtime import files, hosts
+from sphere_ar_jax.runtime.console import UserError, one_line
 
 _FLUSH = 10  # seconds between writes to the event file
 
@@ -58,6 +62,176 @@ class _Events:
             self._writer.close()
 
 
+def _import_wandb() -> Any:
+    """The package wandb. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logging has 'wandb', which needs another package: pip install wandb"
+        ) from None
+    return wandb
+
+
+class WandbRun:
+    """A run of Weights & Biases. All starts in a workdir are one run, whose id the workdir keeps.
+
+    Where there is no API key, the run is kept below WORKDIR/wandb until `wandb sync` uploads it.
+    """
+
+    def __init__(self, workdir: str, config: Mapping[str, Any]) -> None:
+        """Begins the run of a workdir, or goes on with it.
+
+        Args:
+          workdir: the directory of the run; WORKDIR/wandb.json keeps the id.
+          config: what the run's page shows as its config.
+
+        Raises:
+          UserError: the package is missing, or its server refuses the run.
+        """
+        self._wandb = _import_wandb()
+        run_id = _kept_id(workdir)
+        mode = os.environ.get('WANDB_MODE') or None
+        is_local = '://' not in workdir
+        try:
+            if mode is None and not self._wandb.login(prompt=False, verify=False):
+                mode = 'offline'
+                where = f'{workdir}/wandb' if is_local else './wandb'
+                print(
+                    f'wandb: no API key, so that the run stays in {where}; `wandb sync` uploads it'
+                )
+            self._run = self._wandb.init(
+                project=os.environ.get('WANDB_PROJECT', 'sphere_ar_jax'),
+                name=os.path.basename(workdir.rstrip('/')),
+                id=run_id,
+                resume='allow',
+                config=dict(config),
+                dir=workdir if is_local else None,
+                mode=mode,
+                settings=self._wandb.Settings(silent=True, console='off'),
+            )
+        except (self._wandb.Error, ValueError) as error:
+            raise UserError(
+                f'wandb: {one_line(error)}; WANDB_MODE=offline keeps the run on this machine'
+            ) from None
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Records values of a stage, which has steps of its own.
+
+        Args:
+          stage: the stage's name, which precedes the names of the values.
+          step: the step.
+          values: numbers, or pictures as uint8 (height, width, c), by name.
+        """
+        own_step = f'{stage}/step'
+        self._run.define_metric(f'{stage}/*', step_metric=own_step)
+        shown = {f'{stage}/{name}': self._shown(value) for name, value in values.items()}
+        self._run.log({own_step: step, **shown})
+
+    def conclude(self, values: Mapping[str, Any]) -> None:
+        """Sets what the run has come to: numbers, or pictures as uint8 (height, width, c)."""
+        shown = {name: self._shown(value) for name, value in values.items()}
+        self._run.summary.update({k: v for k, v in shown.items() if isinstance(v, int | float)})
+        pictures = {k: v for k, v in shown.items() if not isinstance(v, int | float)}
+        if pictures:
+            self._run.log(pictures)
+
+    def close(self, code: int) -> None:
+        """Ends the run on its page with the exit code of the process."""
+        self._run.finish(exit_code=code)
+
+    def _shown(self, value: Any) -> Any:
+        """A value as wandb takes it."""
+        return self._wandb.Image(value) if isinstance(value, np.ndarray) else value
+
+
+def _kept_id(workdir: str) -> str:
+    """The id of a workdir's run of Weights & Biases, from WORKDIR/wandb.json or a new one."""
+    path = epath.Path(workdir, 'wandb.json')
+    if not path.exists():
+        files.write_json(path, {'id': secrets.token_hex(4)})
+    found = files.read_json(path)
+    name = found.get('id') if isinstance(found, dict) else None
+    if not (isinstance(name, str) and name.isalnum() and name.isascii()):
+        raise UserError(f'{path} has no id of a run: remove it, and a new run of wandb begins')
+    return name
+
+
+class Logs(NamedTuple):
+    """Where numbers of a run go besides metrics.jsonl and the console.
+
+    Attributes:
+      tensorboard: whether they go to TensorBoard's event files.
+      wandb: the run of Weights & Biases that they go to, or None.
+    """
+
+    tensorboard: bool = True
+    wandb: WandbRun | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls, words: Collection[str], workdir: str, config: Mapping[str, Any]
+    ) -> Iterator[Self]:
+        """A context in which a run can be logged. Only its first process opens anything.
+
+        Args:
+          words: the config's `logging`.
+          workdir: the directory of the run.
+          config: the config by name.
+
+        Raises:
+          UserError: see `WandbRun`.
+        """
+        run = None
+        if 'wandb' in words and hosts.is_first():
+            run = WandbRun(workdir, config)
+        code = 1
+        try:
+            yield cls('tensorboard' in words, run)
+            code = 0
+        finally:
+            if run is not None:
+                run.close(code)
+
+    def conclude(
+        self,
+        workdir: str,
+        scores: Mapping[str, float],
+        config: str,
+        pictures: Mapping[str, np.ndarray],
+    ) -> None:
+        """Records what a run has come to. TensorBoard's part lies in the workdir itself.
+
+        Args:
+          workdir: the directory of the run.
+          scores: the final numbers by name.
+          config: the config as text, for TensorBoard; Weights & Biases has it already.
+          pictures: uint8 (height, width, c) by name.
+        """
+        if not hosts.is_first():
+            return
+        if self.tensorboard:
+            with contextlib.closing(_Events(workdir, 0)) as events:
+                events.add(tensorboard.text('config', f'```\n{config}\n```'), 0)
+                for name, value in scores.items():
+                    events.add(tensorboard.scalar(name, value), 0)
+                for name, pixels in pictures.items():
+                    events.add(tensorboard.image(name, pixels, dataformats='HWC'), 0)
+        if self.wandb is not None:
+            self.wandb.conclude({**scores, **pictures})
+
+
+# Where numbers go unless the config says otherwise.
+DEFAULT = Logs()
+
+
+def require(words: Collection[str]) -> None:
+    """Raises UserError where a word of the config's `logging` needs a package that is missing."""
+    if 'wandb' in words and hosts.is_first():
+        _import_wandb()
+
+
 class MetricWriter:
     """Writes the scalars of one training stage and shows its progress.
 
@@ -65,7 +239,14 @@ class MetricWriter:
     `write`. Where a run has several processes, only the first one writes and shows anything.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], name: str, step: int, total: int) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        name: str,
+        step: int,
+        total: int,
+        logs: Logs = DEFAULT,
+    ) -> None:
         """Opens the files of a directory, which is made if needed.
 
         Args:
@@ -74,8 +255,10 @@ class MetricWriter:
           step: the step that the stage goes on from. Later lines of `metrics.jsonl`, left by a run
             that was killed, are dropped.
           total: the number of steps of the stage.
+          logs: where else the numbers go.
         """
         self._name = name
+        self._wandb = logs.wandb
         self._total = total
         self._silent = not hosts.is_first()
         if self._silent:
@@ -91,7 +274,7 @@ class MetricWriter:
         # Nothing can be added to a file in a bucket, so that such a file is written anew.
         if '://' not in str(directory):
             self._file = open(path, 'a', buffering=1)  # noqa: SIM115, closed by close()
-        self._events = _Events(os.fspath(directory), step + 1)
+        self._events = _Events(os.fspath(directory), step + 1) if logs.tensorboard else None
         bar = '{desc} {percentage:3.0f}% |{bar}| {n}/{total} steps, {remaining} left{postfix}'
         self._bar = tqdm(
             total=total, initial=step, desc=name, bar_format=bar, disable=not sys.stderr.isatty()
@@ -119,8 +302,11 @@ class MetricWriter:
             else:
                 self._text += line
                 self._path.write_text(self._text)
-        for name, value in scalars.items():
-            self._events.add(tensorboard.scalar(name, value), step)
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add(tensorboard.scalar(name, value), step)
+        if self._wandb is not None:
+            self._wandb.log(self._name, step, scalars)
         text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown)
         if self._bar.disable:
             speed = scalars.get('seconds_per_step')
@@ -130,9 +316,13 @@ class MetricWriter:
             self._bar.set_postfix_str(text)
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
-        """Adds a picture, uint8 (height, width, c), to the TensorBoard events."""
-        if not self._silent:
+        """Adds a picture, uint8 (height, width, c), to where numbers go besides the lines."""
+        if self._silent:
+            return
+        if self._events is not None:
             self._events.add(tensorboard.image(name, pixels, dataformats='HWC'), step)
+        if self._wandb is not None:
+            self._wandb.log(self._name, step, {name: pixels})
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
@@ -140,7 +330,8 @@ class MetricWriter:
             return
         with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
             stack.callback(self._bar.close)
-            stack.callback(self._events.close)
+            if self._events is not None:
+                stack.callback(self._events.close)
             if self._file is not None:
                 stack.enter_context(files.naming(self._path))
                 stack.callback(self._file.close)

@@ -215,6 +215,7 @@ def train(
     mesh: Mesh,
     reading: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
+    logs: metric_writer.Logs = metric_writer.DEFAULT,
 ) -> tuple[Any, float]:
     """Runs a stage to its last step.
 
@@ -233,6 +234,7 @@ def train(
       mesh: see `sharding`.
       reading: further arguments of `data.batches.batches`: transform, threads, workers, max_broken.
       watch: a look at the model from time to time.
+      logs: where its numbers and pictures go besides metrics.jsonl.
 
     Returns:
       (the state, the seconds it took, with those of earlier starts up to their last checkpoint).
@@ -275,7 +277,7 @@ def train(
         stack.callback(console.interrupts.keep, False)
         stack.callback(batches.close)
         stack.callback(checkpoints.close)
-        writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps)
+        writer = metric_writer.MetricWriter(directory, stage.name, step, options.steps, logs)
         stack.callback(writer.close)
         log = _Log(stage, writer)
         print(f'{stage.name}: compiling', flush=True)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.interop import shared
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, sharding
@@ -110,6 +111,8 @@ def _restore(
         state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
         return params
     weights = state.converted(directory, like.params)
+    if weights is None:
+        weights = shared.read(workdir, like.params)
     if weights is None:
         raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
     return weights

@@ -615,7 +615,10 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
     _checkpoint(tmp_path / 'weights.pth', {'x': np.zeros(2)})
     np.savez(tmp_path / 'a.npz', b=np.zeros(3))
     for arguments, message in (
-        (['--mode=evaluate', workdir], 'only digits and idx have scores of their own'),
+        (
+            ['--mode=evaluate', workdir],
+            'for scores by a classifier, --config.data.path of the imagenet data',
+        ),
         (
             ['--mode=evaluate', workdir, '--samples=a.npz'],
             'give --samples=NPZ and --reference=NPZ together',

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import graph_pb2  # TensorFlow's own message definitions
 
-from sphere_ar_jax.evaluation.fidelity import inception, inception_weights
+from sphere_ar_jax.evaluation.fidelity import inception, inception_record, inception_weights
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
@@ -265,3 +265,61 @@ def test_files_that_are_no_graph(tmp_path):
         inception_weights.load_graph_def(path)
     with pytest.raises(OSError):
         inception_weights.load_graph_def(tmp_path / 'nowhere.pb')
+
+
+def test_a_published_name_tells_the_hash(tmp_path):
+    """PyTorch's convention: a file under the name must have it, and another name tells nothing."""
+    for name, message in (
+        ('pt_inception-2015-12-05-6726825d.pth', 'is damaged: its SHA-256 begins with ba7816bf, '),
+        ('inception.pth', 'no file of PyTorch'),
+    ):
+        (tmp_path / name).write_bytes(b'abc')  # FIPS 180's own example
+        with pytest.raises(UserError, match=message):
+            inception_weights.load(tmp_path / name)
+
+
+def test_the_fingerprint_sees_names_shapes_and_every_bit():
+    tree = {'a': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)}, 'b': np.zeros(2)}
+    before = inception_weights.fingerprint(tree)
+    assert before == inception_weights.fingerprint(jax.tree.map(np.asfortranarray, tree))
+    assert len(before) == 64
+    flipped = tree['a']['kernel'].copy()
+    flipped.view(np.uint32)[1, 2] ^= 1
+    for other in (
+        {'a': {'kernel': flipped}, 'b': tree['b']},
+        {'a': {'kernel': tree['a']['kernel'].reshape(3, 2)}, 'b': tree['b']},
+        {'a': {'beta': tree['a']['kernel']}, 'b': tree['b']},
+    ):
+        assert inception_weights.fingerprint(other) != before
+
+
+def test_a_record_is_written_once_and_then_compared(tmp_path, monkeypatch, capsys):
+    """The network's outputs are stood in for: `captured` holds them to torch-fidelity."""
+    drawn = {'scale': 1.0}
+
+    def features(params, images):
+        assert images.shape == (1, 64, 64, 3) and images.dtype == np.uint8
+        values = drawn['scale'] * images.astype(np.float32).reshape(1, -1) + params['a']
+        return inception.Features(values[:, 5:9], values[:, 10:12], values[:, 20:23])
+
+    monkeypatch.setattr(inception, 'features', features)
+    params = {'a': np.ones((), np.float32)}
+    monkeypatch.setattr(inception_weights, 'load', lambda path: params)
+    (tmp_path / 'w.pb').write_bytes(b'abc')
+    argv = ['', str(tmp_path / 'w.pb'), str(tmp_path / 'r.json')]
+    inception_record.main(argv)
+    record = json.loads((tmp_path / 'r.json').read_text())
+    assert record['file'].startswith('ba7816bf') and len(record['activations']) == 3
+    inception_record.main(argv)
+    assert 'the same tensors and activations' in capsys.readouterr().out
+    drawn['scale'] = 1.01
+    with pytest.raises(UserError, match=r'^the activation \w+ is .* in the record$'):
+        inception_record.main(argv)
+    params['a'] = np.zeros((), np.float32)
+    with pytest.raises(UserError, match=r'^the tensors differ: their SHA-256 is '):
+        inception_record.main(argv)
+    for damaged, message in (('[]', 'is no record'), (json.dumps({}), 'the tensors differ')):
+        (tmp_path / 'r.json').write_text(damaged)
+        with pytest.raises(UserError, match=message):
+            inception_record.main(argv)
+    assert (tmp_path / 'r.json').read_text() == '{}'

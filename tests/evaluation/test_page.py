@@ -17,7 +17,7 @@ def html(tmp_path):
     """The page of a run with a small grid of samples, a wide one of reconstructions, and curves."""
     for name, width in (('samples', 300), ('reconstructions', 3000), ('curves', 1600)):
         Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f'{name}.png')
-    metrics = {'samples/accuracy': 0.99}
+    metrics = {'samples/accuracy': 0.99, 'wall_s/ar': 12.3, 'wall_s/total': 45.6}
     texts = ('a <b> & c', 'All is well.', metrics, '{}', 'run <it>')
     page.save_page(str(tmp_path), *texts, PowerSpherical())
     return (tmp_path / 'report.html').read_text()
@@ -43,6 +43,21 @@ def test_narrow_screens(html):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     wide = re.findall(r'<div class="wide"><(\w+)', html)
     assert wide == ['img', 'img', 'table', 'img'] and '.wide { overflow-x: auto; }' in html
+
+
+def test_nothing_comes_from_outside(html):
+    """Pictures are in the page itself, and nothing in it asks for another file."""
+    sources = re.findall(r'\b(?:src|href)\s*=\s*"([^"]*)"', html)
+    assert len(sources) == 3 and all(s.startswith('data:image/png;base64,') for s in sources)
+    assert not re.search(r'https?:|//\w|@import|url\(|<(?:script|link|iframe)\b', html)
+
+
+def test_seconds_and_units_are_explained(html):
+    rows = dict(re.findall(r'<code>(wall_s/\w+)</code></td>.*?<td>(.*?)</td>', html))
+    assert set(rows) == {'wall_s/ar', 'wall_s/total'}
+    assert all(text.endswith(', s') for text in rows.values())
+    assert html.count('is time on the clock in seconds') == 1
+    assert html.index('wall_s/…') < html.index('<table>') < html.index('over training steps')
 
 
 def _luminance(colour):

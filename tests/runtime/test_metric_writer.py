@@ -1,7 +1,10 @@
 import contextlib
+import functools
 import json
 import resource
 import sys
+import time
+import types
 from unittest import mock
 
 import numpy as np
@@ -14,6 +17,7 @@ from tensorboardX.proto import event_pb2
 from sphere_ar_jax.evaluation import page
 from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime import files, hosts, metric_writer
+from sphere_ar_jax.runtime.console import UserError
 
 
 def _events(directory):
@@ -187,3 +191,138 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, bytes_left):
     writer.write(1, {'loss': 1.0}, ())
     writer.close()
     assert metric_writer.read_scalars(path / 'metrics.jsonl') == [{'step': 1, 'loss': 1.0}]
+
+
+def test_logging_names_where_numbers_go(tmp_path):
+    """Without TensorBoard there are lines alone, and what a run has come to goes nowhere else."""
+    logs = metric_writer.Logs(tensorboard=False)
+    writer = metric_writer.MetricWriter(tmp_path, 'ar', 0, 10, logs)
+    writer.write(5, {'loss': 2.0}, ())
+    writer.picture('samples', 5, np.zeros((2, 2, 3), np.uint8))
+    writer.close()
+    logs.conclude(str(tmp_path), {'samples/accuracy': 0.9}, 'seed: 0', {})
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
+def test_tensorboard_has_the_final_scores(tmp_path):
+    """A run that is concluded twice ends with its last scores."""
+    for accuracy in (0.5, 0.75):
+        pictures = {'samples': np.zeros((2, 2, 3), np.uint8)}
+        metric_writer.DEFAULT.conclude(
+            str(tmp_path), {'samples/accuracy': accuracy}, 'seed: 0', pictures
+        )
+    found = [(tag, value) for step, tag, value in _events(tmp_path) if step == 0]
+    assert found[-2:] == [('samples/accuracy', 0.75), ('samples', 0.0)]
+    assert {'config/text_summary', 'samples'} <= {tag for tag, _ in found}
+
+
+class _FakeWandb(types.ModuleType):
+    """What is used of wandb. It notes the calls in `calls`."""
+
+    Error = type('Error', (Exception,), {})
+
+    def __init__(self, has_key):
+        super().__init__('wandb')
+        self.calls = []
+        self.summary = {}
+        self._has_key = has_key
+
+    def Settings(self, **options):
+        return options
+
+    def Image(self, pixels):
+        return ('picture', pixels.shape)
+
+    def login(self, prompt, verify):
+        assert not prompt and not verify
+        return self._has_key
+
+    def init(self, **options):
+        if options['config'].get('refused'):
+            raise self.Error('no such\nproject')
+        self.calls.append(('init', options['id'], options['mode'], options['config']))
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ('ar/*', 'ar/step')
+
+    def log(self, values):
+        self.calls.append(('log', values))
+
+    def finish(self, exit_code):
+        self.calls.append(('finish', exit_code))
+
+
+def _log_to_wandb(workdir, fails=False):
+    """Logs a line and a picture as a training does, and ends or fails."""
+    with metric_writer.Logs.opened(('wandb',), str(workdir), {'seed': 3}) as logs:
+        writer = metric_writer.MetricWriter(workdir / 'ar', 'ar', 0, 10, logs)
+        writer.write(5, {'loss': 2.0}, ())
+        writer.picture('samples', 5, np.zeros((2, 3, 1), np.uint8))
+        writer.close()
+        if fails:
+            raise KeyboardInterrupt
+        logs.conclude(str(workdir), {'samples/accuracy': 0.9}, 'seed: 3', {})
+
+
+@pytest.mark.parametrize('has_key', [True, False])
+def test_all_starts_in_a_workdir_are_one_run_of_wandb(tmp_path, monkeypatch, capsys, has_key):
+    """Without a key it stays on this machine, which a line says."""
+    fake = _FakeWandb(has_key)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        _log_to_wandb(tmp_path, fails=True)
+    _log_to_wandb(tmp_path)
+    run_id = json.loads((tmp_path / 'wandb.json').read_text())['id']
+    start = ('init', run_id, None if has_key else 'offline', {'seed': 3})
+    lines = [
+        ('log', {'ar/step': 5, 'ar/loss': 2.0}),
+        ('log', {'ar/step': 5, 'ar/samples': ('picture', (2, 3, 1))}),
+    ]
+    assert fake.calls == [start, *lines, ('finish', 1), start, *lines, ('finish', 0)]
+    assert fake.summary == {'samples/accuracy': 0.9}
+    assert ('`wandb sync` uploads it' in capsys.readouterr().out) != has_key
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    opened = functools.partial(metric_writer.Logs.opened, ('wandb',), str(tmp_path))
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(UserError, match='pip install wandb'), opened({}):
+        pass
+    with pytest.raises(UserError, match='pip install wandb'):
+        metric_writer.require(('wandb',))
+    monkeypatch.setitem(sys.modules, 'wandb', _FakeWandb(True))
+    with (
+        pytest.raises(UserError, match=r'^wandb: no such project; WANDB_MODE'),
+        opened({'refused': True}),
+    ):
+        pass
+    for damaged in ('[]', '{"id": "a/b"}'):
+        (tmp_path / 'wandb.json').write_text(damaged)
+        with pytest.raises(UserError, match=r'wandb\.json has no id'), opened({}):
+            pass
+    monkeypatch.setattr(hosts, 'is_first', lambda: False)
+    with opened({}) as logs:
+        assert logs.wandb is None
+
+
+@pytest.mark.slow
+def test_the_real_wandb_offline(tmp_path, monkeypatch):
+    """Two starts leave two parts of one run, which `wandb sync` joins."""
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    for name in ('WANDB_MODE', 'WANDB_API_KEY', 'NETRC'):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / 'w').mkdir()
+    _log_to_wandb(tmp_path / 'w')
+    time.sleep(1.1)  # The names of the parts have seconds.
+    _log_to_wandb(tmp_path / 'w')
+    run_id = json.loads((tmp_path / 'w' / 'wandb.json').read_text())['id']
+    parts = sorted((tmp_path / 'w' / 'wandb').glob('offline-run-*'))
+    assert len(parts) == 2
+    for part in parts:
+        records = (part / f'run-{run_id}.wandb').read_bytes()
+        for word in (b'ar/loss', b'ar/step', b'samples/accuracy', b'seed'):
+            assert word in records
+        assert len(list((part / 'files' / 'media' / 'images' / 'ar').glob('samples_*.png'))) == 1

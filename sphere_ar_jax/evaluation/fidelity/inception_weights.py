@@ -1,6 +1,7 @@
 """The weights of the Inception network, from the files that people have."""
 
 import functools
+import hashlib
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from sphere_ar_jax.runtime.console import UserError, first_line, printable, some
 from sphere_ar_jax.runtime.types import PyTree
 
 MAX_FILE_BYTES = 2**29  # The published file has 95 MB.
+# The first digits of the SHA-256 of the .pth that pytorch-fid and torch-fidelity publish.
+_PUBLISHED = '6726825d'
 
 
 @functools.cache
@@ -181,8 +184,44 @@ def from_torch(tensors: Mapping[str, Any]) -> PyTree:
     )
 
 
+def fingerprint(params: PyTree) -> str:
+    """The SHA-256 of parameters, 64 hexadecimal digits, whatever file they come from.
+
+    It is taken of their paths, shapes and float32 numbers, in the order of the paths.
+    """
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        numbers = np.ascontiguousarray(leaf, '<f4')
+        found.update(f'{jax.tree_util.keystr(path)}{numbers.shape}'.encode())
+        found.update(numbers.tobytes())
+    return found.hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _require_named_hash(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where a published file's name tells another hash than the file has.
+
+    PyTorch's convention puts the first digits of a file's SHA-256 into its name.
+    """
+    if not os.path.basename(path).endswith(f'-{_PUBLISHED}.pth'):
+        return
+    found = file_hash(path)
+    if not found.startswith(_PUBLISHED):
+        raise UserError(
+            f'{path} is damaged: its SHA-256 begins with {found[:8]}, not with the {_PUBLISHED} '
+            'of its name; fetch it again'
+        )
+
+
 def load(path: str | os.PathLike[str]) -> PyTree:
     """The parameters from a file: TensorFlow's .pb, or the .pth of pytorch-fid or torch-fidelity.
+
+    A .pth under its published name must have the hash that the name tells.
 
     Returns:
       A tree of float32 NumPy arrays.
@@ -193,6 +232,7 @@ def load(path: str | os.PathLike[str]) -> PyTree:
     """
     if str(path).endswith('.pb'):
         return load_graph_def(path)
+    _require_named_hash(path)
     tensors = torch_file.open_file(path)
     by_name = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not (by_name and all(hasattr(tensor, 'shape') for tensor in tensors.values())):

@@ -12,7 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sphere_ar_jax.evaluation.fidelity import image_sets, inception, precision_recall, statistics
+from sphere_ar_jax.evaluation.fidelity import (
+    image_sets,
+    inception,
+    inception_weights,
+    precision_recall,
+    statistics,
+)
 from sphere_ar_jax.interop import npz
 from sphere_ar_jax.runtime import files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -250,8 +256,8 @@ def evaluate(
       The floats `fid`, `sfid`, `inception_score`, `precision` and `recall`, the last three only
       where there are images to take them from; `samples` and `reference`, which say the number of
       images, the file and, where known, the seed and the settings of sampling; `settings` of the
-      protocol; `note`, a line, only where a set has too few images for numbers that can be
-      compared; and `seconds`, a dict of the parts' times.
+      protocol, the fingerprint of the weights among them; `note`, a line, only where a set has too
+      few images for numbers that can be compared; and `seconds`, a dict of the parts' times.
 
     Raises:
       OSError: a file is not there.
@@ -299,6 +305,8 @@ def evaluate(
         'neighbours': 3,
         'precision_and_recall_in': 'float16',
     }
+    if params is not None:  # summaries have their features already
+        scores['settings']['inception'] = inception_weights.fingerprint(params)
     note = statistics.note(fake.images, real.images)
     if note is not None:
         scores['note'] = note

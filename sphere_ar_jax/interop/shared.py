@@ -1,0 +1,161 @@
+"""Directories to share: the weights of a run under the public names, and what their use needs.
+
+  model.safetensors  the weights
+  config.json        the config, without what belongs to the machine that the run was made on
+  classes.json       the names of the classes, where the run has them
+  README.md          a model card
+
+`docs/sharing.md` shows how they are written, uploaded and loaded. safetensors' own reader checks
+the header of a file of any origin, so that sizes and places of tensors are those of the file.
+"""
+
+import os
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401, NumPy knows bfloat16 by it
+import numpy as np
+import safetensors
+from etils import epath
+from ml_collections import ConfigDict
+from numpy.typing import DTypeLike
+
+from sphere_ar_jax.config import checks, schema
+from sphere_ar_jax.interop import torch_names
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
+from sphere_ar_jax.runtime.types import PyTree
+
+WEIGHTS = 'model.safetensors'
+CONFIG = 'config.json'
+CLASSES = 'classes.json'
+CARD = 'README.md'
+FILES = (WEIGHTS, CONFIG, CLASSES, CARD)
+
+_FLOATS = ('F16', 'BF16', 'F32', 'F64')
+# Directories of the stages of a run.
+_STAGES = ('tokenizer', 'ar', 'distillation')
+
+
+# Keys of the config that belong to the machine that a run was made on.
+_OF_MACHINES = (
+    'reasons', 'logging', 'tokenizer', 'init_from', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
+    'data.path', 'data.data_dir', 'data.workers', 'data.threads', 'tokenizer_training.lpips',
+    'tokenizer_training.vgg', 'watch.inception', 'watch.reference', 'watch.fid_images',
+)  # fmt: skip
+
+
+class Tensor:
+    """A tensor that lies in a safetensors file; `np.asarray(tensor)` reads its numbers.
+
+    Attributes:
+      shape: the tensor's shape.
+    """
+
+    def __init__(self, file: Any, path: str, name: str) -> None:
+        """Looks at the header alone.
+
+        Args:
+          file: what `safetensors.safe_open` gives.
+          path: the file's path, for messages.
+          name: the tensor's name.
+
+        Raises:
+          UserError: the tensor holds anything but floats.
+        """
+        header = file.get_slice(name)
+        self.shape = tuple(header.get_shape())
+        self._file = file
+        self._name = name
+        self._where = f'{path}: {printable(name, 100)}'
+        if header.get_dtype() not in _FLOATS:
+            raise UserError(f'{self._where} holds {header.get_dtype()}, but must hold floats')
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        numbers = self._file.get_tensor(self._name).astype(dtype or np.float32)
+        if not np.isfinite(numbers).all():
+            raise UserError(f'{self._where} has numbers that are not finite')
+        return numbers
+
+
+def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Opens a safetensors file; the numbers of its tensors are not read yet.
+
+    Args:
+      path: the file, on a local disk.
+
+    Returns:
+      {name: `Tensor`}.
+
+    Raises:
+      OSError: there is no file.
+      UserError: it is no safetensors file, or is damaged, or a tensor holds other than floats.
+    """
+    where = os.fspath(path)
+    os.stat(where)  # safetensors' own error has no name of the file.
+    try:
+        file = safetensors.safe_open(where, framework='numpy')
+        return {name: Tensor(file, where, name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f'{where} is no whole safetensors file: {printable(first_line(error))}'
+        ) from None
+
+
+def is_shared(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds shared weights, and no run of its own."""
+    place = epath.Path(directory)
+    has_stages = any((place / stage).is_dir() for stage in _STAGES)
+    return (place / WEIGHTS).exists() and (place / CONFIG).exists() and not has_stages
+
+
+def has_ar(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds the shared weights of an AR model.
+
+    Raises:
+      UserError: the file of the weights is damaged.
+    """
+    if not is_shared(directory):
+        return False
+    tensors = open_file(os.path.join(directory, WEIGHTS))
+    return not all(name.startswith('vae.') for name in tensors)
+
+
+def config(cfg: ConfigDict) -> ConfigDict:
+    """The config of a run as it is shared.
+
+    Paths, devices and where numbers are logged belong to the machine that the run was made on: they
+    have their defaults again.
+
+    Args:
+      cfg: the run's config.
+    """
+    default = schema.leaves(schema.default().to_dict())
+    return checks.check(schema.changed(cfg, {key: default[key] for key in _OF_MACHINES}))
+
+
+def read(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:
+    """The parameters of one model in a directory of shared weights.
+
+    Args:
+      directory: the directory, on a local disk.
+      like: the parameters, abstract, with their shardings.
+
+    Returns:
+      The parameters, or None where the directory holds no shared weights, or no such model.
+
+    Raises:
+      UserError: the file is damaged, or its tensors are not those of this model; one line.
+    """
+    if not is_shared(directory):
+        return None
+    path = os.path.join(directory, WEIGHTS)
+    tensors = open_file(path)
+    of_vae = any(name.startswith('vae.') for name in torch_names.torch_shapes(like))
+    if not any(name.startswith('vae.') == of_vae for name in tensors):
+        return None
+    try:
+        params = torch_names.from_torch(tensors, like)
+    except UserError as error:
+        some = '; '.join(str(error).splitlines()[:4])
+        raise UserError(some if some.startswith(str(path)) else f'{path}: {some}') from None
+    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), params, like)
