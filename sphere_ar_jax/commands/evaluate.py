@@ -72,7 +72,7 @@ def _score_small(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     path = d.path
     if like is not None and like.data.name == d.name:  # the files may have moved
         path = like.data.path
-    data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
+    data = small.open_data_set(d.name, path, run.config.seed, d.holdout, d.classes)
     setting = snapshots.Setting(run.config, workdir, mesh, run.vae, run.ar, data.train, data)
     scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
     return {
