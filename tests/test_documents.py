@@ -50,9 +50,15 @@ def test_a_wrong_command_is_named(tmp_path):
         assert out.returncode == 1 and message in out.stderr.splitlines()[-1]
 
 
-def _run(words, place, tmp_path):
-    """Runs the one block of commands that has certain words, with a directory below `place`."""
+def _run(words, place, tmp_path, changes=()):
+    """Runs the one block of commands that has certain words, with a directory below `place`.
+
+    `changes` are pairs (text, what the test has in its place).
+    """
     (block,) = [text for _, text in read_commands.blocks('bash') if words in text]
+    for old, new in changes:
+        assert old in block
+        block = block.replace(old, new)
     programs = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
     return subprocess.run(
         ['bash', '-euc', block.replace(place, f'{tmp_path}/')],
@@ -94,6 +100,22 @@ def test_images_of_ones_own_are_packed(tmp_path):
         image = Image.open(io.BytesIO(record['image']))
         assert image.size == (40, 50)
         assert image.getpixel((0, 0)) == colours[packed.class_names[record['label']]]
+
+
+@pytest.mark.slow
+def test_eight_digits_then_ten(tmp_path):
+    """The commands and the Python of docs/fine_tuning.md, with the smallest models in few steps."""
+    smallest = (('configs/digits.py', 'tests/tiny_config.py'), ('=150', '=4'), ('=15 ', '=1 '))
+    done = _run('/tmp/ten_by_factors', '/tmp/', tmp_path, smallest)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('8 of 10 classes keep theirs') == 2
+    (block,) = [text for name, text in read_commands.blocks('python') if 'fine_tuning' in name]
+    for name in ('ten', 'ten_by_factors'):
+        found = {}
+        exec(block.replace('/tmp/ten', str(tmp_path / name)), found)
+        chex.assert_shape(found['images'], (1000, 16, 16, 1))
+        assert np.isfinite(found['images']).all()
+        assert found['right'].dtype == bool
 
 
 def test_the_python_of_the_documents_is_whole():

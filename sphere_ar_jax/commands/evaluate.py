@@ -75,7 +75,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         path = like.data.path
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
-        data = small.open_data_set(d.name, path, run.config.seed, d.holdout)
+        data = small.open_data_set(d.name, path, run.config.seed, d.holdout, d.classes)
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
     elif path is None:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, checks, own, schema
+from sphere_ar_jax.config import build, checks, fine_tuning, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -30,9 +30,17 @@ from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter, require
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop, standardisation
-from sphere_ar_jax.training.run import Run, load_config, load_teacher, load_tokenizer
+from sphere_ar_jax.training.run import (
+    Run,
+    load_config,
+    load_run,
+    load_teacher,
+    load_tokenizer,
+    with_ar,
+)
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
+from sphere_ar_jax.training.tuning import transfer, tuned
 from sphere_ar_jax.training.workdir import claim, has, other_model
 
 _T = TypeVar('_T')
@@ -79,6 +87,82 @@ def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) 
         raise UserError(f'{key}: {error}') from None
 
 
+def _check_finished(key: str, workdir: str) -> None:
+    """Raises UserError unless the run in a workdir is finished, or a converted one."""
+    published = has(workdir, 'weights') and not has(workdir, 'checkpoints')
+    if not published and not epath.Path(workdir, 'metrics.json').exists():
+        raise UserError(f'{key}: {workdir} is not finished: run its own command to the end first')
+
+
+def _check_base(cfg: ConfigDict, workdir: str) -> None:
+    """Checks that the run in cfg.fine_tuning.init_from can be trained on.
+
+    Raises:
+      UserError: it is not finished, its head is distilled, or its models are others than cfg's.
+    """
+    key = 'fine_tuning.init_from'
+    origin = cfg.fine_tuning.init_from
+    if origin == workdir:
+        raise UserError(f'{key}: {origin} is this --workdir: give another --workdir')
+    theirs = _opened(key, load_config, origin)
+    if theirs.init_from is not None:
+        raise UserError(f'{key}: {origin} has a distilled head: take the run that trained it')
+    found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
+    changed = [difference for difference in found if difference.startswith(('vae.', 'ar.'))]
+    if changed:
+        raise UserError(
+            f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
+        )
+    _check_finished(key, origin)
+
+
+class _Base(NamedTuple):
+    """A run that is trained on.
+
+    Attributes:
+      run: its models.
+      rows: for each new class the class of the run whose tokens it takes, see `transfer.origins`.
+    """
+
+    run: Run
+    rows: list[int | None]
+
+
+def _base(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh) -> _Base | None:
+    """Reads the run in cfg.fine_tuning.init_from.
+
+    Returns:
+      The run, or None where there is none to take, or the workdir has its weights already.
+
+    Raises:
+      UserError: it cannot be read or cannot be trained on, or a pattern matches nothing.
+    """
+    origin = cfg.fine_tuning.init_from
+    if origin is None or transfer.is_done(workdir):
+        return None
+    _check_base(cfg, workdir)
+    shapes = jax.eval_shape(build.build_ar(cfg).init_params, jax.random.key(0))
+    tuned.select(shapes, fine_tuning.read(cfg.fine_tuning))
+    tokenizer = _opened('fine_tuning.init_from', load_run, origin, mesh, tokenizer_only=True)
+    whole = _opened('fine_tuning.init_from', with_ar, tokenizer, origin, mesh)
+    old = class_names.of_run(origin, whole.config)
+    new = getattr(source, 'class_names', None)
+    known = schema.num_classes(whole.config)
+    count = schema.num_classes(cfg)
+    assert known is not None and count is not None  # the models were built with them
+    # The tokenizer without the statistics of its latents, which are a file of their own.
+    run = whole._replace(vae_params=tokenizer.vae_params)
+    return _Base(run, transfer.origins(old, new, known, count))
+
+
+def _take(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh, base: _Base) -> None:
+    """Writes the weights of a run that is trained on into the workdir, and says what is new."""
+    origin = cfg.fine_tuning.init_from
+    transfer.take(workdir, base.run, origin, base.rows, mesh, tokenizer=cfg.tokenizer is None)
+    names = getattr(source, 'class_names', None)
+    print(f'weights of {origin}; {transfer.describe(base.rows, names)}', flush=True)
+
+
 def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     """The run in cfg.init_from, which a head is distilled from.
 
@@ -98,8 +182,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
             f'{cfg.init_from} has another model ({"; ".join(changed)}): '
             'a head is distilled from its own'
         )
-    if not published and not epath.Path(cfg.init_from, 'metrics.json').exists():
-        raise UserError(f'{cfg.init_from} is not finished: run its own command to the end first')
+    _check_finished('init_from', cfg.init_from)
     return teacher
 
 
@@ -141,7 +224,7 @@ def _open_data(cfg: ConfigDict) -> _Data:
     """
     d = cfg.data
     if d.name in small.KINDS:
-        data = small.open_data_set(d.name, d.path, cfg.seed, d.holdout)
+        data = small.open_data_set(d.name, d.path, cfg.seed, d.holdout, d.classes)
         count_classes(cfg, data.train)
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)
@@ -272,12 +355,15 @@ def _train(
     )
     stage = ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
     directory = f'{setting.workdir}/ar'
+    tuning = fine_tuning.read(setting.cfg.fine_tuning)
+    stage = tuned.of_workdir(stage, tuning, directory, setting.mesh, setting.cfg.seed)
 
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
-        snapshots.look_at_samples(setting, vae_params, params, directory, step, writer)
+        ar_params = stage.to_model(params)
+        snapshots.look_at_samples(setting, vae_params, ar_params, directory, step, writer)
 
     state, seconds['ar'] = _run(setting, reading, stage, look)
-    return _Trained(vae_params, state.eval_params, seconds)
+    return _Trained(vae_params, stage.to_model(state.eval_params), seconds)
 
 
 def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
@@ -324,14 +410,17 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
       UserError: something is missing or cannot be used.
     """
     here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
-    if not (cfg.init_from or cfg.tokenizer_training.steps or here or cfg.tokenizer is not None):
+    given = cfg.init_from or cfg.fine_tuning.init_from or cfg.tokenizer
+    if not (given or cfg.tokenizer_training.steps or here):
         raise UserError(
             'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
             '--config.tokenizer=DIR, the workdir of a trained or converted one'
         )
     found = []
-    for name in ('tokenizer', 'init_from'):
-        directory = cfg[name]
+    places = {name: cfg[name] for name in ('tokenizer', 'init_from')}
+    if workdir is None or not transfer.is_done(workdir):
+        places['fine_tuning.init_from'] = cfg.fine_tuning.init_from
+    for name, directory in places.items():
         if directory is not None:
             _opened(name, load_config, directory)
             found.append(directory)
@@ -393,8 +482,8 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
     'reasons', 'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer',
-    'init_from', 'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception',
-    'watch.reference',
+    'init_from', 'fine_tuning.init_from', 'tokenizer_training.lpips', 'tokenizer_training.vgg',
+    'watch.inception', 'watch.reference',
 )  # fmt: skip
 
 
@@ -428,6 +517,8 @@ def _set_up(
         if cfg[name] is not None:
             cfg[name] = absolute(cfg[name])
     require(cfg.logging)
+    if cfg.fine_tuning.init_from is not None:
+        cfg.fine_tuning.init_from = absolute(cfg.fine_tuning.init_from)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -441,10 +532,13 @@ def _set_up(
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
+    base = _base(cfg, workdir, source, mesh)
     _check_same(cfg, source)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
     claim(cfg, workdir)
+    if base is not None:
+        _take(cfg, workdir, source, mesh, base)
     return setting, stages
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer, vae
@@ -242,6 +242,16 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
             not d.holdout_files,
             f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
         )
+    chosen = list(d.classes)
+    _require(
+        not chosen or kind is not None,
+        f'data.classes is for {" and ".join(small.KINDS)}: of data {d.name} take the classes by a '
+        'folder of links to their folders',
+    )
+    _require(
+        _are_whole(chosen) and chosen == sorted(set(chosen)) and min(chosen, default=0) >= 0,
+        f'data.classes is {tuple(chosen)}, but must be ascending whole numbers from 0',
+    )
     _require(
         channels in (1, 3),
         f'vae.image_channels is {channels}, but must be 3 for colour or 1 for grey',
@@ -283,6 +293,26 @@ def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> 
     )
 
 
+def _check_fine_tuning(config: ConfigDict) -> None:
+    """Checks the section `fine_tuning` beside what is trained."""
+    tuning = fine_tuning.read(config.fine_tuning)
+    init_from = config.fine_tuning.init_from
+    _require(init_from != '', 'give --config.fine_tuning.init_from=DIR, a finished workdir')
+    _require(
+        init_from is not None or tuning == fine_tuning.Tuning(),
+        'fine_tuning has wishes, but nothing to begin with: give '
+        '--config.fine_tuning.init_from=DIR, a finished workdir',
+    )
+    _require(
+        init_from is None or config.init_from is None,
+        'init_from distils a head and fine_tuning.init_from trains a model on: give one of them',
+    )
+    _require(
+        init_from is None or config.ar_training.steps > 0,
+        'ar_training.steps is 0, but fine_tuning.init_from trains an AR model on',
+    )
+
+
 def _check_sampling(config: ConfigDict) -> None:
     """Checks the section `sampling` beside the training and the data."""
     s = config.sampling
@@ -297,7 +327,7 @@ def _check_sampling(config: ConfigDict) -> None:
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
     kind = small.KINDS.get(config.data.name)
-    least = 1 if kind is None else kind.num_classes
+    least = 1 if kind is None else len(config.data.classes) or kind.num_classes
     classes = schema.num_classes(config)
     _require(
         classes is None or classes >= least,
@@ -422,5 +452,6 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_tokenizer(config.tokenizer_training, image_shape)
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
+    _check_fine_tuning(config)
     _check_sampling(config)
     return config

@@ -100,6 +100,9 @@ def default() -> ConfigDict:
                 classifier_steps=1600,
                 # Number of classes of the AR model; as many as the data has, if not given.
                 num_classes=config_dict.placeholder(int),
+                # The classes of a small data set that are taken, ascending numbers from 0; all, if
+                # not given. The model counts them anew.
+                classes=(),
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
                 # Whether training images are mirrored left to right with probability ½.
@@ -195,6 +198,17 @@ def default() -> ConfigDict:
                 guidance='linear',
                 guidance_scale=4.5,
             ),
+            fine_tuning=dict(
+                # A finished or converted workdir whose models are trained on; classes may differ.
+                init_from=config_dict.placeholder(str),
+                # Patterns of the AR model's parameters that stay as they are, and texts
+                # 'PATTERN=FACTOR' of learning rates; see `fine_tuning`.
+                freeze=(),
+                multipliers=(),
+                # Rank of the factors that are trained in place of the transformer's kernels; 0
+                # trains the kernels.
+                lora_rank=0,
+            ),
             # Most of these keys are explained at `plan.Options` and `build.Sampler`.
             sampling=dict(
                 num_images=1000,
@@ -227,6 +241,8 @@ def num_classes(config: ConfigDict) -> int | None:
     """
     if config.data.num_classes:
         return config.data.num_classes
+    if config.data.classes:
+        return len(config.data.classes)
     return DATA[config.data.name]
 
 

@@ -8,6 +8,7 @@ Dimensions:
   H, W, c  height, width and channels of an image for the models
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -89,7 +90,58 @@ KINDS = {
 }
 
 
-def open_data_set(kind: str, path: str | None, seed: int, holdout: float) -> DataSet:
+class OfClasses:
+    """The images of some classes of a split, with labels that count these classes from 0.
+
+    Attributes:
+      labels: see `Split`.
+      num_classes: see `Split`.
+      image_shape: see `Split`.
+      class_names: see `Split`.
+      to_pixels: see `Split`.
+    """
+
+    def __init__(self, split: Split, classes: Sequence[int]):
+        """Takes the images of some classes.
+
+        Args:
+          split: the split.
+          classes: their labels in the split, ascending.
+
+        Raises:
+          UserError: the split has no such class, or no image of one.
+        """
+        for k in classes:
+            if not np.any(split.labels == k):
+                raise UserError(
+                    f'data.classes has {k}, but the images have classes 0 to '
+                    f'{split.num_classes - 1}, and none of class {k}'
+                )
+        self._split = split
+        self._chosen = np.flatnonzero(np.isin(split.labels, classes))
+        self.labels = np.searchsorted(classes, split.labels[self._chosen]).astype(np.int32)
+        self.num_classes = len(classes)
+        self.image_shape = split.image_shape
+        names = split.class_names
+        self.class_names = None if names is None else tuple(names[k] for k in classes)
+        self.to_pixels = split.to_pixels
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images as their file has them, (n, h, w) in [0, 1]."""
+        return self._split.pixels[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._split[int(self._chosen[index])]
+        return record | {'label': self.labels[index]}
+
+
+def open_data_set(
+    kind: str, path: str | None, seed: int, holdout: float, classes: Sequence[int] = ()
+) -> DataSet:
     """Opens a small data set.
 
     Args:
@@ -97,15 +149,18 @@ def open_data_set(kind: str, path: str | None, seed: int, holdout: float) -> Dat
       path: where its files are, see `idx.splits`; not used for the digits.
       seed: decides which of the digits are held out. IDX files have a test split of their own.
       holdout: the share of the digits that is held out.
+      classes: the classes to take, ascending, see `OfClasses`; () takes all.
 
     Raises:
-      UserError: the path is missing, or the files cannot be read.
+      UserError: the path is missing, the files cannot be read, or have no images of a class.
     """
-    if kind == 'digits':
-        return DataSet(kind, *digits.splits(seed, holdout))
-    if path is None:
+    if kind != 'digits' and path is None:
         raise UserError(f'give --config.data.path, of the {kind} data')
-    return DataSet(kind, *idx.splits(path))
+    splits: tuple[Split, Split]
+    splits = digits.splits(seed, holdout) if path is None or kind == 'digits' else idx.splits(path)
+    if classes:
+        splits = (OfClasses(splits[0], classes), OfClasses(splits[1], classes))
+    return DataSet(kind, *splits)
 
 
 def first_images(split: Split, n: int) -> np.ndarray:

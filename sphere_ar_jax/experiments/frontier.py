@@ -133,7 +133,9 @@ def _measure(
 ) -> dict[str, Any]:
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
-    data = small.open_data_set(cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout)
+    data = small.open_data_set(
+        cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout, cfg.data.classes
+    )
     labels = np.arange(num_images) % data.train.num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)

@@ -65,7 +65,9 @@ def ar_directory(cache: str, cfg: ConfigDict) -> str:
 
 def data_set(cfg: ConfigDict) -> small.DataSet:
     """The data set of a run, which must be one of `small.KINDS`."""
-    return small.open_data_set(cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout)
+    return small.open_data_set(
+        cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout, cfg.data.classes
+    )
 
 
 _judges: dict[str, small_images.Judge] = {}

@@ -36,11 +36,14 @@ _FLOATS = ('F16', 'BF16', 'F32', 'F64')
 _STAGES = ('tokenizer', 'ar', 'distillation')
 
 
-# Keys of the config that belong to the machine that a run was made on.
+# Keys of the config that belong to the machine that a run was made on, or to weights that it began
+# with and that are not shared.
 _OF_MACHINES = (
     'reasons', 'logging', 'tokenizer', 'init_from', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
     'data.path', 'data.data_dir', 'data.workers', 'data.threads', 'tokenizer_training.lpips',
     'tokenizer_training.vgg', 'watch.inception', 'watch.reference', 'watch.fid_images',
+    'fine_tuning.init_from', 'fine_tuning.freeze', 'fine_tuning.multipliers',
+    'fine_tuning.lora_rank',
 )  # fmt: skip
 
 
@@ -124,7 +127,7 @@ def config(cfg: ConfigDict) -> ConfigDict:
     """The config of a run as it is shared.
 
     Paths, devices and where numbers are logged belong to the machine that the run was made on: they
-    have their defaults again.
+    have their defaults again. So do the keys of a fine-tuning, whose factors are merged.
 
     Args:
       cfg: the run's config.

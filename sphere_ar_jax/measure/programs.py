@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.measure import costs
@@ -33,6 +33,7 @@ from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import adversarial
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, abstract_state, jitted_step
+from sphere_ar_jax.training.tuning.tuned import tuned_stage
 
 # Fields of a training state → their names for people.
 NAMES = {
@@ -125,8 +126,11 @@ def stages(cfg: ConfigDict) -> dict[str, tuple[Stage, PyTree]]:
         stage = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen)
         found['tokenizer'] = (stage, frozen)
     if cfg.ar_training.steps:
-        frozen = _shapes(vae)
-        found['ar'] = (ar_stage(ar, vae, frozen, cfg.ar_training, cfg.seed), frozen)
+        stage = ar_stage(ar, vae, _shapes(vae), cfg.ar_training, cfg.seed)
+        tuning = fine_tuning.read(cfg.fine_tuning)
+        if tuning != fine_tuning.Tuning():
+            stage = tuned_stage(stage, tuning, _shapes(ar), cfg.seed)
+        found['ar'] = (stage, stage.frozen)
     return found
 
 

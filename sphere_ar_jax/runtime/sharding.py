@@ -33,6 +33,15 @@ AXES = ('data', 'fsdp', 'tensor')
 # as a whole, at 256×256 pixels 305 MB. The rules hold for parameters, EMAs and the optimizer's
 # moments alike, whether layers are stacked or not.
 RULES = (
+    # Factors of low rank r beside the transformer's kernels, as these are split.
+    (r'qkv/kernel/lora_a', P('fsdp', None)),  # (D, r)
+    (r'qkv/kernel/lora_b', P(None, None, 'tensor', None)),  # (r, 3, N, K)
+    (r'out/kernel/lora_a', P('tensor', None, None)),  # (N, K, r)
+    (r'out/kernel/lora_b', P(None, 'fsdp')),  # (r, D)
+    (r'w1/kernel/lora_a', P('fsdp', None)),  # (D, r)
+    (r'w1/kernel/lora_b', P(None, None, 'tensor')),  # (r, 2, F)
+    (r'w2/kernel/lora_a', P('tensor', None)),  # (F, r)
+    (r'w2/kernel/lora_b', P(None, 'fsdp')),  # (r, D)
     (r'attention/qkv/kernel', P('fsdp', None, 'tensor', None)),  # (D, 3, N, K)
     (r'attention/out/kernel', P('tensor', None, 'fsdp')),  # (N, K, D)
     (r'w1/kernel', P('fsdp', None, 'tensor')),  # (D, 2, F), of every SwiGLU

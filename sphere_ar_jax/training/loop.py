@@ -196,7 +196,10 @@ def _begin(
         return state, data_state, seconds
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = training_state.initialise(stage, shardings, seed)
-    weights = training_state.converted(directory, abstract.params)
+    if stage.begin is None:
+        weights = training_state.converted(directory, abstract.params)
+    else:
+        weights = stage.begin(state.params)
     if weights is not None:
         state = state.replace(params=weights, ema=training_state.copies(weights, state.ema))
     overview = parameter_overview.get_parameter_overview(

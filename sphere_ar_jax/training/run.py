@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, checks, fine_tuning, schema
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
@@ -17,6 +17,7 @@ from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, stages, standardisation, state
+from sphere_ar_jax.training.tuning import tuned
 
 
 class Run(NamedTuple):
@@ -90,7 +91,7 @@ def _restore(
     mesh: Mesh,
     part: Callable[[state.TrainState], PyTree] = lambda whole: whole.eval_params,
 ) -> PyTree:
-    """Reads the parameters of a stage to sample with, and nothing else of its state.
+    """Reads the parameters of a stage's model to sample with, and nothing else of its state.
 
     Args:
       stage: the stage.
@@ -109,8 +110,8 @@ def _restore(
     if restored is not None:
         params, data_state, _ = restored
         state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
-        return params
-    weights = state.converted(directory, like.params)
+        return stage.to_model(params)
+    weights = None if stage.begin is not None else state.converted(directory, like.params)
     if weights is None:
         weights = shared.read(workdir, like.params)
     if weights is None:
@@ -216,6 +217,8 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
         return run._replace(vae_params=teacher.vae_params, ar_params=ar_params)
     vae_params = standardisation.read(run.vae, run.vae_params, workdir)
     stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, cfg.seed)
+    tuning = fine_tuning.read(cfg.fine_tuning)
+    stage = tuned.of_workdir(stage, tuning, os.path.join(workdir, 'ar'), mesh, cfg.seed)
     part = _of_rate(cfg.ar_training, cfg.sampling.ema_decay)
     return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
 

@@ -52,6 +52,11 @@ class TrainState(flax.struct.PyTreeNode):
         return self.ema[0] if self.ema else self.params
 
 
+def _same(params: PyTree) -> PyTree:
+    """The parameters that a stage trains, where they are those of the model."""
+    return params
+
+
 def _no_warning(scalars: dict[str, float]) -> str | None:
     """Finds nothing wrong in the logged scalars."""
     del scalars
@@ -74,6 +79,9 @@ class Stage(NamedTuple):
       warn: logged scalars → what is wrong with them in words, or None.
       model: the module of the frozen parameters, which checkpoints note, or None.
       loss: the loss without an update, for images that are held out, or None.
+      begin: fresh parameters → those that the training begins with. None begins with converted
+        weights where there are any, and else with the fresh ones.
+      to_model: the parameters that are trained → those of the whole model.
     """
 
     name: str
@@ -86,6 +94,8 @@ class Stage(NamedTuple):
     warn: Callable[[dict[str, float]], str | None] = _no_warning
     model: Any = None
     loss: Loss | None = None
+    begin: Callable[[PyTree], PyTree] | None = None
+    to_model: Callable[[PyTree], PyTree] = _same
 
 
 def ema_decays(options: ConfigDict) -> tuple[float, ...]:
@@ -130,8 +140,13 @@ def value_and_grad(loss: Loss, parts: int) -> Callable[..., tuple[tuple[jax.Arra
     return mean
 
 
-def build_optimizer(options: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate's schedule and the optimizer of a stage's options."""
+def build_optimizer(
+    options: ConfigDict, scale: optax.GradientTransformation | None = None
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate's schedule and the optimizer of a stage's options.
+
+    `scale`, if given, changes the optimizer's updates.
+    """
     schedule = optimizer.learning_rate(
         options.learning_rate,
         options.warmup_steps,
@@ -146,7 +161,7 @@ def build_optimizer(options: ConfigDict) -> tuple[optax.Schedule, optax.Gradient
         weight_decay=options.weight_decay,
         clip_norm=options.clip_norm,
     )
-    return schedule, tx
+    return schedule, tx if scale is None else optax.chain(tx, scale)
 
 
 def make_stage(
@@ -157,6 +172,7 @@ def make_stage(
     loss: Loss,
     frozen: PyTree,
     shown: tuple[str, ...],
+    scale: optax.GradientTransformation | None = None,
     **fields: Any,
 ) -> Stage:
     """Makes a stage that descends one loss.
@@ -169,12 +185,13 @@ def make_stage(
       loss: called with one key for each image, keys (B,).
       frozen: see `Stage`.
       shown: see `Stage`.
+      scale: see `build_optimizer`.
       **fields: the other fields of `Stage`.
 
     Returns:
       The stage.
     """
-    schedule, tx = build_optimizer(options)
+    schedule, tx = build_optimizer(options, scale)
     decays = ema_decays(options)
     compute = value_and_grad(loss, options.accumulate)
 

@@ -178,7 +178,8 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     if path.exists():
         # It is read through the schema, so that a key that is newer than the run has its default.
         before = run.load_config(workdir)
-        if converted:
+        is_tuned = (before.fine_tuning.init_from, cfg.fine_tuning.init_from) != (None, None)
+        if converted and not is_tuned:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(before, cfg, alone)
         else:
