@@ -256,7 +256,12 @@ def _write_directory(workdir: str, run: Run, path: str, source: str | None) -> N
     _check_place(path)
     _write_file(run, os.path.join(path, shared.WEIGHTS))
     files.write_json(os.path.join(path, shared.CONFIG), schema.as_dict(shared.config(run.config)))
-    class_names.keep(path, class_names.of_run(workdir, run.config))
+    names = class_names.of_run(workdir, run.config)
+    classes = os.path.join(path, shared.CLASSES)
+    if names is not None:
+        files.write_json(classes, list(names))
+    elif os.path.exists(classes):  # of another run that was exported here before
+        os.remove(classes)
     card = os.path.join(path, shared.CARD)
     if os.path.exists(card):
         print(f'{card} is there already and stays as it is; without it, it is written anew')
@@ -324,6 +329,12 @@ def export_checkpoint(workdir: str, output: str | None = None, push: str | None 
         api = _uploader(push)
     if not is_file:
         _check_place(path)
+    teacher = open_run.config_of(workdir).init_from
+    if teacher is not None:
+        raise UserError(
+            f'{workdir} has a distilled head, which the public code lacks: export the run that it '
+            f'was distilled from, {teacher}'
+        )
     has_ar = epath.Path(workdir, 'ar').is_dir() or shared.has_ar(workdir)
     run, _ = open_run.open_run(workdir, tokenizer_only=not has_ar)
     if is_file:

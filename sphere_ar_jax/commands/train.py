@@ -380,7 +380,8 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
     if setting.data is None:
         return (
             f'The tokenizer gives {which} images back at {psnr}. '
-            'Scores: --mode=sample, then --mode=evaluate.'
+            'Scores: --mode=evaluate, by a classifier of the classes; or --mode=sample, then '
+            '--mode=evaluate with Inception weights.'
         )
     noun = small.KINDS[setting.data.kind].noun
     if 'samples/accuracy' not in metrics:

@@ -90,7 +90,8 @@ class WandbRun:
           UserError: the package is missing, or its server refuses the run.
         """
         self._wandb = _import_wandb()
-        run_id = _kept_id(workdir)
+        run_id, self._began = _kept(workdir)
+        self._last = -1  # the last step of wandb's own
         mode = os.environ.get('WANDB_MODE') or None
         is_local = '://' not in workdir
         try:
@@ -126,7 +127,7 @@ class WandbRun:
         own_step = f'{stage}/step'
         self._run.define_metric(f'{stage}/*', step_metric=own_step)
         shown = {f'{stage}/{name}': self._shown(value) for name, value in values.items()}
-        self._run.log({own_step: step, **shown})
+        self._run.log({own_step: step, **shown}, step=self._next())
 
     def conclude(self, values: Mapping[str, Any]) -> None:
         """Sets what the run has come to: numbers, or pictures as uint8 (height, width, c)."""
@@ -134,27 +135,42 @@ class WandbRun:
         self._run.summary.update({k: v for k, v in shown.items() if isinstance(v, int | float)})
         pictures = {k: v for k, v in shown.items() if not isinstance(v, int | float)}
         if pictures:
-            self._run.log(pictures)
+            self._run.log(pictures, step=self._next())
 
     def close(self, code: int) -> None:
         """Ends the run on its page with the exit code of the process."""
         self._run.finish(exit_code=code)
+
+    def _next(self) -> int:
+        """The next step of wandb's own: milliseconds since the first start in the workdir.
+
+        These steps rise from one start to the next. wandb drops what does not rise, and joins the
+        parts of a run that was kept on this machine only where their steps do not overlap.
+        """
+        self._last = max(self._last + 1, int(1000 * (time.time() - self._began)))
+        return self._last
 
     def _shown(self, value: Any) -> Any:
         """A value as wandb takes it."""
         return self._wandb.Image(value) if isinstance(value, np.ndarray) else value
 
 
-def _kept_id(workdir: str) -> str:
-    """The id of a workdir's run of Weights & Biases, from WORKDIR/wandb.json or a new one."""
+def _kept(workdir: str) -> tuple[str, float]:
+    """The id of a workdir's run of Weights & Biases, and when it began, in seconds of the epoch.
+
+    Both are from WORKDIR/wandb.json, or new.
+    """
     path = epath.Path(workdir, 'wandb.json')
     if not path.exists():
-        files.write_json(path, {'id': secrets.token_hex(4)})
+        files.write_json(path, {'id': secrets.token_hex(4), 'began': time.time()})
     found = files.read_json(path)
-    name = found.get('id') if isinstance(found, dict) else None
-    if not (isinstance(name, str) and name.isalnum() and name.isascii()):
+    values = found if isinstance(found, dict) else {}
+    name = values.get('id')
+    began = values.get('began')
+    is_id = isinstance(name, str) and name.isalnum() and name.isascii()
+    if not is_id or not isinstance(began, int | float):
         raise UserError(f'{path} has no id of a run: remove it, and a new run of wandb begins')
-    return name
+    return str(name), float(began)
 
 
 class Logs(NamedTuple):

@@ -179,11 +179,22 @@ def test_where_a_directory_may_be_written(run_with_paths, directory, tmp_path):
             checkpoints.export_checkpoint(run, output, push)
     assert os.listdir(tmp_path) == ['file']
     shutil.copytree(directory, tmp_path / 'd')
+    (tmp_path / 'd' / 'classes.json').write_text('["other"]')
     (tmp_path / 'd' / 'README.md').write_text('license: mit')
     (tmp_path / 'd' / 'model.safetensors').write_bytes(b'')
     checkpoints.export_checkpoint(run, str(tmp_path / 'd'))
     assert (tmp_path / 'd' / 'README.md').read_text() == 'license: mit'
     assert (tmp_path / 'd' / 'model.safetensors').stat().st_size > 0
+    names = json.loads((tmp_path / 'd' / 'classes.json').read_text())
+    assert names == json.loads((run_with_paths / 'classes.json').read_text())
+
+
+def test_a_distilled_head_is_not_exported(old_runs, tmp_path):
+    """It would leave a tokenizer alone, in the place of the run."""
+    for output in ('d', 'a.safetensors'):
+        with pytest.raises(UserError, match=r'has a distilled head, .* from, .*/digits$'):
+            checkpoints.export_checkpoint(str(old_runs / 'distilled'), str(tmp_path / output))
+    assert os.listdir(tmp_path) == []
 
 
 class _FakeHub(types.ModuleType):

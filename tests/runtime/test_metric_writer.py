@@ -224,6 +224,7 @@ class _FakeWandb(types.ModuleType):
     def __init__(self, has_key):
         super().__init__('wandb')
         self.calls = []
+        self.steps = [-1]
         self.summary = {}
         self._has_key = has_key
 
@@ -246,7 +247,9 @@ class _FakeWandb(types.ModuleType):
     def define_metric(self, name, step_metric):
         assert (name, step_metric) == ('ar/*', 'ar/step')
 
-    def log(self, values):
+    def log(self, values, step):
+        assert step > self.steps[-1]
+        self.steps.append(step)
         self.calls.append(('log', values))
 
     def finish(self, exit_code):
@@ -273,7 +276,9 @@ def test_all_starts_in_a_workdir_are_one_run_of_wandb(tmp_path, monkeypatch, cap
     monkeypatch.delenv('WANDB_MODE', raising=False)
     with pytest.raises(KeyboardInterrupt):
         _log_to_wandb(tmp_path, fails=True)
+    time.sleep(0.02)  # Its own steps are milliseconds.
     _log_to_wandb(tmp_path)
+    assert len(fake.steps) == 5  # and they rise, over both starts
     run_id = json.loads((tmp_path / 'wandb.json').read_text())['id']
     start = ('init', run_id, None if has_key else 'offline', {'seed': 3})
     lines = [
@@ -309,7 +314,7 @@ def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_wandb_offline(tmp_path, monkeypatch):
-    """Two starts leave two parts of one run, which `wandb sync` joins."""
+    """Two starts leave two parts of one run."""
     pytest.importorskip('wandb')
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     for name in ('WANDB_MODE', 'WANDB_API_KEY', 'NETRC'):
