@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.commands import data_sets, train
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import checks, packaged, schema
 from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.files.latents import Latents
@@ -21,6 +21,7 @@ from sphere_ar_jax.training.losses import sample_keys
 from sphere_ar_jax.training.run import load_config, load_run
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import quickly_compiled
+from tests.conftest import libraries_promote
 from tests.fake_images import encode, picture
 
 
@@ -150,6 +151,17 @@ def test_what_latents_cannot_do_is_refused(old_runs, encoded, tmp_path):
     assert 'has no run' in _refusal(data_sets.encode, str(tmp_path), output)
 
 
+def test_configs_of_latents(old_runs, encoded):
+    """Crops and flips are off by themselves, and the images are counted."""
+    given = {'tokenizer': str(old_runs / 'digits')}
+    for word in ('own', 'ar_b'):
+        cfg = packaged.load(f'{word}:data=latents:{encoded[0]}')
+        checks.check(schema.changed(cfg, given))
+        assert cfg.data.flip is False and cfg.data.crop_until == (0, 0)
+    cfg = packaged.load(f'own:data=latents:{encoded[0]}')
+    assert 'from 40 images in 2 classes, as counted there' in cfg.reasons[0]
+
+
 def test_latents_of_another_tokenizer_are_refused(old_runs, encoded, tmp_path):
     directory = tmp_path / 'copy'
     shutil.copytree(encoded[0], directory)
@@ -169,7 +181,8 @@ def test_a_run_on_latents(old_runs, encoded, tmp_path):
     """It trains, looks at held-out latents, and ends with samples but without reconstructions."""
     values = {'data.holdout_files': 0.3, 'watch.every': 3, 'watch.classes': 2, 'watch.columns': 4}
     cfg = _on(old_runs, 'latents', encoded[0], **values)
-    metrics = train.train(cfg, str(tmp_path / 'w'), 'command', 0.0)
+    with libraries_promote():
+        metrics = train.train(cfg, str(tmp_path / 'w'), 'command', 0.0)
     assert 'vae/psnr' not in metrics
     assert (tmp_path / 'w' / 'samples.png').exists()
     assert not (tmp_path / 'w' / 'reconstructions.png').exists()

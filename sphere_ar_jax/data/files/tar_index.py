@@ -109,7 +109,7 @@ def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, t
                     f'{path} holds images, not a tar for each class, so no labels: '
                     'ILSVRC2012_img_train.tar is needed '
                     '(validation images: unpack them into a directory for each class, '
-                    'an ImageFolder)'
+                    'an ImageFolder; images with KEY.cls beside them: data=webdataset:PATH)'
                 )
             continue
         if len(synset) > _LONGEST_NAME:
