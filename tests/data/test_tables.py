@@ -124,6 +124,9 @@ def test_columns_of_hugging_face(datasets, tmp_path):
         assert [int(source[i]['label']) for i in range(6)] == list(labels)
         assert source.class_names == classes
     assert source.name(-1) == f'{where} none [5]'
+    # One split alone, as another directory in which it was saved.
+    datasets.load_from_disk(where)['train'].save_to_disk(tmp_path / 'one')
+    assert sources.HuggingFace(tmp_path / 'one').class_names == tuple('abcdef')
     for split, message in (
         ('test', "has no split 'test', but train, plain"),
         ('two', 'several columns that may hold images, a, b'),

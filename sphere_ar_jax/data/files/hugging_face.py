@@ -38,7 +38,8 @@ def _load(name: str, split: str, cache: str | None) -> Any:
     where = os.path.expanduser(name)
     try:
         if not any(os.path.exists(os.path.join(where, file)) for file in _SAVED):
-            place, config = name, None
+            place = name
+            config = ''
             if not os.path.isdir(where):
                 place, _, config = name.partition(':')
             return datasets.load_dataset(
@@ -46,7 +47,8 @@ def _load(name: str, split: str, cache: str | None) -> Any:
             )
         found = datasets.load_from_disk(where)
         if isinstance(found, datasets.Dataset):
-            return found
+            # One that was never part of a data set with splits has none.
+            found = {split if found.split is None else str(found.split): found}
         if split not in found:
             known = first_names(list(found), 6)
             raise UserError(f'{name} has no split {split!r}, but {known}: give --config.data.split')
