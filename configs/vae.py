@@ -22,8 +22,8 @@ instead of training one:
 
 Words after the colon, separated by commas:
 
-data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records or tfds
-           (tfds:NAME).
+data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records, webdataset,
+           parquet, hf (hf:NAME) or tfds (tfds:NAME).
 batch=N    Images a step. The number of epochs stays.
 dtype=…    bfloat16 or float32 (the default) of the computation.
 tpu        The setting for slices of TPUs: bfloat16.

@@ -12,7 +12,10 @@ goes on where it stopped. The other modes are:
   --mode=export    --workdir=DIR [--output=FILE.safetensors|DIR] [--push=USER/NAME]
                    (a directory has a config and a model card besides the weights)
   --mode=pack      --data=KIND:PATH --output=DIR [--shards=N]
-                   [--split=NAME] [--data_dir=DIR] (these two for tfds)
+                   [--split=NAME] [--data_dir=DIR] (these two for tfds and hf)
+  --mode=encode    --workdir=DIR --output=DIR [--data=KIND:PATH] [--shards=N]
+                   [--split=NAME] [--data_dir=DIR]
+                   (latents of images, which the AR model may be trained on)
   --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
                    [--labels=uniform|balanced|FILE] [--png=DIR]
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
@@ -29,8 +32,8 @@ goes on where it stopped. The other modes are:
                    [--parts=train,sample,evaluate] [--output=FILE.json]
                    (what the programs would take on TPUs, without one)
 
-Sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given, else
-from the run's own config, of which --config.KEY=VALUE changes a value.
+Encode, sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given,
+else from the run's own config, of which --config.KEY=VALUE changes a value.
 
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
@@ -74,6 +77,7 @@ _MODE = flags.DEFINE_enum(
         'convert',
         'export',
         'pack',
+        'encode',
         'sample',
         'grid',
         'evaluate',
@@ -117,8 +121,8 @@ def _words(name: str, modes: tuple[str, ...], help: str) -> _Option:
     return _Option(flags.DEFINE_list(name, None, help), modes)
 
 
-_WRITING = ('export', 'pack', 'sample', 'grid', 'reference', 'compile')
-_OF_DATA = ('pack', 'reference')
+_WRITING = ('export', 'pack', 'encode', 'sample', 'grid', 'reference', 'compile')
+_OF_DATA = ('pack', 'encode', 'reference')
 _OPTIONS = (
     _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
     _switch('no-ema', ('convert',), 'Take `model`, not `ema`, of a checkpoint.'),
@@ -126,9 +130,9 @@ _OPTIONS = (
     _text('output', _WRITING, 'File or directory to write.'),
     _text('push', ('export',), 'Repository of Hugging Face to upload to, USER/NAME.'),
     _text('data', _OF_DATA, 'A tar of ImageNet, or KIND:PATH of another data set.'),
-    _count('shards', ('pack',), 'Files to write, 128 if not given.'),
-    _text('split', _OF_DATA, 'Split of tfds; train if not given.'),
-    _text('data_dir', _OF_DATA, 'Directory of tfds, if not its default.'),
+    _count('shards', ('pack', 'encode'), 'Files to write, 128 if not given.'),
+    _text('split', _OF_DATA, 'Split of tfds or hf; train if not given.'),
+    _text('data_dir', _OF_DATA, 'Directory of tfds or hf, if not its default.'),
     _count('num_images', ('sample', 'reference'), 'Images to draw, or to keep in a reference.'),
     _count('size', ('reference',), 'Side of the crops in pixels.'),
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
@@ -152,6 +156,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
     'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
     'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
+    'encode': (('workdir', 'output'), 'give --workdir=DIR, a trained run, and --output=DIR'),
     'reference': (
         ('data', 'size', 'output'),
         'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
@@ -164,9 +169,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 # Modes that draw or score what a run has trained, by its own config unless another is given.
-_OF_A_RUN = ('sample', 'grid', 'evaluate')
+_OF_A_RUN = ('sample', 'grid', 'evaluate', 'encode')
 # Modes that several processes cannot share.
-_ALONE = ('compile', 'convert', 'experiment', 'export', 'pack', 'reference')
+_ALONE = ('compile', 'convert', 'encode', 'experiment', 'export', 'pack', 'reference')
 # Modes that need no workdir.
 _WITHOUT_WORKDIR = ('pack', 'reference', 'compile')
 
@@ -359,9 +364,9 @@ def main(argv: list[str]) -> None:
 def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
     """Calls the command of a mode of `_WITHOUT_WORKDIR`; see `_run`."""
     if mode == 'pack':
-        from sphere_ar_jax.commands import pack
+        from sphere_ar_jax.commands import data_sets
 
-        pack.pack(**given)
+        data_sets.pack(**given)
     elif mode == 'reference':
         from sphere_ar_jax.commands import evaluate
 
@@ -406,6 +411,10 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
         from sphere_ar_jax.commands import checkpoints
 
         checkpoints.export_checkpoint(workdir, **given)
+    elif mode == 'encode':
+        from sphere_ar_jax.commands import data_sets
+
+        data_sets.encode(workdir, like=cfg, **given)
     elif mode == 'evaluate':
         from sphere_ar_jax.commands import evaluate
 

@@ -24,7 +24,7 @@ from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
-from sphere_ar_jax.runtime import console, hosts, sharding
+from sphere_ar_jax.runtime import checkpoint, console, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import absolute, owned, write_json
 from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter, require
@@ -54,12 +54,14 @@ class _Data(NamedTuple):
       data: the small data set that these belong to, or None.
       heldout: images that are never trained on, or None.
       reading: what else `loop.train` needs to read the source.
+      encoded_by: the hash of the tokenizer that latents were encoded with, None for images.
     """
 
     source: Any
     data: small.DataSet | None
     heldout: Any
     reading: dict[str, Any]
+    encoded_by: str | None = None
 
 
 class _Trained(NamedTuple):
@@ -234,6 +236,10 @@ def _open_data(cfg: ConfigDict) -> _Data:
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
     count_classes(cfg, source)
+    if isinstance(source, sources.Latents):
+        training, heldout = sources.split(source, d.holdout_files)
+        reading = dict(workers=d.workers, threads=d.threads)
+        return _Data(training, None, heldout, reading, source.tokenizer)
     size, _, channels = build.build_vae(cfg).image_shape
     decay_from, decay_to = d.crop_until
     # The exact recipe of ImageNet knows neither EXIF nor transparency.
@@ -248,6 +254,21 @@ def _open_data(cfg: ConfigDict) -> _Data:
     )
     training, heldout = sources.split(source, d.holdout_files)
     return _Data(training, None, heldout, reading)
+
+
+def _check_latents(cfg: ConfigDict, encoded_by: str | None, vae_params: PyTree) -> None:
+    """Raises UserError where latents were encoded by another tokenizer than the run's.
+
+    `encoded_by` is None where there are images.
+    """
+    if encoded_by is None:
+        return
+    trained = {name: value for name, value in vae_params.items() if name != 'statistics'}
+    if checkpoint.digest(trained) != encoded_by:
+        raise UserError(
+            f'{cfg.data.path} was encoded with another tokenizer than that of this run: encode the '
+            'images again by --mode=encode, with the --workdir that --config.tokenizer names'
+        )
 
 
 def _run(
@@ -281,8 +302,14 @@ def _run(
     )
 
 
-def _distil(setting: snapshots.Setting, reading: dict[str, Any], teacher: Run) -> _Trained:
-    """Distils a teacher's head (docs/method.md, "Mean-velocity distillation")."""
+def _distil(
+    setting: snapshots.Setting, reading: dict[str, Any], encoded_by: str | None, teacher: Run
+) -> _Trained:
+    """Distils a teacher's head (docs/method.md, "Mean-velocity distillation").
+
+    The arguments are those of `_train`.
+    """
+    _check_latents(setting.cfg, encoded_by, teacher.vae_params)
     stage = distillation_stage(
         setting.ar,
         setting.vae,
@@ -313,7 +340,7 @@ def _train_tokenizer(
         setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
     )
     images: Any = None  # read only where they are looked at
-    if setting.cfg.watch.every:
+    if setting.cfg.watch.every and setting.cfg.tokenizer_training.steps:
         images = snapshots.examples(setting)
 
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
@@ -326,6 +353,7 @@ def _train_tokenizer(
 def _train(
     setting: snapshots.Setting,
     reading: dict[str, Any],
+    encoded_by: str | None,
     tokenizer: PyTree | None,
     lpips: PyTree | None,
 ) -> _Trained:
@@ -334,6 +362,7 @@ def _train(
     Args:
       setting: what the parts of the run share.
       reading: how the images are read, see `_open_data`.
+      encoded_by: see `_Data`.
       tokenizer: the parameters of a trained tokenizer to use, or None to train one.
       lpips: LPIPS' parameters, or None where the tokenizer is trained without.
     """
@@ -343,6 +372,7 @@ def _train(
         vae_params, seconds['tokenizer'] = _train_tokenizer(setting, reading, lpips)
     if not setting.cfg.ar_training.steps:
         return _Trained(vae_params, None, seconds)
+    _check_latents(setting.cfg, encoded_by, vae_params)
     vae_params = standardisation.add(
         setting.vae,
         vae_params,
@@ -369,6 +399,8 @@ def _train(
 def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
     """The result of a run, in a few sentences for report.html."""
     cfg = setting.cfg
+    if 'vae/psnr' not in metrics:
+        return 'The AR model was trained on latents. Scores: --mode=sample, then --mode=evaluate.'
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
     which = 'training' if setting.heldout is None else 'held-out'
     if setting.data is None and not cfg.ar_training.steps:
@@ -521,15 +553,16 @@ def _set_up(
     if cfg.fine_tuning.init_from is not None:
         cfg.fine_tuning.init_from = absolute(cfg.fine_tuning.init_from)
     mesh = sharding.make_mesh(**cfg.mesh)
-    source, data, heldout, reading = _open_data(cfg)
+    source, data, heldout, reading, encoded_by = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
     stages: Callable[[snapshots.Setting], _Trained]
     if cfg.init_from is None:
         tokenizer = _tokenizer(cfg, mesh)
         lpips = _lpips(cfg, mesh)
-        stages = functools.partial(_train, reading=reading, tokenizer=tokenizer, lpips=lpips)
+        stages = functools.partial(_train, tokenizer=tokenizer, lpips=lpips)
     else:
-        stages = functools.partial(_distil, reading=reading, teacher=_teacher(cfg, mesh))
+        stages = functools.partial(_distil, teacher=_teacher(cfg, mesh))
+    stages = functools.partial(stages, reading=reading, encoded_by=encoded_by)
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)

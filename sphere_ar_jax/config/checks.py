@@ -252,6 +252,12 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
         _are_whole(chosen) and chosen == sorted(set(chosen)) and min(chosen, default=0) >= 0,
         f'data.classes is {tuple(chosen)}, but must be ascending whole numbers from 0',
     )
+    is_central = not d.flip and tuple(d.crop_until) == (0, 0)
+    _require(
+        d.name != 'latents' or is_central,
+        'latents are of centre crops that are not flipped: give --config.data.flip=False '
+        "--config.data.crop_until='(0, 0)'",
+    )
     _require(
         channels in (1, 3),
         f'vae.image_channels is {channels}, but must be 3 for colour or 1 for grey',
@@ -410,7 +416,7 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
             continue
         epochs = t.steps * t.batch_size / num_images
         line = f'{name}: {t.steps} steps of {t.batch_size} images are {epochs:,.1f} epochs'
-        if config.data.name not in small.KINDS:
+        if config.data.name not in (*small.KINDS, 'latents'):
             first, last = config.data.crop_until
             line += f'; crops are random up to epoch {first}, and all central from {last}'
         if epochs > _MANY_EPOCHS and not config.reasons:
@@ -450,6 +456,12 @@ def check(config: ConfigDict) -> ConfigDict:
         _check_training(name, config[name])
         _check_restarts(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
+    given = config.tokenizer is not None or config.init_from is not None
+    _require(
+        config.data.name != 'latents' or given or not config.tokenizer_training.steps,
+        'a tokenizer cannot be trained on latents: give --config.tokenizer=DIR, the run whose '
+        'tokenizer has made them',
+    )
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)

@@ -115,13 +115,16 @@ def count(kind: str, path: str) -> Counted:
 
     Args:
       kind: a key of `schema.DATA` other than 'digits'.
-      path: its path; for tfds its name.
+      path: its path; for tfds and hf its name.
     """
     if kind == 'imagenet':
         how = 'which is assumed: a tar is counted only when it is opened'
         return Counted(recipes.IMAGENET, 1000, how)
     why = 'a TFDS data set is counted only when it is opened'
-    if kind != 'tfds':
+    of_hub = kind == 'hf' and not os.path.isdir(os.path.expanduser(path))
+    if of_hub:
+        why = 'a data set of a hub is counted only when it is opened'
+    if kind != 'tfds' and not of_hub:
         try:
             return _opened(kind, path)
         except (OSError, UserError):

@@ -76,12 +76,26 @@ def arguments(
     return found_words, found_values
 
 
+# What the section `data` says of latents, which are of centre crops.
+LATENTS = {'flip': False, 'crop_until': (0, 0)}
+
+
 def _kind_of(directory: str) -> str:
     """The kind of data that a directory seems to hold."""
+    signs = {
+        'images.json': 'array_records',
+        'latents.json': 'latents',
+        'dataset_dict.json': 'hf',
+        'state.json': 'hf',
+        '-idx3-ubyte': 'idx',
+        '.parquet': 'parquet',
+        '.tar': 'webdataset',
+    }
     names = os.listdir(directory)
-    if 'images.json' in names:
-        return 'array_records'
-    return 'idx' if any('-idx3-ubyte' in name for name in names) else 'folder'
+    for sign, kind in signs.items():
+        if any(sign in name for name in names):
+            return kind
+    return 'folder'
 
 
 def set_backbone(config: ConfigDict, given: Collection[str], sizes: str) -> None:
@@ -154,6 +168,8 @@ def _published(
         kind, path = data_set(values['data'])
         c.data.name = kind
         c.data.path = path
+        if kind == 'latents':
+            c.data.update(LATENTS)
     c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in given else 'float32')
     set_backbone(c, given, 'published')
     if '512' in given:
@@ -193,7 +209,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     The words that `arg` takes, separated by commas:
 
       data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records,
-                 idx or tfds (tfds:NAME).
+                 webdataset, parquet, hf (hf:NAME), tfds (tfds:NAME) or latents.
       batch=N    Images a step. The number of epochs stays.
       dtype=…    bfloat16 or float32 (the default) of the computation.
       tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps

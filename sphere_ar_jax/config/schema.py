@@ -19,7 +19,7 @@ DTYPES = ('float32', 'bfloat16')
 LOGGING = ('tensorboard', 'wandb')
 
 # The number of classes of each kind of data; None where only the data says it. The kinds are those
-# of `sources.open_source` and of `small`.
+# of `sources.open_source` and of `small`, and latents that --mode=encode wrote.
 DATA: dict[str, int | None] = {
     'digits': 10,
     'idx': None,
@@ -27,6 +27,10 @@ DATA: dict[str, int | None] = {
     'folder': None,
     'array_records': None,
     'tfds': None,
+    'hf': None,
+    'webdataset': None,
+    'parquet': None,
+    'latents': None,
 }
 
 
@@ -85,9 +89,9 @@ def default() -> ConfigDict:
             data=dict(
                 # A key of DATA.
                 name='digits',
-                # Path of the tar or of the directory; for tfds the name of the data set.
+                # Path of the tar or of the directory; for tfds and hf the name of the data set.
                 path=config_dict.placeholder(str),
-                # Split and directory of tfds; its default directory, if not given.
+                # Split and directory of tfds and hf; their default directory, if not given.
                 split='train',
                 data_dir=config_dict.placeholder(str),
                 # Share of the digits that is held out.

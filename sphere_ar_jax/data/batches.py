@@ -2,7 +2,8 @@
 
 A source (`Source`) is a random-access sequence of records {'image', 'label': int32 ()}. It has the
 attribute `num_classes` and, if its images can be broken, a method `name(index)` for messages. An
-image is whatever the transform takes; without a transform it is float32 (H, W, c) in [−1, 1].
+image is whatever the transform takes; without a transform it is float32 (H, W, c) in [−1, 1], or
+other arrays stand in its place, as those of `latents.Latents`, which batches then have too.
 
 Dimensions:
   B  images of the global batch

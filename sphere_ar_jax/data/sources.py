@@ -1,4 +1,4 @@
-"""Labelled images, as their files hold them: the tar of ImageNet, directories, ArrayRecord, TFDS.
+"""Labelled images, as their files hold them: tars, directories, ArrayRecord, Parquet, data sets.
 
 A source (`Images`) is a random-access sequence: `source[i]` is a dictionary of
   image   bytes of one encoded image file (JPEG, PNG, …; it may be broken)
@@ -16,24 +16,26 @@ Dimensions:
 """
 
 import hashlib
-import json
 import os
-import tarfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import filelock
-import msgpack
 import numpy as np
 
+from sphere_ar_jax.data.files import array_records
+from sphere_ar_jax.data.files.hugging_face import HuggingFace
+from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.data.files.listing import (
+    SPLITS,
     LeftOut,
     escaped,
     is_image,
     is_of_system,
     shown,
 )
-from sphere_ar_jax.data.files.tar_index import BLOCK, open_index
+from sphere_ar_jax.data.files.parquet import Parquet
+from sphere_ar_jax.data.files.tar_index import BLOCK, open_index, read_file
+from sphere_ar_jax.data.files.webdataset import WebDataset
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
@@ -128,36 +130,23 @@ class ImageNetTar:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def _read(self, i: int, size: int) -> bytes:
-        """Reads the header of entry i and `size` bytes of its data."""
-        return os.pread(self._file.fileno(), BLOCK + size, int(self._offsets[i]) - BLOCK)
-
     def __getitem__(self, i: int) -> dict[str, Any]:
+        offset = int(self._offsets[i])
         size = int(self._sizes[i])
-        block = self._read(i, size)
-        try:
-            header = tarfile.TarInfo.frombuf(block[:BLOCK], 'utf-8', 'surrogateescape')
-            same = header.size == size and header.chksum == self._checksums[i]
-        except tarfile.TarError:
-            same = False
-        if len(block) != BLOCK + size or not same:
-            raise UserError(f'{self.path} has changed since it was opened: start again')
-        return {'image': block[BLOCK:], 'label': self._labels[i]}
+        image = read_file(self._file.fileno(), offset, size, int(self._checksums[i]), self.path)
+        return {'image': image, 'label': self._labels[i]}
 
     def name(self, i: int) -> str:
         """Reads the name of entry i from the tar, as 'n01440764/n01440764_10026.JPEG'.
 
         It has at most 100 bytes. In a pax tar it is the ASCII form of the name.
         """
-        name = self._read(i, 0)[:100].split(b'\0')[0].decode('utf-8', 'surrogateescape')
+        header = os.pread(self._file.fileno(), BLOCK, int(self._offsets[i]) - BLOCK)
+        name = header[:100].split(b'\0')[0].decode('utf-8', 'surrogateescape')
         return f'{self.class_names[self._labels[i]]}/{escaped(name)}'
 
 
 # ---- directories
-
-
-# Names, in lower case, of directories that hold the parts of a data set, not its classes.
-_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
 
 def _check_classes(path: str, classes: list[str]) -> None:
@@ -172,10 +161,10 @@ def _check_classes(path: str, classes: list[str]) -> None:
     """
     if not classes:
         hint = 'all images may also lie in it directly, as a single class'
-        if os.path.exists(os.path.join(path, _METADATA)):
+        if os.path.exists(os.path.join(path, array_records.IMAGES.metadata)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
-    if all(name.lower() in _SPLITS for name in classes):
+    if all(name.lower() in SPLITS for name in classes):
         training = [name for name in classes if name.lower().startswith('train')]
         part = (training or classes)[0]
         raise UserError(
@@ -299,19 +288,14 @@ class ImageFolder:
 
 # ---- ArrayRecord
 
-_METADATA = 'images.json'
-_METADATA_KEYS = ('format', 'files', 'num_classes', 'class_names')
-_FORMAT = 'sphere_ar_jax images 1'
-
 
 class ArrayRecords:
     """A directory that `pack` wrote: ArrayRecord files, and images.json.
 
-    images.json says what the files hold, and is written last. A record is a msgpack of {'image':
-    bytes, 'label': int, 'name': str}. Damage to a record is noticed when it is read.
+    A record is {'image': bytes, 'label': int, 'name': str}. Damage to a record is noticed when it
+    is read.
 
     Attributes:
-      path: the directory, absolute.
       num_classes: number of classes.
       class_names: the classes' names, or None.
       left_out: ''.
@@ -326,70 +310,23 @@ class ArrayRecords:
           path: the directory.
 
         Raises:
-          UserError: the directory is not there, was not packed to the end, or a file is missing or
-            of another length. `source[i]` raises it where the record is damaged.
+          UserError: see `array_records.RecordFiles`. `source[i]` raises it where the record is
+            damaged.
         """
-        # Grain installs this package, except on Windows, for which there is none.
-        from array_record.python import array_record_data_source
-
-        self.path = os.path.abspath(path)
-        try:
-            with open(os.path.join(self.path, _METADATA)) as f:
-                about = json.load(f)
-            made, files, self.num_classes, names = (about[key] for key in _METADATA_KEYS)
-            sizes = dict(files)
-            self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
-        except FileNotFoundError:
-            raise UserError(
-                f'{self.path} has no {_METADATA}: it was not packed, or not to the end'
-            ) from None
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f'{self.path}/{_METADATA} is damaged: {first_line(error)}') from None
-        if made != _FORMAT:
-            raise UserError(
-                f'{self.path} is of the format {made!r}, but must be {_FORMAT!r}: pack it again'
-            )
-        try:
-            for name, size in sizes.items():
-                if os.path.getsize(os.path.join(self.path, name)) != size:
-                    raise UserError(
-                        f'{self.path}/{name} has not the {size:,} bytes that it was packed with'
-                    )
-            paths = [os.path.join(self.path, name) for name in sizes]
-            self._records = array_record_data_source.ArrayRecordDataSource(paths)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f'{self.path} cannot be read: {first_line(error)}') from None
+        self._records = array_records.RecordFiles(path, array_records.IMAGES)
+        self.num_classes = self._records.num_classes
+        self.class_names = self._records.class_names
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def _record(self, i: int) -> dict[str, Any]:
-        i = range(len(self))[i]
-        try:
-            return msgpack.unpackb(self._records[i])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f'{self.path}: record {i} is damaged: {first_line(error)}') from None
-
     def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self._record(i)
+        record = self._records[i]
         return {'image': record['image'], 'label': np.int32(record['label'])}
 
     def name(self, i: int) -> str:
         """Gives the name that the packed source had for entry i."""
-        return self._record(i)['name']
-
-
-def _write_entries(writer: Any, source: Images, entries: range, progress: Progress) -> None:
-    """Writes some entries of a source to an open ArrayRecord file."""
-    for i in entries:
-        entry = source[i]
-        record = {
-            'image': entry['image'],
-            'label': int(entry['label']),
-            'name': source.name(i),
-        }
-        writer.write(msgpack.packb(record))
-        progress(i + 1, len(source))
+        return self._records[i]['name']
 
 
 def pack(
@@ -400,60 +337,27 @@ def pack(
 ) -> None:
     """Copies a source to a directory that `ArrayRecords` reads: same order, labels and bytes.
 
-    Everything is written to DIRECTORY.partial, which becomes the directory when it is complete.
-    What a killed run has left there is removed first.
-
     Args:
       source: the images.
-      directory: the directory to make; it must not exist.
+      directory: the directory to make; it must not exist. See `array_records.write`.
       shards: number of files, at most one for each image. If ImageNet is packed into 128 files,
         each has 1.1 GB.
       progress: called as progress(done, total), in images.
 
     Raises:
-      UserError: the directory exists, cannot be written, or is being written by another process; or
-        the source raises it.
+      UserError: see `array_records.write`; or the source raises it.
     """
-    from array_record.python import array_record_module
-
-    directory = os.path.abspath(directory)
-    partial = f'{directory}.partial'
     n = len(source)
-    shards = min(shards, n)
-    if os.path.exists(directory):
-        raise UserError(f'{directory} exists: remove it, or take another')
-    if shards < 1:
-        raise UserError(f'{n} images cannot be packed into {shards} files')
-    try:
-        os.makedirs(partial, exist_ok=True)
-        with filelock.FileLock(os.path.join(partial, 'lock'), timeout=0):
-            for name in set(os.listdir(partial)) - {'lock'}:
-                os.remove(os.path.join(partial, name))
-            files = {}
-            for shard in range(shards):
-                name = f'images-{shard:05d}-of-{shards:05d}.array_record'
-                path = os.path.join(partial, name)
-                # Grain asks for groups of one record, for random access. The images are compressed
-                # already.
-                writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
-                entries = range(n * shard // shards, n * (shard + 1) // shards)
-                _write_entries(writer, source, entries, progress)
-                writer.close()
-                files[name] = os.path.getsize(path)
-            about = {
-                'format': _FORMAT,
-                'num_classes': source.num_classes,
-                'class_names': source.class_names,
-                'files': files,
-            }
-            with open(os.path.join(partial, _METADATA), 'w') as f:
-                json.dump(about, f, indent=2)
-            os.rename(partial, directory)
-            os.remove(os.path.join(directory, 'lock'))
-    except filelock.Timeout:
-        raise UserError(f'another process is writing {partial}') from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f'{directory} cannot be written: {first_line(error)}') from None
+
+    def record(i: int) -> dict[str, Any]:
+        entry = source[i]
+        return {'image': entry['image'], 'label': int(entry['label']), 'name': source.name(i)}
+
+    def about(directory: str) -> dict[str, Any]:
+        return {'num_classes': source.num_classes, 'class_names': source.class_names}
+
+    records = map(record, range(n))
+    array_records.write(directory, array_records.IMAGES, records, n, shards, about, progress)
 
 
 # ---- TFDS
@@ -607,18 +511,34 @@ class Part:
         return self._source.name(int(self._chosen[i]))
 
 
-def _is_held_out(name: str, share: float) -> bool:
-    """Whether a name's hash, a number in [0, 1), lies below a share."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') < share * 2**64
+# Sources whose names cost a read each, and which do not grow.
+_NAMELESS = (ImageNetTar, ArrayRecords)
+
+
+def hashes(source: Images) -> np.ndarray:
+    """A hash of each entry's name, (n,) uint64, by which images are held out.
+
+    ImageNet's tar and ArrayRecord files have hashes of the numbers of their entries. Latents have
+    those of the images that they were encoded from.
+
+    Args:
+      source: the images.
+    """
+    if isinstance(source, Latents):
+        return source.hashes
+    found = np.empty(len(source), np.uint64)
+    for i in range(len(source)):
+        name = str(i) if isinstance(source, _NAMELESS) else source.name(i)
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        found[i] = int.from_bytes(digest, 'big')
+    return found
 
 
 def split(source: Images, share: float) -> tuple[Images, Images | None]:
     """Holds a share of a source's images out.
 
     The hash of an image's name alone decides, for a folder that of its path below the folder. So
-    an image stays on its side when others are added or removed. Tars and ArrayRecord files, whose
-    names cost a read each, and which do not grow, are held out by the numbers of their entries.
+    an image stays on its side when others are added or removed; see `hashes`.
 
     Args:
       source: the images.
@@ -630,11 +550,10 @@ def split(source: Images, share: float) -> tuple[Images, Images | None]:
     """
     if not share:
         return source, None
-    named = isinstance(source, ImageFolder | TFDS)
-    out = [_is_held_out(source.name(i) if named else str(i), share) for i in range(len(source))]
-    if all(out) or not any(out):
+    out = hashes(source) < np.uint64(share * 2**64)
+    if out.all() or not out.any():
         return source, None
-    return Part(source, np.flatnonzero(np.logical_not(out))), Part(source, np.flatnonzero(out))
+    return Part(source, np.flatnonzero(~out)), Part(source, np.flatnonzero(out))
 
 
 def open_source(
@@ -647,11 +566,12 @@ def open_source(
     """Opens a source by the name of its kind.
 
     Args:
-      kind: one of KINDS.
-      path: the tar or the directory, where ~ is the user's own; for tfds the name of the data set.
-      split: the split of the data set, for tfds only.
-      data_dir: where data sets are kept, for tfds only.
-      progress: called while an index is made, for imagenet only; see `ImageNetTar`.
+      kind: one of KINDS, or 'latents', which are a source without images, see `latents.Latents`.
+      path: the tar or the directory, where ~ is the user's own; for tfds and hf the name of the
+        data set.
+      split: the split of the data set, for tfds and hf only.
+      data_dir: where data sets are kept, for tfds and hf only.
+      progress: called while an index is made, for imagenet and webdataset; see `ImageNetTar`.
 
     Returns:
       The source.
@@ -659,12 +579,32 @@ def open_source(
     Raises:
       UserError: the images cannot be opened, see the classes.
     """
+    place = None if data_dir is None else os.path.expanduser(data_dir)
     if kind == 'tfds':
-        return TFDS(path, split, None if data_dir is None else os.path.expanduser(data_dir))
+        return TFDS(path, split, place)
+    if kind == 'hf':
+        return HuggingFace(path, split, place)
     path = os.path.expanduser(path)
     if kind == 'imagenet':
         return ImageNetTar(path, progress=progress)
+    if kind == 'webdataset':
+        return WebDataset(path, progress=progress)
+    if kind == 'latents':
+        return Latents(path)
     return KINDS[kind](path)
+
+
+def open_images(kind: str, path: str, *arguments: Any) -> Images:
+    """Opens a source as `open_source`, which gives all arguments, and refuses latents.
+
+    Raises:
+      UserError: see `open_source`; or the source has no images.
+    """
+    if kind == 'latents':
+        raise UserError(
+            f'{path} holds latents, not images: only a training of the AR model reads them'
+        )
+    return open_source(kind, path, *arguments)
 
 
 KINDS: dict[str, Callable[..., Images]] = {
@@ -672,4 +612,7 @@ KINDS: dict[str, Callable[..., Images]] = {
     'folder': ImageFolder,
     'array_records': ArrayRecords,
     'tfds': TFDS,
+    'hf': HuggingFace,
+    'webdataset': WebDataset,
+    'parquet': Parquet,
 }

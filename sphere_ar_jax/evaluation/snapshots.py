@@ -105,6 +105,11 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
     }
 
 
+def _has_latents(setting: Setting) -> bool:
+    """Whether a run is trained on latents, and has no images."""
+    return setting.cfg.data.name == 'latents'
+
+
 # Held-out images that a look takes at most.
 _MOST_LOOKED_AT = 256
 
@@ -120,7 +125,7 @@ def held_out(setting: Setting, stage: Stage) -> heldout.HeldOut | None:
         return None
     numbers = _spread(len(setting.heldout), _MOST_LOOKED_AT)
     images: Batch
-    if setting.data is not None:
+    if setting.data is not None or _has_latents(setting):
         records = [setting.heldout[i] for i in numbers]
         images = {name: np.stack([record[name] for record in records]) for name in records[0]}
     else:
@@ -430,19 +435,23 @@ def show(
     Returns:
       (metrics by name, seconds by part).
     """
-    images = examples(setting)
-    which = 'training' if setting.heldout is None else 'held-out'
     seconds = {}
+    metrics: dict[str, float] = {}
     started = time.perf_counter()
-    metrics = _reconstruct(
-        setting,
-        vae_params,
-        images,
-        _at_once(images),
-        columns=min(8, len(images)),
-        title=f'{which} images, cropped at the centre, and decoded',
-    )
-    seconds['reconstruction'] = time.perf_counter() - started
+    if _has_latents(setting):
+        print('latents hold no images: reconstructions and their PSNR are left out', flush=True)
+    else:
+        images = examples(setting)
+        which = 'training' if setting.heldout is None else 'held-out'
+        metrics = _reconstruct(
+            setting,
+            vae_params,
+            images,
+            _at_once(images),
+            columns=min(8, len(images)),
+            title=f'{which} images, cropped at the centre, and decoded',
+        )
+        seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is not None:
         started = time.perf_counter()
         bar = console.bar(len(_grid(setting).labels), 'samples')

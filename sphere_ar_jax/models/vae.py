@@ -11,7 +11,7 @@ Dimensions:
 Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from sphere_ar_jax.models.backbones import Backbone, Hybrid
 from sphere_ar_jax.models.convolutions import torch_init
-from sphere_ar_jax.models.posteriors import Distribution, Draws, Posterior, PowerSpherical
+from sphere_ar_jax.models.posteriors import (
+    Distribution,
+    Draws,
+    Posterior,
+    PowerSpherical,
+    from_parameters,
+)
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sphere import geometry
 
@@ -247,6 +253,35 @@ def draw_tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array) ->
     """
     z, _ = draw_latents(vae, params, images, keys)
     return vae.apply({'params': params}, z, method='to_tokens')
+
+
+def batch_posterior(vae: VAE, params: PyTree, batch: Mapping[str, jax.Array]) -> Distribution:
+    """The posterior of the tokens of a batch, from its images or from their latents.
+
+    Args:
+      vae: the tokenizer.
+      params: its parameters; not read where the batch has latents.
+      batch: `image` (B, H·p, W·p, c) in [−1, 1], or in its place the posterior's parameters, see
+        `posteriors.parameters`; besides them anything.
+    """
+    if 'image' in batch:
+        return vae.apply({'params': params}, batch['image'], method='encode')
+    return from_parameters(vae.posterior, vae.latent_dim, batch)
+
+
+def draw_batch_tokens(
+    vae: VAE, params: PyTree, batch: Mapping[str, jax.Array], keys: jax.Array
+) -> jax.Array:
+    """Draws the tokens that the AR model learns from, as `draw_tokens`, for a batch.
+
+    Args:
+      vae: the tokenizer.
+      params: its parameters, see `VAE.with_statistics`.
+      batch: see `batch_posterior`.
+      keys: one PRNG key for each image, (B,).
+    """
+    q = batch_posterior(vae, params, batch)
+    return vae.apply({'params': params}, q.sample(q.draws(keys)), method='to_tokens')
 
 
 def autoencode(

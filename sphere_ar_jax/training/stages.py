@@ -10,7 +10,7 @@ from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import lpips
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.heads import mean_velocity
-from sphere_ar_jax.models.vae import VAE, autoencode, draw_tokens
+from sphere_ar_jax.models.vae import VAE, autoencode, draw_batch_tokens
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, state
 
@@ -98,7 +98,8 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
     """The training of the AR model by its head's loss.
 
     Its tokens are drawn anew at each step from the posterior of the frozen S-VAE
-    (`docs/method.md`, "Flow loss" and "Training").
+    (`docs/method.md`, "Flow loss" and "Training"). Batches have images or their latents, see
+    `vae.batch_posterior`.
 
     Args:
       ar: the AR model.
@@ -119,7 +120,7 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
 
     def loss(params, vae_params, batch, keys):
         posterior_keys, flow_keys, label_keys = jax.vmap(split, out_axes=1)(keys)
-        z = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
+        z = draw_batch_tokens(vae, vae_params, batch, posterior_keys)
         draws = ar.head.draws(flow_keys, (options.copies, *z.shape[1:]))
         labels = ar.condition.drop(label_keys, batch['label'], options.label_dropout)
         return ar.apply({'params': params}, labels, z, draws, method='loss')
@@ -164,7 +165,7 @@ def distillation_stage(
     def loss(head, frozen, batch, keys):
         vae_params, ar_params = frozen
         posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        z = draw_tokens(vae, vae_params, batch['image'], posterior_keys)
+        z = draw_batch_tokens(vae, vae_params, batch, posterior_keys)
         noise = ar.head.draws(noise_keys, (1, *z.shape[1:]))
         scales = guidance.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
         return mean_velocity.distillation_loss(

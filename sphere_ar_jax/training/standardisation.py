@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.models.vae import VAE, draw_latents
+from sphere_ar_jax.models.vae import VAE, batch_posterior
 from sphere_ar_jax.runtime import checkpoint, files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
@@ -40,12 +40,12 @@ def path(workdir: str | os.PathLike[str]) -> epath.Path:
 
 @functools.cache
 def _latents(vae: VAE) -> Callable[..., jax.Array]:
-    """The compiled function (params, images (B, H, W, c), index (B,), key) → latents (B, L, d)."""
+    """The compiled function (params, batch of B images, index (B,), key) → latents (B, L, d)."""
 
-    def draw(params, images, index, key):
+    def draw(params, batch, index, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        z, _ = draw_latents(vae, params, images, keys)
-        return z
+        q = batch_posterior(vae, params, batch)
+        return q.sample(q.draws(keys))
 
     return jax.jit(draw)
 
@@ -87,7 +87,7 @@ def measure(
         source, batch_size=batch_size, seed=seed, rows=rows, **(reading or {})
     ) as batches:
         for first in range(0, n, batch_size):
-            batch = sharding.place_batch(mesh, (next(batches)['image'], first + rows))
+            batch = sharding.place_batch(mesh, (next(batches), first + rows))
             drawn = hosts.gather(_latents(vae)(params, *batch, key))
             z = drawn[: n - first].reshape(-1, vae.latent_dim).astype(np.float64)
             count += len(z)

@@ -1,13 +1,13 @@
 """The state of a training, and what a training stage is.
 
 Dimensions:
-  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}
+  B  images of the global batch; `batch` is {'image': (B, H, W, c), 'label': (B,)}, or has latents
+     in place of the images, see `vae.batch_posterior`
 """
 
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -202,7 +202,8 @@ def make_stage(
     def step(
         state: TrainState, frozen: PyTree, batch: Batch, seed: int | jax.Array = seed
     ) -> tuple[TrainState, Scalars]:
-        keys = losses.sample_keys(jax.random.key(seed), state.step, len(batch['image']))
+        size = len(jax.tree.leaves(batch)[0])
+        keys = losses.sample_keys(jax.random.key(seed), state.step, size)
         (value, scalars), grads = compute(state.params, frozen, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -268,8 +269,7 @@ def frozen_identity(stage: Stage) -> dict[str, Any]:
     """
     if not jax.tree.leaves(stage.frozen):
         return {}
-    fingerprint = json.dumps(checkpoint.fingerprint(stage.frozen))
-    weights = f'{zlib.crc32(fingerprint.encode()):08x}'
+    weights = checkpoint.digest(stage.frozen)
     return {'weights': weights, 'model': {} if stage.model is None else _differing(stage.model)}
 
 

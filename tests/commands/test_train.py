@@ -23,7 +23,7 @@ from PIL import Image
 
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import checks as commands_checks
-from sphere_ar_jax.commands import evaluate, open_run, pack, train
+from sphere_ar_jax.commands import data_sets, evaluate, open_run, train
 from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment, stand_in
 from sphere_ar_jax.data import batches as data_batches
@@ -523,7 +523,7 @@ def test_idx_files_are_opened_with_their_classes(tmp_path):
             train._set_up(_idx(tmp_path / 'data', **values), str(tmp_path / 'v'))
         assert '\n' not in str(error.value)
     with pytest.raises(UserError, match='IDX files are packed already'):
-        pack.pack(f'idx:{tmp_path}/data', str(tmp_path / 'packed'))
+        data_sets.pack(f'idx:{tmp_path}/data', str(tmp_path / 'packed'))
 
 
 @pytest.mark.slow

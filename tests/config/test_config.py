@@ -309,7 +309,7 @@ def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
     (tmp_path / 'birds' / 'images.json').write_text('')
     with pytest.raises(UserError, match='write data=array_records:~/birds'):
         recipes.data_set('~/birds')
-    with pytest.raises(UserError, match=r"no kind of data 'foldr': .* folder, array_records, tfds"):
+    with pytest.raises(UserError, match=r"no kind of data 'foldr': .* array_records, tfds, hf"):
         recipes.data_set('foldr:/data/birds')
 
 

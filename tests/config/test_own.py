@@ -157,6 +157,7 @@ def test_the_words_of_the_config(tmp_path):
     [
         ('folder:/no/such/birds', 'which is assumed: birds cannot be counted here'),
         ('tfds:mnist', 'which is assumed: a TFDS data set'),
+        ('hf:nobody/birds', 'which is assumed: a data set of a hub'),
         ('/data/train.tar', '1,281,167 images in 1,000 classes, which is assumed: a tar'),
     ],
 )

@@ -652,6 +652,60 @@ def tfds_dir(stand_in_tar, tmp_path_factory):
     return _prepare(tmp_path_factory.mktemp('tfds'), entries, ('image', 'label'), None)
 
 
+@pytest.fixture(scope='module')
+def samples(stand_in_tar, tmp_path_factory):
+    """The stand-in's images as two tars of WebDataset, with the synsets as labels."""
+    directory = tmp_path_factory.mktemp('samples')
+    files = []
+    for synset, name, content in _truth(stand_in_tar):
+        key = name.removesuffix('.JPEG')
+        files += [(f'{key}.jpg', content), (f'{key}.cls', synset.encode())]
+    for number, part in enumerate((files[:20], files[20:])):
+        (directory / f'{number:05d}.tar').write_bytes(_tar(part))
+    return directory
+
+
+@pytest.fixture(scope='module')
+def hub_dir(stand_in_tar, tmp_path_factory):
+    """A repository of Parquet files as `datasets` writes it, but for the empty image.
+
+    What the library prepares goes to a directory of the tests.
+    """
+    datasets = pytest.importorskip('datasets')
+    entries = [entry for entry in _truth(stand_in_tar) if entry[2]]
+    columns = {
+        'image': [{'bytes': content, 'path': name} for _, name, content in entries],
+        'label': [sorted(SYNSETS).index(synset) for synset, *_ in entries],
+    }
+    names = datasets.ClassLabel(names=sorted(SYNSETS))
+    features = datasets.Features({'image': datasets.Image(decode=False), 'label': names})
+    shown = datasets.Features({'image': datasets.Image(), 'label': names})
+    table = datasets.Dataset.from_dict(columns, features=features).cast(shown)
+    directory = tmp_path_factory.mktemp('hub') / 'birds'
+    for number in range(2):
+        path = directory / 'data' / f'train-{number:05d}-of-00002.parquet'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.shard(2, number, contiguous=True).to_parquet(path, batch_size=5)
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp('cache'))
+        patch.setattr(datasets.config, 'HF_DATASETS_CACHE', pathlib.Path(cache))
+        yield directory
+
+
+@pytest.fixture(scope='module')
+def parquet(stand_in_tar, tmp_path_factory):
+    """The stand-in's images in Parquet files of small row groups, with the synsets as texts."""
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    directory = tmp_path_factory.mktemp('parquet')
+    entries = _truth(stand_in_tar)
+    for number, part in enumerate((entries[:7], entries[7:])):
+        columns = {'label': [e[0] for e in part], 'jpeg': [e[2] for e in part]}
+        parquet.write_table(pa.table(columns), directory / f'{number}.parquet', row_group_size=3)
+    return directory
+
+
 @pytest.fixture(params=sources.KINDS)
 def source(request):
     """One of each kind, of the same images."""
@@ -660,6 +714,9 @@ def source(request):
         'folder': 'folder',
         'array_records': 'packed',
         'tfds': 'tfds_dir',
+        'hf': 'hub_dir',
+        'webdataset': 'samples',
+        'parquet': 'parquet',
     }
     where = request.getfixturevalue(fixture[request.param])
     arguments = ('stand_in', 'train', str(where)) if request.param == 'tfds' else (where,)
@@ -670,7 +727,7 @@ def test_every_source_is_one(source, stand_in_tar):
     truth = {content: sorted(SYNSETS).index(synset) for synset, _, content in _truth(stand_in_tar)}
     contents = _contents(source)
     assert {(image, label) for image, label, _ in contents} == set(truth.items()) - (
-        {(b'', truth[b''])} if isinstance(source, sources.TFDS) else set()
+        {(b'', truth[b''])} if isinstance(source, sources.TFDS | sources.HuggingFace) else set()
     )
     assert len({name for *_, name in contents}) == len(source) == len(contents)
     assert source.num_classes == 3 and source.class_names == tuple(sorted(SYNSETS))

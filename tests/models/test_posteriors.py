@@ -12,7 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from scipy import integrate, special, stats
 
-from sphere_ar_jax.models.posteriors import POSTERIORS, Gaussian, SigmaVAE, VonMisesFisher
+from sphere_ar_jax.models.posteriors import (
+    POSTERIORS,
+    Gaussian,
+    SigmaVAE,
+    VonMisesFisher,
+    from_parameters,
+    parameters,
+)
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sphere import geometry
 
@@ -59,6 +66,10 @@ def test_protocol(word):
     # The leaves are those of images and tokens, so that batches can be joined and rows taken.
     for leaf in jax.tree.leaves(family(x)):
         assert leaf.shape[:2] == (B, L)
+    # The distribution is made again from its parameters, which files keep by their names.
+    again = from_parameters(family, D, parameters(family(x)) | {'label': 0})
+    assert type(again) is type(family(x))
+    chex.assert_trees_all_equal(again, family(x))
     assert family == POSTERIORS[word]() and hash(family) == hash(POSTERIORS[word]())
 
 

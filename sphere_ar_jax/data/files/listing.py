@@ -5,13 +5,20 @@ passed over, and images are known by their suffix. `LeftOut` says what was passe
 """
 
 import collections
+import glob
 import os
+import re
 from collections.abc import Sequence
+
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 # Names of files and directories, in lower case, that systems make by themselves.
 _OF_SYSTEMS = {'thumbs.db', 'desktop.ini', '__macosx', '@eadir', 'lost+found', '$recycle.bin'}
 _LONGEST = 200  # characters of a name that are shown
+# Names, in lower case, of directories and files that hold the parts of a data set, not its classes.
+SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
+_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 
 
 def escaped(text: str) -> str:
@@ -92,3 +99,66 @@ class LeftOut:
         if self.empty:
             said.append(f'classes without images: {first_names(self.empty, 5)}')
         return '; '.join(said)
+
+
+def _names_of_ranges(pattern: str) -> list[str]:
+    """Writes out the ranges of a pattern: 'a{08..11}' → 'a08', 'a09', 'a10', 'a11'."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    names = []
+    for number in range(int(first), int(last) + 1):
+        start = pattern[: found.start()] + str(number).zfill(len(first))
+        names += [start + rest for rest in _names_of_ranges(pattern[found.end() :])]
+    return names
+
+
+def _check_splits(path: str, names: Sequence[str], kind: str, suffix: str) -> None:
+    """Raises UserError where files of a directory are named as different parts of a data set."""
+    words = [re.split(r'[^a-z]', name.lower())[0] for name in names]
+    parts = sorted(set(words) & SPLITS)
+    if len(parts) > 1:
+        part = next((word for word in parts if word.startswith('train')), parts[0])
+        raise UserError(
+            f'{path} holds {" and ".join(parts)}, parts of a data set: give those to train on, '
+            f'as data={kind}:{path}/{part}*{suffix}'
+        )
+
+
+def data_files(path: str, suffix: str, kind: str) -> list[str]:
+    """Finds the files that the path of a data set means.
+
+    Args:
+      path: a file; a directory, of which files with the suffix are taken; or a pattern with `*`,
+        `?`, `[…]` or ranges as `{000..127}`.
+      suffix: that of the files, as '.tar'.
+      kind: the kind of data, for messages.
+
+    Returns:
+      Absolute paths, sorted, at least one.
+
+    Raises:
+      UserError: there are none, a file of a range is missing, or those of a directory are parts of
+        a data set such as train and test.
+    """
+    path = os.path.abspath(path)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise UserError(f'{shown(path)} cannot be read: {first_line(error)}') from None
+        names = [name for name in names if name.endswith(suffix) and not is_of_system(name)]
+        if not names:
+            raise UserError(f'{shown(path)} holds no files *{suffix}: give a directory that does')
+        _check_splits(path, names, kind, suffix)
+        return [os.path.join(path, name) for name in names]
+    found = []
+    for name in _names_of_ranges(path):
+        matches = [name] if os.path.isfile(name) else glob.glob(name)
+        if not matches:
+            raise UserError(f'there is no {shown(name)}: give files *{suffix}, or their directory')
+        found += matches
+    return sorted(set(found))

@@ -1,8 +1,8 @@
-"""An index of where the images are in a tar of tars.
+"""An index of where the images are in a tar: how it is made, kept and used.
 
 The index is made once by a walk over all headers and kept in an npz. `tarfile` finds the headers.
 It does not report that a tar is cut off or damaged between two files, so that this module checks
-for it.
+for it. `open_index` is for a tar of tars as ImageNet's, and `kept_index` for tars of any make.
 
 Dimensions:
   n  images
@@ -14,7 +14,7 @@ import hashlib
 import os
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -25,16 +25,16 @@ from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
 BLOCK = tarfile.BLOCKSIZE  # 512: a tar is made of headers and data, each of whole blocks
-_INDEX_VERSION = 2
+_INDEX_VERSION = '2'  # that of a tar of tars
 _LONGEST_NAME = 255  # characters of a class's name
 
 
 def _identity(fd: int, tars: np.ndarray) -> str:
-    """Identifies a tar by its size, its time of change and a hash of the inner tars' headers.
+    """Identifies a tar by its size, its time of change and a hash of some headers.
 
     Args:
       fd: the tar, open.
-      tars: (k,) int, the offsets of those headers.
+      tars: (k,) int, the offsets of those headers, in a tar of tars those of the inner tars.
     """
     stat = os.fstat(fd)
     digest = hashlib.sha256()
@@ -43,7 +43,7 @@ def _identity(fd: int, tars: np.ndarray) -> str:
     return f'{stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}'
 
 
-def _open_tar(file: IO[bytes], what: str) -> tarfile.TarFile:
+def open_tar(file: IO[bytes], what: str) -> tarfile.TarFile:
     """Opens an uncompressed tar; `what` names it in messages."""
     try:
         return tarfile.open(fileobj=file, mode='r:')
@@ -58,7 +58,7 @@ def _reason(error: Exception) -> str:
     return shown(first_line(error))
 
 
-def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
+def plain_files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
     """Yields the plain files of an open tar; `what` names it in messages.
 
     Directories are passed over.
@@ -80,7 +80,7 @@ def _files(archive: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _check_end(fd: int, end: int, what: str) -> None:
+def check_end(fd: int, end: int, what: str) -> None:
     """Raises UserError unless a tar ends at byte `end` of the outer tar, where `tarfile` stopped.
 
     A block of zeros marks the end. `tarfile` stops without an error at a damaged header, too.
@@ -99,7 +99,7 @@ def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, t
         those of ILSVRC2012.
     """
     found: dict[str, tarfile.TarInfo] = {}
-    for member in _files(outer, path):
+    for member in plain_files(outer, path):
         name, suffix = os.path.splitext(os.path.basename(member.name))
         synset = escaped(name)
         is_tar = suffix == '.tar' and not is_of_system(member.name)
@@ -109,7 +109,7 @@ def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, t
                     f'{path} holds images, not a tar for each class, so no labels: '
                     'ILSVRC2012_img_train.tar is needed '
                     '(validation images: unpack them into a directory for each class, '
-                    'an ImageFolder)'
+                    'an ImageFolder; images with KEY.cls beside them: data=webdataset:PATH)'
                 )
             continue
         if len(synset) > _LONGEST_NAME:
@@ -128,11 +128,45 @@ def _class_tars(outer: tarfile.TarFile, path: str, left: LeftOut) -> dict[str, t
     return found
 
 
-def _ends_like_a_tar(fd: int, size: int) -> bool:
-    """Tells whether a file of `size` bytes has whole blocks, the last two of them zero."""
-    if size % BLOCK or size < 2 * BLOCK:
-        return False
-    return os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) == bytes(2 * BLOCK)
+def check_whole(fd: int, size: int, path: str) -> None:
+    """Raises UserError unless a file of `size` bytes has whole blocks and ends in two of zeros."""
+    is_whole = size % BLOCK == 0 and size >= 2 * BLOCK
+    if not is_whole or os.pread(fd, 2 * BLOCK, size - 2 * BLOCK) != bytes(2 * BLOCK):
+        raise UserError(
+            f'{path} does not end as an uncompressed tar does: '
+            'it is none, or cut off; fetch it again'
+        )
+
+
+def check_unchanged(fd: int, before: os.stat_result, path: str) -> None:
+    """Raises UserError unless a tar still has the size and time of change that it had before."""
+    after = os.fstat(fd)
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise UserError(f'{path} changed while it was read: start again when it is complete')
+
+
+def read_file(fd: int, offset: int, size: int, checksum: int, path: str) -> bytes:
+    """Reads a file of a tar, together with the header in front of it.
+
+    Args:
+      fd: the tar, open.
+      offset: where the file's data begins.
+      size: its length in bytes.
+      checksum: the checksum that its header must hold.
+      path: names the tar in messages.
+
+    Raises:
+      UserError: another header stands there.
+    """
+    block = os.pread(fd, BLOCK + size, offset - BLOCK)
+    try:
+        header = tarfile.TarInfo.frombuf(block[:BLOCK], 'utf-8', 'surrogateescape')
+        same = header.size == size and header.chksum == checksum
+    except tarfile.TarError:
+        same = False
+    if len(block) != BLOCK + size or not same:
+        raise UserError(f'{path} has changed since it was opened: start again')
+    return block[BLOCK:]
 
 
 def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
@@ -145,8 +179,6 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
 
     Returns:
       A dictionary of:
-      version: number of the index's format.
-      identity: see `_identity`.
       tars: (k,) int64, offsets of the inner tars' headers.
       synsets: (k,) str, sorted.
       offsets: (n,) int64, where each image's data begins in the outer tar.
@@ -154,23 +186,18 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
       labels: (n,) int32, the index in `synsets` of each image's synset.
       checksums: (n,) int32, the checksum that each image's header holds.
       left_out: str, what the tar holds besides images, see `LeftOut.describe`.
-      digest: str, see `_digest`.
 
     Raises:
       UserError: the tar is damaged, of another make, or changed while it was read.
     """
     before = os.fstat(fd)
     size = before.st_size
-    if not _ends_like_a_tar(fd, size):
-        raise UserError(
-            f'{path} does not end as an uncompressed tar does: '
-            'it is none, or cut off; fetch it again'
-        )
+    check_whole(fd, size, path)
     rows: list[tuple[int, int, int, int]] = []
     left = LeftOut()
-    with open(fd, 'rb', closefd=False) as file, _open_tar(file, path) as outer:
+    with open(fd, 'rb', closefd=False) as file, open_tar(file, path) as outer:
         members = _class_tars(outer, path, left)
-        _check_end(fd, outer.offset, path)
+        check_end(fd, outer.offset, path)
         synsets = sorted(members)
         label = {synset: k for k, synset in enumerate(synsets)}
         for synset, member in members.items():
@@ -178,32 +205,28 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
             start = member.offset_data
             data = outer.extractfile(member)
             assert data is not None  # since it is a plain file
-            with _open_tar(data, what) as inner:
+            with open_tar(data, what) as inner:
                 found = [
                     (start + m.offset_data, m.size, label[synset], m.chksum)
-                    for m in _files(inner, what)
+                    for m in plain_files(inner, what)
                     if left.takes(m.name)
                 ]
                 # Where the files fill the inner tar, its length in the outer tar tells its end, and
                 # no mark is needed.
                 if inner.offset != member.size:
-                    _check_end(fd, start + inner.offset, what)
+                    check_end(fd, start + inner.offset, what)
             if not found:
                 left.empty.append(synset)
             rows += found
             progress(start + member.size, size)
-    after = os.fstat(fd)
-    if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
-        raise UserError(f'{path} changed while it was read: start again when it is complete')
+    check_unchanged(fd, before, path)
     if not rows:
         raise UserError(f'{path} holds no images ({left.describe()})')
     left.empty.sort()
     progress(size, size)
     offsets, sizes, labels, checksums = np.array(rows, np.int64).T
     tars = np.array([members[synset].offset for synset in synsets])
-    index = {
-        'version': np.array(_INDEX_VERSION),
-        'identity': np.array(_identity(fd, tars)),
+    return {
         'tars': tars,
         'synsets': np.array(synsets),
         'offsets': offsets,
@@ -212,7 +235,6 @@ def _build_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
         'checksums': checksums.astype(np.int32),
         'left_out': np.array(left.describe()),
     }
-    return index | {'digest': np.array(_digest(index))}
 
 
 def _digest(index: dict[str, np.ndarray]) -> str:
@@ -225,12 +247,12 @@ def _digest(index: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _load_index(index_path: str, fd: int) -> dict[str, np.ndarray] | None:
+def _load_index(index_path: str, fd: int, version: str) -> dict[str, np.ndarray] | None:
     """Loads the index at a path, or None if there is none, or it is another tar's or damaged."""
     with contextlib.suppress(Exception):  # damage makes NumPy raise many kinds
         with np.load(index_path, allow_pickle=False) as file:
             index = dict(file)
-        if index['version'] != _INDEX_VERSION or str(index['digest']) != _digest(index):
+        if str(index['version']) != version or str(index['digest']) != _digest(index):
             return None
         if str(index['identity']) == _identity(fd, index['tars']):
             return index
@@ -238,9 +260,7 @@ def _load_index(index_path: str, fd: int) -> dict[str, np.ndarray] | None:
 
 
 def open_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
-    """Loads the index of a tar from where it is kept, or builds and keeps it.
-
-    It is kept beside the tar, or in the user's cache where nothing can be written there.
+    """The index of a tar of tars, see `kept_index`.
 
     Args:
       path: the tar, absolute.
@@ -253,14 +273,41 @@ def open_index(path: str, fd: int, progress: Progress) -> dict[str, Any]:
     Raises:
       UserError: see `sources.ImageNetTar`; or the index cannot be written.
     """
+    return kept_index(path, fd, _INDEX_VERSION, lambda: _build_index(path, fd, progress))
+
+
+def kept_index(
+    path: str, fd: int, version: str, build: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Loads the index of a tar from where it is kept, or builds and keeps it.
+
+    It is kept beside the tar, or in the user's cache where nothing can be written there. It holds
+    `version`, `identity` (see `_identity`) and `digest` (see `_digest`) besides what was built.
+
+    Args:
+      path: the tar, absolute.
+      fd: the tar, open.
+      version: names the format of the index.
+      build: makes the index, a dictionary of arrays. Its `tars` are offsets of headers by which the
+        tar is known again.
+
+    Returns:
+      The index.
+
+    Raises:
+      UserError: `build` raises it; or the index cannot be written.
+    """
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     places = [os.path.dirname(path), os.path.join(cache, 'sphere_ar_jax')]
     name = f'{os.path.basename(path)}.index.npz'
     for place in places:
-        found = _load_index(os.path.join(place, name), fd)
+        found = _load_index(os.path.join(place, name), fd, version)
         if found is not None:
             return found
-    index = _build_index(path, fd, progress)
+    index = build()
+    index['version'] = np.array(version)
+    index['identity'] = np.array(_identity(fd, index['tars']))
+    index['digest'] = np.array(_digest(index))
     for place in places:
         target = os.path.join(place, name)
         # Several processes may build the index at once; the last one's stays.

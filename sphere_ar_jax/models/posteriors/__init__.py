@@ -8,9 +8,11 @@ Dimensions:
   B  images     L  tokens of an image     d  latent dimension
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from sphere_ar_jax.models.posteriors.gaussian import Gaussian
 from sphere_ar_jax.models.posteriors.power_spherical import PowerSpherical
@@ -79,6 +81,39 @@ class Posterior(Protocol):
         Returns:
           One sentence, or None where nothing is wrong.
         """
+
+
+def _names(q: Distribution) -> tuple[list[str], list[Any], Any]:
+    """The names of a distribution's parameters, the parameters, and the structure of its tree."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(q)
+    names = [jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in leaves]
+    return names, [leaf for _, leaf in leaves], structure
+
+
+def parameters(q: Distribution) -> dict[str, jax.Array]:
+    """Names the parameters of a distribution, which are the leaves of its tree.
+
+    Returns:
+      Arrays (B, L, …) by name, as mu (B, L, d) and kappa (B, L) of `PowerSphericalTokens`.
+    """
+    names, leaves, _ = _names(q)
+    return dict(zip(names, leaves, strict=True))
+
+
+def from_parameters(posterior: Posterior, d: int, values: Mapping[str, jax.Array]) -> Distribution:
+    """Makes the distribution again whose `parameters` are given.
+
+    Args:
+      posterior: the family.
+      d: the latent dimension.
+      values: the parameters by name; others in it are not read.
+
+    Raises:
+      KeyError: a parameter is missing.
+    """
+    output = jax.ShapeDtypeStruct((1, 1, posterior.outputs(d)), jnp.float32)
+    names, _, structure = _names(jax.eval_shape(posterior, output))
+    return jax.tree.unflatten(structure, [values[name] for name in names])
 
 
 # The config's word `vae.posterior` → the family. Its fields are keys of the config's section `vae`.

@@ -1,0 +1,99 @@
+"""Which column of a table holds the images and which the labels, and what labels mean.
+
+Dimensions:
+  n  rows     k  classes
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sphere_ar_jax.data.files.listing import escaped, first_names
+from sphere_ar_jax.runtime.console import UserError
+
+
+class Labels(NamedTuple):
+    """The labels of all images of a source.
+
+    Attributes:
+      labels: (n,) int32, 0 … num_classes − 1.
+      num_classes: k.
+      class_names: k names, or None where they are not known.
+    """
+
+    labels: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+
+def choose(where: str, what: str, candidates: Sequence[str], name: str) -> str | None:
+    """Chooses a column: the only candidate, or the one that has a certain name.
+
+    Args:
+      where: names the table in messages.
+      what: what the column holds, for messages, as 'images'.
+      candidates: the columns that may hold it.
+      name: the column that is taken where there are several.
+
+    Returns:
+      The column, None where there are no candidates.
+
+    Raises:
+      UserError: there are several, none of which has the name.
+    """
+    if name in candidates:
+        return name
+    if len(candidates) > 1:
+        raise UserError(
+            f'{where} has several columns that may hold {what}, {first_names(candidates, 6)}: '
+            f'name the one to take {name!r}'
+        )
+    return candidates[0] if candidates else None
+
+
+def labels_of(
+    where: str, values: Sequence[int | str | None], names: Sequence[str] | None = None
+) -> Labels:
+    """What the values of a column of labels mean.
+
+    Integers are labels, and texts are the names of classes, whose labels are their places among
+    all names, sorted.
+
+    Args:
+      where: names the table in messages.
+      values: n values, all integers or all texts.
+      names: the names of the classes of integer labels, where they are known.
+
+    Raises:
+      UserError: a row has no label, or labels are negative, of different kinds, or more than names.
+    """
+    missing = sum(value is None or value == -1 for value in values)
+    if missing:
+        raise UserError(
+            f'{where}: {missing} of {len(values)} images have no label: '
+            'take a split in which all have one'
+        )
+    if all(isinstance(value, str) for value in values):
+        found = sorted({str(value) for value in values})
+        place = {name: k for k, name in enumerate(found)}
+        labels = np.array([place[str(value)] for value in values], np.int32)
+        return Labels(labels, len(found), tuple(map(escaped, found)))
+    if any(isinstance(value, str) for value in values):
+        raise UserError(f'{where} has numbers and texts as labels: use one of the two')
+    numbers = np.array(values, np.int64)
+    least = int(numbers.min(initial=0))
+    most = int(numbers.max(initial=0))
+    count = most + 1 if names is None else len(names)
+    if least < 0 or most >= min(count, 2**31):
+        raise UserError(
+            f'{where} has labels from {least} to {most}, but they must lie between 0 and '
+            f'{min(count, 2**31) - 1}'
+        )
+    class_names = None if names is None else tuple(map(escaped, names))
+    return Labels(numbers.astype(np.int32), count, class_names)
+
+
+def one_class(n: int, name: str) -> Labels:
+    """The labels of n images that are a single class with a name."""
+    return Labels(np.zeros(n, np.int32), 1, (escaped(name),))

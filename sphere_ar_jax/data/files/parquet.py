@@ -1,0 +1,231 @@
+"""Parquet files with a column of encoded images, as Hugging Face's data sets have them.
+
+Dimensions:
+  n  rows of all files
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sphere_ar_jax.data.files import columns
+from sphere_ar_jax.data.files.listing import data_files, escaped, first_names, shown
+from sphere_ar_jax.runtime.console import UserError, first_line
+
+# Row groups that were read are kept up to about so many bytes, in each process.
+_KEPT = 2**28
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet.
+
+    Raises:
+      UserError: they are not installed.
+    """
+    try:
+        return importlib.import_module('pyarrow'), importlib.import_module('pyarrow.parquet')
+    except ImportError:
+        raise UserError(
+            "Parquet files need pyarrow: pip install 'sphere_ar_jax[parquet]'"
+        ) from None
+
+
+def _is_image(pa: Any, kind: Any) -> bool:
+    """Whether a column's type is that of encoded images: bytes, or a struct with bytes in it."""
+    if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0:
+        kind = kind.field('bytes').type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(pa: Any, kind: Any) -> bool:
+    """Whether a column's type is text, plain or by a dictionary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _columns(pa: Any, schema: Any, where: str) -> tuple[str, str | None]:
+    """The names of the columns of the images and of the labels, None without labels.
+
+    A column of texts holds labels only where it is named 'label', since it may hold captions.
+
+    Raises:
+      UserError: there is no column of images, or there are several for one of the two.
+    """
+    images = [field.name for field in schema if _is_image(pa, field.type)]
+    image = columns.choose(where, 'images', images, 'image')
+    if image is None:
+        raise UserError(
+            f'{where} has no column of image bytes, but {first_names(schema.names, 6)}: '
+            'write images as bytes, or as structs of bytes and path'
+        )
+    labels = [
+        field.name
+        for field in schema
+        if pa.types.is_integer(field.type) or (field.name == 'label' and _is_text(pa, field.type))
+    ]
+    return image, columns.choose(where, 'labels', labels, 'label')
+
+
+def _names(schema: Any, label: str) -> list[str] | None:
+    """The names of the classes that Hugging Face's `datasets` notes in a file's schema."""
+    try:
+        noted = json.loads(schema.metadata[b'huggingface'])
+        return list(map(str, noted['info']['features'][label]['names']))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Makes UserErrors of what pyarrow raises while a file is read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own are among these
+        raise UserError(f'{shown(path)} cannot be read: {first_line(error)}') from None
+
+
+class _Contents(NamedTuple):
+    """What is known of a file before images are read.
+
+    Attributes:
+      rows: the number of rows of each row group.
+      size: bytes of all columns, uncompressed.
+      labels: the values of the column of labels; empty where there is none.
+    """
+
+    rows: list[int]
+    size: int
+    labels: list[Any]
+
+
+def _contents(path: str, image: str, label: str | None) -> _Contents:
+    """Reads the labels of a file, and how its rows lie in it.
+
+    Raises:
+      UserError: the file cannot be read, or has not these columns.
+    """
+    _, parquet = _pyarrow()
+    with _reading(path), parquet.ParquetFile(path) as file:
+        for column in (image, label):
+            if column is not None and column not in file.schema_arrow.names:
+                raise UserError(
+                    f'{shown(path)} has no column {column!r}, which other files have: '
+                    'give files that belong together'
+                )
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        labels = [] if label is None else file.read(columns=[label]).column(label).to_pylist()
+        size = sum(group.total_byte_size for group in groups)
+        return _Contents([group.num_rows for group in groups], size, labels)
+
+
+class Parquet:
+    """The rows of Parquet files, each with an encoded image and a label.
+
+    Images are bytes, or structs with `bytes` in them. Labels are integers or texts; without a
+    column of labels all rows are a single class. Labels are read when the files are opened, images
+    when they are needed.
+
+    Parquet has no access to a single row: an image costs the reading of its row group. Row groups
+    that were read are kept up to 256 MiB in each process. Where they are larger, `pack` the images.
+
+    Attributes:
+      num_classes: number of classes.
+      class_names: the names that the files note, or those of texts, sorted; else None.
+      left_out: ''.
+    """
+
+    left_out = ''
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens files.
+
+        Args:
+          path: a file, a directory of files *.parquet, or a pattern, see `listing.data_files`.
+
+        Raises:
+          UserError: pyarrow is not installed, there are no files or no images, the columns cannot
+            be told, files have other columns than the first one, or rows have no label.
+            `source[i]` raises it where a row has no image or a file cannot be read any more.
+        """
+        pa, parquet = _pyarrow()
+        where = shown(os.path.abspath(path))
+        self._paths = data_files(os.fspath(path), '.parquet', 'parquet')
+        with _reading(self._paths[0]), parquet.ParquetFile(self._paths[0]) as file:
+            schema = file.schema_arrow
+        self._image, label = _columns(pa, schema, shown(self._paths[0]))
+        files = [_contents(file_path, self._image, label) for file_path in self._paths]
+        # (file, row group of it) of each row group.
+        self._groups = [
+            (k, group) for k, file in enumerate(files) for group in range(len(file.rows))
+        ]
+        # The number of the first row of each row group, and of each file.
+        rows = [count for file in files for count in file.rows]
+        self._firsts = np.cumsum([0, *rows], dtype=np.int64)
+        self._first_of_file = np.cumsum([0, *(sum(file.rows) for file in files)], dtype=np.int64)
+        n = int(self._firsts[-1])
+        if not n:
+            raise UserError(f'{where} has no rows')
+        if label is None:
+            labels = columns.one_class(n, os.path.basename(os.path.abspath(path)))
+        else:
+            values = [value for file in files for value in file.labels]
+            labels = columns.labels_of(where, values, _names(schema, label))
+        self._labels, self.num_classes, self.class_names = labels
+        total = sum(file.size for file in files)
+        self._kept = max(1, _KEPT * len(self._groups) // max(total, 1))
+        self._read = self._reader()
+
+    def _reader(self) -> Callable[[int], Any]:
+        """The function (number of a row group) → its images, which keeps those it read last."""
+
+        @functools.lru_cache(self._kept)
+        def read(number: int) -> Any:
+            pa, parquet = _pyarrow()
+            file_number, group = self._groups[number]
+            path = self._paths[file_number]
+            # Opened each time: threads cannot share a file, and there may be many of them.
+            with _reading(path), parquet.ParquetFile(path) as file:
+                images = file.read_row_group(group, columns=[self._image]).column(0)
+            images = images.combine_chunks()
+            return images.field('bytes') if pa.types.is_struct(images.type) else images
+
+        return read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != '_read'}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read = self._reader()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The number of the row group of row i, and the row's place in it."""
+        i = range(len(self))[i]
+        number = int(np.searchsorted(self._firsts, i, side='right')) - 1
+        return number, i - int(self._firsts[number])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        number, row = self._place(i)
+        image = self._read(number)[row].as_py()
+        if image is None:
+            raise UserError(f'{self.name(i)} holds no image bytes')
+        return {'image': image, 'label': self._labels[i]}
+
+    def name(self, i: int) -> str:
+        """Names row i by its file and its number in it, as 'train-00000-of-00002.parquet [17]'."""
+        number, row = self._place(i)
+        file, _ = self._groups[number]
+        row += int(self._firsts[number] - self._first_of_file[file])
+        return escaped(f'{os.path.basename(self._paths[file])} [{row}]')

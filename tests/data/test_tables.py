@@ -1,0 +1,153 @@
+"""Parquet files and Hugging Face's data sets: columns by their types, and what is refused."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from sphere_ar_jax.data import sources
+from sphere_ar_jax.data.files.parquet import Parquet
+from sphere_ar_jax.runtime.console import UserError
+from tests.fake_images import encode, picture
+
+FILES = [encode(picture(i)) for i in range(6)]
+
+
+def _refusal(make, *arguments):
+    with pytest.raises(UserError) as caught:
+        make(*arguments)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a Parquet file of columns, of row groups of two."""
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    def written(name='a.parquet', **columns):
+        path = tmp_path / name
+        parquet.write_table(pa.table(columns), path, row_group_size=2)
+        return path
+
+    return written
+
+
+def test_columns_of_parquet_files(write, tmp_path):
+    """Bytes or structs; integers, texts named label, or no labels at all."""
+    structs = [{'bytes': content, 'path': None} for content in FILES]
+    for columns, labels, names in (
+        ({'jpg': FILES, 'class': [0, 2, 1, 1, 0, 2]}, [0, 2, 1, 1, 0, 2], None),
+        ({'image': structs, 'x': FILES, 'label': list('babbaa')}, [1, 0, 1, 1, 0, 0], ('a', 'b')),
+        ({'image': FILES, 'caption': list('abcdef')}, [0] * 6, ('a.parquet',)),
+        ({'image': FILES, 'width': range(6), 'label': [3] * 6}, [3] * 6, None),
+    ):
+        source = Parquet(write(**columns))
+        assert [source[i]['image'] for i in range(6)] == FILES
+        assert [int(source[i]['label']) for i in range(6)] == labels
+        assert source.class_names == names and source[-1]['label'].dtype == np.int32
+    write('b.parquet', image=FILES[:1], label=[1])
+    source = Parquet(tmp_path)
+    assert source.name(6) == 'b.parquet [0]' and source.name(5) == 'a.parquet [5]'
+    assert source[6]['image'] == FILES[0] and len(source) == 7
+
+
+def test_what_parquet_files_lack_is_said(write, tmp_path):
+    for columns, message in (
+        ({'text': list('ab')}, 'has no column of image bytes, but text'),
+        ({'a': FILES, 'b': FILES}, 'several columns that may hold images, a, b: name the one'),
+        ({'a': FILES, 'w': range(6), 'h': range(6)}, 'several columns that may hold labels, w, h'),
+        ({'a': FILES, 'label': [0, None, 1, -1, 0, 0]}, '2 of 6 images have no label'),
+        ({'a': FILES, 'label': [0, -7, 1, 1, 0, 0]}, 'has labels from -7 to 1'),
+        ({'a': FILES[:0], 'label': np.zeros(0, np.int32)}, 'has no column of image bytes'),
+    ):
+        assert message in _refusal(Parquet, write(**columns))
+    source = Parquet(write(image=[*FILES[:3], None]))
+    assert _refusal(source.__getitem__, 3) == 'a.parquet [3] holds no image bytes'
+    write('b.parquet', other=FILES)
+    assert "b.parquet has no column 'image', which other" in _refusal(Parquet, tmp_path)
+    (tmp_path / 'b.parquet').write_bytes(b'PAR1 and more')
+    assert 'b.parquet cannot be read' in _refusal(Parquet, tmp_path)
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    assert "pip install 'sphere_ar_jax[parquet]'" in _refusal(Parquet, tmp_path)
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    assert "pip install 'sphere_ar_jax[hf]'" in _refusal(sources.HuggingFace, 'a/b')
+
+
+@pytest.fixture(scope='module')
+def datasets(tmp_path_factory):
+    """The library, which keeps what it prepares in a directory of the tests."""
+    library = pytest.importorskip('datasets')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library.config, 'HF_DATASETS_CACHE', tmp_path_factory.mktemp('cache'))
+        patch.setattr(library.config, 'HF_HUB_OFFLINE', True)
+        patch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        yield library
+
+
+def _dataset(datasets, **kinds):
+    """A data set of the six files, whose columns have certain types."""
+    values = {datasets.Image: [{'bytes': content, 'path': None} for content in FILES]}
+    columns = {name: values.get(type(kind), range(6)) for name, kind in kinds.items()}
+    plain = datasets.Dataset.from_dict(columns)
+    return plain.cast(datasets.Features(kinds))
+
+
+def test_columns_of_hugging_face(datasets, tmp_path):
+    """Image and ClassLabel or integers, of a saved data set with splits."""
+    image = datasets.Image()
+    number = datasets.Value('int64')
+    names = datasets.ClassLabel(names=list('abcdef'))
+    parts = datasets.DatasetDict(
+        {
+            'train': _dataset(datasets, picture=image, kind=names, id=number),
+            'plain': _dataset(datasets, picture=image, id=number),
+            'none': _dataset(datasets, picture=image),
+            'two': _dataset(datasets, a=image, b=image),
+            'numbers': _dataset(datasets, picture=image, a=number, b=number),
+            'nothing': _dataset(datasets, a=number),
+        }
+    )
+    parts.save_to_disk(tmp_path / 'saved')
+    where = str(tmp_path / 'saved')
+    for split, labels, classes in (
+        ('train', range(6), tuple('abcdef')),
+        ('plain', range(6), None),
+        ('none', [0] * 6, ('saved',)),
+    ):
+        source = sources.open_source('hf', where, split)
+        assert [source[i]['image'] for i in range(6)] == FILES
+        assert [int(source[i]['label']) for i in range(6)] == list(labels)
+        assert source.class_names == classes
+    assert source.name(-1) == f'{where} none [5]'
+    # One split alone, as another directory in which it was saved.
+    datasets.load_from_disk(where)['train'].save_to_disk(tmp_path / 'one')
+    assert sources.HuggingFace(tmp_path / 'one').class_names == tuple('abcdef')
+    for split, message in (
+        ('test', "has no split 'test', but train, plain"),
+        ('two', 'several columns that may hold images, a, b'),
+        ('numbers', 'several columns that may hold labels, a, b'),
+        ('nothing', 'has no column of images, but a: dataset.cast_column'),
+    ):
+        assert message in _refusal(sources.HuggingFace, where, split)
+
+
+def test_names_of_the_hub_that_are_not_there(datasets, tmp_path):
+    said = _refusal(sources.HuggingFace, 'nobody/nothing:plain', 'train', str(tmp_path))
+    assert 'cannot be opened by datasets' in said and '--config.data.split' in said
+
+
+def test_files_of_images_as_datasets_reads_them(datasets, tmp_path):
+    """A directory of classes is given by paths, not by bytes."""
+    for i, content in enumerate(FILES):
+        place = tmp_path / 'birds' / 'train' / 'ab'[i % 2] / f'{i}.jpg'
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    source = sources.HuggingFace(tmp_path / 'birds', data_dir=tmp_path / 'kept')
+    found = {source[i]['image']: int(source[i]['label']) for i in range(6)}
+    assert found == {content: i % 2 for i, content in enumerate(FILES)}
+    assert source.class_names == ('a', 'b')
