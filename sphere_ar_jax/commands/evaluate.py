@@ -85,7 +85,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         )
     else:
         bar = console.bar(None, 'reading the tar', 'byte')
-        source = sources.open_source(d.name, path, d.split, d.data_dir, bar)
+        source = sources.open_images(d.name, path, d.split, d.data_dir, bar)
         training, heldout = sources.split(source, d.holdout_files)
         known = schema.num_classes(cfg)
         if known is not None and source.num_classes > known:

@@ -215,6 +215,10 @@ def _training(run: Run, names: Sequence[str] | None, done: Mapping[str, int | No
         if steps is not None:
             said = f'{steps:,} steps of {training.batch_size} images'
         lines.append(f'- {"AR model" if stage == "ar" else stage}: {said}')
+    tuning = cfg.fine_tuning
+    if tuning.init_from is not None:
+        how = f', by factors of rank {tuning.lora_rank}' if tuning.lora_rank else ''
+        lines.append(f'- fine-tuned from the weights of another run{how}')
     return [*lines, f'- seed {cfg.seed}, computed in {cfg.dtype}']
 
 

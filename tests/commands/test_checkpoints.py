@@ -138,6 +138,10 @@ def test_only_scores_of_the_very_weights_are_on_a_card(run_with_paths, tmp_path)
     shutil.rmtree(workdir / 'ar' / 'checkpoints' / '6')  # as if it had been killed before
     card = checkpoints._card(str(workdir), run, None)
     assert 'No scores of these weights are known' in card and '4 steps of 16' in card
+    assert 'fine-tuned' not in card
+    run.config.fine_tuning.update(init_from='/secret/base', lora_rank=3)
+    card = checkpoints._card(str(workdir), run, None)
+    assert 'another run, by factors of rank 3' in card and 'secret' not in card
 
 
 @pytest.mark.slow
