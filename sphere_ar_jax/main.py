@@ -28,12 +28,14 @@ goes on where it stopped. The other modes are:
                    (statistics and images of a data set, for FID)
   --mode=experiment --config=configs/experiments/NAME.py --workdir=DIR [--seeds=0,1,2]
                    (trains and compares rows with several seeds, see docs/experiments)
+  --mode=serve     --workdir=DIR [--host=127.0.0.1] [--port=7860]
+                   (a page to draw with in the browser, see docs/serving.md)
   --mode=compile   --config=FILE --topology=v6e-256[,v5p-64,…] [--noaudit]
                    [--parts=train,sample,evaluate] [--output=FILE.json]
                    (what the programs would take on TPUs, without one)
 
-Encode, sample, grid and evaluate take sampler, seed, dtype and mesh from --config if it is given,
-else from the run's own config, of which --config.KEY=VALUE changes a value.
+Encode, sample, grid, evaluate and serve take sampler, seed, dtype and mesh from --config if it is
+given, else from the run's own config, of which --config.KEY=VALUE changes a value.
 
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
@@ -84,6 +86,7 @@ _MODE = flags.DEFINE_enum(
         'reference',
         'compile',
         'experiment',
+        'serve',
     ],
     'What to do, see above.',
 )
@@ -148,6 +151,8 @@ _OPTIONS = (
     _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
     _words('parts', ('compile',), 'Any of train, sample and evaluate; all if not given.'),
     _words('seeds', ('experiment',), "Seeds, in place of the config's."),
+    _text('host', ('serve',), 'Address to listen at, 127.0.0.1 if not given.'),
+    _count('port', ('serve',), 'Port to listen at, 7860 if not given.'),
     _switch('audit', ('compile',), 'Compile steps once more, to find what is replicated.'),
 )
 
@@ -169,9 +174,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 # Modes that draw or score what a run has trained, by its own config unless another is given.
-_OF_A_RUN = ('sample', 'grid', 'evaluate', 'encode')
+_OF_A_RUN = ('sample', 'grid', 'evaluate', 'encode', 'serve')
 # Modes that several processes cannot share.
-_ALONE = ('compile', 'convert', 'encode', 'experiment', 'export', 'pack', 'reference')
+_ALONE = ('compile', 'convert', 'encode', 'experiment', 'export', 'pack', 'reference', 'serve')
 # Modes that need no workdir.
 _WITHOUT_WORKDIR = ('pack', 'reference', 'compile')
 
@@ -378,6 +383,30 @@ def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any
         compile_ahead.run(cfg, **given)
 
 
+def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+    """Calls the command of a mode of `_OF_A_RUN`, see `_run`."""
+    if mode == 'encode':
+        from sphere_ar_jax.commands import data_sets
+
+        data_sets.encode(workdir, like=cfg, **given)
+    elif mode == 'evaluate':
+        from sphere_ar_jax.commands import evaluate
+
+        evaluate.evaluate(workdir, like=cfg, **given)
+    elif mode == 'sample':
+        from sphere_ar_jax.commands import draw
+
+        draw.sample(workdir, like=cfg, **given)
+    elif mode == 'grid':
+        from sphere_ar_jax.commands import draw
+
+        draw.grid(workdir, like=cfg, **given)
+    else:
+        from sphere_ar_jax.serving import page
+
+        page.serve(workdir, like=cfg, **given)
+
+
 def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
     """Calls the command of a mode.
 
@@ -411,22 +440,8 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
         from sphere_ar_jax.commands import checkpoints
 
         checkpoints.export_checkpoint(workdir, **given)
-    elif mode == 'encode':
-        from sphere_ar_jax.commands import data_sets
-
-        data_sets.encode(workdir, like=cfg, **given)
-    elif mode == 'evaluate':
-        from sphere_ar_jax.commands import evaluate
-
-        evaluate.evaluate(workdir, like=cfg, **given)
-    elif mode == 'sample':
-        from sphere_ar_jax.commands import draw
-
-        draw.sample(workdir, like=cfg, **given)
-    elif mode == 'grid':
-        from sphere_ar_jax.commands import draw
-
-        draw.grid(workdir, like=cfg, **given)
+    else:
+        _run_of_a_run(mode, workdir, cfg, given)
 
 
 def _end(code: int, line: str, details: str = '') -> NoReturn:

@@ -1,6 +1,7 @@
-"""launch/sphere_ar_colab.ipynb, executed whole.
+"""The notebooks of launch/, executed whole.
 
-It runs on digits and on a checkpoint of the public kind.
+sphere_ar_colab.ipynb runs on digits and on a checkpoint of the public kind, and
+fine_tune_on_a_folder.ipynb on the folders that it makes.
 """
 
 import ast
@@ -19,6 +20,7 @@ from tests.conftest import GOLDENS
 
 ROOT = GOLDENS.parent.parent
 NOTEBOOK = ROOT / 'launch' / 'sphere_ar_colab.ipynb'
+FINE_TUNING = ROOT / 'launch' / 'fine_tune_on_a_folder.ipynb'
 # Appended: what the notebook draws without N_R is, once projected, what the sampler draws from the
 # same noise.
 AGREES = """
@@ -39,24 +41,37 @@ np.testing.assert_allclose(geometry.project(x), z, atol=1e-4)
 """
 
 
-def _read():
-    return nbformat.read(NOTEBOOK, as_version=4)
+def _read(path=NOTEBOOK):
+    return nbformat.read(path, as_version=4)
 
 
 def _code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == 'code']
 
 
-def test_the_file_is_clean():
-    """Valid nbformat 4.5 with ids, no outputs.
-
-    Every name of ours that it uses exists, in branches not run here too.
+@pytest.mark.parametrize(('path', 'was_run'), [(NOTEBOOK, False), (FINE_TUNING, True)])
+def test_the_file_is_whole(path, was_run):
+    """Valid nbformat 4.5 with ids. One that was run from top to bottom keeps its outputs: no error,
+    and a picture at least.
     """
-    notebook = _read()
+    notebook = _read(path)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert notebook.metadata.kernelspec.name == 'python3'
-    assert all(not cell.outputs and cell.execution_count is None for cell in _code(notebook))
+    cells = _code(notebook)
+    if not was_run:
+        assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+        return
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == 'error']
+    assert any('image/png' in output.get('data', {}) for output in outputs)
+    assert path.stat().st_size < 1e6
+
+
+def test_the_names_of_ours_exist():
+    """Those that the notebook uses, in branches not run here too."""
+    notebook = _read()
     tree = ast.parse('\n'.join(cell.source for cell in _code(notebook)))
     imported = {}
     for node in ast.walk(tree):
@@ -80,10 +95,25 @@ def test_the_file_is_clean():
         assert not attribute.startswith('_'), f'{name}.{attribute} is private'
 
 
+def _with_settings(path, values):
+    """A notebook with a cell behind its settings that sets some of them to other values."""
+    notebook = _read(path)
+    settings = next(
+        i for i, cell in enumerate(notebook.cells) if 'parameters' in cell.metadata.get('tags', ())
+    )
+    source = '\n'.join(f'{key} = {value!r}' for key, value in values.items())
+    notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
+    return notebook
+
+
 RUNS = {
-    'digits': dict(MODEL='digits', CONFIG='tests/tiny_config.py', SCALES=[1.0, 3.0]),
+    'digits': dict(MODEL='digits', COLUMNS=4, CONFIG='tests/tiny_config.py', SCALES=[1.0, 3.0]),
     'checkpoint': dict(
-        CHECKPOINT=str(GOLDENS / 'tiny.pt'), CLASSES=['0', 'goldfish', '7', '9'], SCALES=[1.0, 4.5]
+        MODEL='B',
+        COLUMNS=4,
+        CHECKPOINT=str(GOLDENS / 'tiny.pt'),
+        CLASSES=['0', 'goldfish', '7', '9'],
+        SCALES=[1.0, 4.5],
     ),
 }
 
@@ -94,13 +124,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
     """No cell fails, the pictures are there, and the norms are what the text says."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
-    notebook = _read()
-    settings = next(
-        i for i, cell in enumerate(notebook.cells) if 'parameters' in cell.metadata.get('tags', ())
-    )
-    values = RUNS[name] | dict(WORKDIR=str(tmp_path / 'run'))
-    source = '\n'.join(f'{key} = {value!r}' for key, value in values.items())
-    notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(source))
+    notebook = _with_settings(NOTEBOOK, RUNS[name] | dict(WORKDIR=str(tmp_path / 'run')))
     if name == 'checkpoint':
         notebook.cells.append(nbformat.v4.new_code_cell(AGREES))
     # The directory is not the checkout: the package must be found from anywhere.
@@ -130,3 +154,23 @@ def test_it_runs(name, tmp_path, monkeypatch):
     assert len(norms) == 2
     np.testing.assert_allclose(np.array(norms, float), np.sqrt(8), rtol=1e-5)
     assert (tmp_path / 'run' / 'ar' / 'metrics.jsonl').exists() == (name == 'digits')
+
+
+@pytest.mark.slow
+def test_the_fine_tuning_runs(tmp_path, monkeypatch):
+    """The second run begins with the weights of the first and knows the classes of its folder."""
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
+    notebook = _with_settings(FINE_TUNING, dict(HOME=str(tmp_path / 'home')))
+    resources = {'metadata': {'path': str(tmp_path)}}
+    nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name='python3', resources=resources
+    ).execute()
+    cells = {cell.id: cell for cell in notebook.cells}
+    assert "('eight', 'nine')" in ''.join(
+        output.get('text', '') for output in cells['look'].outputs
+    )
+    said = ''.join(output.text for output in cells['tune'].outputs)
+    assert '2 begin with the mean of the old ones' in said
+    tuned = tmp_path / 'home' / 'fine_tuned'
+    assert (tuned / 'ar' / 'weights').exists() and (tuned / 'report.html').exists()

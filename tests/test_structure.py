@@ -18,6 +18,7 @@ ROOT = PACKAGE.parent
 # The floors of the house. A file may import from its own floor and from every floor below it.
 FLOORS = (
     'doors',  # main, doctor, benchmark, fidelity, loading: the files of the package's own folder
+    'serving',
     'commands',
     'experiments',
     'measure',

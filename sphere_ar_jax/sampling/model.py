@@ -104,6 +104,7 @@ class Model:
       config: the run's config.
       vae: the tokenizer.
       vae_params: its parameters.
+      mesh: the devices that compute.
       class_names: names of the classes in the order of their numbers, None where they have none.
     """
 
@@ -137,7 +138,7 @@ class Model:
         self._run: Run | None = run
         self._read_ar = read_ar
         self._find = find
-        self._mesh = sharding.make_mesh() if mesh is None else mesh
+        self.mesh = sharding.make_mesh() if mesh is None else mesh
         size = self.config.sampling.batch_size if batch_size is None else batch_size
         self._batch_size = inputs.number('batch_size', size, 1)
 
@@ -243,7 +244,7 @@ class Model:
             index=request.index,
             prefix=prefix,
             batch_size=self._batch_size,
-            mesh=self._mesh,
+            mesh=self.mesh,
         )
         return _clipped(images), Tokens(np.asarray(drawn.z), np.asarray(drawn.raw))
 
@@ -306,7 +307,7 @@ class Model:
             request.labels,
             seed=request.seed,
             index=request.index,
-            mesh=self._mesh,
+            mesh=self.mesh,
         )
         for count, decoded, _ in parts:
             images = _clipped(decoded)
@@ -529,7 +530,7 @@ class Model:
             )
         first, last = self.encode(np.concatenate(ends))
         t = np.linspace(0, 1, count, dtype=np.float32)[:, None, None]
-        if _on_a_sphere(self.vae):
+        if on_a_sphere(self.vae):
             way = geometry.slerp(jnp.asarray(first[None]), jnp.asarray(last[None]), jnp.asarray(t))
         else:
             way = (1 - t) * first[None] + t * last[None]
@@ -537,7 +538,7 @@ class Model:
 
     def _in_batches(self, function: Callable[[PyTree, PyTree], PyTree], rows: PyTree) -> np.ndarray:
         """What a program of the tokenizer makes of many rows."""
-        return on_mesh.in_batches(function, self.vae_params, rows, self._batch_size, self._mesh)
+        return on_mesh.in_batches(function, self.vae_params, rows, self._batch_size, self.mesh)
 
 
 def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
@@ -548,7 +549,7 @@ def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
-def _on_a_sphere(vae: VAE) -> bool:
+def on_a_sphere(vae: VAE) -> bool:
     """Whether tokens lie on a sphere: the projection then changes a point at twice the radius."""
     far = np.full((1, vae.latent_dim), 2, np.float32)
     return not np.array_equal(vae.project(jnp.asarray(far)), far)
