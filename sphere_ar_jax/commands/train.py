@@ -2,6 +2,8 @@
 
 It trains the tokenizer, unless `config.tokenizer` names a trained one, and then the AR model. With
 `config.init_from` it distils a head from a finished run instead.
+With `config.fine_tuning.init_from` both begin with the weights of another run
+(docs/fine_tuning.md).
 
 Dimensions:
   B  images of a batch     H, W, c  an image
