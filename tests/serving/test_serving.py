@@ -172,9 +172,9 @@ def browser(tmp_path):
     driver.quit()
 
 
-def _pixels(image):
-    """The pixels of an <img> of the page."""
-    with urllib.request.urlopen(image.get_attribute('src')) as answer:
+def _pixels(address):
+    """The pixels of an image of the page."""
+    with urllib.request.urlopen(address) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert('L')).astype(int)
 
 
@@ -193,25 +193,28 @@ def test_the_page_in_a_browser(browser, served):
             lambda b: len(all := b.find_elements(By.CSS_SELECTOR, selector)) >= count and all
         )
 
-    def drawn_after(button, words_before):
+    def files():
+        images = 'document.querySelectorAll("#images img")'
+        return browser.execute_script(f'return Array.from({images}, image => image.src)')
+
+    def drawn_after(button):
+        before = files()
         browser.find_element(By.ID, button).click()
-        words = '#words'
-        wait.until(lambda b: found(words)[0].text not in ('', words_before))
-        return found(words)[0].text, [_pixels(image) for image in found('#images img', 4)]
+        wait.until(lambda b: len(files()) == 4 and not set(files()) & set(before))
+        return [_pixels(file) for file in files()]
 
     browser.get(address)
     found('#draw')
     found('#class input')[0].click()
     found('[role=option]', 10)[3].click()
-    said, images = drawn_after('draw', '')
-    assert said.startswith('4 images of 3, seed 0') and len(images) == 4
+    images = drawn_after('draw')
+    wait.until(lambda b: found('#words')[0].text.startswith('4 images of 3, seed 0'))
     # Image 3 of the class 3 is what the version that trained the run drew.
     measured = np.load(GOLDENS / 'old_runs.npz')['digits/images'][3]
     expected = np.asarray(pixels.to_uint8(measured)).astype(int).squeeze()
     chex.assert_shape(images, (16, 16))
     assert np.abs(images[3] - expected).max() <= 1
-    (plot,) = found('#norms img')
-    assert int(plot.get_attribute('naturalWidth')) > 500
+    wait.until(lambda b: int(found('#norms img')[0].get_attribute('naturalWidth')) > 500)
 
     found('#images img')[1].click()
     (line,) = found('#line img')
@@ -221,11 +224,8 @@ def test_the_page_in_a_browser(browser, served):
     ).click().perform()
     (rows,) = found('#kept input[type=number]')
     wait.until(lambda b: rows.get_attribute('value') == '3')
-    _, completed = drawn_after('complete', said)
-    images = np.stack(images)
-    assert len(completed) == 4 and np.abs(np.stack(completed) - images).max() > 1
     # They share three rows of tokens, so that they differ below the line most.
-    spread = np.stack(completed).std(0)
+    spread = np.stack(drawn_after('complete')).std(0)
     assert spread[:4].mean() < spread[12:].mean()
 
     asked = [json.loads(entry['message'])['message'] for entry in browser.get_log('performance')]
