@@ -124,6 +124,7 @@ def _batch():
     return {'image': images, 'label': np.arange(16, dtype=np.int32) % 10}
 
 
+@pytest.mark.slow
 def test_factors_of_low_rank(low_rank):
     """They begin as the base; factors and the class table alone are trained; W + A·B is what the
     model is applied with, and what it is exported with.
