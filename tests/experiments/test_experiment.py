@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sphere_ar_jax.config import experiments, packaged
 from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
-from tests.conftest import libraries_promote
+from tests.conftest import GOLDENS, libraries_promote
 
 NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
 
@@ -213,6 +214,28 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked, monkeypatc
     alone = experiment.run(small(), 'two', str(tmp_path / 'alone'), 'COMMAND')
     assert joined['rows'] == alone['rows']
     assert joined['seconds']['training'] == alone['seconds']['training'] == 9 * 60
+
+
+@pytest.mark.parametrize('name', ['guidance', 'ablation', 'propagation'])
+def test_published_results_follow_from_the_published_measurements(name, tmp_path):
+    """A copy of measured.jsonl is all that a new workdir needs to go on from them."""
+    documents = GOLDENS.parent.parent / 'docs' / 'experiments'
+    shutil.copy(documents / 'measured.jsonl', tmp_path)
+    published = json.loads((documents / name / 'results.json').read_text())
+    c = packaged.load(f'experiments/{name}')
+    results = experiment._Results(str(tmp_path / 'measured.jsonl'))
+    by_row = experiment._summaries(c, experiment.parts(c), results)
+    rows = report.table(c, by_row)
+    for row, scores in published['rows'].items():
+        for score, interval in scores.items():
+            assert rows[row][score] == pytest.approx(interval), (row, score)
+    leads = {(lead['better'], lead['worse'], lead['score']): lead for lead in published['verdicts']}
+    found = {
+        (lead['better'], lead['worse'], lead['score']): lead for lead in report.verdicts(c, by_row)
+    }
+    for words, lead in leads.items():
+        assert found[words]['verdict'] == lead['verdict']
+        assert found[words]['advantage'] == pytest.approx(lead['advantage'])
 
 
 def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
