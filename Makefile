@@ -4,8 +4,8 @@
 test:  # the fast tests
 	pytest
 
-slow:  # whole runs, kills, several processes
-	pytest -m slow -k 'not digits_quality'
+slow:  # whole runs, kills, several processes; three at a time, since many of them wait
+	pytest -n 3 -m slow -k 'not digits_quality'
 	pytest -n 0 -m slow tests/test_main.py -k digits_quality  # alone, or its threads wait for other tests
 
 lint: types  # style, types, scripts, words
