@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import checks, recipes
 from sphere_ar_jax.data import augment, imagenet, small, sources
-from sphere_ar_jax.data.files import latents
+from sphere_ar_jax.data.files import array_records, latents
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.models import posteriors
 from sphere_ar_jax.models.vae import VAE
@@ -90,11 +90,15 @@ class _Named:
 def _open_images(run: Run, kind: str, path: str | None, *options: Any) -> sources.Images:
     """Opens the training images to encode; `options` are further arguments of `open_images`.
 
+    Small images of the run's own kind are those of the run's classes.
+
     Raises:
       UserError: they cannot be opened, or small images are not of the tokenizer's size.
     """
     if kind in small.KINDS:
-        data = small.open_data_set(kind, path, run.config.seed, run.config.data.holdout)
+        cfg = run.config
+        classes = cfg.data.classes if kind == cfg.data.name else ()
+        data = small.open_data_set(kind, path, cfg.seed, cfg.data.holdout, classes)
         checks.check_image_shape(kind, data.train.image_shape, run.vae.image_shape)
         return _Named(kind, data.train)
     if path is None:
@@ -200,8 +204,7 @@ def encode(
       UserError: there is no trained tokenizer, the images cannot be read, or the directory exists
         or cannot be written.
     """
-    if os.path.exists(output):
-        raise UserError(f'{output} exists: remove it, or take another')
+    array_records.require_new(output)
     run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
     d = run.config.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)

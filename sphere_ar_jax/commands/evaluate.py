@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.config import recipes, schema
+from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import (
@@ -75,7 +75,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         path = like.data.path
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
-        data = small.open_data_set(d.name, path, run.config.seed, d.holdout, d.classes)
+        data = build.open_data_set(cfg, path)
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
     elif path is None:

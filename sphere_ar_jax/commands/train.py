@@ -228,7 +228,7 @@ def _open_data(cfg: ConfigDict) -> _Data:
     """
     d = cfg.data
     if d.name in small.KINDS:
-        data = small.open_data_set(d.name, d.path, cfg.seed, d.holdout, d.classes)
+        data = build.open_data_set(cfg)
         count_classes(cfg, data.train)
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
+from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
@@ -21,6 +22,21 @@ from sphere_ar_jax.runtime.console import UserError, pick
 _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input')
 # Fields of a backbone whose values follow from the key `vae.channels`.
 _FROM_CHANNELS = {'patch_size', 'width'}
+
+
+def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
+    """Opens the small data set of a run.
+
+    Args:
+      config: the run's config; its kind of data must be one of `small.KINDS`.
+      path: where its files are now; None takes the config's own path.
+
+    Raises:
+      UserError: see `small.open_data_set`.
+    """
+    d = config.data
+    place = d.path if path is None else path
+    return small.open_data_set(d.name, place, config.seed, d.holdout, d.classes)
 
 
 class Sampler(NamedTuple):

@@ -111,7 +111,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
       before projection.
     """
     run = runs.load(cfg, cache, mesh)
-    _, train, heldout = runs.data_set(cfg)
+    _, train, heldout = build.open_data_set(cfg)
     judge = runs.judge(cfg, cache)
     real = small.first_images(train, MOST_IMAGES)
     norms = _norms(_encoded(run, real, cfg.seed))

@@ -24,7 +24,6 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.runtime import console, files, metric_writer
@@ -133,9 +132,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
-    data = small.open_data_set(
-        cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout, cfg.data.classes
-    )
+    data = build.open_data_set(cfg)
     labels = np.arange(num_images) % data.train.num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)

@@ -210,7 +210,7 @@ def _modes(run: Run) -> dict[str, Run]:
 def _norms(config: ConfigDict, run: Run, cache: str, mesh: Mesh) -> list[dict[str, Any]]:
     """Norms before projection by position, and scores, for each of `_modes`."""
     cfg = run.config
-    labels = np.arange(config.num_images) % runs.data_set(cfg).train.num_classes
+    labels = np.arange(config.num_images) % build.open_data_set(cfg).train.num_classes
     judge = runs.judge(cfg, cache)
     sampler = build.build_sampler(cfg)._replace(guidance_scale=config.common_guidance)
     lines = []
@@ -246,7 +246,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     """
     run = runs.load(cfg, cache, mesh)
     lines = _norms(config, run, cache, mesh)
-    labels = np.arange(config.followed_images) % runs.data_set(cfg).train.num_classes
+    labels = np.arange(config.followed_images) % build.open_data_set(cfg).train.num_classes
     sequences = Sequences(run, labels, config.common_guidance)
     for share in config.positions:
         position = int(share * run.ar.num_tokens)

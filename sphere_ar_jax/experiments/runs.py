@@ -63,13 +63,6 @@ def ar_directory(cache: str, cfg: ConfigDict) -> str:
     return f'{cache}/ar-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_AR)}'
 
 
-def data_set(cfg: ConfigDict) -> small.DataSet:
-    """The data set of a run, which must be one of `small.KINDS`."""
-    return small.open_data_set(
-        cfg.data.name, cfg.data.path, cfg.seed, cfg.data.holdout, cfg.data.classes
-    )
-
-
 _judges: dict[str, small_images.Judge] = {}
 
 
@@ -84,7 +77,7 @@ def judge(cfg: ConfigDict, cache: str) -> small_images.Judge:
     name = key([values['data'], values['seed']])
     if name not in _judges:
         _judges.clear()  # One at a time is in use.
-        data = data_set(cfg)
+        data = build.open_data_set(cfg)
         reader = small_images.classifier(data, cfg.data.classifier_steps, keep_in=cache)
         _judges[name] = small_images.Judge(data, reader)
     return _judges[name]
@@ -129,7 +122,7 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     if is_finished(directory):
         return
     own = schema.changed(cfg, {'ar_training.steps': 0, 'ar_training.warmup_steps': 0})
-    source = data_set(cfg).train
+    source = build.open_data_set(cfg).train
     with _logged(directory):
         workdir.claim(own, directory)
         _train(tokenizer_stage(own), source, directory, own.seed, mesh)
@@ -147,7 +140,7 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     if is_finished(directory):
         return
     own = schema.changed(cfg, {'tokenizer': tokenizer_directory(cache, cfg)})
-    source = data_set(cfg).train
+    source = build.open_data_set(cfg).train
     tokenizer = load_run(own.tokenizer, mesh, tokenizer_only=True)
     vae = build.build_vae(own)
     with _logged(directory):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import experiments
+from sphere_ar_jax.config import build, experiments
 from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.training import state as training_state
@@ -27,7 +27,7 @@ def _steps(cfg: ConfigDict, mesh: Mesh) -> Callable[[], None]:
     abstract = training_state.abstract_state(stage, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state: Any = training_state.initialise(stage, shardings, cfg.seed)
-    train = runs.data_set(cfg).train
+    train = build.open_data_set(cfg).train
     examples = [train[i % len(train)] for i in range(cfg.tokenizer_training.batch_size)]
     images = np.stack([example['image'] for example in examples])
     labels = np.stack([example['label'] for example in examples])

@@ -11,7 +11,7 @@ import pytest
 
 from sphere_ar_jax.commands import data_sets, train
 from sphere_ar_jax.config import checks, packaged, schema
-from sphere_ar_jax.data import sources
+from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.models.vae import batch_posterior
@@ -125,6 +125,15 @@ def test_posteriors_are_those_of_images(old_runs, folder, encoded):
     assert type(of_latents) is type(of_images)
     chex.assert_trees_all_equal_shapes_and_dtypes(of_images, of_latents)
     chex.assert_trees_all_close(of_images, of_latents, rtol=1e-4, atol=1e-5)
+
+
+def test_small_images_are_those_of_the_runs_classes(old_runs):
+    run = load_run(old_runs / 'digits', tokenizer_only=True)
+    run = run._replace(config=schema.changed(run.config, {'data.classes': (1, 3)}))
+    source = data_sets._open_images(run, 'digits', None)
+    everything = small.open_data_set('digits', None, run.config.seed, run.config.data.holdout)
+    assert source.num_classes == 2
+    assert len(source) == np.isin(everything.train.labels, (1, 3)).sum() > 0
 
 
 def _refusal(call, *arguments, **options):

@@ -113,6 +113,12 @@ class RecordFiles:
             raise UserError(f'{self.path}: record {i} is damaged: {first_line(error)}') from None
 
 
+def require_new(directory: str | os.PathLike[str]) -> None:
+    """Raises UserError where a directory that is to be written is there already."""
+    if os.path.exists(directory):
+        raise UserError(f'{os.path.abspath(directory)} exists: remove it, or take another')
+
+
 def write(
     directory: str | os.PathLike[str],
     layout: Layout,
@@ -147,8 +153,7 @@ def write(
     directory = os.path.abspath(directory)
     partial = f'{directory}.partial'
     shards = min(shards, n)
-    if os.path.exists(directory):
-        raise UserError(f'{directory} exists: remove it, or take another')
+    require_new(directory)
     if shards < 1:
         raise UserError(f'{n} images cannot be {layout.participle} into {shards} files')
     try:
