@@ -62,7 +62,7 @@ def _series(polynomials: list[np.ndarray], p: jax.Array, order: float) -> jax.Ar
     total = np.zeros(3 * len(polynomials))
     for k, coefficients in enumerate(polynomials):
         total[len(total) - len(coefficients) :] += coefficients / order**k
-    return jnp.polyval(jnp.asarray(total, p.dtype), p)
+    return jnp.polyval(jnp.asarray(total, p.dtype), p, unroll=1)
 
 
 class _Bessel(NamedTuple):
@@ -110,12 +110,19 @@ def _bessel(kappa: jax.Array, d: int) -> _Bessel:
     correction = z * p * p * _series(_W, p, order) / (order * sum_u)
     a = z / (1 + s) - correction
     lack = (1 + 1 / (s + z)) / (1 + s) + correction
-    for k in reversed(range(steps)):
-        twice = 2 * (nu + k + 1)
+
+    def down(
+        state: tuple[jax.Array, jax.Array, jax.Array], twice: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        """One order less; `twice` is 2n."""
+        rest, a, lack = state
         product = kappa * a
-        rest += jnp.log1p(product / twice)
-        a = kappa / (twice + product)
+        below = kappa / (twice + product)
         lack = (twice - kappa * lack) / (twice + product)
+        return (rest + jnp.log1p(product / twice), below, lack), None
+
+    orders = jnp.asarray(2 * (nu + np.arange(steps, 0, -1)), kappa.dtype)
+    (rest, a, lack), _ = jax.lax.scan(down, (rest, a, lack), orders)
     return _Bessel(rest + order * excess, rest + order * (1 / (s + z) - 1), a, lack)
 
 
