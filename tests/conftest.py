@@ -49,6 +49,36 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 libraries_promote = functools.partial(jax.numpy_dtype_promotion, 'standard')
 
 
+# The files that take longest, longest first.
+LONGEST = (
+    'runtime/test_hosts.py',
+    'training/test_loop.py',
+    'commands/test_train.py',
+    'test_main.py',
+    'test_documents.py',
+    'experiments/test_experiment.py',
+    'measure/test_compile_ahead.py',
+    'runtime/test_sharding.py',
+    'training/test_adversarial.py',
+    'commands/test_draw.py',
+    'test_benchmark.py',
+    'commands/test_fine_tuning.py',
+    'test_notebook.py',
+    'evaluation/test_fidelity.py',
+    'sampling/test_tokens.py',
+    'sphere/test_von_mises_fisher.py',
+    'sphere/test_power_spherical.py',
+    'models/test_posteriors.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, so that no process has one of them alone at the end."""
+    here = pathlib.Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
 def forced_devices(count: int) -> str:
     """XLA's flags for a process that a test starts with so many forced host devices."""
     return f'{QUICK} --xla_force_host_platform_device_count={count}'

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import sphere_ar_jax
-from tests import texture, words
+from tests import conftest, texture, words
 
 PACKAGE = pathlib.Path(sphere_ar_jax.__file__).parent
 ROOT = PACKAGE.parent
@@ -120,10 +120,10 @@ def test_the_tests_mirror_the_folders():
             )
 
 
-@pytest.mark.parametrize('absent', ['tensorflow', 'torch'])
-def test_every_module_can_be_imported_without(absent):
+def test_every_module_can_be_imported_without_tensorflow_and_torch():
     # None: no such module
-    code = f'import sys; sys.modules["{absent}"] = None; import {", ".join(MODULES)}'
+    absent = 'sys.modules.update(tensorflow=None, torch=None)'
+    code = f'import sys; {absent}; import {", ".join(MODULES)}'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=300, check=True)
 
 
@@ -136,6 +136,12 @@ def test_models_know_no_mesh(floor):
             assert not re.search(r'\b(mesh|sharding)\b', text), (
                 f'{path} speaks of a mesh: that is runtime/sharding.py'
             )
+
+
+def test_the_files_that_come_first_are_there():
+    tests = pathlib.Path(__file__).parent
+    for name in conftest.LONGEST:
+        assert (tests / name).exists(), f'tests/conftest.py, LONGEST: there is no tests/{name}'
 
 
 def test_no_pmap():
