@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,11 @@ import pytest
 from scipy import integrate, special, stats
 
 from sphere_ar_jax.sphere import geometry, power_spherical
+
+# As one program for each shape, which serves all numbers
+log_prob = jax.jit(power_spherical.log_prob)
+entropy = jax.jit(power_spherical.entropy, static_argnums=1)
+kl_to_uniform = jax.jit(power_spherical.kl_to_uniform, static_argnums=1)
 
 # {kappa: divergence} for d = 16, from the closed form
 KL_TABLE = {1.0: 0.0322247, 10.0: 1.3929067, 100.0: 10.8717478, 1000.0: 26.8112195}
@@ -23,11 +30,11 @@ def _log_normalizer(kappa, d):
     )
 
 
+@jax.jit
 def _slopes(s, alpha, beta):
     """d s/d alpha of draws s (n,), by `implicit_beta`."""
-    return jax.vmap(
-        jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, beta), argnums=1), (0, None)
-    )(s, alpha)
+    slope = jax.grad(power_spherical.implicit_beta, argnums=1)
+    return jax.vmap(slope, (0, None, None))(s, alpha, beta)
 
 
 def _cosine_density(kappa, d):
@@ -38,11 +45,7 @@ def _cosine_density(kappa, d):
         x[:2] = c, np.sqrt(1 - c * c)
         mu = np.eye(d)[0]
         with jax.enable_x64(True):
-            log_p = float(
-                power_spherical.log_prob(
-                    jnp.asarray(x), jnp.asarray(mu), jnp.asarray(kappa, jnp.float64)
-                )
-            )
+            log_p = float(log_prob(x, mu, np.float64(kappa)))
         return np.exp(log_p + power_spherical.log_surface(d - 1)) * (1 - c * c) ** ((d - 3) / 2)
 
     return density
@@ -51,10 +54,10 @@ def _cosine_density(kappa, d):
 @pytest.mark.parametrize('kappa', KL_TABLE)
 def test_kl_table(kappa):
     np.testing.assert_allclose(
-        power_spherical.kl_to_uniform(jnp.float32(kappa), 16), KL_TABLE[kappa], rtol=1e-6, atol=5e-6
+        kl_to_uniform(jnp.float32(kappa), 16), KL_TABLE[kappa], rtol=1e-6, atol=5e-6
     )
     with jax.enable_x64(True):
-        exact = power_spherical.kl_to_uniform(jnp.asarray(kappa, jnp.float64), 16)
+        exact = kl_to_uniform(jnp.asarray(kappa, jnp.float64), 16)
     np.testing.assert_allclose(exact, KL_TABLE[kappa], atol=5.1e-8)  # the table's last digit
 
 
@@ -62,14 +65,12 @@ def test_goldens(golden):
     mu = golden['mu']
     kappa = golden['kappa']
     d = 8
-    np.testing.assert_allclose(power_spherical.entropy(kappa, d), golden['entropy'], atol=1e-5)
-    np.testing.assert_allclose(power_spherical.kl_to_uniform(kappa, d), golden['kl'], atol=1e-5)
-    np.testing.assert_allclose(
-        power_spherical.log_prob(mu, mu, kappa), golden['log_prob_mu'], atol=1e-5
-    )
-    log_prob = power_spherical.log_prob(golden['psd_x'], mu, kappa)
-    chex.assert_equal_shape([log_prob, kappa])
-    np.testing.assert_allclose(log_prob, golden['psd_log_prob_x'], atol=1e-5)
+    np.testing.assert_allclose(entropy(kappa, d), golden['entropy'], atol=1e-5)
+    np.testing.assert_allclose(kl_to_uniform(kappa, d), golden['kl'], atol=1e-5)
+    np.testing.assert_allclose(log_prob(mu, mu, kappa), golden['log_prob_mu'], atol=1e-5)
+    found = log_prob(golden['psd_x'], mu, kappa)
+    chex.assert_equal_shape([found, kappa])
+    np.testing.assert_allclose(found, golden['psd_log_prob_x'], atol=1e-5)
     x = power_spherical.sample_from_draws(mu, kappa, golden['beta_draw'], golden['tangent_draw'])
     np.testing.assert_allclose(np.sqrt(8) * x, golden['z'], atol=1e-5)
 
@@ -80,32 +81,26 @@ def test_normaliser_entropy_and_kl_against_scipy(kappa, d):
     """In float64 to 1e-9, and in float32 to 1e-5 of their size: no cancellation at large kappa."""
     b = (d - 1) / 2
     peak = _log_normalizer(kappa, d) + kappa * np.log(2)
-    entropy = -_log_normalizer(kappa, d) - kappa * (
+    spread = -_log_normalizer(kappa, d) - kappa * (
         np.log(2) + special.digamma(kappa + b) - special.digamma(kappa + 2 * b)
     )
     mu = np.eye(d)[0]
     with jax.enable_x64(True):
         kappa64 = jnp.asarray(kappa, jnp.float64)
         np.testing.assert_allclose(
-            power_spherical.log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64),
+            log_prob(jnp.asarray(mu), jnp.asarray(mu), kappa64),
             peak,
             rtol=1e-9,
             atol=1e-8,
         )
-        np.testing.assert_allclose(
-            power_spherical.entropy(kappa64, d), entropy, rtol=1e-9, atol=1e-8
-        )
+        np.testing.assert_allclose(entropy(kappa64, d), spread, rtol=1e-9, atol=1e-8)
     mu = jnp.asarray(mu, jnp.float32)
-    np.testing.assert_allclose(
-        power_spherical.log_prob(mu, mu, jnp.float32(kappa)), peak, rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        power_spherical.entropy(jnp.float32(kappa), d), entropy, rtol=1e-5, atol=1e-5
-    )
-    kl = power_spherical.kl_to_uniform(jnp.float32(kappa), d)
+    np.testing.assert_allclose(log_prob(mu, mu, jnp.float32(kappa)), peak, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy(jnp.float32(kappa), d), spread, rtol=1e-5, atol=1e-5)
+    kl = kl_to_uniform(jnp.float32(kappa), d)
     # The truth is a small difference of numbers of the size of the entropy.
-    truth = power_spherical.log_surface(d) - entropy
-    np.testing.assert_allclose(kl, truth, rtol=1e-5, atol=1e-5 + 5e-7 * abs(entropy))
+    truth = power_spherical.log_surface(d) - spread
+    np.testing.assert_allclose(kl, truth, rtol=1e-5, atol=1e-5 + 5e-7 * abs(spread))
 
 
 @pytest.mark.parametrize('d', [3, 8, 16])
@@ -122,11 +117,9 @@ def test_uniform_at_kappa_zero():
     x = geometry.l2_normalize(jax.random.normal(jax.random.key(0), (100, 16)))
     mu = jnp.broadcast_to(jnp.eye(1, 16), (100, 16))
     expected = -power_spherical.log_surface(16)
-    np.testing.assert_allclose(power_spherical.log_prob(x, mu, jnp.zeros(100)), expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        power_spherical.log_prob(-mu, mu, jnp.zeros(100)), expected, rtol=1e-6
-    )
-    np.testing.assert_allclose(power_spherical.kl_to_uniform(jnp.float32(0), 16), 0, atol=1e-5)
+    np.testing.assert_allclose(log_prob(x, mu, jnp.zeros(100)), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_prob(-mu, mu, jnp.zeros(100)), expected, rtol=1e-6)
+    np.testing.assert_allclose(kl_to_uniform(jnp.float32(0), 16), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize('kappa', [0.0, 1.0, 50.0, 1e4])
@@ -195,6 +188,15 @@ def test_implicit_gradient_is_finite_for_any_draw():
         assert (slope >= 0).all()  # more alpha moves every quantile up
 
 
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(None, None, 0))
+@jax.grad
+def _slopes_of_a_sample(kappa, mu, key):
+    """d/d kappa of exp(⟨mu, x⟩) of the sample x by each of n keys (n,)."""
+    x = power_spherical.sample(key, mu[None], kappa[None])
+    return jnp.exp(jnp.sum(x[0] * mu))
+
+
 @pytest.mark.parametrize('kappa', [1.0, 20.0, 500.0])
 def test_gradient_of_expectation_against_quadrature(kappa):
     """d/d kappa of E[exp(⟨mu, x⟩)] by 20,000 reparameterised samples and by quadrature."""
@@ -202,13 +204,8 @@ def test_gradient_of_expectation_against_quadrature(kappa):
     d = 8
     mu = geometry.l2_normalize(jnp.arange(1.0, d + 1))
     b = (d - 1) / 2
-
-    def sampled(kappa, key):
-        x = power_spherical.sample(key, jnp.broadcast_to(mu, (1, d)), jnp.reshape(kappa, (1,)))
-        return jnp.exp(jnp.sum(x[0] * mu))
-
     keys = jax.random.split(jax.random.key(2), n)
-    slopes = jax.jit(jax.vmap(jax.grad(sampled), (None, 0)))(jnp.float32(kappa), keys)
+    slopes = np.asarray(_slopes_of_a_sample(jnp.float32(kappa), mu, keys))
 
     def expectation(kappa):
         return stats.beta(kappa + b, b).expect(lambda s: np.exp(2 * s - 1), epsabs=1e-12)
@@ -243,17 +240,20 @@ def test_gradient_reaches_mu():
     )
 
 
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def _value_and_slopes(mu, kappa):
+    """A loss of a sample and of the divergence, with its gradients for mu and kappa."""
+    x = power_spherical.sample(jax.random.key(0), mu, kappa)
+    return jnp.sum(x * x[:, ::-1]) + jnp.sum(power_spherical.kl_to_uniform(kappa, 16))
+
+
 @pytest.mark.parametrize('kappa', [0.0, 1.0, 1e4])
 @pytest.mark.parametrize('sign', [1.0, -1.0])
 def test_gradients_are_finite_at_the_poles(kappa, sign):
     mu = sign * jnp.eye(1, 16)
 
-    def loss(mu, kappa):
-        x = power_spherical.sample(jax.random.key(0), mu, kappa)
-        return jnp.sum(x * x[:, ::-1]) + jnp.sum(power_spherical.kl_to_uniform(kappa, 16))
-
-    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    value, slopes = both(mu, jnp.full(1, kappa))
+    value, slopes = _value_and_slopes(mu, jnp.full(1, kappa))
     chex.assert_tree_all_finite((value, slopes))
 
 
