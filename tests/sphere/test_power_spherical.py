@@ -30,11 +30,11 @@ def _log_normalizer(kappa, d):
     )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=2)
 def _slopes(s, alpha, beta):
     """d s/d alpha of draws s (n,), by `implicit_beta`."""
-    slope = jax.grad(power_spherical.implicit_beta, argnums=1)
-    return jax.vmap(slope, (0, None, None))(s, alpha, beta)
+    slope = jax.grad(lambda s, a: power_spherical.implicit_beta(s, a, beta), argnums=1)
+    return jax.vmap(slope, (0, None))(s, alpha)
 
 
 def _cosine_density(kappa, d):
