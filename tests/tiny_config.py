@@ -10,7 +10,7 @@ from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 from sphere_ar_jax.training.state import quickly_compiled
 
-LONG = 48
+LONG = 24, 48  # steps of the tokenizer, whose steps take longer, and of the AR model
 
 
 def get_config(arg=''):
@@ -52,8 +52,8 @@ def get_config(arg=''):
 def long_config():
     """LONG steps of both stages, saved and logged at each."""
     c = get_config()
-    for options in (c.tokenizer_training, c.ar_training):
-        options.update(steps=LONG, checkpoint_every=1, log_every=1)
+    for options, steps in zip((c.tokenizer_training, c.ar_training), LONG, strict=True):
+        options.update(steps=steps, checkpoint_every=1, log_every=1)
     return c
 
 

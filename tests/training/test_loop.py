@@ -436,18 +436,18 @@ def _spawn(which, directory, cache):
     )  # fmt: skip
 
 
-def _await_training(process):
+def _await_training(process, last):
     """Waits for four steps, when the first two are saved: each save waits for the one before."""
     steps = 0
     for line in process.stdout:
-        steps += f'/{LONG}' in line
+        steps += f'/{last}' in line
         if steps == 4:
             return
 
 
-def _await_save(process, checkpoints):
+def _await_save(process, last, checkpoints):
     """Waits for a checkpoint to be half written. Returns whether one was seen."""
-    _await_training(process)
+    _await_training(process, last)
     end = time.monotonic() + 20
     while time.monotonic() < end and process.poll() is None:
         if any('orbax-checkpoint-tmp' in name for name in os.listdir(checkpoints)):
@@ -477,15 +477,16 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
     whole = _spawn(which, tmp_path / 'whole', cache)
     assert whole.wait(300) == 0, whole.stdout.read()
     rng = random.Random(which)
+    last_step = LONG[which]
     in_a_save = 0
     for moment in moments:
         process = _spawn(which, tmp_path / 'killed', cache)
         if moment == 'save':
-            in_a_save += _await_save(process, checkpoints)
+            in_a_save += _await_save(process, last_step, checkpoints)
         elif moment == 'start':
             time.sleep(rng.uniform(0.5, 4))
         else:
-            _await_training(process)
+            _await_training(process, last_step)
             time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGTERM if moment == 'term' else signal.SIGKILL)
         process.communicate(timeout=60)
@@ -497,7 +498,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
         last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output
     ), output
     assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
-    killed, undisturbed = (noted_fingerprint(tmp_path / n, LONG) for n in ('killed', 'whole'))
+    killed, undisturbed = (noted_fingerprint(tmp_path / n, last_step) for n in ('killed', 'whole'))
     assert killed == undisturbed
     logs = [_logged(tmp_path / name) for name in ('whole', 'killed')]
-    assert len(logs[0]) == LONG and logs[0] == logs[1]
+    assert len(logs[0]) == last_step and logs[0] == logs[1]
