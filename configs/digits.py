@@ -106,9 +106,8 @@ def get_config(arg: str = '') -> ConfigDict:
         c.init_from = ''  # The checks refuse this until the user gives a workdir.
         c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
     if 'smoke' in words:
-        c.tokenizer_training.update(steps=30, warmup_steps=10, log_every=10, checkpoint_every=15)
-        c.ar_training.update(
-            steps=30, warmup_steps=10, ema_decay=0.9, log_every=10, checkpoint_every=15
-        )
-        c.sampling.update(num_steps=10)
+        short = dict(steps=12, warmup_steps=4, log_every=4, checkpoint_every=6)
+        c.tokenizer_training.update(short)
+        c.ar_training.update(short, ema_decay=0.9)
+        c.sampling.update(num_images=200, batch_size=200, num_steps=10)
     return c

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config as digits_config
+from sphere_ar_jax import benchmark
 from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import compare, our_parts
+from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import libraries_promote
 from tests.tiny_config import get_config
 
@@ -102,9 +104,7 @@ def test_the_public_code_gives_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """A part in a process of its own, its table and its numbers; then what cannot be run, in one
-    line.
-    """
+    """A part in a process of its own, its table and its numbers; then a wrong flag, in one line."""
     result = _run(
         '--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=head', '--batch_size=2',
         '--repeats=2'
@@ -131,17 +131,21 @@ def test_the_command(tmp_path):
         {'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16
     )
     np.testing.assert_allclose(sums, 1 + 15 * 0.1 + 16 * 0.01 + 2)
+    refused = _run('--config=tests/tiny_config.py', '--no_such_flag')
+    assert refused.returncode != 0 and 'error: Unknown command line flag' in refused.stderr
+    assert 'Traceback' not in refused.stderr
+
+
+@pytest.mark.slow
+def test_what_cannot_be_run_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # as the command sets it
+    whole = ('--config=tests/tiny_config.py', f'--output={tmp_path}')
     for arguments, message in (
         ((), 'give --config=configs/NAME.py and --output=DIR'),
-        (('--config=tests/tiny_config.py', f'--output={tmp_path}', '--parts=tail'), 'no part tail'),
-        (('--config=tests/tiny_config.py', '--no_such_flag'), 'Unknown command line flag'),
-        (
-            ('--config=tests/tiny_config.py', f'--output={tmp_path}', f'--against={tmp_path}'),
-            'is no checkout',
-        ),
+        ((*whole, '--parts=tail'), 'no part tail'),
+        ((*whole, f'--against={tmp_path}'), f'{tmp_path} is no checkout'),
     ):
-        refused = _run(*arguments)
-        assert refused.returncode != 0 and f'error: {message}' in refused.stderr.replace(
-            f'{tmp_path} ', ''
-        )
-        assert 'Traceback' not in refused.stderr
+        with pytest.raises(UserError, match=f'^{message}') as refused:
+            benchmark.main(['benchmark', *arguments])
+        assert '\n' not in str(refused.value)

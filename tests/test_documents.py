@@ -112,8 +112,10 @@ def test_eight_digits_then_ten(tmp_path):
     (block,) = [text for name, text in read_commands.blocks('python') if 'fine_tuning' in name]
     for name in ('ten', 'ten_by_factors'):
         found = {}
-        exec(block.replace('/tmp/ten', str(tmp_path / name)), found)
-        chex.assert_shape(found['images'], (1000, 16, 16, 1))
+        fewer = block.replace('np.arange(1000)', 'np.arange(40)')
+        assert fewer != block
+        exec(fewer.replace('/tmp/ten', str(tmp_path / name)), found)
+        chex.assert_shape(found['images'], (40, 16, 16, 1))
         assert np.isfinite(found['images']).all()
         assert found['right'].dtype == bool
 

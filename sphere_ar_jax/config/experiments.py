@@ -303,8 +303,8 @@ def _make_small(config: ConfigDict) -> None:
         words for words in config.comparisons if set(words.split()[:2]) <= set(first)
     )
     for name in ('tokenizer_training', 'ar_training'):
-        base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4)
-    base.sampling.update(num_steps=2)
+        base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4, batch_size=16)
+    base.sampling.update(num_steps=2, batch_size=64)
     base.data.classifier_steps = 20
     config.update(seeds=(0, 1), num_images=60, followed_images=4, disturbances=(0.01, 0.1))
     config.update(guidance_scales=(config.common_guidance, 8.0), positions=(0.0,))

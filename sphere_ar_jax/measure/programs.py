@@ -9,6 +9,7 @@ Dimensions:
   E  evaluations of the flow head for a token
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Work(NamedTuple):
     devices: int = 1
 
 
+@functools.cache
 def _shapes(model: AR | VAE) -> PyTree:
     """The shapes of a model's parameters, a tokenizer's with the statistics that it needs."""
 

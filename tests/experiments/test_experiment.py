@@ -367,8 +367,10 @@ def shared(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 @libraries_promote()
-def test_every_experiment_runs(shared, name):
+def test_every_experiment_runs(shared, name, monkeypatch):
     """Two of its rows, trained in a few steps; what it measures is finite."""
+    monkeypatch.setattr(speed, 'STEPS', 2)
+    monkeypatch.setattr(speed, 'TURNS', 3)
     c = experiments.check(packaged.load(f'experiments/{name}:smoke'))
     c.seeds = (0,)
     found = experiment.run(c, name, str(shared), 'COMMAND')

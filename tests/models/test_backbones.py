@@ -87,7 +87,7 @@ def test_defaults_are_the_matched_sizes():
 
 def test_words_of_the_configs():
     smoke = checks.check(_load('digits', 'cnn,smoke'))
-    assert smoke.vae.backbone == 'cnn' and smoke.tokenizer_training.steps == 30
+    assert smoke.vae.backbone == 'cnn' and smoke.tokenizer_training.steps == 12
     assert checks.check(_load('ar_b', 'vit,tpu')).vae == _load('vae', 'vit').vae
     for name in ('digits', 'vae', 'ar_b'):
         with pytest.raises(ValueError, match='has one backbone: use one of cnn, vit'):

@@ -65,12 +65,13 @@ def merged(first: Statistics, n: int, second: Statistics, m: int) -> Statistics:
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:
-    """A matrix A with A·Aᵀ = Σ, from the eigenvalues of a symmetric Σ ≥ 0.
+    """A matrix A (f, r) with A·Aᵀ = Σ, from the eigenvalues of a symmetric Σ ≥ 0 of rank r.
 
-    Eigenvalues that rounding made negative count as 0.
+    Eigenvalues that are nothing but rounding are left out.
     """
     values, vectors = np.linalg.eigh(sigma)
-    return vectors * np.sqrt(values.clip(0))
+    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def _check(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> None:
