@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,20 @@ def _noise(golden, case):
     return first, rest
 
 
+@functools.cache
+def _program(model, options, scale):
+    """The sampler of given noise as one program, in which the scale is a constant."""
+    return jax.jit(
+        lambda params, labels, noise: sample_tokens(
+            model, params, labels, None, options, scale, noise=noise
+        )
+    )
+
+
 def _sample(golden, model, params, case, noise, **options):
     schedule, scale = CASES[case]
-    options = Options(num_steps=5, guidance=schedule, **options)
-    run = jax.jit(
-        lambda p, n: sample_tokens(model, p, golden['class_id'], None, options, scale, noise=n)
-    )
-    return np.asarray(run(params, noise))
+    run = _program(model, Options(num_steps=5, guidance=schedule, **options), scale)
+    return np.asarray(run(params, golden['class_id'], noise))
 
 
 def draw_token(model, params, options, k, scale, c, noise, apart):
@@ -93,6 +102,12 @@ def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
             c, cache = decode(fed, k + 1, cache)
 
 
+@functools.cache
+def _decoder(vae):
+    """(parameters, tokens) → images, as one program."""
+    return jax.jit(lambda params, z: vae.apply({'params': params}, z, method='decode'))
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
     """Sampling freely, by the one compiled program.
@@ -109,13 +124,13 @@ def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
     np.testing.assert_allclose(tokens, expected, atol=1e-4 if case == 'cfg1' else 5e-3)
     np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
     assert golden[f'sample/{case}/meta'].tolist() == [CASES[case][1] or 1.0, 5]
-    decode = jax.jit(lambda z: tiny_vae[0].apply({'params': tiny_vae[1]}, z, method='decode'))
+    decode = _decoder(tiny_vae[0])
     np.testing.assert_allclose(
-        decode(expected), golden[f'sample/{case}/images'], rtol=1e-4, atol=1e-4
+        decode(tiny_vae[1], expected), golden[f'sample/{case}/images'], rtol=1e-4, atol=1e-4
     )
     if case == 'cfg1':
         np.testing.assert_allclose(
-            decode(tokens), golden[f'sample/{case}/images'], rtol=1e-3, atol=1e-3
+            decode(tiny_vae[1], tokens), golden[f'sample/{case}/images'], rtol=1e-3, atol=1e-3
         )
 
 
