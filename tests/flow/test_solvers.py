@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ def gaussian_velocity(x, t):
     return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
+@jax.jit
 def mixture_velocity(x, t):
     """The same for `MIXTURE`.
 
@@ -61,15 +64,23 @@ def mixture_flow(x):
     )
 
 
-def run(velocity, x, table, noise=None, **options):
-    t = jnp.asarray(table.t)
-
+def _integrate(velocity, x, t, weights, noise=None, **options):
     def prepare(index):
         return t[jnp.minimum(index, len(t) - 1)]
 
-    return np.asarray(
-        solvers.integrate(velocity, x, table.weights, noise, prepare=prepare, **options)
-    )
+    return solvers.integrate(velocity, x, weights, noise, prepare=prepare, **options)
+
+
+_program = jax.jit(_integrate, static_argnums=0)
+
+
+def run(velocity, x, table, noise):
+    return np.asarray(_program(velocity, x, table.t, table.weights, noise))
+
+
+@functools.cache
+def normal(seed, shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def run64(velocity, x, table):
@@ -142,31 +153,26 @@ def test_the_error_of_dpm_solver_falls_as_the_docstring_says():
 @pytest.mark.parametrize('solver', [*DETERMINISTIC, 'euler_maruyama'])
 def test_the_loop_is_the_definition(solver):
     """The compiled loop gives what the table says, whatever the chunk, the padding or the count."""
-    x = jnp.linspace(-2, 2, 9)[:, None]
+    x = np.linspace(-2, 2, 9, dtype=np.float32)[:, None]
     arguments = {'noise_scale': 0.0} if solver == 'euler_maruyama' else {}
     table, longer = (solvers.table(solver, n, 1.7, **arguments) for n in (7, 12))
-    expected = run64(gaussian_velocity, x, table)
-    for chunk in (1, 3, len(table.t), 40):
-        np.testing.assert_allclose(
-            run(gaussian_velocity, x, table, chunk=chunk), expected, atol=2e-6
-        )
     padded, counts = solvers.pad([longer, table])
     assert counts.tolist() == [len(longer.t), len(table.t)]
+    chunks = (1, 3, len(table.t), 40)
+    integrate = functools.partial(_integrate, gaussian_velocity, x)
+
+    @jax.jit
+    def in_chunks(t, weights):
+        return [integrate(t, weights, chunk=chunk) for chunk in chunks]
+
+    expected = run64(gaussian_velocity, x, table)
+    for chunk, out in zip(chunks, in_chunks(table.t, table.weights), strict=True):
+        np.testing.assert_allclose(out, expected, atol=2e-6, err_msg=f'chunks of {chunk}')
+
+    counted = jax.jit(functools.partial(integrate, chunk=5))
     for i, truth in enumerate((run64(gaussian_velocity, x, longer), expected)):
-        out = jax.jit(lambda i: _padded(padded, counts, i, x))(i)
+        out = counted(padded.t[i], padded.weights[i], count=counts[i])
         np.testing.assert_allclose(out, truth, atol=2e-6)
-
-
-def _padded(padded, counts, i, x):
-    t = jnp.asarray(padded.t)[i]
-    weights = jnp.asarray(padded.weights)[i]
-
-    def prepare(index):
-        return t[jnp.minimum(index, len(t) - 1)]
-
-    return solvers.integrate(
-        gaussian_velocity, x, weights, count=jnp.asarray(counts)[i], prepare=prepare, chunk=5
-    )
 
 
 def test_two_lines_of_dpm_solver():
@@ -196,11 +202,11 @@ def test_euler_maruyama_has_the_law_of_the_data(noise_scale):
     """
     n = 40_000
     table = solvers.table('euler_maruyama', 200, noise_scale=noise_scale)
-    draws = jax.random.normal(jax.random.key(0), (201, n, 1))
+    draws = normal(0, (201, n, 1))
     x = run(gaussian_velocity, draws[0], table, draws[1:])
     assert abs(x.mean() - MEAN) < 5 * STD / np.sqrt(n) + 2e-3
     assert abs(x.std() / STD - 1) < 0.02
-    start = np.asarray(draws[0]).ravel()
+    start = draws[0].ravel()
     # The flow without noise keeps all of it; dx = −γx near t = 0 forgets it.
     kept = np.corrcoef(start, x.ravel())[0, 1]
     assert kept < np.exp(-0.8 * noise_scale)
@@ -238,7 +244,7 @@ def test_euler_maruyama_has_the_law_of_a_mixture(shift):
 
     n = 20_000
     table = solvers.table('euler_maruyama', 200, shift, last_step=0.01)
-    draws = jax.random.normal(jax.random.key(1), (201, n, 1))
+    draws = normal(1, (201, n, 1))
     x = run(mixture_velocity, draws[0], table, draws[1:]).ravel()
     weights, means, stds = MIXTURE
 
