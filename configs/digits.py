@@ -19,6 +19,10 @@ distilled  A flow head of one or two evaluations with guidance within, distilled
            python -m sphere_ar_jax.main --config=configs/digits.py:distilled \
                --config.init_from=/tmp/digits --workdir=/tmp/digits_distilled
 
+riemannian
+           A head whose flow follows the geodesics of the sphere (docs/method.md, "Riemannian
+           head"), with 20 evaluations a token. Its samples have not been scored.
+
 cnn, vit   Another backbone of the tokenizer with as many parameters, within 3%, in place of the
            hybrid (docs/method.md, "Backbone").
 
@@ -52,7 +56,7 @@ def get_config(arg: str = '') -> ConfigDict:
       ValueError: another word was given, or two backbones; one line.
     """
     backbones = recipes.BACKBONES['digits']
-    known = ('smoke', 'fast', 'distilled', *backbones)
+    known = ('smoke', 'fast', 'distilled', 'riemannian', *backbones)
     words, _ = recipes.arguments('configs/digits.py', arg, known)
     c = config.default()
     c.data.name = 'digits'
@@ -100,6 +104,9 @@ def get_config(arg: str = '') -> ConfigDict:
         guidance='constant',
         guidance_scale=1.5,
     )
+    if 'riemannian' in words:
+        c.ar.head = 'riemannian'
+        c.sampling.update(solver='ab2', num_steps=20)
     if 'fast' in words:
         c.sampling.update(recipes.FAST)
     if 'distilled' in words:

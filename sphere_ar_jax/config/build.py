@@ -1,6 +1,7 @@
 """Builds the objects that a config describes. Nothing else picks parts by name."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
 from sphere_ar_jax.models.conditions import CONDITIONS
-from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.models.heads import HEADS, Head, check_solver
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError, pick
@@ -110,6 +111,13 @@ def build_vae(config: ConfigDict) -> VAE:
     )
 
 
+def _head_class(config: ConfigDict) -> Callable[..., Head]:
+    """The head that the config's words name, the distilled one where one is distilled."""
+    if config.init_from is None:
+        return pick(HEADS, 'ar.head', config.ar.head)
+    return pick(HEADS, 'distillation_training.head', config.distillation_training.head)
+
+
 def build_ar(config: ConfigDict) -> AR:
     """The AR model that the config describes (docs/method.md, "Autoregressive model").
 
@@ -122,14 +130,10 @@ def build_ar(config: ConfigDict) -> AR:
         raise UserError(
             f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
         )
-    if config.init_from is None:
-        head_class = pick(HEADS, 'ar.head', c.head)
-    else:
-        word = config.distillation_training.head
-        head_class = pick(HEADS, 'distillation_training.head', word)
     speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
     latent_dim = config.vae.latent_dim
-    head = head_class(latent_dim, c.head_width, c.head_depth, c.head_groups, **speed)
+    fields = (latent_dim, c.head_width, c.head_depth, c.head_groups)
+    head = _head_class(config)(*fields, **speed)
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     condition = condition_class(num_classes, c.class_tokens, c.width)
     grid = tuple(config.vae.grid)
@@ -137,9 +141,15 @@ def build_ar(config: ConfigDict) -> AR:
 
 
 def build_sampler(config: ConfigDict) -> Sampler:
-    """The sampler that the config describes (docs/method.md, "Sampling")."""
+    """The sampler that the config describes (docs/method.md, "Sampling").
+
+    Raises:
+      ValueError: an option has no use, a value is not possible, or the head has another solver.
+    """
     s = config.sampling.to_dict()
     if s['guidance_interval'] is not None:
         s['guidance_interval'] = tuple(s['guidance_interval'])
     chosen = {field.name: s[field.name] for field in dataclasses.fields(plan.Options)}
-    return Sampler(plan.Options(**chosen), s['guidance_scale'], s['temperature'])
+    options = plan.Options(**chosen)
+    check_solver(_head_class(config), options.solver)
+    return Sampler(options, s['guidance_scale'], s['temperature'])

@@ -209,6 +209,33 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     )
 
 
+# Posteriors whose latents have any length.
+_FREE_POSTERIORS = ('gaussian', 'sigma_vae')
+
+
+def _check_geodesics(config: ConfigDict) -> None:
+    """Checks that a head of geodesics gets tokens on the sphere, and no option without a use."""
+    if config.ar.head != 'riemannian':
+        return
+    _require(
+        config.init_from is None,
+        'a head is distilled from the head flow, and ar.head is riemannian',
+    )
+    is_free = config.vae.posterior in _FREE_POSTERIORS
+    _require(
+        config.ar.token_space == 'projected'
+        or (config.ar.token_space == 'latents' and not is_free),
+        f'ar.head riemannian needs tokens on the sphere, but those of vae.posterior '
+        f'{config.vae.posterior} with ar.token_space {config.ar.token_space} have any length: '
+        'use ar.token_space projected',
+    )
+    _require(
+        config.sampling.temperature == 1,
+        f'sampling.temperature is {config.sampling.temperature}, but the noise of ar.head '
+        'riemannian has no length to change: leave it at 1',
+    )
+
+
 def check_image_shape(
     name: str, want: tuple[int, int, int] | None, image_shape: tuple[int, int, int]
 ) -> None:
@@ -465,5 +492,6 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)
+    _check_geodesics(config)
     _check_sampling(config)
     return config

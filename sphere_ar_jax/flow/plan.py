@@ -83,7 +83,8 @@ class Options:
         go on from different first tokens. This is a quirk of the published sampler. False lets both
         go on from the conditional token. None stands for True. Only the linear schedule has this
         option. See `docs/method.md`, "First token".
-      noise_scale: γ, see `solvers.euler_maruyama`; None stands for 1. No other solver has it.
+      noise_scale: γ of `solvers.euler_maruyama`, or η of `solvers.mixing`; None stands for 1. No
+        other solver has it.
       shift: warp of the time grid, see `solvers.grid`; None stands for 1, equal steps.
       final_steps: steps of the last token; None gives every token `num_steps`.
       annealing: how the steps go from `num_steps` to `final_steps`, see `annealed_steps`. The two

@@ -7,6 +7,7 @@ array m, the velocity v = v(x, t_i) and fresh noise ε. Its step is
 
 A solver on a grid of times is therefore (t_i, W_i), and one loop, `integrate`, runs them all.
 So another table needs no new program, and tokens may differ in their number of evaluations.
+A head on the sphere reads the same tables by a step of its own, see `GEODESIC`.
 See `docs/method.md`, "Solvers".
 
 Dimensions:
@@ -191,13 +192,42 @@ def euler_maruyama(
     return _table(np.append(t, 1 - last_step), np.append(h, last_step), rows)
 
 
+def mixing(times: np.ndarray, noise_scale: float = 1.0) -> Table:
+    """Steps along a geodesic whose start is mixed with fresh noise; for geodesics alone.
+
+    A step estimates the end x̂₁ and the start x̂₀ of the geodesic through x, mixes x̂₀ with a
+    uniform point by the weight η, and goes to t + h on the geodesic from there to x̂₁. It is
+    Euler's for η = 0. The last step reaches x̂₁ and takes no noise. See `docs/method.md`,
+    "Riemannian head".
+
+    Args:
+      times: (n + 1,), see `grid`.
+      noise_scale: η, between 0 and 1.
+
+    Raises:
+      ValueError: `noise_scale` is out of range.
+    """
+    if not 0 <= noise_scale <= 1:
+        raise ValueError(f'noise_scale is {noise_scale}, but must lie between 0 and 1')
+    t, h = _steps(times)
+    rows = [[[1, 0, step, noise_scale], [0, 0, 0, 0]] for step in h]
+    rows[-1][0][3] = 0
+    return _table(t, h, rows)
+
+
 SOLVERS: dict[str, Callable[..., Table]] = {
     'euler': euler,
     'heun': heun,
     'ab2': ab2,
     'dpmpp_2m': dpmpp_2m,
     'euler_maruyama': euler_maruyama,
+    'mixing': mixing,
 }
+# The solvers of straight paths, and those of geodesics.
+STRAIGHT = ('euler', 'heun', 'ab2', 'dpmpp_2m', 'euler_maruyama')
+GEODESIC = ('euler', 'ab2', 'mixing')
+# The arguments of a solver besides its times.
+_ARGUMENTS = {'euler_maruyama': ('noise_scale', 'last_step'), 'mixing': ('noise_scale',)}
 
 
 def table(solver: str, num_steps: int, shift: float = 1.0, **arguments: float) -> Table:
@@ -207,16 +237,17 @@ def table(solver: str, num_steps: int, shift: float = 1.0, **arguments: float) -
       solver: one of `SOLVERS`.
       num_steps: n.
       shift: see `grid`.
-      **arguments: noise_scale and last_step, which 'euler_maruyama' alone has.
+      **arguments: noise_scale of 'euler_maruyama' and 'mixing', last_step of the first.
 
     Raises:
       ValueError: there is no such solver, it does not take an argument, or a value is out of range.
     """
     if solver not in SOLVERS:
         raise ValueError(f'solver {solver!r} is not one of {", ".join(SOLVERS)}')
-    if arguments and solver != 'euler_maruyama':
-        names = ' and '.join(arguments)
-        raise ValueError(f'{names}: only for the solver euler_maruyama; leave it out')
+    for name in arguments:
+        takers = [other for other, known in _ARGUMENTS.items() if name in known]
+        if solver not in takers:
+            raise ValueError(f'{name}: only for the solver {" or ".join(takers)}; leave it out')
     return SOLVERS[solver](grid(num_steps, shift), **arguments)
 
 
@@ -275,12 +306,13 @@ def _itself(index: jax.Array) -> jax.Array:
 def integrate(
     velocity: Callable[[jax.Array, Any], jax.Array],
     x: jax.Array,
-    weights: ArrayLike,
+    weights: Any,
     noise: jax.Array | None = None,
     *,
     count: jax.Array | int | None = None,
     prepare: Callable[[jax.Array], Any] = _itself,
     chunk: int = 1,
+    advance: Callable[..., tuple[jax.Array, jax.Array]] = step,
 ) -> jax.Array:
     """Runs a table from x at t = 0 to t = 1.
 
@@ -288,7 +320,8 @@ def integrate(
       velocity: function (x, prepared) → v of x's shape; `prepared` is one element of what `prepare`
         returned.
       x: (N, d) float32, the start.
-      weights: (E, 2, 4) of a `Table`; it may be traced.
+      weights: (E, 2, 4) of a `Table`, or what else `advance` reads, a tree of arrays (E, …). It
+        may be traced.
       noise: (E', N, d) float32, the ε of the first E' evaluations, or None for a table without
         noise. The weights of ε must be 0 at later evaluations, which read the last ε.
       count: () int, the evaluations to make; None stands for E.
@@ -296,36 +329,38 @@ def integrate(
         need that does not depend on x. Calling it for `chunk` evaluations at a time makes one large
         product of many small ones. Indices may run past the last evaluation by less than a chunk.
       chunk: evaluations that are prepared together.
+      advance: function (one element of weights, x, m, v, ε) → the next (x, m), see `step`. Without
+        noise it gets no ε.
 
     Returns:
       (N, d) float32.
     """
-    weights = jnp.asarray(weights)
-    evaluations = len(weights) if count is None else count
+    weights = jax.tree.map(jnp.asarray, weights)
+    evaluations = len(jax.tree.leaves(weights)[0]) if count is None else count
 
-    def advance(i, prepared, state):
+    def take(tree, i):
+        """Element i of every array of a tree."""
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+    def evaluate(i, prepared, state):
         """Evaluation i: (x, m) → the next (x, m)."""
         x, memory = state
         known = [x, memory, velocity(x, prepared)]
         if noise is not None:
             row = jnp.minimum(i, len(noise) - 1)
-            known.append(jax.lax.dynamic_index_in_dim(noise, row, keepdims=False))
-        return step(jax.lax.dynamic_index_in_dim(weights, i, keepdims=False), *known)
+            known.append(take(noise, row))
+        return advance(take(weights, i), *known)
 
     def run_chunk(j, state):
         """The evaluations of chunk j: (x, m) → the next (x, m)."""
         start = j * chunk
         prepared = prepare(start + jnp.arange(chunk))
 
-        def advance_inside(i, state):
-            number = start + i
-            one = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), prepared
-            )
-            return advance(number, one, state)
+        def evaluate_inside(i, state):
+            return evaluate(start + i, take(prepared, i), state)
 
         length = jnp.minimum(chunk, evaluations - start)
-        return jax.lax.fori_loop(0, length, advance_inside, state)
+        return jax.lax.fori_loop(0, length, evaluate_inside, state)
 
     chunks = (evaluations + chunk - 1) // chunk
     x, _ = jax.lax.fori_loop(0, chunks, run_chunk, (x, jnp.zeros_like(x)))

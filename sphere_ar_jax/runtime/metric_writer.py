@@ -307,7 +307,7 @@ class MetricWriter:
         Args:
           step: their step.
           scalars: values by name.
-          shown: the names of those that the console shows.
+          shown: names that the console shows, where there is such a scalar.
         """
         if self._silent:
             return
@@ -323,7 +323,7 @@ class MetricWriter:
                 self._events.add(tensorboard.scalar(name, value), step)
         if self._wandb is not None:
             self._wandb.log(self._name, step, scalars)
-        text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown)
+        text = ', '.join(f'{name} {scalars[name]:.4g}' for name in shown if name in scalars)
         if self._bar.disable:
             speed = scalars.get('seconds_per_step')
             left = '' if speed is None else f', {(self._total - step) * speed:.0f} s left'

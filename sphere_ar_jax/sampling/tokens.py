@@ -23,6 +23,7 @@ from sphere_ar_jax.flow.guidance import Guidance, guidance_scales
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Labels
+from sphere_ar_jax.models.heads import check_solver
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sphere import geometry
 
@@ -98,11 +99,12 @@ def draw(
       The tokens, float32.
 
     Raises:
-      ValueError: an argument has no use or is missing, the noise has other shapes, or the model
-        does not know the labels, where these are not traced.
+      ValueError: an argument has no use or is missing, the head has another solver, the noise has
+        other shapes, or the model does not know the labels, where these are not traced.
     """
     if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(labels)):
         ar.condition.check(labels)
+    check_solver(ar.head, options.solver)
     _check_scale(options, guidance_scale)
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
@@ -174,8 +176,9 @@ def go_on(
       What the next part goes on from, and the tokens (B, count, d).
 
     Raises:
-      ValueError: guidance_scale is missing or has no use.
+      ValueError: guidance_scale is missing or has no use, or the head has another solver.
     """
+    check_solver(ar.head, options.solver)
     _check_scale(options, guidance_scale)
     tokens = jax.tree.map(
         lambda a: jax.lax.dynamic_slice_in_dim(a, first, count),

@@ -74,7 +74,7 @@ class Stage(NamedTuple):
         stage's own if not given. The compiled program takes it as an argument, so that runs of
         other seeds find it in the compilation cache.
       frozen: parameters that it reads but does not train.
-      shown: names of the scalars that the console shows.
+      shown: names of the scalars that the console shows, where the stage's loss has them.
       about: what the frozen parameters are, for messages.
       warn: logged scalars → what is wrong with them in words, or None.
       model: the module of the frozen parameters, which checkpoints note, or None.

@@ -56,6 +56,26 @@ def test_the_digits_are_built_and_traced():
         chex.assert_shape(list(scalars.values()), ())
 
 
+def test_the_riemannian_head_of_the_digits():
+    """Its word sets head and solver; what geodesics cannot do is refused in one line."""
+    cfg = checks.check(_load('digits', 'riemannian'))
+    assert isinstance(build.build_ar(cfg).head, HEADS['riemannian'])
+    assert build.build_sampler(cfg).options.solver == 'ab2'
+    for changes, message in (
+        ({'sampling.solver': 'heun'}, 'use euler, ab2, mixing'),
+        ({'ar.head': 'flow', 'sampling.solver': 'mixing'}, 'use euler, heun'),
+        ({'sampling.solver': 'mixing', 'sampling.noise_scale': 1.5}, 'between 0 and 1'),
+        ({'sampling.temperature': 0.9}, 'leave it at 1'),
+        ({'vae.posterior': 'gaussian'}, 'use ar.token_space projected'),
+        ({'ar.token_space': 'standardised'}, 'use ar.token_space projected'),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            checks.check(schema.changed(cfg, changes))
+        assert '\n' not in str(refused.value)
+    projected = {'vae.posterior': 'gaussian', 'ar.token_space': 'projected'}
+    checks.check(schema.changed(cfg, projected))
+
+
 @pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
 @pytest.mark.parametrize('argument', ['', 'fast'])
 def test_the_published_configs(name, argument):

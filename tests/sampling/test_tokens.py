@@ -401,7 +401,7 @@ def test_annealed_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('solver', solvers.SOLVERS)
+@pytest.mark.parametrize('solver', solvers.STRAIGHT)
 def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
     """One program with steps from 5 to 2 gives what programs of one number of steps give for their
     own tokens.

@@ -16,10 +16,12 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
+from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models.heads.flow import FlowHead
 from sphere_ar_jax.models.heads.mean_velocity import MeanVelocity
+from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.runtime.types import PyTree
 
 # What the loss of a head needs besides conditions and tokens: a tree of arrays.
@@ -29,7 +31,8 @@ Draws: TypeAlias = PyTree
 class Head(Protocol):
     """A distribution of the next token.
 
-    `loss` reads parameters through Flax. `prepare` and `draw_token` get them as an argument.
+    `loss` reads parameters through Flax. `prepare` and `draw_token` get them as an argument. A head
+    with other solvers than those of straight paths names them in a class variable SOLVERS.
     """
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> Draws:
@@ -98,4 +101,23 @@ class Head(Protocol):
 
 
 # The words of `ar.head` and `distillation_training.head` in the config, and their modules.
-HEADS: dict[str, type[Head]] = {'flow': FlowHead, 'mean_velocity': MeanVelocity}
+HEADS: dict[str, type[Head]] = {
+    'flow': FlowHead,
+    'mean_velocity': MeanVelocity,
+    'riemannian': Riemannian,
+}
+
+
+def check_solver(head: Any, solver: str) -> None:
+    """Checks that the sampler of a head has a solver.
+
+    Args:
+      head: a `Head`, or its class.
+      solver: one of `solvers.SOLVERS`.
+
+    Raises:
+      ValueError: the head has other solvers.
+    """
+    known = getattr(head, 'SOLVERS', solvers.STRAIGHT)
+    if solver not in known:
+        raise ValueError(f'this head has no solver {solver!r}: use {", ".join(known)}')

@@ -18,7 +18,7 @@ Dimensions:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -191,6 +191,8 @@ class FlowHead(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
+
+    SOLVERS: ClassVar[tuple[str, ...]] = solvers.STRAIGHT
 
     def setup(self) -> None:
         if self.depth % self.groups:
@@ -429,6 +431,17 @@ class FlowHead(nn.Module):
                 return evaluate(x, modulation)
             return _guided_velocity(evaluate, guidance, inside, x, modulation)
 
+        return self._follow(velocity, noise, solver, prepare, chunk_size(E, len(c)))
+
+    def _follow(
+        self,
+        velocity: Callable[[jax.Array, PyTree], jax.Array],
+        noise: jax.Array,
+        solver: Solver,
+        prepare: Callable[[jax.Array], PyTree],
+        chunk: int,
+    ) -> jax.Array:
+        """Follows velocities from noise to data, see `solvers.integrate`."""
         return solvers.integrate(
             velocity,
             noise[0],
@@ -436,7 +449,7 @@ class FlowHead(nn.Module):
             noise[1:] if len(noise) > 1 else None,
             count=solver.count,
             prepare=prepare,
-            chunk=chunk_size(E, len(c)),
+            chunk=chunk,
         )
 
 

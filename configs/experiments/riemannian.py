@@ -1,0 +1,46 @@
+r"""Open question 1 at small size: a head that never leaves the sphere.
+
+Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
+               --config=configs/experiments/riemannian.py
+Result:    Not measured yet (docs/experiments/README.md).
+
+The flow head and the Riemannian head draw tokens of the same tokenizers with 2 to 32 evaluations,
+by Adams–Bashforth and by a stochastic solver of each. All rows of a head share one model.
+
+Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
+shows in minutes that everything runs.
+"""
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import experiments
+
+EVALUATIONS = (2, 4, 8, 16, 32)
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """The config of the experiment; arg: the words behind the colon."""
+    c = experiments.start('riemannian', arg, 'Head: straight paths or geodesics?')
+    c.claim = (
+        'A flow that follows the geodesics of the sphere needs fewer evaluations of the head than '
+        'one of straight paths that is projected at its end.'
+    )
+    c.caveat = (
+        'What would change it: more dimensions, in which noise and token are nearly orthogonal, '
+        'and tokens whose posterior is narrower.'
+    )
+    heads = {'flow': 'euler_maruyama', 'riemannian': 'mixing'}
+    c.rows = experiments.rows()
+    for n in EVALUATIONS:
+        for head in heads:
+            sampling = {'solver': 'ab2', 'num_steps': n, 'shift': None}
+            c.rows[f'{head}_{n}'] = {'ar': {'head': head}, 'sampling': sampling}
+    for head, solver in heads.items():
+        # Euler–Maruyama makes one evaluation more than it has steps.
+        steps = EVALUATIONS[-1] - (solver == 'euler_maruyama')
+        sampling = {'solver': solver, 'num_steps': steps, 'shift': None}
+        c.rows[f'{head}_stochastic'] = {'ar': {'head': head}, 'sampling': sampling}
+    ends = (*EVALUATIONS, 'stochastic')
+    c.comparisons = tuple(f'riemannian_{end} flow_{end} frechet_best' for end in ends)
+    c.guidance_scales = (1.0, 1.5, 2.0, 3.0)
+    return experiments.finish(c, arg)

@@ -1,0 +1,119 @@
+"""A flow head whose paths are geodesics of the sphere.
+
+See `docs/method.md`, "Riemannian head". The network is that of the flow head.
+
+Dimensions:
+  B  images
+  L  tokens of an image
+  m  noisy copies of every token while training
+  R  rows of the sampler
+  d  latent dimension
+  D  width of the condition
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sphere_ar_jax.flow import solvers
+from sphere_ar_jax.models.heads.flow import FlowHead, Solver
+from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sphere import geodesics, geometry
+
+
+def geodesic_step(
+    row: tuple[jax.Array, jax.Array],
+    x: jax.Array,
+    memory: jax.Array,
+    v: jax.Array,
+    noise: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of a table of `solvers.GEODESIC` on the sphere of radius √d.
+
+    Without noise x goes to exp_x(w_m m + w_v v), and the memory is v, transported there. With
+    noise it is the step of `solvers.mixing`.
+
+    Args:
+      row: (t, W) of the table, () and (2, 4).
+      x: (R, d) points.
+      memory: (R, d) tangent vectors at x.
+      v: (R, d) velocities, tangent at x.
+      noise: (R, d) standard normal, or None.
+
+    Returns:
+      The next (x, memory).
+    """
+    t, w = row
+    if noise is None:
+        following = geodesics.exp(x, w[0, 1] * memory + w[0, 2] * v)
+        return following, w[1, 2] * geodesics.transport(x, following, v)
+    h = w[0, 2]
+    eta = w[0, 3]
+    end = geodesics.exp(x, (1 - t) * v)
+    start = geodesics.exp(x, -t * v)
+    mixed = geometry.project((1 - eta) * start + eta * geometry.project(noise))
+    following, _ = geodesics.interpolate(mixed, end, t + h)
+    return following, memory
+
+
+class Riemannian(FlowHead):
+    """A flow head along geodesics: x₀ is uniform on the sphere, and x_t never leaves it.
+
+    The velocity is the network's output, projected to the tangent space at x_t. Tokens must lie on
+    the sphere of radius √d.
+    """
+
+    SOLVERS: ClassVar[tuple[str, ...]] = solvers.GEODESIC
+
+    def loss(
+        self, c: jax.Array, z: jax.Array, draws: PyTree
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Riemannian flow-matching loss of every token: mean (v(x_t, t, c) − u_t)².
+
+        Here x_t and u_t are point and velocity of the geodesic from x₀ = N_R(ε) to z at the time
+        t = sigmoid(t_normal). Source: arXiv 2302.03660, eq. 7, with the geodesic distance.
+
+        Args:
+          c: (B, L, D) conditions.
+          z: (B, L, d) tokens; no gradient flows into them.
+          draws: (t_normal, ε) of the method `draws`.
+
+        Returns:
+          (loss, scalars): the loss () float32. The scalar angle is the mean angle, in radians,
+            between z and the predicted end exp((1 − t)·v) of the geodesic.
+        """
+        t_normal, noise = draws
+        z = jax.lax.stop_gradient(z)
+        t = jax.nn.sigmoid(t_normal)
+        copies = jnp.broadcast_to(z, noise.shape)
+        x_t, u_t = geodesics.interpolate(geometry.project(noise), copies, t[..., None])
+        v = geodesics.tangent(x_t, self.velocities(x_t, c, t))
+        end = geodesics.exp(x_t, (1 - t[..., None]) * v)
+        angle = geodesics.distance(end, copies, radius=1.0)
+        return jnp.mean(jnp.square(v - u_t)), {'angle': jnp.mean(angle)}
+
+    def _follow(
+        self,
+        velocity: Callable[[jax.Array, PyTree], jax.Array],
+        noise: jax.Array,
+        solver: Solver,
+        prepare: Callable[[jax.Array], PyTree],
+        chunk: int,
+    ) -> jax.Array:
+        """Follows the tangent parts of velocities from a uniform point, by `geodesic_step`."""
+
+        def tangent(x: jax.Array, prepared: PyTree) -> jax.Array:
+            return geodesics.tangent(x, velocity(x, prepared))
+
+        return solvers.integrate(
+            tangent,
+            geometry.project(noise[0]),
+            (solver.t, solver.weights),
+            noise[1:] if len(noise) > 1 else None,
+            count=solver.count,
+            prepare=prepare,
+            chunk=chunk,
+            advance=geodesic_step,
+        )
