@@ -20,6 +20,9 @@ goes on where it stopped. The other modes are:
                    [--labels=uniform|balanced|FILE] [--png=DIR]
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
                    [--output=FILE.png]
+  --mode=complete  --workdir=DIR --images=FILE|DIR --classes='golden retriever' [--keep=0.5]
+                   [--columns=N] [--output=FILE.png]
+                   (keeps the first tokens of images and draws the others)
   --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
                    [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
                    (each NPZ may be a directory of images)
@@ -34,8 +37,8 @@ goes on where it stopped. The other modes are:
                    [--parts=train,sample,evaluate] [--output=FILE.json]
                    (what the programs would take on TPUs, without one)
 
-Encode, sample, grid, evaluate and serve take sampler, seed, dtype and mesh from --config if it is
-given, else from the run's own config, of which --config.KEY=VALUE changes a value.
+Encode, sample, grid, complete, evaluate and serve take sampler, seed, dtype and mesh from --config
+if it is given, else from the run's own config, of which --config.KEY=VALUE changes a value.
 
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
@@ -82,6 +85,7 @@ _MODE = flags.DEFINE_enum(
         'encode',
         'sample',
         'grid',
+        'complete',
         'evaluate',
         'reference',
         'compile',
@@ -124,7 +128,7 @@ def _words(name: str, modes: tuple[str, ...], help: str) -> _Option:
     return _Option(flags.DEFINE_list(name, None, help), modes)
 
 
-_WRITING = ('export', 'pack', 'encode', 'sample', 'grid', 'reference', 'compile')
+_WRITING = ('export', 'pack', 'encode', 'sample', 'grid', 'complete', 'reference', 'compile')
 _OF_DATA = ('pack', 'encode', 'reference')
 _OPTIONS = (
     _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
@@ -140,12 +144,13 @@ _OPTIONS = (
     _count('size', ('reference',), 'Side of the crops in pixels.'),
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
-    _text('classes', ('grid',), 'Names, synsets or numbers, separated by semicolons.'),
-    _count('columns', ('grid',), 'Images of each class, 4 if not given.'),
+    _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
+    _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
+    _text('keep', ('complete',), 'Tokens to keep, or a share of them; 0.5 if not given.'),
     _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
     _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
     _text('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
-    _text('images', ('evaluate',), 'npz (arr_0) or directory of real images, for the tokenizer.'),
+    _text('images', ('evaluate', 'complete'), 'Real images: npz or directory; picture.'),
     _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
     _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
     _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
@@ -167,6 +172,10 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
         'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
     ),
     'grid': (('classes',), "give --classes='golden retriever; 388'"),
+    'complete': (
+        ('images', 'classes'),
+        "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each",
+    ),
     'experiment': (
         ('config', 'workdir'),
         'give --config=configs/experiments/NAME.py and --workdir=DIR',
@@ -174,9 +183,19 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 # Modes that draw or score what a run has trained, by its own config unless another is given.
-_OF_A_RUN = ('sample', 'grid', 'evaluate', 'encode', 'serve')
+_OF_A_RUN = ('sample', 'grid', 'complete', 'evaluate', 'encode', 'serve')
 # Modes that several processes cannot share.
-_ALONE = ('compile', 'convert', 'encode', 'experiment', 'export', 'pack', 'reference', 'serve')
+_ALONE = (
+    'compile',
+    'complete',
+    'convert',
+    'encode',
+    'experiment',
+    'export',
+    'pack',
+    'reference',
+    'serve',
+)
 # Modes that need no workdir.
 _WITHOUT_WORKDIR = ('pack', 'reference', 'compile')
 
@@ -401,6 +420,10 @@ def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[s
         from sphere_ar_jax.commands import draw
 
         draw.grid(workdir, like=cfg, **given)
+    elif mode == 'complete':
+        from sphere_ar_jax.commands import draw
+
+        draw.complete(workdir, like=cfg, **given)
     else:
         from sphere_ar_jax.serving import page
 

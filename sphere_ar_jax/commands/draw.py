@@ -1,4 +1,4 @@
-"""--mode=sample and --mode=grid: draws images of a run."""
+"""--mode=sample, --mode=grid and --mode=complete: draws images of a run."""
 
 import os
 import time
@@ -11,9 +11,11 @@ from PIL import Image
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation import class_names, pictures
+from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import generation, on_mesh
+from sphere_ar_jax.sampling import generation, inputs, on_mesh
+from sphere_ar_jax.sampling.model import Model
 
 
 def _num_classes(config: ConfigDict) -> int:
@@ -21,6 +23,19 @@ def _num_classes(config: ConfigDict) -> int:
     count = schema.num_classes(config)
     assert count is not None  # the model was built with it
     return count
+
+
+def _classes(workdir: str, config: ConfigDict, text: str) -> tuple[list[int], list[str]]:
+    """The numbers and titles of classes whose names or numbers a text has between semicolons.
+
+    Raises:
+      UserError: the model does not know one of them.
+    """
+    names = class_names.of_run(workdir, config)
+    known = _num_classes(config)
+    wanted = [name.strip() for name in text.split(';') if name.strip()]
+    numbers = [class_names.find(name, names, known) for name in wanted]
+    return numbers, class_names.titles(numbers, names)
 
 
 def _save_pngs(path: str, directory: str, n: int) -> None:
@@ -111,16 +126,12 @@ def grid(
       UserError: the model does not know a class, or there is nothing to draw.
     """
     path = output or f'{workdir}/grid.png'
-    wanted = [name.strip() for name in classes.split(';') if name.strip()]
-    if not wanted or columns < 1:
+    if not classes.strip(' ;') or columns < 1:
         raise UserError(
             "give --classes='golden retriever; 388; n02099601' and at least 1 for --columns"
         )
     run, mesh = open_run.open_run(workdir, like)
-    names = class_names.of_run(workdir, run.config)
-    known = _num_classes(run.config)
-    numbers = [class_names.find(name, names, known) for name in wanted]
-    titles = class_names.titles(numbers, names)
+    numbers, titles = _classes(workdir, run.config, classes)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(numbers, columns)
     images, _ = on_mesh.sample_images(
@@ -134,4 +145,75 @@ def grid(
         progress=console.bar(len(labels), 'samples'),
     )
     pictures.save_classes(path, images, columns, titles)
+    print(f'wrote {path}')
+
+
+def _kept_part(image: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
+    """An image (H, W, c) whose pixels are grey but for those of its first tokens."""
+    height, width = grid
+    is_kept = (np.arange(height * width) < count).reshape(grid)
+    patch = np.ones((image.shape[0] // height, image.shape[1] // width), bool)
+    return np.where(np.kron(is_kept, patch)[..., None], image, 0)
+
+
+def complete(
+    workdir: str,
+    *,
+    images: str,
+    classes: str,
+    keep: str = '0.5',
+    columns: int = 4,
+    output: str | None = None,
+    like: ConfigDict | None = None,
+) -> None:
+    """Draws a picture of images, of the part of each that is kept, and of completions.
+
+    Tokens are in raster order, so that half of them is the upper half of an image. The completions
+    of a row differ by their noise alone.
+
+    Args:
+      workdir: the directory of the run.
+      images: a picture, or a directory of pictures, of any size; see `inputs.images`.
+      classes: the class of all images, or one for each, see `grid`.
+      keep: a whole number of tokens, or a share of them, see `inputs.kept`.
+      columns: completions of each image.
+      output: the PNG file, WORKDIR/complete.png if None.
+      like: a config whose sampler is taken, see `open_run.open_run`.
+
+    Raises:
+      UserError: a picture cannot be read, or classes or tokens to keep are not possible.
+      OSError: likewise for a file.
+    """
+    path = output or f'{workdir}/complete.png'
+    try:
+        share = float(keep) if '.' in keep else int(keep)
+    except ValueError:
+        raise UserError(f'--keep is {keep}: give a number of tokens, or a share as 0.5') from None
+    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+    run, mesh = open_run.open_run(workdir, like)
+    numbers, titles = _classes(workdir, run.config, classes)
+    if len(numbers) not in (1, len(files)):
+        raise UserError(
+            f'--classes names {len(numbers)} classes for {len(files)} images: give one for all, or '
+            'one for each'
+        )
+    if len(numbers) == 1:
+        numbers = numbers * len(files)
+        titles = titles * len(files)
+    model = Model(run, mesh=mesh)
+    count = inputs.kept(share, model.num_tokens)
+    given = inputs.images(files, model.image_shape)
+    drawn = model.complete(
+        np.repeat(given, columns, axis=0),
+        np.repeat(numbers, columns),
+        keep=count,
+        seed=run.config.seed,
+    )
+    rows = []
+    for i, image in enumerate(given):
+        rows += [image, _kept_part(image, tuple(run.config.vae.grid), count)]
+        rows += [*drawn[i * columns : (i + 1) * columns]]
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    title = f'image, its first {count} of {model.num_tokens} tokens, completions'
+    pictures.save_classes(path, np.stack(rows), columns + 2, titles, title)
     print(f'wrote {path}')

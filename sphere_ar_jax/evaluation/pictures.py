@@ -127,11 +127,23 @@ def save_samples(
 
 
 def save_classes(
-    path: str | os.PathLike[str], images: np.ndarray, columns: int, titles: Sequence[str]
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    columns: int,
+    titles: Sequence[str],
+    title: str = '',
 ) -> None:
-    """Writes rows of `columns` images, with a title at each row; small images are enlarged."""
+    """Writes rows of `columns` images, with a title at each row; small images are enlarged.
+
+    Args:
+      path: the PNG.
+      images: (n, H, W, c), row by row.
+      columns: images of a row.
+      titles: the title of each row.
+      title: the text above the picture.
+    """
     scale = max(1, 128 // images.shape[1])
-    _save_grid(path, images, columns, titles, '', scale=scale)
+    _save_grid(path, images, columns, titles, title, scale=scale)
 
 
 def save_reconstructions(

@@ -21,6 +21,7 @@ import safetensors.numpy
 from absl.testing import flagsaver
 from PIL import Image
 
+import sphere_ar_jax
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import checkpoints, evaluate, open_run, train
 from sphere_ar_jax.commands import draw as commands_draw
@@ -543,6 +544,42 @@ def test_grid(digits_run, tmp_path, capsys):
         assert message in _refused(capsys, '--mode=grid', f'--workdir={workdir}', *more)
 
 
+@pytest.mark.slow
+def test_completions(digits_run, tmp_path, capsys):
+    """Rows of the picture are an image, what is kept of it, and the completions of `Model`."""
+    held_out = digits.Digits('heldout', 0)
+    images = np.asarray(pixels.to_uint8(np.stack([held_out[i]['image'] for i in (0, 1)])))
+    directory = tmp_path / 'images'
+    directory.mkdir()
+    for name, image in zip('ab', images, strict=True):
+        Image.fromarray(image[..., 0]).save(directory / f'{name}.png')
+    arguments = ('--mode=complete', f'--workdir={digits_run}', f'--images={directory}')
+    output = tmp_path / 'new' / 'complete.png'
+    _main(*arguments, '--classes=3; 11', '--keep=6', '--columns=2', f'--output={output}')
+    run = sphere_ar_jax.load(str(digits_run))
+    seed = run.config.seed
+    drawn = run.complete(images.repeat(2, 0), [3, 3, 11, 11], keep=6, seed=seed)
+    kept = images.copy()
+    kept[:, 8:] = 128
+    kept[:, 4:8, 8:] = 128
+    rows = [[images[i], kept[i], *pixels.to_uint8(drawn[2 * i : 2 * i + 2])] for i in (0, 1)]
+    rows = np.asarray(rows)[..., 0].repeat(8, -1).repeat(8, -2)
+    picture = np.asarray(Image.open(output).convert('L'))
+    top, left = _place(picture, rows[0, 0])
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            y = top + i * 132
+            x = left + j * 132
+            np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image)
+    for more, message in (
+        (['--classes=1;2;3'], '--classes names 3 classes for 2 images'),
+        (['--classes=1', '--keep=half'], '--keep is half: give a number of tokens, or a share'),
+        (['--classes=1', '--keep=17'], 'keep must be a whole number of tokens from 0 to 16'),
+        ([], 'give --images=FILE or DIR, and --classes='),
+    ):
+        assert message in _refused(capsys, *arguments, *more)
+
+
 def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     """A model of 1000 classes takes names, synsets and numbers, and titles its rows with both."""
     run = tiny_config.random_run()
@@ -672,7 +709,10 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
             ['--mode=sample', f'--workdir={tmp_path}/bad'],
             'config.json is not a sphere_ar_jax config',
         ),
-        (['--mode=export', workdir, '--classes=3'], '--classes is for --mode=grid, not for export'),
+        (
+            ['--mode=export', workdir, '--classes=3'],
+            '--classes is for --mode=grid or complete, not for export',
+        ),
         (['--mode=export'], 'give --workdir=DIR'),
         (['--mode=experiment', workdir], 'give --config=configs/experiments/NAME.py'),
         (
