@@ -298,10 +298,12 @@ def test_tokens_drawn_by_the_posterior():
 @pytest.mark.usefixtures('in_pieces')
 def test_jacobians():
     """Forward mode and reverse mode, under `vmap`, give one Jacobian of the decoder."""
-    params = parameters(VAE)
-    image = functools.partial(decode, params)
-    both = jax.jit(lambda z: (jax.jacfwd(image)(z), jax.jacrev(image)(z)))
-    forward, reverse = both(TOKENS[:1])
+
+    @jax.jit
+    def both(params, z):
+        return jax.jacfwd(decode, 1)(params, z), jax.jacrev(decode, 1)(params, z)
+
+    forward, reverse = both(parameters(VAE), TOKENS[:1])
     assert forward.shape == (1, *VAE.image_shape, 1, 4, 4)
     assert_close(forward, reverse, 1e-5)
 
