@@ -51,16 +51,14 @@ def arrays(T, dtype, n=4, B=2, N=2, K=64):
         np.random.default_rng(T).normal(size=(n, B, T, N, K))
         * np.array([2, 1, 1, 1])[:n, None, None, None, None]
     )
-    return tuple(jnp.asarray(x, dtype) for x in normal)
+    return tuple(x.astype(dtype) for x in normal)
 
 
 def float64(q, k, v, g, causal):
     """The output, and the gradients of q, k and v for the gradient g of the output, in NumPy's
     float64.
     """
-    q, k, v, g = (
-        np.asarray(x.astype(jnp.float32), np.float64).swapaxes(1, 2) for x in (q, k, v, g)
-    )
+    q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, g))
     T = q.shape[2]
     scale = q.shape[3] ** -0.5
     logits = q @ k.swapaxes(2, 3) * scale
@@ -86,42 +84,49 @@ def both(kernel, q, k, v, g):
     return [out, *vjp(g)]
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@functools.cache
+def program(name, causal):
+    """`both` of one of KERNELS, compiled once for all tests."""
+    return jax.jit(functools.partial(both, functools.partial(KERNELS[name], causal=causal)))
+
+
+# Positions in two blocks of splash attention, the second of which is filled up.
+BLOCKS = 641
+
+
+@pytest.mark.parametrize(
+    ('T', 'B', 'dtype'),
+    [(20, 2, jnp.float32), (BLOCKS, 1, jnp.float32), (BLOCKS, 1, jnp.bfloat16)],
+)
 @pytest.mark.parametrize('causal', [True, False])
-@pytest.mark.parametrize('T', [20, 271, 400])
 @libraries_promote()
-def test_numbers(T, causal, dtype):
+def test_numbers(T, B, causal, dtype):
     """The output and all gradients, plain and splash, agree with float64 and with each other."""
-    inputs = arrays(T, dtype)
+    inputs = arrays(T, dtype, B=B)
     truth = float64(*inputs, causal)
-
-    def run(kernel):
-        return jax.jit(functools.partial(both, functools.partial(kernel, causal=causal)))(*inputs)
-
-    found = {name: run(kernel) for name, kernel in KERNELS.items()}
+    found = {name: program(name, causal)(*inputs) for name in KERNELS}
     for name, results in found.items():
         for what, result, true in zip(('out', 'dq', 'dk', 'dv'), results, truth, strict=True):
             assert result.dtype == dtype
-            assert distance(result.astype(jnp.float32), true) < TOLERANCE[dtype], (name, what)
+            assert distance(result, true) < TOLERANCE[dtype], (name, what)
     for splash, plain in zip(found['splash'], found['plain'], strict=True):
-        assert distance(splash.astype(jnp.float32), plain.astype(jnp.float32)) < TOLERANCE[dtype]
+        assert distance(splash, plain) < TOLERANCE[dtype]
 
 
-def test_splash_is_causal():
+@pytest.mark.parametrize('causal', [True, False])
+@libraries_promote()
+def test_splash_is_causal(causal):
     """Where a position's output depends on k and v: on itself and those before it, across the
     borders of blocks.
     """
-    T = 271
-    at = 130
-    q, k, v = arrays(T, jnp.float32, 3)
-
-    def out(k, v, causal):
-        return jnp.sum(jnp.square(KERNELS['splash'](q, k, v, causal)[:, at]))
-
-    for causal, last in (True, at), (False, T - 1):
-        for gradient in jax.jit(jax.grad(out, (0, 1)), static_argnums=2)(k, v, causal):
-            seen = np.flatnonzero(np.abs(gradient).max((0, 2, 3)))
-            np.testing.assert_array_equal(seen, np.arange(last + 1))
+    at = 400
+    last = at if causal else BLOCKS - 1
+    q, k, v, g = arrays(BLOCKS, jnp.float32, B=1)
+    g[:, np.arange(BLOCKS) != at] = 0
+    _, _, *gradients = program('splash', causal)(q, k, v, g)
+    for gradient in gradients:
+        seen = np.flatnonzero(np.abs(np.asarray(gradient)).max((0, 2, 3)))
+        np.testing.assert_array_equal(seen, np.arange(last + 1))
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -134,11 +139,11 @@ def test_on_a_cpu_nothing_changes(causal):
     inputs = arrays(20, jnp.float32)
     ours = functools.partial(attention.attend, causal=causal)
     assert str(jax.make_jaxpr(ours)(*inputs[:3])) == str(jax.make_jaxpr(plain)(*inputs[:3]))
-    inputs = arrays(600, jnp.bfloat16)
+    inputs = arrays(600, jnp.bfloat16, B=1)
     pair = (jax.jit(lambda *x, f=f: both(f, *x))(*inputs) for f in (ours, plain))
     for a, b in zip(*pair, strict=True):
         assert a.dtype == b.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 @libraries_promote()
@@ -159,54 +164,71 @@ def test_no_weights_are_kept():
 
 
 @libraries_promote()
-def lowered(platform, T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=NONE):
-    """The lowered program of the gradients for a platform, where `mesh` is named, or none."""
+def traced(T, dtype=jnp.bfloat16, K=64, N=4, B=2, causal=True, mesh=NONE):
+    """The program of the gradients, where `mesh` is named, or none."""
 
     def gradients(*x):
         with jax.sharding.use_abstract_mesh(mesh):
             return both(functools.partial(attention.attend, causal=causal), *x)
 
     x = jax.ShapeDtypeStruct((B, T, N, K), dtype)
-    return jax.jit(gradients).trace(x, x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    return jax.jit(gradients).trace(x, x, x, x)
+
+
+@libraries_promote()
+def lowered(program, platform):
+    """The text of a traced program, lowered for a platform."""
+    return program.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_tpus_get_splash_where_it_pays():
-    def kernels(*a, **kw):
-        return lowered('tpu', *a, mesh=ONE, **kw).count('@tpu_custom_call')
+    def kernels(program):
+        return lowered(program, 'tpu').count('@tpu_custom_call')
 
+    long = traced(1039, mesh=ONE)
     # The forward kernel, and the same again with the two of the backward pass.
-    assert kernels(1039) == 4 and kernels(512, K=64) == 4
-    assert kernels(271) == kernels(511) == kernels(1039, K=32) == kernels(1039, jnp.float32) == 0
-    # two devices for three heads; and no mesh, so that nobody knows how a program for several
-    # devices is split
-    two = abstract_mesh(1, 1, 2)
-    assert lowered('tpu', 1039, mesh=two, N=3).count('@tpu_custom_call') == 0
-    assert lowered('tpu', 1039).count('@tpu_custom_call') == 0
+    assert kernels(long) == kernels(traced(512, mesh=ONE)) == 4
+    for other in (
+        traced(271, mesh=ONE),
+        traced(511, mesh=ONE),
+        traced(1039, K=32, mesh=ONE),
+        traced(1039, jnp.float32, mesh=ONE),
+        # two devices for three heads
+        traced(1039, mesh=abstract_mesh(1, 1, 2), N=3),
+        # no mesh, so that nobody knows how a program for several devices is split
+        traced(1039),
+    ):
+        assert kernels(other) == 0
     for platform in 'cpu', 'rocm', 'cuda':
-        assert 'tpu_custom_call' not in lowered(platform, 1039, mesh=ONE)
+        assert 'tpu_custom_call' not in lowered(long, platform)
 
 
 def test_gpus_get_cudnn_where_it_can(monkeypatch):
-    def calls(*a, **kw):
-        return re.findall(r'@__cudnn\$(\w+)', lowered('cuda', *a, **kw))
+    def calls(program):
+        return re.findall(r'@__cudnn\$(\w+)', lowered(program, 'cuda'))
 
-    assert calls(271) == []  # there is no cuDNN on this machine
+    assert calls(traced(271)) == []  # there is no cuDNN on this machine
     monkeypatch.setattr(
         'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000
     )
-    for mesh in NONE, ONE:
-        for T in 271, 1039:
-            assert set(calls(T, mesh=mesh)) == {'fmhaSoftmax', 'fmhaSoftmaxBackward'}
-    assert set(calls(260, causal=False)) == {'fmhaSoftmax', 'fmhaSoftmaxBackward'}
-    assert (
-        calls(271, causal=False)
-        == calls(271, K=36)
-        == calls(271, K=136)
-        == calls(271, jnp.float32)
-        == []
-    )
+    long = traced(1039, mesh=ONE)
+    for able in (
+        traced(271),
+        traced(1039),
+        traced(271, mesh=ONE),
+        long,
+        traced(260, causal=False),
+    ):
+        assert set(calls(able)) == {'fmhaSoftmax', 'fmhaSoftmaxBackward'}
+    for other in (
+        traced(271, causal=False),
+        traced(271, K=36),
+        traced(271, K=136),
+        traced(271, jnp.float32),
+    ):
+        assert calls(other) == []
     for platform in 'cpu', 'rocm', 'tpu':
-        assert 'cudnn' not in lowered(platform, 1039, mesh=ONE)
+        assert 'cudnn' not in lowered(long, platform)
 
 
 def test_rows_and_heads_are_split_as_the_mesh_says():

@@ -26,7 +26,7 @@ from sphere_ar_jax.training import loop, run, workdir
 from sphere_ar_jax.training.stages import tokenizer_stage
 from tests import tiny_config
 from tests.config.test_config import _load
-from tests.conftest import GOLDENS, compiled, libraries_promote
+from tests.conftest import GOLDENS, libraries_promote
 
 WORDS = ('hybrid', 'cnn', 'vit')
 # Parameters of the tokenizer with each backbone, by the config.
@@ -60,8 +60,12 @@ def _tokenizer(word, dtype='float32'):
     return model, tiny_config.random_arrays(_shapes(cfg))
 
 
-def _images(model, seed=0):
-    rng = np.random.default_rng(seed)
+# The tokens of three images.
+Z = np.random.default_rng(1).standard_normal((3, 4, 8)).astype(np.float32)
+
+
+def _images(model):
+    rng = np.random.default_rng(0)
     return rng.uniform(-1, 1, (3, *model.image_shape)).astype(np.float32)
 
 
@@ -94,21 +98,29 @@ def test_words_of_the_configs():
             _load(name, 'cnn,vit')
 
 
-@pytest.mark.parametrize('word', WORDS)
-def test_shapes_and_gradients(word):
-    """Everything is finite, and the gradient of every parameter is not 0."""
+@functools.cache
+def _measured(word):
+    """(images reconstructed from Z, hidden states, posterior) of random images, and the gradient of
+    a loss of them all.
+    """
     model, params = _tokenizer(word)
     images = _images(model)
-    z = np.random.default_rng(1).standard_normal((3, 4, 8)).astype(np.float32)
 
     def value(params):
-        decoded, q = model.apply({'params': params}, images, z)
+        decoded, q = model.apply({'params': params}, images, Z)
         hidden = model.backbone.apply({'params': params}, images, method='encode')
-        weights = jnp.cos(jnp.arange(q.mu.size, dtype=jnp.float32)).reshape(q.mu.shape)
+        weights = np.cos(np.arange(q.mu.size, dtype=np.float32)).reshape(q.mu.shape)
         loss = jnp.sum(decoded**2) + jnp.sum(q.mu * weights) + jnp.sum(q.kappa)
         return loss, (decoded, hidden, q)
 
-    (_, (decoded, hidden, q)), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+    (_, results), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(params)
+    return results, gradient
+
+
+@pytest.mark.parametrize('word', WORDS)
+def test_shapes_and_gradients(word):
+    """Everything is finite, and the gradient of every parameter is not 0."""
+    (decoded, hidden, q), gradient = _measured(word)
     chex.assert_shape([decoded, hidden, q.mu], [(3, 4, 4, 1), (3, 4, 8), (3, 4, 8)])
     chex.assert_type([decoded, hidden, q.mu, q.kappa], jnp.float32)
     chex.assert_tree_all_finite((decoded, hidden, q, gradient))
@@ -124,16 +136,17 @@ def test_bfloat16_computes_near_float32(word):
     half, _ = _tokenizer(word, 'bfloat16')
     assert half.backbone.dtype == jnp.bfloat16
     chex.assert_trees_all_equal_dtypes(jax.eval_shape(half.init_params, jax.random.key(0)), params)
-    images = _images(model)
-    hidden = compiled(half.backbone, params, 'encode')(images)
+
+    @jax.jit
+    def run(params, images):
+        hidden = half.backbone.apply({'params': params}, images, method='encode')
+        return hidden, half.apply({'params': params}, Z, method='decode')
+
+    hidden, decoded = run(params, _images(model))
     assert hidden.dtype == jnp.bfloat16
-    grid = np.random.default_rng(2).standard_normal((3, 2, 2, 8)).astype(np.float32)
-    decoded = compiled(half.backbone, params, 'decode')(grid)
     assert decoded.dtype == jnp.float32
-    for ours, truth in (
-        (hidden, compiled(model.backbone, params, 'encode')(images)),
-        (decoded, compiled(model.backbone, params, 'decode')(grid)),
-    ):
+    (true_decoded, true_hidden, _), _ = _measured(word)
+    for ours, truth in ((hidden, true_hidden), (decoded, true_decoded)):
         error = np.asarray(ours, np.float64) - np.asarray(truth, np.float64)
         relative = np.sqrt(np.mean(error**2) / np.mean(np.asarray(truth, np.float64) ** 2))
         assert 1e-5 < relative < 0.05
@@ -173,18 +186,19 @@ def test_patches_are_where_the_layout_says():
     """Patch (i, j) has pixel (a, b) and channel k at (a·p + b)·c + k; unpatchify inverts it."""
     p = 3
     images = np.random.default_rng(0).normal(size=(2, 6, 9, 2)).astype(np.float32)
-    patches = np.asarray(vit.patchify(jnp.asarray(images), p))
+    patches = np.asarray(jax.jit(vit.patchify, static_argnums=1)(images, p))
     assert patches.shape == (2, 2, 3, 18)
     for i, j, a, b, k in np.ndindex(2, 3, p, p, 2):
         pixel = images[:, i * p + a, j * p + b, k]
         np.testing.assert_array_equal(patches[:, i, j, (a * p + b) * 2 + k], pixel)
-    np.testing.assert_array_equal(vit.unpatchify(jnp.asarray(patches), p), images)
+    again = jax.jit(vit.unpatchify, static_argnums=1)(patches, p)
+    np.testing.assert_array_equal(again, images)
 
 
 def test_the_embedding_of_vit_is_a_strided_convolution():
     rng = np.random.default_rng(1)
-    images = jnp.asarray(rng.normal(size=(2, 8, 4, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(48, 5)), jnp.float32)
+    images = rng.normal(size=(2, 8, 4, 3)).astype(np.float32)
+    kernel = rng.normal(size=(48, 5)).astype(np.float32)
     truth = jax.lax.conv_general_dilated(
         images,
         kernel.reshape(4, 4, 3, 5),
@@ -192,7 +206,8 @@ def test_the_embedding_of_vit_is_a_strided_convolution():
         'VALID',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-    np.testing.assert_allclose(vit.patchify(images, 4) @ kernel, truth, rtol=1e-4, atol=1e-5)
+    found = jax.jit(lambda images: vit.patchify(images, 4) @ kernel)(images)
+    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-5)
 
 
 # Parameters that are replicated on every device on purpose: convolutions, norms, registers, linear

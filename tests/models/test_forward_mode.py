@@ -45,7 +45,7 @@ AR = ar.AR(
 def draw(tree, seed=0, scale=1.0):
     """Normal numbers in the shapes and dtypes of a tree of arrays, abstract or not."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(scale * rng.normal(size=a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: (scale * rng.normal(size=a.shape)).astype(a.dtype), tree)
 
 
 def normal(*shape, seed=0):
@@ -87,7 +87,7 @@ def check_forward(function, arguments, step, tolerance):
     tangents, cotangent = directions(function, arguments)
 
     @jax.jit
-    def measure(arguments):
+    def measure(arguments, tangents, cotangent):
         def along(h):
             moved = jax.tree.map(lambda a, t: a + h * t, arguments, tangents)
             return function(*moved)
@@ -95,7 +95,7 @@ def check_forward(function, arguments, step, tolerance):
         values = jax.lax.map(along, STENCIL * np.float32(step))
         return derivatives(function, arguments, tangents, cotangent), values
 
-    found, values = measure(arguments)
+    found, values = measure(arguments, tangents, cotangent)
     _, tangent, gradients = found
     difference = jax.tree.map(lambda v: np.tensordot(WEIGHTS / step, np.asarray(v), 1), values)
     assert_close(tangent, difference, tolerance)
@@ -114,13 +114,11 @@ def check_twins(function, arguments, tolerance, found=None):
     """Value, tangent and gradients by quick kernels, if not found yet, against plain ones."""
     tangents, cotangent = directions(function, arguments)
 
-    def measure(arguments):
-        return derivatives(function, arguments, tangents, cotangent)
-
+    measure = jax.jit(functools.partial(derivatives, function))
     if found is None:
-        found = jax.jit(measure)(arguments)
+        found = measure(arguments, tangents, cotangent)
     with kernels.plain():
-        plain = jax.jit(measure)(arguments)
+        plain = measure(arguments, tangents, cotangent)
     for a, b in zip(found, plain, strict=True):
         assert jax.tree.map(jnp.shape, a) == jax.tree.map(jnp.shape, b)
         assert_close(a, b, tolerance)
@@ -133,13 +131,18 @@ def test_the_door():
         backward=lambda arrays, g: (2 * g, arrays[0] + 3 * g),
         forward=lambda x, y: x + y,
     )
-    x = jnp.float32(5)
-    y = jnp.float32(7)
+    x = np.float32(5)
+    y = np.float32(7)
     assert function(x, y) == 12
-    assert jax.grad(function, (0, 1))(x, y) == (2, 8)
-    assert jax.grad(function, 1)(x, y) == 8
-    assert jax.jvp(function, (x, y), (x, y)) == (12, 70)
-    assert jax.jacfwd(jax.grad(function, (0, 1)), (0, 1))(x, y) == ((0, 1), (1, 0))
+
+    @jax.jit
+    def all_derivatives(x, y):
+        gradients = jax.grad(function, (0, 1))
+        second = jax.jacfwd(gradients, (0, 1))
+        only_y = jax.grad(function, 1)
+        return gradients(x, y), only_y(x, y), jax.jvp(function, (x, y), (x, y)), second(x, y)
+
+    assert all_derivatives(x, y) == ((2, 8), 8, (12, 70), ((0, 1), (1, 0)))
     compiled = jax.jit(function)
     assert compiled(x, y) == 12
     with kernels.plain():
@@ -202,13 +205,14 @@ def test_attention_in_half_precision(causal):
     exact = tuple(x.astype(jnp.float32) for x in half)
     tangents, cotangent = directions(attend, half)
     run = jax.jit(derivatives, static_argnums=0)
-    _, tangent, gradients = run(attend, half, tangents, cotangent)
+    found = run(attend, half, tangents, cotangent)
+    _, tangent, gradients = found
     assert tangent.dtype == jnp.bfloat16
     wide = tuple(t.astype(jnp.float32) for t in tangents)
     _, truth = jax.jit(lambda x, t: jax.jvp(attend, x, t))(exact, wide)
     assert_close(tangent, truth, 2**-7)
     check_transposed(tangent, gradients, tangents, cotangent, 2**-7)
-    check_twins(attend, half, 2**-7)
+    check_twins(attend, half, 2**-7, found)
 
 
 @libraries_promote()
@@ -226,19 +230,23 @@ def test_forward_mode_runs_the_platforms_attention_for_the_value_alone():
     assert text.count('@tpu_custom_call') == 1
 
 
+@jax.jit
 def encode(params, images):
     posterior = VAE.apply({'params': params}, images, method='encode')
     return posterior.mu, jnp.log(posterior.kappa)
 
 
+@jax.jit
 def decode(params, z):
     return VAE.apply({'params': params}, z, method='decode')
 
 
+@jax.jit
 def condition(params, z):
     return AR.apply({'params': params}, jnp.array([2, 0]), z, method='conditions')
 
 
+@jax.jit
 def velocity(params, x, t, h, c):
     """The head's velocity at t and h in thousandths, by which the embeddings of time turn by one
     radian.
@@ -248,12 +256,12 @@ def velocity(params, x, t, h, c):
 
 IMAGES = 0.5 * normal(2, *VAE.image_shape)
 TOKENS = normal(2, 4, 4)
-TIME = jnp.array([2.0, 3.0, 7.0])
+TIME = np.array([2, 3, 7], np.float32)
 MODELS = {
     'encode': (encode, (parameters(VAE), IMAGES)),
     'decode': (decode, (parameters(VAE), TOKENS)),
     'condition': (condition, (parameters(AR), TOKENS)),
-    'velocity': (velocity, (parameters(AR), normal(3, 4), TIME, 0.1 * TIME, normal(3, 16))),
+    'velocity': (velocity, (parameters(AR), normal(3, 4), TIME, TIME / 10, normal(3, 16))),
 }
 
 
@@ -290,10 +298,12 @@ def test_tokens_drawn_by_the_posterior():
 @pytest.mark.usefixtures('in_pieces')
 def test_jacobians():
     """Forward mode and reverse mode, under `vmap`, give one Jacobian of the decoder."""
-    params = parameters(VAE)
-    image = functools.partial(decode, params)
-    forward = jax.jit(jax.jacfwd(image))(TOKENS[:1])
-    reverse = jax.jit(jax.jacrev(lambda z: image(z)))(TOKENS[:1])
+
+    @jax.jit
+    def both(params, z):
+        return jax.jacfwd(decode, 1)(params, z), jax.jacrev(decode, 1)(params, z)
+
+    forward, reverse = both(parameters(VAE), TOKENS[:1])
     assert forward.shape == (1, *VAE.image_shape, 1, 4, 4)
     assert_close(forward, reverse, 1e-5)
 

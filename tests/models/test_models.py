@@ -45,85 +45,118 @@ def test_rope_table(golden):
     np.testing.assert_allclose(np.sin(angles), golden['freqs_cis'][..., 1], atol=1e-6)
 
 
-def test_encoder_and_decoder(golden, tiny_vae):
+@pytest.fixture(scope='module')
+def encoded(golden, tiny_vae):
+    """(hidden states, posterior, its KL, tokens) of the golden images, and the images' gradient of
+    the sum of the first token's mu.
+    """
     model, params = tiny_vae
-    hidden = compiled(model.backbone, params, 'encode')(golden['images'])
+    draws = golden['beta_draw'], golden['tangent_draw']
+
+    @jax.jit
+    def measure(images, params):
+        def first(images):
+            posterior = model.apply({'params': params}, images, method='encode')
+            return posterior.mu[0, 0].sum(), posterior
+
+        gradient, posterior = jax.grad(first, has_aux=True)(images)
+        hidden = model.backbone.apply({'params': params}, images, method='encode')
+        return (hidden, posterior, posterior.kl(), posterior.sample(draws)), gradient
+
+    return measure(golden['images'], params)
+
+
+def test_encoder_and_decoder(golden, tiny_vae, encoded):
+    (hidden, posterior, kl, z), _ = encoded
     np.testing.assert_allclose(hidden, golden['enc_hidden'], rtol=1e-4, atol=1e-4)
-    posterior = compiled(model, params, 'encode')(golden['images'])
     chex.assert_shape([posterior.mu, posterior.kappa], [(3, 16, 8), (3, 16)])
     np.testing.assert_allclose(posterior.mu, golden['mu'], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(posterior.kappa, golden['kappa'], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(posterior.kl(), golden['kl'], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(jnp.mean(posterior.kl()), golden['kl_mean'], rtol=1e-4)
-    sample = jax.jit(lambda posterior, draws: posterior.sample(draws))
-    z = sample(posterior, (golden['beta_draw'], golden['tangent_draw']))
+    np.testing.assert_allclose(kl, golden['kl'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.mean(kl), golden['kl_mean'], rtol=1e-4)
     np.testing.assert_allclose(z, golden['z'], rtol=1e-4, atol=1e-4)
-    decoded = compiled(model, params, 'decode')(golden['z'])
+    decoded = compiled(*tiny_vae, 'decode')(golden['z'])
     np.testing.assert_allclose(decoded, golden['decoded'], rtol=1e-4, atol=1e-4)
 
 
-def test_ar_and_head(golden, tiny_ar):
+@pytest.fixture(scope='module')
+def conditions(tiny_ar):
+    """(class, tokens) → conditions of the golden AR model."""
+    return compiled(*tiny_ar, 'conditions')
+
+
+def test_ar_and_head(golden, tiny_ar, conditions):
     model, params = tiny_ar
-    class_id = golden['class_id']
-    z = golden['z']
-    embedded = compiled(model, params, 'embed')(class_id, z[:, :-1])
+    angles = np.arctan2(golden['freqs_cis'][..., 1], golden['freqs_cis'][..., 0])
+    c = golden['ar_cond'].reshape(48, -1)
+
+    @jax.jit
+    def measure(params):
+        variables = {'params': params}
+        tokens = golden['z'][:, :-1]
+        embedded = model.apply(variables, golden['class_id'], tokens, method='embed')
+        first = jax.tree.map(lambda a: a[:1], params['stack'])
+        stack = transformer.Stack(1, model.heads, True)
+        block, _ = stack.apply({'params': first}, embedded, angles)
+        v = model.apply(
+            variables,
+            golden['head_x'],
+            golden['head_t'],
+            c,
+            method=lambda m, x, t, c: m.head.velocity(x, c, t),
+        )
+        return embedded, block, v
+
+    embedded, block, v = measure(params)
     np.testing.assert_allclose(embedded, golden['ar_in'], rtol=1e-4, atol=1e-4)
-    first = jax.tree.map(lambda a: a[:1], params['stack'])
-    block, _ = compiled(transformer.Stack(1, model.heads, True), first)(
-        embedded, golden_angles(golden)
-    )
     np.testing.assert_allclose(block, golden['ar_block0'], rtol=1e-4, atol=1e-4)
-    conditions = compiled(model, params, 'conditions')(class_id, z)
-    np.testing.assert_allclose(conditions, golden['ar_cond'], rtol=1e-4, atol=1e-4)
-    arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
-    v = compiled(model, params, lambda m, x, t, c: m.head.velocity(x, c, t))(*arguments)
+    found = conditions(golden['class_id'], golden['z'])
+    np.testing.assert_allclose(found, golden['ar_cond'], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(v, golden['head_v'], rtol=1e-4, atol=1e-4)
 
 
-def golden_angles(golden):
-    return jnp.arctan2(golden['freqs_cis'][..., 1], golden['freqs_cis'][..., 0])
-
-
-def test_causality_by_gradients(golden, tiny_ar):
+def test_causality_by_gradients(golden, conditions):
     """Condition k depends on every token before k, on none from k on, and on the class."""
-    model, params = tiny_ar
-    conditions = compiled(model, params, 'conditions')
     jacobian = jax.jit(jax.jacrev(lambda z: conditions(golden['class_id'][:1], z[None])[0].sum(-1)))
     influence = np.abs(jacobian(golden['z'][0])).sum(-1)  # (condition, token)
     chex.assert_shape(influence, (16, 16))
     seen = np.tril(np.ones((16, 16)), -1)
     np.testing.assert_array_equal(influence * (1 - seen), 0)
     assert (influence[seen == 1] > 1e-6).all()
-    other = conditions((golden['class_id'][:1] + 1) % 10, golden['z'][:1])
-    assert (np.abs(other - golden['ar_cond'][:1]).max(-1) > 1e-3).all()
+    other = conditions((golden['class_id'] + 1) % 10, golden['z'])
+    assert (np.abs(other - golden['ar_cond']).max(-1) > 1e-3).all()
 
 
-def test_bidirectional_encoder_sees_everything(golden, tiny_vae):
-    model, params = tiny_vae
-
-    def mu(image):
-        return model.apply({'params': params}, image[None], method='encode').mu[0, 0].sum()
-
-    assert (
-        np.abs(jax.jit(jax.grad(mu))(golden['images'][0])).reshape(4, 16, 4, 16, 3).sum((1, 3, 4))
-        > 0
-    ).all()
+def test_bidirectional_encoder_sees_everything(encoded):
+    """The first token's mu has a gradient in every patch of its image."""
+    _, gradient = encoded
+    patches = np.abs(gradient[0]).reshape(4, 16, 4, 16, 3).sum((1, 3, 4))
+    assert (patches > 0).all()
 
 
-def test_cached_decoding_equals_the_full_pass(golden, tiny_ar):
+def test_cached_decoding_equals_the_full_pass(golden, tiny_ar, conditions):
     model, params = ar.unstacked(*tiny_ar)
     c, cache = compiled(model, params, 'prefill')(golden['class_id'])
-    conditions = [c]
+    cached = [c]
     decode = compiled(model, params, 'decode_step')
     for k in range(1, 16):
         c, cache = decode(golden['z'][:, k - 1], k, cache)
-        conditions.append(c)
-    np.testing.assert_allclose(
-        np.stack(conditions, 1), golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4
-    )
-    for full in (tiny_ar, (model, params)):
-        full = compiled(*full, 'conditions')(golden['class_id'], golden['z'])
-        np.testing.assert_allclose(np.stack(conditions, 1), full, rtol=1e-5, atol=1e-5)
+        cached.append(c)
+    cached = np.stack(cached, 1)
+    np.testing.assert_allclose(cached, golden['ar_cond'].reshape(3, 16, -1), rtol=1e-4, atol=1e-4)
+    for full in (conditions, compiled(model, params, 'conditions')):
+        found = full(golden['class_id'], golden['z'])
+        np.testing.assert_allclose(cached, found, rtol=1e-5, atol=1e-5)
+
+
+def _value_and_gradients(function):
+    """(x, kernel, gradient of the value) → (value, gradients of x and the kernel), compiled."""
+
+    def run(x, kernel, g):
+        value, transpose = jax.vjp(function, x, kernel)
+        return value, transpose(g)
+
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize('k', [2, 4])
@@ -134,7 +167,7 @@ def test_conv_transpose_is_the_dilated_convolution(k):
     rng = np.random.default_rng(k)
 
     def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     x = draw(2, 5, 7, 3)
     kernel = draw(k, k, 3, 6)
@@ -150,15 +183,11 @@ def test_conv_transpose_is_the_dilated_convolution(k):
             dimension_numbers=convolutions.NHWC,
         )
 
-    for ours, truth in zip(
-        jax.vjp(convolutions.conv_transpose, x, kernel)[1](g),
-        jax.vjp(plain, x, kernel)[1](g),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        convolutions.conv_transpose(x, kernel), plain(x, kernel), rtol=1e-4, atol=1e-5
-    )
+    value, gradients = _value_and_gradients(convolutions.conv_transpose)(x, kernel, g)
+    truth, true_gradients = _value_and_gradients(plain)(x, kernel, g)
+    for ours, true in zip(gradients, true_gradients, strict=True):
+        np.testing.assert_allclose(ours, true, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(value, truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +203,7 @@ def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, mon
     rng = np.random.default_rng(channels)
 
     def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     x = draw(2, 8, 6, 3)
     kernel = draw(3, 3, 3, channels)
@@ -188,22 +217,23 @@ def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, mon
     def ours(x, kernel):
         return convolutions.conv3(x, kernel, stride)
 
-    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
-    for mine, truth in zip(
-        jax.vjp(ours, x, kernel)[1](g), jax.vjp(plain, x, kernel)[1](g), strict=True
-    ):
-        np.testing.assert_allclose(mine, truth, rtol=1e-4, atol=1e-4)
+    value, gradients = _value_and_gradients(ours)(x, kernel, g)
+    truth, true_gradients = _value_and_gradients(plain)(x, kernel, g)
+    np.testing.assert_allclose(value, truth, rtol=1e-5, atol=1e-5)
+    for mine, true in zip(gradients, true_gradients, strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
 
 
 def test_patchify_is_a_convolution():
     rng = np.random.default_rng(0)
     x, kernel = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5))
+        rng.normal(size=shape).astype(np.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5))
     )
     truth = jax.lax.conv_general_dilated(
         x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC
     )
-    np.testing.assert_allclose(convolutions.patchify(x, kernel), truth, rtol=1e-5, atol=1e-5)
+    found = jax.jit(convolutions.patchify)(x, kernel)
+    np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(('inner', 'outer'), [((6,), (2, 5)), ((2, 3), (5,))])
@@ -216,8 +246,11 @@ def test_product_is_dot_general(inner, outer):
     )
     n = len(inner)
     dimensions = ((tuple(range(2, 2 + n)), tuple(range(n))), ((), ()))
-    y, transpose = jax.vjp(lambda x, kernel: transformer.product(x, kernel, dimensions), x, kernel)
-    dx, dkernel = transpose(jnp.asarray(g))
+
+    def product(x, kernel):
+        return transformer.product(x, kernel, dimensions)
+
+    y, (dx, dkernel) = _value_and_gradients(product)(x, kernel, g)
     np.testing.assert_allclose(y, np.tensordot(x, kernel, n), rtol=1e-5, atol=1e-5)
     axes = (list(range(2, g.ndim)), list(range(n, kernel.ndim)))
     np.testing.assert_allclose(dx, np.tensordot(g, kernel, axes), rtol=1e-5, atol=1e-5)
@@ -226,20 +259,17 @@ def test_product_is_dot_general(inner, outer):
 
 def test_norm_silu_is_group_norm_and_silu():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(3.0, 2.0, size=(2, 4, 6, 96)), jnp.float32)  # 24 groups of 4
+    x = rng.normal(3.0, 2.0, size=(2, 4, 6, 96)).astype(np.float32)  # 24 groups of 4
     module = convolutional.NormSiLU()
-    variables = {
-        'params': {n: jnp.asarray(rng.normal(size=96), jnp.float32) for n in ('scale', 'bias')}
-    }
+    variables = {'params': {n: rng.normal(size=96).astype(np.float32) for n in ('scale', 'bias')}}
     groups = np.asarray(x, np.float64).reshape(2, 24, 24, 4)
     mean = groups.mean((1, 3), keepdims=True)
     variance = groups.var((1, 3), keepdims=True)
     normal = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
     scale, bias = (np.asarray(variables['params'][n], np.float64) for n in ('scale', 'bias'))
     y = normal * scale + bias
-    np.testing.assert_allclose(
-        module.apply(variables, x), y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5
-    )
+    found = jax.jit(module.apply)(variables, x)
+    np.testing.assert_allclose(found, y / (1 + np.exp(-y)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -409,10 +439,10 @@ def test_size_of_the_program_does_not_grow_with_depth():
         )
         params = jax.eval_shape(model.init_params, jax.random.key(0))
         example = (
-            jnp.zeros(1, int),
-            jnp.zeros((1, 4, 16)),
-            jnp.zeros((1, 1, 4, 16)),
-            jnp.zeros((1, 1, 4)),
+            np.zeros(1, np.int32),
+            np.zeros((1, 4, 16), np.float32),
+            np.zeros((1, 1, 4, 16), np.float32),
+            np.zeros((1, 1, 4), np.float32),
         )
 
         def loss(p):
@@ -437,8 +467,8 @@ def test_impossible_sizes_are_refused():
 
 
 def test_time_sinusoid():
-    t = jnp.asarray([0.0, 0.25])
-    features = flow.time_sinusoid(t)
+    t = np.array([0, 0.25], np.float32)
+    features = np.asarray(jax.jit(flow.time_sinusoid)(t))
     chex.assert_shape(features, (2, 256))
     np.testing.assert_array_equal(features[0], [1] * 128 + [0] * 128)
     np.testing.assert_allclose(features[1, [0, 128]], [np.cos(250), np.sin(250)], atol=1e-5)

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,8 @@ from sphere_ar_jax.models.conditions import classes
 from sphere_ar_jax.models.heads import HEADS, mean_velocity
 from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
-from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training import losses
 from sphere_ar_jax.training.state import quickly_compiled
-from tests.conftest import compiled
 
 
 def _assert_gradients(gradients, golden, prefix, tolerance):
@@ -37,11 +37,17 @@ def _assert_gradients(gradients, golden, prefix, tolerance):
         )
 
 
-def test_flow_loss_and_gradients(golden, tiny_ar, tiny_vae):
+@pytest.fixture(scope='module')
+def autoencoded(tiny_vae):
+    """(images, draws) → (reconstructions, tokens, posterior) of the golden S-VAE, compiled."""
+    model, params = tiny_vae
+    run = jax.jit(lambda params, images, draws: autoencode(model, params, images, lambda q: draws))
+    return functools.partial(run, params)
+
+
+def test_flow_loss_and_gradients(golden, tiny_ar, autoencoded):
     model, params = tiny_ar
-    draws = golden['train_beta'], golden['train_tangent']
-    encode = compiled(*tiny_vae, lambda m, images, draws: m.encode(images).sample(draws))
-    z = encode(golden['images'], draws)
+    _, z, _ = autoencoded(golden['images'], (golden['train_beta'], golden['train_tangent']))
     t_normal = golden['train_t_normal'].reshape(2, 3, 16)
     noise = golden['train_noise'].reshape(2, 3, 16, 8)
 
@@ -79,22 +85,18 @@ def test_tokenizer_loss_and_gradients(golden, tiny_vae):
     _assert_gradients(gradients, golden, 'vae_', lambda _: 1e-4)
 
 
-def test_l2_weight(golden, tiny_vae):
-    model, params = tiny_vae
-    draws = golden['vae_beta'], golden['vae_tangent']
-    run = jax.jit(lambda params, images: autoencode(model, params, images, lambda q: draws))
-    results = run(params, golden['images'])
-    value, scalars = losses.reconstruction_loss(
-        golden['images'], *results, kl_weight=0.0, l2_weight=2.0
-    )
+def test_l2_weight(golden, autoencoded):
+    results = autoencoded(golden['images'], (golden['vae_beta'], golden['vae_tangent']))
+    loss = functools.partial(losses.reconstruction_loss, kl_weight=0.0, l2_weight=2.0)
+    value, scalars = jax.jit(loss)(golden['images'], *results)
     squared = np.mean((golden['vae_recon'] - golden['images']) ** 2)
     np.testing.assert_allclose(value, golden['vae_l1'] + 2 * squared, rtol=1e-4)
     np.testing.assert_allclose(scalars['psnr'], 10 * np.log10(4 / squared), rtol=1e-4)
 
 
 def _posterior(mu, kappa=20.0):
-    mu = geometry.l2_normalize(jnp.asarray(mu, jnp.float32))
-    return power_spherical.PowerSphericalTokens(mu, jnp.full(mu.shape[:-1], kappa, jnp.float32))
+    mu = (mu / np.linalg.norm(mu, axis=-1, keepdims=True)).astype(np.float32)
+    return power_spherical.PowerSphericalTokens(mu, np.full(mu.shape[:-1], kappa, np.float32))
 
 
 _statistics = jax.jit(lambda posterior: posterior.statistics())
@@ -111,7 +113,7 @@ def test_latents_that_are_well():
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
-    np.testing.assert_allclose(scalars['kl'], np.mean(posterior.kl()), rtol=1e-6)
+    np.testing.assert_allclose(scalars['kl'], np.mean(jax.jit(posterior.kl)()), rtol=1e-6)
     assert power_spherical.PowerSpherical().faults(scalars) is None
 
 
@@ -173,11 +175,12 @@ def test_adversarial_losses_in_closed_form():
         ('non_saturating', logistic, -np.log(sigmoid(fake)).mean(), sigmoid(fake) - 1),
     ):  # fmt: skip
         discriminator, generator = discriminators.ADVERSARIAL[name]
-        np.testing.assert_allclose(discriminator(real, fake), of_discriminator, rtol=1e-5)
-        value, gradient = jax.value_and_grad(generator)(fake)
+        found = jax.jit(discriminator)(real, fake)
+        np.testing.assert_allclose(found, of_discriminator, rtol=1e-5)
+        value, gradient = jax.jit(jax.value_and_grad(generator))(fake)
         np.testing.assert_allclose(value, of_generator, rtol=1e-5)
         np.testing.assert_allclose(gradient, slope / fake.size, rtol=1e-4, atol=1e-8)
-    to_real, to_fake = jax.grad(discriminators.logistic_loss, (0, 1))(real, fake)
+    to_real, to_fake = jax.jit(jax.grad(discriminators.logistic_loss, (0, 1)))(real, fake)
     np.testing.assert_allclose(to_real, (sigmoid(real) - 1) / 2 / real.size, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose(to_fake, sigmoid(fake) / 2 / fake.size, rtol=1e-4, atol=1e-8)
     # No logarithm of 0 is taken.
@@ -186,26 +189,28 @@ def test_adversarial_losses_in_closed_form():
 
 def test_draws_depend_on_the_sample_not_on_the_batch():
     """The draws of a batch are those of its rows, wherever the batch is cut."""
-    keys = losses.sample_keys(jax.random.key(0), 7, 6)
+    sample_keys = jax.jit(losses.sample_keys, static_argnums=2)
+    keys = sample_keys(jax.random.key(0), 7, 6)
     head = HEADS['flow'](8, 16, 2, 1)
-    whole = head.draws(keys, (2, 16, 8))
+    draws = jax.jit(lambda keys: head.draws(keys, (2, 16, 8)))
+    whole = draws(keys)
     chex.assert_shape(whole, [(2, 6, 16), (2, 6, 16, 8)])
-    parts = [head.draws(keys[i : i + 2], (2, 16, 8)) for i in (0, 2, 4)]
-    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *parts))
-    assert not np.array_equal(
-        jax.random.key_data(keys), jax.random.key_data(losses.sample_keys(jax.random.key(0), 8, 6))
-    )
+    parts = [draws(keys[i : i + 2]) for i in (0, 2, 4)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *p: np.concatenate(p, axis=1), *parts))
+    others = sample_keys(jax.random.key(0), 8, 6)
+    assert not np.array_equal(jax.random.key_data(keys), jax.random.key_data(others))
 
 
 def test_label_dropout():
     keys = losses.sample_keys(jax.random.key(0), 0, 4000)
-    labels = jnp.arange(4000) % 10
+    labels = np.arange(4000, dtype=np.int32) % 10
     condition = classes.Classes(10, 4, 16)
-    dropped = np.asarray(condition.drop(keys, labels, 0.1))
+    drop = jax.jit(condition.drop)
+    dropped = np.asarray(drop(keys, labels, np.float32(0.1)))
     share = np.mean(dropped == 10)
     assert abs(share - 0.1) < 5 * np.sqrt(0.09 / 4000)
-    np.testing.assert_array_equal(dropped[dropped != 10], np.asarray(labels)[dropped != 10])
-    np.testing.assert_array_equal(condition.drop(keys, labels, 0.0), labels)
+    np.testing.assert_array_equal(dropped[dropped != 10], labels[dropped != 10])
+    np.testing.assert_array_equal(drop(keys, labels, np.float32(0)), labels)
 
 
 def test_mean_velocities_of_a_known_flow():
@@ -223,15 +228,18 @@ def test_mean_velocities_of_a_known_flow():
         variance = (1 - t) ** 2 + (t * std) ** 2
         return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
 
-    noise = jnp.linspace(-2, 2, 5)[:, None]
-    x, t, h, u = mean_velocity.mean_velocity_targets(velocity, noise, (1, 2, 4), 64)
+    noise = np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
+    targets = jax.jit(
+        lambda noise: mean_velocity.mean_velocity_targets(velocity, noise, (1, 2, 4), 64)
+    )
+    x, t, h, u = jax.tree.map(np.asarray, targets(noise))
     chex.assert_shape((x, u), (7, 5, 1))
     np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
     np.testing.assert_allclose(h, [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
     for i in range(7):
 
         def at(t):
-            return t * mean + np.asarray(noise) * spread(t)
+            return t * mean + noise * spread(t)
 
         start = float(t[i])
         end = float(t[i] + h[i])

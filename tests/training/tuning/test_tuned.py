@@ -10,21 +10,24 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from sphere_ar_jax.config import checks, fine_tuning, schema
+from sphere_ar_jax.config import build, checks, fine_tuning, schema
 from sphere_ar_jax.config.fine_tuning import Tuning
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import optimizer, state
+from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.tuning import lora, tuned
 from tests import tiny_config
 from tests.conftest import libraries_promote
-from tests.tiny_config import random_arrays
 
 OPTIONS = tiny_config.get_config().ar_training
-BATCH = {'image': jnp.ones((8, 3))}
+BATCH = {'image': np.ones((8, 3), np.float32)}
 BASE = {
-    'stack': {'a': {'kernel': jnp.full((3, 2), 0.5)}, 'b': {'kernel': jnp.full((2, 2), -1.0)}},
-    'head': {'kernel': jnp.full((2, 1), 2.0), 'bias': jnp.zeros(1)},
+    'stack': {
+        'a': {'kernel': np.full((3, 2), 0.5, np.float32)},
+        'b': {'kernel': np.full((2, 2), -1.0, np.float32)},
+    },
+    'head': {'kernel': np.full((2, 1), 2.0, np.float32), 'bias': np.zeros(1, np.float32)},
 }
 
 
@@ -40,7 +43,7 @@ def _stage():
     def init(key):
         return jax.tree.map(lambda x: jax.random.normal(key, x.shape), BASE)
 
-    return state.make_stage('ar', OPTIONS, 0, init, loss, jnp.float32(3), (), about='tokenizer')
+    return state.make_stage('ar', OPTIONS, 0, init, loss, np.float32(3), (), about='tokenizer')
 
 
 @libraries_promote()
@@ -51,7 +54,7 @@ def test_what_is_trained_is_trained_as_optax_would_alone():
     """
     tuning = Tuning(freeze=('stack/a', 'bias$'), multipliers=(('head', 0.25), ('kernel', 2.0)))
     stage = tuned.tuned_stage(_stage(), tuning, BASE, 0)
-    began = stage.init(jax.random.key(0))
+    began = jax.jit(stage.init)(jax.random.key(0))
     began = began.replace(params=stage.begin(began.params))
     paths = {'stack/b/kernel', 'head/kernel'}
     assert set(flatten_dict(began.params, sep='/')) == paths
@@ -65,24 +68,31 @@ def test_what_is_trained_is_trained_as_optax_would_alone():
             'stack': BASE['stack'] | {'b': {'kernel': trained['b']}},
             'head': {'kernel': trained['c'], 'bias': BASE['head']['bias']},
         }
-        return _stage().loss(params, jnp.float32(3), BATCH, None)[0]
+        return _stage().loss(params, np.float32(3), BATCH, None)[0]
 
     by_hand = {'b': BASE['stack']['b']['kernel'], 'c': BASE['head']['kernel']}
     rate = optimizer.learning_rate(1e-3, 2, 6, OPTIONS.final_learning_rate)
     adamw = optax.adamw(rate, b1=OPTIONS.b1, b2=OPTIONS.b2, weight_decay=OPTIONS.weight_decay)
     tx = optax.chain(optax.clip_by_global_norm(OPTIONS.clip_norm), adamw)
-    moments = tx.init(by_hand)
-    now = began
-    for _ in range(3):
-        now, scalars = stage.step(now, stage.frozen, BATCH)
+    moments = jax.jit(tx.init)(by_hand)
+
+    @jax.jit
+    def step_by_hand(by_hand, moments):
         grads = jax.grad(loss)(by_hand)
-        np.testing.assert_allclose(scalars['grad_norm'], optax.tree.norm(grads), rtol=1e-5)
         updates, moments = tx.update(grads, moments, by_hand)
         by_hand = {'b': by_hand['b'] + 2.0 * updates['b'], 'c': by_hand['c'] + 0.25 * updates['c']}
+        return by_hand, moments, optax.tree.norm(grads)
+
+    step = jax.jit(stage.step)
+    now = began
+    for _ in range(3):
+        now, scalars = step(now, stage.frozen, BATCH)
+        by_hand, moments, norm = step_by_hand(by_hand, moments)
+        np.testing.assert_allclose(scalars['grad_norm'], norm, rtol=1e-5)
     whole = stage.to_model(now.params)
     np.testing.assert_allclose(whole['stack']['b']['kernel'], by_hand['b'], rtol=1e-5)
     np.testing.assert_allclose(whole['head']['kernel'], by_hand['c'], rtol=1e-5)
-    assert float(jnp.abs(whole['head']['kernel'] - 2.0).max()) > 1e-4
+    assert np.abs(np.asarray(whole['head']['kernel']) - 2.0).max() > 1e-4
     chex.assert_trees_all_equal(whole['stack']['a'], BASE['stack']['a'])
     chex.assert_trees_all_equal(whole['head']['bias'], BASE['head']['bias'])
 
@@ -113,9 +123,12 @@ def test_patterns_that_match_nothing_are_named(tuning, message):
 @pytest.fixture(scope='module')
 def low_rank():
     """(the tiny AR stage, the one with factors of rank 2, the base's parameters)."""
-    _, stage = tiny_config.stages(tiny_config.get_config())
-    base = random_arrays(jax.eval_shape(stage.init, jax.random.key(0)).params, seed=3)
-    base = jax.tree.map(jnp.asarray, base)
+    cfg = tiny_config.get_config()
+    vae = build.build_vae(cfg)
+    model = build.build_ar(cfg)
+    vae_params = tiny_config.random_params(vae)
+    stage = ar_stage(model, vae, vae_params, cfg.ar_training, cfg.seed)
+    base = tiny_config.random_params(model, seed=3)
     return stage, tuned.tuned_stage(stage, Tuning(lora_rank=2), base, 0), base
 
 
