@@ -8,7 +8,6 @@ import numpy as np
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
-from sphere_ar_jax.training.state import quickly_compiled
 
 LONG = 24, 48  # steps of the tokenizer, whose steps take longer, and of the AR model
 
@@ -57,19 +56,12 @@ def long_config():
     return c
 
 
-@functools.cache
-def untrained(vae):
-    """Fresh parameters of a tokenizer, compiled once for all tests of a process."""
-    return jax.jit(vae.init_params, **quickly_compiled())(jax.random.key(1))
-
-
 def stages(cfg):
-    """The tokenizer's stage, and the AR's on an untrained tokenizer."""
+    """The tokenizer's stage, and the AR's on a random tokenizer."""
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
-    vae_params = untrained(vae)
     tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    return tokenizer, ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+    return tokenizer, ar_stage(ar, vae, random_params(vae), cfg.ar_training, cfg.seed)
 
 
 def random_arrays(shapes, seed=0):
@@ -80,9 +72,15 @@ def random_arrays(shapes, seed=0):
     return jax.tree.map(lambda x: (draw(x.shape) * 0.2 + (x.ndim == 1)).astype(np.float32), shapes)
 
 
+@functools.cache
+def _shapes(model):
+    """The shapes of a model's parameters, traced once for all tests of a process."""
+    return jax.eval_shape(model.init_params, jax.random.key(0))
+
+
 def random_params(model, seed=0):
     """Parameters of a model without compiling their initialisation, none of them left at zero."""
-    return random_arrays(jax.eval_shape(model.init_params, jax.random.key(0)), seed)
+    return random_arrays(_shapes(model), seed)
 
 
 def random_run(cfg=None, **sampling):

@@ -9,6 +9,7 @@ Dimensions:
   d    latent dimension             S = C + L − 1, the length of the sequence and of the cache
 """
 
+import functools
 from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
@@ -205,9 +206,17 @@ class AR(nn.Module):
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Makes fresh parameters from a PRNG key."""
-        z = jnp.zeros((1, self.num_tokens, self.latent_dim))
-        draws = self.head.example((1, self.num_tokens, self.latent_dim))
-        return self.init(key, self.condition.example(), z, draws, method='loss')['params']
+        return _fresh(self, key)
+
+
+# A run needs the shapes and the values of parameters in several places; JAX keeps what it traced.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _fresh(model: AR, key: jax.Array) -> PyTree:
+    """The parameters of `AR.init_params`."""
+    shape = (1, model.num_tokens, model.latent_dim)
+    draws = model.head.example(shape)
+    example = model.condition.example()
+    return model.init(key, example, jnp.zeros(shape), draws, method='loss')['params']
 
 
 def sphere_ar(

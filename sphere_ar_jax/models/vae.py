@@ -11,6 +11,7 @@ Dimensions:
 Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -197,9 +198,16 @@ class VAE(nn.Module):
 
     def init_params(self, key: jax.Array) -> PyTree:
         """Makes fresh parameters from a PRNG key, without `Statistics`."""
-        images = jnp.zeros((1, *self.image_shape))
-        z = jnp.zeros((1, self.grid[0] * self.grid[1], self.latent_dim))
-        return self.init(key, images, z)['params']
+        return _fresh(self, key)
+
+
+# A run needs the shapes and the values of parameters in several places; JAX keeps what it traced.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _fresh(model: VAE, key: jax.Array) -> PyTree:
+    """The parameters of `VAE.init_params`."""
+    images = jnp.zeros((1, *model.image_shape))
+    z = jnp.zeros((1, model.grid[0] * model.grid[1], model.latent_dim))
+    return model.init(key, images, z)['params']
 
 
 def s_vae(

@@ -46,7 +46,7 @@ _Contents: TypeAlias = tuple[PyTree, Any, float]
 
 
 @jax.jit
-def _fingerprints(tree: PyTree) -> jax.Array:
+def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
     """A uint32 for each leaf: Σ word·weight mod 2³², the same on any mesh.
 
     The weights depend on the position, and are odd, so that any single flipped bit changes the sum.
@@ -76,7 +76,6 @@ def _fingerprints(tree: PyTree) -> jax.Array:
         total, _ = jax.lax.scan(add, jnp.uint32(0), (a, firsts))
         return total
 
-    leaves = jax.tree.leaves(tree)
     # Small leaves of one shape, as a bias and its moments, are summed together, which compiles in
     # less than half of the time.
     alike: dict[Any, list[int]] = {}
@@ -98,7 +97,8 @@ def fingerprint(tree: PyTree) -> list[int]:
 
     All processes must call it.
     """
-    return [int(x) for x in hosts.gather(_fingerprints(tree))]
+    # Trees of the same leaves, as a state and what is read of it, share one program.
+    return [int(x) for x in hosts.gather(_fingerprints(jax.tree.leaves(tree)))]
 
 
 def digest(tree: PyTree) -> str:

@@ -15,6 +15,7 @@ Dimensions:
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -75,12 +76,18 @@ def draw_labels(kind: str, n: int, num_classes: int, seed: int) -> np.ndarray:
         return (np.arange(n) % num_classes).astype(np.int32)
     if kind == 'uniform':
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b'labels'))
-
-        def one(i: jax.Array) -> jax.Array:
-            return jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
-
-        return np.asarray(jax.jit(jax.vmap(one))(np.arange(n)), np.int32)
+        return np.asarray(_uniform(key, np.arange(n), num_classes), np.int32)
     return _read_labels(kind, n, num_classes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _uniform(key: jax.Array, index: np.ndarray, num_classes: int) -> jax.Array:
+    """Uniform labels (n,) of the images with these numbers."""
+
+    def one(i: jax.Array) -> jax.Array:
+        return jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
+
+    return jax.vmap(one)(index)
 
 
 def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:

@@ -31,6 +31,8 @@ from sphere_ar_jax.sampling.generation import Run
 from sphere_ar_jax.sampling.tokens import Prefix
 from sphere_ar_jax.sphere import geometry
 
+_slerp = jax.jit(geometry.slerp)
+
 
 class Tokens(NamedTuple):
     """Tokens that were drawn.
@@ -531,7 +533,7 @@ class Model:
         first, last = self.encode(np.concatenate(ends))
         t = np.linspace(0, 1, count, dtype=np.float32)[:, None, None]
         if on_a_sphere(self.vae):
-            way = geometry.slerp(jnp.asarray(first[None]), jnp.asarray(last[None]), jnp.asarray(t))
+            way = _slerp(first[None], last[None], t)
         else:
             way = (1 - t) * first[None] + t * last[None]
         return self.decode(way)

@@ -25,7 +25,7 @@ import sphere_ar_jax
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import checkpoints, evaluate, open_run, train
 from sphere_ar_jax.commands import draw as commands_draw
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import batches, digits, pixels
 from sphere_ar_jax.evaluation import pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
@@ -37,7 +37,7 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import losses, stages
-from sphere_ar_jax.training.run import load_run
+from sphere_ar_jax.training.run import load_config, load_run
 from tests import tiny_config
 from tests import torch_writer as w
 from tests.conftest import GOLDENS, libraries_promote
@@ -644,7 +644,7 @@ def test_samples_are_scored(tmp_path, monkeypatch, capsys):
     assert 'samples: 2 of 2' in capsys.readouterr().out
 
 
-def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
+def test_one_plain_line_each(converted, tmp_path, capsys):
     workdir = f'--workdir={converted}'
     (tmp_path / 'bad').mkdir()
     (tmp_path / 'bad' / 'config.json').write_text('{"vae": 3')
@@ -728,29 +728,29 @@ def test_one_plain_line_each(converted, digits_run, tmp_path, capsys):
     ):
         assert message in _refused(capsys, *arguments), arguments
     assert not (converted / 'samples.npz').exists()
-    meshed = _tuning(**{'mesh.data': 999})
+    meshed = schema.changed(load_config(str(converted)), {'mesh.data': 999})
     with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
-        commands_draw.sample(str(digits_run), output=f'{tmp_path}/a.npz', like=meshed)
+        commands_draw.sample(str(converted), output=f'{tmp_path}/a.npz', like=meshed)
 
 
-@libraries_promote()
-def test_sampler_seed_and_mesh_are_those_of_the_config_given(digits_run):
+def test_sampler_seed_and_mesh_are_those_of_the_config_given(converted):
     """`like` changes how is drawn, never what was trained."""
-    workdir = digits_run
-    like = _tuning(
-        **{
+    like = schema.changed(
+        load_config(str(converted)),
+        {
             'sampling.num_steps': 7,
             'seed': 3,
             'data.holdout': 0.5,
             'dtype': 'bfloat16',
             'mesh.data': 1,
-        }
+        },
     )
-    run, mesh = open_run.open_run(str(workdir), like)
+    with libraries_promote():
+        run, mesh = open_run.open_run(str(converted), like)
     assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)
     assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16 and mesh.size == 1
     assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(
-        load_run(str(workdir)).ar_params
+        load_run(str(converted)).ar_params
     )
 
 

@@ -346,15 +346,14 @@ def test_a_tokenizer_of_another_size(tar, tokenizer, tmp_path):
         _train(_config(tar, **options), tmp_path / 'w')
 
 
-@pytest.fixture
-def tokenizer_only(tar, tmp_path):
+@pytest.fixture(scope='module')
+def tokenizer_only(tar, tmp_path_factory):
     """Config and workdir of a run that trained a tokenizer alone, as its end leaves them.
 
     The numbers in the checkpoint are any, so that nothing need be compiled.
     """
     cfg = _config(tar, **{'ar_training.steps': 0})
-    directory = tmp_path / 'tokenizer'
-    directory.mkdir()
+    directory = tmp_path_factory.mktemp('tokenizer_only')
     claim(cfg, directory)
     stage = adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
     like = state.abstract_state(stage, sharding.make_mesh())

@@ -170,17 +170,21 @@ def test_a_resume_with_other_processes_goes_on_bit_for_bit():
     assert whole[0]['label'].dtype == np.int32
 
 
+@pytest.fixture(scope='module')
+def one_by_one():
+    """The first 100 images of 7, in batches of one."""
+    batches = _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())
+    return np.concatenate([batch['image'] for batch in batches])
+
+
 @pytest.mark.parametrize('batch_size', [2, 24, 48, 10])
-def test_batches_of_any_size_are_pieces_of_one_stream(batch_size):
+def test_batches_of_any_size_are_pieces_of_one_stream(one_by_one, batch_size):
     """What is handed over at a time (16 images or fewer) shows nowhere."""
-    ones = np.concatenate(
-        [b['image'] for b in _global_batches(Pictures(7), 100, 0, 1, 1, transform=Epochs())]
-    )
     ours = _global_batches(Pictures(7), 96 // batch_size, 0, 2, batch_size, transform=Epochs())
     ours = np.concatenate([batch['image'] for batch in ours])
-    np.testing.assert_array_equal(ours, ones[: len(ours)])
-    np.testing.assert_array_equal(ones[:, 0], np.arange(100) // 7)  # the epoch
-    assert len(set(ones[:, 1])) == 100  # draws of their own in every epoch
+    np.testing.assert_array_equal(ours, one_by_one[: len(ours)])
+    np.testing.assert_array_equal(one_by_one[:, 0], np.arange(100) // 7)  # the epoch
+    assert len(set(one_by_one[:, 1])) == 100  # draws of their own in every epoch
 
 
 def test_the_epoch_goes_on_across_a_resume():

@@ -31,20 +31,34 @@ def _noise(golden, case):
     return first, rest
 
 
+@pytest.fixture(scope='module')
+def apart(tiny_ar):
+    """(model, parameters) of the golden AR model with scan=False."""
+    return ar.unstacked(*tiny_ar)
+
+
+@pytest.fixture(scope='module')
+def shallow(tiny_ar):
+    """(model, parameters) of the golden AR model's first block alone."""
+    model, params = tiny_ar
+    first = jax.tree.map(lambda a: a[:1], params['stack']['blocks'])
+    return model.clone(depth=1), params | {'stack': params['stack'] | {'blocks': first}}
+
+
 @functools.cache
-def _program(model, options, scale):
-    """The sampler of given noise as one program, in which the scale is a constant."""
-    return jax.jit(
-        lambda params, labels, noise: sample_tokens(
-            model, params, labels, None, options, scale, noise=noise
-        )
-    )
+def _program(model, options):
+    """The sampler of given noise as one program."""
+
+    def sample(params, labels, noise, scale, temperature):
+        return sample_tokens(model, params, labels, None, options, scale, temperature, noise)
+
+    return jax.jit(sample)
 
 
 def _sample(golden, model, params, case, noise, **options):
     schedule, scale = CASES[case]
-    run = _program(model, Options(num_steps=5, guidance=schedule, **options), scale)
-    return np.asarray(run(params, golden['class_id'], noise))
+    run = _program(model, Options(num_steps=5, guidance=schedule, **options))
+    return np.asarray(run(params, golden['class_id'], noise, scale, 1.0))
 
 
 def draw_token(model, params, options, k, scale, c, noise, apart):
@@ -61,42 +75,52 @@ def draw_token(model, params, options, k, scale, c, noise, apart):
     return geometry.project(head.draw_token(params['head'], c, noise, solver, guided))
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_every_token_given_the_golden_ones_before(golden, tiny_ar, case):
-    """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from
-    the golden.
-    """
-    model, params = ar.unstacked(*tiny_ar)
-    schedule, scale = CASES[case]
-    options = Options(num_steps=5, guidance=schedule)
-    first, rest = _noise(golden, case)
-    tokens = golden[f'sample/{case}/tokens']
-    scales = guidance.guidance_scales(scale, 16, schedule) if schedule else jnp.ones(16)
-    guided = schedule is not None
-
-    def double(x, axis=0):
-        return jnp.concatenate([x, x], axis=axis) if guided else x
-
-    class_id = (
-        np.concatenate([golden['class_id'], np.full(3, 10, np.int32)])
-        if guided
-        else golden['class_id']
-    )
+@functools.cache
+def _token(model, options):
+    """`draw_token` as one program."""
 
     @jax.jit
-    def token(k, c, scale, noise):
+    def token(params, k, scale, c, noise):
         return draw_token(model, params, options, k, scale, c, noise, scale == 1)
 
-    decode = compiled(model, params, 'decode_step')
-    c, cache = compiled(model, params, 'prefill')(class_id)
+    return token
+
+
+@pytest.fixture(scope='module')
+def cached_decoder(apart):
+    """(prefill, decode_step) of the golden AR model, each as one program."""
+    return [compiled(*apart, method) for method in ('prefill', 'decode_step')]
+
+
+def _twice(x, axis=0):
+    return np.concatenate([x, x], axis=axis)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_token_given_the_golden_ones_before(golden, apart, cached_decoder, case):
+    """Each token of the sequence to 1e-4 through the cached decoder, what is fed back taken from
+    the golden. Without guidance, the second half of the rows is not compared.
+    """
+    model, params = apart
+    schedule, scale = CASES[case]
+    # The schedule is in the scales.
+    options = Options(num_steps=5, guidance='constant' if schedule else None)
+    first, rest = _noise(golden, case)
+    tokens = golden[f'sample/{case}/tokens']
+    scales = np.ones(16, np.float32)
+    if schedule:
+        scales = np.asarray(guidance.guidance_scales(scale, 16, schedule))
+    if scales[0] != 1 or not schedule:
+        first = _twice(first[:, :3], 1)
+    token = _token(model, options)
+    prefill, decode = cached_decoder
+    c, cache = prefill(np.concatenate([golden['class_id'], np.full(3, 10, np.int32)]))
     for k in range(16):
-        noise = (
-            double(rest[k - 1], 1) if k else (first if scales[0] == 1 else double(first[:, :3], 1))
-        )
-        z = token(k, c, scales[k], noise)
+        noise = _twice(rest[k - 1], 1) if k else first
+        z = np.asarray(token(params, k, scales[k], c, noise))
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4, err_msg=f'token {k}')
-        fed = np.array(double(tokens[:, k]))
-        if k == 0 and guided and scales[0] == 1:
+        fed = _twice(tokens[:, k])
+        if k == 0 and schedule and scales[0] == 1:
             fed[3:] = z[3:]  # the null stream's own first token, which the golden does not hold
         if k < 15:
             c, cache = decode(fed, k + 1, cache)
@@ -109,14 +133,14 @@ def _decoder(vae):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
+def test_whole_sequences(golden, apart, tiny_vae, case):
     """Sampling freely, by the one compiled program.
 
     Without guidance to 1e-4. With it, this random model amplifies a difference of one rounding a
     thousandfold along the sequence (see the next test): tokens 0 to 6 are held to 1e-4, the later
     ones to 5e-3.
     """
-    model, params = tiny_ar
+    model, params = apart
     tokens = _sample(golden, model, params, case, _noise(golden, case))
     expected = golden[f'sample/{case}/tokens']
     chex.assert_shape(tokens, (3, 16, 8))
@@ -135,11 +159,11 @@ def test_whole_sequences(golden, tiny_ar, tiny_vae, case):
 
 
 @pytest.mark.parametrize('case', ['cfg_linear', 'cfg_const'])
-def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
+def test_guidance_amplifies_rounding_on_the_random_model(golden, apart, case):
     """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens
     by over 1e-4.
     """
-    model, params = tiny_ar
+    model, params = apart
     first, rest = _noise(golden, case)
     moved = _sample(golden, model, params, case, (first * (1 + 1e-6), rest)) - _sample(
         golden, model, params, case, (first, rest)
@@ -148,38 +172,42 @@ def test_guidance_amplifies_rounding_on_the_random_model(golden, tiny_ar, case):
     assert np.abs(moved).max() > 1e-4
 
 
-def test_euler_against_golden(golden, tiny_ar):
-    model, params = ar.unstacked(*tiny_ar)
-    variables = {'params': params}
+def test_euler_against_golden(golden, apart):
+    model, params = apart
     table = solvers.table('euler', 8)
     head = model.head
-    variables = {'params': variables['params']['head']}
-    t_emb = head.apply(variables, jnp.asarray(table.t), method='embed_time')
-    c_emb = head.apply(variables, golden['ar_cond'].reshape(48, -1), method='embed_condition')
-    out = solvers.integrate(
-        lambda x, modulation: head.apply(variables, x, modulation, method='modulated'),
-        jnp.asarray(golden['euler_noise']), table.weights, chunk=4,
-        prepare=lambda index: head.apply(variables, t_emb[index], c_emb, method='modulation'),
-    )  # fmt: skip
+    variables = {'params': params['head']}
+
+    @jax.jit
+    def integrate(variables, noise, c):
+        t_emb = head.apply(variables, jnp.asarray(table.t), method='embed_time')
+        c_emb = head.apply(variables, c, method='embed_condition')
+        return solvers.integrate(
+            lambda x, modulation: head.apply(variables, x, modulation, method='modulated'),
+            noise, table.weights, chunk=4,
+            prepare=lambda index: head.apply(variables, t_emb[index], c_emb, method='modulation'),
+        )  # fmt: skip
+
+    out = integrate(variables, golden['euler_noise'], golden['ar_cond'].reshape(48, -1))
     np.testing.assert_allclose(out, golden['euler_out'], rtol=1e-4, atol=1e-4)
 
 
-def test_first_token_quirk(golden, tiny_ar):
+def test_first_token_quirk(golden, apart):
     """The null rows' noise for token 0 changes what follows if token 0 goes apart, and is not read
     if not.
     """
-    model, params = tiny_ar
+    model, params = apart
     first, rest = _noise(golden, 'cfg_linear')
     other = np.concatenate([first[:, :3], first[:, 3:] + 1], axis=1)
-    apart = [_sample(golden, model, params, 'cfg_linear', (f, rest)) for f in (first, other)]
-    np.testing.assert_array_equal(apart[0][:, 0], apart[1][:, 0])
-    assert np.abs(apart[0][:, 1] - apart[1][:, 1]).max() > 1e-2
+    own = [_sample(golden, model, params, 'cfg_linear', (f, rest)) for f in (first, other)]
+    np.testing.assert_array_equal(own[0][:, 0], own[1][:, 0])
+    assert np.abs(own[0][:, 1] - own[1][:, 1]).max() > 1e-2
     together = [
         _sample(golden, model, params, 'cfg_linear', (f, rest), first_token_apart=False)
         for f in (first, other)
     ]
     np.testing.assert_array_equal(*together)
-    np.testing.assert_allclose(together[0][:, 0], apart[0][:, 0], atol=1e-4)
+    np.testing.assert_allclose(together[0][:, 0], own[0][:, 0], atol=1e-4)
 
 
 @pytest.mark.slow
@@ -229,39 +257,44 @@ def test_scale_one_is_no_guidance(golden, tiny_ar):
         np.testing.assert_allclose(guided, expected, atol=1e-4)
 
 
-def test_keys_are_per_image(golden, tiny_ar):
+def test_keys_are_per_image(golden, shallow):
     """An image depends on its own key and label alone, not on its place in the batch."""
-    model, params = tiny_ar
+    model, params = shallow
     keys = jax.random.split(jax.random.key(0), 3)
     options = Options(num_steps=3, guidance='linear')
     run = jax.jit(sample_tokens, static_argnums=(0, 4))
-    whole = run(model, params, golden['class_id'], keys, options, 2.0)
+    whole = np.asarray(run(model, params, golden['class_id'], keys, options, 2.0))
     turned = run(model, params, golden['class_id'][::-1], keys[::-1], options, 2.0)
-    np.testing.assert_allclose(turned[::-1], whole, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(turned)[::-1], whole, atol=1e-4)
     assert np.abs(whole[0] - whole[1]).max() > 0.1
 
 
-@pytest.mark.parametrize('solver', ['euler', 'euler_maruyama'])
-def test_temperature_scales_the_start_and_nothing_else(golden, tiny_ar, solver):
-    model, params = tiny_ar
-    options = Options(solver, 3, guidance=None)
+@pytest.mark.parametrize(
+    ('which', 'solver', 'steps', 'draws'),
+    [('shallow', 'euler', 3, 1), ('apart', 'euler_maruyama', 5, 6)],
+)
+def test_temperature_scales_the_start_and_nothing_else(
+    golden, request, which, solver, steps, draws
+):
+    model, params = request.getfixturevalue(which)
+    options = Options(solver, steps, guidance=None)
     m = options.num_draws(16)
-    assert m == {'euler': 1, 'euler_maruyama': 4}[solver]
+    assert m == draws
     rng = np.random.default_rng(0)
     first = rng.normal(size=(m, 3, 8)).astype(np.float32)
     rest = rng.normal(size=(15, m, 3, 8)).astype(np.float32)
-    sample = jax.jit(
-        lambda noise, t: sample_tokens(
-            model, params, golden['class_id'], None, options, None, t, noise
-        )
-    )
+    run = _program(model, options)
+
+    def sample(first, rest, temperature):
+        return np.asarray(run(params, golden['class_id'], (first, rest), None, temperature))
+
     cold_first = first.copy()
     cold_rest = rest.copy()
     cold_first[0] *= 0.5
     cold_rest[:, 0] *= 0.5
-    cold = sample((first, rest), 0.5)
-    np.testing.assert_allclose(cold, sample((cold_first, cold_rest), 1.0), atol=1e-5)
-    assert np.abs(cold - sample((first, rest), 1.0)).max() > 1e-2
+    cold = sample(first, rest, 0.5)
+    np.testing.assert_allclose(cold, sample(cold_first, cold_rest, 1.0), atol=1e-5)
+    assert np.abs(cold - sample(first, rest, 1.0)).max() > 1e-2
 
 
 @pytest.mark.slow
@@ -297,13 +330,13 @@ def _loops(jaxpr, outside=()):
                     yield from _loops(inner.jaxpr, path)
 
 
-def test_what_is_computed_once_is_outside_the_loops(golden, tiny_ar):
+def test_what_is_computed_once_is_outside_the_loops(golden, apart):
     """The tokens are one scan.
 
     The solver's loop holds neither the time embedding nor the condition's, and its inner loop, one
     evaluation of the head, none of the adaLN products either.
     """
-    model, params = ar.unstacked(*tiny_ar)
+    model, params = apart
     keys = jax.random.split(jax.random.key(0), 3)
     options = Options(num_steps=7, guidance='linear')
     traced = jax.make_jaxpr(
@@ -342,14 +375,14 @@ def test_noise_of_the_wrong_shape_is_refused(golden, tiny_ar):
         (Options('euler', 8, guidance=None), 6),
         (Options(num_steps=5, guidance=None), 2),
     ):
-        noise = jnp.zeros((draws, 3, 8)), jnp.zeros((15, draws, 3, 8))
+        noise = np.zeros((draws, 3, 8)), np.zeros((15, draws, 3, 8))
         with pytest.raises(ValueError, match='noise has the shapes'):
             sample_tokens(model, params, golden['class_id'], None, options, noise=noise)
 
 
 @libraries_promote()
-def test_bfloat16_sampling_keeps_float32_tokens(golden, tiny_ar):
-    model, params = tiny_ar
+def test_bfloat16_sampling_keeps_float32_tokens(golden, apart):
+    model, params = apart
     half = model.clone(dtype=jnp.bfloat16)
     tokens = _sample(golden, half, params, 'cfg1', _noise(golden, 'cfg1'))
     assert tokens.dtype == np.float32
@@ -463,41 +496,44 @@ def test_guidance_interval(golden, tiny_ar):
     np.testing.assert_allclose(token((0.3, 0.6), 3.0), expected, rtol=1e-4, atol=1e-4)
 
 
+@jax.jit
+def _velocity(scale, inside, x, slopes):
+    """A guided velocity of a field that is linear in x."""
+    guide = guidance.Guidance(scale, scale == 1, (0.2, 0.6))
+    return flow._guided_velocity(jnp.multiply, guide, inside, x, slopes)
+
+
 @pytest.mark.parametrize('inside', [True, False])
 def test_velocities_where_each_image_has_its_own_scale(inside):
     """They are those of each image alone, at guided and at other times, also beside an image with
     the scale 1, which goes apart.
     """
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(6, 8)), jnp.float32)
-    slopes = jnp.asarray(rng.normal(size=(6, 1)), jnp.float32)
-    scales = jnp.asarray([2.0, 1.0, 4.5])
-
-    def velocity(scale, rows):
-        guide = guidance.Guidance(scale, scale == 1, (0.2, 0.6))
-        arguments = (guide, jnp.asarray(inside), x[rows], slopes[rows])
-        return flow._guided_velocity(jnp.multiply, *arguments)
-
-    together = velocity(scales, jnp.arange(6))
+    x = rng.normal(size=(6, 8)).astype(np.float32)
+    slopes = rng.normal(size=(6, 1)).astype(np.float32)
+    scales = np.array([2.0, 1.0, 4.5], np.float32)
+    together = np.asarray(_velocity(scales, inside, x, slopes))
     for i in range(3):
-        rows = jnp.array([i, 3 + i])
-        np.testing.assert_allclose(together[rows], velocity(scales[i], rows), atol=1e-6)
+        rows = [i, 3 + i]
+        alone = _velocity(scales[i], inside, x[rows], slopes[rows])
+        np.testing.assert_allclose(together[rows], alone, atol=1e-6)
 
 
 def test_noise_of_the_first_token_where_each_image_has_its_own_scale():
     rng = np.random.default_rng(0)
-    first = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.float32)
-    rest = jnp.asarray(rng.normal(size=(15, 2, 3, 8)), jnp.float32)
-    apart = jnp.asarray([True, False, True])
-    together = tokens._join_noise((first, rest), apart, True)
+    first = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    rest = rng.normal(size=(15, 2, 3, 8)).astype(np.float32)
+    apart = np.array([True, False, True])
+    join = jax.jit(tokens._join_noise, static_argnums=2)
+    together = np.asarray(join((first, rest), apart, True))
     for i in range(3):
-        alone = tokens._join_noise((first, rest), apart[i], True)
-        rows = jnp.array([i, 3 + i])
+        alone = np.asarray(join((first, rest), apart[i], True))
+        rows = [i, 3 + i]
         np.testing.assert_array_equal(together[:, :, rows], alone[:, :, rows])
 
 
 def test_to_uint8():
-    x = jnp.asarray([-2.0, -1.0, -0.999, 0.0, 0.5, 0.9999, 1.0, 3.0])
+    x = np.array([-2.0, -1.0, -0.999, 0.0, 0.5, 0.9999, 1.0, 3.0], np.float32)
     pixels = to_uint8(x)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, [0, 0, 0, 128, 191, 255, 255, 255])
