@@ -81,7 +81,7 @@ def draw_labels(kind: str, n: int, num_classes: int, seed: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _uniform(key: jax.Array, index: np.ndarray, num_classes: int) -> jax.Array:
+def _uniform(key: jax.Array, index: jax.Array, num_classes: int) -> jax.Array:
     """Uniform labels (n,) of the images with these numbers."""
 
     def one(i: jax.Array) -> jax.Array:
