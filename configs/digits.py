@@ -21,7 +21,8 @@ distilled  A flow head of one or two evaluations with guidance within, distilled
 
 riemannian
            A head whose flow follows the geodesics of the sphere (docs/method.md, "Riemannian
-           head"), with 20 evaluations a token. Its samples have not been scored.
+           head"), with 20 evaluations a token. One seed: samples/accuracy 0.984, samples/frechet
+           0.111; the flow head with 101 evaluations, on the same tokens, 0.988 and 0.112.
 
 cnn, vit   Another backbone of the tokenizer with as many parameters, within 3%, in place of the
            hybrid (docs/method.md, "Backbone").
