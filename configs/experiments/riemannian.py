@@ -29,15 +29,14 @@ def get_config(arg: str = '') -> ConfigDict:
         'What would change it: more dimensions, in which noise and token are nearly orthogonal, '
         'and tokens whose posterior is narrower.'
     )
-    heads = {'flow': 'euler_maruyama', 'riemannian': 'mixing'}
+    # Euler–Maruyama makes one evaluation more than it has steps.
+    stochastic = {'flow': ('euler_maruyama', 31), 'riemannian': ('mixing', 32)}
     c.rows = experiments.rows()
     for n in EVALUATIONS:
-        for head in heads:
+        for head in stochastic:
             sampling = {'solver': 'ab2', 'num_steps': n, 'shift': None}
             c.rows[f'{head}_{n}'] = {'ar': {'head': head}, 'sampling': sampling}
-    for head, solver in heads.items():
-        # Euler–Maruyama makes one evaluation more than it has steps.
-        steps = EVALUATIONS[-1] - (solver == 'euler_maruyama')
+    for head, (solver, steps) in stochastic.items():
         sampling = {'solver': solver, 'num_steps': steps, 'shift': None}
         c.rows[f'{head}_stochastic'] = {'ar': {'head': head}, 'sampling': sampling}
     ends = (*EVALUATIONS, 'stochastic')

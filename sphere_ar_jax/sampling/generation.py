@@ -84,7 +84,7 @@ def draw_labels(kind: str, n: int, num_classes: int, seed: int) -> np.ndarray:
 def _uniform(key: jax.Array, index: jax.Array, num_classes: int) -> jax.Array:
     """Uniform labels (n,) of the images with these numbers."""
 
-    def one(i: jax.Array | np.ndarray) -> jax.Array:
+    def one(i: jax.Array) -> jax.Array:
         return jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes)
 
     return jax.vmap(one)(index)

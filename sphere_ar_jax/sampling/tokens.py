@@ -104,8 +104,7 @@ def draw(
     """
     if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(labels)):
         ar.condition.check(labels)
-    check_solver(ar.head, options.solver)
-    _check_scale(options, guidance_scale)
+    _check_options(ar, options, guidance_scale)
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
     ar, params = unstacked(ar, params)
@@ -178,8 +177,7 @@ def go_on(
     Raises:
       ValueError: guidance_scale is missing or has no use, or the head has another solver.
     """
-    check_solver(ar.head, options.solver)
-    _check_scale(options, guidance_scale)
+    _check_options(ar, options, guidance_scale)
     tokens = jax.tree.map(
         lambda a: jax.lax.dynamic_slice_in_dim(a, first, count),
         _tokens(options, guidance_scale, ar.num_tokens),
@@ -287,8 +285,9 @@ def sample_tokens(
     return drawn.z
 
 
-def _check_scale(options: Options, guidance_scale: jax.Array | float | None) -> None:
-    """Raises ValueError for a guidance scale that is missing or has no use."""
+def _check_options(ar: AR, options: Options, guidance_scale: jax.Array | float | None) -> None:
+    """Raises ValueError for another head's solver, or a guidance scale too many or too few."""
+    check_solver(ar.head, options.solver)
     if (options.guidance is not None) != (guidance_scale is not None):
         raise ValueError('give guidance_scale with a guidance schedule, and only then')
 

@@ -41,18 +41,6 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * b, axis=-1, keepdims=True)
 
 
-def _norm(a: jax.Array) -> jax.Array:
-    """‖a‖ over the last axis, which is kept. Its derivative at 0 is 0."""
-    square = _dot(a, a)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-
-
-def _angle(u: jax.Array, v: jax.Array) -> jax.Array:
-    """The angle between unit vectors. Unlike the arc cosine it is exact near 0 and near π."""
-    return 2 * jnp.arctan2(_norm(u - v), _norm(u + v))
-
-
 def _across(u: jax.Array, v: jax.Array) -> jax.Array:
     """The part of v across u, for unit vectors; its length is sin θ.
 
@@ -84,7 +72,7 @@ def _log(u: jax.Array, v: jax.Array) -> jax.Array:
     near = (_dot(u, v) > 0) & (square < 1e-3)
     # arcsin(s)/s in powers of s²; unlike an angle and a direction it is smooth at s = 0.
     ratio = 1 + square / 6 * (1 + square * 9 / 20 * (1 + square * 25 / 42))
-    return jnp.where(near, ratio * across, _angle(u, v) * geometry.l2_normalize(across))
+    return jnp.where(near, ratio * across, geometry.angle(u, v) * geometry.l2_normalize(across))
 
 
 def _geodesic(u: jax.Array, w: jax.Array, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +111,7 @@ def distance(x: ArrayLike, y: ArrayLike, radius: float | None = None) -> jax.Arr
       (...) in [0, π R], of the same dtype.
     """
     x = jnp.asarray(x)
-    theta = _angle(_unit(x), _unit(y))[..., 0]
+    theta = geometry.angle(_unit(x), _unit(y))[..., 0]
     return (_radius(x, radius) * theta).astype(x.dtype)
 
 

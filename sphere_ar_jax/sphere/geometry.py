@@ -109,6 +109,28 @@ def project(z: ArrayLike, radius: float | None = None) -> jax.Array:
     return (jnp.asarray(R, compute) * _normalize(z.astype(compute))).astype(z.dtype)
 
 
+def angle(u: jax.Array, v: jax.Array) -> jax.Array:
+    """The angle between unit vectors.
+
+    Unlike the arc cosine of ⟨u, v⟩ it is exact near 0 and near π. Its derivative at both is 0.
+
+    Args:
+      u: (..., d).
+      v: (..., d) of the same dtype.
+
+    Returns:
+      (..., 1) in [0, π].
+    """
+    return 2 * jnp.arctan2(_norm(u - v), _norm(u + v))
+
+
+def _norm(z: jax.Array) -> jax.Array:
+    """‖z‖ over the last axis (kept). Its derivative at 0 is 0."""
+    square = jnp.sum(z * z, axis=-1, keepdims=True)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
 def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     """Points on the great circle from a to b, at constant speed in t.
 
@@ -127,10 +149,7 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     """
     u = l2_normalize(a)
     v = l2_normalize(b)
-    # Unlike the arc cosine of ⟨u, v⟩ this is exact for small angles and for those next to π.
-    far = jnp.linalg.norm(u - v, axis=-1, keepdims=True)
-    near = jnp.linalg.norm(u + v, axis=-1, keepdims=True)
-    theta = 2 * jnp.arctan2(far, near)
+    theta = angle(u, v)
     sine = jnp.sin(theta)
     straight = jnp.abs(sine) < 1e-4
     divisor = jnp.where(straight, 1, sine)

@@ -18,7 +18,7 @@ Dimensions:
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -191,8 +191,6 @@ class FlowHead(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
-
-    SOLVERS: ClassVar[tuple[str, ...]] = solvers.STRAIGHT
 
     def setup(self) -> None:
         if self.depth % self.groups:
@@ -431,26 +429,23 @@ class FlowHead(nn.Module):
                 return evaluate(x, modulation)
             return _guided_velocity(evaluate, guidance, inside, x, modulation)
 
-        return self._follow(velocity, noise, solver, prepare, chunk_size(E, len(c)))
-
-    def _follow(
-        self,
-        velocity: Callable[[jax.Array, PyTree], jax.Array],
-        noise: jax.Array,
-        solver: Solver,
-        prepare: Callable[[jax.Array], PyTree],
-        chunk: int,
-    ) -> jax.Array:
-        """Follows velocities from noise to data, see `solvers.integrate`."""
+        start, weights, advance = self._way(noise[0], solver)
         return solvers.integrate(
             velocity,
-            noise[0],
-            solver.weights,
+            start,
+            weights,
             noise[1:] if len(noise) > 1 else None,
             count=solver.count,
             prepare=prepare,
-            chunk=chunk,
+            chunk=chunk_size(E, len(c)),
+            advance=advance,
         )
+
+    def _way(
+        self, noise: jax.Array, solver: Solver
+    ) -> tuple[jax.Array, PyTree, Callable[..., tuple[jax.Array, jax.Array]]]:
+        """Where a token starts, what its steps read, and a step; see `solvers.integrate`."""
+        return noise, solver.weights, solvers.step
 
 
 def _guided_velocity(

@@ -39,7 +39,7 @@ def geodesic_step(
       row: (t, W) of the table, () and (2, 4).
       x: (R, d) points.
       memory: (R, d) tangent vectors at x.
-      v: (R, d) velocities, tangent at x.
+      v: (R, d) velocities, of which the tangent parts at x count.
       noise: (R, d) standard normal, or None.
 
     Returns:
@@ -94,26 +94,8 @@ class Riemannian(FlowHead):
         angle = geodesics.distance(end, copies, radius=1.0)
         return jnp.mean(jnp.square(v - u_t)), {'angle': jnp.mean(angle)}
 
-    def _follow(
-        self,
-        velocity: Callable[[jax.Array, PyTree], jax.Array],
-        noise: jax.Array,
-        solver: Solver,
-        prepare: Callable[[jax.Array], PyTree],
-        chunk: int,
-    ) -> jax.Array:
-        """Follows the tangent parts of velocities from a uniform point, by `geodesic_step`."""
-
-        def tangent(x: jax.Array, prepared: PyTree) -> jax.Array:
-            return geodesics.tangent(x, velocity(x, prepared))
-
-        return solvers.integrate(
-            tangent,
-            geometry.project(noise[0]),
-            (solver.t, solver.weights),
-            noise[1:] if len(noise) > 1 else None,
-            count=solver.count,
-            prepare=prepare,
-            chunk=chunk,
-            advance=geodesic_step,
-        )
+    def _way(
+        self, noise: jax.Array, solver: Solver
+    ) -> tuple[jax.Array, PyTree, Callable[..., tuple[jax.Array, jax.Array]]]:
+        """A uniform start, the times beside the weights, and `geodesic_step`."""
+        return geometry.project(noise), (solver.t, solver.weights), geodesic_step
