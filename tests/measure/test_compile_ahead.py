@@ -286,11 +286,11 @@ def test_operations_of_the_sampler():
         lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0)
     )
 
-    def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk):
+    def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk, advance):
         state = x, jnp.zeros_like(x)
         for i in range(len(weights)):
             prepared = jax.tree.map(lambda a: a[0], prepare(jnp.array([i])))
-            state = solvers.step(
+            state = advance(
                 weights[i],
                 *state,
                 velocity(state[0], prepared),
