@@ -606,7 +606,7 @@ JOINED = (
 )
 
 
-@pytest.mark.parametrize('by', ['hand', 'slurm'])
+@pytest.mark.parametrize('by', ['hand', pytest.param('slurm', marks=pytest.mark.slow)])
 def test_two_processes_join(by):
     if by == 'hand':
         common = {'JAX_COORDINATOR_ADDRESS': f'localhost:{free_port()}', 'JAX_NUM_PROCESSES': '2'}

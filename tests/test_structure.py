@@ -185,9 +185,9 @@ def test_diary():
     assert words.faults('Measured by one command, by the movement of a draw.') == []
 
 
-@pytest.mark.parametrize('measured', texture.measure(), ids=lambda measured: measured.name)
-def test_texture(measured):
-    assert measured.holds, f'{measured}: {", ".join(measured.places)}'
+def test_texture():
+    broken = [measured for measured in texture.measure() if not measured.holds]
+    assert not broken, [f'{measured}: {", ".join(measured.places)}' for measured in broken]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/riemannian.py
 Result:    Not measured yet (docs/experiments/README.md).
 
-The flow head and the Riemannian head draw tokens of the same tokenizers with 2 to 32 evaluations,
+The flow head and the Riemannian head draw tokens of the same tokenizers with 1 to 100 evaluations,
 by Adams–Bashforth and by a stochastic solver of each. All rows of a head share one model.
 
 Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import experiments
 
-EVALUATIONS = (2, 4, 8, 16, 32)
+EVALUATIONS = (1, 2, 4, 8, 16, 32, 100)
 
 
 def get_config(arg: str = '') -> ConfigDict:

@@ -158,6 +158,7 @@ def test_the_converted_model_is_the_golden_one(converted, golden, tiny_vae, tiny
     np.testing.assert_allclose(drawn(run.ar_params), tokens, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_export_is_what_was_converted(converted, torch_tensors, capsys):
     _main('--mode=export', f'--workdir={converted}', f'--output={converted}/sub/a.safetensors')
     written = safetensors.numpy.load_file(converted / 'sub' / 'a.safetensors')

@@ -375,6 +375,7 @@ def _accepted(monkeypatch, *arguments):
         return None if main._CONFIG.value is None else checks.check(main._CONFIG.value)
 
 
+@pytest.mark.slow
 def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_path, monkeypatch):
     """What report.html and the last lines of such a run advise: to score it, and to train an AR
     model on it.

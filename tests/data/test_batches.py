@@ -385,7 +385,7 @@ def _alive(pid):
     'what',
     [
         pytest.param('end', marks=pytest.mark.slow),
-        'killed worker',
+        pytest.param('killed worker', marks=pytest.mark.slow),
         pytest.param('SIGTERM', marks=pytest.mark.slow),
         pytest.param('Ctrl-C', marks=pytest.mark.slow),
         pytest.param('Ctrl-C as memory is freed', marks=pytest.mark.slow),

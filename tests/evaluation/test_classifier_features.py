@@ -62,6 +62,7 @@ def test_every_fifth_image_is_kept_from_the_classifier(real):
     assert labels.shape == (30,) and np.bincount(labels).tolist() == [20, 10]
 
 
+@pytest.mark.slow
 def test_real_images_are_near_and_noise_is_far(real, tmp_path):
     """Held-out images in the place of samples are at distance 0 of themselves, as read as such."""
     heldout = (real.heldout.pixels * 255).round().astype(np.uint8)

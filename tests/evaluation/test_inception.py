@@ -61,11 +61,13 @@ def captured(inception_params):
     return features, {name: value['__call__'][0] for name, value in state['intermediates'].items()}
 
 
+@pytest.mark.slow
 def test_network_against_torch_fidelity(captured, golden):
     for name, found in captured[0]._asdict().items():
         np.testing.assert_allclose(found, golden[name], rtol=1e-5, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('theirs, ours', MAPS.items())
 def test_blocks_against_torch_fidelity(captured, golden, theirs, ours):
     found = np.asarray(captured[1][ours])
@@ -109,6 +111,7 @@ def test_resize_against_torch_fidelity(golden, i, height, width):
     np.testing.assert_allclose(found, golden[f'resized{i - 2}'], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_features_of_bytes_and_floats_agree(inception_params, golden):
     """Through the front door: uint8 of any size, and to rounding the same as float32, which is
     another program.

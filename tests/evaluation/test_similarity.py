@@ -71,6 +71,7 @@ def test_lpips_of_pixels_without_features(measure, params, pair):
         np.testing.assert_allclose(slope(jnp.full(4, x)), 1e10 * np.arange(4), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_lpips_in_bfloat16(params, pair):
     """Only the convolutions are rounded, to 3 digits; the distance remains float32."""
     distances = jax.jit(LPIPS(jnp.bfloat16).apply)({'params': params}, *pair[:2])

@@ -53,6 +53,7 @@ def followed():
     return run, sequences, propagation.follow(sequences, 5, (1e-3, 0.1), 0)
 
 
+@pytest.mark.slow
 def test_sequences_are_what_the_sampler_draws(followed):
     run, sequences, _ = followed
     ar, params = unstacked(run.ar, run.ar_params)
@@ -64,6 +65,7 @@ def test_sequences_are_what_the_sampler_draws(followed):
     np.testing.assert_allclose(sequences.z, z, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_changes_begin_behind_the_disturbed_token(followed):
     _, sequences, lines = followed
     L = sequences.z.shape[1]
@@ -79,6 +81,7 @@ def test_changes_begin_behind_the_disturbed_token(followed):
         assert np.all(np.array(line['change'][6:]) > 0)
 
 
+@pytest.mark.slow
 def test_small_changes_are_as_the_derivatives_say(followed):
     """Forward mode against differences, on every later token."""
     _, _, lines = followed
@@ -87,6 +90,7 @@ def test_small_changes_are_as_the_derivatives_say(followed):
         np.testing.assert_allclose(line['change'][6:], line['predicted'][6:], rtol=0.05, atol=5e-7)
 
 
+@pytest.mark.slow
 def test_the_summary_is_the_growth_of_the_smallest_disturbance(followed):
     _, _, lines = followed
     found = propagation.summarize(lines)

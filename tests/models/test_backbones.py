@@ -117,7 +117,9 @@ def _measured(word):
     return results, gradient
 
 
-@pytest.mark.parametrize('word', WORDS)
+@pytest.mark.parametrize(
+    'word', [pytest.param(w, marks=pytest.mark.slow if w == 'cnn' else ()) for w in WORDS]
+)
 def test_shapes_and_gradients(word):
     """Everything is finite, and the gradient of every parameter is not 0."""
     (decoded, hidden, q), gradient = _measured(word)
@@ -128,7 +130,7 @@ def test_shapes_and_gradients(word):
         assert np.abs(leaf).max() > 1e-8, path
 
 
-@pytest.mark.parametrize('word', ['cnn', 'vit'])
+@pytest.mark.parametrize('word', [pytest.param('cnn', marks=pytest.mark.slow), 'vit'])
 @libraries_promote()
 def test_bfloat16_computes_near_float32(word):
     """Within 5% root mean square; parameters stay float32."""

@@ -101,6 +101,7 @@ def test_statistics_of_a_sharded_batch(patchgan):
     chex.assert_trees_all_close(one, every, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16(gan, patchgan, judged):
     """Convolutions are rounded; logits remain float32."""
     model, params = patchgan

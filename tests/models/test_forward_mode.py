@@ -258,24 +258,22 @@ IMAGES = 0.5 * normal(2, *VAE.image_shape)
 TOKENS = normal(2, 4, 4)
 TIME = np.array([2, 3, 7], np.float32)
 MODELS = {
-    'encode': (encode, (parameters(VAE), IMAGES)),
-    'decode': (decode, (parameters(VAE), TOKENS)),
-    'condition': (condition, (parameters(AR), TOKENS)),
-    'velocity': (velocity, (parameters(AR), normal(3, 4), TIME, TIME / 10, normal(3, 16))),
+    'encode': (encode, VAE, (IMAGES,)),
+    'decode': (decode, VAE, (TOKENS,)),
+    'condition': (condition, AR, (TOKENS,)),
+    'velocity': (velocity, AR, (normal(3, 4), TIME, TIME / 10, normal(3, 16))),
 }
 
 
 @pytest.mark.usefixtures('in_pieces')
 @pytest.mark.parametrize(
     'name',
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ('encode', 'decode') else ())
-        for name in MODELS
-    ],
+    [pytest.param(name, marks=() if name == 'velocity' else pytest.mark.slow) for name in MODELS],
 )
 def test_models(name):
     """In parameters and inputs, through scans and recomputed blocks."""
-    function, arguments = MODELS[name]
+    function, model, inputs = MODELS[name]
+    arguments = parameters(model), *inputs
     found = check_forward(function, arguments, 3e-3, 1e-3)
     check_twins(function, arguments, 1e-4, found)
 
@@ -295,6 +293,7 @@ def test_tokens_drawn_by_the_posterior():
     check_transposed(tangent, gradients, tangents, cotangent, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('in_pieces')
 def test_jacobians():
     """Forward mode and reverse mode, under `vmap`, give one Jacobian of the decoder."""
@@ -308,16 +307,16 @@ def test_jacobians():
     assert_close(forward, reverse, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_of_tangents():
     """A loss of a velocity's derivative, as those of mean velocities are, has gradients."""
-    params, *arguments = MODELS['velocity'][1]
+    _, model, inputs = MODELS['velocity']
 
     def loss(params):
-        function = functools.partial(velocity, params)
-        value, tangent = jax.jvp(function, tuple(arguments), tuple(arguments))
+        value, tangent = jax.jvp(functools.partial(velocity, params), inputs, inputs)
         return jnp.sum(jnp.square(value + tangent))
 
-    check_forward(loss, (params,), 1e-3, 1e-2)
+    check_forward(loss, (parameters(model),), 1e-3, 1e-2)
 
 
 def mapped(x, kernel):

@@ -170,6 +170,7 @@ def test_tokens_of_images(lively):
     assert np.abs(own[0] - tokens[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_interpolation_begins_and_ends_at_the_images(lively):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1))
     way = lively.interpolate(*images, 6)

@@ -257,6 +257,7 @@ def test_gradients_are_finite_at_the_poles(kappa, sign):
     chex.assert_tree_all_finite((value, slopes))
 
 
+@pytest.mark.slow
 def test_implicit_gradient_has_less_variance_than_jax_random_beta():
     """Both are unbiased for E[s]; the implicit one spreads less (the reason for having it)."""
     n = 20_000

@@ -241,7 +241,7 @@ def test_implicit_gradient_is_finite_for_any_draw(d):
 
 
 @pytest.mark.parametrize(
-    'd', [pytest.param(d, marks=pytest.mark.slow if d > 8 else ()) for d in DIMENSIONS]
+    'd', [pytest.param(d, marks=pytest.mark.slow if d > 3 else ()) for d in DIMENSIONS]
 )
 def test_law_of_the_draws(d):
     """Mean, variance and the whole law (Kolmogorov–Smirnov) of the haversine."""
@@ -291,7 +291,9 @@ def test_samples_against_scipy(d, kappa):
     np.testing.assert_array_less(np.abs(covariance - np.eye(d - 1)), bound)
 
 
-@pytest.mark.parametrize('d', DIMENSIONS)
+@pytest.mark.parametrize(
+    'd', [pytest.param(d, marks=pytest.mark.slow if d > 3 else ()) for d in DIMENSIONS]
+)
 def test_gradient_of_expectation_against_quadrature(d):
     """d/dkappa of E exp(cosine) is Cov(cosine, exp(cosine)), here by 20,000 samples."""
     n = 20_000
