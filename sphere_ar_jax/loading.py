@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sphere_ar_jax.commands import checkpoints, open_run
-from sphere_ar_jax.config import schema
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -59,8 +59,8 @@ def load(
             )
     cfg = open_run.config_of(workdir)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    # Only the training of the AR model measures the statistics that standardised tokens need.
-    is_whole = cfg.ar.token_space == 'standardised'
+    # Only the training of the AR model measures the statistics that some token spaces need.
+    is_whole = build.build_vae(cfg).num_statistics > 0
     run = load_run(workdir, mesh, tokenizer_only=not is_whole, cfg=cfg)
     names = class_names.of_run(workdir, cfg)
     known = schema.num_classes(cfg)

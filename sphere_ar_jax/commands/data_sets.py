@@ -90,15 +90,15 @@ class _Named:
 def _open_images(run: Run, kind: str, path: str | None, *options: Any) -> sources.Images:
     """Opens the training images to encode; `options` are further arguments of `open_images`.
 
-    Small images of the run's own kind are those of the run's classes.
+    Small images of the run's own kind are those of the run's classes, in its brightness.
 
     Raises:
       UserError: they cannot be opened, or small images are not of the tokenizer's size.
     """
     if kind in small.KINDS:
         cfg = run.config
-        classes = cfg.data.classes if kind == cfg.data.name else ()
-        data = small.open_data_set(kind, path, cfg.seed, cfg.data.holdout, classes)
+        own = (cfg.data.classes, cfg.data.brightness) if kind == cfg.data.name else ()
+        data = small.open_data_set(kind, path, cfg.seed, cfg.data.holdout, *own)
         checks.check_image_shape(kind, data.train.image_shape, run.vae.image_shape)
         return _Named(kind, data.train)
     if path is None:

@@ -23,6 +23,8 @@ from sphere_ar_jax.runtime.console import UserError, pick
 _TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input')
 # Fields of a backbone whose values follow from the key `vae.channels`.
 _FROM_CHANNELS = {'patch_size', 'width'}
+# Keys of the section `ar` that are fields of some heads.
+_HEAD_KEYS = ('magnitude_weight',)
 
 
 def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
@@ -37,7 +39,7 @@ def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
     """
     d = config.data
     place = d.path if path is None else path
-    return small.open_data_set(d.name, place, config.seed, d.holdout, d.classes)
+    return small.open_data_set(d.name, place, config.seed, d.holdout, d.classes, d.brightness)
 
 
 class Sampler(NamedTuple):
@@ -131,13 +133,16 @@ def build_ar(config: ConfigDict) -> AR:
             f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
         )
     speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
-    latent_dim = config.vae.latent_dim
-    fields = (latent_dim, c.head_width, c.head_depth, c.head_groups)
-    head = _head_class(config)(*fields, **speed)
+    token_dim = build_vae(config).token_dim
+    fields = (token_dim, c.head_width, c.head_depth, c.head_groups)
+    head_class: Any = _head_class(config)
+    known = {field.name for field in dataclasses.fields(head_class)}
+    options = {name: c[name] for name in _HEAD_KEYS if name in known}
+    head = head_class(*fields, **options, **speed)
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     condition = condition_class(num_classes, c.class_tokens, c.width)
     grid = tuple(config.vae.grid)
-    return AR(c.depth, c.heads, c.width, condition, head, grid, latent_dim, **speed)
+    return AR(c.depth, c.heads, c.width, condition, head, grid, token_dim, **speed)
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -24,7 +24,8 @@ def _at_least(least: float) -> Callable[[float], bool]:
 _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
     (r'vae\.sigma', 'be above 0', lambda n: n > 0),
-    (r'vae\.(?!sigma)\w+|ar\.\w+', 'be at least 1', _at_least(1)),
+    (r'ar\.magnitude_weight', 'be above 0', lambda n: n > 0),
+    (r'vae\.(?!sigma)\w+|ar\.(?!magnitude_weight)\w+', 'be at least 1', _at_least(1)),
     (r'distillation_training\.steps', 'be at least 1', _at_least(1)),
     (r'data\.(threads|classifier_steps)', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
@@ -217,10 +218,6 @@ def _check_geodesics(config: ConfigDict) -> None:
     """Checks that a head of geodesics gets tokens on the sphere, and no option without a use."""
     if config.ar.head != 'riemannian':
         return
-    _require(
-        config.init_from is None,
-        'a head is distilled from the head flow, and ar.head is riemannian',
-    )
     is_free = config.vae.posterior in _FREE_POSTERIORS
     _require(
         config.ar.token_space == 'projected'
@@ -234,6 +231,38 @@ def _check_geodesics(config: ConfigDict) -> None:
         f'sampling.temperature is {config.sampling.temperature}, but the noise of ar.head '
         'riemannian has no length to change: leave it at 1',
     )
+
+
+def _check_polar(config: ConfigDict) -> None:
+    """Checks that directions and lengths have their head, and latents that differ in length."""
+    a = config.ar
+    _require(
+        a.head != 'direction_magnitude' or a.token_space == 'polar',
+        'ar.head direction_magnitude draws a direction and a length, but ar.token_space is '
+        f'{a.token_space}: use polar',
+    )
+    if a.token_space != 'polar':
+        return
+    _require(
+        a.head == 'direction_magnitude',
+        f'ar.token_space polar is a direction and a length, but ar.head is {a.head}: '
+        'use direction_magnitude',
+    )
+    _require(
+        config.vae.posterior in _FREE_POSTERIORS,
+        f'ar.token_space polar keeps the length of tokens, but those of vae.posterior '
+        f'{config.vae.posterior} have all the same: use {" or ".join(_FREE_POSTERIORS)}',
+    )
+
+
+def _check_head(config: ConfigDict) -> None:
+    """Checks the head beside the tokens that it draws."""
+    _require(
+        config.init_from is None or config.ar.head not in ('riemannian', 'direction_magnitude'),
+        f'a head is distilled from the head flow, and ar.head is {config.ar.head}',
+    )
+    _check_geodesics(config)
+    _check_polar(config)
 
 
 def check_image_shape(
@@ -278,6 +307,16 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     _require(
         _are_whole(chosen) and chosen == sorted(set(chosen)) and min(chosen, default=0) >= 0,
         f'data.classes is {tuple(chosen)}, but must be ascending whole numbers from 0',
+    )
+    ends = tuple(d.brightness)
+    _require(
+        not ends or kind is not None,
+        f'data.brightness is for {" and ".join(small.KINDS)}, not for {d.name}',
+    )
+    are_ends = all(isinstance(end, int | float) for end in ends) and len(ends) == 2
+    _require(
+        not ends or (are_ends and 0 <= ends[0] < ends[1] <= 1),
+        f'data.brightness is {ends}, but must be two numbers in order between 0 and 1',
     )
     is_central = not d.flip and tuple(d.crop_until) == (0, 0)
     _require(
@@ -492,6 +531,6 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_watch(config.watch, image_shape[-1])
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)
-    _check_geodesics(config)
+    _check_head(config)
     _check_sampling(config)
     return config

@@ -27,6 +27,7 @@ SCORES: dict[str, bool] = {
     'accuracy_common': True,
     'accuracy_degradation': False,
     'collapsed_degradation': False,
+    'brightness_distance': False,
     'psnr': True,
     'rfrechet': False,
     'tokenizer_steps_per_second': True,
@@ -170,9 +171,14 @@ def check(config: ConfigDict) -> ConfigDict:
         _check_comparison(config, words)
     for name in config.rows:
         try:
-            row(config, name, seeds[0])
+            cfg = row(config, name, seeds[0])
         except UserError as error:
             raise UserError(f'the row {name}: {error}') from None
+        _require(
+            config.kind != 'propagation' or cfg.ar.token_space != 'polar',
+            f'the row {name}: propagation disturbs tokens along their norm, which those of '
+            'ar.token_space polar have not',
+        )
     return config
 
 

@@ -107,6 +107,9 @@ def default() -> ConfigDict:
                 # The classes of a small data set that are taken, ascending numbers from 0; all, if
                 # not given. The model counts them anew.
                 classes=(),
+                # The ends (low, high) of the uniform distribution of which each image of a small
+                # data set draws a factor of its brightness; (), if images stay as they are.
+                brightness=(),
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
                 # Whether training images are mirrored left to right with probability ½.
@@ -149,9 +152,13 @@ def default() -> ConfigDict:
                 condition='classes',
                 head='flow',
                 class_tokens=16,
-                # What the model reads and draws: 'latents', 'projected' onto the sphere, or
-                # 'standardised' by the statistics of the training images (`vae.TOKEN_SPACES`).
+                # What the model reads and draws: 'latents', 'projected' onto the sphere,
+                # 'standardised' by the statistics of the training images, or 'polar', a direction
+                # and a length (`vae.TOKEN_SPACES`).
                 token_space='latents',
+                # The weight of the length's loss of the head 'direction_magnitude', beside 1 for
+                # the direction's; others do not read it.
+                magnitude_weight=1.0,
                 remat=False,
                 unroll=1,
             ),

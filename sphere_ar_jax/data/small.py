@@ -139,17 +139,70 @@ class OfClasses:
         return record | {'label': self.labels[index]}
 
 
+class Brightened:
+    """The images of a split, each darkened by a factor b of its own.
+
+    A pixel v in [0, 1] becomes b·v, so that black stays black.
+
+    Attributes:
+      factors: b, (n,) float32. Factor i depends on the seed, the part and i alone.
+      labels: see `Split`.
+      num_classes: see `Split`.
+      image_shape: see `Split`.
+      class_names: see `Split`.
+      to_pixels: see `Split`.
+    """
+
+    def __init__(self, split: Split, ends: Sequence[float], seed: int, part: int):
+        """Draws the factors.
+
+        Args:
+          split: the split.
+          ends: (low, high) of their uniform distribution.
+          seed: their seed.
+          part: 0 for images to train on, 1 for held-out ones.
+        """
+        low, high = ends
+        drawn = np.random.default_rng((seed, part)).uniform(low, high, len(split))
+        self._split = split
+        self.factors = drawn.astype(np.float32)
+        self.labels = split.labels
+        self.num_classes = split.num_classes
+        self.image_shape = split.image_shape
+        self.class_names = split.class_names
+        self.to_pixels = split.to_pixels
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images as their file has them, times their factors, (n, h, w) in [0, 1]."""
+        return self._split.pixels * self.factors[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._split[index]
+        return record | {'image': (record['image'] + 1) * self.factors[index] - 1}
+
+
 def open_data_set(
-    kind: str, path: str | None, seed: int, holdout: float, classes: Sequence[int] = ()
+    kind: str,
+    path: str | None,
+    seed: int,
+    holdout: float,
+    classes: Sequence[int] = (),
+    brightness: Sequence[float] = (),
 ) -> DataSet:
     """Opens a small data set.
 
     Args:
       kind: a key of `KINDS`.
       path: where its files are, see `idx.splits`; not used for the digits.
-      seed: decides which of the digits are held out. IDX files have a test split of their own.
+      seed: decides which of the digits are held out, and draws the factors of the brightness. IDX
+        files have a test split of their own.
       holdout: the share of the digits that is held out.
       classes: the classes to take, ascending, see `OfClasses`; () takes all.
+      brightness: ends of the factors' distribution, see `Brightened`; () leaves images as they are.
 
     Raises:
       UserError: the path is missing, the files cannot be read, or have no images of a class.
@@ -158,6 +211,9 @@ def open_data_set(
         raise UserError(f'give --config.data.path, of the {kind} data')
     splits: tuple[Split, Split]
     splits = digits.splits(seed, holdout) if path is None or kind == 'digits' else idx.splits(path)
+    if brightness:
+        train = Brightened(splits[0], brightness, seed, 0)
+        splits = (train, Brightened(splits[1], brightness, seed, 1))
     if classes:
         splits = (OfClasses(splits[0], classes), OfClasses(splits[1], classes))
     return DataSet(kind, *splits)

@@ -42,6 +42,7 @@ _LATER_CURVES = (
     _Curve('ar', 'loss', 'AR: flow loss', True),
     _Curve('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
     _Curve('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
+    _Curve('ar', 'magnitude_loss', 'AR: loss of the log norms', True),
     _Curve('ar', 'angle', 'AR: angle from predicted tokens to real ones', False),
     _Curve('ar', 'learning_rate', 'AR: learning rate', False),
     _Curve('distillation', 'loss', 'distillation: error of mean velocities', True),

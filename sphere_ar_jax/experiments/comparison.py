@@ -66,6 +66,22 @@ def collapsed_share(samples: np.ndarray, real: np.ndarray) -> float:
     return float(np.mean(samples.reshape(len(samples), -1).std(axis=1) < least))
 
 
+def brightness_distance(samples: np.ndarray, real: np.ndarray) -> float:
+    """The 1-D Wasserstein distance between the brightness of samples and that of real images.
+
+    The brightness of an image is the mean of its pixels.
+
+    Args:
+      samples: (n, h, w) in [0, 1].
+      real: (·, h, w) in [0, 1].
+    """
+    # SciPy's statistics are slow to import.
+    from scipy import stats
+
+    means = (samples.mean(axis=(1, 2)), real.mean(axis=(1, 2)))
+    return float(stats.wasserstein_distance(*means))
+
+
 def sample_scores(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The scores of samples (n, H, W, c), without the word 'samples/' of their names.
 
@@ -114,6 +130,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     _, train, heldout = build.open_data_set(cfg)
     judge = runs.judge(cfg, cache)
     real = small.first_images(train, MOST_IMAGES)
+    bright = heldout.pixels
     norms = _norms(_encoded(run, real, cfg.seed))
     low, high = np.quantile(norms, RANGE)
     first: dict[str, Any] = {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
@@ -140,6 +157,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
             | sample_scores(judge, images, labels)
             | {
                 'collapsed': collapsed_share(images, real),
+                'brightness_distance': brightness_distance(train.to_pixels(images), bright),
                 'outside_norms': float(np.mean(outside.any(axis=1))),
                 'raw_norm_mean': raw.mean(axis=0).tolist(),
                 'raw_norm_std': raw.std(axis=0).tolist(),
@@ -165,6 +183,8 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
     best = min(samples, key=lambda line: line['frechet'])
     common = scales[common_guidance]
     last = samples[-1]
+    # What was measured before this score existed has none.
+    new = {name: best[name] for name in ('brightness_distance',) if name in best}
     return {
         'psnr': tokenizer_line['psnr'],
         'rfrechet': tokenizer_line['rfrechet'],
@@ -179,5 +199,6 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
         'collapsed_degradation': last['collapsed'] - best['collapsed'],
         'precision_best': best['precision'],
         'recall_best': best['recall'],
+        **new,
         **timed,
     }

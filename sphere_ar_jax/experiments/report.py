@@ -44,6 +44,9 @@ _TABLES = {
         'accuracy_degradation': 'lost at the largest guidance',
         'collapsed_degradation': 'collapsed at the largest guidance',
     },
+    'Brightness of samples': {
+        'brightness_distance': 'Wasserstein distance, best guidance',
+    },
     'Growth of small errors': {
         'radial_growth': 'radial',
         'radial_growth_predicted': 'radial, to first order',
@@ -67,6 +70,7 @@ _SCORES = {
     'accuracy_common': 'accuracy, common guidance',
     'accuracy_degradation': 'accuracy lost at the largest guidance',
     'collapsed_degradation': 'collapsed samples at the largest guidance',
+    'brightness_distance': 'distance of the brightness, best guidance',
     'psnr': 'PSNR, dB',
     'rfrechet': 'Fréchet distance of reconstructions',
     'tokenizer_steps_per_second': 'steps/s of the tokenizer',
@@ -109,6 +113,7 @@ def table(config: ConfigDict, summaries: _Summaries) -> dict[str, dict[str, Any]
         found[row] = {
             name: _plain(statistics.interval([scores[name] for scores in seeds.values()]))
             for name in names
+            if all(name in scores for scores in seeds.values())
         }
     return found
 

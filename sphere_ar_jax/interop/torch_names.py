@@ -287,11 +287,11 @@ def require_public(model: vae.VAE) -> None:
                 f'the public PyTorch code has the vae.{key} {public.__name__} alone, not '
                 f'{type(part).__name__}: such a run can be neither exported nor compared with it'
             )
-    if model.token_space == 'standardised':
-        # The other two spaces change nothing on the sphere.
+    if model.num_statistics:
+        # The other spaces change nothing on the sphere.
         raise UserError(
-            'the public PyTorch code has no ar.token_space standardised: such a run can be neither '
-            'exported nor compared with it'
+            f'the public PyTorch code has no ar.token_space {model.token_space}: such a run can be '
+            'neither exported nor compared with it'
         )
 
 

@@ -289,7 +289,8 @@ class Part:
         def run(p: PyTree, z: jax.Array) -> jax.Array:
             return self.vae.apply({'params': p}, z, method='decode')
 
-        compiled = self._compiled(run, params, self.inputs['z'], weights=params['decoder'])
+        z = self.inputs['z'][..., : self.vae.latent_dim]
+        compiled = self._compiled(run, params, z, weights=params['decoder'])
         return lambda: np.asarray(compiled())
 
     def _encode(self) -> Callable[[], np.ndarray]:

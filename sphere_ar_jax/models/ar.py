@@ -59,7 +59,7 @@ class AR(nn.Module):
       condition: see `conditions`.
       head: see `heads`.
       grid: (H, W) tokens.
-      latent_dim: d.
+      latent_dim: d, the numbers of a token, see `vae.VAE.token_dim`.
       remat: see `transformer.Stack`.
       unroll: see `transformer.Stack`.
       dtype: dtype of the computation; parameters are float32.

@@ -36,25 +36,25 @@ from sphere_ar_jax.sphere import geometry
 # What the decoder reads: latents z as they are, or N_R(z).
 DECODER_INPUTS = ('latents', 'projected')
 # What the AR model reads and draws, see `VAE.to_tokens`.
-TOKEN_SPACES = ('latents', 'projected', 'standardised')
+TOKEN_SPACES = ('latents', 'projected', 'standardised', 'polar')
 
 
 class Statistics(nn.Module):
-    """Mean and standard deviation of the training images' latents, one of each for a dimension.
+    """Mean and standard deviation of n numbers of the training images' latents.
 
     They are no trained parameters. `VAE.with_statistics` puts them in.
 
     Attributes:
-      latent_dim: d.
+      size: n, see `VAE.num_statistics`.
     """
 
-    latent_dim: int
+    size: int
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns (mean, std), each (1, 1, d), as they stand beside latents (B, L, d)."""
-        mean = self.param('mean', nn.initializers.zeros, (self.latent_dim,))
-        std = self.param('std', nn.initializers.ones, (self.latent_dim,))
+        """Returns (mean, std), each (1, 1, n), as they stand beside latents (B, L, d)."""
+        mean = self.param('mean', nn.initializers.zeros, (self.size,))
+        std = self.param('std', nn.initializers.ones, (self.size,))
         return mean[None, None], std[None, None]
 
 
@@ -97,13 +97,23 @@ class VAE(nn.Module):
         self.post_quant_proj = nn.Dense(
             width, use_bias=False, kernel_init=torch_init(), dtype=self.dtype
         )
-        self.statistics = Statistics(self.latent_dim)
+        self.statistics = Statistics(self.num_statistics)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the images."""
         p = self.backbone.patch_size
         return (self.grid[0] * p, self.grid[1] * p, self.backbone.image_channels)
+
+    @property
+    def token_dim(self) -> int:
+        """How many numbers a token of the AR model has: d, and d + 1 with 'polar'."""
+        return self.latent_dim + (self.token_space == 'polar')
+
+    @property
+    def num_statistics(self) -> int:
+        """How many numbers `measured` gives for a latent; 0 where nothing is standardised."""
+        return {'standardised': self.latent_dim, 'polar': 1}.get(self.token_space, 0)
 
     def computing_in(self, dtype: DTypeLike) -> 'VAE':
         """Returns the same model, computing in another dtype."""
@@ -121,43 +131,61 @@ class VAE(nn.Module):
         x = self.post_quant_proj(z.astype(self.dtype))
         return self.backbone.decode(x.reshape(x.shape[0], *self.grid, x.shape[-1]))
 
+    def measured(self, z: jax.Array) -> jax.Array:
+        """Gives the numbers of latents z (..., d) that `to_tokens` standardises.
+
+        They are z itself with the token space 'standardised', and log ‖z‖ (..., 1) with 'polar'.
+        """
+        return geometry.log_norm(z) if self.token_space == 'polar' else z
+
     def to_tokens(self, z: jax.Array) -> jax.Array:
         """Turns latents z (B, L, d) into the tokens that the AR model reads.
 
         With the token space 'latents' these are z itself, with 'projected' N_R(z), and with
-        'standardised' (z − mean)/std, by the `Statistics` of the training images.
+        'standardised' (z − mean)/std, by the `Statistics` of the training images. With 'polar' they
+        have d + 1 numbers: N_R(z), and (log ‖z‖ − mean)/std.
         """
         if self.token_space == 'projected':
             return geometry.project(z)
-        if self.token_space == 'standardised':
-            mean, std = self.statistics()
-            return (z - mean) / std
-        return z
+        if not self.num_statistics:
+            return z
+        mean, std = self.statistics()
+        standardised = (self.measured(z) - mean) / std
+        if self.token_space == 'polar':
+            return jnp.concatenate([geometry.project(z), standardised], axis=-1)
+        return standardised
 
     def from_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Turns tokens (B, L, d) of the AR model into latents z.
+        """Turns tokens (B, L, `token_dim`) of the AR model into latents z (B, L, d).
 
         It inverts `to_tokens`, but for the norm that 'projected' drops.
         """
-        if self.token_space == 'standardised':
-            mean, std = self.statistics()
-            return mean + std * tokens
-        return tokens
+        if not self.num_statistics:
+            return tokens
+        mean, std = self.statistics()
+        if self.token_space == 'polar':
+            direction = geometry.l2_normalize(tokens[..., :-1])
+            return jnp.exp(mean + std * tokens[..., -1:]) * direction
+        return mean + std * tokens
 
     def decode_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Turns tokens (B, L, d) of the AR model into images, as `decode` does for latents."""
+        """Turns tokens (B, L, `token_dim`) into images, as `decode` does for latents."""
         return self.decode(self.from_tokens(tokens))
 
     def project(self, tokens: jax.Array) -> jax.Array:
-        """Returns what the sampler feeds back for drawn tokens (..., d).
+        """Returns what the sampler feeds back for drawn tokens (..., `token_dim`).
 
         It is `Posterior.project` with the token space 'latents', N_R with 'projected', and the
-        drawn tokens themselves with 'standardised'. It needs no parameters.
+        drawn tokens themselves with 'standardised'. With 'polar' it is N_R of the first d numbers,
+        and the last one as it was drawn. It needs no parameters.
         """
         if self.token_space == 'projected':
             return geometry.project(tokens)
         if self.token_space == 'standardised':
             return tokens
+        if self.token_space == 'polar':
+            direction = geometry.project(tokens[..., :-1])
+            return jnp.concatenate([direction, tokens[..., -1:]], axis=-1)
         return self.posterior.project(tokens)
 
     def with_statistics(
@@ -167,16 +195,16 @@ class VAE(nn.Module):
 
         Args:
           params: the trained parameters.
-          mean: (d,), 0 if not given.
-          std: (d,), 1 if not given.
+          mean: (n,) of what `measured` gives, 0 if not given.
+          std: (n,), 1 if not given.
 
         Returns:
-          The parameters with the statistics for 'standardised', the same parameters otherwise.
+          The parameters with the statistics, or the same parameters where nothing is standardised.
         """
-        if self.token_space != 'standardised':
+        if not self.num_statistics:
             return params
         # NumPy's arrays belong to no device, so that they go with parameters anywhere.
-        zeros = np.zeros(self.latent_dim, np.float32)
+        zeros = np.zeros(self.num_statistics, np.float32)
         mean = zeros if mean is None else np.asarray(mean, np.float32)
         std = zeros + 1 if std is None else np.asarray(std, np.float32)
         return params | {'statistics': {'mean': mean, 'std': std}}
@@ -249,7 +277,7 @@ def draw_latents(
 
 
 def draw_tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws the tokens that the AR model learns from, (B, L, d).
+    """Draws the tokens that the AR model learns from, (B, L, `VAE.token_dim`).
 
     They are the latents of `draw_latents`, brought into the token space.
 

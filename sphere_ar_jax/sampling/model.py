@@ -78,7 +78,8 @@ class Model:
     - Images that are returned are float32 (n, H, W, c) in [−1, 1]; `data.pixels.to_uint8` makes
       pixels of them, as `--mode=sample` does. Images that are given may also be uint8, or paths of
       files and images of PIL of any size, which are cropped as for an evaluation.
-    - Tokens are float32 (n, L, d), as the AR model reads them.
+    - Tokens are float32 (n, L, d), as the AR model reads them. They are (n, L, d + 1) where
+      `ar.token_space` is polar.
     - `labels` are numbers or names of classes: one, or one for each image.
     - `seed` is a whole number, or one for each image. With one seed, image i has the noise of image
       i of `--mode=sample`. With several, image i is the one that its seed alone gives.
@@ -145,7 +146,7 @@ class Model:
         self._batch_size = inputs.number('batch_size', size, 1)
 
     def __repr__(self) -> str:
-        tokens = (self.num_tokens, self.vae.latent_dim)
+        tokens = (self.num_tokens, self.vae.token_dim)
         classes = schema.num_classes(self.config)
         return f'<Model: images {self.image_shape}, tokens {tokens}, {classes} classes>'
 
@@ -381,7 +382,7 @@ class Model:
           OSError: see `sample`.
         """
         drawn = self.sample_tokens(labels, seed=seed, guidance=guidance, steps=steps)
-        return np.linalg.norm(drawn.raw, axis=-1)
+        return np.linalg.norm(drawn.raw[..., : self.vae.latent_dim], axis=-1)
 
     def complete(
         self,
@@ -474,7 +475,7 @@ class Model:
         Raises:
           UserError: the model cannot take the tokens, or an image is not finite.
         """
-        checked = inputs.tokens(tokens, self.num_tokens, self.vae.latent_dim)
+        checked = inputs.tokens(tokens, self.num_tokens, self.vae.token_dim)
         images = self._in_batches(on_mesh.decoder(self.vae), checked)
         on_mesh.require_finite(np.isfinite(images).all((1, 2, 3)), 0)
         return _clipped(images)
@@ -532,10 +533,10 @@ class Model:
             )
         first, last = self.encode(np.concatenate(ends))
         t = np.linspace(0, 1, count, dtype=np.float32)[:, None, None]
+        way = (1 - t) * first[None] + t * last[None]
         if on_a_sphere(self.vae):
-            way = _slerp(first[None], last[None], t)
-        else:
-            way = (1 - t) * first[None] + t * last[None]
+            d = self.vae.latent_dim
+            way[..., :d] = _slerp(first[None, :, :d], last[None, :, :d], t)
         return self.decode(way)
 
     def _in_batches(self, function: Callable[[PyTree, PyTree], PyTree], rows: PyTree) -> np.ndarray:
@@ -552,6 +553,9 @@ def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
 
 
 def on_a_sphere(vae: VAE) -> bool:
-    """Whether tokens lie on a sphere: the projection then changes a point at twice the radius."""
-    far = np.full((1, vae.latent_dim), 2, np.float32)
+    """Whether the first d numbers of tokens lie on a sphere.
+
+    The projection then changes a point at twice the radius.
+    """
+    far = np.full((1, vae.token_dim), 2, np.float32)
     return not np.array_equal(vae.project(jnp.asarray(far)), far)

@@ -178,7 +178,7 @@ def draw(model: Model, wish: Wish) -> Drawing:
     if sampler.options.guidance is not None and wish.guidance is not None:
         scale = inputs.scales(wish.guidance, wish.n)
         sampler = sampler._replace(guidance_scale=scale)
-    tokens = np.zeros((1, model.num_tokens, model.vae.latent_dim), np.float32)
+    tokens = np.zeros((1, model.num_tokens, model.vae.token_dim), np.float32)
     kept = 0
     if wish.picture is not None:
         tokens = model.encode(inputs.images(wish.picture, model.image_shape))
@@ -197,7 +197,7 @@ def draw(model: Model, wish: Wish) -> Drawing:
     evaluations = sampler.options.plan(model.num_tokens).evaluations
     return Drawing(
         images=np.asarray(pixels.to_uint8(np.clip(images, -1, 1))),
-        norms=np.linalg.norm(drawn.raw, axis=-1),
+        norms=np.linalg.norm(drawn.raw[..., : model.vae.latent_dim], axis=-1),
         kept=kept,
         radius=radius,
         words=_words(model, wish, sampler, evaluations, seconds),

@@ -109,6 +109,22 @@ def project(z: ArrayLike, radius: float | None = None) -> jax.Array:
     return (jnp.asarray(R, compute) * _normalize(z.astype(compute))).astype(z.dtype)
 
 
+def log_norm(z: jax.Array) -> jax.Array:
+    """The logarithm of max(‖z‖, 1e-7) over the last axis (kept).
+
+    The value, and its derivative z/‖z‖², are finite for every finite z. Below 1e-7 the derivative
+    is 0.
+
+    Args:
+      z: (..., d) float32 or float64.
+
+    Returns:
+      (..., 1).
+    """
+    h, norm = _shrunk_norm(z)
+    return jnp.log(jnp.maximum(norm, h * jnp.asarray(EPS, z.dtype))) - jnp.log(h)
+
+
 def angle(u: jax.Array, v: jax.Array) -> jax.Array:
     """The angle between unit vectors.
 

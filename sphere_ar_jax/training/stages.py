@@ -132,7 +132,7 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
         ar.init_params,
         loss,
         frozen=vae_params,
-        shown=('loss', 'grad_norm', 'token_norm', 'angle'),
+        shown=('loss', 'grad_norm', 'token_norm', 'magnitude_loss', 'angle'),
         about='tokenizer',
         model=vae,
     )

@@ -1,13 +1,14 @@
 """The statistics that standardise latents for the AR model (`docs/method.md`, "Token spaces").
 
-They are the mean and the standard deviation of each latent dimension, over the tokens of training
-images. `WORKDIR/tokenizer/statistics.json` keeps them beside the tokenizer that they belong to.
+They are the mean and the standard deviation of each latent dimension, or of log ‖z‖ alone, over the
+tokens of training images. `WORKDIR/tokenizer/statistics.json` keeps them beside the tokenizer that
+they belong to.
 
 Dimensions:
   n  images that are measured
   B  images of a batch
   L  tokens of an image
-  d  latent dimension
+  d  numbers that `VAE.measured` gives for a token
 """
 
 import functools
@@ -40,12 +41,12 @@ def path(workdir: str | os.PathLike[str]) -> epath.Path:
 
 @functools.cache
 def _latents(vae: VAE) -> Callable[..., jax.Array]:
-    """The compiled function (params, batch of B images, index (B,), key) → latents (B, L, d)."""
+    """The compiled function (params, batch of B images, index (B,), key) → numbers (B, L, d)."""
 
     def draw(params, batch, index, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         q = batch_posterior(vae, params, batch)
-        return q.sample(q.draws(keys))
+        return vae.measured(q.sample(q.draws(keys)))
 
     return jax.jit(draw)
 
@@ -81,15 +82,16 @@ def measure(
     rows = sharding.local_rows(mesh, batch_size)
     key = jax.random.key(seed + 2)
     count = 0
-    total = np.zeros(vae.latent_dim)
-    squares = np.zeros(vae.latent_dim)
+    d = vae.num_statistics
+    total = np.zeros(d)
+    squares = np.zeros(d)
     with data_batches.batches(
         source, batch_size=batch_size, seed=seed, rows=rows, **(reading or {})
     ) as batches:
         for first in range(0, n, batch_size):
             batch = sharding.place_batch(mesh, (next(batches), first + rows))
             drawn = hosts.gather(_latents(vae)(params, *batch, key))
-            z = drawn[: n - first].reshape(-1, vae.latent_dim).astype(np.float64)
+            z = drawn[: n - first].reshape(-1, d).astype(np.float64)
             count += len(z)
             total += z.sum(axis=0)
             squares += (z**2).sum(axis=0)
@@ -117,17 +119,17 @@ def read(vae: VAE, params: PyTree, workdir: str | os.PathLike[str]) -> PyTree:
       FileNotFoundError: the token space needs statistics, but there are none yet.
       UserError: the file is damaged.
     """
-    if vae.token_space != 'standardised':
+    if not vae.num_statistics:
         return params
     file = path(workdir)
     if not file.exists():
         raise FileNotFoundError(f'{workdir} has no statistics of the latents yet: train it first')
     kept = files.read_json(file)
-    d = vae.latent_dim
+    d = vae.num_statistics
     is_whole = isinstance(kept, dict) and all(_are_numbers(kept.get(k), d) for k in ('mean', 'std'))
     if not is_whole or min(kept['std']) <= 0:
         raise UserError(
-            f'{file} does not hold the statistics of {d} dimensions: remove it, and training '
+            f'{file} does not hold the statistics of {d} numbers: remove it, and training '
             'writes it again'
         )
     return vae.with_statistics(params, kept['mean'], kept['std'])
@@ -157,7 +159,7 @@ def add(
     Returns:
       The parameters as `VAE.with_statistics` gives them.
     """
-    if vae.token_space != 'standardised':
+    if not vae.num_statistics:
         return params
     tokenizer = checkpoint.fingerprint(params)
     file = path(workdir)

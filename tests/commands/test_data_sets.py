@@ -127,13 +127,15 @@ def test_posteriors_are_those_of_images(old_runs, folder, encoded):
     chex.assert_trees_all_close(of_images, of_latents, rtol=1e-4, atol=1e-5)
 
 
-def test_small_images_are_those_of_the_runs_classes(old_runs):
+def test_small_images_are_those_of_the_runs_classes_and_brightness(old_runs):
     run = load_run(old_runs / 'digits', tokenizer_only=True)
-    run = run._replace(config=schema.changed(run.config, {'data.classes': (1, 3)}))
+    changes = {'data.classes': (1, 3), 'data.brightness': (0.0, 0.5)}
+    run = run._replace(config=schema.changed(run.config, changes))
     source = data_sets._open_images(run, 'digits', None)
     everything = small.open_data_set('digits', None, run.config.seed, run.config.data.holdout)
     assert source.num_classes == 2
     assert len(source) == np.isin(everything.train.labels, (1, 3)).sum() > 0
+    assert max(source[i]['image'].max() for i in range(len(source))) < 0
 
 
 def _refusal(call, *arguments, **options):

@@ -76,6 +76,54 @@ def test_the_riemannian_head_of_the_digits():
     checks.check(schema.changed(cfg, projected))
 
 
+def test_a_direction_and_a_length_go_together():
+    """The token space, its head and posteriors of free length; all else is one line."""
+    polar = {
+        'vae.posterior': 'gaussian',
+        'ar.token_space': 'polar',
+        'ar.head': 'direction_magnitude',
+    }
+    cfg = checks.check(schema.changed(get_config(), polar))
+    ar = build.build_ar(cfg)
+    assert isinstance(ar.head, HEADS['direction_magnitude'])
+    assert ar.latent_dim == ar.head.latent_dim == cfg.vae.latent_dim + 1
+    for changes, message in (
+        ({'ar.head': 'flow'}, 'ar.head is flow: use direction_magnitude'),
+        ({'ar.head': 'riemannian'}, 'use ar.token_space projected'),
+        ({'ar.token_space': 'standardised'}, 'ar.token_space is standardised: use polar'),
+        ({'vae.posterior': 'vmf'}, 'have all the same: use gaussian or sigma_vae'),
+        ({'ar.magnitude_weight': 0.0}, 'must be above 0'),
+        (
+            {
+                'init_from': 'a',
+                'sampling.solver': 'euler',
+                'sampling.guidance': None,
+                'sampling.guidance_scale': None,
+            },
+            'from the head flow, and ar.head is direction_magnitude',
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            checks.check(schema.changed(cfg, changes))
+        assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'data.brightness': (1.0, 0.2)}, 'two numbers in order between 0 and 1'),
+        ({'data.brightness': (0.2, 1.5)}, 'two numbers in order between 0 and 1'),
+        ({'data.brightness': (0.2,)}, 'two numbers in order between 0 and 1'),
+        ({'data.brightness': ('a', 'b')}, 'two numbers in order between 0 and 1'),
+        ({'data.name': 'folder', 'data.brightness': (0.2, 1.0)}, 'is for digits and idx'),
+    ],
+)
+def test_impossible_brightness_is_refused(changes, message):
+    with pytest.raises(UserError, match=message) as refused:
+        checks.check(schema.changed(get_config(), changes))
+    assert '\n' not in str(refused.value)
+
+
 @pytest.mark.parametrize('name', ['ar_b', 'ar_l', 'ar_h'])
 @pytest.mark.parametrize('argument', ['', 'fast'])
 def test_the_published_configs(name, argument):

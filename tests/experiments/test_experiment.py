@@ -14,7 +14,7 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude')
 
 
 def small(**changes):
@@ -71,6 +71,18 @@ def test_rows_are_the_papers():
         ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
         ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
+        (
+            {
+                'kind': 'propagation',
+                'rows': experiments.rows(
+                    a={
+                        'vae': {'posterior': 'gaussian'},
+                        'ar': {'token_space': 'polar', 'head': 'direction_magnitude'},
+                    }
+                ),
+            },
+            'the row a: propagation disturbs tokens along their norm',
+        ),
     ],
 )
 def test_impossible_experiments_are_refused(changes, message):
@@ -356,6 +368,38 @@ def test_collapsed_samples_have_no_contrast():
     flat = 0.01 * rng.uniform(-1, 1, (30, 8, 8, 1))
     assert comparison.collapsed_share(real, real) == 0
     assert comparison.collapsed_share(np.concatenate([real[:70], flat]), real) == 0.3
+
+
+def test_the_distance_of_the_brightness_is_that_of_the_means():
+    """Images whose means are shifted by 0.1 lie 0.1 apart, however many there are."""
+    real = np.random.default_rng(0).uniform(0, 0.5, (300, 4, 4))
+    shifted = np.concatenate([real, real]) + 0.1
+    np.testing.assert_allclose(comparison.brightness_distance(shifted, real), 0.1, rtol=1e-6)
+    mirrored = real[:, ::-1, ::-1]
+    np.testing.assert_allclose(comparison.brightness_distance(mirrored, real), 0, atol=1e-12)
+
+
+def test_a_score_is_measured_anew_where_old_lines_lack_it(tmp_path, faked, monkeypatch):
+    """Lines without the brightness serve experiments that do not ask for it."""
+    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
+    experiment.run(small(seeds=(0,)), 'one', str(tmp_path), 'COMMAND')
+    faked.clear()
+
+    def measure(config, cfg, cache, mesh):
+        row = 'gaussian_norm' if cfg.ar.token_space == 'projected' else 'power_spherical'
+        lines = fake_lines(row, cfg.seed)
+        distance = 0.5 if row == 'gaussian_norm' else 0.25
+        return [line | {'brightness_distance': distance} for line in lines]
+
+    monkeypatch.setitem(experiment._MEASURE, 'comparison', measure)
+    comparisons = ('power_spherical gaussian_norm brightness_distance',)
+    c = small(seeds=(0,), comparisons=comparisons)
+    found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    assert found['verdicts'][0]['advantage']['mean'] == 0.25
+    # The first seed was measured before the score existed, and the second one after it.
+    both = experiment.run(small(seeds=(1, 0)), 'one', str(tmp_path), 'COMMAND')
+    assert 'brightness_distance' not in both['rows']['power_spherical']
+    assert both['rows']['power_spherical']['frechet_best']['seeds'] == 2
 
 
 @pytest.fixture(scope='module')

@@ -226,6 +226,9 @@ def test_standardised_tokens_are_not_exported(tiny_vae, tmp_path):
     model, params = tiny_vae
     standardised = model.clone(token_space='standardised')
     path = tmp_path / 'a.safetensors'
+    polar = model.clone(token_space='polar')
+    with pytest.raises(UserError, match=r'has no ar\.token_space polar'):
+        torch_names.require_public(polar)
     with pytest.raises(UserError, match=r'has no ar\.token_space standardised'):
         torch_names.export(path, standardised, standardised.with_statistics(params))
     assert not path.exists()

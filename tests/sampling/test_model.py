@@ -193,6 +193,30 @@ def test_tokens_in_the_plane_are_interpolated_in_straight_lines(monkeypatch):
     np.testing.assert_array_equal(way[[0, 2]], ends)
 
 
+def test_polar_tokens_are_interpolated_on_great_circles_and_in_length(monkeypatch):
+    """A quarter of a circle in the first two numbers; the last one goes straight."""
+    cfg = schema.changed(
+        tiny_config.get_config(),
+        {
+            'vae.posterior': 'gaussian',
+            'ar.token_space': 'polar',
+            'ar.head': 'direction_magnitude',
+        },
+    )
+    polar = model.Model(tiny_config.random_run(cfg))
+    ends = np.zeros((2, 16, 9), np.float32)
+    ends[0, :, 0] = 8**0.5
+    ends[1, :, 1] = 8**0.5
+    ends[1, :, 8] = 3
+    monkeypatch.setattr(polar, 'encode', lambda images: ends)
+    monkeypatch.setattr(polar, 'decode', lambda tokens: tokens)
+    black = np.zeros((16, 16, 1), np.uint8)
+    way = polar.interpolate(black, black, 3)
+    np.testing.assert_array_equal(way[[0, 2]], ends)
+    middle = np.array([2, 2, 0, 0, 0, 0, 0, 0, 1.5])
+    np.testing.assert_allclose(way[1], np.broadcast_to(middle, (16, 9)), atol=1e-6)
+
+
 @pytest.mark.slow
 def test_other_values_compile_nothing(lively):
     """Labels, seeds, scales, kept tokens and images, written in another way too."""

@@ -1,4 +1,4 @@
-"""The AR model's token spaces: latents, projected and standardised."""
+"""The AR model's token spaces: latents, projected, standardised and polar."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.models import vae as vae_module
-from sphere_ar_jax.models.posteriors import PowerSpherical
+from sphere_ar_jax.models.posteriors import Gaussian, PowerSpherical
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import standardisation
@@ -62,6 +62,37 @@ def test_standardised_tokens_have_mean_0_and_spread_1(z):
     np.testing.assert_allclose(tokens, (np.asarray(z) - MEAN) / STD, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(apply(vae, tokens, 'from_tokens'), z, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(vae.project(tokens), tokens)
+
+
+def test_polar_tokens_are_a_direction_and_a_length(z):
+    """Against NumPy; the inverse, the projection of drawn tokens, and latents next to 0."""
+    changes = {'vae.posterior': 'gaussian', 'ar.token_space': 'polar'}
+    vae = build_tiny(**changes, **{'ar.head': 'direction_magnitude'})
+    assert (vae.token_dim, vae.num_statistics) == (9, 1)
+    variables = {'params': vae.with_statistics({}, [0.7], [0.2])}
+
+    @jax.jit
+    def run(z):
+        tokens = vae.apply(variables, z, method='to_tokens')
+        drawn = jnp.concatenate([3 * tokens[..., :8], tokens[..., 8:] + 5], axis=-1)
+        back = vae.apply(variables, tokens, method='from_tokens')
+        slopes = jax.grad(lambda z: jnp.sum(vae.measured(z)))(z)
+        return tokens, vae.project(drawn), back, slopes
+
+    tokens, projected, back, slopes = run(z)
+    norms = np.linalg.norm(np.asarray(z, np.float64), axis=-1, keepdims=True)
+    expected = np.concatenate([np.sqrt(8) * z / norms, (np.log(norms) - 0.7) / 0.2], axis=-1)
+    np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(back, z, rtol=2e-5)
+    np.testing.assert_allclose(projected[..., :8], tokens[..., :8], rtol=1e-5)
+    np.testing.assert_array_equal(projected[..., 8:], tokens[..., 8:] + 5)
+    np.testing.assert_allclose(slopes, z / norms**2, rtol=1e-4)
+
+    sizes = np.float32([0, 1e-30, 1e-9, 1e-5, 1e5, 1e30]).repeat(6)[:32].reshape(2, 16, 1)
+    ends = run(z / norms.astype(np.float32) * sizes)
+    chex.assert_tree_all_finite(ends)
+    expected = (np.log(np.maximum(sizes.astype(np.float64), 1e-7)) - 0.7) / 0.2
+    np.testing.assert_allclose(ends[0][..., 8:], expected, rtol=1e-5)
 
 
 class Copying(nn.Module):
@@ -122,10 +153,13 @@ class Images:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('batch_size', [8, 64])
-def test_statistics_are_those_of_all_images_in_any_batches(batch_size):
+@pytest.mark.parametrize(
+    ('space', 'batch_size'), [('standardised', 8), ('standardised', 64), ('polar', 8)]
+)
+def test_statistics_are_those_of_all_images_in_any_batches(space, batch_size):
     """Batches that do not divide the images, and one that is larger than all of them."""
-    vae, params = copying(token_space='standardised')
+    posterior = Gaussian() if space == 'polar' else PowerSpherical()
+    vae, params = copying(token_space=space, posterior=posterior)
     found = standardisation.measure(
         vae, params, Images(), seed=3, batch_size=batch_size, mesh=sharding.make_mesh()
     )
@@ -136,6 +170,8 @@ def test_statistics_are_those_of_all_images_in_any_batches(batch_size):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(50))
     z, _ = vae_module.draw_latents(vae, params, images, keys)
     rows = np.asarray(z, np.float64).reshape(-1, 8)
+    if space == 'polar':
+        rows = np.log(np.linalg.norm(rows, axis=-1, keepdims=True))
     np.testing.assert_allclose(found['mean'], rows.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(found['std'], rows.std(axis=0), rtol=1e-4)
 
@@ -169,7 +205,7 @@ def test_damaged_statistics_are_refused_in_one_line(tmp_path, damage):
     file = standardisation.path(tmp_path)
     file.parent.mkdir()
     file.write_text(json.dumps({'mean': MEAN.tolist(), 'std': STD.tolist()} | damage))
-    with pytest.raises(UserError, match='does not hold the statistics of 8 dimensions'):
+    with pytest.raises(UserError, match='does not hold the statistics of 8 numbers'):
         standardisation.read(vae, {}, tmp_path)
 
 

@@ -19,6 +19,7 @@ import jax
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
+from sphere_ar_jax.models.heads.direction_magnitude import DirectionMagnitude
 from sphere_ar_jax.models.heads.flow import FlowHead
 from sphere_ar_jax.models.heads.mean_velocity import MeanVelocity
 from sphere_ar_jax.models.heads.riemannian import Riemannian
@@ -102,6 +103,7 @@ class Head(Protocol):
 
 # The words of `ar.head` and `distillation_training.head` in the config, and their modules.
 HEADS: dict[str, type[Head]] = {
+    'direction_magnitude': DirectionMagnitude,
     'flow': FlowHead,
     'mean_velocity': MeanVelocity,
     'riemannian': Riemannian,

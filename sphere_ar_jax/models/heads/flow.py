@@ -358,9 +358,14 @@ class FlowHead(nn.Module):
         copies = jnp.broadcast_to(z, noise.shape)
         x_t = path.interpolate(noise, copies, t)
         v = self.velocities(x_t, c, t)
-        loss = jnp.mean(jnp.square(v - path.target_velocity(noise, copies)))
-        predicted = x_t + (1 - t[..., None]) * v
-        return loss, {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
+        error = jnp.square(v - path.target_velocity(noise, copies))
+        return self._scored(error, x_t + (1 - t[..., None]) * v)
+
+    def _scored(
+        self, error: jax.Array, predicted: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What `loss` returns, of squared errors and predicted data points, each (m, B, L, d)."""
+        return jnp.mean(error), {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
         """The arguments of `embed_time` for all evaluations of solver tables."""
