@@ -142,6 +142,8 @@ def default() -> ConfigDict:
                 sigma=0.5,
                 # What the decoder reads: 'latents', or 'projected' onto the sphere.
                 decoder_input='latents',
+                # Radius R of the sphere of tokens and projections; √latent_dim, if not given.
+                radius=config_dict.placeholder(float),
             ),
             ar=dict(
                 VARIANTS['B'],
@@ -152,6 +154,8 @@ def default() -> ConfigDict:
                 # What the model reads and draws: 'latents', 'projected' onto the sphere, or
                 # 'standardised' by the statistics of the training images (`vae.TOKEN_SPACES`).
                 token_space='latents',
+                # Standard deviation of the noise that a token's flow starts from.
+                prior_scale=1.0,
                 remat=False,
                 unroll=1,
             ),

@@ -330,7 +330,7 @@ class Model:
         >>> import sphere_ar_jax
         >>> run = sphere_ar_jax.load('/tmp/digits')
         >>> drawn = run.sample_tokens([3, 1])
-        >>> np.linalg.norm(drawn.z, axis=-1).round(3)[0, :3]  # all tokens lie at √d
+        >>> np.linalg.norm(drawn.z, axis=-1).round(3)[0, :3]  # all tokens lie at R = √d
         array([2.828, 2.828, 2.828], dtype=float32)
 
         Args:
@@ -359,7 +359,7 @@ class Model:
     ) -> np.ndarray:
         """Norms of the tokens as the head draws them, before they are projected.
 
-        On a sphere the projection sets each of them to R = √d. Their distance from R is the error
+        On a sphere the projection sets each of them to R. Their distance from R is the error
         of scale that it removes (paper §3).
 
         >>> import sphere_ar_jax
@@ -532,7 +532,7 @@ class Model:
             )
         first, last = self.encode(np.concatenate(ends))
         t = np.linspace(0, 1, count, dtype=np.float32)[:, None, None]
-        if on_a_sphere(self.vae):
+        if sphere_radius(self.vae) is not None:
             way = _slerp(first[None], last[None], t)
         else:
             way = (1 - t) * first[None] + t * last[None]
@@ -551,7 +551,11 @@ def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
-def on_a_sphere(vae: VAE) -> bool:
-    """Whether tokens lie on a sphere: the projection then changes a point at twice the radius."""
-    far = np.full((1, vae.latent_dim), 2, np.float32)
-    return not np.array_equal(vae.project(jnp.asarray(far)), far)
+def sphere_radius(vae: VAE) -> float | None:
+    """The radius R of the sphere that all tokens lie on, None where they lie on none.
+
+    On a sphere the projections of two points of one direction are the same, and R is their norm.
+    """
+    points = np.ones((2, vae.latent_dim), np.float32) * np.array([[1], [3]], np.float32)
+    near, far = np.asarray(vae.project(jnp.asarray(points)))
+    return float(np.linalg.norm(near)) if np.allclose(near, far) else None

@@ -14,7 +14,7 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'radius')
 
 
 def small(**changes):
