@@ -270,7 +270,12 @@ def _write_directory(workdir: str, run: Run, path: str, source: str | None) -> N
 
 
 def _write_file(run: Run, path: str) -> None:
-    """Writes the weights of a run to a safetensors file."""
+    """Writes the weights of a run to a safetensors file.
+
+    Raises:
+      UserError: the run has parts that the public code lacks, or the file cannot be written.
+    """
+    torch_names.require_public(run.vae, None if run.ar_params is None else run.ar.head)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as temporary:
         try:

@@ -20,7 +20,9 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError, pick
 
 # Keys of the section `vae` that are not fields of a backbone.
-_TOKENIZER_KEYS = ('grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input')
+_TOKENIZER_KEYS = (
+    'grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input', 'radius'
+)  # fmt: skip
 # Fields of a backbone whose values follow from the key `vae.channels`.
 _FROM_CHANNELS = {'patch_size', 'width'}
 # Keys of the section `ar` that are fields of some heads.
@@ -84,6 +86,46 @@ def unread_keys(config: ConfigDict) -> list[str]:
     return [name for name in config.vae if name not in _TOKENIZER_KEYS and name not in fields]
 
 
+def _posterior_fields(config: ConfigDict) -> tuple[str, ...]:
+    """The names of the fields of the posterior that the config names.
+
+    Raises:
+      UserError: there is no such posterior.
+    """
+    posterior_class: Any = pick(POSTERIORS, 'vae.posterior', config.vae.posterior)
+    return tuple(field.name for field in dataclasses.fields(posterior_class))
+
+
+def latents_on_a_sphere(config: ConfigDict) -> bool:
+    """Whether the posterior's latents lie on the sphere of the key `vae.radius`.
+
+    Raises:
+      UserError: there is no such posterior.
+    """
+    return 'radius' in _posterior_fields(config)
+
+
+def on_a_sphere(config: ConfigDict) -> bool:
+    """Whether all tokens of the AR model lie on the sphere of the key `vae.radius`.
+
+    Raises:
+      UserError: there is no such posterior.
+    """
+    if config.ar.token_space == 'latents':
+        return latents_on_a_sphere(config)
+    return config.ar.token_space == 'projected'
+
+
+def reads_radius(config: ConfigDict) -> bool:
+    """Whether anything in the tokenizer lies on a sphere, or is projected onto one.
+
+    Raises:
+      UserError: there is no such posterior.
+    """
+    is_projected = 'projected' in (config.vae.decoder_input, config.ar.token_space)
+    return is_projected or latents_on_a_sphere(config)
+
+
 def build_vae(config: ConfigDict) -> VAE:
     """The tokenizer that the config describes (docs/method.md, "Tokenizer").
 
@@ -101,7 +143,7 @@ def build_vae(config: ConfigDict) -> VAE:
         fields[name] = tuple(value) if isinstance(value, list | tuple) else value
     backbone = backbone_class(**fields, dtype=dtype(config))
     posterior_class = pick(POSTERIORS, 'vae.posterior', c.posterior)
-    options = {field.name: c[field.name] for field in dataclasses.fields(posterior_class)}
+    options = {name: c[name] for name in _posterior_fields(config)}
     return VAE(
         tuple(c.grid),
         c.latent_dim,
@@ -110,6 +152,7 @@ def build_vae(config: ConfigDict) -> VAE:
         dtype(config),
         c.decoder_input,
         config.ar.token_space,
+        c.radius,
     )
 
 
@@ -118,6 +161,28 @@ def _head_class(config: ConfigDict) -> Callable[..., Head]:
     if config.init_from is None:
         return pick(HEADS, 'ar.head', config.ar.head)
     return pick(HEADS, 'distillation_training.head', config.distillation_training.head)
+
+
+def build_head(config: ConfigDict) -> Head:
+    """The head of the AR model that the config describes.
+
+    Raises:
+      ValueError: the head cannot have such a radius or prior_scale.
+    """
+    c = config.ar
+    fields = (build_vae(config).token_dim, c.head_width, c.head_depth, c.head_groups)
+    head_class: Any = _head_class(config)
+    known = {field.name for field in dataclasses.fields(head_class)}
+    options = {name: c[name] for name in _HEAD_KEYS if name in known}
+    return head_class(
+        *fields,
+        **options,
+        remat=c.remat,
+        unroll=c.unroll,
+        dtype=dtype(config),
+        radius=config.vae.radius if on_a_sphere(config) else None,
+        prior_scale=c.prior_scale,
+    )
 
 
 def build_ar(config: ConfigDict) -> AR:
@@ -134,11 +199,7 @@ def build_ar(config: ConfigDict) -> AR:
         )
     speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
     token_dim = build_vae(config).token_dim
-    fields = (token_dim, c.head_width, c.head_depth, c.head_groups)
-    head_class: Any = _head_class(config)
-    known = {field.name for field in dataclasses.fields(head_class)}
-    options = {name: c[name] for name in _HEAD_KEYS if name in known}
-    head = head_class(*fields, **options, **speed)
+    head = build_head(config)
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     condition = condition_class(num_classes, c.class_tokens, c.width)
     grid = tuple(config.vae.grid)

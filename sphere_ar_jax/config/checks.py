@@ -23,9 +23,12 @@ def _at_least(least: float) -> Callable[[float], bool]:
 # What numbers must be: (pattern of keys, the rule in words, the rule as a function).
 _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
-    (r'vae\.sigma', 'be above 0', lambda n: n > 0),
-    (r'ar\.magnitude_weight', 'be above 0', lambda n: n > 0),
-    (r'vae\.(?!sigma)\w+|ar\.(?!magnitude_weight)\w+', 'be at least 1', _at_least(1)),
+    (r'vae\.(sigma|radius)|ar\.(prior_scale|magnitude_weight)', 'be above 0', lambda n: n > 0),
+    (
+        r'(vae|ar)\.(?!sigma|radius|prior_scale|magnitude_weight)\w+',
+        'be at least 1',
+        _at_least(1),
+    ),
     (r'distillation_training\.steps', 'be at least 1', _at_least(1)),
     (r'data\.(threads|classifier_steps)', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
@@ -210,18 +213,28 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     )
 
 
-# Posteriors whose latents have any length.
-_FREE_POSTERIORS = ('gaussian', 'sigma_vae')
+def _check_sphere(config: ConfigDict) -> None:
+    """Checks that a radius has a use, and that the head can have what is asked of it."""
+    radius = config.vae.radius
+    _require(
+        radius is None or build.reads_radius(config),
+        f'vae.radius is {radius}, but latents of vae.posterior {config.vae.posterior} lie on no '
+        'sphere, and neither vae.decoder_input nor ar.token_space is projected: leave it out',
+    )
+    try:
+        build.build_head(config)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f'ar.head {config.ar.head}: {error}') from None
 
 
 def _check_geodesics(config: ConfigDict) -> None:
     """Checks that a head of geodesics gets tokens on the sphere, and no option without a use."""
     if config.ar.head != 'riemannian':
         return
-    is_free = config.vae.posterior in _FREE_POSTERIORS
     _require(
-        config.ar.token_space == 'projected'
-        or (config.ar.token_space == 'latents' and not is_free),
+        build.on_a_sphere(config),
         f'ar.head riemannian needs tokens on the sphere, but those of vae.posterior '
         f'{config.vae.posterior} with ar.token_space {config.ar.token_space} have any length: '
         'use ar.token_space projected',
@@ -249,9 +262,9 @@ def _check_polar(config: ConfigDict) -> None:
         'use direction_magnitude',
     )
     _require(
-        config.vae.posterior in _FREE_POSTERIORS,
+        not build.latents_on_a_sphere(config),
         f'ar.token_space polar keeps the length of tokens, but those of vae.posterior '
-        f'{config.vae.posterior} have all the same: use {" or ".join(_FREE_POSTERIORS)}',
+        f'{config.vae.posterior} have all the same: use another posterior, as gaussian',
     )
 
 
@@ -532,5 +545,6 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)
     _check_head(config)
+    _check_sphere(config)
     _check_sampling(config)
     return config

@@ -145,6 +145,8 @@ def default() -> ConfigDict:
                 sigma=0.5,
                 # What the decoder reads: 'latents', or 'projected' onto the sphere.
                 decoder_input='latents',
+                # Radius R of the sphere of tokens and projections; √latent_dim, if not given.
+                radius=config_dict.placeholder(float),
             ),
             ar=dict(
                 VARIANTS['B'],
@@ -159,6 +161,8 @@ def default() -> ConfigDict:
                 # The weight of the length's loss of the head 'direction_magnitude', beside 1 for
                 # the direction's; others do not read it.
                 magnitude_weight=1.0,
+                # Standard deviation of the noise that a token's flow starts from.
+                prior_scale=1.0,
                 remat=False,
                 unroll=1,
             ),

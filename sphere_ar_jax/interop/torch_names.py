@@ -28,9 +28,11 @@ from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer, vae
 from sphere_ar_jax.models.backbones import Hybrid, grid_transformer
+from sphere_ar_jax.models.heads import FlowHead, Head
 from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sphere import geometry
 
 Array = TypeVar('Array', np.ndarray, jax.Array)
 Shape: TypeAlias = tuple[int, ...]
@@ -272,21 +274,40 @@ def from_torch(
     return traverse.unflatten_dict(params, sep='/')
 
 
-def require_public(model: vae.VAE) -> None:
-    """Checks that a tokenizer is made of the parts that the public code has.
+def _not_public(key: str, public: object, found: object) -> UserError:
+    """The error of a run that has something else than the public code's only choice for a key."""
+    return UserError(
+        f'the public PyTorch code has the {key} {public} alone, not {found}: such a run can be '
+        'neither exported nor compared with it'
+    )
+
+
+def require_public(model: vae.VAE, head: Head | None = None) -> None:
+    """Checks that models are made of the parts that the public code has.
+
+    Args:
+      model: the tokenizer.
+      head: the head of the AR model, None where there is no AR model.
 
     Raises:
-      UserError: it has another backbone, another posterior or another token space.
+      UserError: the tokenizer has another backbone, posterior, radius or token space, or the head
+        is another one or starts from other noise.
     """
-    for key, part, public in (
-        ('backbone', model.backbone, Hybrid),
-        ('posterior', model.posterior, PowerSpherical),
-    ):
+    parts = [
+        ('vae.backbone', model.backbone, Hybrid),
+        ('vae.posterior', model.posterior, PowerSpherical),
+    ]
+    for key, part, public in parts:
         if not isinstance(part, public):
-            raise UserError(
-                f'the public PyTorch code has the vae.{key} {public.__name__} alone, not '
-                f'{type(part).__name__}: such a run can be neither exported nor compared with it'
-            )
+            raise _not_public(key, public.__name__, type(part).__name__)
+    d = model.latent_dim
+    if geometry.radius(d, model.radius) != geometry.radius(d):
+        raise _not_public('vae.radius', f'√{d}', model.radius)
+    # Other heads are classes of their own below FlowHead, with the same parameters.
+    if head is not None and type(head) is not FlowHead:
+        raise _not_public('ar.head', FlowHead.__name__, type(head).__name__)
+    if isinstance(head, FlowHead) and head.prior_scale != 1:
+        raise _not_public('ar.prior_scale', 1, head.prior_scale)
     if model.num_statistics:
         # The other spaces change nothing on the sphere.
         raise UserError(

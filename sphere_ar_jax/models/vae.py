@@ -7,7 +7,7 @@ Dimensions:
   c    image channels       d      latent dimension
   D    width of the backbone
   p    pixels per token along each axis, the patch size of the backbone
-  R    √d, the radius of the sphere
+  R    the radius of the sphere, √d or another one
 Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
@@ -70,8 +70,13 @@ class VAE(nn.Module):
       posterior: see `posteriors`.
       decoder_input: one of `DECODER_INPUTS`.
       token_space: one of `TOKEN_SPACES`, see `to_tokens`.
+      radius: R of the sphere of all tokens and projections; None stands for √d. A posterior on a
+        sphere has the same.
       dtype: dtype of the two projections; parameters are float32. `computing_in` sets it and the
         backbone's dtype.
+
+    Raises:
+      ValueError: the radius is not a finite number above 0, or is not the posterior's.
     """
 
     grid: tuple[int, int] = (16, 16)
@@ -81,6 +86,17 @@ class VAE(nn.Module):
     dtype: DTypeLike = jnp.float32
     decoder_input: str = 'latents'
     token_space: str = 'latents'
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        geometry.check_radius(self.radius)
+        theirs = getattr(self.posterior, 'radius', self.radius)
+        if theirs != self.radius:
+            raise ValueError(
+                f'the posterior has the radius {theirs} and the tokenizer {self.radius}: '
+                'give both the same'
+            )
+        super().__post_init__()
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)  # its parameters stand beside the projections
@@ -127,7 +143,7 @@ class VAE(nn.Module):
     def decode(self, z: jax.Array) -> jax.Array:
         """Turns latents z (B, L, d) into images (B, H·p, W·p, c), float32, not clipped."""
         if self.decoder_input == 'projected':
-            z = geometry.project(z)
+            z = geometry.project(z, self.radius)
         x = self.post_quant_proj(z.astype(self.dtype))
         return self.backbone.decode(x.reshape(x.shape[0], *self.grid, x.shape[-1]))
 
@@ -146,7 +162,7 @@ class VAE(nn.Module):
         have d + 1 numbers: N_R(z), and (log ‖z‖ − mean)/std.
         """
         if self.token_space == 'projected':
-            return geometry.project(z)
+            return geometry.project(z, self.radius)
         if not self.num_statistics:
             return z
         mean, std = self.statistics()
@@ -180,7 +196,7 @@ class VAE(nn.Module):
         and the last one as it was drawn. It needs no parameters.
         """
         if self.token_space == 'projected':
-            return geometry.project(tokens)
+            return geometry.project(tokens, self.radius)
         if self.token_space == 'standardised':
             return tokens
         if self.token_space == 'polar':

@@ -331,7 +331,7 @@ class Model:
         >>> import sphere_ar_jax
         >>> run = sphere_ar_jax.load('/tmp/digits')
         >>> drawn = run.sample_tokens([3, 1])
-        >>> np.linalg.norm(drawn.z, axis=-1).round(3)[0, :3]  # all tokens lie at √d
+        >>> np.linalg.norm(drawn.z, axis=-1).round(3)[0, :3]  # all tokens lie at R = √d
         array([2.828, 2.828, 2.828], dtype=float32)
 
         Args:
@@ -360,7 +360,7 @@ class Model:
     ) -> np.ndarray:
         """Norms of the tokens as the head draws them, before they are projected.
 
-        On a sphere the projection sets each of them to R = √d. Their distance from R is the error
+        On a sphere the projection sets each of them to R. Their distance from R is the error
         of scale that it removes (paper §3).
 
         >>> import sphere_ar_jax
@@ -534,7 +534,7 @@ class Model:
         first, last = self.encode(np.concatenate(ends))
         t = np.linspace(0, 1, count, dtype=np.float32)[:, None, None]
         way = (1 - t) * first[None] + t * last[None]
-        if on_a_sphere(self.vae):
+        if sphere_radius(self.vae) is not None:
             d = self.vae.latent_dim
             way[..., :d] = _slerp(first[None, :, :d], last[None, :, :d], t)
         return self.decode(way)
@@ -552,10 +552,12 @@ def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
-def on_a_sphere(vae: VAE) -> bool:
-    """Whether the first d numbers of tokens lie on a sphere.
+def sphere_radius(vae: VAE) -> float | None:
+    """The radius R of the sphere that the first d numbers of all tokens lie on.
 
-    The projection then changes a point at twice the radius.
+    On a sphere the projections of two points of one direction are the same, and R is their norm.
+    It is None where tokens lie on no sphere.
     """
-    far = np.full((1, vae.token_dim), 2, np.float32)
-    return not np.array_equal(vae.project(jnp.asarray(far)), far)
+    points = np.ones((2, vae.token_dim), np.float32) * np.array([[1], [3]], np.float32)
+    near, far = np.asarray(vae.project(jnp.asarray(points)))[:, : vae.latent_dim]
+    return float(np.linalg.norm(near)) if np.allclose(near, far) else None

@@ -20,7 +20,7 @@ from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import inputs, on_mesh
-from sphere_ar_jax.sampling.model import Model, on_a_sphere
+from sphere_ar_jax.sampling.model import Model, sphere_radius
 from sphere_ar_jax.sampling.tokens import Prefix
 
 COUNTS = (1, 2, 4, 8, 16)  # numbers of images; each has a program of its own
@@ -193,13 +193,12 @@ def draw(model: Model, wish: Wish) -> Drawing:
         mesh=model.mesh,
     )
     seconds = time.perf_counter() - started
-    radius = float(np.sqrt(model.vae.latent_dim)) if on_a_sphere(model.vae) else None
     evaluations = sampler.options.plan(model.num_tokens).evaluations
     return Drawing(
         images=np.asarray(pixels.to_uint8(np.clip(images, -1, 1))),
         norms=np.linalg.norm(drawn.raw[..., : model.vae.latent_dim], axis=-1),
         kept=kept,
-        radius=radius,
+        radius=sphere_radius(model.vae),
         words=_words(model, wish, sampler, evaluations, seconds),
     )
 
@@ -281,7 +280,8 @@ def plot_norms(drawing: Drawing) -> Figure:
     axis.plot(position, norms.T, color='tab:blue', alpha=0.35, linewidth=0.8)
     axis.plot(position, norms.mean(0), color='tab:blue', linewidth=2, label='mean of the images')
     if drawing.radius is not None:
-        axis.axhline(drawing.radius, color='black', linestyle='--', label='R = √d')
+        label = f'R = {drawing.radius:.3g}'
+        axis.axhline(drawing.radius, color='black', linestyle='--', label=label)
     if drawing.kept:
         axis.axvspan(-0.5, drawing.kept - 0.5, color='0.88', label='kept')
     axis.set_xlim(-0.5, norms.shape[1] - 0.5)

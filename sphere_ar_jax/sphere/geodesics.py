@@ -33,7 +33,7 @@ def _unit(x: ArrayLike) -> jax.Array:
 
 def _radius(x: jax.Array, radius: float | None) -> float:
     """R; None stands for √d."""
-    return geometry.radius(x.shape[-1]) if radius is None else radius
+    return geometry.radius(x.shape[-1], radius)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
-"""The sphere of radius R = √d on which every token lives (paper §3).
+"""The sphere on which every token lives; its radius R is √d (paper §3) or another one.
 
-See `docs/method.md`, "Sphere and projection". `householder` belongs to "Power spherical
-distribution" there.
+See `docs/method.md`, "Sphere and projection" and "Radius". `householder` belongs to "Power
+spherical distribution" there.
 
 Dimensions:
   d  ambient (latent) dimension; points lie on S^{d-1} ⊂ ℝ^d, always the last axis
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +87,19 @@ def l2_normalize(z: ArrayLike) -> jax.Array:
     return project(z, 1.0)
 
 
-def radius(d: int) -> float:
-    """R = √d, the radius of the sphere that tokens of d dimensions live on."""
-    return d**0.5
+def radius(d: int, chosen: float | None = None) -> float:
+    """R, the radius of the sphere that tokens of d dimensions live on: √d where none is chosen."""
+    return d**0.5 if chosen is None else chosen
+
+
+def check_radius(radius: float | None) -> None:
+    """Checks the radius of a sphere; None stands for √d.
+
+    Raises:
+      ValueError: it is not a finite number above 0.
+    """
+    if radius is not None and not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f'radius must be a number above 0, not {radius}')
 
 
 def project(z: ArrayLike, radius: float | None = None) -> jax.Array:

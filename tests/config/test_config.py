@@ -91,7 +91,7 @@ def test_a_direction_and_a_length_go_together():
         ({'ar.head': 'flow'}, 'ar.head is flow: use direction_magnitude'),
         ({'ar.head': 'riemannian'}, 'use ar.token_space projected'),
         ({'ar.token_space': 'standardised'}, 'ar.token_space is standardised: use polar'),
-        ({'vae.posterior': 'vmf'}, 'have all the same: use gaussian or sigma_vae'),
+        ({'vae.posterior': 'vmf'}, 'have all the same: use another posterior, as gaussian'),
         ({'ar.magnitude_weight': 0.0}, 'must be above 0'),
         (
             {

@@ -14,7 +14,9 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude')
+NAMES = (
+    'guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude', 'radius'
+)  # fmt: skip
 
 
 def small(**changes):

@@ -14,6 +14,8 @@ import safetensors.numpy
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import ar, vae
+from sphere_ar_jax.models.heads import Riemannian
+from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import GOLDENS
 
@@ -234,6 +236,25 @@ def test_standardised_tokens_are_not_exported(tiny_vae, tmp_path):
     assert not path.exists()
     torch_names.export(path, model.clone(token_space='projected'), params)
     assert path.exists()
+
+
+def test_other_spheres_and_noise_are_not_public(tiny_ar, tiny_vae):
+    """The names would fit, but the public code would sample something else."""
+    model, _ = tiny_vae
+    head = tiny_ar[0].head
+    torch_names.require_public(model, head)
+    root = model.latent_dim**0.5
+    torch_names.require_public(model.clone(radius=root, posterior=PowerSpherical(root)), head)
+    larger = model.clone(radius=2.0, posterior=PowerSpherical(2.0))
+    geodesic = Riemannian(head.latent_dim, head.width, head.depth, head.groups)
+    for vae_model, other, message in (
+        (larger, None, rf'vae\.radius √{model.latent_dim} alone, not 2\.0: such a run'),
+        (model, head.clone(prior_scale=2.0), r'ar\.prior_scale 1 alone, not 2\.0: such a run'),
+        (model, geodesic, r'ar\.head FlowHead alone, not Riemannian: such a run'),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            torch_names.require_public(vae_model, other)
+        assert '\n' not in str(refused.value)
 
 
 def test_all_that_does_not_fit_is_listed_at_once(torch_tensors, tiny_ar, tiny_vae):

@@ -66,6 +66,7 @@ def test_a_drawing_is_a_completion_by_the_model(model):
     assert not np.array_equal(whole.images, drawn.images)
     (axis,) = drawing.plot_norms(drawn).axes
     np.testing.assert_allclose(axis.lines[2].get_ydata(), drawn.norms.mean(0))
+    assert axis.lines[3].get_label() == 'R = 2.83'
 
 
 def test_what_is_beyond_the_limits_is_one_line(model):

@@ -32,6 +32,7 @@ from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.transformer import EPS, INIT
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sphere import geometry
 
 # The least number of rows that a product of the head should have. A product of fewer rows spends
 # its time on reading weights, not on computing.
@@ -178,9 +179,13 @@ class FlowHead(nn.Module):
       unroll: groups, and blocks of a group, per iteration of their scans (speed only).
       dtype: dtype of the computation; parameters and the returned velocity are float32.
       scan: see `transformer.Stack`.
+      radius: R of the sphere of the tokens, which the loss is divided by, see `weighted`; None
+        stands for √d, and for tokens on no sphere.
+      prior_scale: s, the standard deviation of x₀ and of all noise of a solver.
 
     Raises:
-      ValueError: groups does not divide depth.
+      ValueError: groups does not divide depth, or radius or prior_scale is not a finite number
+        above 0.
     """
 
     latent_dim: int
@@ -191,6 +196,14 @@ class FlowHead(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
+    radius: float | None = None
+    prior_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        geometry.check_radius(self.radius)
+        if not (math.isfinite(self.prior_scale) and self.prior_scale > 0):
+            raise ValueError(f'prior_scale must be a number above 0, not {self.prior_scale}')
+        super().__post_init__()
 
     def setup(self) -> None:
         if self.depth % self.groups:
@@ -308,6 +321,23 @@ class FlowHead(nn.Module):
         v = self(x_t.reshape(-1, self.latent_dim), t_emb, c_emb)
         return v.reshape(x_t.shape).swapaxes(0, 1)
 
+    def scaled(self, noise: jax.Array) -> jax.Array:
+        """Noise s·ε for standard normal ε, see `prior_scale`."""
+        return noise if self.prior_scale == 1 else self.prior_scale * noise
+
+    def weighted(self, error: jax.Array) -> jax.Array:
+        """Gives a squared error of velocities the weight 2d/(R² + s²d).
+
+        The velocities z − x₀ have a mean square of (R² + s²d)/d, so that neither R nor s changes
+        the scale of the loss. At R = √d and s = 1 the weight is 1, and nothing is multiplied. See
+        `docs/method.md`, "Radius".
+        """
+        if self.radius is None and self.prior_scale == 1:
+            return error
+        d = self.latent_dim
+        square = geometry.radius(d, self.radius) ** 2 + self.prior_scale**2 * d
+        return 2 * d / square * error
+
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> PyTree:
         """The random draws of `loss`.
 
@@ -340,7 +370,8 @@ class FlowHead(nn.Module):
         """Rectified-flow loss of every token given its condition: mean (v(x_t, t, c) − (z − ε))².
 
         Here t = sigmoid(t_normal) and x_t = (1 − t)·ε + t·z. Every token has m noisy copies, which
-        share its condition. See `docs/method.md`, "Flow loss".
+        share its condition. ε goes through `scaled` first, and the loss through `weighted`. See
+        `docs/method.md`, "Flow loss".
 
         Args:
           c: (B, L, D) conditions.
@@ -353,18 +384,25 @@ class FlowHead(nn.Module):
             possible tokens, so it lies within the sphere.
         """
         t_normal, noise = draws
+        noise = self.scaled(noise)
         z = jax.lax.stop_gradient(z)
         t = jax.nn.sigmoid(t_normal)
         copies = jnp.broadcast_to(z, noise.shape)
         x_t = path.interpolate(noise, copies, t)
         v = self.velocities(x_t, c, t)
         error = jnp.square(v - path.target_velocity(noise, copies))
-        return self._scored(error, x_t + (1 - t[..., None]) * v)
+        loss, scalars = self._scored(error, x_t + (1 - t[..., None]) * v)
+        return self.weighted(loss), scalars
 
     def _scored(
         self, error: jax.Array, predicted: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What `loss` returns, of squared errors and predicted data points, each (m, B, L, d)."""
+        """Loss, not weighted yet, and scalars for the log.
+
+        Args:
+          error: squared errors of the velocities (m, B, L, d).
+          predicted: data points (m, B, L, d).
+        """
         return jnp.mean(error), {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
@@ -402,7 +440,8 @@ class FlowHead(nn.Module):
         Args:
           params: parameters of this head.
           c: (R, D) conditions; with guidance, conditional rows come first, then null rows.
-          noise: (n, R, d) standard normal, x₀ and the noise of a stochastic solver's steps.
+          noise: (n, R, d) standard normal, x₀ and the noise of a stochastic solver's steps. All
+            of it goes through `scaled`.
           solver: one table of `prepare`, without the leading axis.
           guidance: how the two kinds of rows act together; None evaluates all rows alike.
 
@@ -410,6 +449,7 @@ class FlowHead(nn.Module):
           z (R, d) float32.
         """
         variables = {'params': params}
+        noise = self.scaled(noise)
         E = len(solver.t)
         c_emb = self.apply(variables, c, method='embed_condition')
         interval = (0.0, 1.0)

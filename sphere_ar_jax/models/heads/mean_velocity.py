@@ -65,6 +65,8 @@ class MeanVelocity(FlowHead):
             self.unroll,
             self.dtype,
             self.scan,
+            self.radius,
+            self.prior_scale,
         )
         return FlowHead(*fields, parent=None)
 
@@ -109,7 +111,7 @@ class MeanVelocity(FlowHead):
     def loss(
         self, c: jax.Array, z: jax.Array, draws: Segments
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Error of the mean velocities: mean (u(x, t, h, c) − u)² over segments.
+        """Error of the mean velocities: `weighted` mean (u(x, t, h, c) − u)² over segments.
 
         Args:
           c: (B, L, D) conditions.
@@ -125,7 +127,8 @@ class MeanVelocity(FlowHead):
         x = draws.x.reshape(P * N, -1)
         c = jnp.tile(c.reshape(N, -1), (P, 1))
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
-        errors = jnp.mean(jnp.square(predicted.reshape(draws.u.shape) - draws.u), axis=(1, 2))
+        squares = jnp.square(predicted.reshape(draws.u.shape) - draws.u)
+        errors = self.weighted(jnp.mean(squares, axis=(1, 2)))
         whole = draws.h == 1
         total = jnp.sum(jnp.where(whole, errors, 0.0))
         number = jnp.sum(whole.astype(jnp.float32))
@@ -147,7 +150,7 @@ def mean_velocity_targets(
 
     Args:
       velocity: function (x (N, d), t ()) → (N, d).
-      noise: (N, d) standard normal.
+      noise: (N, d), where the trajectories start.
       levels: numbers n of a sampler's steps. Each divides num_steps.
       num_steps: steps of the teacher's solver.
 
@@ -201,7 +204,7 @@ def distillation_loss(
       teacher: parameters of the same AR model with the head `MeanVelocity.teacher`.
       labels: labels of B images, see `conditions`.
       z: (B, L, d) tokens.
-      noise: (B, L, d) standard normal, the starts of the trajectories.
+      noise: (B, L, d) standard normal. The trajectories start at it, `FlowHead.scaled`.
       scales: (L,) s_k.
       levels: see `mean_velocity_targets`.
       num_steps: see `mean_velocity_targets`.
@@ -225,6 +228,7 @@ def distillation_loss(
         v_cond, v_null = jnp.split(v, 2)
         return guide(v_cond, v_null, jnp.tile(scales, B)[:, None])
 
-    targets = mean_velocity_targets(guided, noise.reshape(B * L, d), levels, num_steps)
+    start = ar.head.scaled(noise.reshape(B * L, d))
+    targets = mean_velocity_targets(guided, start, levels, num_steps)
     frozen = jax.lax.stop_gradient((c[:B], z, targets))
     return ar.head.apply({'params': head}, *frozen, method='loss')

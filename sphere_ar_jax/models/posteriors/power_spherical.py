@@ -1,14 +1,15 @@
 """The power-spherical posterior of the S-VAE (paper §3.2; `docs/method.md`, "Posterior").
 
-Tokens lie on the sphere of radius R = √d.
+Tokens lie on a sphere of radius R, which is √d or another one (`docs/method.md`, "Radius").
 
 Dimensions:
   B  images     L  tokens of an image     d  latent dimension
 """
 
 import dataclasses
+import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,7 @@ def statistics(mu: jax.Array, kappa: jax.Array, kl: jax.Array) -> dict[str, jax.
     """Computes how much of the sphere the tokens of a batch use.
 
     The spread of a dimension is √d · std of mu's coordinate over batch and tokens. It is 1 for
-    uniform directions and 0 for equal ones.
+    uniform directions and 0 for equal ones, whatever the radius of the tokens is.
 
     Args:
       mu: directions, unit vectors (B, L, d).
@@ -98,16 +99,23 @@ def faults(scalars: dict[str, float]) -> str | None:
     return '; '.join(wrong) if wrong else None
 
 
-class PowerSphericalTokens(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=['mu', 'kappa'], meta_fields=['radius']
+)
+@dataclasses.dataclass(frozen=True)
+class PowerSphericalTokens:
     """A power-spherical distribution q(x | image) of every token, on the unit sphere.
 
     Attributes:
       mu: directions, unit vectors (B, L, d) float32.
       kappa: concentrations (B, L) float32, at least 1.
+      radius: R of the sphere of the tokens; None stands for √d. It is no leaf of the tree: a
+        program is compiled for it.
     """
 
     mu: jax.Array
     kappa: jax.Array
+    radius: float | None = None
 
     def draws(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Makes the random draws for `sample`.
@@ -128,11 +136,11 @@ class PowerSphericalTokens(NamedTuple):
     def sample(self, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Makes tokens z = R · x, (B, L, d), differentiable in mu and kappa."""
         x = power_spherical.sample_from_draws(self.mu, self.kappa, *draws)
-        return geometry.radius(self.mu.shape[-1]) * x
+        return geometry.radius(self.mu.shape[-1], self.radius) * x
 
     def mode(self) -> jax.Array:
         """Gives the most probable tokens: R · mu, (B, L, d)."""
-        return geometry.radius(self.mu.shape[-1]) * self.mu
+        return geometry.radius(self.mu.shape[-1], self.radius) * self.mu
 
     def kl(self) -> jax.Array:
         """Computes the KL divergence from the uniform distribution, (B, L), in nats."""
@@ -145,7 +153,16 @@ class PowerSphericalTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PowerSpherical:
-    """The published family: direction mu and concentration kappa, with a uniform prior."""
+    """The published family: direction mu and concentration kappa, with a uniform prior.
+
+    Attributes:
+      radius: R of the sphere of the tokens; None stands for √d, the published one.
+
+    Raises:
+      ValueError: the radius is not a finite number above 0.
+    """
+
+    radius: float | None = None
 
     shown: ClassVar[dict[str, str]] = {
         'kl': 'KL of the posterior to the uniform distribution, nats per token',
@@ -154,6 +171,9 @@ class PowerSpherical:
     labels: ClassVar[dict[str, str]] = {'kl': 'KL, nats per token', 'kappa': 'mean κ'}
     logarithmic: ClassVar[frozenset[str]] = frozenset({'kappa'})
 
+    def __post_init__(self) -> None:
+        geometry.check_radius(self.radius)
+
     def outputs(self, d: int) -> int:
         """Returns d + 1: d numbers for the direction and one for the concentration."""
         return d + 1
@@ -161,11 +181,11 @@ class PowerSpherical:
     def __call__(self, x: jax.Array) -> PowerSphericalTokens:
         """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1."""
         mu, kappa = direction_and_concentration(x)
-        return PowerSphericalTokens(mu, kappa)
+        return PowerSphericalTokens(mu, kappa, self.radius)
 
     def project(self, z: jax.Array) -> jax.Array:
-        """Returns N_R(z) (..., d), the nearest point of the sphere of radius R = √d."""
-        return geometry.project(z)
+        """Returns N_R(z) (..., d), the nearest point of the sphere of radius R."""
+        return geometry.project(z, self.radius)
 
     def faults(self, scalars: dict[str, float]) -> str | None:
         """Says what is wrong with a tokenizer's latents, as `faults` above does."""
