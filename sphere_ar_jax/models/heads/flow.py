@@ -179,8 +179,8 @@ class FlowHead(nn.Module):
       unroll: groups, and blocks of a group, per iteration of their scans (speed only).
       dtype: dtype of the computation; parameters and the returned velocity are float32.
       scan: see `transformer.Stack`.
-      radius: R of the sphere of the tokens, which the loss is divided by, see `weighted`; None
-        stands for √d, and for tokens on no sphere.
+      radius: R of the sphere of the tokens, of which the loss's weight is made, see `weighted`;
+        None stands for √d, and for tokens on no sphere.
       prior_scale: s, the standard deviation of x₀ and of all noise of a solver.
 
     Raises:
