@@ -152,10 +152,8 @@ def grid(
 
 def _kept_part(image: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
     """An image (H, W, c) whose pixels are grey but for those of its first tokens."""
-    height, width = grid
-    is_kept = (np.arange(height * width) < count).reshape(grid)
-    patch = np.ones((image.shape[0] // height, image.shape[1] // width), bool)
-    return np.where(np.kron(is_kept, patch)[..., None], image, 0)
+    is_kept = inputs.kept_pixels(count, grid, image.shape)
+    return np.where(is_kept[..., None], image, 0)
 
 
 # Rows of a picture. More would make it too high for the program that draws it.

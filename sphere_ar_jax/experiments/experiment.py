@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import experiments, schema
-from sphere_ar_jax.experiments import comparison, propagation, report, runs, speed
+from sphere_ar_jax.experiments import comparison, propagation, report, runs, shifted, speed
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
 
@@ -70,6 +70,7 @@ _MEASURED_BY = {
         'positions',
         'followed_images',
     ),
+    'shifted': ('num_images', 'common_guidance', 'shifts', 'prefixes'),
 }
 
 
@@ -141,7 +142,12 @@ class _Results:
         return Measured(found.lines + timed.lines, found.seconds + timed.seconds, found.trained)
 
 
-_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
+_MEASURE = {
+    'comparison': comparison.measure,
+    'propagation': propagation.measure,
+    'shifted': shifted.measure,
+}
+_SUMMARIZE = {'propagation': propagation.summarize, 'shifted': shifted.summarize}
 
 
 def units(
@@ -276,7 +282,7 @@ def _summaries(
         if config.kind == 'comparison':
             summary = comparison.summarize(measured.lines, config.common_guidance)
         else:
-            summary = propagation.summarize(measured.lines)
+            summary = _SUMMARIZE[config.kind](measured.lines)
         found[part.row][part.seed] = summary
     return {row: seeds for row, seeds in found.items() if seeds}
 

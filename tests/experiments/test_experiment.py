@@ -14,7 +14,7 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'shifted')
 
 
 def small(**changes):
@@ -63,12 +63,14 @@ def test_rows_are_the_papers():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'kind': 'a'}, "kind is 'a': use comparison or propagation"),
+        ({'kind': 'a'}, "kind is 'a': use comparison or propagation or shifted"),
         ({'seeds': ()}, r'seeds are \(\), but must be'),
         ({'seeds': (1, 1)}, 'different numbers'),
         ({'guidance_scales': (1.0,)}, 'must have common_guidance 1.5'),
         ({'comparisons': ('power_spherical vmf frechet_best',)}, 'is not BETTER WORSE SCORE'),
         ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
+        ({'shifts': ('noisy:9',)}, "'noisy:9' is no corruption: write WORD:SEVERITY"),
+        ({'prefixes': (0.5, 1.0)}, r'prefixes are \(0.5, 1.0\), but must be shares'),
         ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
     ],
@@ -384,4 +386,7 @@ def test_every_experiment_runs(shared, name, monkeypatch):
         page = (shared / name / 'page.md').read_text()
         assert '## Scores with and without projection' in page
         assert page.count('| after each token |') == 1  # of the spherical row
+    if c.kind == 'shifted':
+        page = (shared / name / 'page.md').read_text()
+        assert '| power_spherical | noisy 5 | 8 |' in page and '(shifted.png)' in page
     assert (shared / name / 'page.html').exists()
