@@ -28,6 +28,8 @@ SCORES: dict[str, bool] = {
     'accuracy_common': True,
     'accuracy_degradation': False,
     'collapsed_degradation': False,
+    'norm_drift': False,
+    'seconds_per_image': False,
     'psnr': True,
     'rfrechet': False,
     'tokenizer_steps_per_second': True,

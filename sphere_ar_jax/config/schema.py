@@ -107,6 +107,9 @@ def default() -> ConfigDict:
                 # The classes of a small data set that are taken, ascending numbers from 0; all, if
                 # not given. The model counts them anew.
                 classes=(),
+                # How often each pixel of a small data set is repeated along both axes, for the same
+                # images in more tokens.
+                enlarge=1,
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
                 # Whether training images are mirrored left to right with probability ½.

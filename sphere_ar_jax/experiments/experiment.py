@@ -77,6 +77,9 @@ _MEASURED_BY = {
 def parts(config: ConfigDict) -> list[Part]:
     """The parts of an experiment, seed by seed, so that early results have all rows."""
     own = {name: config[name] for name in _MEASURED_BY[config.kind]}
+    if any(words.endswith('seconds_per_image') for words in config.comparisons):
+        # Lines that were measured before this score existed do not have it.
+        own['seconds_per_image'] = True
     compares_speeds = any(words.endswith('steps_per_second') for words in config.comparisons)
     found = []
     for seed in config.seeds:

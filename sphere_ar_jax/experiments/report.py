@@ -44,6 +44,10 @@ _TABLES = {
         'accuracy_degradation': 'lost at the largest guidance',
         'collapsed_degradation': 'collapsed at the largest guidance',
     },
+    'Sequences': {
+        'norm_drift': 'drift of the norm before projection',
+        'seconds_per_image': 'seconds per image',
+    },
     'Growth of small errors': {
         'radial_growth': 'radial',
         'radial_growth_predicted': 'radial, to first order',
@@ -74,6 +78,8 @@ _SCORES = {
     'accuracy_common': 'accuracy, common guidance',
     'accuracy_degradation': 'accuracy lost at the largest guidance',
     'collapsed_degradation': 'collapsed samples at the largest guidance',
+    'norm_drift': 'drift of the norm before projection',
+    'seconds_per_image': 'seconds per image',
     'psnr': 'PSNR, dB',
     'rfrechet': 'Fréchet distance of reconstructions',
     'tokenizer_steps_per_second': 'steps/s of the tokenizer',
@@ -120,6 +126,7 @@ def table(config: ConfigDict, summaries: _Summaries) -> dict[str, dict[str, Any]
         found[row] = {
             name: _plain(statistics.interval([scores[name] for scores in seeds.values()]))
             for name in names
+            if all(name in scores for scores in seeds.values())
         }
     return found
 
@@ -295,7 +302,8 @@ def _plot_changes(path: str, rows: Sequence[str], measured: Sequence[Mapping[str
 
 def _plot_shifted(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
     """Plots distances and norms by position, of the shortest prefix and the largest severities."""
-    figure, axes = plt.subplots(2, len(rows), figsize=(4.2 * len(rows), 6.4), squeeze=False)
+    size = (4.2 * len(rows), 6.4)
+    figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
     for column, row in zip(axes.T, rows, strict=True):
         lines = _of_part(measured, row, 'shifted')
         kept = min(line['kept'] for line in lines)

@@ -14,7 +14,7 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'shifted')
+NAMES = ('guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'shifted', 'sequences')
 
 
 def small(**changes):
@@ -118,6 +118,8 @@ def fake_lines(row, seed):
                 'guidance': scale,
                 'frechet': (scale + worse) * (1 + 0.01 * seed),
                 'accuracy': 0.9,
+                'raw_norm_mean': [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.5, 3.0],
+                'seconds_per_image': 0.1 + worse + seed + scale,
                 'collapsed': 0.0,
                 'precision': 0.8,
                 'recall': 0.7,
@@ -310,6 +312,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     row = found['rows']['power_spherical']
     assert row['best_guidance']['mean'] == 1.5
     np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
+    np.testing.assert_allclose(row['norm_drift']['mean'], 2.75 / 1.5 - 1)
+    np.testing.assert_allclose(row['seconds_per_image']['mean'], 0.1 + 1 + 1.5)
     assert found['version'] and found['config']['seeds'] == [0, 1, 2]
     directory = tmp_path / 'two'
     assert (directory / 'guidance.png').stat().st_size > 5000
