@@ -20,9 +20,10 @@ goes on where it stopped. The other modes are:
                    [--labels=uniform|balanced|FILE] [--png=DIR]
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
                    [--output=FILE.png]
-  --mode=complete  --workdir=DIR --images=FILE|DIR --classes='golden retriever' [--keep=0.5]
-                   [--columns=N] [--output=FILE.png]
-                   (keeps the first tokens of images and draws the others)
+  --mode=complete  --workdir=DIR --images=FILE|DIR [--classes='golden retriever'] [--keep=0.5]
+                   [--corruption=noisy:3] [--num_images=N] [--columns=N] [--output=FILE.png]
+                   (keeps the first tokens of images and draws the others; a DIR without --classes
+                   has a directory for each class, as ImageNet-R has)
   --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
                    [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
                    (each NPZ may be a directory of images)
@@ -140,13 +141,14 @@ _OPTIONS = (
     _count('shards', ('pack', 'encode'), 'Files to write, 128 if not given.'),
     _text('split', _OF_DATA, 'Split of tfds or hf; train if not given.'),
     _text('data_dir', _OF_DATA, 'Directory of tfds or hf, if not its default.'),
-    _count('num_images', ('sample', 'reference'), 'Images to draw, or to keep in a reference.'),
+    _count('num_images', ('sample', 'complete', 'reference'), 'Images to draw, complete or keep.'),
     _count('size', ('reference',), 'Side of the crops in pixels.'),
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
     _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
     _text('keep', ('complete',), 'Tokens to keep, or a share of them; 0.5 if not given.'),
+    _text('corruption', ('complete',), 'Corruption of the images with its severity, as noisy:3.'),
     _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
     _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
     _text('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
@@ -173,8 +175,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     'grid': (('classes',), "give --classes='golden retriever; 388'"),
     'complete': (
-        ('images', 'classes'),
-        "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each",
+        ('images',),
+        "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each, "
+        'or none for a DIR with a directory for each class',
     ),
     'experiment': (
         ('config', 'workdir'),

@@ -55,7 +55,7 @@ def get_config(arg: str = '') -> ConfigDict:
     )
     c.comparisons = tuple(
         ' '.join([*(variant + row for row in pair.split()), score])
-        for variant in ('bright_', '')
+        for variant in ('', 'bright_')
         for pair in pairs
         for score in ('brightness_distance', 'frechet_best')
     )

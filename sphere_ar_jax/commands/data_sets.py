@@ -99,6 +99,7 @@ def _open_images(run: Run, kind: str, path: str | None, *options: Any) -> source
         cfg = run.config
         own = (cfg.data.classes, cfg.data.brightness) if kind == cfg.data.name else ()
         data = small.open_data_set(kind, path, cfg.seed, cfg.data.holdout, *own)
+        data = small.enlarged(data, cfg.data.enlarge)
         checks.check_image_shape(kind, data.train.image_shape, run.vae.image_shape)
         return _Named(kind, data.train)
     if path is None:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data import pixels
+from sphere_ar_jax.data.shifted import corruptions, folders
 from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
@@ -150,18 +152,51 @@ def grid(
 
 def _kept_part(image: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
     """An image (H, W, c) whose pixels are grey but for those of its first tokens."""
-    height, width = grid
-    is_kept = (np.arange(height * width) < count).reshape(grid)
-    patch = np.ones((image.shape[0] // height, image.shape[1] // width), bool)
-    return np.where(np.kron(is_kept, patch)[..., None], image, 0)
+    is_kept = inputs.kept_pixels(count, grid, image.shape)
+    return np.where(is_kept[..., None], image, 0)
+
+
+# Rows of a picture. More would make it too high for the program that draws it.
+_MOST_ROWS = 200
+
+
+def _originals(
+    workdir: str, config: ConfigDict, images: str, classes: str | None, num_images: int | None
+) -> tuple[folders.Pictures, list[str]]:
+    """The pictures to complete, and a title for each; the arguments are those of `complete`."""
+    names = class_names.of_run(workdir, config)
+    known = _num_classes(config)
+    is_folder = os.path.isdir(images)
+    if classes is None:
+        if not is_folder:
+            raise UserError(f"give --classes='golden retriever', the class of {images}")
+        found = folders.labelled(images, lambda name: class_names.find(name, names, known))
+    else:
+        files = image_sets.list_images(images) if is_folder else [images]
+        numbers, _ = _classes(workdir, config, classes)
+        if len(numbers) not in (1, len(files)):
+            raise UserError(
+                f'--classes names {len(numbers)} classes for {len(files)} images: give one for '
+                'all, or one for each'
+            )
+        found = folders.Pictures(files, numbers * (len(files) // len(numbers)))
+    rows = min(num_images or len(found.files), len(found.files))
+    if rows > _MOST_ROWS:
+        raise UserError(
+            f'{images}: a picture has at most {_MOST_ROWS} rows, not {rows}: give --num_images=16'
+        )
+    chosen = folders.spread(found, rows)
+    return chosen, class_names.titles(chosen.labels, names)
 
 
 def complete(
     workdir: str,
     *,
     images: str,
-    classes: str,
+    classes: str | None = None,
     keep: str = '0.5',
+    corruption: str | None = None,
+    num_images: int | None = None,
     columns: int = 4,
     output: str | None = None,
     like: ConfigDict | None = None,
@@ -174,14 +209,20 @@ def complete(
     Args:
       workdir: the directory of the run.
       images: a picture, or a directory of pictures, of any size; see `inputs.images`.
-      classes: the class of all images, or one for each, see `grid`.
+      classes: the class of all images, or one for each, see `grid`. If None, the images lie in
+        directories that have the names of their classes, as those of ImageNet-Sketch and
+        ImageNet-R do; see `folders.labelled`.
       keep: a whole number of tokens, or a share of them, see `inputs.kept`.
+      corruption: what is done to the images first, see `corruptions.parse`; None leaves them as
+        they are.
+      num_images: number of images, evenly spread over those there are; all if None.
       columns: completions of each image.
       output: the PNG file, WORKDIR/complete.png if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
 
     Raises:
-      UserError: a picture cannot be read, or classes or tokens to keep are not possible.
+      UserError: a picture cannot be read, or classes, tokens to keep or the corruption are not
+        possible.
       OSError: likewise for a file.
     """
     path = output or f'{workdir}/complete.png'
@@ -189,23 +230,18 @@ def complete(
         share = float(keep) if '.' in keep else int(keep)
     except ValueError:
         raise UserError(f'--keep is {keep}: give a number of tokens, or a share as 0.5') from None
-    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+    shift = None if corruption is None else corruptions.parse(corruption)
     run, mesh = open_run.open_run(workdir, like)
-    numbers, titles = _classes(workdir, run.config, classes)
-    if len(numbers) not in (1, len(files)):
-        raise UserError(
-            f'--classes names {len(numbers)} classes for {len(files)} images: give one for all, or '
-            'one for each'
-        )
-    if len(numbers) == 1:
-        numbers = numbers * len(files)
-        titles = titles * len(files)
+    originals, titles = _originals(workdir, run.config, images, classes, num_images)
     model = Model(run, mesh=mesh)
     count = inputs.kept(share, model.num_tokens)
-    given = inputs.images(files, model.image_shape)
+    given = inputs.images(originals.files, model.image_shape)
+    if shift is not None:
+        clean = np.asarray(pixels.to_uint8(given))
+        given = pixels.to_float(corruptions.corrupt(clean, shift, run.config.seed))
     drawn = model.complete(
         np.repeat(given, columns, axis=0),
-        np.repeat(numbers, columns),
+        np.repeat(originals.labels, columns),
         keep=count,
         seed=run.config.seed,
     )
@@ -214,6 +250,7 @@ def complete(
         rows += [image, _kept_part(image, tuple(run.config.vae.grid), count)]
         rows += [*drawn[i * columns : (i + 1) * columns]]
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    title = f'image, its first {count} of {model.num_tokens} tokens, completions'
+    noun = 'image' if shift is None else f'{shift.word} image (severity {shift.severity})'
+    title = f'{noun}, its first {count} of {model.num_tokens} tokens, completions'
     pictures.save_classes(path, np.stack(rows), columns + 2, titles, title)
     print(f'wrote {path}')

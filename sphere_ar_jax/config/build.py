@@ -41,7 +41,8 @@ def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
     """
     d = config.data
     place = d.path if path is None else path
-    return small.open_data_set(d.name, place, config.seed, d.holdout, d.classes, d.brightness)
+    data = small.open_data_set(d.name, place, config.seed, d.holdout, d.classes, d.brightness)
+    return small.enlarged(data, d.enlarge)
 
 
 class Sampler(NamedTuple):

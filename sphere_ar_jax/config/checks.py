@@ -30,7 +30,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         _at_least(1),
     ),
     (r'distillation_training\.steps', 'be at least 1', _at_least(1)),
-    (r'data\.(threads|classifier_steps)', 'be at least 1', _at_least(1)),
+    (r'data\.(threads|classifier_steps|enlarge)', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
     (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
     # A stage of 0 steps is not trained.
@@ -302,7 +302,10 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     height, width, channels = image_shape
     kind = small.KINDS.get(d.name)
     if kind is not None:
-        check_image_shape(d.name, kind.image_shape, image_shape)
+        want = kind.image_shape
+        if want is not None:
+            want = (d.enlarge * want[0], d.enlarge * want[1], want[2])
+        check_image_shape(d.name, want, image_shape)
         _require(
             channels == 1,
             f'vae.image_channels is {channels}, but data {d.name} is grey: set it to 1',
@@ -311,6 +314,11 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
             not d.holdout_files,
             f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
         )
+    _require(
+        d.enlarge == 1 or kind is not None,
+        f'data.enlarge is for {" and ".join(small.KINDS)}: images of data {d.name} are resized to '
+        "the tokenizer's size",
+    )
     chosen = list(d.classes)
     _require(
         not chosen or kind is not None,

@@ -11,13 +11,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import checks, packaged, recipes, schema
+from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.runtime.console import UserError
 
 # What an experiment measures of each trained row: `comparison` scores samples over guidance,
-# `propagation` follows errors from token to token.
-KINDS = ('comparison', 'propagation')
+# `propagation` follows errors from token to token, and `shifted` goes on from corrupted prefixes.
+KINDS = ('comparison', 'propagation', 'shifted')
 
-# The scores of a row and seed that a claim may be about, see `comparison.summarize`, and whether
+# The scores of a row and seed that a claim may be about, see `summarize` of each kind, and whether
 # more of it is better.
 SCORES: dict[str, bool] = {
     'frechet_best': False,
@@ -28,11 +29,17 @@ SCORES: dict[str, bool] = {
     'accuracy_degradation': False,
     'collapsed_degradation': False,
     'brightness_distance': False,
+    'norm_drift': False,
+    'seconds_per_image': False,
     'psnr': True,
     'rfrechet': False,
     'tokenizer_steps_per_second': True,
     'radial_growth': False,
     'tangential_growth': False,
+    'shifted_distance': False,
+    'shifted_slope': False,
+    'shifted_norm': False,
+    'shifted_collapsed': False,
 }
 
 # The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").
@@ -103,6 +110,10 @@ def default(base: ConfigDict) -> ConfigDict:
             disturbances=(0.01, 0.03, 0.1),
             positions=(0.0, 0.25, 0.5),
             followed_images=64,
+            # Of the kind `shifted`: corruptions with their severity, see `corruptions.parse`, and
+            # the shares of an image's tokens that are kept.
+            shifts=tuple(f'{word}:{n}' for word in corruptions.CORRUPTIONS for n in (1, 3, 5)),
+            prefixes=(0.25, 0.5),
         )
     )
 
@@ -163,6 +174,13 @@ def check(config: ConfigDict) -> ConfigDict:
     _require(
         len(scales) > 0 and config.common_guidance in scales,
         f'guidance_scales are {scales}, but must have common_guidance {config.common_guidance}',
+    )
+    for text in config.shifts:
+        corruptions.parse(text)
+    _require(
+        len(config.shifts) > 0 and all(0 < share < 0.9 for share in config.prefixes),
+        f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9, of one or '
+        'more shifts',
     )
     for name, others in config.variants.items():
         for other in (name, *others):
@@ -314,3 +332,4 @@ def _make_small(config: ConfigDict) -> None:
     base.data.classifier_steps = 20
     config.update(seeds=(0, 1), num_images=60, followed_images=4, disturbances=(0.01, 0.1))
     config.update(guidance_scales=(config.common_guidance, 8.0), positions=(0.0,))
+    config.update(shifts=('noisy:5',), prefixes=(0.5,))

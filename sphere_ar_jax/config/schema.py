@@ -110,6 +110,9 @@ def default() -> ConfigDict:
                 # The ends (low, high) of the uniform distribution of which each image of a small
                 # data set draws a factor of its brightness; (), if images stay as they are.
                 brightness=(),
+                # How often each pixel of a small data set is repeated along both axes, for the same
+                # images in more tokens.
+                enlarge=1,
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
                 # Whether training images are mirrored left to right with probability ½.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sphere_ar_jax.data import digits, idx
+from sphere_ar_jax.data.digits import enlarge, shrink
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -183,6 +184,56 @@ class Brightened:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._split[index]
         return record | {'image': (record['image'] + 1) * self.factors[index] - 1}
+
+
+class Enlarged:
+    """The images of a split with each pixel repeated along both axes.
+
+    Attributes:
+      labels: see `Split`.
+      num_classes: see `Split`.
+      image_shape: that of the split, enlarged.
+      class_names: see `Split`.
+    """
+
+    def __init__(self, split: Split, factor: int):
+        """Enlarges images for the models.
+
+        Args:
+          split: the split.
+          factor: how often each pixel is repeated.
+        """
+        self._split = split
+        self._factor = factor
+        self.labels = split.labels
+        self.num_classes = split.num_classes
+        height, width, channels = split.image_shape
+        self.image_shape = (factor * height, factor * width, channels)
+        self.class_names = split.class_names
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images as their file has them, (n, h, w) in [0, 1]."""
+        return self._split.pixels
+
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Model images (n, H, W, c) in [−1, 1] → (n, h, w) in [0, 1]."""
+        shown = np.clip(images, -1, 1)
+        return self._split.to_pixels(shrink(shown, self._factor))
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._split[index]
+        return record | {'image': enlarge(record['image'], self._factor)}
+
+
+def enlarged(data: DataSet, factor: int) -> DataSet:
+    """A data set whose images are enlarged for the models, see `Enlarged`; with 1 the same."""
+    if factor == 1:
+        return data
+    return data._replace(train=Enlarged(data.train, factor), heldout=Enlarged(data.heldout, factor))
 
 
 def open_data_set(

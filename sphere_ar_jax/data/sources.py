@@ -188,6 +188,7 @@ class ImageFolder:
       path: the directory, absolute.
       num_classes: number of classes.
       class_names: the classes' directories, sorted, printable.
+      labels: the label of each image, (n,) int32.
       left_out: see `Images`.
     """
 
@@ -226,7 +227,7 @@ class ImageFolder:
             raise UserError(f'{self.path} holds no images ({self.left_out})')
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
-        self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
         if is_one_class:
             classes = [os.path.basename(self.path)]
         self.class_names = tuple(map(escaped, classes))
@@ -275,11 +276,15 @@ class ImageFolder:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            with open(os.path.join(self.path, self._names[i]), 'rb') as f:
-                return {'image': f.read(), 'label': self._labels[i]}
+            with open(self.file(i), 'rb') as f:
+                return {'image': f.read(), 'label': self.labels[i]}
         except OSError as error:
             where = f'{self.path}/{self.name(i)}'
             raise UserError(f'{where} cannot be read: {first_line(error)}') from None
+
+    def file(self, i: int) -> str:
+        """Gives the path of image file i."""
+        return os.path.join(self.path, self._names[i])
 
     def name(self, i: int) -> str:
         """Gives the path of image file i below PATH."""

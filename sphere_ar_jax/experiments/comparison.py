@@ -4,6 +4,7 @@ Dimensions:
   n  samples     L  tokens of an image     d  latent dimension
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,6 +141,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     labels = np.arange(config.num_images) % train.num_classes
     sampler = build.build_sampler(cfg)
     for scale in config.guidance_scales:
+        started = time.perf_counter()
         images, drawn = on_mesh.draw_images(
             run,
             sampler._replace(guidance_scale=scale),
@@ -148,6 +150,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
             batch_size=cfg.sampling.batch_size,
             mesh=mesh,
         )
+        seconds = time.perf_counter() - started
         raw = _norms(_latents(run, drawn.raw))
         final = _norms(_latents(run, drawn.z))
         # Rounding moves a norm off the sphere, where low and high are the same.
@@ -161,9 +164,23 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
                 'outside_norms': float(np.mean(outside.any(axis=1))),
                 'raw_norm_mean': raw.mean(axis=0).tolist(),
                 'raw_norm_std': raw.std(axis=0).tolist(),
+                'seconds_per_image': seconds / len(images),
             }
         )
     return lines
+
+
+def norm_drift(norms: Sequence[float]) -> float:
+    """How much norms change over a sequence.
+
+    Args:
+      norms: mean norms before projection, one for each position.
+
+    Returns:
+      |the mean over the last quarter of the positions / that over the first quarter − 1|.
+    """
+    quarter = max(1, len(norms) // 4)
+    return abs(float(np.mean(norms[-quarter:]) / np.mean(norms[:quarter])) - 1)
 
 
 def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[str, float]:
@@ -183,8 +200,13 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
     best = min(samples, key=lambda line: line['frechet'])
     common = scales[common_guidance]
     last = samples[-1]
-    # What was measured before this score existed has none.
+    # What was measured before a score existed does not have it.
     new = {name: best[name] for name in ('brightness_distance',) if name in best}
+    if 'raw_norm_mean' in common:
+        new['norm_drift'] = norm_drift(common['raw_norm_mean'])
+    if 'seconds_per_image' in common:
+        # The first scale has the compilation in its time.
+        new['seconds_per_image'] = min(line['seconds_per_image'] for line in samples)
     return {
         'psnr': tokenizer_line['psnr'],
         'rfrechet': tokenizer_line['rfrechet'],

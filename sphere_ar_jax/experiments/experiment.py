@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import experiments, schema
-from sphere_ar_jax.experiments import comparison, propagation, report, runs, speed
+from sphere_ar_jax.experiments import comparison, propagation, report, runs, shifted, speed
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
 
@@ -70,15 +70,20 @@ _MEASURED_BY = {
         'positions',
         'followed_images',
     ),
+    'shifted': ('num_images', 'common_guidance', 'shifts', 'prefixes'),
 }
+
+# What was measured before these scores existed does not have them. An experiment that compares one
+# measures anew.
+_LATER_SCORES = ('brightness_distance', 'seconds_per_image')
 
 
 def parts(config: ConfigDict) -> list[Part]:
     """The parts of an experiment, seed by seed, so that early results have all rows."""
     own = {name: config[name] for name in _MEASURED_BY[config.kind]}
-    if any(words.endswith('brightness_distance') for words in config.comparisons):
-        # Lines that were measured before this score existed do not have it.
-        own['brightness'] = True
+    for score in _LATER_SCORES:
+        if any(words.endswith(score) for words in config.comparisons):
+            own[score] = True
     compares_speeds = any(words.endswith('steps_per_second') for words in config.comparisons)
     found = []
     for seed in config.seeds:
@@ -144,7 +149,12 @@ class _Results:
         return Measured(found.lines + timed.lines, found.seconds + timed.seconds, found.trained)
 
 
-_MEASURE = {'comparison': comparison.measure, 'propagation': propagation.measure}
+_MEASURE = {
+    'comparison': comparison.measure,
+    'propagation': propagation.measure,
+    'shifted': shifted.measure,
+}
+_SUMMARIZE = {'propagation': propagation.summarize, 'shifted': shifted.summarize}
 
 
 def units(
@@ -279,7 +289,7 @@ def _summaries(
         if config.kind == 'comparison':
             summary = comparison.summarize(measured.lines, config.common_guidance)
         else:
-            summary = propagation.summarize(measured.lines)
+            summary = _SUMMARIZE[config.kind](measured.lines)
         found[part.row][part.seed] = summary
     return {row: seeds for row, seeds in found.items() if seeds}
 

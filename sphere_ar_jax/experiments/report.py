@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import experiments
 from sphere_ar_jax.evaluation import page
 from sphere_ar_jax.evaluation.pictures import save_figure
-from sphere_ar_jax.experiments import statistics
+from sphere_ar_jax.experiments import shifted, statistics
 from sphere_ar_jax.runtime import console, files
 
 # {row: {seed: scores by name}}
@@ -47,6 +47,10 @@ _TABLES = {
     'Brightness of samples': {
         'brightness_distance': 'Wasserstein distance, best guidance',
     },
+    'Sequences': {
+        'norm_drift': 'drift of the norm before projection',
+        'seconds_per_image': 'seconds per image',
+    },
     'Growth of small errors': {
         'radial_growth': 'radial',
         'radial_growth_predicted': 'radial, to first order',
@@ -58,6 +62,13 @@ _TABLES = {
         'radial_to_tangential': 'radial → tangential',
         'tangential_to_radial': 'tangential → radial',
         'tangential_to_tangential': 'tangential → tangential',
+    },
+    'Tokens drawn behind corrupted prefixes, beyond those behind clean ones': {
+        'shifted_distance': 'distance',
+        'shifted_slope': 'distance gained per token',
+        'shifted_norm': 'norm before projection',
+        'shifted_collapsed': 'collapsed',
+        'clean_distance': 'distance behind clean prefixes',
     },
 }
 
@@ -71,11 +82,17 @@ _SCORES = {
     'accuracy_degradation': 'accuracy lost at the largest guidance',
     'collapsed_degradation': 'collapsed samples at the largest guidance',
     'brightness_distance': 'distance of the brightness, best guidance',
+    'norm_drift': 'drift of the norm before projection',
+    'seconds_per_image': 'seconds per image',
     'psnr': 'PSNR, dB',
     'rfrechet': 'Fréchet distance of reconstructions',
     'tokenizer_steps_per_second': 'steps/s of the tokenizer',
     'radial_growth': 'growth of radial errors',
     'tangential_growth': 'growth of tangential errors',
+    'shifted_distance': 'distance behind corrupted prefixes',
+    'shifted_slope': 'distance gained per token',
+    'shifted_norm': 'change of the norm behind corrupted prefixes',
+    'shifted_collapsed': 'collapsed samples behind corrupted prefixes',
 }
 
 
@@ -287,6 +304,36 @@ def _plot_changes(path: str, rows: Sequence[str], measured: Sequence[Mapping[str
     save_figure(figure, path)
 
 
+def _plot_shifted(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
+    """Plots distances and norms by position, of the shortest prefix and the largest severities."""
+    size = (4.2 * len(rows), 6.4)
+    figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
+    for column, row in zip(axes.T, rows, strict=True):
+        lines = _of_part(measured, row, 'shifted')
+        kept = min(line['kept'] for line in lines)
+        for word in dict.fromkeys(line['corruption'] for line in lines):
+            most = max(line['severity'] for line in lines if line['corruption'] == word)
+            mine = [
+                line
+                for line in lines
+                if (line['corruption'], line['severity'], line['kept']) == (word, most, kept)
+            ]
+            distance = _mean(mine, 'distance')
+            column[0].plot(distance, label=word)
+            x = np.arange(kept, len(distance))
+            column[1].plot(x, _mean(mine, 'raw_norm_mean')[kept:])
+        for axis in column:
+            axis.axvspan(-0.5, kept - 0.5, color='0.9')
+            axis.grid(alpha=0.3)
+        column[0].set_title(row)
+        column[1].set_xlabel('position of the token (grey: prefix)')
+    axes[0, 0].set_ylabel('distance to training tokens')
+    axes[1, 0].set_ylabel('norm before projection')
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
 def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Writes the plots. Returns {file name: what it shows}."""
     rows = [row for row in config.rows if row in found['rows']]
@@ -295,6 +342,9 @@ def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict
     if config.kind == 'comparison':
         _plot_guidance(f'{directory}/guidance.png', rows, found['measured'])
         return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
+    if config.kind == 'shifted':
+        _plot_shifted(f'{directory}/shifted.png', rows, found['measured'])
+        return {'shifted.png': 'distances and norms of tokens behind corrupted prefixes'}
     _plot_norms(f'{directory}/norms.png', rows, found['measured'])
     _plot_changes(f'{directory}/changes.png', rows, found['measured'])
     return {
@@ -329,7 +379,29 @@ def _score_tables(
     if modes:
         heads = ['row', 'projected', 'accuracy', 'Fréchet', 'norm of token 0', 'of the last one']
         tables['Scores with and without projection'] = (heads, modes)
+    shifts = _shift_cells(found)
+    if shifts:
+        heads = ['row', 'corruption', 'kept tokens', 'distance', 'per token', 'norm', 'collapsed']
+        tables['Each corruption, beyond clean prefixes'] = (heads, shifts)
     return tables
+
+
+def _shift_cells(found: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of corruptions, as `shifted.beyond_clean` has them; [] without any."""
+    values: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for unit in found['measured']:
+        lines = [line for line in unit['lines'] if line.get('part') == 'shifted']
+        for line in shifted.beyond_clean(lines):
+            corruption = f'{line["corruption"]} {line["severity"]}'
+            values.setdefault((unit['row'], corruption, str(line['kept'])), []).append(line)
+    cells = []
+    for names, lines in values.items():
+        shown = [
+            str(statistics.interval([line[name] for line in lines]))
+            for name in ('distance', 'slope', 'norm', 'collapsed')
+        ]
+        cells.append([*names, *shown])
+    return cells
 
 
 def _mode_cells(found: Mapping[str, Any]) -> list[list[str]]:

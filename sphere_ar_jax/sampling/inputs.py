@@ -249,6 +249,20 @@ def kept(value: float, count: int) -> int:
     )
 
 
+def kept_pixels(count: int, grid: tuple[int, int], image_shape: tuple[int, int, int]) -> np.ndarray:
+    """The pixels in the place of an image's first tokens, (H, W) bool.
+
+    Args:
+      count: number of these tokens.
+      grid: the numbers of tokens along both axes.
+      image_shape: (H, W, c).
+    """
+    height, width = grid
+    is_kept = (np.arange(height * width) < count).reshape(grid)
+    patch = np.ones((image_shape[0] // height, image_shape[1] // width), bool)
+    return np.kron(is_kept, patch)
+
+
 def number(name: str, value: int, least: int) -> int:
     """Checks a whole number that may not be below `least`.
 

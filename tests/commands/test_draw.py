@@ -1,5 +1,6 @@
 """What --mode does, through the command line's own door, mostly within this process."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -27,6 +28,7 @@ from sphere_ar_jax.commands import checkpoints, evaluate, open_run, train
 from sphere_ar_jax.commands import draw as commands_draw
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import batches, digits, pixels
+from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.evaluation import pictures, tokenizer
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol
 from sphere_ar_jax.flow import plan
@@ -575,10 +577,60 @@ def test_completions(digits_run, tmp_path, capsys):
     for more, message in (
         (['--classes=1;2;3'], '--classes names 3 classes for 2 images'),
         (['--classes=1', '--keep=half'], '--keep is half: give a number of tokens, or a share'),
+        (['--classes=1', '--corruption=blurred:1'], "'blurred:1' is no corruption: write WORD"),
         (['--classes=1', '--keep=17'], 'keep must be a whole number of tokens from 0 to 16'),
-        ([], 'give --images=FILE or DIR, and --classes='),
+        ([], "'images' is no class: this model knows the numbers 0 to 11; or give --classes"),
     ):
         assert message in _refused(capsys, *arguments, *more)
+
+
+def test_originals_of_a_folder_of_synsets(tmp_path, monkeypatch):
+    """A folder of some synsets, as ImageNet-R, has the labels of all 1,000; corrupted if asked."""
+    run = tiny_config.random_run()
+    run.config.data.update(name='imagenet', num_classes=1000)
+    seen = {}
+
+    def completed(model, images, labels, *, keep, seed):
+        seen.update(images=images, labels=labels.tolist(), keep=keep)
+        return np.zeros_like(images)
+
+    monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
+    monkeypatch.setattr(commands_draw.Model, 'complete', completed)
+    monkeypatch.setattr(
+        pictures, 'save_classes', lambda *a: seen.update(picture=a[1], titles=a[3], title=a[4])
+    )
+    folder = tmp_path / 'imagenet-r'
+    for place, synset in enumerate(('n02099601', 'n01443537', 'n12267677')):
+        (folder / synset).mkdir(parents=True)
+        for name in ('cartoon_1.jpg', 'graffiti_0.png'):
+            Image.new('L', (20, 16), 50 * place + 9).save(folder / synset / name)
+    (folder / 'README.txt').write_text('about')
+    (folder / 'n99999999').mkdir()  # It has no images.
+    draw = functools.partial(commands_draw.complete, str(tmp_path), output=f'{tmp_path}/a.png')
+    draw(images=str(folder), columns=1)
+    assert seen['labels'] == [1, 1, 207, 207, 988, 988] and seen['keep'] == 8
+    assert seen['titles'][::2] == ['1 goldfish', '207 golden retriever', '988 acorn']
+    chex.assert_shape(seen['images'], (6, 16, 16, 1))
+    np.testing.assert_allclose(seen['images'][:, 0, 0, 0] * 127.5 + 127.5, [59, 59, 9, 9, 109, 109])
+    draw(images=str(folder), columns=2, num_images=3, corruption='noisy:3')
+    assert seen['labels'] == [1, 1, 207, 207, 988, 988]  # each twice
+    assert seen['title'] == 'noisy image (severity 3), its first 8 of 16 tokens, completions'
+    clean = np.full((3, 16, 16, 1), np.array([59, 9, 109], np.uint8)[:, None, None, None])
+    noisy = corruptions.corrupt(clean, corruptions.Shift('noisy', 3), run.config.seed)
+    np.testing.assert_array_equal(seen['images'][::2], pixels.to_float(noisy))
+    np.testing.assert_array_equal(seen['picture'][::4], pixels.to_float(noisy))
+    draw(images=str(folder), classes='388', num_images=2)
+    assert seen['labels'] == [388] * 8
+    monkeypatch.setattr(commands_draw, '_MOST_ROWS', 5)
+    Image.new('L', (20, 16)).save(folder / 'n99999999' / 'a.png')
+    for arguments, message in (
+        ({'classes': '388'}, 'a picture has at most 5 rows, not 7: give --num_images=16'),
+        ({}, "imagenet-r: ImageNet has no class 'n99999999': .*; or give --classes, one for"),
+        ({'images': str(folder / 'n12267677' / 'cartoon_1.jpg')}, "give --classes='golden retr"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            draw(**{'images': str(folder)} | arguments)
+        assert '\n' not in str(error.value)
 
 
 def test_grid_names_of_imagenet(tmp_path, monkeypatch):

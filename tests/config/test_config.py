@@ -339,6 +339,8 @@ WRONG = {
     'watch.every': (-1, 'not be negative'),
     'watch.fid_images': (100, 'needs watch.inception'),
     'data.classifier_steps': (0, 'at least 1'),
+    'data.enlarge': (0, 'at least 1'),
+    'data.enlarge ': (2, r'makes images of \(16, 16, 1\) .* digits has \(32, 32, 1\)'),
     'data.holdout': (1.0, r'between 0\.01 and 0\.9'),
     'data.holdout_files': (0.1, 'data digits has a held-out part of its own'),
     'data.holdout_files ': (1.0, r'between 0 and 0\.9'),
@@ -389,6 +391,7 @@ def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
             {'watch.fid_images': 9, 'watch.inception': 'a', 'watch.reference': 'b'},
             'watch.fid_images: FID is for 3 channels, not 1; set it to 0',
         ),
+        ({'data.enlarge': 2}, 'data.enlarge is for digits and idx'),
         ({'vae.grid': (4, 8)}, r'makes images of 16 × 32 pixels .* give two equal sizes'),
     ],
 )

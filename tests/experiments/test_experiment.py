@@ -15,7 +15,8 @@ from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
 NAMES = (
-    'guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude', 'radius'
+    'guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude', 'radius',
+    'shifted', 'sequences',
 )  # fmt: skip
 
 
@@ -65,12 +66,14 @@ def test_rows_are_the_papers():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'kind': 'a'}, "kind is 'a': use comparison or propagation"),
+        ({'kind': 'a'}, "kind is 'a': use comparison or propagation or shifted"),
         ({'seeds': ()}, r'seeds are \(\), but must be'),
         ({'seeds': (1, 1)}, 'different numbers'),
         ({'guidance_scales': (1.0,)}, 'must have common_guidance 1.5'),
         ({'comparisons': ('power_spherical vmf frechet_best',)}, 'is not BETTER WORSE SCORE'),
         ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
+        ({'shifts': ('noisy:9',)}, "'noisy:9' is no corruption: write WORD:SEVERITY"),
+        ({'prefixes': (0.5, 1.0)}, r'prefixes are \(0.5, 1.0\), but must be shares'),
         ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
         (
@@ -130,6 +133,8 @@ def fake_lines(row, seed):
                 'guidance': scale,
                 'frechet': (scale + worse) * (1 + 0.01 * seed),
                 'accuracy': 0.9,
+                'raw_norm_mean': [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.5, 3.0],
+                'seconds_per_image': 0.1 + worse + seed + scale,
                 'collapsed': 0.0,
                 'precision': 0.8,
                 'recall': 0.7,
@@ -322,6 +327,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     row = found['rows']['power_spherical']
     assert row['best_guidance']['mean'] == 1.5
     np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
+    np.testing.assert_allclose(row['norm_drift']['mean'], 2.75 / 1.5 - 1)
+    np.testing.assert_allclose(row['seconds_per_image']['mean'], 0.1 + 1 + 1.5)
     assert found['version'] and found['config']['seeds'] == [0, 1, 2]
     directory = tmp_path / 'two'
     assert (directory / 'guidance.png').stat().st_size > 5000
@@ -430,4 +437,7 @@ def test_every_experiment_runs(shared, name, monkeypatch):
         page = (shared / name / 'page.md').read_text()
         assert '## Scores with and without projection' in page
         assert page.count('| after each token |') == 1  # of the spherical row
+    if c.kind == 'shifted':
+        page = (shared / name / 'page.md').read_text()
+        assert '| power_spherical | noisy 5 | 8 |' in page and '(shifted.png)' in page
     assert (shared / name / 'page.html').exists()

@@ -1,0 +1,65 @@
+r"""Longer sequences at small size: 16, 64 and 256 tokens of the same images (check 3).
+
+Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
+               --config=configs/experiments/sequences.py
+Result:    Not measured yet (docs/experiments/README.md).
+
+A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
+enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
+accuracy are taken on the 8×8 pixels of the scans for all of them. Three seeds, since the longest
+rows take hours. The rows of 64 tokens share their models with configs/experiments/collapse.py.
+
+Words after a colon: fashion takes Fashion-MNIST with 64 and 256 tokens in place of the digits, and
+smoke shows in minutes that everything runs.
+"""
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import experiments
+
+ROWS = ('power_spherical', 'gaussian')
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """The config of the experiment; arg: the words behind the colon."""
+    c = experiments.start(
+        'sequences',
+        arg,
+        'Longer sequences: 16, 64 and 256 tokens',
+        'Rows of more tokens have tokens of fewer pixels. '
+        'The drift of the norm is |mean over the last quarter of the positions / mean over the '
+        'first quarter − 1|, before projection, at guidance 1.5. ',
+    )
+    sizes = {
+        16: {},
+        64: {'vae': {'grid': (8, 8), 'channels': (32, 96)}},
+        256: {'vae': {'grid': (16, 16), 'channels': (32, 96)}, 'data': {'enlarge': 2}},
+    }
+    if 'fashion' in arg.split(','):
+        sizes = {64: {}, 256: {'vae': {'grid': (16, 16), 'channels': (32, 96)}}}
+    c.claim = (
+        'The longer the sequence, the more scale errors add up: Gaussian tokens fall behind '
+        'spherical ones, and their norms drift.'
+    )
+    c.caveat = (
+        'What would change it: larger images, in which more tokens carry more information, and '
+        'training until no row gains any more.'
+    )
+    c.rows = experiments.rows()
+    comparisons = []
+    for length, changes in sizes.items():
+        for row in ROWS:
+            c.rows[f'{row}_{length}'] = experiments.merged(experiments.LATENTS[row], changes)
+        pair = f'power_spherical_{length} gaussian_{length}'
+        scores = ('frechet_best', 'frechet_degradation', 'norm_drift', 'collapsed_degradation')
+        comparisons += [f'{pair} {score}' for score in scores]
+    shortest = min(sizes)
+    longest = max(sizes)
+    comparisons += [
+        f'power_spherical_{longest} power_spherical_{shortest} frechet_best',
+        f'power_spherical_{shortest} power_spherical_{longest} seconds_per_image',
+    ]
+    c.seeds = (0, 1, 2)
+    c.guidance_scales = (1.0, 1.5, 2.0, 4.0, 8.0)
+    c.comparisons = tuple(comparisons)
+    return experiments.finish(c, arg)
