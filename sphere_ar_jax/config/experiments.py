@@ -193,8 +193,8 @@ def check(config: ConfigDict) -> ConfigDict:
         except UserError as error:
             raise UserError(f'the row {name}: {error}') from None
         _require(
-            config.kind != 'propagation' or cfg.ar.token_space != 'polar',
-            f'the row {name}: propagation disturbs tokens along their norm, which those of '
+            config.kind == 'comparison' or cfg.ar.token_space != 'polar',
+            f'the row {name}: {config.kind} needs tokens with a norm, which those of '
             'ar.token_space polar have not',
         )
     return config

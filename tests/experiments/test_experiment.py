@@ -86,7 +86,7 @@ def test_rows_are_the_papers():
                     }
                 ),
             },
-            'the row a: propagation disturbs tokens along their norm',
+            'the row a: propagation needs tokens with a norm',
         ),
     ],
 )
