@@ -4,7 +4,10 @@ Command:   python -m sphere_ar_jax.main --config=configs/fashion.py --workdir=/t
 Data:      The four files of https://github.com/zalandoresearch/fashion-mnist, or of the Debian
            package dataset-fashion-mnist, which puts them where this config looks for them.
 Hardware:  Sized for 2 CPU cores. The whole run has not been timed.
-Result:    Not measured yet (docs/evaluation.md says how a run is scored).
+Result:    Not measured. A smaller one (ar.width 96, ar.head_depth 2, 1 copy, 800 steps of the
+           tokenizer, ab2 with 20 evaluations), one seed: tokenizer PSNR 24.0 dB, samples/accuracy
+           0.853 where real test images have 0.915, samples/feature_frechet 1.61 where they have
+           0.016. Its clothes have the right shapes and little texture (docs/evaluation.md).
 
 Words after the colon, separated by commas:
 
