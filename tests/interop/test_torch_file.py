@@ -237,7 +237,7 @@ def test_a_list_of_storages_that_repeats_a_long_name_is_refused_at_once(tmp_path
     _refused(tmp_path, data, 'list of storages does not match')
 
 
-@pytest.mark.parametrize('count', [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutated_files_are_read_right_or_refused(count):
     memory = '/dev/shm' if os.path.isdir('/dev/shm') else None
     with tempfile.TemporaryDirectory(dir=memory) as directory:
