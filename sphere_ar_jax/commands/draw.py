@@ -10,7 +10,6 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import pixels
 from sphere_ar_jax.data.shifted import corruptions, folders
 from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.evaluation.fidelity import image_sets
@@ -237,8 +236,7 @@ def complete(
     count = inputs.kept(share, model.num_tokens)
     given = inputs.images(originals.files, model.image_shape)
     if shift is not None:
-        clean = np.asarray(pixels.to_uint8(given))
-        given = pixels.to_float(corruptions.corrupt(clean, shift, run.config.seed))
+        given = corruptions.corrupt_floats(given, shift, run.config.seed)
     drawn = model.complete(
         np.repeat(given, columns, axis=0),
         np.repeat(originals.labels, columns),

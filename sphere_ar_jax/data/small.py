@@ -91,16 +91,32 @@ KINDS = {
 }
 
 
-class OfClasses:
-    """The images of some classes of a split, with labels that count these classes from 0.
+class _View:
+    """A `Split` made of another one. What a kind of view leaves alone is that of the other."""
 
-    Attributes:
-      labels: see `Split`.
-      num_classes: see `Split`.
-      image_shape: see `Split`.
-      class_names: see `Split`.
-      to_pixels: see `Split`.
-    """
+    def __init__(self, split: Split):
+        """Takes everything but the images over; `split` is the other one."""
+        self._split = split
+        self.labels = split.labels
+        self.num_classes = split.num_classes
+        self.image_shape = split.image_shape
+        self.class_names = split.class_names
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The images as their file has them, (n, h, w) in [0, 1]."""
+        return self._split.pixels
+
+    def to_pixels(self, images: np.ndarray) -> np.ndarray:
+        """Model images (n, H, W, c) in [−1, 1] → (n, h, w) in [0, 1]."""
+        return self._split.to_pixels(images)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class OfClasses(_View):
+    """The images of some classes of a split, with labels that count these classes from 0."""
 
     def __init__(self, split: Split, classes: Sequence[int]):
         """Takes the images of some classes.
@@ -118,40 +134,30 @@ class OfClasses:
                     f'data.classes has {k}, but the images have classes 0 to '
                     f'{split.num_classes - 1}, and none of class {k}'
                 )
-        self._split = split
+        super().__init__(split)
         self._chosen = np.flatnonzero(np.isin(split.labels, classes))
         self.labels = np.searchsorted(classes, split.labels[self._chosen]).astype(np.int32)
         self.num_classes = len(classes)
-        self.image_shape = split.image_shape
         names = split.class_names
         self.class_names = None if names is None else tuple(names[k] for k in classes)
-        self.to_pixels = split.to_pixels
 
     @property
     def pixels(self) -> np.ndarray:
         """The images as their file has them, (n, h, w) in [0, 1]."""
         return self._split.pixels[self._chosen]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._split[int(self._chosen[index])]
         return record | {'label': self.labels[index]}
 
 
-class Brightened:
+class Brightened(_View):
     """The images of a split, each darkened by a factor b of its own.
 
     A pixel v in [0, 1] becomes b·v, so that black stays black.
 
     Attributes:
       factors: b, (n,) float32. Factor i depends on the seed, the part and i alone.
-      labels: see `Split`.
-      num_classes: see `Split`.
-      image_shape: see `Split`.
-      class_names: see `Split`.
-      to_pixels: see `Split`.
     """
 
     def __init__(self, split: Split, ends: Sequence[float], seed: int, part: int):
@@ -163,38 +169,23 @@ class Brightened:
           seed: their seed.
           part: 0 for images to train on, 1 for held-out ones.
         """
+        super().__init__(split)
         low, high = ends
         drawn = np.random.default_rng((seed, part)).uniform(low, high, len(split))
-        self._split = split
         self.factors = drawn.astype(np.float32)
-        self.labels = split.labels
-        self.num_classes = split.num_classes
-        self.image_shape = split.image_shape
-        self.class_names = split.class_names
-        self.to_pixels = split.to_pixels
 
     @property
     def pixels(self) -> np.ndarray:
         """The images as their file has them, times their factors, (n, h, w) in [0, 1]."""
         return self._split.pixels * self.factors[:, None, None]
 
-    def __len__(self) -> int:
-        return len(self._split)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._split[index]
         return record | {'image': (record['image'] + 1) * self.factors[index] - 1}
 
 
-class Enlarged:
-    """The images of a split with each pixel repeated along both axes.
-
-    Attributes:
-      labels: see `Split`.
-      num_classes: see `Split`.
-      image_shape: that of the split, enlarged.
-      class_names: see `Split`.
-    """
+class Enlarged(_View):
+    """The images of a split with each pixel repeated along both axes; `pixels` stay as they are."""
 
     def __init__(self, split: Split, factor: int):
         """Enlarges images for the models.
@@ -203,26 +194,15 @@ class Enlarged:
           split: the split.
           factor: how often each pixel is repeated.
         """
-        self._split = split
+        super().__init__(split)
         self._factor = factor
-        self.labels = split.labels
-        self.num_classes = split.num_classes
         height, width, channels = split.image_shape
         self.image_shape = (factor * height, factor * width, channels)
-        self.class_names = split.class_names
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """The images as their file has them, (n, h, w) in [0, 1]."""
-        return self._split.pixels
 
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """Model images (n, H, W, c) in [−1, 1] → (n, h, w) in [0, 1]."""
         shown = np.clip(images, -1, 1)
         return self._split.to_pixels(shrink(shown, self._factor))
-
-    def __len__(self) -> int:
-        return len(self._split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._split[index]

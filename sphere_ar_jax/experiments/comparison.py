@@ -201,7 +201,9 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
     common = scales[common_guidance]
     last = samples[-1]
     # What was measured before a score existed does not have it.
-    new = {name: best[name] for name in ('brightness_distance',) if name in best}
+    new = {}
+    if 'brightness_distance' in best:
+        new['brightness_distance'] = best['brightness_distance']
     if 'raw_norm_mean' in common:
         new['norm_drift'] = norm_drift(common['raw_norm_mean'])
     if 'seconds_per_image' in common:

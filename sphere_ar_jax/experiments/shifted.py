@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.data import pixels, small
+from sphere_ar_jax.data import small
 from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.experiments import comparison, runs
 from sphere_ar_jax.sampling import inputs, on_mesh
@@ -46,10 +46,9 @@ def nearest(tokens: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def _originals(config: ConfigDict, images: np.ndarray, seed: int) -> Iterator[tuple[Any, ...]]:
     """Yields (word, severity, images (n, H, W, c) in [−1, 1]), first of the clean images."""
     yield CLEAN, 0, images
-    clean = np.asarray(pixels.to_uint8(images))
     for text in config.shifts:
         shift = corruptions.parse(text)
-        yield *shift, pixels.to_float(corruptions.corrupt(clean, shift, seed))
+        yield *shift, corruptions.corrupt_floats(images, shift, seed)
 
 
 def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:

@@ -31,11 +31,6 @@ def _unit(x: ArrayLike) -> jax.Array:
     return geometry.l2_normalize(_wide(x))
 
 
-def _radius(x: jax.Array, radius: float | None) -> float:
-    """R; None stands for √d."""
-    return geometry.radius(x.shape[-1], radius)
-
-
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """⟨a, b⟩ over the last axis, which is kept."""
     return jnp.sum(a * b, axis=-1, keepdims=True)
@@ -112,7 +107,7 @@ def distance(x: ArrayLike, y: ArrayLike, radius: float | None = None) -> jax.Arr
     """
     x = jnp.asarray(x)
     theta = geometry.angle(_unit(x), _unit(y))[..., 0]
-    return (_radius(x, radius) * theta).astype(x.dtype)
+    return (geometry.radius(x.shape[-1], radius) * theta).astype(x.dtype)
 
 
 def geodesic(
@@ -133,7 +128,7 @@ def geodesic(
       tangent there and as long as v.
     """
     x = jnp.asarray(x)
-    R = _radius(x, radius)
+    R = geometry.radius(x.shape[-1], radius)
     u = _unit(x)
     point, velocity = _geodesic(u, _tangent(u, _wide(v)) / R, t)
     return (R * point).astype(x.dtype), (R * velocity).astype(x.dtype)
@@ -168,7 +163,7 @@ def log(x: ArrayLike, y: ArrayLike, radius: float | None = None) -> jax.Array:
       (..., d) of the same dtype.
     """
     x = jnp.asarray(x)
-    return (_radius(x, radius) * _log(_unit(x), _unit(y))).astype(x.dtype)
+    return (geometry.radius(x.shape[-1], radius) * _log(_unit(x), _unit(y))).astype(x.dtype)
 
 
 def transport(x: ArrayLike, y: ArrayLike, v: ArrayLike) -> jax.Array:
@@ -213,7 +208,7 @@ def interpolate(
       (x_t, u_t), (..., d) each of the same dtype; x_t has norm R, and u_t is tangent there.
     """
     x0 = jnp.asarray(x0)
-    R = _radius(x0, radius)
+    R = geometry.radius(x0.shape[-1], radius)
     u = _unit(x0)
     point, velocity = _geodesic(u, _log(u, _unit(x1)), t)
     return (R * point).astype(x0.dtype), (R * velocity).astype(x0.dtype)

@@ -10,6 +10,7 @@ from scipy import integrate, optimize, special, stats
 from sphere_ar_jax.sphere import geometry, von_mises_fisher
 
 DIMENSIONS = [2, 3, 8, 16, 64]
+FEW_ARE_FAST = [pytest.param(d, marks=pytest.mark.slow if d > 3 else ()) for d in DIMENSIONS]
 KAPPAS = [0.0, 1e-3, 0.3, 1.0, 17.5, 100.0, 1e3, 1e4]
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 PANELS = 40
@@ -240,9 +241,7 @@ def test_implicit_gradient_is_finite_for_any_draw(d):
     assert (slope <= 0).all()  # more kappa moves every quantile towards mu
 
 
-@pytest.mark.parametrize(
-    'd', [pytest.param(d, marks=pytest.mark.slow if d > 3 else ()) for d in DIMENSIONS]
-)
+@pytest.mark.parametrize('d', FEW_ARE_FAST)
 def test_law_of_the_draws(d):
     """Mean, variance and the whole law (Kolmogorov–Smirnov) of the haversine."""
     n = 20_000
@@ -291,9 +290,7 @@ def test_samples_against_scipy(d, kappa):
     np.testing.assert_array_less(np.abs(covariance - np.eye(d - 1)), bound)
 
 
-@pytest.mark.parametrize(
-    'd', [pytest.param(d, marks=pytest.mark.slow if d > 3 else ()) for d in DIMENSIONS]
-)
+@pytest.mark.parametrize('d', FEW_ARE_FAST)
 def test_gradient_of_expectation_against_quadrature(d):
     """d/dkappa of E exp(cosine) is Cov(cosine, exp(cosine)), here by 20,000 samples."""
     n = 20_000

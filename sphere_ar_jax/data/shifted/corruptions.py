@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sphere_ar_jax.data import pixels
 from sphere_ar_jax.runtime.console import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -141,3 +142,18 @@ def corrupt(
     rngs = [np.random.default_rng((seed, int(i))) for i in numbers]
     values = corruption.apply(images, strength, rngs)
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def corrupt_floats(images: np.ndarray, shift: Shift, seed: int) -> np.ndarray:
+    """Corrupts images of a model as `corrupt` does, by way of uint8.
+
+    Args:
+      images: float32 (n, H, W, c) in [−1, 1].
+      shift: see `corrupt`.
+      seed: see `corrupt`.
+
+    Returns:
+      float32 (n, H, W, c) in [−1, 1].
+    """
+    clean = np.asarray(pixels.to_uint8(images))
+    return pixels.to_float(corrupt(clean, shift, seed))
