@@ -1,15 +1,17 @@
 """The smallest digits run there is, for tests: --config=tests/tiny_config.py."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.models import discriminators
 from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 
-LONG = 24, 48  # steps of the tokenizer, whose steps take longer, and of the AR model
+LONG = 12, 32  # steps of the tokenizer, whose steps take longer, and of the AR model
 
 
 def get_config(arg=''):
@@ -32,7 +34,7 @@ def get_config(arg=''):
         depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1, class_tokens=2
     )
     training = dict(
-        steps=6, batch_size=16, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=2
+        steps=6, batch_size=16, learning_rate=1e-3, warmup_steps=2, log_every=2, checkpoint_every=6
     )
     c.tokenizer_training.update(training, perceptual_weight=0.0, disc_weight=0.0)
     c.ar_training.update(training, ema_decay=0.9, copies=2)
@@ -48,12 +50,21 @@ def get_config(arg=''):
     return c
 
 
-def long_config():
-    """LONG steps of both stages, saved and logged at each."""
+def long_config(checkpoint_every=1):
+    """LONG steps of both stages, logged at each."""
     c = get_config()
     for options, steps in zip((c.tokenizer_training, c.ar_training), LONG, strict=True):
-        options.update(steps=steps, checkpoint_every=1, log_every=1)
+        options.update(steps=steps, checkpoint_every=checkpoint_every, log_every=1)
     return c
+
+
+def narrow_patchgan():
+    """A context in which PatchGAN begins with 4 channels in place of 64.
+
+    Without the compiler's optimisation its convolutions take most of a step.
+    """
+    narrow = functools.partial(discriminators.PatchGAN, width=4)
+    return mock.patch.dict(discriminators.KINDS, patchgan=narrow)
 
 
 def stages(cfg):

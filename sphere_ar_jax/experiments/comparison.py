@@ -11,14 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.small import Split
 from sphere_ar_jax.evaluation import tokenizer
+from sphere_ar_jax.evaluation.pictures import save_figure
 from sphere_ar_jax.evaluation.small_images import Judge
-from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.models.vae import draw_tokens
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
@@ -183,22 +186,22 @@ def norm_drift(norms: Sequence[float]) -> float:
     return abs(float(np.mean(norms[-quarter:]) / np.mean(norms[:quarter])) - 1)
 
 
-def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[str, float]:
+def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The scores of one row and seed that a claim may be about (`experiments.SCORES`).
 
     A degradation is what the largest guidance scale costs against the best one.
 
     Args:
+      config: the experiment's config, with the scale at which all rows are compared.
       lines: what `measure` returned, and a line of `tokenizer_steps_per_second` where an experiment
         compares speeds.
-      common_guidance: the scale at which all rows are compared.
     """
     tokenizer_line = next(line for line in lines if 'psnr' in line)
     timed = next((line for line in lines if 'guidance' not in line), {})
     scales = {line['guidance']: line for line in lines if line.get('guidance') is not None}
     samples = [scales[scale] for scale in sorted(scales)]
     best = min(samples, key=lambda line: line['frechet'])
-    common = scales[common_guidance]
+    common = scales[config.common_guidance]
     last = samples[-1]
     # What was measured before a score existed does not have it.
     new = {}
@@ -226,3 +229,63 @@ def summarize(lines: Sequence[dict[str, Any]], common_guidance: float) -> dict[s
         **new,
         **timed,
     }
+
+
+def _curves(
+    measured: report.MeasuredParts, row: str, name: str
+) -> tuple[np.ndarray, list[statistics.Interval]]:
+    """The guidance scales of a row, and the interval of a score over seeds at each of them."""
+    values: dict[float, list[float]] = {}
+    for unit in measured:
+        if unit['row'] != row:
+            continue
+        for line in unit['lines']:
+            if line.get('guidance') is not None:
+                values.setdefault(line['guidance'], []).append(line[name])
+    scales = sorted(values)
+    return np.array(scales), [statistics.interval(values[scale]) for scale in scales]
+
+
+def _band(
+    axis: Axes, x: Sequence[float] | np.ndarray, found: list[statistics.Interval], **style: Any
+) -> None:
+    """Draws means as a line and their intervals as a band."""
+    (line,) = axis.plot(x, [interval.mean for interval in found], marker='o', ms=3, **style)
+    if all(interval.seeds > 1 for interval in found):
+        low = [interval.low for interval in found]
+        high = [interval.high for interval in found]
+        axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+
+
+_GUIDED = {
+    'frechet': 'Fréchet distance',
+    'accuracy': 'accuracy',
+    'recall': 'recall',
+    'collapsed': 'share of collapsed samples',
+}
+
+
+def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+    """Plots scores of samples against the guidance scale, one line for each row."""
+    figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
+    for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
+        for row in rows:
+            scales, found = _curves(measured, row, name)
+            if len(scales):
+                _band(axis, scales, found, label=row)
+        axis.set_xlabel('guidance scale')
+        axis.set_title(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale('log')
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    save_figure(figure, f'{directory}/guidance.png')
+    return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
+
+
+KIND = report.Kind(
+    measured_by=('num_images', 'guidance_scales'),
+    measure=measure,
+    summarize=summarize,
+    plots=_plots,
+)

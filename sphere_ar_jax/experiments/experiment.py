@@ -60,17 +60,11 @@ class Part(NamedTuple):
     speed_key: str | None
 
 
-# The keys of an experiment that decide what is measured of a part.
-_MEASURED_BY = {
-    'comparison': ('num_images', 'guidance_scales'),
-    'propagation': (
-        'num_images',
-        'common_guidance',
-        'disturbances',
-        'positions',
-        'followed_images',
-    ),
-    'shifted': ('num_images', 'common_guidance', 'shifts', 'prefixes'),
+# What experiments do, by their `kind`.
+_KINDS = {
+    'comparison': comparison.KIND,
+    'propagation': propagation.KIND,
+    'shifted': shifted.KIND,
 }
 
 # What was measured before these scores existed does not have them. An experiment that compares one
@@ -80,7 +74,7 @@ _LATER_SCORES = ('brightness_distance', 'seconds_per_image')
 
 def parts(config: ConfigDict) -> list[Part]:
     """The parts of an experiment, seed by seed, so that early results have all rows."""
-    own = {name: config[name] for name in _MEASURED_BY[config.kind]}
+    own = {name: config[name] for name in _KINDS[config.kind].measured_by}
     for score in _LATER_SCORES:
         if any(words.endswith(score) for words in config.comparisons):
             own[score] = True
@@ -149,14 +143,6 @@ class _Results:
         return Measured(found.lines + timed.lines, found.seconds + timed.seconds, found.trained)
 
 
-_MEASURE = {
-    'comparison': comparison.measure,
-    'propagation': propagation.measure,
-    'shifted': shifted.measure,
-}
-_SUMMARIZE = {'propagation': propagation.summarize, 'shifted': shifted.summarize}
-
-
 def units(
     config: ConfigDict, chosen: Sequence[Part], cache: str, results: _Results, mesh: Mesh
 ) -> list[Unit]:
@@ -212,7 +198,7 @@ def _units_of(
 
     def measure() -> None:
         started = time.perf_counter()
-        lines = _MEASURE[config.kind](config, cfg, cache, mesh)
+        lines = _KINDS[config.kind].measure(config, cfg, cache, mesh)
         seconds = time.perf_counter() - started
         trained = {
             os.path.basename(directory): runs.seconds(directory) for directory in (tokenizer, ar)
@@ -284,13 +270,9 @@ def _summaries(
     found: dict[str, dict[int, dict[str, float]]] = {row: {} for row in config.rows}
     for part in chosen:
         measured = results.complete(part)
-        if measured is None:
-            continue
-        if config.kind == 'comparison':
-            summary = comparison.summarize(measured.lines, config.common_guidance)
-        else:
-            summary = _SUMMARIZE[config.kind](measured.lines)
-        found[part.row][part.seed] = summary
+        if measured is not None:
+            scores = _KINDS[config.kind].summarize(config, measured.lines)
+            found[part.row][part.seed] = scores
     return {row: seeds for row, seeds in found.items() if seeds}
 
 
@@ -368,5 +350,5 @@ def _write(
         'measured': measured,
     }
     files.write_json(f'{directory}/results.json', found)
-    report.write(config, found, directory)
+    report.write(_KINDS[config.kind], config, found, directory)
     return found

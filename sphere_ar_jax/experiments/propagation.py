@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.experiments import comparison, runs
+from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.experiments import comparison, report, runs, statistics
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, draw
@@ -254,19 +256,21 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     return lines
 
 
-def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The growth of small errors, for one row and seed.
 
     It is the root mean square change of the tokens behind the disturbed one, divided by the size of
     the smallest disturbance, and averaged over the positions.
 
     Args:
+      config: the experiment's config, which is not asked.
       lines: what `measure` returned.
 
     Returns:
       radial_growth, tangential_growth, the same as predicted to first order, and the means of the
       four parts of the Jacobian.
     """
+    del config
     disturbed = [line for line in lines if line['part'] == 'disturbance']
     least = min(line['size'] for line in disturbed)
     found: dict[str, float] = {}
@@ -296,3 +300,101 @@ def _behind(changes: Sequence[float], position: int) -> float:
     """The root mean square of the numbers behind a position."""
     behind = np.asarray(changes[position + 1 :])
     return float(np.sqrt(np.mean(behind**2)))
+
+
+def _plot_norms(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
+    """Plots the norms of tokens before projection against their position."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        lines = report.of_part(measured, row, 'norms')
+        modes = dict.fromkeys(line['mode'] for line in lines)
+        for mode, dashes in zip(modes, ('-', '--', ':'), strict=False):
+            mine = [line for line in lines if line['mode'] == mode]
+            mean = report.mean(mine, 'raw_norm_mean')
+            spread = report.mean(mine, 'raw_norm_std')
+            (line,) = axis.plot(mean, dashes, label=f'projected {mode}')
+            x = np.arange(len(mean))
+            axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
+        axis.set_title(row)
+        axis.set_xlabel('position of the token')
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel('norm before projection, mean ± spread')
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
+    """Plots changes of later tokens against their distance from the disturbed one."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        lines = report.of_part(measured, row, 'disturbance')
+        position = min(line['position'] for line in lines)
+        for i, direction in enumerate(('radial', 'tangential')):
+            for size in sorted({line['size'] for line in lines}):
+                mine = [
+                    line
+                    for line in lines
+                    if line['direction'] == direction
+                    and line['size'] == size
+                    and line['position'] == position
+                ]
+                change = report.mean(mine, 'change')[position + 1 :]
+                predicted = report.mean(mine, 'predicted')[position + 1 :]
+                x = np.arange(1, len(change) + 1)
+                label = f'{direction}, ε = {size:g}'
+                axis.plot(x, change, color=f'C{i}', alpha=0.3 + size * 6, label=label)
+                axis.plot(x, predicted, ':', color=f'C{i}', alpha=0.3 + size * 6)
+        axis.set_yscale('log')
+        axis.set_title(row)
+        axis.set_xlabel('tokens after the disturbed one')
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel('change / norm (dotted: to first order)')
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='upper center', ncols=6, bbox_to_anchor=(0.5, 0), fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+    """Writes both plots."""
+    _plot_norms(f'{directory}/norms.png', rows, measured)
+    _plot_changes(f'{directory}/changes.png', rows, measured)
+    return {
+        'norms.png': 'norms of tokens before projection',
+        'changes.png': 'changes of later tokens after a disturbance of one',
+    }
+
+
+def _tables(measured: report.MeasuredParts) -> dict[str, report.Table]:
+    """The table of the ways in which tokens are projected."""
+    heads = ['row', 'projected', 'accuracy', 'Fréchet', 'norm of token 0', 'of the last one']
+    cells = []
+    for row in dict.fromkeys(unit['row'] for unit in measured):
+        lines = report.of_part(measured, row, 'norms')
+        for mode in dict.fromkeys(line['mode'] for line in lines):
+            mine = [line for line in lines if line['mode'] == mode]
+            numbers = [
+                [line['accuracy'] for line in mine],
+                [line['frechet'] for line in mine],
+                [line['raw_norm_mean'][0] for line in mine],
+                [line['raw_norm_mean'][-1] for line in mine],
+            ]
+            shown = [str(statistics.interval(values)) for values in numbers]
+            cells.append([row, mode, *shown])
+    return {'Scores with and without projection': (heads, cells)}
+
+
+KIND = report.Kind(
+    measured_by=(
+        'num_images',
+        'common_guidance',
+        'disturbances',
+        'positions',
+        'followed_images',
+    ),
+    measure=measure,
+    summarize=summarize,
+    plots=_plots,
+    tables=_tables,
+)

@@ -1,26 +1,54 @@
-"""What an experiment says: its table, verdicts, plots and page."""
+"""What an experiment says: its tables, verdicts and page."""
 
 import base64
 import html
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import experiments
 from sphere_ar_jax.evaluation import page
-from sphere_ar_jax.evaluation.pictures import save_figure
-from sphere_ar_jax.experiments import shifted, statistics
+from sphere_ar_jax.experiments import statistics
 from sphere_ar_jax.runtime import console, files
 
 # {row: {seed: scores by name}}
 _Summaries = Mapping[str, Mapping[int, Mapping[str, float]]]
+# The measured parts: row, seed and lines of each.
+MeasuredParts = Sequence[Mapping[str, Any]]
+# The heads and the rows of cells of a table.
+Table = tuple[list[str], list[list[str]]]
+
+
+def no_tables(measured: MeasuredParts) -> dict[str, Table]:
+    """Adds no tables to those of the scores."""
+    del measured
+    return {}
+
+
+class Kind(NamedTuple):
+    """What experiments of one kind do. A module holds each, under the name `KIND`.
+
+    Attributes:
+      measured_by: the keys of the experiment's config that decide what is measured of a part.
+      measure: (experiment's config, run's config, directory of the models, mesh) → the lines that
+        are measured of one row and seed.
+      summarize: (experiment's config, lines) → the scores that a claim may be about.
+      plots: (rows, measured parts, directory) → {file that was written: what it shows}.
+      tables: (measured parts) → {heading: table} beyond those of the scores.
+    """
+
+    measured_by: tuple[str, ...]
+    measure: Callable[[ConfigDict, ConfigDict, str, Mesh], list[dict[str, Any]]]
+    summarize: Callable[[ConfigDict, Sequence[dict[str, Any]]], dict[str, float]]
+    plots: Callable[[Sequence[str], MeasuredParts, str], dict[str, str]]
+    tables: Callable[[MeasuredParts], dict[str, Table]] = no_tables
+
 
 # The tables of scores: {heading: {score: head of its column}}.
 _TABLES = {
@@ -183,59 +211,8 @@ def verdicts(config: ConfigDict, summaries: _Summaries) -> list[dict[str, Any]]:
     return found
 
 
-def _curves(
-    measured: Sequence[Mapping[str, Any]], row: str, name: str
-) -> tuple[np.ndarray, list[statistics.Interval]]:
-    """The guidance scales of a row, and the interval of a score over seeds at each of them."""
-    values: dict[float, list[float]] = {}
-    for unit in measured:
-        if unit['row'] != row:
-            continue
-        for line in unit['lines']:
-            if line.get('guidance') is not None:
-                values.setdefault(line['guidance'], []).append(line[name])
-    scales = sorted(values)
-    return np.array(scales), [statistics.interval(values[scale]) for scale in scales]
-
-
-def _band(
-    axis: Axes, x: Sequence[float] | np.ndarray, found: list[statistics.Interval], **style: Any
-) -> None:
-    """Draws means as a line and their intervals as a band."""
-    (line,) = axis.plot(x, [interval.mean for interval in found], marker='o', ms=3, **style)
-    if all(interval.seeds > 1 for interval in found):
-        low = [interval.low for interval in found]
-        high = [interval.high for interval in found]
-        axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-
-
-_GUIDED = {
-    'frechet': 'Fréchet distance',
-    'accuracy': 'accuracy',
-    'recall': 'recall',
-    'collapsed': 'share of collapsed samples',
-}
-
-
-def _plot_guidance(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
-    """Plots scores of samples against the guidance scale, one line for each row."""
-    figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
-    for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
-        for row in rows:
-            scales, found = _curves(measured, row, name)
-            if len(scales):
-                _band(axis, scales, found, label=row)
-        axis.set_xlabel('guidance scale')
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale('log')
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _of_part(measured: Sequence[Mapping[str, Any]], row: str, part: str) -> list[Mapping[str, Any]]:
-    """The lines of one part of a row's measurements."""
+def of_part(measured: MeasuredParts, row: str, part: str) -> list[Mapping[str, Any]]:
+    """Picks the lines of one part of a row's measurements."""
     return [
         line
         for unit in measured
@@ -245,125 +222,20 @@ def _of_part(measured: Sequence[Mapping[str, Any]], row: str, part: str) -> list
     ]
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """The mean over lines of a list of numbers."""
+def mean(lines: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Computes the mean over lines of a list of numbers."""
     return np.mean([line[name] for line in lines], axis=0)
 
 
-def _plot_norms(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
-    """Plots the norms of tokens before projection against their position."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
-        lines = _of_part(measured, row, 'norms')
-        modes = dict.fromkeys(line['mode'] for line in lines)
-        for mode, dashes in zip(modes, ('-', '--', ':'), strict=False):
-            mine = [line for line in lines if line['mode'] == mode]
-            mean = _mean(mine, 'raw_norm_mean')
-            spread = _mean(mine, 'raw_norm_std')
-            (line,) = axis.plot(mean, dashes, label=f'projected {mode}')
-            x = np.arange(len(mean))
-            axis.fill_between(x, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
-        axis.set_title(row)
-        axis.set_xlabel('position of the token')
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0, 0].set_ylabel('norm before projection, mean ± spread')
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _plot_changes(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
-    """Plots changes of later tokens against their distance from the disturbed one."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
-        lines = _of_part(measured, row, 'disturbance')
-        position = min(line['position'] for line in lines)
-        for i, direction in enumerate(('radial', 'tangential')):
-            for size in sorted({line['size'] for line in lines}):
-                mine = [
-                    line
-                    for line in lines
-                    if line['direction'] == direction
-                    and line['size'] == size
-                    and line['position'] == position
-                ]
-                change = _mean(mine, 'change')[position + 1 :]
-                predicted = _mean(mine, 'predicted')[position + 1 :]
-                x = np.arange(1, len(change) + 1)
-                label = f'{direction}, ε = {size:g}'
-                axis.plot(x, change, color=f'C{i}', alpha=0.3 + size * 6, label=label)
-                axis.plot(x, predicted, ':', color=f'C{i}', alpha=0.3 + size * 6)
-        axis.set_yscale('log')
-        axis.set_title(row)
-        axis.set_xlabel('tokens after the disturbed one')
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel('change / norm (dotted: to first order)')
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='upper center', ncols=6, bbox_to_anchor=(0.5, 0), fontsize=8)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _plot_shifted(path: str, rows: Sequence[str], measured: Sequence[Mapping[str, Any]]) -> None:
-    """Plots distances and norms by position, of the shortest prefix and the largest severities."""
-    size = (4.2 * len(rows), 6.4)
-    figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
-    for column, row in zip(axes.T, rows, strict=True):
-        lines = _of_part(measured, row, 'shifted')
-        kept = min(line['kept'] for line in lines)
-        for word in dict.fromkeys(line['corruption'] for line in lines):
-            most = max(line['severity'] for line in lines if line['corruption'] == word)
-            mine = [
-                line
-                for line in lines
-                if (line['corruption'], line['severity'], line['kept']) == (word, most, kept)
-            ]
-            distance = _mean(mine, 'distance')
-            column[0].plot(distance, label=word)
-            x = np.arange(kept, len(distance))
-            column[1].plot(x, _mean(mine, 'raw_norm_mean')[kept:])
-        for axis in column:
-            axis.axvspan(-0.5, kept - 0.5, color='0.9')
-            axis.grid(alpha=0.3)
-        column[0].set_title(row)
-        column[1].set_xlabel('position of the token (grey: prefix)')
-    axes[0, 0].set_ylabel('distance to training tokens')
-    axes[1, 0].set_ylabel('norm before projection')
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
-    """Writes the plots. Returns {file name: what it shows}."""
-    rows = [row for row in config.rows if row in found['rows']]
-    if not rows:
-        return {}
-    if config.kind == 'comparison':
-        _plot_guidance(f'{directory}/guidance.png', rows, found['measured'])
-        return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
-    if config.kind == 'shifted':
-        _plot_shifted(f'{directory}/shifted.png', rows, found['measured'])
-        return {'shifted.png': 'distances and norms of tokens behind corrupted prefixes'}
-    _plot_norms(f'{directory}/norms.png', rows, found['measured'])
-    _plot_changes(f'{directory}/changes.png', rows, found['measured'])
-    return {
-        'norms.png': 'norms of tokens before projection',
-        'changes.png': 'changes of later tokens after a disturbance of one',
-    }
-
-
-def _rows_table(config: ConfigDict, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _rows_table(config: ConfigDict, found: Mapping[str, Any]) -> Table:
     """The heads and the cells of the table that says what the rows are."""
     cells = [[row, experiments.flat(config.rows[row].to_dict())] for row in found['rows']]
     return ['row', 'changes of the base'], cells
 
 
-def _score_tables(
-    found: Mapping[str, Any],
-) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """{heading: (heads, cells)} of the tables of scores."""
-    tables = {}
+def _score_tables(kind: Kind, found: Mapping[str, Any]) -> dict[str, Table]:
+    """{heading: table} of the scores, and of what a kind of experiments adds."""
+    tables: dict[str, Table] = {}
     for heading, columns in _TABLES.items():
         names = [
             name for name in columns if all(name in scores for scores in found['rows'].values())
@@ -375,54 +247,10 @@ def _score_tables(
             for row, scores in found['rows'].items()
         ]
         tables[heading] = (['row', *(columns[name] for name in names)], cells)
-    modes = _mode_cells(found)
-    if modes:
-        heads = ['row', 'projected', 'accuracy', 'Fréchet', 'norm of token 0', 'of the last one']
-        tables['Scores with and without projection'] = (heads, modes)
-    shifts = _shift_cells(found)
-    if shifts:
-        heads = ['row', 'corruption', 'kept tokens', 'distance', 'per token', 'norm', 'collapsed']
-        tables['Each corruption, beyond clean prefixes'] = (heads, shifts)
-    return tables
+    return tables | kind.tables(found['measured'])
 
 
-def _shift_cells(found: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table of corruptions, as `shifted.beyond_clean` has them; [] without any."""
-    values: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for unit in found['measured']:
-        lines = [line for line in unit['lines'] if line.get('part') == 'shifted']
-        for line in shifted.beyond_clean(lines):
-            corruption = f'{line["corruption"]} {line["severity"]}'
-            values.setdefault((unit['row'], corruption, str(line['kept'])), []).append(line)
-    cells = []
-    for names, lines in values.items():
-        shown = [
-            str(statistics.interval([line[name] for line in lines]))
-            for name in ('distance', 'slope', 'norm', 'collapsed')
-        ]
-        cells.append([*names, *shown])
-    return cells
-
-
-def _mode_cells(found: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table of the ways in which tokens are projected; [] where there are none."""
-    cells = []
-    for row in found['rows']:
-        lines = _of_part(found['measured'], row, 'norms')
-        for mode in dict.fromkeys(line['mode'] for line in lines):
-            mine = [line for line in lines if line['mode'] == mode]
-            numbers = [
-                [line['accuracy'] for line in mine],
-                [line['frechet'] for line in mine],
-                [line['raw_norm_mean'][0] for line in mine],
-                [line['raw_norm_mean'][-1] for line in mine],
-            ]
-            shown = [str(statistics.interval(values)) for values in numbers]
-            cells.append([row, mode, *shown])
-    return cells
-
-
-def _verdict_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _verdict_table(found: Mapping[str, Any]) -> Table:
     """The heads and the cells of the table of verdicts."""
     heads = ['claimed', 'in', 'lead, paired by seed', 'seeds', 'verdict']
     cells = []
@@ -477,7 +305,9 @@ def _measured_by(found: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown(config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def _markdown(
+    kind: Kind, config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, str]
+) -> str:
     """The page as Markdown."""
     parts = [
         f'# {config.title}',
@@ -492,7 +322,7 @@ def _markdown(config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, 
         '\n'.join(console.markdown(*_rows_table(config, found))),
         *(
             f'## {heading}\n\n' + '\n'.join(console.markdown(*cells))
-            for heading, cells in _score_tables(found).items()
+            for heading, cells in _score_tables(kind, found).items()
         ),
         _measured_by(found),
         f'```bash\n{found["command"]}\n```',
@@ -518,16 +348,18 @@ def _image(path: str, alt: str) -> str:
     return f'<div class="wide"><img class="plot" alt="{alt}" src="{source}"></div>'
 
 
-def write(config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
+def write(kind: Kind, config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
     """Writes plots, page.md and page.html into the experiment's directory.
 
     Args:
+      kind: what experiments of its kind do.
       config: the experiment's config.
       found: what results.json holds.
       directory: the experiment's directory.
     """
-    plots = _plots(config, found, directory)
-    files.write_bytes(f'{directory}/page.md', _markdown(config, found, plots).encode())
+    rows = [row for row in config.rows if row in found['rows']]
+    plots = kind.plots(rows, found['measured'], directory) if rows else {}
+    files.write_bytes(f'{directory}/page.md', _markdown(kind, config, found, plots).encode())
     body = [
         f'<p><b>Claim.</b> {html.escape(config.claim)}</p>',
         f'<p><b>Method.</b> {html.escape(config.method)}</p>',
@@ -543,7 +375,7 @@ def write(config: ConfigDict, found: Mapping[str, Any], directory: str) -> None:
         _html_table(*_rows_table(config, found)),
         *(
             f'<h2>{html.escape(heading)}</h2>{_html_table(*cells)}'
-            for heading, cells in _score_tables(found).items()
+            for heading, cells in _score_tables(kind, found).items()
         ),
         f'<p>{html.escape(_measured_by(found))}</p>',
         f'<pre>{html.escape(found["command"])}</pre>',

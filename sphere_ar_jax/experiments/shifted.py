@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.shifted import corruptions
-from sphere_ar_jax.experiments import comparison, runs
+from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.experiments import comparison, report, runs, statistics
 from sphere_ar_jax.sampling import inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 from sphere_ar_jax.sampling.tokens import Prefix
@@ -158,10 +160,11 @@ def beyond_clean(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The scores of one row and seed.
 
     Args:
+      config: the experiment's config, which is not asked.
       lines: what `measure` returned.
 
     Returns:
@@ -169,6 +172,7 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
       shifted_distance, shifted_slope, shifted_norm and shifted_collapsed; and clean_distance, the
       mean distance of the tokens drawn behind clean prefixes.
     """
+    del config
     found = beyond_clean(lines)
     scores = {
         f'shifted_{name}': float(np.mean([line[name] for line in found]))
@@ -178,3 +182,61 @@ def summarize(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
         np.mean(line['distance'][line['kept'] :]) for line in lines if line['corruption'] == CLEAN
     ]
     return scores | {'clean_distance': float(np.mean(clean))}
+
+
+def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+    """Plots distances and norms by position, of the shortest prefix and the largest severities."""
+    size = (4.2 * len(rows), 6.4)
+    figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
+    for column, row in zip(axes.T, rows, strict=True):
+        lines = report.of_part(measured, row, 'shifted')
+        kept = min(line['kept'] for line in lines)
+        for word in dict.fromkeys(line['corruption'] for line in lines):
+            most = max(line['severity'] for line in lines if line['corruption'] == word)
+            mine = [
+                line
+                for line in lines
+                if (line['corruption'], line['severity'], line['kept']) == (word, most, kept)
+            ]
+            distance = report.mean(mine, 'distance')
+            column[0].plot(distance, label=word)
+            x = np.arange(kept, len(distance))
+            column[1].plot(x, report.mean(mine, 'raw_norm_mean')[kept:])
+        for axis in column:
+            axis.axvspan(-0.5, kept - 0.5, color='0.9')
+            axis.grid(alpha=0.3)
+        column[0].set_title(row)
+        column[1].set_xlabel('position of the token (grey: prefix)')
+    axes[0, 0].set_ylabel('distance to training tokens')
+    axes[1, 0].set_ylabel('norm before projection')
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    save_figure(figure, f'{directory}/shifted.png')
+    return {'shifted.png': 'distances and norms of tokens behind corrupted prefixes'}
+
+
+def _tables(measured: report.MeasuredParts) -> dict[str, report.Table]:
+    """The table of corruptions, as `beyond_clean` has them."""
+    heads = ['row', 'corruption', 'kept tokens', 'distance', 'per token', 'norm', 'collapsed']
+    values: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for unit in measured:
+        for line in beyond_clean(unit['lines']):
+            corruption = f'{line["corruption"]} {line["severity"]}'
+            values.setdefault((unit['row'], corruption, str(line['kept'])), []).append(line)
+    cells = []
+    for names, lines in values.items():
+        shown = [
+            str(statistics.interval([line[name] for line in lines]))
+            for name in ('distance', 'slope', 'norm', 'collapsed')
+        ]
+        cells.append([*names, *shown])
+    return {'Each corruption, beyond clean prefixes': (heads, cells)}
+
+
+KIND = report.Kind(
+    measured_by=('num_images', 'common_guidance', 'shifts', 'prefixes'),
+    measure=measure,
+    summarize=summarize,
+    plots=_plots,
+    tables=_tables,
+)

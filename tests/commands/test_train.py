@@ -79,7 +79,7 @@ def _config(tar, **options):
 
 
 def _train(cfg, workdir):
-    with libraries_promote():
+    with libraries_promote(), tiny_config.narrow_patchgan():
         return train.train(cfg, str(workdir), 'the command', time.perf_counter())
 
 

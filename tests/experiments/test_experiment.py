@@ -116,6 +116,10 @@ def test_models_are_shared_where_their_configs_agree():
     assert runs.ar_directory('', first) == models[0]
 
 
+def test_every_kind_of_the_configs_is_known():
+    assert set(experiment._KINDS) == set(experiments.KINDS)
+
+
 def fake_lines(row, seed):
     """What `comparison.measure` returns, with chosen numbers."""
     worse = 1.0 if row == 'gaussian_norm' else 0.0
@@ -143,6 +147,12 @@ def fake_lines(row, seed):
     return lines
 
 
+def _measure_by(monkeypatch, measure):
+    """Lets comparisons call `measure`, and draw no plots."""
+    kind = comparison.KIND._replace(measure=measure, plots=lambda *arguments: {})
+    monkeypatch.setitem(experiment._KINDS, 'comparison', kind)
+
+
 @pytest.fixture
 def faked(monkeypatch):
     """Trainings and measurements that take no time; returns the list of what was done."""
@@ -167,12 +177,11 @@ def faked(monkeypatch):
         done.append(('measure', row, cfg.seed))
         return fake_lines(row, cfg.seed)
 
-    monkeypatch.setitem(experiment._MEASURE, 'comparison', measure)
+    _measure_by(monkeypatch, measure)
     return done
 
 
 def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
-    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
     c = small(comparisons=('power_spherical gaussian_norm frechet_best',))
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     # Two rows share a tokenizer, so that three seeds train three.
@@ -216,9 +225,8 @@ def test_what_is_done_is_not_done_again(tmp_path, faked, capsys, monkeypatch):
     assert {unit['seed'] for unit in part['measured']} == {1, 2}
 
 
-def test_measurements_of_several_machines_are_joined(tmp_path, faked, monkeypatch):
+def test_measurements_of_several_machines_are_joined(tmp_path, faked):
     """Each seed in a workdir of its own; nothing is trained to write the whole page."""
-    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
     lines = b''
     for seed in (0, 1, 2):
         own = tmp_path / str(seed)
@@ -257,9 +265,8 @@ def test_published_results_follow_from_the_published_measurements(name, tmp_path
         assert found[words]['advantage'] == pytest.approx(lead['advantage'])
 
 
-def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
+def test_experiments_share_what_they_measure(tmp_path, faked):
     """The second one has the same models, sampler and scales under another name of a row."""
-    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
     first = experiment.run(small(), 'one', str(tmp_path), 'COMMAND')
     faked.clear()
     c = small()
@@ -275,7 +282,6 @@ def test_experiments_share_what_they_measure(tmp_path, faked, monkeypatch):
 
 def test_speeds_are_measured_in_turns_once_a_seed(tmp_path, faked, monkeypatch):
     """A row counts when its speed is measured, too; the lead is that of the measured speeds."""
-    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
 
     def speeds(config, seed, mesh):
         faked.append(('speed', seed))
@@ -312,6 +318,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
         )
     )
     monkeypatch.setattr(experiment, '_do', functools.partial(_without_pages, experiment._do))
+    with_plots = experiment._KINDS['comparison']._replace(plots=comparison.KIND.plots)
+    monkeypatch.setitem(experiment._KINDS, 'comparison', with_plots)
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert [v['verdict'] for v in found['verdicts']] == [
         'reproduced',
@@ -390,7 +398,6 @@ def test_the_distance_of_the_brightness_is_that_of_the_means():
 
 def test_a_score_is_measured_anew_where_old_lines_lack_it(tmp_path, faked, monkeypatch):
     """Lines without the brightness serve experiments that do not ask for it."""
-    monkeypatch.setattr(report, '_plots', lambda *arguments: {})
     experiment.run(small(seeds=(0,)), 'one', str(tmp_path), 'COMMAND')
     faked.clear()
 
@@ -400,7 +407,7 @@ def test_a_score_is_measured_anew_where_old_lines_lack_it(tmp_path, faked, monke
         distance = 0.5 if row == 'gaussian_norm' else 0.25
         return [line | {'brightness_distance': distance} for line in lines]
 
-    monkeypatch.setitem(experiment._MEASURE, 'comparison', measure)
+    _measure_by(monkeypatch, measure)
     comparisons = ('power_spherical gaussian_norm brightness_distance',)
     c = small(seeds=(0,), comparisons=comparisons)
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.experiments import propagation
@@ -93,7 +94,7 @@ def test_small_changes_are_as_the_derivatives_say(followed):
 @pytest.mark.slow
 def test_the_summary_is_the_growth_of_the_smallest_disturbance(followed):
     _, _, lines = followed
-    found = propagation.summarize(lines)
+    found = propagation.summarize(ConfigDict(), lines)
     for direction in propagation.DIRECTIONS:
         (line,) = (
             line for line in lines if line.get('direction') == direction and line['size'] == 1e-3

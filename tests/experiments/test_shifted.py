@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy.spatial.distance import cdist
 
 from sphere_ar_jax.config import build, experiments
@@ -101,7 +102,7 @@ def test_the_summary_is_what_corruption_adds():
     for found, expected in ((first, (1.0, 0.5, 0.4 / 3, 0.3)), (second, (0.75, -0.5, 0.2, 0.1))):
         names = ('distance', 'slope', 'norm', 'collapsed')
         np.testing.assert_allclose([found[name] for name in names], expected, atol=1e-12)
-    scores = shifted.summarize(lines)
+    scores = shifted.summarize(ConfigDict(), lines)
     assert set(scores) - {'clean_distance'} <= set(experiments.SCORES)
     assert scores['shifted_distance'] == pytest.approx(0.875)
     assert scores['shifted_slope'] == pytest.approx(0.0)

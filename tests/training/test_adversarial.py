@@ -19,7 +19,7 @@ from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, loop, losses
 from sphere_ar_jax.training.state import abstract_state
-from tests import torch_gan
+from tests import tiny_config, torch_gan
 from tests.conftest import GOLDENS, accurate, libraries_promote
 
 PUBLIC = dict(np.load(GOLDENS / 'adversarial.npz'))
@@ -158,7 +158,8 @@ def small():
 
 
 def _stage(model, options):
-    stage = adversarial.tokenizer_stage(model, options, 0)
+    with tiny_config.narrow_patchgan():
+        stage = adversarial.tokenizer_stage(model, options, 0)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
 
     def init(_):

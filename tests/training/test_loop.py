@@ -52,8 +52,9 @@ def _train(cfg, directory, which=0, mesh=None):
 @pytest.mark.parametrize('which', [0, 1], ids=['tokenizer', 'ar'])
 def test_a_stage_trains_and_logs(tmp_path, which):
     cfg = get_config()
-    cfg.tokenizer_training.update(steps=80, log_every=20, learning_rate=3e-3)
-    cfg.ar_training.update(steps=80, log_every=20, learning_rate=3e-2)  # the head starts at zero
+    cfg.tokenizer_training.update(steps=80, log_every=20, checkpoint_every=80, learning_rate=3e-3)
+    # The head starts at zero.
+    cfg.ar_training.update(steps=80, log_every=20, checkpoint_every=80, learning_rate=3e-2)
     state, seconds = _train(cfg, tmp_path, which)
     assert int(state.step) == 80 and seconds > 0
     chex.assert_tree_all_finite(state.params)
@@ -420,19 +421,19 @@ from sphere_ar_jax.data import digits
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.training import loop
 from tests.tiny_config import long_config, stages
-which, directory = int(sys.argv[1]), sys.argv[2]
-stage = stages(long_config())[which]
+which, directory, checkpoint_every = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+stage = stages(long_config(checkpoint_every))[which]
 loop.train(stage, digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
 """
 
 
-def _spawn(which, directory, cache):
+def _spawn(which, directory, cache, checkpoint_every=1):
     environment = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, '-c', DRIVER, str(which), str(directory)], cwd=ROOT, env=environment,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, '-c', DRIVER, str(which), str(directory), str(checkpoint_every)], cwd=ROOT,
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -474,7 +475,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
     """
     cache = tmp_path / 'cache'
     checkpoints = tmp_path / 'killed' / 'checkpoints'
-    whole = _spawn(which, tmp_path / 'whole', cache)
+    whole = _spawn(which, tmp_path / 'whole', cache, LONG[which])
     assert whole.wait(300) == 0, whole.stdout.read()
     rng = random.Random(which)
     last_step = LONG[which]
