@@ -12,7 +12,8 @@ from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer, vae
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.runtime.console import UserError, pick
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -268,12 +269,26 @@ def _check_polar(config: ConfigDict) -> None:
     )
 
 
+def _check_teacher(teacher: str, head: str) -> None:
+    """Checks that a head is distilled from the head that the AR model has."""
+    wants = {word: getattr(found, 'TEACHER', None) for word, found in HEADS.items()}
+    fitting = [word for word, found in wants.items() if found is pick(HEADS, 'ar.head', teacher)]
+    _require(
+        len(fitting) > 0,
+        f'no head can be distilled from ar.head {teacher}: take a run whose ar.head is flow or '
+        'riemannian',
+    )
+    _require(
+        head in fitting,
+        f'distillation_training.head is {head}, but ar.head is {teacher}: '
+        f'use {" or ".join(fitting)}',
+    )
+
+
 def _check_head(config: ConfigDict) -> None:
     """Checks the head beside the tokens that it draws."""
-    _require(
-        config.init_from is None or config.ar.head not in ('riemannian', 'direction_magnitude'),
-        f'a head is distilled from the head flow, and ar.head is {config.ar.head}',
-    )
+    if config.init_from is not None:
+        _check_teacher(config.ar.head, config.distillation_training.head)
     _check_geodesics(config)
     _check_polar(config)
 

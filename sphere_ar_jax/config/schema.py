@@ -206,7 +206,7 @@ def default() -> ConfigDict:
                 inception=config_dict.placeholder(str),
                 reference=config_dict.placeholder(str),
             ),
-            # A finished workdir whose flow head is distilled; nothing else is trained then.
+            # A finished workdir whose head is distilled; nothing else is trained then.
             init_from=config_dict.placeholder(str),
             distillation_training=_training(
                 head='mean_velocity',

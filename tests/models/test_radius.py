@@ -12,7 +12,7 @@ from flax import traverse_util
 from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.flow import path
 from sphere_ar_jax.flow.plan import Options
-from sphere_ar_jax.models.heads import FlowHead, MeanVelocity, Riemannian
+from sphere_ar_jax.models.heads import FlowHead, GeodesicMeanVelocity, MeanVelocity, Riemannian
 from sphere_ar_jax.models.heads.mean_velocity import Segments
 from sphere_ar_jax.models.posteriors import PowerSpherical, VonMisesFisher
 from sphere_ar_jax.models.vae import VAE
@@ -73,7 +73,12 @@ _OF_AR = ('proj_in/kernel', 'head/input_proj/kernel', 'head/final_linear/kernel'
 
 @pytest.mark.parametrize(
     ('head_class', 'solver', 's'),
-    [(FlowHead, 'euler_maruyama', 2.0), (Riemannian, 'mixing', 1.0), (MeanVelocity, 'euler', 2.0)],
+    [
+        (FlowHead, 'euler_maruyama', 2.0),
+        (Riemannian, 'mixing', 1.0),
+        (MeanVelocity, 'euler', 2.0),
+        (GeodesicMeanVelocity, 'euler', 1.0),
+    ],
 )
 def test_a_head_of_twice_the_radius_is_the_same_in_other_units(head_class, solver, s):
     """Its loss, and its tokens by a solver that takes noise."""

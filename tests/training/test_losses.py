@@ -10,9 +10,10 @@ from sphere_ar_jax.flow import guidance, solvers
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, discriminators
 from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import HEADS, mean_velocity
+from sphere_ar_jax.models.heads import HEADS, mean_velocity, riemannian
 from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
+from sphere_ar_jax.sphere import geodesics, geometry
 from sphere_ar_jax.training import losses
 from sphere_ar_jax.training.state import quickly_compiled
 
@@ -213,51 +214,37 @@ def test_label_dropout():
     np.testing.assert_array_equal(drop(keys, labels, np.float32(0)), labels)
 
 
-def test_mean_velocities_of_a_known_flow():
-    """Between normal distributions the flow has a closed form.
+def _euclidean(t, w, x, memory, v):
+    """A step of Adams–Bashforth in a plane, as `_geodesic` is on the sphere."""
+    del t
+    return solvers.step(w, x, memory, v)
 
-    It is x_t = t·m + x₀·√((1 − t)² + t²s²).
-    """
-    mean = 0.7
-    std = 0.4
 
-    def spread(t):
-        return np.sqrt((1 - t) ** 2 + (t * std) ** 2)
-
-    def velocity(x, t):
-        variance = (1 - t) ** 2 + (t * std) ** 2
-        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
-
-    noise = np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
-    targets = jax.jit(
-        lambda noise: mean_velocity.mean_velocity_targets(velocity, noise, (1, 2, 4), 64)
-    )
-    x, t, h, u = jax.tree.map(np.asarray, targets(noise))
-    chex.assert_shape((x, u), (7, 5, 1))
-    np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose(h, [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
-    for i in range(7):
-
-        def at(t):
-            return t * mean + noise * spread(t)
-
-        start = float(t[i])
-        end = float(t[i] + h[i])
-        np.testing.assert_allclose(x[i], at(start), atol=1e-3)
-        np.testing.assert_allclose(u[i], (at(end) - at(start)) / (end - start), atol=3e-3)
-    with pytest.raises(ValueError, match='divide'):
-        mean_velocity.mean_velocity_targets(velocity, noise, (3,), 64)
+def _geodesic(t, w, x, memory, v):
+    return riemannian.geodesic_step((t, w), x, memory, v)
 
 
 @pytest.mark.slow
-def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
+@pytest.mark.parametrize(
+    ('word', 'start', 'step', 'between', 'along'),
+    [
+        ('mean_velocity', lambda x: x, _euclidean, lambda x, y: y - x, lambda x, v: v),
+        ('geodesic_mean_velocity', geometry.project, _geodesic, geodesics.log, geodesics.tangent),
+    ],
+    ids=['straight', 'geodesic'],
+)
+def test_distillation_loss_against_a_loop_over_tokens(
+    golden, tiny_ar, word, start, step, between, along
+):
     """The targets by the sampler's own solver, token by token, from conditions of the golden model;
     the new head starts as the teacher's velocity; and gradients reach the new head alone.
     """
     teacher_model, teacher = tiny_ar
     head = teacher_model.head
-    new_head = HEADS['mean_velocity'](head.latent_dim, head.width, head.depth, head.groups)
-    assert new_head.teacher() == head.clone(parent=None)
+    new_head = HEADS[word](head.latent_dim, head.width, head.depth, head.groups)
+    teacher_model = teacher_model.clone(head=new_head.teacher())
+    if word == 'mean_velocity':
+        assert new_head.teacher() == head.clone(parent=None)
     model = teacher_model.clone(head=new_head)
     head = (
         jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0))['head']
@@ -293,15 +280,16 @@ def test_distillation_loss_against_a_loop_over_tokens(golden, tiny_ar):
     errors = []
     for k in range(16):
         c = conditions[:, k]
-        x = noise[:, k]
+        x = start(noise[:, k])
         memory = jnp.zeros((3, 8))
         path = [x]
         table = solvers.table('ab2', 4)
         for t, w in zip(table.t, table.weights, strict=True):
             v = guidance.guide(velocity(x, t, c[:3]), velocity(x, t, c[3:]), scales[k])
-            x, memory = solvers.step(w, x, memory, v)
+            x, memory = step(t, w, x, memory, v)
             path.append(x)
-        for start, end in ((0, 4), (0, 2), (2, 4)):
-            u = (path[end] - path[start]) / ((end - start) / 4)
-            errors.append(jnp.square(velocity(path[start], start / 4, c[:3]) - u))
+        for first, last in ((0, 4), (0, 2), (2, 4)):
+            u = between(path[first], path[last]) / ((last - first) / 4)
+            begun = along(path[first], velocity(path[first], first / 4, c[:3]))
+            errors.append(jnp.square(begun - u))
     np.testing.assert_allclose(value, np.mean(errors), rtol=1e-4)

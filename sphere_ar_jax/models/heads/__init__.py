@@ -21,7 +21,7 @@ from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models.heads.direction_magnitude import DirectionMagnitude
 from sphere_ar_jax.models.heads.flow import FlowHead
-from sphere_ar_jax.models.heads.mean_velocity import MeanVelocity
+from sphere_ar_jax.models.heads.mean_velocity import GeodesicMeanVelocity, MeanVelocity
 from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.runtime.types import PyTree
 
@@ -105,6 +105,7 @@ class Head(Protocol):
 HEADS: dict[str, type[Head]] = {
     'direction_magnitude': DirectionMagnitude,
     'flow': FlowHead,
+    'geodesic_mean_velocity': GeodesicMeanVelocity,
     'mean_velocity': MeanVelocity,
     'riemannian': Riemannian,
 }

@@ -1,4 +1,4 @@
-"""A head of mean velocities, distilled from a flow head: one or two evaluations a token.
+"""Heads of mean velocities, distilled from others: one or two evaluations a token.
 
 See `docs/method.md`, "Mean-velocity distillation".
 
@@ -13,7 +13,7 @@ Dimensions:
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,11 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.flow.guidance import guide
-from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, time_sinusoid
+from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, Solver, time_sinusoid
+from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.models.transformer import INIT
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sphere import geodesics
 
 
 class Segments(NamedTuple):
@@ -47,7 +49,12 @@ class MeanVelocity(FlowHead):
 
     The embedding of h is added to that of t. It starts at zero, so that a head begins as the one it
     is distilled from. The mean velocity is that of MeanFlow (arXiv 2505.13447).
+
+    Attributes:
+      TEACHER: the class of the head that it is distilled from.
     """
+
+    TEACHER: ClassVar[type[FlowHead]] = FlowHead
 
     def setup(self) -> None:
         super().setup()
@@ -55,7 +62,7 @@ class MeanVelocity(FlowHead):
         self.span2 = nn.Dense(self.width, kernel_init=ZERO, dtype=self.dtype)
 
     def teacher(self) -> FlowHead:
-        """The flow head of the same sizes. This head learns the means of its velocities."""
+        """The head `TEACHER` of the same sizes. This head learns the means of its velocities."""
         fields = (
             self.latent_dim,
             self.width,
@@ -68,7 +75,7 @@ class MeanVelocity(FlowHead):
             self.radius,
             self.prior_scale,
         )
-        return FlowHead(*fields, parent=None)
+        return self.TEACHER(*fields, parent=None)
 
     def embed_time(self, *times: jax.Array) -> jax.Array:
         """Embedding (..., M) of a step.
@@ -127,7 +134,8 @@ class MeanVelocity(FlowHead):
         x = draws.x.reshape(P * N, -1)
         c = jnp.tile(c.reshape(N, -1), (P, 1))
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
-        squares = jnp.square(predicted.reshape(draws.u.shape) - draws.u)
+        predicted = self._along(draws.x, predicted.reshape(draws.u.shape))
+        squares = jnp.square(predicted - draws.u)
         errors = self.weighted(jnp.mean(squares, axis=(1, 2)))
         whole = draws.h == 1
         total = jnp.sum(jnp.where(whole, errors, 0.0))
@@ -135,50 +143,81 @@ class MeanVelocity(FlowHead):
         one_step = total / jnp.maximum(number, 1)
         return jnp.mean(errors), {'one_step': one_step}
 
+    def targets(
+        self,
+        velocity: Callable[[jax.Array, jax.Array], jax.Array],
+        noise: jax.Array,
+        levels: Sequence[int],
+        num_steps: int,
+    ) -> Segments:
+        """Solves a flow, and takes its mean velocities over the steps of samplers of few steps.
 
-def mean_velocity_targets(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
-    noise: jax.Array,
-    levels: Sequence[int],
-    num_steps: int,
-) -> Segments:
-    """Solves a flow, and takes its mean velocities over the steps that samplers of few steps make.
+        For every n of `levels` and every segment [i/n, (i + 1)/n], u = (x at its end − x at its
+        start)·n. All segments lie on one trajectory from x₀, which `noise` gives, solved by
+        Adams–Bashforth in equal steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
 
-    For every n of `levels` and every segment [i/n, (i + 1)/n], u = (x at its end − x at its
-    start)·n. All segments lie on one trajectory from x₀ = noise, solved by Adams–Bashforth in equal
-    steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
+        Args:
+          velocity: function (x (N, d), t ()) → (N, d).
+          noise: (N, d) standard normal.
+          levels: numbers n of a sampler's steps. Each divides num_steps.
+          num_steps: steps of the teacher's solver.
 
-    Args:
-      velocity: function (x (N, d), t ()) → (N, d).
-      noise: (N, d), where the trajectories start.
-      levels: numbers n of a sampler's steps. Each divides num_steps.
-      num_steps: steps of the teacher's solver.
+        Returns:
+          `Segments`; there are P = Σ levels of them.
 
-    Returns:
-      `Segments`; there are P = Σ levels of them.
+        Raises:
+          ValueError: a level does not divide num_steps.
+        """
+        if any(num_steps % n for n in levels):
+            raise ValueError(
+                f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher'
+            )
+        table = solvers.table('ab2', num_steps)
+        times = jnp.asarray(table.t)
+        solver = Solver(times, jnp.asarray(table.weights), jnp.asarray(num_steps), times)
+        first, weights, step = self._way(self.scaled(noise), solver)
 
-    Raises:
-      ValueError: a level does not divide num_steps.
+        def advance(state, inputs):
+            x, memory = state
+            t, w = inputs
+            x, memory = step(w, x, memory, velocity(x, t))
+            return (x, memory), x
+
+        _, path = jax.lax.scan(advance, (first, jnp.zeros_like(first)), (times, weights))
+        path = jnp.concatenate([first[None], path])
+        ends = [(i * num_steps // n, (i + 1) * num_steps // n) for n in levels for i in range(n)]
+        start = jnp.array([first for first, _ in ends])
+        end = jnp.array([last for _, last in ends])
+        h = (end - start).astype(jnp.float32) / num_steps
+        u = self._between(path[start], path[end]) / h[:, None, None]
+        return Segments(path[start], start.astype(jnp.float32) / num_steps, h, u)
+
+    def _along(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        """The part of velocities v that moves the points x."""
+        del x
+        return v
+
+    def _between(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The velocity that leads from x to y in a time of 1."""
+        return y - x
+
+
+class GeodesicMeanVelocity(MeanVelocity, Riemannian):
+    """A head of mean velocities on the sphere, distilled from `Riemannian`.
+
+    The mean velocity over [t, t + h] is the one of the geodesic from x_t to x_{t+h}:
+    u = log_x(x_{t+h})/h, so that exp_x(h·u) is x_{t+h}.
     """
-    if any(num_steps % n for n in levels):
-        raise ValueError(f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher')
-    table = solvers.table('ab2', num_steps)
 
-    def advance(state, inputs):
-        x, memory = state
-        t, w = inputs
-        x, memory = solvers.step(w, x, memory, velocity(x, t))
-        return (x, memory), x
+    TEACHER: ClassVar[type[FlowHead]] = Riemannian
 
-    start_state = (noise, jnp.zeros_like(noise))
-    _, path = jax.lax.scan(advance, start_state, (jnp.asarray(table.t), jnp.asarray(table.weights)))
-    path = jnp.concatenate([noise[None], path])
-    ends = [(i * num_steps // n, (i + 1) * num_steps // n) for n in levels for i in range(n)]
-    start = jnp.array([first for first, _ in ends])
-    end = jnp.array([last for _, last in ends])
-    h = (end - start).astype(jnp.float32) / num_steps
-    u = (path[end] - path[start]) / h[:, None, None]
-    return Segments(path[start], start.astype(jnp.float32) / num_steps, h, u)
+    def _along(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        """The tangent part of v at x."""
+        return geodesics.tangent(x, v)
+
+    def _between(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """log_x(y)."""
+        return geodesics.log(x, y, self.radius)
 
 
 def distillation_loss(
@@ -194,8 +233,8 @@ def distillation_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a head that learns the mean velocity of a teacher's guided flow.
 
-    It is the mean of (u(x, t, h, c) − target)², with the targets of `mean_velocity_targets`. The AR
-    model is frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
+    It is the mean of (u(x, t, h, c) − target)², with the head's own `targets`. The AR model is
+    frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
     therefore needs no null rows.
 
     Args:
@@ -204,31 +243,30 @@ def distillation_loss(
       teacher: parameters of the same AR model with the head `MeanVelocity.teacher`.
       labels: labels of B images, see `conditions`.
       z: (B, L, d) tokens.
-      noise: (B, L, d) standard normal. The trajectories start at it, `FlowHead.scaled`.
+      noise: (B, L, d) standard normal.
       scales: (L,) s_k.
-      levels: see `mean_velocity_targets`.
-      num_steps: see `mean_velocity_targets`.
+      levels: see `MeanVelocity.targets`.
+      num_steps: see `MeanVelocity.targets`.
 
     Returns:
       (loss, scalars) of `MeanVelocity.loss`.
     """
     B, L, d = z.shape
-    flow_head = ar.head.teacher()
+    teacher_head = ar.head.teacher()
     both = jax.tree.map(
         lambda a, null: jnp.concatenate([a, null]), labels, ar.condition.null(labels)
     )
-    model = ar.clone(head=flow_head)
+    model = ar.clone(head=teacher_head)
     c = model.apply({'params': teacher}, both, jnp.concatenate([z, z]), method='conditions')
     rows = c.reshape(2 * B * L, -1)
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:
         """The teacher's guided velocity of all tokens, (B·L, d)."""
         arguments = (jnp.concatenate([x, x]), rows, jnp.full(len(rows), t))
-        v = flow_head.apply({'params': teacher['head']}, *arguments, method='velocity')
+        v = teacher_head.apply({'params': teacher['head']}, *arguments, method='velocity')
         v_cond, v_null = jnp.split(v, 2)
         return guide(v_cond, v_null, jnp.tile(scales, B)[:, None])
 
-    start = ar.head.scaled(noise.reshape(B * L, d))
-    targets = mean_velocity_targets(guided, start, levels, num_steps)
+    targets = ar.head.targets(guided, noise.reshape(B * L, d), levels, num_steps)
     frozen = jax.lax.stop_gradient((c[:B], z, targets))
     return ar.head.apply({'params': head}, *frozen, method='loss')
