@@ -230,16 +230,17 @@ def test_variants_of_the_digits():
     cfg.init_from = '/somewhere'
     assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
     assert build.build_sampler(cfg).options.plan(16).evaluations == 2
+    geodesic = _load('digits', 'riemannian,distilled')
+    geodesic.init_from = '/somewhere'
+    head = build.build_ar(checks.check(geodesic)).head
+    assert isinstance(head.teacher(), HEADS['riemannian'])
+    geodesic.ar.head = 'flow'
+    with pytest.raises(UserError, match='is flow: use mean_velocity'):
+        checks.check(geodesic)
     cfg.ar.head = 'riemannian'
     with pytest.raises(UserError, match='is riemannian: use geodesic_mean_velocity'):
         checks.check(cfg)
-    cfg.distillation_training.head = 'geodesic_mean_velocity'
-    head = build.build_ar(checks.check(cfg)).head
-    assert isinstance(head.teacher(), HEADS['riemannian'])
     cfg.ar.head = 'flow'
-    with pytest.raises(UserError, match='is flow: use mean_velocity'):
-        checks.check(cfg)
-    cfg.distillation_training.head = 'mean_velocity'
     for wrong, message in (
         ({'sampling.num_steps': 3}, 'knows equal steps'),
         ({'distillation_training.teacher_steps': 3}, 'divisors'),
