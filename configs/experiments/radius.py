@@ -49,5 +49,13 @@ def get_config(arg: str = '') -> ConfigDict:
         *(f'radius_1 radius_{end} frechet_best' for end in others),
         *(f'scaled_{end} radius_{end} frechet_best' for end in others),
     )
+    c.curves = {
+        'noise as it is': tuple(f'radius_{end}' for end in FACTORS),
+        'noise of the same length': tuple(
+            f'scaled_{end}' if end in others else f'radius_{end}' for end in FACTORS
+        ),
+    }
+    c.curves_at = tuple(FACTORS.values())
+    c.curves_over = 'radius R/√d'
     c.guidance_scales = (1.0, 1.5, 2.0, 3.0)
     return experiments.finish(c, arg)

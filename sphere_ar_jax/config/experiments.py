@@ -105,6 +105,11 @@ def default(base: ConfigDict) -> ConfigDict:
             common_guidance=1.5,
             # Pairs that the claim orders: 'BETTER WORSE SCORE', a score of SCORES.
             comparisons=(),
+            # {line: rows} of a plot of the Fréchet distance, the numbers that belong to the rows of
+            # each line, and what the numbers are.
+            curves=dict(),
+            curves_at=(),
+            curves_over='',
             # Of the kind `propagation`: sizes of the disturbance as shares of the token's norm,
             # positions of the disturbed tokens as shares of the sequence, and images.
             disturbances=(0.01, 0.03, 0.1),
@@ -185,6 +190,11 @@ def check(config: ConfigDict) -> ConfigDict:
     for name, others in config.variants.items():
         for other in (name, *others):
             _require(other in config.rows, f'variants: there is no row {other}')
+    for name, others in config.curves.items():
+        _require(
+            len(others) == len(config.curves_at) and all(other in config.rows for other in others),
+            f'curves: {name} needs a row for each of curves_at, {tuple(config.curves_at)}',
+        )
     for words in config.comparisons:
         _check_comparison(config, words)
     for name in config.rows:
@@ -270,7 +280,13 @@ _DATA: dict[str, tuple[str, str, int]] = {
 }
 
 
-def start(name: str, arg: str, title: str, more: str = '') -> ConfigDict:
+def start(
+    name: str,
+    arg: str,
+    title: str,
+    more: str = '',
+    sampler: str = 'ab2 with 10 evaluations',
+) -> ConfigDict:
     """The config of an experiment before its rows, on the data that its word names.
 
     The trainings have half the steps of the data's own config.
@@ -281,6 +297,7 @@ def start(name: str, arg: str, title: str, more: str = '') -> ConfigDict:
         the digits, 'smoke' for what `finish` does.
       title: the heading of the page.
       more: a further sentence of the method.
+      sampler: what the method calls the rows' sampler.
 
     Raises:
       ValueError: another word was given; one line.
@@ -294,7 +311,7 @@ def start(name: str, arg: str, title: str, more: str = '') -> ConfigDict:
     c.seeds = tuple(range(seeds))
     c.method = (
         f'All rows share data, order, noise, sizes and steps: half the steps of configs/{data}.py, '
-        f'ab2 with 10 evaluations, constant guidance. {more}{scores}'
+        f'{sampler}, constant guidance. {more}{scores}'
         'A lead is the difference of two rows, seed by seed.'
     )
     return c
@@ -323,6 +340,7 @@ def _make_small(config: ConfigDict) -> None:
         if name not in first:
             del config.rows[name]
     config.variants = {}
+    config.curves = {}
     config.comparisons = tuple(
         words for words in config.comparisons if set(words.split()[:2]) <= set(first)
     )

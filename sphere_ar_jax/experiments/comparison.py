@@ -265,7 +265,7 @@ _GUIDED = {
 }
 
 
-def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+def _plot_guidance(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
     """Plots scores of samples against the guidance scale, one line for each row."""
     figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
     for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
@@ -279,8 +279,42 @@ def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) 
     axes[0].set_yscale('log')
     axes[0].legend(fontsize=7)
     figure.tight_layout()
-    save_figure(figure, f'{directory}/guidance.png')
-    return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
+    save_figure(figure, path)
+
+
+def _plot_rows(path: str, config: ConfigDict, measured: report.MeasuredParts) -> None:
+    """Plots the Fréchet distance at the best guidance over the numbers of `curves_at`."""
+    scores: dict[str, list[float]] = {}
+    for unit in measured:
+        best = summarize(config, unit['lines'])['frechet_best']
+        scores.setdefault(unit['row'], []).append(best)
+    figure, axis = plt.subplots(figsize=(5.6, 3.8))
+    for line, rows in config.curves.items():
+        shown = [(x, row) for x, row in zip(config.curves_at, rows, strict=True) if row in scores]
+        found = [statistics.interval(scores[row]) for _, row in shown]
+        if shown:
+            _band(axis, [x for x, _ in shown], found, label=line)
+    axis.set_xscale('log', base=2)
+    axis.set_xticks(config.curves_at, [f'{x:g}' for x in config.curves_at])
+    axis.set_yscale('log')
+    axis.set_xlabel(config.curves_over)
+    axis.set_ylabel('Fréchet distance, best guidance')
+    axis.grid(alpha=0.3, which='both')
+    axis.legend()
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _plots(
+    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
+) -> dict[str, str]:
+    """Writes the plot over guidance, or that of the config's `curves` where it has some."""
+    if not config.curves:
+        _plot_guidance(f'{directory}/guidance.png', rows, measured)
+        return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
+    _plot_rows(f'{directory}/curves.png', config, measured)
+    words = f'Fréchet distance of samples over the {config.curves_over}, with 95% intervals'
+    return {'curves.png': words}
 
 
 KIND = report.Kind(

@@ -356,8 +356,11 @@ def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts
     save_figure(figure, path)
 
 
-def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+def _plots(
+    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
+) -> dict[str, str]:
     """Writes both plots."""
+    del config
     _plot_norms(f'{directory}/norms.png', rows, measured)
     _plot_changes(f'{directory}/changes.png', rows, measured)
     return {

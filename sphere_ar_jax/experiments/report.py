@@ -39,14 +39,15 @@ class Kind(NamedTuple):
       measure: (experiment's config, run's config, directory of the models, mesh) → the lines that
         are measured of one row and seed.
       summarize: (experiment's config, lines) → the scores that a claim may be about.
-      plots: (rows, measured parts, directory) → {file that was written: what it shows}.
+      plots: (experiment's config, rows that are measured, measured parts, directory) → {file that
+        was written: what it shows}.
       tables: (measured parts) → {heading: table} beyond those of the scores.
     """
 
     measured_by: tuple[str, ...]
     measure: Callable[[ConfigDict, ConfigDict, str, Mesh], list[dict[str, Any]]]
     summarize: Callable[[ConfigDict, Sequence[dict[str, Any]]], dict[str, float]]
-    plots: Callable[[Sequence[str], MeasuredParts, str], dict[str, str]]
+    plots: Callable[[ConfigDict, Sequence[str], MeasuredParts, str], dict[str, str]]
     tables: Callable[[MeasuredParts], dict[str, Table]] = no_tables
 
 
@@ -358,7 +359,7 @@ def write(kind: Kind, config: ConfigDict, found: Mapping[str, Any], directory: s
       directory: the experiment's directory.
     """
     rows = [row for row in config.rows if row in found['rows']]
-    plots = kind.plots(rows, found['measured'], directory) if rows else {}
+    plots = kind.plots(config, rows, found['measured'], directory) if rows else {}
     files.write_bytes(f'{directory}/page.md', _markdown(kind, config, found, plots).encode())
     body = [
         f'<p><b>Claim.</b> {html.escape(config.claim)}</p>',

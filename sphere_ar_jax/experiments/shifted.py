@@ -184,8 +184,11 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
     return scores | {'clean_distance': float(np.mean(clean))}
 
 
-def _plots(rows: Sequence[str], measured: report.MeasuredParts, directory: str) -> dict[str, str]:
+def _plots(
+    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
+) -> dict[str, str]:
     """Plots distances and norms by position, of the shortest prefix and the largest severities."""
+    del config
     size = (4.2 * len(rows), 6.4)
     figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
     for column, row in zip(axes.T, rows, strict=True):

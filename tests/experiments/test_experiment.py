@@ -418,6 +418,36 @@ def test_a_score_is_measured_anew_where_old_lines_lack_it(tmp_path, faked, monke
     assert both['rows']['power_spherical']['frechet_best']['seeds'] == 2
 
 
+def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
+    """The plot over guidance gives way to that of the curves, also while rows are missing."""
+    c = small(seeds=(0, 1))
+    c.curves = {'line': ('power_spherical', 'gaussian_norm')}
+    c.curves_at = (1, 4)
+    c.curves_over = 'number of things'
+    experiments.check(c)
+    with_plots = experiment._KINDS['comparison']._replace(plots=comparison.KIND.plots)
+    monkeypatch.setitem(experiment._KINDS, 'comparison', with_plots)
+    drawn = []
+    band = comparison._band
+    monkeypatch.setattr(
+        comparison,
+        '_band',
+        lambda *words, **style: drawn.append(words[1:]) or band(*words, **style),
+    )
+    experiment.run(c, 'two', str(tmp_path), 'COMMAND')
+    # The first row of the first seed alone, and in the end both rows with both seeds.
+    assert drawn[0][0] == [1] and drawn[0][1][0].seeds == 1
+    x, found = drawn[-1]
+    assert x == [1, 4] and [interval.seeds for interval in found] == [2, 2]
+    np.testing.assert_allclose([interval.mean for interval in found], [1.5 * 1.005, 2.5 * 1.005])
+    assert (tmp_path / 'two' / 'curves.png').stat().st_size > 5000
+    assert not (tmp_path / 'two' / 'guidance.png').exists()
+    assert '](curves.png)' in (tmp_path / 'two' / 'page.md').read_text()
+    c.curves_at = (1, 2, 4)
+    with pytest.raises(UserError, match='curves: line needs a row for each of curves_at'):
+        experiments.check(c)
+
+
 @pytest.fixture(scope='module')
 def shared(tmp_path_factory):
     """A workdir of several experiments, which share trained models."""
