@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -14,10 +15,8 @@ from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
-NAMES = (
-    'guidance', 'ablation', 'collapse', 'propagation', 'backbones', 'magnitude', 'radius',
-    'shifted', 'sequences',
-)  # fmt: skip
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'experiments'
+NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
 
 
 def small(**changes):
