@@ -271,8 +271,8 @@ def _check_polar(config: ConfigDict) -> None:
 
 def _check_teacher(teacher: str, head: str) -> None:
     """Checks that a head is distilled from the head that the AR model has."""
-    wants = {word: getattr(found, 'TEACHER', None) for word, found in HEADS.items()}
-    fitting = [word for word, found in wants.items() if found is pick(HEADS, 'ar.head', teacher)]
+    known = pick(HEADS, 'ar.head', teacher)
+    fitting = [word for word, found in HEADS.items() if getattr(found, 'TEACHER', None) is known]
     _require(
         len(fitting) > 0,
         f'no head can be distilled from ar.head {teacher}: take a run whose ar.head is flow or '

@@ -5,7 +5,7 @@ Dimensions:
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -282,16 +282,15 @@ def _plot_guidance(path: str, rows: Sequence[str], measured: report.MeasuredPart
     save_figure(figure, path)
 
 
-def _plot_rows(path: str, config: ConfigDict, measured: report.MeasuredParts) -> None:
-    """Plots the Fréchet distance at the best guidance over the numbers of `curves_at`."""
-    scores: dict[str, list[float]] = {}
-    for unit in measured:
-        best = summarize(config, unit['lines'])['frechet_best']
-        scores.setdefault(unit['row'], []).append(best)
+def _plot_rows(path: str, config: ConfigDict, scores: Mapping[str, Any]) -> None:
+    """Plots the Fréchet distance at the best guidance over the numbers of `curves_at`.
+
+    `scores` are the rows of results.json.
+    """
     figure, axis = plt.subplots(figsize=(5.6, 3.8))
     for line, rows in config.curves.items():
         shown = [(x, row) for x, row in zip(config.curves_at, rows, strict=True) if row in scores]
-        found = [statistics.interval(scores[row]) for _, row in shown]
+        found = [report.interval(scores[row]['frechet_best']) for _, row in shown]
         if shown:
             _band(axis, [x for x, _ in shown], found, label=line)
     axis.set_xscale('log', base=2)
@@ -305,14 +304,12 @@ def _plot_rows(path: str, config: ConfigDict, measured: report.MeasuredParts) ->
     save_figure(figure, path)
 
 
-def _plots(
-    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
-) -> dict[str, str]:
+def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Writes the plot over guidance, or that of the config's `curves` where it has some."""
     if not config.curves:
-        _plot_guidance(f'{directory}/guidance.png', rows, measured)
+        _plot_guidance(f'{directory}/guidance.png', list(found['rows']), found['measured'])
         return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
-    _plot_rows(f'{directory}/curves.png', config, measured)
+    _plot_rows(f'{directory}/curves.png', config, found['rows'])
     words = f'Fréchet distance of samples over the {config.curves_over}, with 95% intervals'
     return {'curves.png': words}
 

@@ -8,7 +8,7 @@ Dimensions:
   B  images     L  tokens of an image     d  latent dimension
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -356,13 +356,12 @@ def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts
     save_figure(figure, path)
 
 
-def _plots(
-    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
-) -> dict[str, str]:
+def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Writes both plots."""
     del config
-    _plot_norms(f'{directory}/norms.png', rows, measured)
-    _plot_changes(f'{directory}/changes.png', rows, measured)
+    rows = list(found['rows'])
+    _plot_norms(f'{directory}/norms.png', rows, found['measured'])
+    _plot_changes(f'{directory}/changes.png', rows, found['measured'])
     return {
         'norms.png': 'norms of tokens before projection',
         'changes.png': 'changes of later tokens after a disturbance of one',

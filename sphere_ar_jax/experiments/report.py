@@ -39,15 +39,15 @@ class Kind(NamedTuple):
       measure: (experiment's config, run's config, directory of the models, mesh) → the lines that
         are measured of one row and seed.
       summarize: (experiment's config, lines) → the scores that a claim may be about.
-      plots: (experiment's config, rows that are measured, measured parts, directory) → {file that
-        was written: what it shows}.
+      plots: (experiment's config, what results.json holds, directory) → {file that was written:
+        what it shows}.
       tables: (measured parts) → {heading: table} beyond those of the scores.
     """
 
     measured_by: tuple[str, ...]
     measure: Callable[[ConfigDict, ConfigDict, str, Mesh], list[dict[str, Any]]]
     summarize: Callable[[ConfigDict, Sequence[dict[str, Any]]], dict[str, float]]
-    plots: Callable[[ConfigDict, Sequence[str], MeasuredParts, str], dict[str, str]]
+    plots: Callable[[ConfigDict, Mapping[str, Any], str], dict[str, str]]
     tables: Callable[[MeasuredParts], dict[str, Table]] = no_tables
 
 
@@ -171,8 +171,8 @@ def _plain(interval: statistics.Interval) -> dict[str, Any]:
     return {'mean': interval.mean, **finite, 'seeds': interval.seeds}
 
 
-def _interval(plain: Mapping[str, Any]) -> statistics.Interval:
-    """The interval that `_plain` wrote."""
+def interval(plain: Mapping[str, Any]) -> statistics.Interval:
+    """Reads an interval of results.json, as `table` gives it."""
     low = -math.inf if plain['low'] is None else plain['low']
     high = math.inf if plain['high'] is None else plain['high']
     return statistics.Interval(plain['mean'], low, high, plain['seeds'])
@@ -244,7 +244,7 @@ def _score_tables(kind: Kind, found: Mapping[str, Any]) -> dict[str, Table]:
         if not names:
             continue
         cells = [
-            [row, *(str(_interval(scores[name])) for name in names)]
+            [row, *(str(interval(scores[name])) for name in names)]
             for row, scores in found['rows'].items()
         ]
         tables[heading] = (['row', *(columns[name] for name in names)], cells)
@@ -257,7 +257,7 @@ def _verdict_table(found: Mapping[str, Any]) -> Table:
     cells = []
     for verdict in found['verdicts']:
         better, worse = verdict['variants']
-        lead = _interval(verdict['advantage'])
+        lead = interval(verdict['advantage'])
         cells.append(
             [
                 f'{better} before {worse}',
@@ -358,8 +358,7 @@ def write(kind: Kind, config: ConfigDict, found: Mapping[str, Any], directory: s
       found: what results.json holds.
       directory: the experiment's directory.
     """
-    rows = [row for row in config.rows if row in found['rows']]
-    plots = kind.plots(config, rows, found['measured'], directory) if rows else {}
+    plots = kind.plots(config, found, directory) if found['rows'] else {}
     files.write_bytes(f'{directory}/page.md', _markdown(kind, config, found, plots).encode())
     body = [
         f'<p><b>Claim.</b> {html.escape(config.claim)}</p>',

@@ -7,7 +7,7 @@ Dimensions:
   n  images     L  tokens of an image     d  latent dimension
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,15 +184,14 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
     return scores | {'clean_distance': float(np.mean(clean))}
 
 
-def _plots(
-    config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts, directory: str
-) -> dict[str, str]:
+def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Plots distances and norms by position, of the shortest prefix and the largest severities."""
     del config
+    rows = list(found['rows'])
     size = (4.2 * len(rows), 6.4)
     figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
     for column, row in zip(axes.T, rows, strict=True):
-        lines = report.of_part(measured, row, 'shifted')
+        lines = report.of_part(found['measured'], row, 'shifted')
         kept = min(line['kept'] for line in lines)
         for word in dict.fromkeys(line['corruption'] for line in lines):
             most = max(line['severity'] for line in lines if line['corruption'] == word)

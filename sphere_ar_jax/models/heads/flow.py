@@ -474,7 +474,7 @@ class FlowHead(nn.Module):
                 return evaluate(x, modulation)
             return _guided_velocity(evaluate, guidance, inside, x, modulation)
 
-        start, weights, advance = self._way(noise[0], solver)
+        start, weights, advance = self._way(noise[0], solver.t, solver.weights)
         return solvers.integrate(
             velocity,
             start,
@@ -487,10 +487,11 @@ class FlowHead(nn.Module):
         )
 
     def _way(
-        self, noise: jax.Array, solver: Solver
+        self, noise: jax.Array, t: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, PyTree, Callable[..., tuple[jax.Array, jax.Array]]]:
         """Where a token starts, what its steps read, and a step; see `solvers.integrate`."""
-        return noise, solver.weights, solvers.step
+        del t
+        return noise, weights, solvers.step
 
 
 def _guided_velocity(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.flow.guidance import guide
-from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, Solver, time_sinusoid
+from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, time_sinusoid
 from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.models.transformer import INIT
 from sphere_ar_jax.runtime.types import PyTree
@@ -174,8 +174,7 @@ class MeanVelocity(FlowHead):
             )
         table = solvers.table('ab2', num_steps)
         times = jnp.asarray(table.t)
-        solver = Solver(times, jnp.asarray(table.weights), jnp.asarray(num_steps), times)
-        first, weights, step = self._way(self.scaled(noise), solver)
+        first, weights, step = self._way(self.scaled(noise), times, jnp.asarray(table.weights))
 
         def advance(state, inputs):
             x, memory = state
@@ -234,8 +233,8 @@ def distillation_loss(
     """Loss of a head that learns the mean velocity of a teacher's guided flow.
 
     It is the mean of (u(x, t, h, c) − target)², with the head's own `targets`. The AR model is
-    frozen. The teacher's guidance, s_k at token k, becomes part of the head, which
-    therefore needs no null rows.
+    frozen. The teacher's guidance, s_k at token k, becomes part of the head, which therefore needs
+    no null rows.
 
     Args:
       ar: an `ar.AR` with a `MeanVelocity` head.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.flow import solvers
-from sphere_ar_jax.models.heads.flow import FlowHead, Solver
+from sphere_ar_jax.models.heads.flow import FlowHead
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sphere import geodesics, geometry
 
@@ -120,8 +120,8 @@ class Riemannian(FlowHead):
         return self.weighted(jnp.mean(jnp.square(v - u_t))), {'angle': jnp.mean(angle)}
 
     def _way(
-        self, noise: jax.Array, solver: Solver
+        self, noise: jax.Array, t: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, PyTree, Callable[..., tuple[jax.Array, jax.Array]]]:
         """A uniform start, the times beside the weights, and `geodesic_step`."""
         step = functools.partial(geodesic_step, radius=self.radius)
-        return geometry.project(noise, self.radius), (solver.t, solver.weights), step
+        return geometry.project(noise, self.radius), (t, weights), step
