@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.evaluation import pictures, small_images
-from sphere_ar_jax.flow import plan
+from sphere_ar_jax.flow import plan, solvers
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run, load_run
@@ -33,7 +33,6 @@ from sphere_ar_jax.training.run import Run, load_run
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
 _ROW = ('workdir', 'setting', 'num_images', 'evaluations', *SCORES)  # what scores.jsonl has
-_SOLVERS = ('euler', 'ab2', 'dpmpp_2m', 'heun', 'euler_maruyama')
 
 # Settings by name: (keyword arguments of `plan.Options`, guidance scale).
 _Settings: TypeAlias = dict[str, tuple[dict[str, Any], float | None]]
@@ -60,7 +59,7 @@ def _steps(solver: str, evaluations: int) -> int:
 def _all_solvers(scale: float, evaluations: int) -> _Settings:
     """Every solver, with steps for so many evaluations."""
     found: _Settings = {}
-    for solver in _SOLVERS:
+    for solver in solvers.STRAIGHT:
         found |= _setting(scale, solver, _steps(solver, evaluations))
     return found
 
@@ -68,7 +67,7 @@ def _all_solvers(scale: float, evaluations: int) -> _Settings:
 def _annealed(scale: float, first: int, last: int, annealing: str) -> _Settings:
     """Every solver, with steps for `first` evaluations at token 0 and `last` at the last token."""
     found: _Settings = {}
-    for solver in _SOLVERS:
+    for solver in solvers.STRAIGHT:
         found |= _setting(
             scale,
             solver,
