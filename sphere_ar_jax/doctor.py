@@ -106,8 +106,7 @@ def _trainings(
     Raises:
       UserError: the config is impossible, or knows fewer classes than there are.
     """
-    from sphere_ar_jax.commands import train
-    from sphere_ar_jax.config import schema
+    from sphere_ar_jax.config import build, schema
     from sphere_ar_jax.config.checks import check
     from sphere_ar_jax.measure import programs
 
@@ -115,7 +114,7 @@ def _trainings(
     if not trains:
         return None
     if source is not None:
-        train.count_classes(cfg, source)
+        build.count_classes(cfg, source)
     if schema.num_classes(cfg) is None:
         return None
     return programs.stages(cfg)

@@ -190,24 +190,6 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     return teacher
 
 
-def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None:
-    """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
-
-    Args:
-      cfg: a config.
-      source: its images.
-
-    Raises:
-      UserError: the images have more classes than the model.
-    """
-    known = schema.num_classes(cfg)
-    if known is None:
-        known = source.num_classes
-        cfg.data.num_classes = known
-    if source.num_classes > known:
-        raise UserError(f'{cfg.data.path} has {source.num_classes} classes, but the model {known}')
-
-
 def _check_labels(cfg: ConfigDict, train: small.Split) -> None:
     """Raises UserError unless every class of a small data set gets a sample to be scored."""
     if cfg.sampling.num_images < train.num_classes:
@@ -229,7 +211,7 @@ def _open_data(cfg: ConfigDict) -> _Data:
     d = cfg.data
     if d.name in small.KINDS:
         data = build.open_data_set(cfg)
-        count_classes(cfg, data.train)
+        build.count_classes(cfg, data.train)
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)
         return _Data(data.train, data, data.heldout, {})
@@ -237,7 +219,7 @@ def _open_data(cfg: ConfigDict) -> _Data:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
-    count_classes(cfg, source)
+    build.count_classes(cfg, source)
     if isinstance(source, sources.Latents):
         training, heldout = sources.split(source, d.holdout_files)
         reading = dict(workers=d.workers, threads=d.threads)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
-from sphere_ar_jax.data import small
+from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
@@ -43,6 +43,24 @@ def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
     place = d.path if path is None else path
     data = small.open_data_set(d.name, place, config.seed, d.holdout, d.classes, d.brightness)
     return small.enlarged(data, d.enlarge)
+
+
+def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None:
+    """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
+
+    Args:
+      cfg: a config.
+      source: its images.
+
+    Raises:
+      UserError: the images have more classes than the model.
+    """
+    known = schema.num_classes(cfg)
+    if known is None:
+        known = source.num_classes
+        cfg.data.num_classes = known
+    if source.num_classes > known:
+        raise UserError(f'{cfg.data.path} has {source.num_classes} classes, but the model {known}')
 
 
 class Sampler(NamedTuple):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
-from sphere_ar_jax.config import experiments, schema
+from sphere_ar_jax.config import build, experiments, schema
 from sphere_ar_jax.experiments import comparison, propagation, report, runs, shifted, speed
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
@@ -301,6 +301,7 @@ def run(config: ConfigDict, name: str, workdir: str, command: str) -> dict[str, 
       What results.json holds.
     """
     mesh = sharding.make_mesh()
+    build.count_classes(config.base, build.open_data_set(config.base).train)
     directory = os.path.join(workdir, name)
     os.makedirs(directory, exist_ok=True)
     with files.owned(workdir, 'an experiment'):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.commands import experiment as command
-from sphere_ar_jax.config import experiments, packaged
+from sphere_ar_jax.config import build, experiments, packaged
 from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
+from tests.data import test_idx as idx
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'experiments'
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
@@ -451,6 +452,41 @@ def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
 def shared(tmp_path_factory):
     """A workdir of several experiments, which share trained models."""
     return tmp_path_factory.mktemp('experiments')
+
+
+def _on_idx_files(c, directory):
+    """The same experiment on IDX files of 14×14 pixels, which become 16×16."""
+    idx.write(directory, shape=(14, 14))
+    c.base.data.update(name='idx', path=str(directory), num_classes=None, classifier_steps=3)
+    return experiments.check(c)
+
+
+def test_idx_files_say_how_many_classes_there_are(tmp_path, faked, monkeypatch):
+    """Every row's model knows them, and the experiment's record says so."""
+    c = _on_idx_files(small(seeds=(0,)), tmp_path / 'data')
+    found = experiment.run(c, 'two', str(tmp_path / 'w'), 'COMMAND')
+    assert found['config']['base']['data']['num_classes'] == 3
+    for row in c.rows:
+        assert build.build_ar(experiments.row(c, row, 0)).condition.num_classes == 3
+    c.base.data.num_classes = 2
+    with pytest.raises(UserError, match='has 3 classes, but the model 2'):
+        experiment.run(c, 'two', str(tmp_path / 'w'), 'COMMAND')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ablation', 'propagation', 'shifted'])
+@libraries_promote()
+def test_every_kind_runs_on_idx_files(tmp_path, name):
+    """Two rows with the scores of the classifier's features."""
+    c = packaged.load(f'experiments/{name}:fashion,smoke')
+    c.base.vae.grid = (4, 4)
+    c.seeds = (0,)
+    c.num_images = 18
+    _on_idx_files(c, tmp_path / 'data')
+    found = experiment.run(c, name, str(tmp_path / 'w'), 'COMMAND')
+    assert set(found['rows']) == set(c.rows) and len(c.rows) == 2
+    for scores in found['rows'].values():
+        assert all(np.isfinite(score['mean']) for score in scores.values())
 
 
 @pytest.mark.slow

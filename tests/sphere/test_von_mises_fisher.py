@@ -12,9 +12,7 @@ from sphere_ar_jax.sphere import geometry, von_mises_fisher
 DIMENSIONS = [2, 3, 8, 16, 64]
 # The least dimension and that of the published tokens; the others take as long.
 FAST = (2, 16)
-FEW_ARE_FAST = [
-    pytest.param(d, marks=() if d in FAST else pytest.mark.slow) for d in DIMENSIONS
-]
+FEW_ARE_FAST = [pytest.param(d, marks=() if d in FAST else pytest.mark.slow) for d in DIMENSIONS]
 KAPPAS = [0.0, 1e-3, 0.3, 1.0, 17.5, 100.0, 1e3, 1e4]
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 PANELS = 40
