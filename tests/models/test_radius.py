@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from sphere_ar_jax.config import build, checks
-from sphere_ar_jax.flow import path
+from sphere_ar_jax.flow import paths
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.heads import FlowHead, GeodesicMeanVelocity, MeanVelocity, Riemannian
 from sphere_ar_jax.models.heads.mean_velocity import Segments
@@ -212,9 +212,9 @@ def test_the_scale_of_the_loss_does_not_depend_on_the_radius():
     angle = np.arccos(np.sum(unit[::2] * unit[1::2], axis=-1))
     for radius, s in ((None, 1.0), (ROOT / 4, 1.0), (4 * ROOT, 1.0), (ROOT / 4, 0.25), (None, 3.0)):
         R = ROOT if radius is None else radius
-        head = FlowHead(D, 4, 1, 1, radius=radius, prior_scale=s)
-        assert head.weighted(np.mean((R * unit - s * noise) ** 2)) == pytest.approx(2, rel=0.02)
-        geodesic = Riemannian(D, 4, 1, 1, radius=radius)
+        straight = paths.Straight(D, radius, s)
+        assert straight.weighted(np.mean((R * unit - s * noise) ** 2)) == pytest.approx(2, rel=0.02)
+        geodesic = paths.Geodesic(D, radius)
         assert geodesic.weighted(np.mean((R * angle) ** 2) / D) == pytest.approx(np.mean(angle**2))
 
 
@@ -233,10 +233,12 @@ def test_without_a_radius_the_loss_is_the_published_program():
         z = jax.lax.stop_gradient(z)
         t = jax.nn.sigmoid(t_normal)
         copies = jnp.broadcast_to(z, noise.shape)
-        x_t = path.interpolate(noise, copies, t)
+        column = t[..., None]
+        x_t = (1 - column) * noise + column * copies
+        u_t = copies - noise
         v = head.velocities(x_t, c, t)
-        error = jnp.square(v - (copies - noise))
         predicted = x_t + (1 - t[..., None]) * v
+        error = jnp.square(v - u_t)
         return jnp.mean(error), {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
 
     def program(method):

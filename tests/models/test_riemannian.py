@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import integrate, spatial
 
-from sphere_ar_jax.flow import solvers
+from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.heads import check_solver
-from sphere_ar_jax.models.heads.riemannian import Riemannian, geodesic_step
+from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.sphere import geodesics, geometry
 from tests.tiny_config import random_arrays
 
@@ -39,7 +39,7 @@ def _solve(velocity, x, t, weights, has_noise, noise=None):
     """The end of a table from x."""
 
     def advance(row, x, memory, v, *noise):
-        return geodesic_step(row, x, memory, geodesics.tangent(x, v), *noise)
+        return paths.Geodesic(x.shape[-1]).step(row, x, memory, geodesics.tangent(x, v), *noise)
 
     t = t.astype(x.dtype)
     return solvers.integrate(

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax.flow import guidance, solvers
+from sphere_ar_jax.flow import guidance, paths, solvers
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, discriminators
 from sphere_ar_jax.models.conditions import classes
-from sphere_ar_jax.models.heads import HEADS, mean_velocity, riemannian
+from sphere_ar_jax.models.heads import HEADS, mean_velocity
 from sphere_ar_jax.models.posteriors import power_spherical
 from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.sphere import geodesics, geometry
@@ -221,7 +221,7 @@ def _euclidean(t, w, x, memory, v):
 
 
 def _geodesic(t, w, x, memory, v):
-    return riemannian.geodesic_step((t, w), x, memory, v)
+    return paths.Geodesic(x.shape[-1]).step((t, w), x, memory, v)
 
 
 @pytest.mark.slow

@@ -28,18 +28,19 @@ class DirectionMagnitude(FlowHead):
     magnitude_weight: float = 1.0
 
     def _scored(
-        self, error: jax.Array, predicted: jax.Array
+        self, error: jax.Array, end: jax.Array, z: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss mean error_direction + magnitude_weight · mean error_magnitude.
 
         Args:
           error: squared errors of the velocities (m, B, L, d + 1).
-          predicted: data points (m, B, L, d + 1).
+          end: predicted tokens (m, B, L, d + 1).
+          z: the tokens, in the same shape.
 
         Returns:
           (loss, scalars): the loss () float32. The scalars are token_norm, of the directions, and
             magnitude_loss, the mean error of the last number.
         """
-        loss, scalars = super()._scored(error[..., :-1], predicted[..., :-1])
+        loss, scalars = super()._scored(error[..., :-1], end[..., :-1], z[..., :-1])
         magnitude = jnp.mean(error[..., -1])
         return loss + self.magnitude_weight * magnitude, scalars | {'magnitude_loss': magnitude}

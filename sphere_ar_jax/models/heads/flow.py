@@ -18,7 +18,7 @@ Dimensions:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,13 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sphere_ar_jax.flow import path, solvers
+from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.transformer import EPS, INIT
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sphere import geometry
 
 # The least number of rows that a product of the head should have. A product of fewer rows spends
 # its time on reading weights, not on computing.
@@ -171,6 +170,8 @@ class FlowHead(nn.Module):
     `draws` and `loss` are typed for any tree, since a head that extends this one may draw others.
 
     Attributes:
+      PATH: the paths that tokens follow, made of latent_dim, radius and prior_scale.
+      SOLVERS: the solvers that follow them.
       latent_dim: d.
       width: M.
       depth: residual blocks in all.
@@ -179,14 +180,15 @@ class FlowHead(nn.Module):
       unroll: groups, and blocks of a group, per iteration of their scans (speed only).
       dtype: dtype of the computation; parameters and the returned velocity are float32.
       scan: see `transformer.Stack`.
-      radius: R of the sphere of the tokens, of which the loss's weight is made, see `weighted`;
-        None stands for √d, and for tokens on no sphere.
+      radius: R of the sphere of the tokens; None stands for √d, and for tokens on no sphere.
       prior_scale: s, the standard deviation of x₀ and of all noise of a solver.
 
     Raises:
-      ValueError: groups does not divide depth, or radius or prior_scale is not a finite number
-        above 0.
+      ValueError: groups does not divide depth, or the path refuses radius or prior_scale.
     """
+
+    PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = paths.Straight
+    SOLVERS: ClassVar[tuple[str, ...]] = paths.Straight.SOLVERS
 
     latent_dim: int
     width: int
@@ -200,10 +202,13 @@ class FlowHead(nn.Module):
     prior_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        geometry.check_radius(self.radius)
-        if not (math.isfinite(self.prior_scale) and self.prior_scale > 0):
-            raise ValueError(f'prior_scale must be a number above 0, not {self.prior_scale}')
+        self.path()
         super().__post_init__()
+
+    @nn.nowrap
+    def path(self) -> paths.Path:
+        """Makes the paths from noise to tokens."""
+        return self.PATH(self.latent_dim, self.radius, self.prior_scale)
 
     def setup(self) -> None:
         if self.depth % self.groups:
@@ -321,23 +326,6 @@ class FlowHead(nn.Module):
         v = self(x_t.reshape(-1, self.latent_dim), t_emb, c_emb)
         return v.reshape(x_t.shape).swapaxes(0, 1)
 
-    def scaled(self, noise: jax.Array) -> jax.Array:
-        """Noise s·ε for standard normal ε, see `prior_scale`."""
-        return noise if self.prior_scale == 1 else self.prior_scale * noise
-
-    def weighted(self, error: jax.Array) -> jax.Array:
-        """Gives a squared error of velocities the weight 2d/(R² + s²d).
-
-        The velocities z − x₀ have a mean square of (R² + s²d)/d, so that neither R nor s changes
-        the scale of the loss. At R = √d and s = 1 the weight is 1, and nothing is multiplied. See
-        `docs/method.md`, "Radius".
-        """
-        if self.radius is None and self.prior_scale == 1:
-            return error
-        d = self.latent_dim
-        square = geometry.radius(d, self.radius) ** 2 + self.prior_scale**2 * d
-        return 2 * d / square * error
-
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> PyTree:
         """The random draws of `loss`.
 
@@ -367,10 +355,11 @@ class FlowHead(nn.Module):
     def loss(
         self, c: jax.Array, z: jax.Array, draws: PyTree
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Rectified-flow loss of every token given its condition: mean (v(x_t, t, c) − (z − ε))².
+        """Flow-matching loss of every token given its condition: mean (v(x_t, t, c) − u_t)².
 
-        Here t = sigmoid(t_normal) and x_t = (1 − t)·ε + t·z. Every token has m noisy copies, which
-        share its condition. ε goes through `scaled` first, and the loss through `weighted`. See
+        Here t = sigmoid(t_normal), and x_t and u_t are point and velocity of the head's path from
+        x₀ to z. A straight path has x_t = (1 − t)·ε + t·z and u_t = z − ε. Every token has m noisy
+        copies, which share its condition. The path gives the loss its weight. See
         `docs/method.md`, "Flow loss".
 
         Args:
@@ -379,31 +368,30 @@ class FlowHead(nn.Module):
           draws: (t_normal, ε) of the method `draws`.
 
         Returns:
-          (loss, scalars): the loss () float32. The scalar token_norm is the mean norm of the
-            predicted data point x_t + (1 − t)·v before projection. That point is a mean over
-            possible tokens, so it lies within the sphere.
+          (loss, scalars): the loss () float32, and the path's scalars of the predicted ends.
         """
+        path = self.path()
         t_normal, noise = draws
-        noise = self.scaled(noise)
         z = jax.lax.stop_gradient(z)
         t = jax.nn.sigmoid(t_normal)
         copies = jnp.broadcast_to(z, noise.shape)
-        x_t = path.interpolate(noise, copies, t)
-        v = self.velocities(x_t, c, t)
-        error = jnp.square(v - path.target_velocity(noise, copies))
-        loss, scalars = self._scored(error, x_t + (1 - t[..., None]) * v)
-        return self.weighted(loss), scalars
+        x_t, u_t = path.interpolate(path.start(noise), copies, t)
+        v = path.along(x_t, self.velocities(x_t, c, t))
+        end = path.move(x_t, (1 - t[..., None]) * v)
+        loss, scalars = self._scored(jnp.square(v - u_t), end, copies)
+        return path.weighted(loss), scalars
 
     def _scored(
-        self, error: jax.Array, predicted: jax.Array
+        self, error: jax.Array, end: jax.Array, z: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss, not weighted yet, and scalars for the log.
 
         Args:
           error: squared errors of the velocities (m, B, L, d).
-          predicted: data points (m, B, L, d).
+          end: predicted tokens (m, B, L, d).
+          z: the tokens, in the same shape.
         """
-        return jnp.mean(error), {'token_norm': jnp.mean(jnp.linalg.norm(predicted, axis=-1))}
+        return jnp.mean(error), self.path().scalars(end, z)
 
     def _times(self, tables: solvers.Table) -> tuple[jax.Array, ...]:
         """The arguments of `embed_time` for all evaluations of solver tables."""
@@ -440,8 +428,7 @@ class FlowHead(nn.Module):
         Args:
           params: parameters of this head.
           c: (R, D) conditions; with guidance, conditional rows come first, then null rows.
-          noise: (n, R, d) standard normal, x₀ and the noise of a stochastic solver's steps. All
-            of it goes through `scaled`.
+          noise: (n, R, d) standard normal, for x₀ and for the steps of a stochastic solver.
           solver: one table of `prepare`, without the leading axis.
           guidance: how the two kinds of rows act together; None evaluates all rows alike.
 
@@ -449,7 +436,7 @@ class FlowHead(nn.Module):
           z (R, d) float32.
         """
         variables = {'params': params}
-        noise = self.scaled(noise)
+        path = self.path()
         E = len(solver.t)
         c_emb = self.apply(variables, c, method='embed_condition')
         interval = (0.0, 1.0)
@@ -474,24 +461,16 @@ class FlowHead(nn.Module):
                 return evaluate(x, modulation)
             return _guided_velocity(evaluate, guidance, inside, x, modulation)
 
-        start, weights, advance = self._way(noise[0], solver.t, solver.weights)
         return solvers.integrate(
             velocity,
-            start,
-            weights,
+            path.start(noise[0]),
+            (solver.t, solver.weights),
             noise[1:] if len(noise) > 1 else None,
             count=solver.count,
             prepare=prepare,
             chunk=chunk_size(E, len(c)),
-            advance=advance,
+            advance=path.step,
         )
-
-    def _way(
-        self, noise: jax.Array, t: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, PyTree, Callable[..., tuple[jax.Array, jax.Array]]]:
-        """Where a token starts, what its steps read, and a step; see `solvers.integrate`."""
-        del t
-        return noise, weights, solvers.step
 
 
 def _guided_velocity(

@@ -19,13 +19,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sphere_ar_jax.flow import solvers
+from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import guide
 from sphere_ar_jax.models.heads.flow import ZERO, FlowHead, time_sinusoid
 from sphere_ar_jax.models.heads.riemannian import Riemannian
 from sphere_ar_jax.models.transformer import INIT
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sphere import geodesics
 
 
 class Segments(NamedTuple):
@@ -118,7 +117,9 @@ class MeanVelocity(FlowHead):
     def loss(
         self, c: jax.Array, z: jax.Array, draws: Segments
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Error of the mean velocities: `weighted` mean (u(x, t, h, c) − u)² over segments.
+        """Error of the mean velocities: mean (u(x, t, h, c) − u)² over segments.
+
+        It has the weight that the path gives an error.
 
         Args:
           c: (B, L, D) conditions.
@@ -134,9 +135,10 @@ class MeanVelocity(FlowHead):
         x = draws.x.reshape(P * N, -1)
         c = jnp.tile(c.reshape(N, -1), (P, 1))
         predicted = self.velocity(x, c, jnp.repeat(draws.t, N), jnp.repeat(draws.h, N))
-        predicted = self._along(draws.x, predicted.reshape(draws.u.shape))
+        path = self.path()
+        predicted = path.along(draws.x, predicted.reshape(draws.u.shape))
         squares = jnp.square(predicted - draws.u)
-        errors = self.weighted(jnp.mean(squares, axis=(1, 2)))
+        errors = path.weighted(jnp.mean(squares, axis=(1, 2)))
         whole = draws.h == 1
         total = jnp.sum(jnp.where(whole, errors, 0.0))
         number = jnp.sum(whole.astype(jnp.float32))
@@ -152,9 +154,10 @@ class MeanVelocity(FlowHead):
     ) -> Segments:
         """Solves a flow, and takes its mean velocities over the steps of samplers of few steps.
 
-        For every n of `levels` and every segment [i/n, (i + 1)/n], u = (x at its end − x at its
-        start)·n. All segments lie on one trajectory from x₀, which `noise` gives, solved by
-        Adams–Bashforth in equal steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
+        For every n of `levels` and every segment [i/n, (i + 1)/n], u is the velocity that leads
+        from its start to its end. On straight paths u = (x at its end − x at its start)·n. All
+        segments lie on one trajectory from x₀, which `noise` gives, solved by Adams–Bashforth in
+        equal steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
 
         Args:
           velocity: function (x (N, d), t ()) → (N, d).
@@ -173,35 +176,27 @@ class MeanVelocity(FlowHead):
                 f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher'
             )
         table = solvers.table('ab2', num_steps)
-        times = jnp.asarray(table.t)
-        first, weights, step = self._way(self.scaled(noise), times, jnp.asarray(table.weights))
+        path = self.path()
+        first = path.start(noise)
 
-        def advance(state, inputs):
+        def advance(state, row):
             x, memory = state
-            t, w = inputs
-            x, memory = step(w, x, memory, velocity(x, t))
+            t, _ = row
+            x, memory = path.step(row, x, memory, velocity(x, t))
             return (x, memory), x
 
-        _, path = jax.lax.scan(advance, (first, jnp.zeros_like(first)), (times, weights))
-        path = jnp.concatenate([first[None], path])
+        rows = (jnp.asarray(table.t), jnp.asarray(table.weights))
+        _, points = jax.lax.scan(advance, (first, jnp.zeros_like(first)), rows)
+        points = jnp.concatenate([first[None], points])
         ends = [(i * num_steps // n, (i + 1) * num_steps // n) for n in levels for i in range(n)]
         start = jnp.array([first for first, _ in ends])
         end = jnp.array([last for _, last in ends])
         h = (end - start).astype(jnp.float32) / num_steps
-        u = self._between(path[start], path[end]) / h[:, None, None]
-        return Segments(path[start], start.astype(jnp.float32) / num_steps, h, u)
-
-    def _along(self, x: jax.Array, v: jax.Array) -> jax.Array:
-        """The part of velocities v that moves the points x."""
-        del x
-        return v
-
-    def _between(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The velocity that leads from x to y in a time of 1."""
-        return y - x
+        u = path.between(points[start], points[end]) / h[:, None, None]
+        return Segments(points[start], start.astype(jnp.float32) / num_steps, h, u)
 
 
-class GeodesicMeanVelocity(MeanVelocity, Riemannian):
+class GeodesicMeanVelocity(MeanVelocity):
     """A head of mean velocities on the sphere, distilled from `Riemannian`.
 
     The mean velocity over [t, t + h] is the one of the geodesic from x_t to x_{t+h}:
@@ -209,14 +204,8 @@ class GeodesicMeanVelocity(MeanVelocity, Riemannian):
     """
 
     TEACHER: ClassVar[type[FlowHead]] = Riemannian
-
-    def _along(self, x: jax.Array, v: jax.Array) -> jax.Array:
-        """The tangent part of v at x."""
-        return geodesics.tangent(x, v)
-
-    def _between(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """log_x(y)."""
-        return geodesics.log(x, y, self.radius)
+    PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = paths.Geodesic
+    SOLVERS: ClassVar[tuple[str, ...]] = paths.Geodesic.SOLVERS
 
 
 def distillation_loss(
