@@ -34,6 +34,8 @@ def get_config(arg: str = '') -> ConfigDict:
         'of the time, and an accelerator.'
     )
     sizes = recipes.BACKBONES['digits']
+    # The digits' own tokenizer, also where the data's config has another one.
+    c.base.vae.update(backbone='hybrid', stem=16, channels=(16, 32, 96), encoder_depth=1)
     c.rows = experiments.rows(hybrid={}, cnn={'vae': sizes['cnn']}, vit={'vae': sizes['vit']})
     c.comparisons = (
         'hybrid cnn frechet_best',

@@ -36,7 +36,7 @@ def get_config(arg: str = '') -> ConfigDict:
         256: {'vae': {'grid': (16, 16), 'channels': (32, 96)}, 'data': {'enlarge': 2}},
     }
     if 'fashion' in arg.split(','):
-        sizes = {64: {}, 256: {'vae': {'grid': (16, 16), 'channels': (32, 96)}}}
+        sizes = {64: {}, 256: {'vae': {'grid': (16, 16), 'channels': (128, 128)}}}
     c.claim = (
         'The longer the sequence, the more scale errors add up: Gaussian tokens fall behind '
         'spherical ones, and their norms drift.'

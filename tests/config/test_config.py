@@ -260,7 +260,8 @@ def test_the_config_of_fashion(arg):
     assert build.build_vae(cfg).image_shape == (32, 32, 1) and tuple(cfg.vae.grid) == (8, 8)
     assert cfg.data.name == 'idx' and cfg.vae.latent_dim in (8, 16)
     assert (cfg.data.path == '/elsewhere') == ('elsewhere' in arg)
-    assert (cfg.sampling.solver == 'ab2') == ('fast' in arg or cfg.sampling.num_steps == 10)
+    assert cfg.sampling.solver == 'ab2' and cfg.vae.backbone == 'vit'
+    assert cfg.sampling.num_steps == (10 if arg else 20)
     with pytest.raises(ValueError, match="no variant 'huge'"):
         _load('fashion', 'huge')
     for values, message in (

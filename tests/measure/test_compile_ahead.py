@@ -286,12 +286,12 @@ def test_operations_of_the_sampler():
         lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0)
     )
 
-    def written_out(velocity, x, weights, noise=None, *, count, prepare, chunk, advance):
+    def written_out(velocity, x, rows, noise=None, *, count, prepare, chunk, advance):
         state = x, jnp.zeros_like(x)
-        for i in range(len(weights)):
+        for i in range(len(rows[0])):
             prepared = jax.tree.map(lambda a: a[0], prepare(jnp.array([i])))
             state = advance(
-                weights[i],
+                jax.tree.map(lambda a: a[i], rows),
                 *state,
                 velocity(state[0], prepared),
                 *(() if noise is None else noise[:1]),
