@@ -454,6 +454,12 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp('experiments')
 
 
+@pytest.fixture(scope='module')
+def shared_idx(tmp_path_factory):
+    """The same for experiments on IDX files."""
+    return tmp_path_factory.mktemp('idx_experiments')
+
+
 def _on_idx_files(c, directory):
     """The same experiment on IDX files of 14×14 pixels, which become 16×16."""
     idx.write(directory, shape=(14, 14))
@@ -476,14 +482,14 @@ def test_idx_files_say_how_many_classes_there_are(tmp_path, faked, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['ablation', 'propagation', 'shifted'])
 @libraries_promote()
-def test_every_kind_runs_on_idx_files(tmp_path, name):
+def test_every_kind_runs_on_idx_files(shared_idx, name):
     """Two rows with the scores of the classifier's features."""
     c = packaged.load(f'experiments/{name}:fashion,smoke')
     c.base.vae.grid = (4, 4)
     c.seeds = (0,)
     c.num_images = 18
-    _on_idx_files(c, tmp_path / 'data')
-    found = experiment.run(c, name, str(tmp_path / 'w'), 'COMMAND')
+    _on_idx_files(c, shared_idx / 'data')
+    found = experiment.run(c, name, str(shared_idx / 'w'), 'COMMAND')
     assert set(found['rows']) == set(c.rows) and len(c.rows) == 2
     for scores in found['rows'].values():
         assert all(np.isfinite(score['mean']) for score in scores.values())
