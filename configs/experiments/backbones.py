@@ -14,7 +14,9 @@ shows in minutes that everything runs.
 
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import experiments, recipes
+from sphere_ar_jax.config import experiments, packaged, recipes
+
+_BACKBONE = ('backbone', 'stem', 'channels', 'encoder_depth', 'decoder_depth')
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -34,8 +36,9 @@ def get_config(arg: str = '') -> ConfigDict:
         'of the time, and an accelerator.'
     )
     sizes = recipes.BACKBONES['digits']
-    # The digits' own tokenizer, also where the data's config has another one.
-    c.base.vae.update(backbone='hybrid', stem=16, channels=(16, 32, 96), encoder_depth=1)
+    # The backbone of the digits, also where the data's config has another one.
+    digits = packaged.load('digits').vae
+    c.base.vae.update({key: digits[key] for key in _BACKBONE})
     c.rows = experiments.rows(hybrid={}, cnn={'vae': sizes['cnn']}, vit={'vae': sizes['vit']})
     c.comparisons = (
         'hybrid cnn frechet_best',

@@ -87,9 +87,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         bar = console.bar(None, 'reading the tar', 'byte')
         source = sources.open_images(d.name, path, d.split, d.data_dir, bar)
         training, heldout = sources.split(source, d.holdout_files)
-        known = schema.num_classes(cfg)
-        if known is not None and source.num_classes > known:
-            raise UserError(f'{path} has {source.num_classes} classes, but the model {known}')
+        build.check_classes(cfg, source, path)
         setting = setting._replace(source=training, heldout=heldout)
         scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)
     return {

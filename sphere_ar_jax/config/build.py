@@ -45,6 +45,22 @@ def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
     return small.enlarged(data, d.enlarge)
 
 
+def check_classes(cfg: ConfigDict, source: sources.Images | small.Split, path: str) -> None:
+    """Checks that images have no more classes than the model, where it is known how many it has.
+
+    Args:
+      cfg: a config.
+      source: images.
+      path: where they lie, for the message.
+
+    Raises:
+      UserError: they have more classes.
+    """
+    known = schema.num_classes(cfg)
+    if known is not None and source.num_classes > known:
+        raise UserError(f'{path} has {source.num_classes} classes, but the model {known}')
+
+
 def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None:
     """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
 
@@ -55,12 +71,9 @@ def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None
     Raises:
       UserError: the images have more classes than the model.
     """
-    known = schema.num_classes(cfg)
-    if known is None:
-        known = source.num_classes
-        cfg.data.num_classes = known
-    if source.num_classes > known:
-        raise UserError(f'{cfg.data.path} has {source.num_classes} classes, but the model {known}')
+    if schema.num_classes(cfg) is None:
+        cfg.data.num_classes = source.num_classes
+    check_classes(cfg, source, cfg.data.path)
 
 
 class Sampler(NamedTuple):

@@ -7,7 +7,7 @@ array m, the velocity v = v(x, t_i) and fresh noise ε. Its step is
 
 A solver on a grid of times is therefore (t_i, W_i), and one loop, `integrate`, runs them all.
 So another table needs no new program, and tokens may differ in their number of evaluations.
-A head on the sphere reads the same tables by a step of its own, see `GEODESIC`.
+A path on the sphere reads the same tables by a step of its own, see `paths.Geodesic`.
 See `docs/method.md`, "Solvers".
 
 Dimensions:

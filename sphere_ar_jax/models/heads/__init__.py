@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from sphere_ar_jax.flow import solvers
+from sphere_ar_jax.flow import paths
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models.heads.direction_magnitude import DirectionMagnitude
@@ -33,7 +33,7 @@ class Head(Protocol):
     """A distribution of the next token.
 
     `loss` reads parameters through Flax. `prepare` and `draw_token` get them as an argument. A head
-    with other solvers than those of straight paths names them in a class variable SOLVERS.
+    whose paths are not straight names them in a class variable PATH, see `paths.Path`.
     """
 
     def draws(self, keys: jax.Array, shape: tuple[int, int, int]) -> Draws:
@@ -121,6 +121,6 @@ def check_solver(head: Any, solver: str) -> None:
     Raises:
       ValueError: the head has other solvers.
     """
-    known = getattr(head, 'SOLVERS', solvers.STRAIGHT)
+    known = getattr(head, 'PATH', paths.Straight).SOLVERS
     if solver not in known:
         raise ValueError(f'this head has no solver {solver!r}: use {", ".join(known)}')

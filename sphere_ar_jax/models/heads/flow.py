@@ -171,7 +171,6 @@ class FlowHead(nn.Module):
 
     Attributes:
       PATH: the paths that tokens follow, made of latent_dim, radius and prior_scale.
-      SOLVERS: the solvers that follow them.
       latent_dim: d.
       width: M.
       depth: residual blocks in all.
@@ -188,7 +187,6 @@ class FlowHead(nn.Module):
     """
 
     PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = paths.Straight
-    SOLVERS: ClassVar[tuple[str, ...]] = paths.Straight.SOLVERS
 
     latent_dim: int
     width: int

@@ -204,8 +204,7 @@ class GeodesicMeanVelocity(MeanVelocity):
     """
 
     TEACHER: ClassVar[type[FlowHead]] = Riemannian
-    PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = paths.Geodesic
-    SOLVERS: ClassVar[tuple[str, ...]] = paths.Geodesic.SOLVERS
+    PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = Riemannian.PATH
 
 
 def distillation_loss(

@@ -17,4 +17,3 @@ class Riemannian(FlowHead):
     """
 
     PATH: ClassVar[type[paths.Straight | paths.Geodesic]] = paths.Geodesic
-    SOLVERS: ClassVar[tuple[str, ...]] = paths.Geodesic.SOLVERS
