@@ -21,7 +21,7 @@ from sphere_ar_jax.runtime.console import UserError, pick
 
 # Keys of the section `vae` that are not fields of a backbone.
 _TOKENIZER_KEYS = (
-    'grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'decoder_input', 'radius'
+    'grid', 'latent_dim', 'backbone', 'posterior', 'sigma', 'kappa_scale', 'decoder_input', 'radius'
 )  # fmt: skip
 # Fields of a backbone whose values follow from the key `vae.channels`.
 _FROM_CHANNELS = {'patch_size', 'width'}

@@ -24,9 +24,13 @@ def _at_least(least: float) -> Callable[[float], bool]:
 # What numbers must be: (pattern of keys, the rule in words, the rule as a function).
 _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
-    (r'vae\.(sigma|radius)|ar\.(prior_scale|magnitude_weight)', 'be above 0', lambda n: n > 0),
     (
-        r'(vae|ar)\.(?!sigma|radius|prior_scale|magnitude_weight)\w+',
+        r'vae\.(sigma|radius|kappa_scale)|ar\.(prior_scale|magnitude_weight)',
+        'be above 0',
+        lambda n: n > 0,
+    ),
+    (
+        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|magnitude_weight)\w+',
         'be at least 1',
         _at_least(1),
     ),

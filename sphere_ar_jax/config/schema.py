@@ -146,6 +146,9 @@ def default() -> ConfigDict:
                 posterior='power_spherical',
                 # The standard deviation of the posterior 'sigma_vae'; others do not read it.
                 sigma=0.5,
+                # How much faster kappa grows than the published one, for short trainings. The
+                # posteriors 'power_spherical' and 'vmf' read it.
+                kappa_scale=1.0,
                 # What the decoder reads: 'latents', or 'projected' onto the sphere.
                 decoder_input='latents',
                 # Radius R of the sphere of tokens and projections; √latent_dim, if not given.

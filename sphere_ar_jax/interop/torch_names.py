@@ -290,8 +290,8 @@ def require_public(model: vae.VAE, head: Head | None = None) -> None:
       head: the head of the AR model, None where there is no AR model.
 
     Raises:
-      UserError: the tokenizer has another backbone, posterior, radius or token space, or the head
-        is another one or starts from other noise.
+      UserError: the tokenizer has another backbone, posterior, radius, kappa_scale or token space,
+        or the head is another one or starts from other noise.
     """
     parts = [
         ('vae.backbone', model.backbone, Hybrid),
@@ -303,6 +303,9 @@ def require_public(model: vae.VAE, head: Head | None = None) -> None:
     d = model.latent_dim
     if geometry.radius(d, model.radius) != geometry.radius(d):
         raise _not_public('vae.radius', f'√{d}', model.radius)
+    posterior = model.posterior
+    if isinstance(posterior, PowerSpherical) and posterior.kappa_scale != 1:
+        raise _not_public('vae.kappa_scale', 1, posterior.kappa_scale)
     # Other heads are classes of their own below FlowHead, with the same parameters.
     if head is not None and type(head) is not FlowHead:
         raise _not_public('ar.head', FlowHead.__name__, type(head).__name__)

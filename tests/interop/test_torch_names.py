@@ -246,9 +246,11 @@ def test_other_spheres_and_noise_are_not_public(tiny_ar, tiny_vae):
     root = model.latent_dim**0.5
     torch_names.require_public(model.clone(radius=root, posterior=PowerSpherical(root)), head)
     larger = model.clone(radius=2.0, posterior=PowerSpherical(2.0))
+    faster = model.clone(posterior=PowerSpherical(kappa_scale=8.0))
     geodesic = Riemannian(head.latent_dim, head.width, head.depth, head.groups)
     for vae_model, other, message in (
         (larger, None, rf'vae\.radius √{model.latent_dim} alone, not 2\.0: such a run'),
+        (faster, None, r'vae\.kappa_scale 1 alone, not 8\.0: such a run'),
         (model, head.clone(prior_scale=2.0), r'ar\.prior_scale 1 alone, not 2\.0: such a run'),
         (model, geodesic, r'ar\.head FlowHead alone, not Riemannian: such a run'),
     ):

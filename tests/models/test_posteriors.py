@@ -15,6 +15,7 @@ from scipy import integrate, special, stats
 from sphere_ar_jax.models.posteriors import (
     POSTERIORS,
     Gaussian,
+    PowerSpherical,
     SigmaVAE,
     VonMisesFisher,
     from_parameters,
@@ -383,6 +384,28 @@ def test_statistics_of_sigma_latents():
 def test_sigma_must_be_above_zero(sigma):
     with pytest.raises(ValueError, match='sigma must be a number above 0'):
         SigmaVAE(sigma)
+
+
+@pytest.mark.parametrize('family', [PowerSpherical, VonMisesFisher])
+def test_kappa_scale_multiplies_the_number_of_kappa(family):
+    x = _encoded(family())
+    q, _, _ = _numbers(family(kappa_scale=8.0))(x)
+    published, _, _ = _numbers(family())(x)
+    chex.assert_equal_shape((q.kappa, published.kappa))
+    number = np.asarray(x[..., -1], np.float64)
+    np.testing.assert_allclose(q.kappa, np.logaddexp(0, 8 * number) + 1, rtol=1e-6)
+    np.testing.assert_allclose(published.kappa, np.logaddexp(0, number) + 1, rtol=1e-6)
+    np.testing.assert_array_equal(q.mu, published.mu)
+
+
+@pytest.mark.parametrize('wrong', [0.0, -1.0, float('nan'), float('inf')])
+def test_kappa_scale_must_be_above_zero(wrong):
+    for family in (PowerSpherical, VonMisesFisher):
+        with pytest.raises(
+            ValueError, match='kappa_scale must be a number above 0, not'
+        ) as refused:
+            family(kappa_scale=wrong)
+        assert '\n' not in str(refused.value)
 
 
 def test_vmf_says_what_power_spherical_says():

@@ -22,16 +22,28 @@ from sphere_ar_jax.sphere import geometry, power_spherical
 DEAD = 0.1
 
 
-def direction_and_concentration(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1.
+def check_kappa_scale(kappa_scale: float) -> None:
+    """Checks the factor of `direction_and_concentration`.
+
+    Raises:
+      ValueError: it is not a finite number above 0; one line.
+    """
+    if not (math.isfinite(kappa_scale) and kappa_scale > 0):
+        raise ValueError(f'kappa_scale must be a number above 0, not {kappa_scale}')
+
+
+def direction_and_concentration(x: jax.Array, kappa_scale: float) -> tuple[jax.Array, jax.Array]:
+    """Makes mu = l2_normalize(first d numbers) and kappa = softplus(kappa_scale · last number) + 1.
 
     Args:
       x: the encoder's output (B, L, d + 1).
+      kappa_scale: how much faster than the published kappa this one grows (`docs/method.md`,
+        "Posterior").
 
     Returns:
       mu, unit vectors (B, L, d), and kappa (B, L), at least 1.
     """
-    return geometry.l2_normalize(x[..., :-1]), nn.softplus(x[..., -1]) + 1
+    return geometry.l2_normalize(x[..., :-1]), nn.softplus(kappa_scale * x[..., -1]) + 1
 
 
 def statistics(mu: jax.Array, kappa: jax.Array, kl: jax.Array) -> dict[str, jax.Array]:
@@ -157,12 +169,14 @@ class PowerSpherical:
 
     Attributes:
       radius: R of the sphere of the tokens; None stands for √d, the published one.
+      kappa_scale: see `direction_and_concentration`; 1 is the published one.
 
     Raises:
-      ValueError: the radius is not a finite number above 0.
+      ValueError: radius or kappa_scale is not a finite number above 0.
     """
 
     radius: float | None = None
+    kappa_scale: float = 1.0
 
     shown: ClassVar[dict[str, str]] = {
         'kl': 'KL of the posterior to the uniform distribution, nats per token',
@@ -173,14 +187,15 @@ class PowerSpherical:
 
     def __post_init__(self) -> None:
         geometry.check_radius(self.radius)
+        check_kappa_scale(self.kappa_scale)
 
     def outputs(self, d: int) -> int:
         """Returns d + 1: d numbers for the direction and one for the concentration."""
         return d + 1
 
     def __call__(self, x: jax.Array) -> PowerSphericalTokens:
-        """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1."""
-        mu, kappa = direction_and_concentration(x)
+        """Makes mu and kappa as `direction_and_concentration` does."""
+        mu, kappa = direction_and_concentration(x, self.kappa_scale)
         return PowerSphericalTokens(mu, kappa, self.radius)
 
     def project(self, z: jax.Array) -> jax.Array:

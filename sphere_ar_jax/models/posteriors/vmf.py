@@ -75,12 +75,14 @@ class VonMisesFisher:
 
     Attributes:
       radius: R of the sphere of the tokens; None stands for √d.
+      kappa_scale: see `power_spherical.direction_and_concentration`.
 
     Raises:
-      ValueError: the radius is not a finite number above 0.
+      ValueError: radius or kappa_scale is not a finite number above 0.
     """
 
     radius: float | None = None
+    kappa_scale: float = 1.0
 
     shown: ClassVar[dict[str, str]] = power_spherical.PowerSpherical.shown
     labels: ClassVar[dict[str, str]] = power_spherical.PowerSpherical.labels
@@ -88,14 +90,15 @@ class VonMisesFisher:
 
     def __post_init__(self) -> None:
         geometry.check_radius(self.radius)
+        power_spherical.check_kappa_scale(self.kappa_scale)
 
     def outputs(self, d: int) -> int:
         """Returns d + 1: d numbers for the direction and one for the concentration."""
         return d + 1
 
     def __call__(self, x: jax.Array) -> VonMisesFisherTokens:
-        """Makes mu = l2_normalize(first d numbers) and kappa = softplus(last number) + 1."""
-        mu, kappa = power_spherical.direction_and_concentration(x)
+        """Makes mu and kappa as `power_spherical.direction_and_concentration` does."""
+        mu, kappa = power_spherical.direction_and_concentration(x, self.kappa_scale)
         return VonMisesFisherTokens(mu, kappa, self.radius)
 
     def project(self, z: jax.Array) -> jax.Array:
