@@ -401,11 +401,8 @@ def test_kappa_scale_multiplies_the_number_of_kappa(family):
 @pytest.mark.parametrize('wrong', [0.0, -1.0, float('nan'), float('inf')])
 def test_kappa_scale_must_be_above_zero(wrong):
     for family in (PowerSpherical, VonMisesFisher):
-        with pytest.raises(
-            ValueError, match='kappa_scale must be a number above 0, not'
-        ) as refused:
+        with pytest.raises(ValueError, match='^kappa_scale must be a number above 0, not .*$'):
             family(kappa_scale=wrong)
-        assert '\n' not in str(refused.value)
 
 
 def test_vmf_says_what_power_spherical_says():
