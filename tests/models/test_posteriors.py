@@ -401,7 +401,7 @@ def test_kappa_scale_multiplies_the_number_of_kappa(family):
 @pytest.mark.parametrize('wrong', [0.0, -1.0, float('nan'), float('inf')])
 def test_kappa_scale_must_be_above_zero(wrong):
     for family in (PowerSpherical, VonMisesFisher):
-        with pytest.raises(ValueError, match='^kappa_scale must be a number above 0, not .*$'):
+        with pytest.raises(ValueError, match=r'^kappa_scale must be a number above 0, not .*$'):
             family(kappa_scale=wrong)
 
 
