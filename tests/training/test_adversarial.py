@@ -14,7 +14,7 @@ from sphere_ar_jax.config import schema
 from sphere_ar_jax.interop import lpips, torch_names
 from sphere_ar_jax.models import discriminators, vae
 from sphere_ar_jax.models.lpips import LPIPS
-from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.models.posteriors import spherical
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, loop, losses
@@ -92,7 +92,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     monkeypatch.setattr(
         losses, 'sample_keys', lambda key, step, batch: tuple(d[step] for d in draws)
     )
-    monkeypatch.setattr(power_spherical.PowerSphericalTokens, 'draws', lambda q, keys: keys)
+    monkeypatch.setattr(spherical.SphericalTokens, 'draws', lambda q, keys: keys)
     lr = 1e-5
     options = _options(disc_start=2, learning_rate=lr, final_learning_rate=lr, weight_decay=0.5)
     stage = adversarial.tokenizer_stage(tiny_vae[0], options, 0, lpips.load(*lpips_files))

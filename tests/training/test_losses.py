@@ -11,7 +11,8 @@ from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.models import ar, discriminators
 from sphere_ar_jax.models.conditions import classes
 from sphere_ar_jax.models.heads import HEADS, mean_velocity
-from sphere_ar_jax.models.posteriors import power_spherical
+from sphere_ar_jax.models.posteriors import PowerSpherical
+from sphere_ar_jax.models.posteriors.spherical import SphericalTokens
 from sphere_ar_jax.models.vae import autoencode
 from sphere_ar_jax.sphere import geodesics, geometry
 from sphere_ar_jax.training import losses
@@ -97,7 +98,8 @@ def test_l2_weight(golden, autoencoded):
 
 def _posterior(mu, kappa=20.0):
     mu = (mu / np.linalg.norm(mu, axis=-1, keepdims=True)).astype(np.float32)
-    return power_spherical.PowerSphericalTokens(mu, np.full(mu.shape[:-1], kappa, np.float32))
+    kappa = np.full(mu.shape[:-1], kappa, np.float32)
+    return SphericalTokens(mu, kappa, PowerSpherical.DENSITY)
 
 
 _statistics = jax.jit(lambda posterior: posterior.statistics())
@@ -115,7 +117,7 @@ def test_latents_that_are_well():
     assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
     np.testing.assert_allclose(scalars['kl'], np.mean(jax.jit(posterior.kl)()), rtol=1e-6)
-    assert power_spherical.PowerSpherical().faults(scalars) is None
+    assert PowerSpherical().faults(scalars) is None
 
 
 @pytest.mark.parametrize('dead', [1, 4, 12])
@@ -126,9 +128,7 @@ def test_dead_dimensions_are_counted(dead):
     np.testing.assert_allclose(scalars['dead_share'], dead / 16, rtol=1e-6)
     assert scalars['spread_min'] < 0.01
     assert (
-        power_spherical.PowerSpherical()
-        .faults(scalars)
-        .startswith(f'{dead / 16:.0%} of the dimensions are dead')
+        PowerSpherical().faults(scalars).startswith(f'{dead / 16:.0%} of the dimensions are dead')
     )
     mu[..., 0] = 1e-3 + 0.5 * mu[..., -1]  # alive again
     assert float(_statistics(_posterior(mu))['dead_share']) == pytest.approx((dead - 1) / 16)
@@ -140,7 +140,7 @@ def test_latents_that_are_all_alike():
     np.testing.assert_allclose(scalars['spread_mean'], 0, atol=1e-6)
     np.testing.assert_allclose(scalars['mean_direction'], 1, rtol=1e-6)
     assert scalars['dead_share'] == 1
-    message = power_spherical.PowerSpherical().faults(scalars)
+    message = PowerSpherical().faults(scalars)
     for part in (
         'kappa is 1.00, at its floor',
         'KL is 0.0',
@@ -150,13 +150,13 @@ def test_latents_that_are_all_alike():
         assert part in message
     assert '\n' not in message
     well = dict(kappa=20.0, kl=3.0, mean_direction=0.1, dead_share=0.0)
-    assert power_spherical.PowerSpherical().faults(well) is None
+    assert PowerSpherical().faults(well) is None
     for name, value, part in (
         ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'),
         ('mean_direction', 0.95, 'same way'), ('dead_share', 0.0625, '6% of the dimensions'),
         ('kl', float('nan'), 'no numbers'),
     ):  # fmt: skip
-        said = power_spherical.PowerSpherical().faults(well | {name: value})
+        said = PowerSpherical().faults(well | {name: value})
         assert part in said and ';' not in said
 
 

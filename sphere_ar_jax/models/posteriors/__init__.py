@@ -94,7 +94,7 @@ def parameters(q: Distribution) -> dict[str, jax.Array]:
     """Names the parameters of a distribution, which are the leaves of its tree.
 
     Returns:
-      Arrays (B, L, …) by name, as mu (B, L, d) and kappa (B, L) of `PowerSphericalTokens`.
+      Arrays (B, L, …) by name, as mu (B, L, d) and kappa (B, L) of `SphericalTokens`.
     """
     names, leaves, _ = _names(q)
     return dict(zip(names, leaves, strict=True))
