@@ -115,6 +115,18 @@ class _Space:
         """The Fréchet distance between the training and the held-out images."""
         return statistics.frechet_distance(*self._of_train, *self._of_heldout)
 
+    def floor_of(self, count: int) -> float:
+        """The Fréchet distance of so many held-out images to all real ones.
+
+        It is the floor of as many samples, since a distance grows as there are fewer images.
+
+        Args:
+          count: at most as many as are held out. They are chosen at random, always the same.
+        """
+        chosen = np.random.default_rng(0).permutation(len(self.heldout))[:count]
+        moments = statistics.statistics(self.heldout[chosen])
+        return statistics.frechet_distance(*moments, *self._of_real)
+
 
 class Judge:
     """Scores any number of sets of samples of one data set by one classifier.
@@ -154,10 +166,15 @@ class Judge:
           training and the held-out images.
         """
         found = {'classifier/accuracy': self._accuracy}
-        spaces = (self._pixels, self._features)[: 1 + self._classifier.has_features]
-        for name, space in zip(_SPACES, spaces, strict=False):
+        for name, space in self._spaces():
             found[f'real/{name}'] = space.floor
         return found
+
+    def _spaces(self) -> list[tuple[str, _Space]]:
+        """The names of the Fréchet distances and the spaces in which they are taken."""
+        if self._classifier.has_features:
+            return list(zip(_SPACES, (self._pixels, self._features), strict=True))
+        return [(_SPACES[0], self._pixels)]
 
     def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Scores samples.
@@ -168,7 +185,9 @@ class Judge:
 
         Returns:
           The share of samples that the classifier reads as their labels, the number of classes that
-          it sees, Fréchet distances, precision, recall, and what `memorisation` returns.
+          it sees, Fréchet distances, precision, recall, and what `memorisation` returns. Where
+          there are fewer samples than held-out images, Fréchet distances of as many held-out images
+          stand beside.
         """
         pixels = self._data.train.to_pixels(images)
         flat = _flat(pixels)
@@ -187,7 +206,11 @@ class Judge:
         )
         found['samples/precision'] = precision
         found['samples/recall'] = recall
-        return found | _compare(_nearest(flat, self._pixels.train), self._of_heldout)
+        found |= _compare(_nearest(flat, self._pixels.train), self._of_heldout)
+        if len(images) < len(self._data.heldout):
+            for name, space in self._spaces():
+                found[f'real/{name}_as_many'] = space.floor_of(len(images))
+        return found
 
 
 def summary(noun: str, count: int, scores: dict[str, float]) -> str:
@@ -209,5 +232,9 @@ def summary(noun: str, count: int, scores: dict[str, float]) -> str:
         text += (
             f" In the classifier's features they are {scores['samples/feature_frechet']:.3f} and "
             f'{scores["real/feature_frechet"]:.3f}.'
+        )
+    if 'real/feature_frechet_as_many' in scores:
+        text += (
+            f' There, {count} held-out {noun} have {scores["real/feature_frechet_as_many"]:.3f}.'
         )
     return text

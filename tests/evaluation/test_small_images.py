@@ -88,10 +88,12 @@ def test_the_digits_numbers_are_those_of_their_first_protocol():
     nearest = np.median(pairwise_distances(samples, train).min(1))
     np.testing.assert_allclose(scores['memorisation/samples_to_train'], nearest, rtol=1e-6)
     real = np.concatenate([train, heldout])
+    few = heldout[np.random.default_rng(0).permutation(len(heldout))[: len(images)]]
     for name, a, b in (
         ('samples/frechet', samples, real),
         ('samples/frechet_heldout', samples, heldout),
         ('real/frechet', train, heldout),
+        ('real/frechet_as_many', few, real),
     ):
         means = a.mean(0) - b.mean(0)
         product = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(0)
@@ -171,3 +173,8 @@ def test_idx_images_are_scored_in_features_too(bars):
     assert judge.scores(noise, labels)['samples/frechet'] > 3 * floor['real/frechet']
     text = small_images.summary('images', 120, floor | scores)
     assert '120 images' in text and "In the classifier's features" in text
+    assert 'held-out images have' not in text
+    fewer = judge.scores(images[:40], labels[:40])
+    assert fewer['real/feature_frechet_as_many'] > scores['samples/feature_frechet']
+    text = small_images.summary('images', 40, floor | fewer)
+    assert text.endswith(f'40 held-out images have {fewer["real/feature_frechet_as_many"]:.3f}.')
