@@ -177,7 +177,7 @@ MEANING = {
     'samples/feature_frechet': "Fréchet distance to all real images, in the classifier's features",
     'samples/feature_frechet_heldout': 'the same to the held-out images',
     'real/feature_frechet': "the same in the classifier's features",
-    'real/frechet_as_many': 'the floor of as many images as samples: held-out ones to all real ones',
+    'real/frechet_as_many': 'distance of as many held-out images to all real ones: their floor',
     'real/feature_frechet_as_many': "the same in the classifier's features",
     'samples/precision': 'share of samples on the real manifold (k = 3)',
     'samples/recall': "share of real images on the samples' manifold (k = 3)",
