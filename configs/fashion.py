@@ -54,6 +54,7 @@ def get_config(arg: str = '') -> ConfigDict:
         latent_dim=16,
         image_channels=1,
         backbone='vit',
+        kappa_scale=10.0,
         channels=(128, 128, 128),
         encoder_depth=2,
         decoder_depth=2,
@@ -71,22 +72,24 @@ def get_config(arg: str = '') -> ConfigDict:
         unroll=4,
     )
     common = dict(
-        batch_size=64,
+        batch_size=32,
         learning_rate=2e-3,
         final_learning_rate=1e-5,
         log_every=50,
         checkpoint_every=250,
     )
-    c.tokenizer_training.update(common, steps=800, warmup_steps=50, kl_weight=0.001, l2_weight=1.0)
+    c.tokenizer_training.update(
+        common, steps=1200, warmup_steps=100, kl_weight=0.001, l2_weight=1.0
+    )
     c.tokenizer_training.update(perceptual_weight=0.0, disc_weight=0.0)
-    c.ar_training.update(common, steps=1000, warmup_steps=100, ema_decay=0.995, copies=2)
+    c.ar_training.update(common, steps=3000, warmup_steps=200, ema_decay=0.998, copies=1)
     c.sampling.update(
         num_images=1000,
         batch_size=250,
         solver='ab2',
         num_steps=20,
         guidance='constant',
-        guidance_scale=1.5,
+        guidance_scale=1.75,
     )
     if 'fast' in words:
         c.sampling.update(recipes.FAST)

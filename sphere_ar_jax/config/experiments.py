@@ -6,7 +6,7 @@ config before the first run. Files in configs/experiments/ start from `default`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -262,20 +262,37 @@ def shortened(base: ConfigDict, share: float) -> ConfigDict:
     return c
 
 
-# The data sets of the experiments by the word of their config, with a sentence on their scores and
-# the number of seeds.
-_DATA: dict[str, tuple[str, str, int]] = {
-    'digits': (
+class _DataSet(NamedTuple):
+    """What experiments on one data set share.
+
+    Attributes:
+      noun: its name in a sentence.
+      share: of the steps of its own config, in words and as a number.
+      seeds: their number.
+      scores: sentences on how samples are scored.
+    """
+
+    noun: str
+    share: tuple[str, float]
+    seeds: int
+    scores: str
+
+
+# The data sets of the experiments by the word of their config.
+_DATA = {
+    'digits': _DataSet(
         'the digits',
+        ('half', 0.5),
+        5,
         'An SVC trained on the real digits reads 1,000 samples per row, seed and guidance scale. '
         'The Fréchet distance to all real digits is taken on their 8×8 pixels. ',
-        5,
     ),
-    'fashion': (
+    'fashion': _DataSet(
         'Fashion-MNIST',
+        ('a quarter of', 0.25),
+        3,
         'A convolutional network trained on the real images reads 1,000 samples per row, seed and '
         'guidance scale. The Fréchet distance to all real images is taken in its features. ',
-        3,
     ),
 }
 
@@ -289,7 +306,7 @@ def start(
 ) -> ConfigDict:
     """The config of an experiment before its rows, on the data that its word names.
 
-    The trainings have half the steps of the data's own config.
+    The trainings have a share of the steps of the data's own config.
 
     Args:
       name: the name of the experiment's file.
@@ -305,13 +322,13 @@ def start(
     file = f'configs/experiments/{name}.py'
     words, _ = recipes.arguments(file, arg, ('fashion', 'smoke'))
     data = 'fashion' if 'fashion' in words else 'digits'
-    noun, scores, seeds = _DATA[data]
-    c = default(shortened(packaged.load(data), 0.5))
+    noun, (share_in_words, share), seeds, scores = _DATA[data]
+    c = default(shortened(packaged.load(data), share))
     c.title = f'{title} ({noun})'
     c.seeds = tuple(range(seeds))
     c.method = (
-        f'All rows share data, order, noise, sizes and steps: half the steps of configs/{data}.py, '
-        f'{sampler}, constant guidance. {more}{scores}'
+        f'All rows share data, order, noise, sizes and steps: {share_in_words} the steps of '
+        f'configs/{data}.py, {sampler}, constant guidance. {more}{scores}'
         'A lead is the difference of two rows, seed by seed.'
     )
     return c
