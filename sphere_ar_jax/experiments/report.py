@@ -128,18 +128,23 @@ _SCORES = {
 def best_of_variants(config: ConfigDict, summaries: _Summaries) -> dict[str, str]:
     """{row: the name of its variant with the least mean Fréchet distance at its best guidance}.
 
-    Rows without variants, or without samples, stand for themselves. The variants of a row share
-    none of their names with other rows.
+    Rows without variants, or without samples, stand for themselves. A variant counts when no other
+    one of its row has more seeds. The variants of a row share none of their names with other rows.
     """
 
     def distance(name: str) -> float:
         found = [scores['frechet_best'] for scores in summaries.get(name, {}).values()]
         return float(np.mean(found)) if found else math.inf
 
+    def seeds(name: str) -> int:
+        return len(summaries.get(name, {}))
+
     chosen = {}
     for row in config.rows:
-        others = config.variants.get(row, ())
-        chosen[row] = min((row, *others), key=distance) if others else row
+        names = (row, *config.variants.get(row, ()))
+        most = max(seeds(name) for name in names)
+        complete = [name for name in names if seeds(name) == most]
+        chosen[row] = complete[0] if len(complete) == 1 else min(complete, key=distance)
     return chosen
 
 

@@ -356,6 +356,9 @@ def test_the_best_variant_stands_for_its_row():
     }
     chosen = report.best_of_variants(c, scores)
     assert chosen == {'power_spherical': 'gaussian_norm', 'gaussian_norm': 'gaussian_norm'}
+    # A variant whose seeds are not all measured yet does not stand for it.
+    scores['gaussian_norm'] = {0: {'frechet_best': 0.5}}
+    assert report.best_of_variants(c, scores)['power_spherical'] == 'power_spherical'
 
 
 def test_kl_weights_make_variants():
