@@ -86,7 +86,9 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     decay. Adam's first steps are nearly lr·sign(gradient), so that a gradient which is rounding
     alone moves a parameter by as much as any: from the second step on the two programs are no
     longer at the same point. The tolerances of gradients are less than half of what the public code
-    in float64 differs by from itself in float32.
+    in float64 differs by from itself in float32. Where every parameter is moved by the last digit of
+    float32, the norm of the S-VAE's gradient changes by up to 7e-5, 2.7e-3 and 6e-3 in the three
+    steps.
     """
     draws = [jnp.stack([PUBLIC[f'{i}/{name}'] for i in range(3)]) for name in ('beta', 'tangent')]
     monkeypatch.setattr(
@@ -117,10 +119,10 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
         np.testing.assert_allclose(
             weight * scalars['discriminator'], public['disc_loss'], atol=1e-5
         )
-        for norm in ('grad_norm', 'disc_grad_norm'):
-            np.testing.assert_allclose(
-                scalars[norm], public[norm], rtol=1e-3 if i else 1e-5, err_msg=norm
-            )
+        np.testing.assert_allclose(scalars['grad_norm'], public['grad_norm'], rtol=tolerance)
+        np.testing.assert_allclose(
+            scalars['disc_grad_norm'], public['disc_grad_norm'], rtol=1e-3 if i else 1e-5
+        )
         for network, *trees in (
             ('vae', state.params, state.opt_state),
             ('disc', state.disc_params, state.disc_opt_state)
