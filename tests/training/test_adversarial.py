@@ -86,7 +86,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     decay. Adam's first steps are nearly lr·sign(gradient), so that a gradient which is rounding
     alone moves a parameter by as much as any: from the second step on the two programs are no
     longer at the same point. The tolerances of gradients are less than half of what the public code
-    in float64 differs by from itself in float32. Where every parameter is moved by the last digit of
+    in float64 differs by from itself in float32. If each parameter is moved by the last digit of
     float32, the norm of the S-VAE's gradient changes by up to 7e-5, 2.7e-3 and 6e-3 in the three
     steps.
     """
