@@ -226,7 +226,9 @@ def test_a_prefix_is_kept_and_read(tiny_ar):
     tokens = jnp.full((2, model.num_tokens, model.latent_dim), jnp.nan)
     whole = given(tokens, 0)
     plain = sample_tokens(model, params, labels, keys, options, 2.0)
-    chex.assert_trees_all_close(whole.z, plain, atol=1e-4)
+    # Parameters moved by their last digit change the first tokens by 8e-6 and later ones by 1.4e-4.
+    chex.assert_trees_all_close(whole.z[:, :4], plain[:, :4], atol=1e-5)
+    chex.assert_trees_all_close(whole.z, plain, atol=3e-4)
     # The tokens before projection are those that N_R takes to the tokens.
     chex.assert_trees_all_close(geometry.project(whole.raw), whole.z, atol=1e-5)
     norms = jnp.linalg.norm(whole.raw, axis=-1)
