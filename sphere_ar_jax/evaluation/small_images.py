@@ -4,7 +4,7 @@ The scores are listed in `docs/evaluation.md`, "Small data sets: the digits and 
 
   data = small.open_data_set('idx', '/data/fashion', seed=0, holdout=0.2)
   judge = small_images.Judge(data, small_images.classifier(data, steps=1600))
-  judge.floor(); judge.scores(images, labels)
+  judge.floor(len(images)); judge.scores(images, labels)
 
 Dimensions:
   n  images of a set     f  features of an image     h, w  pixels of an image in its file
@@ -158,16 +158,22 @@ class Judge:
         """The distance of each held-out image to the nearest training image."""
         return _nearest(self._pixels.heldout, self._pixels.train)
 
-    def floor(self) -> dict[str, float]:
+    def floor(self, count: int) -> dict[str, float]:
         """What real images score: held-out against training images.
+
+        Args:
+          count: the number of the samples that are compared with it.
 
         Returns:
           The classifier's accuracy on held-out images, and the Fréchet distances between the
-          training and the held-out images.
+          training and the held-out images. Where there are fewer samples than held-out images,
+          distances of as many held-out images stand beside.
         """
         found = {'classifier/accuracy': self._accuracy}
         for name, space in self._spaces():
             found[f'real/{name}'] = space.floor
+            if count < len(space.heldout):
+                found[f'real/{name}_as_many'] = space.floor_of(count)
         return found
 
     def _spaces(self) -> list[tuple[str, _Space]]:
@@ -185,9 +191,7 @@ class Judge:
 
         Returns:
           The share of samples that the classifier reads as their labels, the number of classes that
-          it sees, Fréchet distances, precision, recall, and what `memorisation` returns. Where
-          there are fewer samples than held-out images, Fréchet distances of as many held-out images
-          stand beside.
+          it sees, Fréchet distances, precision, recall, and what `memorisation` returns.
         """
         pixels = self._data.train.to_pixels(images)
         flat = _flat(pixels)
@@ -206,11 +210,7 @@ class Judge:
         )
         found['samples/precision'] = precision
         found['samples/recall'] = recall
-        found |= _compare(_nearest(flat, self._pixels.train), self._of_heldout)
-        if len(images) < len(self._data.heldout):
-            for name, space in self._spaces():
-                found[f'real/{name}_as_many'] = space.floor_of(len(images))
-        return found
+        return found | _compare(_nearest(flat, self._pixels.train), self._of_heldout)
 
 
 def summary(noun: str, count: int, scores: dict[str, float]) -> str:

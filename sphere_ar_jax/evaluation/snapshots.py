@@ -417,7 +417,7 @@ def score(
     bar = console.bar(steps, 'training the classifier', 'step')
     classifier = small_images.classifier(data, steps, setting.workdir, bar)
     judge = small_images.Judge(data, classifier)
-    metrics |= judge.floor() | judge.scores(images, labels)
+    metrics |= judge.floor(len(images)) | judge.scores(images, labels)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 

@@ -8,7 +8,6 @@ Dimensions:
 """
 
 import dataclasses
-import math
 from typing import ClassVar, Protocol
 
 import jax
@@ -95,8 +94,7 @@ class Straight:
 
     def __post_init__(self) -> None:
         geometry.check_radius(self.radius)
-        if not (math.isfinite(self.prior_scale) and self.prior_scale > 0):
-            raise ValueError(f'prior_scale must be a number above 0, not {self.prior_scale}')
+        geometry.check_above_zero('prior_scale', self.prior_scale)
 
     def start(self, noise: jax.Array) -> jax.Array:
         """Gives s·ε."""

@@ -92,14 +92,24 @@ def radius(d: int, chosen: float | None = None) -> float:
     return d**0.5 if chosen is None else chosen
 
 
+def check_above_zero(name: str, value: float) -> None:
+    """Checks a number of that name.
+
+    Raises:
+      ValueError: it is not a finite number above 0; one line.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f'{name} must be a number above 0, not {value}')
+
+
 def check_radius(radius: float | None) -> None:
     """Checks the radius of a sphere; None stands for √d.
 
     Raises:
       ValueError: it is not a finite number above 0.
     """
-    if radius is not None and not (math.isfinite(radius) and radius > 0):
-        raise ValueError(f'radius must be a number above 0, not {radius}')
+    if radius is not None:
+        check_above_zero('radius', radius)
 
 
 def project(z: ArrayLike, radius: float | None = None) -> jax.Array:

@@ -49,7 +49,7 @@ def test_digit_scores_of_real_digits_and_of_nonsense():
     heldout = data.heldout
     np.testing.assert_allclose(heldout.to_pixels(heldout.images), heldout.pixels, atol=1e-6)
     judge = small_images.Judge(data, small_images.classifier(data, steps=1))
-    scores = judge.floor() | judge.scores(heldout.images, heldout.labels)
+    scores = judge.floor(len(heldout)) | judge.scores(heldout.images, heldout.labels)
     assert list(scores) == NAMES
     assert scores['samples/accuracy'] == scores['classifier/accuracy'] > 0.97
     assert scores['samples/classes_drawn'] == 10
@@ -81,7 +81,7 @@ def test_the_digits_numbers_are_those_of_their_first_protocol():
     labels = data.train.labels[:200]
     samples = digits.shrink((images + 1) / 2).reshape(-1, 64)
     judge = small_images.Judge(data, small_images.classifier(data, steps=1))
-    scores = judge.floor() | judge.scores(images, labels)
+    scores = judge.floor(len(images)) | judge.scores(images, labels)
     svc = SVC(gamma=0.256, C=10).fit(train, data.train.labels)
     assert scores['classifier/accuracy'] == svc.score(heldout, data.heldout.labels)
     assert scores['samples/accuracy'] == np.mean(svc.predict(samples) == labels)
@@ -155,7 +155,7 @@ def test_a_network_learns_and_its_weights_are_kept(bars, tmp_path):
 def test_idx_images_are_scored_in_features_too(bars):
     """Held-out images score as their floor says, wrong labels and noise do not."""
     judge = small_images.Judge(bars, classifiers.conv_net(bars.train, RECIPE))
-    floor = judge.floor()
+    floor = judge.floor(len(bars.heldout))
     assert set(floor) == {'classifier/accuracy', 'real/frechet', 'real/feature_frechet'}
     images = _images(bars.heldout)
     labels = bars.heldout.labels
@@ -174,7 +174,7 @@ def test_idx_images_are_scored_in_features_too(bars):
     text = small_images.summary('images', 120, floor | scores)
     assert '120 images' in text and "In the classifier's features" in text
     assert 'held-out images have' not in text
-    fewer = judge.scores(images[:40], labels[:40])
+    fewer = judge.floor(40) | judge.scores(images[:40], labels[:40])
     assert fewer['real/feature_frechet_as_many'] > scores['samples/feature_frechet']
     text = small_images.summary('images', 40, floor | fewer)
     assert text.endswith(f'40 held-out images have {fewer["real/feature_frechet_as_many"]:.3f}.')

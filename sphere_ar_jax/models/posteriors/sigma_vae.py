@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models.posteriors.gaussian import spreads, standard_draws
+from sphere_ar_jax.sphere import geometry
 
 # A dimension is dead where the means spread by less than this share of sigma.
 DEAD = 0.1
@@ -107,8 +108,7 @@ class SigmaVAE:
     logarithmic: ClassVar[frozenset[str]] = frozenset({'sigma_to_spread'})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(f'sigma must be a number above 0, not {self.sigma}')
+        geometry.check_above_zero('sigma', self.sigma)
 
     def outputs(self, d: int) -> int:
         """Returns d, the numbers of the mean."""

@@ -23,16 +23,6 @@ from sphere_ar_jax.sphere import geometry
 DEAD = 0.1
 
 
-def check_kappa_scale(kappa_scale: float) -> None:
-    """Checks the factor of `direction_and_concentration`.
-
-    Raises:
-      ValueError: it is not a finite number above 0; one line.
-    """
-    if not (math.isfinite(kappa_scale) and kappa_scale > 0):
-        raise ValueError(f'kappa_scale must be a number above 0, not {kappa_scale}')
-
-
 def direction_and_concentration(x: jax.Array, kappa_scale: float) -> tuple[jax.Array, jax.Array]:
     """Makes mu = l2_normalize(first d numbers) and kappa = softplus(kappa_scale · last number) + 1.
 
@@ -209,7 +199,7 @@ class Spherical:
 
     def __post_init__(self) -> None:
         geometry.check_radius(self.radius)
-        check_kappa_scale(self.kappa_scale)
+        geometry.check_above_zero('kappa_scale', self.kappa_scale)
 
     def outputs(self, d: int) -> int:
         """Returns d + 1: d numbers for the direction and one for the concentration."""
