@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -29,7 +28,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
-import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -39,9 +37,9 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.interop import npz
 from sphere_ar_jax.models.conditions import check_labels
-from sphere_ar_jax.runtime import checkpoint, console, hosts
-from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.files import read_json, replace, write_bytes, write_json
+from sphere_ar_jax.runtime import checkpoint, hosts
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
+from sphere_ar_jax.runtime.files import owned, read_json, replace, write_bytes, write_json
 from sphere_ar_jax.sampling import on_mesh
 
 LABELS = ('uniform', 'balanced')
@@ -104,7 +102,7 @@ def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:
         try:
             labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
         except (ValueError, OverflowError) as error:
-            why = console.printable(console.first_line(error))
+            why = printable(first_line(error))
             raise UserError(f'{path} is no list of whole numbers: {why}') from None
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
         raise UserError(
@@ -323,39 +321,17 @@ def _begin(path: str, identity: dict[str, Any], shape: tuple[int, ...]) -> _Part
     return None
 
 
-@contextlib.contextmanager
-def _owned(path: str) -> Iterator[None]:
-    """Context in which no other process draws samples to a path. Only the first process asks.
+def _owned(path: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which no other run draws samples to a path. All processes must enter it.
 
-    Nothing is asked where the file is there already, because nothing will be drawn. The kernel
-    holds the lock, so that it ends with the process. The file PATH.lock is removed.
+    Nothing is locked where the file is there already, because nothing will be drawn.
 
     Raises:
-      UserError: another process draws to it now; the message names that process.
+      UserError: another run draws to it now; the message names that run.
     """
-    if not hosts.is_first() or os.path.exists(path):
-        yield
-        return
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    name = f'{path}.lock'
-    lock = filelock.FileLock(name, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        with contextlib.suppress(OSError), open(name, errors='replace') as f:
-            owner = console.printable(f.read(200).strip())
-        raise UserError(
-            f'another process draws samples to {path} ({owner or "unknown"}): wait for it, or take '
-            'another --output'
-        ) from None
-    try:
-        with open(name, 'w') as f:
-            f.write(f'process {os.getpid()} on {platform.node()}\n')
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(name)
-        lock.release()
+    if hosts.from_first(os.path.exists(path)):
+        return contextlib.nullcontext()
+    return owned(f'{path}.parts', 'a sampling')
 
 
 def _tell_all(gaps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ import scipy.stats
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.models import ar
-from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation, on_mesh
 from tests import tiny_config
@@ -301,7 +301,7 @@ def test_images_that_are_not_finite_are_never_written(run, tmp_path):
         assert calls == list(range(begun, 9, 4))
     parts = tmp_path / 'a.npz.parts'
     assert sorted(f.name for f in parts.iterdir()) == ['00000000.npy', '00000004.npy', 'about.json']
-    assert not path.exists() and not (tmp_path / 'a.npz.lock').exists()
+    assert not path.exists()
 
 
 def test_sampled_arrays_that_are_not_finite_are_refused(run):
@@ -346,7 +346,7 @@ def test_two_samplers_of_one_file(run, labels, whole, tmp_path):
 
     def second(done):
         if done == 8:
-            with pytest.raises(UserError, match='another process draws samples to') as error:
+            with pytest.raises(UserError, match=r'a\.npz\.parts is in use by a sampling') as error:
                 _generate(run, labels, path)
             said.append(str(error.value))
 
@@ -358,9 +358,19 @@ def test_two_samplers_of_one_file(run, labels, whole, tmp_path):
 
 def test_the_lock_of_a_killed_sampler_is_taken_over(run, labels, tmp_path):
     path = tmp_path / 'a.npz'
-    (tmp_path / 'a.npz.lock').write_text('process 1 on elsewhere\n')
+    (tmp_path / 'a.npz.parts').mkdir()
+    for name in ('lock', 'lock.json'):
+        (tmp_path / 'a.npz.parts' / name).write_text('process 1 on elsewhere\n')
     _generate(run, labels[:4], path)
-    assert path.exists() and not (tmp_path / 'a.npz.lock').exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['a.npz', 'a.npz.json']
+
+
+def test_samples_that_are_there_take_no_lock(run, labels, tmp_path):
+    path = tmp_path / 'a.npz'
+    images, _ = _generate(run, labels[:4], path)
+    with files.owned(f'{path}.parts', 'a sampling'):
+        again, _ = _generate(run, labels[:4], path)
+    np.testing.assert_array_equal(images, again)
 
 
 def test_other_batches_go_on_with_the_parts_there_are(run, labels, whole, tmp_path):
