@@ -3,8 +3,7 @@ r"""Claim 2 at small size: the order of the latent families.
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/ablation.py
 Result:    On the digits the first step is reproduced, the second undecided, the third contradicted
-           (docs/experiments/ablation/page.md). Other KL weights and Fashion-MNIST are not measured
-           yet.
+           (docs/experiments/ablation/page.md). Fashion-MNIST is not measured yet.
 
 The paper's four rows, and three more. The Gaussian rows are trained with three weights of the KL
 term, and the best weight stands for the row.

@@ -250,7 +250,8 @@ def _band(
     axis: Axes, x: Sequence[float] | np.ndarray, found: list[statistics.Interval], **style: Any
 ) -> None:
     """Draws means as a line and their intervals as a band."""
-    (line,) = axis.plot(x, [interval.mean for interval in found], marker='o', ms=3, **style)
+    style = {'marker': 'o', **style}
+    (line,) = axis.plot(x, [interval.mean for interval in found], ms=3, **style)
     if all(interval.seeds > 1 for interval in found):
         low = [interval.low for interval in found]
         high = [interval.high for interval in found]
@@ -265,19 +266,43 @@ _GUIDED = {
 }
 
 
-def _plot_guidance(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
+def _styles(config: ConfigDict, rows: Sequence[str]) -> dict[str, dict[str, str]]:
+    """How each row's line is drawn.
+
+    A variant has the colour of the row that it varies, and is dashed. Beyond ten rows colours come
+    again with other markers.
+    """
+    varied = {other: name for name, others in config.variants.items() for other in others}
+    own = [row for row in rows if row not in varied]
+    found = {}
+    for row in rows:
+        name = varied.get(row, row)
+        place = own.index(name)
+        dashes = '-'
+        if row in varied:
+            dashes = ('--', ':', '-.')[config.variants[name].index(row) % 3]
+        found[row] = {'color': f'C{place % 10}', 'marker': 'os^'[place // 10], 'ls': dashes}
+    return found
+
+
+def _plot_guidance(
+    path: str, config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts
+) -> None:
     """Plots scores of samples against the guidance scale, one line for each row."""
     figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
+    styles = _styles(config, rows)
     for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
         for row in rows:
             scales, found = _curves(measured, row, name)
             if len(scales):
-                _band(axis, scales, found, label=row)
+                _band(axis, scales, found, label=row, **styles[row])
         axis.set_xlabel('guidance scale')
         axis.set_title(label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale('log')
-    axes[0].legend(fontsize=7)
+    axes[-1].set_ylim(0, max(0.1, axes[-1].get_ylim()[1]))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='upper center', ncols=5, bbox_to_anchor=(0.5, 0), fontsize=8)
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -307,8 +332,12 @@ def _plot_rows(path: str, config: ConfigDict, scores: Mapping[str, Any]) -> None
 def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Writes the plot over guidance, or that of the config's `curves` where it has some."""
     if not config.curves:
-        _plot_guidance(f'{directory}/guidance.png', list(found['rows']), found['measured'])
-        return {'guidance.png': 'scores of samples over the guidance scale, with 95% intervals'}
+        rows = list(found['rows'])
+        _plot_guidance(f'{directory}/guidance.png', config, rows, found['measured'])
+        words = 'scores of samples over the guidance scale, with 95% intervals'
+        if config.variants:
+            words += '; variants of a row have its colour'
+        return {'guidance.png': words}
     _plot_rows(f'{directory}/curves.png', config, found['rows'])
     words = f'Fréchet distance of samples over the {config.curves_over}, with 95% intervals'
     return {'curves.png': words}
