@@ -24,8 +24,8 @@ differences from configs/digits.py:
   hybrid: after 300 steps 22.7 dB in place of 21.6, both with a kappa_scale of 1.
 - kappa grows 10 times as fast. After 800 steps of 64 images the tokenizer reaches 31.7 dB in place
   of 27.2 (docs/method.md, "Posterior"). The weight of the KL term is a quarter.
-- Steps have 32 images, those of the AR model 16, and a token has one noisy copy in place of 2. There
-  are more steps.
+- Steps have 32 images, and those of the AR model 16, with one noisy copy of a token in place of 2.
+  There are more steps.
 - Transformer and head are wider, and a token takes 20 evaluations in place of 101.
 - Guidance is 1.6 in place of 1.5.
 """
