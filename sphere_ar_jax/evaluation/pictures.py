@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -62,6 +63,14 @@ def read_all(directory: str, names: Iterable[str]) -> dict[str, np.ndarray]:
             with Image.open(io.BytesIO(path.read_bytes())) as image:
                 found[name] = np.asarray(image.convert('RGB'))
     return found
+
+
+def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+    """Puts the legend of one axis below the figure, for all of its axes."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc='upper center', ncols=columns, bbox_to_anchor=(0.5, 0), fontsize=8
+    )
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.small import Split
 from sphere_ar_jax.evaluation import tokenizer
-from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
 from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.models.vae import draw_tokens
@@ -247,11 +247,14 @@ def _curves(
 
 
 def _band(
-    axis: Axes, x: Sequence[float] | np.ndarray, found: list[statistics.Interval], **style: Any
+    axis: Axes,
+    x: Sequence[float] | np.ndarray,
+    found: list[statistics.Interval],
+    marker: str = 'o',
+    **style: Any,
 ) -> None:
     """Draws means as a line and their intervals as a band."""
-    style = {'marker': 'o', **style}
-    (line,) = axis.plot(x, [interval.mean for interval in found], ms=3, **style)
+    (line,) = axis.plot(x, [interval.mean for interval in found], marker=marker, ms=3, **style)
     if all(interval.seeds > 1 for interval in found):
         low = [interval.low for interval in found]
         high = [interval.high for interval in found]
@@ -266,22 +269,20 @@ _GUIDED = {
 }
 
 
-def _styles(config: ConfigDict, rows: Sequence[str]) -> dict[str, dict[str, str]]:
-    """How each row's line is drawn.
+def _styles(config: ConfigDict) -> dict[str, dict[str, str]]:
+    """How the line of each row of the config is drawn, whatever rows are measured.
 
     A variant has the colour of the row that it varies, and is dashed. Beyond ten rows colours come
     again with other markers.
     """
     varied = {other: name for name, others in config.variants.items() for other in others}
-    own = [row for row in rows if row not in varied]
+    own = [row for row in config.rows if row not in varied]
     found = {}
-    for row in rows:
-        name = varied.get(row, row)
-        place = own.index(name)
-        dashes = '-'
-        if row in varied:
-            dashes = ('--', ':', '-.')[config.variants[name].index(row) % 3]
-        found[row] = {'color': f'C{place % 10}', 'marker': 'os^'[place // 10], 'ls': dashes}
+    for place, name in enumerate(own):
+        style = {'color': f'C{place % 10}', 'marker': 'os^'[place // 10 % 3]}
+        found[name] = {**style, 'ls': '-'}
+        for i, other in enumerate(config.variants.get(name, ())):
+            found[other] = {**style, 'ls': ('--', ':', '-.')[i % 3]}
     return found
 
 
@@ -290,7 +291,7 @@ def _plot_guidance(
 ) -> None:
     """Plots scores of samples against the guidance scale, one line for each row."""
     figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
-    styles = _styles(config, rows)
+    styles = _styles(config)
     for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
         for row in rows:
             scales, found = _curves(measured, row, name)
@@ -300,9 +301,9 @@ def _plot_guidance(
         axis.set_title(label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale('log')
+    # The share of collapsed samples is 0 in most experiments.
     axes[-1].set_ylim(0, max(0.1, axes[-1].get_ylim()[1]))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='upper center', ncols=5, bbox_to_anchor=(0.5, 0), fontsize=8)
+    legend_below(figure, axes[0], 5)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
 from sphere_ar_jax.experiments import comparison, report, runs, statistics
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
@@ -350,8 +350,7 @@ def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts
         axis.set_xlabel('tokens after the disturbed one')
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel('change / norm (dotted: to first order)')
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='upper center', ncols=6, bbox_to_anchor=(0.5, 0), fontsize=8)
+    legend_below(figure, axes[0, 0], 6)
     figure.tight_layout()
     save_figure(figure, path)
 

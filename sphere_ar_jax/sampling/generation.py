@@ -435,4 +435,6 @@ def generate(
         if parts is not None:
             write_json(f'{path}.json', identity)
             _assemble(path, parts, shape, labels)
-            shutil.rmtree(parts.directory)
+    if parts is not None:
+        # Not before the lock in it is released: NFS keeps a file that is open, and its directory.
+        shutil.rmtree(parts.directory, ignore_errors=True)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
 from sphere_ar_jax.config import build, experiments, packaged
@@ -419,6 +420,25 @@ def test_a_score_is_measured_anew_where_old_lines_lack_it(tmp_path, faked, monke
     both = experiment.run(small(seeds=(1, 0)), 'one', str(tmp_path), 'COMMAND')
     assert 'brightness_distance' not in both['rows']['power_spherical']
     assert both['rows']['power_spherical']['frechet_best']['seeds'] == 2
+
+
+def test_variants_are_drawn_in_the_colour_of_their_row():
+    """No two rows are drawn alike."""
+    styles = comparison._styles(packaged.load('experiments/ablation'))
+    assert styles['gaussian_kl_1e-3']['color'] == styles['gaussian']['color']
+    assert styles['gaussian']['ls'] == '-' != styles['gaussian_kl_1e-3']['ls']
+    assert len({tuple(style.items()) for style in styles.values()}) == len(styles) == 13
+
+
+def test_a_variant_alone_is_drawn(tmp_path):
+    c = packaged.load('experiments/ablation')
+    line = {'guidance': 1.0, 'frechet': 0.5, 'accuracy': 1.0, 'recall': 0.5, 'collapsed': 0.0}
+    measured = [{'row': 'gaussian_kl_1e-3', 'seed': 0, 'lines': [line]}]
+    found = {'rows': {'gaussian_kl_1e-3': {}}, 'measured': measured}
+    said = comparison.KIND.plots(c, found, str(tmp_path))
+    assert 'variants' in said['guidance.png']
+    with Image.open(tmp_path / 'guidance.png') as picture:
+        assert picture.width > picture.height > 100
 
 
 def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):

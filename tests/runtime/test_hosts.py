@@ -400,7 +400,7 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, words, alone, tmp
         run.wait_for(f'ar 18/{STEPS}')
         run.started[2].send_signal(signal.SIGKILL)
         assert run.end(120) == [ABORTED, ABORTED, -signal.SIGKILL, ABORTED], run.err
-    part(2, 2, None, '--config.mesh.fsdp=2', '--config.mesh.tensor=2')
+    part(4, 1, None, '--config.mesh.fsdp=2')
     runs = [load_run(str(workdir)) for workdir in (alone, tmp_path / 'w')]
     chex.assert_trees_all_close(
         *(jax.device_get(run.ar_params) for run in runs), rtol=1e-3, atol=1e-4

@@ -4,10 +4,12 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -362,6 +364,20 @@ def test_the_lock_of_a_killed_sampler_is_taken_over(run, labels, tmp_path):
     for name in ('lock', 'lock.json'):
         (tmp_path / 'a.npz.parts' / name).write_text('process 1 on elsewhere\n')
     _generate(run, labels[:4], path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['a.npz', 'a.npz.json']
+
+
+def test_the_lock_is_released_before_its_directory_goes(run, labels, tmp_path, monkeypatch):
+    """NFS would keep a file that is open, and with it the directory."""
+    removed = []
+
+    def remove(directory, **options):
+        removed.append(sorted(os.listdir(directory)))
+        shutil.rmtree(directory, **options)
+
+    monkeypatch.setattr(generation, 'shutil', types.SimpleNamespace(rmtree=remove))
+    _generate(run, labels[:4], tmp_path / 'a.npz')
+    assert removed == [['00000000.npy', 'about.json']]
     assert sorted(f.name for f in tmp_path.iterdir()) == ['a.npz', 'a.npz.json']
 
 
