@@ -26,12 +26,14 @@ def get_config(arg: str = '') -> ConfigDict:
         'A sample is collapsed where the standard deviation of its pixels lies below a quarter of '
         "the 1% quantile of real images'. ",
     )
-    steps = c.base.ar_training.steps // 5
+    short = c.base.copy_and_resolve_references().ar_training
+    experiments.shorten(short, 1 / 5)
+    keys = ('steps', 'warmup_steps', 'ema_decay')
     settings = {
         '': {},
         '_evaluations_4': {'sampling': {'num_steps': 4}},
         '_evaluations_2': {'sampling': {'num_steps': 2}},
-        '_short': {'ar_training': {'steps': steps, 'warmup_steps': steps // 8}},
+        '_short': {'ar_training': {key: short[key] for key in keys}},
     }
     if 'fashion' not in arg.split(','):
         settings['_tokens_64'] = {'vae': {'grid': (8, 8), 'channels': (32, 96)}}

@@ -476,7 +476,7 @@ def _check_watch(w: ConfigDict, channels: int) -> None:
 
 
 # A share of the initialisation in an average above which it is said.
-_SHARE_OF_START = 0.05
+START_SHOWS = 0.05
 
 
 # Epochs of a training above which its length hardly fits its images.
@@ -494,7 +494,7 @@ def share_of_start(decay: float, steps: int, ramp: bool = False) -> float:
     share = 1.0
     for i in range(steps):
         share *= min(decay, (1 + i) / (10 + i))
-        if share < _SHARE_OF_START / 100:  # What follows only makes it smaller.
+        if share < START_SHOWS / 100:  # What follows only makes it smaller.
             break
     return share
 
@@ -529,7 +529,7 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
             line += '; configs/own.py derives shorter trainings from the number of images'
         lines.append(line)
         share = share_of_start(t.ema_decay, t.steps, t.ema_ramp)
-        if share > _SHARE_OF_START:
+        if share > START_SHOWS:
             remedy = f'lower --config.{name}.ema_decay, give --config.{name}.ema_ramp=True'
             if name == 'ar_training':
                 remedy += ', or sample the weights themselves by --config.sampling.ema_decay=0'

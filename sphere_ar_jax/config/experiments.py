@@ -245,19 +245,34 @@ def add_kl_weights(config: ConfigDict, name: str, weights: tuple[float, ...]) ->
     return tuple(names)
 
 
+def shorten(training: ConfigDict, share: float) -> None:
+    """Gives a training a share of its steps and of its warm-up.
+
+    The average of the weights is kept where it forgets the initialisation in the steps that are
+    left. Where it would not (`checks.START_SHOWS`), its memory 1/(1 − decay) is shortened by the
+    same share.
+
+    Args:
+      training: a section of a run's config, which is changed.
+      share: between 0 and 1.
+    """
+    steps = max(2, int(share * training.steps))
+    training.update(steps=steps, warmup_steps=int(share * training.warmup_steps))
+    training.log_every = min(training.log_every, steps)
+    if checks.share_of_start(training.ema_decay, steps) > checks.START_SHOWS:
+        training.ema_decay = 1 - (1 - training.ema_decay) / share
+
+
 def shortened(base: ConfigDict, share: float) -> ConfigDict:
-    """A run's config with a share of its steps, and the sampler of the fewest evaluations.
+    """A run's config with a share of both trainings, and the sampler of the fewest evaluations.
 
     Args:
       base: the config of a run.
-      share: of the steps and the warm-up of both trainings.
+      share: see `shorten`.
     """
     c = base.copy_and_resolve_references()
     for name in ('tokenizer_training', 'ar_training'):
-        t = c[name]
-        t.steps = max(2, int(share * t.steps))
-        t.warmup_steps = int(share * t.warmup_steps)
-        t.log_every = min(t.log_every, t.steps)
+        shorten(c[name], share)
     c.sampling.update(recipes.FAST)
     return c
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
-from sphere_ar_jax.config import build, experiments, packaged
+from sphere_ar_jax.config import build, checks, experiments, packaged
 from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
@@ -47,9 +47,31 @@ def test_packaged_experiments_are_whole(name):
         for row in c.rows:
             cfg = experiments.row(c, row, 7)
             assert cfg.seed == 7
+            t = cfg.ar_training
+            if 'smoke' not in words:
+                share = checks.share_of_start(t.ema_decay, t.steps)
+                assert share < 0.05, f'{word}, {row}: the average is {share:.0%} initialisation'
         assert c.comparisons and c.claim and c.method
     with pytest.raises(ValueError, match='has no variant'):
         packaged.load(f'experiments/{name}:quick')
+
+
+def test_short_trainings_forget_their_start():
+    """Their averages do, even where the memory of the whole training would be too long."""
+    training = tiny_config.get_config().ar_training
+    training.update(steps=2000, warmup_steps=100, log_every=50, ema_decay=0.995)
+    half = training.copy_and_resolve_references()
+    experiments.shorten(half, 0.5)
+    assert (half.steps, half.warmup_steps, half.ema_decay) == (1000, 50, 0.995)
+    fifth = training.copy_and_resolve_references()
+    experiments.shorten(fifth, 0.2)
+    assert (fifth.steps, fifth.warmup_steps) == (400, 20)
+    assert np.isclose(fifth.ema_decay, 0.975)
+    assert fifth.ema_decay**400 < 0.05 < 0.995**400
+    tokenizer = training.copy_and_resolve_references()
+    tokenizer.ema_decay = 0.0
+    experiments.shorten(tokenizer, 0.01)
+    assert (tokenizer.steps, tokenizer.log_every, tokenizer.ema_decay) == (20, 20, 0.0)
 
 
 def test_rows_are_the_papers():
