@@ -34,9 +34,9 @@ goes on where it stopped. The other modes are:
                    (trains and compares rows with several seeds, see docs/experiments)
   --mode=serve     --workdir=DIR [--host=127.0.0.1] [--port=7860]
                    (a page to draw with in the browser, see docs/serving.md)
-  --mode=compile   --config=FILE --topology=v6e-256[,v5p-64,…] [--noaudit]
+  --mode=compile   --config=FILE --topology=v6e-256[,h100-8,…] [--noaudit]
                    [--parts=train,sample,evaluate] [--output=FILE.json]
-                   (what the programs would take on TPUs, without one)
+                   (what the programs would take on TPUs or GPUs, without one)
 
 Encode, sample, grid, complete, evaluate and serve take sampler, seed, dtype and mesh from --config
 if it is given, else from the run's own config, of which --config.KEY=VALUE changes a value.
@@ -155,7 +155,7 @@ _OPTIONS = (
     _text('images', ('evaluate', 'complete'), 'Real images: npz or directory; picture.'),
     _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
     _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
-    _text('topology', ('compile',), 'TPU slices, as v6e-256 or v6e:16x16, separated by commas.'),
+    _text('topology', ('compile',), 'TPUs or GPUs, as v6e-256, v6e:16x16 or h100-8, by commas.'),
     _words('parts', ('compile',), 'Any of train, sample and evaluate; all if not given.'),
     _words('seeds', ('experiment',), "Seeds, in place of the config's."),
     _text('host', ('serve',), 'Address to listen at, 127.0.0.1 if not given.'),

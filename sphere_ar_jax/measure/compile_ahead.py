@@ -1,11 +1,13 @@
-"""The job of --mode=compile: a config's programs, compiled for TPUs that are not there.
+"""The job of --mode=compile: a config's programs, compiled for TPUs and GPUs that are not there.
 
-libtpu has the TPUs' compiler and needs no TPU. For each slice and each program this module finds:
+libtpu has the TPUs' compiler and needs no TPU. JAX's CUDA plugin has the GPUs' compiler and needs
+no GPU. For each slice and each program this module finds:
 
 - whether it fits a chip's memory, and what takes how much of that;
 - its operations;
 - the bytes that a chip moves in its memory and sends to others, read from the compiled program;
 - the least time by the rates of `devices`;
+- of a GPU, the kernels that it starts, by what they are made with;
 - for training steps, that no chip has other chips' images.
 
 What is counted how:
@@ -13,12 +15,13 @@ What is counted how:
                count once.
   FLOPs        matrix products and convolutions of the whole batch, by `costs.flops`: those of the
                model, and those that are computed, with what remat computes again.
-  HBM, ICI     of one chip, by `hlo.Program`. Loops count as often as they run; those whose length
+  HBM, links   of one chip, by `hlo.Program`. Loops count as often as they run; those whose length
                is data (rejection sampling) count as one round. What is sent follows from the ring
                algorithms.
-  least time   the longest of FLOPs / peak rate, HBM bytes / their rate, and sent bytes / ICI rate.
-               All three go on at the same time at their published peak, with all links of a chip
-               in use, so that no real step is as fast.
+  least time   the longest of FLOPs / peak rate, HBM bytes / their rate, and sent bytes / the rate
+               of the links. All three go on at the same time at their published peak, with all
+               links of a chip in use, so that no real step is as fast.
+  kernels      of one GPU, by `hlo.Program.kernels`.
 
 Dimensions:
   B  images of the global batch
@@ -43,7 +46,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.measure import costs, hlo, programs
-from sphere_ar_jax.measure.devices import Chip, GiB, Slice, find_slice
+from sphere_ar_jax.measure.devices import Chip, GiB, Slice, find_slice, target_config
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError, first_line, markdown, size
 from sphere_ar_jax.runtime.types import PyTree
@@ -69,7 +72,7 @@ NO_REMEDY = 'use more chips, or fewer images'
 
 ASSUMED = (
     "The least time assumes the chips' published peak rates, bfloat16 products, ring algorithms "
-    'over all links of a chip, and that computing, HBM and ICI go on at the same time: no real '
+    'over all links of a chip, and that computing, HBM and links go on at the same time: no real '
     'step is as fast.'
 )
 
@@ -122,7 +125,11 @@ def compile_work(work: programs.Work) -> tuple[Any, str]:
     """
     # The text comes from a dump, because `as_text` fails for some TPU programs.
     with _uncached(), tempfile.TemporaryDirectory() as directory:
-        options = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
+        options = {
+            'xla_dump_to': directory,
+            'xla_dump_hlo_as_text': True,
+            'xla_gpu_enable_triton_gemm': False,
+        }
         try:
             compiled = work.function.lower(*work.arguments).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
@@ -172,16 +179,21 @@ def measure(work: programs.Work, chip: Chip) -> Result:
     parts = memory(compiled, work.groups)
     sent = program.collectives()
     moved = program.memory_traffic()
+    total = sum(parts.values())
+    there = chip.hbm // chip.devices
+    # The GPUs' compiler lays out whatever it is given.
+    if total > there:
+        raise OutOfMemoryError(total, there)
     share = chip.devices / work.devices
     seconds = {
         'compute': work.computed * share / chip.flops,
         'hbm': moved * chip.devices / chip.hbm_rate,
-        'ici': sum(t.sent for t in sent.values()) * chip.devices / chip.ici,
+        'links': sum(t.sent for t in sent.values()) * chip.devices / chip.link_rate,
     }
     return {
         'memory': parts,
-        'total_bytes': sum(parts.values()),
-        'device_bytes': chip.hbm // chip.devices,
+        'total_bytes': total,
+        'device_bytes': there,
         'flops': work.flops,
         'flops_computed': work.computed,
         'flops_device': work.computed / work.devices,
@@ -191,6 +203,7 @@ def measure(work: programs.Work, chip: Chip) -> Result:
             kind: {'count': t.count, 'sent_bytes': t.sent} for kind, t in sorted(sent.items())
         },
         'open_loops': program.open_loops,
+        'kernels': program.kernels() if chip.is_gpu else None,
         'seconds': seconds,
         'least_seconds': max(seconds.values()),
         'bound': max(seconds, key=seconds.__getitem__),
@@ -284,7 +297,7 @@ def _remedy(cfg: ConfigDict, name: str, mesh: Mesh, say: Callable[[str], None]) 
 def _time_line(r: Result) -> str:
     """The least time of a program's result, as a line for the console."""
     s = r['seconds']
-    times = f'compute {s["compute"]:.3g} s, HBM {s["hbm"]:.3g} s, ICI {s["ici"]:.3g} s'
+    times = f'compute {s["compute"]:.3g} s, HBM {s["hbm"]:.3g} s, links {s["links"]:.3g} s'
     if r['steps']:
         whole = f'{r["days"]:.3g} days of {r["steps"]} steps'
     else:
@@ -311,6 +324,9 @@ def _lines(r: Result) -> Iterator[str]:
         yield f'  {r["not_split"]}'
     for kind, t in r['collectives'].items():
         yield f'  {kind}: {t["count"]:.0f} times, {t["sent_bytes"] / 1e9:.3g} GB sent by a device'
+    if r['kernels'] is not None:
+        kinds = ', '.join(f'{n:,.0f} {kind}' for kind, n in r['kernels'].items())
+        yield f'  {sum(r["kernels"].values()):,.0f} kernels: {kinds}'
     yield _time_line(r)
     if r['replicated'] is None:
         return
@@ -352,17 +368,15 @@ def table(results: Iterable[Result]) -> str:
     return '\n'.join(markdown(head, rows))
 
 
-def devices_of(piece: Slice) -> Sequence[Any]:
-    """The devices of a slice, described by libtpu on a machine that has none of them.
+def _require(package: str, kind: str, extra: str) -> None:
+    """Raises UserError unless the package that has the compiler for such chips is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"the {kind}' compiler is not installed: pip install -e '.[{extra}]'")
 
-    Args:
-      piece: the slice.
 
-    Raises:
-      UserError: libtpu is not installed, or refuses.
-    """
-    if importlib.util.find_spec('libtpu') is None:
-        raise UserError("the TPUs' compiler is not installed: pip install -e '.[tpu-compiler]'")
+def _tpus(piece: Slice) -> Any:
+    """The description of a slice by libtpu."""
+    _require('libtpu', 'TPUs', 'tpu-compiler')
     # Without these libtpu asks Google's machines, or complains. Several processes may load it,
     # because none here holds a TPU.
     os.environ.update(
@@ -375,12 +389,39 @@ def devices_of(piece: Slice) -> Sequence[Any]:
     )
     from jax.experimental import topologies  # This imports libtpu.
 
+    return topologies.get_topology_desc(
+        platform='tpu', topology_name=piece.topology, chip_config_name=piece.chip.setting
+    )
+
+
+def _gpus(piece: Slice) -> Any:
+    """The description of the cards of one host by JAX's CUDA plugin."""
+    _require('jax_cuda12_plugin', 'GPUs', 'gpu-compiler')
+    from jax.experimental import topologies
+
+    jax.devices()  # JAX finds its plugins here.
+    return topologies.get_topology_desc(
+        platform='cuda',
+        topology_name='',
+        topology=piece.shape,
+        target_config=target_config(piece.chip),
+    )
+
+
+def devices_of(piece: Slice) -> Sequence[Any]:
+    """The devices of a slice, described by their compiler on a machine that has none of them.
+
+    Args:
+      piece: the slice.
+
+    Raises:
+      UserError: the compiler is not installed, or refuses.
+    """
+    describe = _gpus if piece.chip.is_gpu else _tpus
     try:
-        return topologies.get_topology_desc(
-            platform='tpu', topology_name=piece.topology, chip_config_name=piece.chip.setting
-        ).devices
+        return describe(piece).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f'{piece.name}: libtpu says {first_line(error)}') from None
+        raise UserError(f'{piece.name}: the compiler says {first_line(error)}') from None
 
 
 def _examine(
@@ -453,7 +494,7 @@ def run(
     output: str | None = None,
     audit: bool = True,
 ) -> list[Result]:
-    """Compiles a config's programs for slices of TPUs.
+    """Compiles a config's programs for slices of TPUs, or for the GPUs of a host.
 
     It prints what they take, and a table in the end.
 

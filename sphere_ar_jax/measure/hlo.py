@@ -176,6 +176,21 @@ def _place(instruction: Instruction) -> str:
     return found[1] if found else instruction.name
 
 
+def _maker(instruction: Instruction) -> str:
+    """What a GPU's kernel is made with: cuBLAS, cuDNN, Triton, or XLA itself."""
+    opcode = instruction.opcode.removesuffix('-start')
+    if opcode in COLLECTIVES:
+        return 'collective'
+    if opcode == 'copy':
+        return 'copy'
+    said = re.search(r'custom_call_target="([^"]*)"|"kind":"(__[^"]*)"', instruction.rest)
+    words = ' '.join(word for word in said.groups() if word) if said else ''
+    for word, maker in (('cublas', 'cuBLAS'), ('cudnn', 'cuDNN'), ('triton', 'Triton')):
+        if word in words:
+            return maker
+    return 'XLA'
+
+
 def sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes above 1 of a shape, in ascending order."""
     return tuple(sorted(n for n in shape if n > 1))
@@ -413,7 +428,11 @@ class Program:
         )
         written = self._written(computation, instruction.name)
         results = zip(instruction.arrays, written, strict=False)
-        return read + sum(size for array, size in results if array.in_hbm)
+        kept = [size for array, size in results if array.in_hbm]
+        # The last result of a call of cuBLAS or cuDNN is room to work in, used as far as needed.
+        if _maker(instruction) in ('cuBLAS', 'cuDNN') and len(kept) > 1:
+            kept.pop()
+        return read + sum(kept)
 
     def memory_traffic(self) -> float:
         """Bytes that one device reads from its memory (HBM) and writes to it.
@@ -424,6 +443,26 @@ class Program:
             times * self._traffic(instruction, self.computations[name])
             for instruction, name, times in self.instructions
         )
+
+    def kernels(self) -> dict[str, float]:
+        """How many kernels one GPU starts, by the library or compiler that they are made with.
+
+        Copies and collectives count as kernels. The conditions of loops do not: the host evaluates
+        them, or the length of the loop is known.
+        """
+        conditions = {
+            _called(instruction, 'condition')[0]
+            for instruction, _, _ in self.instructions
+            if instruction.opcode == 'while'
+        }
+        found: dict[str, float] = {}
+        for instruction, name, times in self.instructions:
+            opcode = instruction.opcode
+            if name in conditions or opcode in _FREE or opcode.endswith('-done'):
+                continue
+            maker = _maker(instruction)
+            found[maker] = found.get(maker, 0.0) + times
+        return dict(sorted(found.items()))
 
     def arrays(self) -> list[tuple[Array, str, str]]:
         """All arrays that are ever in memory: (array, opcode, its place in the source)."""
@@ -447,7 +486,8 @@ def unsplit(
     They are gathered from other devices, or computed by all alike. An array counts if its number of
     elements is that of an array of the whole batch, or of the batch split along only one of the two
     axes that split it, or if it has the shape of an array of the whole batch. Numbers and shapes
-    that a device's own share has as well do not count.
+    that a device's own share has as well do not count, nor do arrays whose axes have no place for
+    more rows than a device's own: some programs sum an image in parts.
 
     Args:
       program: of one device.
@@ -468,6 +508,14 @@ def unsplit(
         math.prod(shape) // k for shape in shapes for k in (1, data, fsdp) if k < parts
     }
     larger_counts -= own_counts
+    splits = {n for n in (data, fsdp, parts) if n > 1}
+
+    def may_have_more(shape: tuple[int, ...]) -> bool:
+        """Whether an axis has rows of several devices, or one has rows and another devices."""
+        rows = [n for n in shape if n and n % own == 0]
+        together = any(n % (own * k) == 0 for n in rows for k in splits)
+        return together or (bool(rows) and bool(splits & set(shape)))
+
     own_sizes = {
         sizes((*shape[:axis], n // parts, *shape[axis + 1 :]))
         for shape in shapes
@@ -478,10 +526,10 @@ def unsplit(
     found = {}
     for array, opcode, place in program.arrays():
         # Bytes and slices belong to arrays that are seen whole elsewhere, on their way to a TPU's
-        # own memory.
-        if array.dtype == 's8' or opcode.startswith(('slice', 'async')):
+        # own memory, or are room for a GPU's libraries to work in.
+        if array.dtype in ('s8', 'u8') or opcode.startswith(('slice', 'async')):
             continue
-        if not any(n and n % own == 0 for n in array.shape):
+        if not may_have_more(array.shape):
             continue
         if math.prod(array.shape) in larger_counts or sizes(array.shape) in whole_sizes:
             text = f'{array.dtype}[{",".join(map(str, array.shape))}]'

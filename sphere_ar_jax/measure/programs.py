@@ -1,7 +1,7 @@
 """What a config makes devices compute: each program with its arguments, abstract, on a mesh.
 
-Nothing is computed here. `compile_ahead` compiles these programs for TPUs, and the doctor adds up
-their arguments.
+Nothing is computed here. `compile_ahead` compiles these programs for TPUs and GPUs, and the doctor
+adds up their arguments.
 
 Dimensions:
   B  images of the global batch

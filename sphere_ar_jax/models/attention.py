@@ -10,13 +10,13 @@ of time, what a TPU runs.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from sphere_ar_jax.models import kernels
 
@@ -140,18 +140,36 @@ def _backward(kernel: Callable[..., jax.Array]) -> Callable[..., kernels.Arrays]
     return backward
 
 
-def _own_part(B: int, N: int) -> PartitionSpec | None:
-    """Returns how the program's mesh splits arrays (B, T, N, K).
+class _Split(NamedTuple):
+    """How a program splits arrays (B, T, N, K) that it has not split yet.
 
-    It is None where there is no mesh, or where the mesh does not split them evenly.
+    Attributes:
+      axes: of the mesh, along which the compiler splits arrays by itself.
+      spec: how they split rows and heads.
+    """
+
+    axes: frozenset[str]
+    spec: PartitionSpec
+
+
+def _own_part(B: int, N: int) -> _Split | None:
+    """How the mesh of the program splits arrays (B, T, N, K).
+
+    Within a `jax.shard_map` along some axes, arrays are split along these already. None where no
+    axes are left, and where they do not split the arrays evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = [axis for axis, kind in kinds if kind != AxisType.Manual]
+    if not axes:
         return None
-    rows = tuple(axis for axis in mesh.axis_names if axis != HEADS)
-    if B % math.prod(mesh.shape[axis] for axis in rows) or N % mesh.shape.get(HEADS, 1):
-        return None
-    return PartitionSpec(rows, None, HEADS if HEADS in mesh.axis_names else None, None)
+    rows = tuple(axis for axis in axes if axis != HEADS)
+    heads = tuple(axis for axis in axes if axis == HEADS)
+    for size, split in ((B, rows), (N, heads)):
+        if size % math.prod(mesh.shape[axis] for axis in split):
+            return None
+    spec = PartitionSpec(rows or None, None, heads or None, None)
+    return _Split(frozenset(axes), spec)
 
 
 def _choose(
@@ -172,7 +190,13 @@ def _choose(
     if T >= LONG and K == 64 and part is not None:
         chosen['tpu'] = directed(_splash)
     if part is not None:
-        each = functools.partial(jax.shard_map, in_specs=part, out_specs=part, check_vma=False)
+        each = functools.partial(
+            jax.shard_map,
+            in_specs=part.spec,
+            out_specs=part.spec,
+            axis_names=part.axes,
+            check_vma=False,
+        )
         chosen = {platform: each(kernel) for platform, kernel in chosen.items()}
     return jax.lax.platform_dependent(*arrays, **chosen, default=directed(_plain))
 

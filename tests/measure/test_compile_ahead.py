@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, checks, packaged
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.measure import compile_ahead, costs, devices, hlo, programs
 from sphere_ar_jax.models import transformer
@@ -31,6 +32,8 @@ from tests import tiny_config
 from tests.conftest import forced_devices, libraries_promote
 
 ROOT = pathlib.Path(__file__).parents[2]
+CUDA = 'jax_cuda12_plugin'
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec(CUDA) is None, reason=f'needs {CUDA}')
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
 
 # Every kind of collective, in a loop of 5, at the top, in a fusion, in halves, and in two fusions;
@@ -147,6 +150,88 @@ def test_memory_traffic_by_hand():
     assert hlo.Program(HLO).memory_traffic() == loop + once
 
 
+# What the GPUs' compiler makes of a loop of 5 products, attention, and a sum over 8 devices.
+KERNELS = """
+HloModule gpu, num_partitions=8
+
+%one_more (n: s32[]) -> s32[] {
+  %n = s32[] parameter(0)
+  %one = s32[] constant(1)
+  ROOT %more = s32[] add(%n, %one)
+}
+
+%smaller (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %compared = pred[] compare(%a, %b), direction=LT
+}
+
+%dot (a.1: bf16[8,8]) -> bf16[8,8] {
+  %a.1 = bf16[8,8]{1,0} parameter(0)
+  ROOT %product = bf16[8,8]{1,0} dot(%a.1, %a.1), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+}
+
+%body (s: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {
+  %s = (s32[], bf16[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = bf16[8,8]{1,0} get-tuple-element(%s), index=1
+  %next = s32[] fusion(%i), kind=kLoop, calls=%one_more
+  %y = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%dot, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  ROOT %out = (s32[], bf16[8,8]{1,0}) tuple(%next, %y)
+}
+
+%condition (s.1: (s32[], bf16[8,8])) -> pred[] {
+  %s.1 = (s32[], bf16[8,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %end = s32[] constant(5)
+  ROOT %less = pred[] fusion(%i.1, %end), kind=kLoop, calls=%smaller
+}
+
+ENTRY %main (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %copy.1 = bf16[8,8]{1,0} copy(%p)
+  %start = (s32[], bf16[8,8]{1,0}) tuple(%zero, %copy.1)
+  %loop = (s32[], bf16[8,8]{1,0}) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %x.1 = bf16[8,8]{1,0} get-tuple-element(%loop), index=1
+  %att = (bf16[8,8]{1,0}, u8[0]{0}) custom-call(%x.1, %x.1, %x.1), \
+custom_call_target="__cudnn$fmhaSoftmax"
+  %o = bf16[8,8]{1,0} get-tuple-element(%att), index=0
+  %mm = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%o, %o), custom_call_target="__cublas$lt$matmul"
+  %m = bf16[8,8]{1,0} get-tuple-element(%mm), index=0
+  %begin = bf16[8,8]{1,0} all-reduce-start(%m), replica_groups=[1,8]<=[8], to_apply=%sum
+  ROOT %done = bf16[8,8]{1,0} all-reduce-done(%begin)
+}
+"""
+
+
+def test_kernels_by_hand():
+    """A loop's condition starts none, its body as many as it runs, and both halves of a collective
+    are one.
+    """
+    assert hlo.Program(KERNELS).kernels() == {
+        'Triton': 5,
+        'XLA': 5,
+        'collective': 1,
+        'copy': 1,
+        'cuBLAS': 1,
+        'cuDNN': 1,
+    }
+
+
+def test_room_to_work_in_is_no_traffic():
+    """A call of a GPU's library reads its operands and writes its first result."""
+    loop = 5 * ((4 + 4) + (128 + 128)) + 6 * (4 + 4 + 1)
+    copy = 128 + 128
+    attention = 3 * 128 + 128
+    product = 2 * 128 + 128
+    summed = 128
+    assert hlo.Program(KERNELS).memory_traffic() == loop + copy + attention + product + summed
+
+
 def test_loops_of_open_length():
     text = HLO.replace('direction=LT', 'direction=NE')
     assert hlo.Program(text).open_loops == 1
@@ -178,6 +263,9 @@ def test_unsplit_by_hand():
             f'f32[{shape}]',
             'all-reduce',
         )
+    # Seven images of 30 numbers each, which are partial sums, are as many as 42 images of 5.
+    assert find('7,30') == find('7,15,4') == find('30,7') == []
+    assert find('7,6,5') != [] != find('2,7,15')
     # The second one has 6 times as many numbers, so that only its shape tells whose array it is.
     both = {(42, 5), (42, 5, 6)}
     assert (
@@ -234,6 +322,8 @@ def test_slices_have_two_names():
     ):
         piece = devices.find_slice(text)
         assert (piece.topology, piece.chips) == (topology, count)
+    piece = devices.find_slice('h100-8')
+    assert (piece.chips, piece.shape, piece.chip.is_gpu) == (8, '1x1x8', True)
     for chip in devices.CHIPS.values():
         assert all(
             count == np.prod([int(n) for n in shape.split('x')])
@@ -247,6 +337,34 @@ def test_slices_have_two_names():
     ):
         with pytest.raises(ValueError, match=known):
             devices.find_slice(text)
+
+
+def test_gpus_are_described_as_their_compiler_asks():
+    chips = [chip for chip in devices.CHIPS.values() if chip.is_gpu]
+    assert [chip.name for chip in chips] == ['a100', 'h100', 'h200', 'b200']
+    assert len({tuple(chip.target) for chip in chips}) == 1
+    text = devices.target_config(devices.CHIPS['h100'])
+    assert 'core_count: 132 ' in text and 'cuda_compute_capability { major: 9 }' in text
+    assert 'device_memory_size: 84942979072 ' in text and ' major: 9 ' not in text.split('cuda_')[0]
+    assert text.count('{') == text.count('}') == 3
+
+
+def test_what_a_gpu_cannot_hold_does_not_fit(monkeypatch):
+    """Their compiler does not refuse what is larger than the card."""
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=0,
+        output_size_in_bytes=0,
+        alias_size_in_bytes=0,
+        generated_code_size_in_bytes=0,
+        temp_size_in_bytes=80 * 2**30,
+    )
+    compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
+    monkeypatch.setattr(compile_ahead, 'compile_work', lambda work: (compiled, KERNELS))
+    work = programs.Work('x', None, (), {}, 1, 1, 1)
+    with pytest.raises(compile_ahead.OutOfMemoryError, match=r'80\.0 GiB needed, 79\.1 GiB there'):
+        compile_ahead.measure(work, devices.CHIPS['h100'])
+    found = compile_ahead.measure(work, devices.CHIPS['h200'])
+    assert found['device_bytes'] == 151397597184 and found['kernels']['Triton'] == 5
 
 
 def test_what_does_not_fit_is_read():
@@ -350,7 +468,7 @@ def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     assert (
         s['compute'] == ar['flops_computed'] / 918e12
         and s['hbm'] == ar['hbm_bytes'] / 1640e9
-        and s['ici'] == 0
+        and s['links'] == 0
     )
     assert ar['least_seconds'] == max(s.values()) and ar['days'] == ar['least_seconds'] * 6 / 86400
     out = capsys.readouterr().out
@@ -445,7 +563,7 @@ def test_bad_input_is_one_line(monkeypatch):
     cfg = tiny_config.get_config()
     for topology, parts, message in (
         ('v6e-3', tuple(programs.WORKS), '--topology: there is no slice v6e-3; there are v6e-1 '),
-        ('v6e-4,gpu', tuple(programs.WORKS), "--topology: 'gpu' names no TPU"),
+        ('v6e-4,gpu', tuple(programs.WORKS), "--topology: 'gpu' names no chip"),
         (
             'v6e-4',
             ('train', 'cook'),
@@ -458,6 +576,8 @@ def test_bad_input_is_one_line(monkeypatch):
         patch.setattr(importlib.util, 'find_spec', lambda name: None)
         with pytest.raises(UserError, match=r"pip install -e '.\[tpu-compiler\]'"):
             compile_ahead.run(cfg, 'v6e-4')
+        with pytest.raises(UserError, match=r"pip install -e '.\[gpu-compiler\]'"):
+            compile_ahead.run(cfg, 'h100-8')
     _fake(monkeypatch)
     cfg.mesh.fsdp = 3
     with pytest.raises(UserError, match='not possible with 1 device'):
@@ -604,3 +724,45 @@ def test_the_job_for_tpus(tmp_path):
     results = compile_ahead.run(cfg, 'v6e-4', output=str(tmp_path / 'all.json'))
     assert len(results) == 5 and all(r['fits'] for r in results)
     assert all(not r['replicated'] for r in results if r['steps'])
+
+
+def _two_layers(words):
+    """The config of B with two layers of everything, 64 images a step and 32 to sample."""
+    cfg = packaged.load(f'ar_b:{words}')
+    cfg.vae.update(encoder_depth=2, decoder_depth=2)
+    cfg.ar.update(depth=2, head_depth=2, head_groups=1)
+    cfg.ar_training.batch_size = 64
+    cfg.sampling.update(batch_size=32, num_steps=4)
+    return checks.check(cfg)
+
+
+@pytest.mark.slow
+@needs_cuda
+@libraries_promote()
+@pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16'])
+def test_the_job_for_gpus(words, tmp_path):
+    """Training and sampling on eight cards; cuDNN computes attention in both."""
+    output = str(tmp_path / 'all.json')
+    found = compile_ahead.run(_two_layers(words), 'h100-8', ('train', 'sample'), output)
+    assert [r['part'] for r in found] == ['ar step', 'tokens', 'decode']
+    assert all(r['fits'] and r['kernels']['cuDNN'] > 0 for r in found)
+    assert found[0]['replicated'] == [] and set(found[0]['collectives']) == {'all-reduce'}
+    assert found[1]['collectives'] == {}
+    assert json.loads((tmp_path / 'all.json').read_text()) == found
+
+
+@pytest.mark.slow
+@needs_cuda
+@libraries_promote()
+@pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16'])
+@pytest.mark.parametrize('card', ['h100-1', 'a100-1'])
+def test_cudnn_computes_the_attention_of_gpus(words, card):
+    """It does at the lengths of both resolutions, forward and in reverse."""
+    cfg = _two_layers(words)
+    mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice(card)))
+    work = compile_ahead._step(cfg, 'ar', mesh)
+    _, text = compile_ahead.compile_work(work)
+    assert '"__cudnn$fmhaSoftmax"' in text and '"__cudnn$fmhaSoftmaxBackward"' in text
+    ar = build.build_ar(cfg)
+    length = ar.num_tokens + ar.condition.length - 1
+    assert not re.search(rf'\[[\d,]*\b{length},{length}\b[\d,]*\]', text)

@@ -234,9 +234,29 @@ def test_gpus_get_cudnn_where_it_can(monkeypatch):
 def test_rows_and_heads_are_split_as_the_mesh_says():
     mesh = abstract_mesh(2, 4, 2)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert attention._own_part(16, 6) == sharding.P(*sharding.BATCH, None, 'tensor', None)
+        axes, spec = attention._own_part(16, 6)
+        assert axes == {'data', 'fsdp', 'tensor'}
+        assert spec == sharding.P(*sharding.BATCH, None, ('tensor',), None)
         assert attention._own_part(12, 6) is attention._own_part(16, 3) is None
     assert attention._own_part(16, 6) is None
+
+
+def test_what_is_split_already_is_not_split_again():
+    """Within the sampler each device has rows of its own, and heads are left to split."""
+    mesh = abstract_mesh(2, 4, 2)
+    seen = []
+
+    def look(x):
+        seen.append((attention._own_part(15, 6), attention._own_part(16, 3)))
+        return x
+
+    for axes in ({'data', 'fsdp'}, {'data', 'fsdp', 'tensor'}):
+        rows = sharding.P(tuple(sorted(axes)))
+        whole = jax.shard_map(look, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=axes)
+        jax.eval_shape(whole, jax.ShapeDtypeStruct((16,), jnp.float32))
+    (heads, odd), nothing_left = seen
+    assert heads == (frozenset({'tensor'}), sharding.P(None, None, ('tensor',), None))
+    assert odd is None and nothing_left == (None, None)
 
 
 @libraries_promote()
