@@ -5,8 +5,8 @@ Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
 Result:    Not measured yet (docs/experiments/README.md).
 
 Gaussian and power-spherical tokens are drawn where errors should tell most: at guidance up to 32,
-with fewer evaluations, after a fifth of the training, and with four times as many tokens. The three
-seeds share their models with the other experiments, but for the last two.
+with fewer evaluations, after a fifth of the training, and with four times as many tokens. The rows
+share their models with the other experiments, but for the last two settings.
 
 Words after a colon: fashion takes Fashion-MNIST in place of the digits, where images have 64 tokens
 as they are, and smoke shows in minutes that everything runs.
@@ -49,7 +49,7 @@ def get_config(arg: str = '') -> ConfigDict:
             c.rows[row + name] = experiments.merged(experiments.LATENTS[row], changes)
         pair = f'power_spherical{name} gaussian{name}'
         comparisons += [f'{pair} collapsed_degradation', f'{pair} frechet_degradation']
-    c.seeds = (0, 1, 2)
     c.guidance_scales = (1.5, 4.0, 8.0, 16.0, 32.0)
     c.comparisons = tuple(comparisons)
+    c.map = tuple(f'power_spherical{name} gaussian{name}' for name in settings)
     return experiments.finish(c, arg)

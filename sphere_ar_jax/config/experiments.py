@@ -110,6 +110,8 @@ def default(base: ConfigDict) -> ConfigDict:
             curves=dict(),
             curves_at=(),
             curves_over='',
+            # Pairs of rows, 'BETTER WORSE', of a map of leads over guidance.
+            map=(),
             # Of the kind `propagation`: sizes of the disturbance as shares of the token's norm,
             # positions of the disturbed tokens as shares of the sequence, and images.
             disturbances=(0.01, 0.03, 0.1),
@@ -194,6 +196,11 @@ def check(config: ConfigDict) -> ConfigDict:
         _require(
             len(others) == len(config.curves_at) and all(other in config.rows for other in others),
             f'curves: {name} needs a row for each of curves_at, {tuple(config.curves_at)}',
+        )
+    for words in config.map:
+        _require(
+            len(words.split()) == 2 and all(name in config.rows for name in words.split()),
+            f'map: {words!r} is not BETTER WORSE, two of the rows ({", ".join(config.rows)})',
         )
     for words in config.comparisons:
         _check_comparison(config, words)
@@ -373,9 +380,10 @@ def _make_small(config: ConfigDict) -> None:
             del config.rows[name]
     config.variants = {}
     config.curves = {}
-    config.comparisons = tuple(
-        words for words in config.comparisons if set(words.split()[:2]) <= set(first)
-    )
+    for name in ('comparisons', 'map'):
+        config[name] = tuple(
+            words for words in config[name] if set(words.split()[:2]) <= set(first)
+        )
     for name in ('tokenizer_training', 'ar_training'):
         base[name].update(steps=4, warmup_steps=1, log_every=2, checkpoint_every=4, batch_size=16)
     base.sampling.update(num_steps=2, batch_size=64)

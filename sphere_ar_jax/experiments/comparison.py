@@ -4,6 +4,7 @@ Dimensions:
   n  samples     L  tokens of an image     d  latent dimension
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -330,18 +331,89 @@ def _plot_rows(path: str, config: ConfigDict, scores: Mapping[str, Any]) -> None
     save_figure(figure, path)
 
 
+def _leads(
+    measured: report.MeasuredParts, pair: str, name: str
+) -> dict[float, statistics.Interval]:
+    """{guidance scale: the interval of one row's lead over another, paired by seed}.
+
+    Args:
+      measured: all parts that are measured.
+      pair: the two rows, 'BETTER WORSE'.
+      name: of the score, of which less is better.
+    """
+    values: dict[str, dict[tuple[float, int], float]] = {}
+    for unit in measured:
+        own = values.setdefault(unit['row'], {})
+        for line in unit['lines']:
+            if line.get('guidance') is not None:
+                own[line['guidance'], unit['seed']] = line[name]
+    better, worse = (values.get(row, {}) for row in pair.split())
+    shared = sorted(better.keys() & worse.keys())
+    found = {}
+    for scale in sorted({scale for scale, _ in shared}):
+        keys = [key for key in shared if key[0] == scale]
+        found[scale] = statistics.paired(
+            [worse[key] for key in keys], [better[key] for key in keys]
+        )
+    return found
+
+
+def _plot_map(path: str, pairs: Sequence[str], measured: report.MeasuredParts) -> None:
+    """Plots leads in Fréchet distance as cells, a line for each pair of rows.
+
+    A cell has the mean and, below it, the 95% interval. It is bold and coloured where the interval
+    excludes 0: blue where the first row of the pair has the lead, red where the second has it.
+    """
+    lines = {pair: _leads(measured, pair, 'frechet') for pair in pairs}
+    lines = {pair: leads for pair, leads in lines.items() if leads}
+    scales = sorted({scale for leads in lines.values() for scale in leads})
+    colours = np.full((len(lines), len(scales)), np.nan)
+    figure, axis = plt.subplots(figsize=(2.8 + 1.4 * len(scales), 1.2 + 0.75 * len(lines)))
+    for y, leads in enumerate(lines.values()):
+        for x, scale in enumerate(scales):
+            lead = leads.get(scale)
+            if lead is None:
+                continue
+            decided = statistics.verdict(lead) != 'undecided'
+            words = f'{lead.mean:+.2f}'
+            if lead.seeds > 1:
+                words += f'\n[{lead.low:.2f}, {lead.high:.2f}]'
+            weight = 'bold' if decided else 'normal'
+            axis.text(x, y, words, ha='center', va='center', fontsize=8, weight=weight)
+            colours[y, x] = np.sign(lead.mean) * math.log1p(abs(lead.mean)) if decided else 0.0
+    axis.imshow(colours, cmap='RdBu', vmin=-3, vmax=3, aspect='auto')
+    axis.set_xticks(range(len(scales)), [f'{scale:g}' for scale in scales])
+    names = [pair.replace(' ', '\nbefore ') for pair in lines]
+    axis.set_yticks(range(len(lines)), names, fontsize=8)
+    axis.set_xlabel('guidance scale')
+    axis.set_title('lead in Fréchet distance')
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
 def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
-    """Writes the plot over guidance, or that of the config's `curves` where it has some."""
-    if not config.curves:
-        rows = list(found['rows'])
-        _plot_guidance(f'{directory}/guidance.png', config, rows, found['measured'])
-        words = 'scores of samples over the guidance scale, with 95% intervals'
-        if config.variants:
-            words += '; variants of a row have its colour'
-        return {'guidance.png': words}
-    _plot_rows(f'{directory}/curves.png', config, found['rows'])
-    words = f'Fréchet distance of samples over the {config.curves_over}, with 95% intervals'
-    return {'curves.png': words}
+    """Writes the plots that the config asks for.
+
+    Its `curves` replace the plot over guidance, and its `map` stands before that.
+    """
+    if config.curves:
+        _plot_rows(f'{directory}/curves.png', config, found['rows'])
+        words = f'Fréchet distance of samples over the {config.curves_over}, with 95% intervals'
+        return {'curves.png': words}
+    plots = {}
+    if config.map:
+        _plot_map(f'{directory}/map.png', config.map, found['measured'])
+        plots['map.png'] = (
+            'leads in Fréchet distance, seed by seed, with 95% intervals; a cell is blue where the '
+            'first row has the lead, red where the second has it, and white where 0 lies in the '
+            'interval'
+        )
+    _plot_guidance(f'{directory}/guidance.png', config, list(found['rows']), found['measured'])
+    words = 'scores of samples over the guidance scale, with 95% intervals'
+    if config.variants:
+        words += '; variants of a row have its colour'
+    plots['guidance.png'] = words
+    return plots
 
 
 KIND = report.Kind(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
 from sphere_ar_jax.config import build, checks, experiments, packaged
-from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed
+from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed, statistics
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
@@ -95,6 +95,7 @@ def test_rows_are_the_papers():
         ({'guidance_scales': (1.0,)}, 'must have common_guidance 1.5'),
         ({'comparisons': ('power_spherical vmf frechet_best',)}, 'is not BETTER WORSE SCORE'),
         ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
+        ({'map': ('power_spherical vmf',)}, 'map: .* is not BETTER WORSE, two of the rows'),
         ({'shifts': ('noisy:9',)}, "'noisy:9' is no corruption: write WORD:SEVERITY"),
         ({'prefixes': (0.5, 1.0)}, r'prefixes are \(0.5, 1.0\), but must be shares'),
         ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
@@ -461,6 +462,37 @@ def test_a_variant_alone_is_drawn(tmp_path):
     assert 'variants' in said['guidance.png']
     with Image.open(tmp_path / 'guidance.png') as picture:
         assert picture.width > picture.height > 100
+
+
+def test_a_map_has_the_leads_of_each_pair(tmp_path):
+    """Differences are taken seed by seed, and a seed that one row lacks does not count."""
+
+    def part(row, seed, *values):
+        lines = [{'guidance': None, 'psnr': 30.0}]
+        lines += [
+            {'guidance': scale, 'frechet': value}
+            for scale, value in zip((1.5, 8.0), values, strict=False)
+        ]
+        return {'row': row, 'seed': seed, 'lines': lines}
+
+    measured = [
+        part('sphere', 0, 0.5, 1.0),
+        part('sphere', 1, 0.25, 1.0),
+        part('plane', 0, 0.5, 3.0),
+        part('plane', 1, 0.75, 3.5),
+        part('plane', 2, 9.0, 9.0),
+        part('other', 0, 9.0),
+    ]
+    leads = comparison._leads(measured, 'sphere plane', 'frechet')
+    assert list(leads) == [1.5, 8.0]
+    assert leads[1.5] == statistics.interval([0.0, 0.5])
+    assert leads[8.0] == statistics.interval([2.0, 2.5])
+    assert list(comparison._leads(measured, 'sphere other', 'frechet')) == [1.5]
+    assert comparison._leads(measured, 'sphere nothing', 'frechet') == {}
+    path = tmp_path / 'map.png'
+    comparison._plot_map(str(path), ('sphere plane', 'sphere nothing'), measured)
+    with Image.open(path) as picture:
+        assert len(picture.convert('RGB').getcolors(100_000)) > 10
 
 
 def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
