@@ -204,6 +204,19 @@ class AR(nn.Module):
         """Returns the same model with scan=False, as sampling needs it."""
         return self.clone(scan=False, head=self.head.clone(scan=False))
 
+    def cast(self, params: PyTree) -> PyTree:
+        """Returns the parameters with kernels in `dtype`, as dense layers read them.
+
+        No result changes. A loop over tokens and evaluations reads them from memory each time, and
+        XLA's compiler for GPUs leaves casts of float32 kernels within the loop. The condition's
+        parameters stay as they are, and so do those of a head that is no `FlowHead`.
+        """
+        dtypes = {'proj_in': self.dtype, 'stack': self.dtype}
+        if isinstance(self.head, FlowHead):
+            dtypes['head'] = self.head.dtype
+        own = {name: transformer.cast_kernels(params[name], dtypes[name]) for name in dtypes}
+        return {**params, **own}
+
     def init_params(self, key: jax.Array) -> PyTree:
         """Makes fresh parameters from a PRNG key."""
         return _fresh(self, key)

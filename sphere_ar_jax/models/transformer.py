@@ -430,6 +430,24 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def cast_kernels(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """Casts the kernels of dense layers, and the biases beside them, to a dtype.
+
+    Layers of that dtype cast them so at each call, so that no result changes.
+
+    Args:
+      params: of a module. All its dense layers must have the dtype.
+      dtype: of the layers.
+    """
+    out = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            out[name] = cast_kernels(value, dtype)
+        else:
+            out[name] = value.astype(dtype) if 'kernel' in params else value
+    return out
+
+
 def empty_cache(
     depth: int,
     batch: int,

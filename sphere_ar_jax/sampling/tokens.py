@@ -108,6 +108,7 @@ def draw(
     if (keys is None) == (noise is None):
         raise ValueError('give either keys or noise')
     ar, params = unstacked(ar, params)
+    params = ar.cast(params)
     guided = options.guidance is not None
     B = len(jax.tree.leaves(labels)[0])
     L = ar.num_tokens
@@ -142,7 +143,7 @@ def begin(ar: AR, params: PyTree, labels: Labels, options: Options) -> Carry:
     Returns:
       What token 0 is drawn from.
     """
-    return _prefill(ar, params, labels, options.guidance is not None)
+    return _prefill(ar, ar.cast(params), labels, options.guidance is not None)
 
 
 def go_on(
@@ -182,7 +183,7 @@ def go_on(
         lambda a: jax.lax.dynamic_slice_in_dim(a, first, count),
         _tokens(options, guidance_scale, ar.num_tokens),
     )
-    step = _step(ar, params, keys, options, temperature, project, None)
+    step = _step(ar, ar.cast(params), keys, options, temperature, project, None)
     carry, drawn = jax.lax.scan(step, carry, tokens)
     return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
 

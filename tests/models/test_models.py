@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sphere_ar_jax.config import build
 from sphere_ar_jax.models import ar, convolutions, transformer, vae
 from sphere_ar_jax.models.backbones import convolutional
-from sphere_ar_jax.models.heads import flow
+from sphere_ar_jax.models.heads import HEADS, flow
 from sphere_ar_jax.training.state import quickly_compiled
 from tests import tiny_config
 from tests.conftest import compiled, libraries_promote
@@ -526,4 +527,46 @@ def test_initialisation():
         assert 0.8 * fan**-0.5 < largest <= fan**-0.5, name
     np.testing.assert_allclose(
         np.std(params['decoder/vit/stack/blocks/mlp/w2/kernel']), 0.02, rtol=0.06
+    )
+
+
+@pytest.mark.parametrize(
+    'name',
+    [name if name == 'flow' else pytest.param(name, marks=pytest.mark.slow) for name in HEADS],
+)
+@libraries_promote()
+def test_kernels_that_are_cast_before_a_loop_change_nothing(name):
+    """In bfloat16 each head computes the same, bit for bit, from kernels that are cast already."""
+    cfg = tiny_config.get_config()
+    cfg.dtype = 'bfloat16'
+    cfg.ar.head = name
+    if name == 'direction_magnitude':
+        cfg.ar.token_space = 'polar'
+        cfg.vae.posterior = 'gaussian'
+    model = build.build_ar(cfg).apart()
+    params = tiny_config.random_params(model)
+    cast = model.cast(params)
+    chex.assert_trees_all_equal_shapes(cast, params)
+    dtypes = {
+        jax.tree_util.keystr(path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cast)
+    }
+    assert dtypes["['stack']['blocks_0']['attention']['qkv']['kernel']"] == jnp.bfloat16
+    assert dtypes["['head']['input_proj']['bias']"] == jnp.bfloat16
+    assert dtypes["['norm']['scale']"] == dtypes["['cls_embedding']"] == jnp.float32
+
+    shape = (1, model.num_tokens, model.latent_dim)
+    z = jax.random.normal(jax.random.key(1), shape)
+    rng = np.random.default_rng(2)
+    draws = jax.tree.map(lambda a: rng.random(a.shape, dtype=np.float32), model.head.example(shape))
+
+    @jax.jit
+    def loss(params):
+        return model.apply({'params': params}, jnp.array([1]), z, draws, method='loss')
+
+    chex.assert_trees_all_equal(loss(cast), loss(params))
+    chex.assert_tree_all_finite(loss(cast))
+    # Nothing is cast where layers compute in float32.
+    chex.assert_trees_all_equal_dtypes(
+        build.build_ar(tiny_config.get_config()).apart().cast(params), params
     )
