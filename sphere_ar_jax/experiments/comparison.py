@@ -386,7 +386,7 @@ def _plot_map(path: str, pairs: Sequence[str], measured: report.MeasuredParts) -
     names = [pair.replace(' ', '\nbefore ') for pair in lines]
     axis.set_yticks(range(len(lines)), names, fontsize=8)
     axis.set_xlabel('guidance scale')
-    axis.set_title('lead in Fréchet distance')
+    axis.set_title('Fréchet distance: lead of the first row over the second')
     figure.tight_layout()
     save_figure(figure, path)
 
