@@ -2,8 +2,8 @@
 
 Every number is of one chip.
 
-TPUs have Google's names, and the numbers of their pages, https://docs.cloud.google.com/tpu/docs/NAME.
-The rates of v4's HBM and ICI (six links of 50 GB/s) are not on its page, but at
+TPUs have Google's names, and the numbers of https://docs.cloud.google.com/tpu/docs/NAME. The rates
+of v4's HBM and ICI (six links of 50 GB/s) are not on its page, but at
 https://glennklockwood.com/garden/processors/TPUv4. The pages publish no rate for float32: at JAX's
 default precision a TPU multiplies float32 matrices as bfloat16 ones.
 
