@@ -2,7 +2,10 @@ r"""Where do Gaussian tokens collapse? A map around claim 1.
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/collapse.py
-Result:    Not measured yet (docs/experiments/README.md).
+Result:    On the digits spherical tokens lose less than Gaussian ones at guidance 32, by 2.7
+           [1.8, 3.6] in Fréchet distance, and so with 4 or 2 evaluations, after a fifth of the
+           training, and with 64 tokens. No sample loses its contrast
+           (docs/experiments/collapse/page.md). Fashion-MNIST is not measured yet.
 
 Gaussian and power-spherical tokens are drawn where errors should tell most: at guidance up to 32,
 with fewer evaluations, after a fifth of the training, and with four times as many tokens. The rows
