@@ -266,7 +266,8 @@ def shorten(training: ConfigDict, share: float) -> None:
     steps = max(2, int(share * training.steps))
     training.update(steps=steps, warmup_steps=int(share * training.warmup_steps))
     training.log_every = min(training.log_every, steps)
-    if checks.share_of_start(training.ema_decay, steps) > checks.START_SHOWS:
+    start = checks.share_of_start(training.ema_decay, steps, training.ema_ramp)
+    if start > checks.START_SHOWS:
         training.ema_decay = 1 - (1 - training.ema_decay) / share
 
 

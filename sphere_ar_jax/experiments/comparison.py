@@ -232,19 +232,28 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _curves(
+def _over_guidance(
     measured: report.MeasuredParts, row: str, name: str
-) -> tuple[np.ndarray, list[statistics.Interval]]:
-    """The guidance scales of a row, and the interval of a score over seeds at each of them."""
-    values: dict[float, list[float]] = {}
+) -> dict[float, dict[int, float]]:
+    """{guidance scale: {seed: a score of the row's samples}}."""
+    values: dict[float, dict[int, float]] = {}
     for unit in measured:
         if unit['row'] != row:
             continue
         for line in unit['lines']:
             if line.get('guidance') is not None:
-                values.setdefault(line['guidance'], []).append(line[name])
+                values.setdefault(line['guidance'], {})[unit['seed']] = line[name]
+    return values
+
+
+def _curves(
+    measured: report.MeasuredParts, row: str, name: str
+) -> tuple[np.ndarray, list[statistics.Interval]]:
+    """The guidance scales of a row, and the interval of a score over seeds at each of them."""
+    values = _over_guidance(measured, row, name)
     scales = sorted(values)
-    return np.array(scales), [statistics.interval(values[scale]) for scale in scales]
+    found = [statistics.interval(list(values[scale].values())) for scale in scales]
+    return np.array(scales), found
 
 
 def _band(
@@ -341,20 +350,14 @@ def _leads(
       pair: the two rows, 'BETTER WORSE'.
       name: of the score, of which less is better.
     """
-    values: dict[str, dict[tuple[float, int], float]] = {}
-    for unit in measured:
-        own = values.setdefault(unit['row'], {})
-        for line in unit['lines']:
-            if line.get('guidance') is not None:
-                own[line['guidance'], unit['seed']] = line[name]
-    better, worse = (values.get(row, {}) for row in pair.split())
-    shared = sorted(better.keys() & worse.keys())
+    better, worse = (_over_guidance(measured, row, name) for row in pair.split())
     found = {}
-    for scale in sorted({scale for scale, _ in shared}):
-        keys = [key for key in shared if key[0] == scale]
-        found[scale] = statistics.paired(
-            [worse[key] for key in keys], [better[key] for key in keys]
-        )
+    for scale in sorted(better.keys() & worse.keys()):
+        seeds = sorted(better[scale].keys() & worse[scale].keys())
+        if seeds:
+            behind = [worse[scale][seed] for seed in seeds]
+            ahead = [better[scale][seed] for seed in seeds]
+            found[scale] = statistics.paired(behind, ahead)
     return found
 
 
