@@ -26,7 +26,7 @@ _TOKENIZER_KEYS = (
 # Fields of a backbone whose values follow from the key `vae.channels`.
 _FROM_CHANNELS = {'patch_size', 'width'}
 # Keys of the section `ar` that are fields of some heads.
-_HEAD_KEYS = ('magnitude_weight',)
+_HEAD_KEYS = ('magnitude_weight', 'fused')
 
 
 def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
@@ -235,7 +235,7 @@ def build_ar(config: ConfigDict) -> AR:
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     condition = condition_class(num_classes, c.class_tokens, c.width)
     grid = tuple(config.vae.grid)
-    return AR(c.depth, c.heads, c.width, condition, head, grid, token_dim, **speed)
+    return AR(c.depth, c.heads, c.width, condition, head, grid, token_dim, fused=c.fused, **speed)
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -159,7 +159,7 @@ def _published(
     given, values = arguments(
         file,
         arg,
-        ('smoke', '512', 'tpu', *BACKBONES['published'], *words),
+        ('smoke', '512', 'tpu', 'gpu', *BACKBONES['published'], *words),
         ('batch', 'data', 'dtype'),
     )
     c = schema.default()
@@ -170,7 +170,7 @@ def _published(
         c.data.path = path
         if kind == 'latents':
             c.data.update(LATENTS)
-    c.dtype = values.get('dtype', 'bfloat16' if 'tpu' in given else 'float32')
+    c.dtype = values.get('dtype', 'bfloat16' if given & {'tpu', 'gpu'} else 'float32')
     set_backbone(c, given, 'published')
     if '512' in given:
         c.vae.grid = (32, 32)
@@ -218,6 +218,8 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
                  without this word, blocks are computed again in the backward pass (remat). Where
                  there is memory enough, --config.ar.remat=False computes a fifth less, but moves
                  more memory.
+      gpu        Settings for GPUs: bfloat16, and the sampler's own kernels (ar.fused), which are
+                 fewer and larger than XLA's (docs/speed.md, "Compile ahead for GPUs").
       512        512×512 pixels, 32×32 tokens. This is not a published model.
       cnn, vit   Another backbone of the tokenizer, as in configs/vae.py.
       fast       The sampler of the fewest evaluations that lost nothing on the digits
@@ -246,6 +248,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     c.tokenizer_training.steps = 0
     c.ar.remat = 'smoke' not in words
     c.mesh.fsdp = 4 if 'tpu' in words else 1
+    c.ar.fused = 'gpu' in words
     c.sampling.update(
         num_images=50_000,
         batch_size=256,

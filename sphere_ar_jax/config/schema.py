@@ -171,6 +171,9 @@ def default() -> ConfigDict:
                 prior_scale=1.0,
                 remat=False,
                 unroll=1,
+                # Whether the sampler runs the kernels of `models.fused` on GPUs: fewer and larger
+                # ones than XLA's.
+                fused=False,
             ),
             # A workdir whose tokenizer is taken; none is trained then.
             tokenizer=config_dict.placeholder(str),
@@ -289,7 +292,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
     r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
-    r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll)'
+    r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|fused)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'
 )
 

@@ -47,12 +47,9 @@ class Guidance(NamedTuple):
         Args:
           v: (2B, d), the velocities of the conditional rows, then those of the null rows.
         """
-        v_cond, v_null = jnp.split(v, 2)
-        guided = guide(v_cond, v_null, _beside_rows(self.scale))
-        apart = _beside_rows(self.apart)
-        if apart.ndim:
-            apart = jnp.concatenate([apart, apart])
-        return jnp.where(apart, v, jnp.concatenate([guided, guided]))
+        pairs = v.reshape(2, -1, *v.shape[1:])
+        guided = guide(pairs[0], pairs[1], _beside_rows(self.scale))
+        return jnp.where(_beside_rows(self.apart), pairs, guided).reshape(v.shape)
 
 
 def guidance_scales(scale: ArrayLike, num_tokens: int, schedule: str) -> jax.Array:

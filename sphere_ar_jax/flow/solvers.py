@@ -303,6 +303,11 @@ def _itself(index: jax.Array) -> jax.Array:
     return index
 
 
+def element(tree: Any, i: jax.Array) -> Any:
+    """Element i of every array of a tree."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+
 def integrate(
     velocity: Callable[[jax.Array, Any], jax.Array],
     x: jax.Array,
@@ -312,13 +317,13 @@ def integrate(
     count: jax.Array | int | None = None,
     prepare: Callable[[jax.Array], Any] = _itself,
     chunk: int = 1,
+    take: Callable[[Any, jax.Array], Any] = element,
     advance: Callable[..., tuple[jax.Array, jax.Array]] = step,
 ) -> jax.Array:
     """Runs a table from x at t = 0 to t = 1.
 
     Args:
-      velocity: function (x, prepared) → v of x's shape; `prepared` is one element of what `prepare`
-        returned.
+      velocity: function (x, prepared) → v of x's shape; `prepared` is what `take` returned.
       x: (N, d) float32, the start.
       weights: (E, 2, 4) of a `Table`, or what else `advance` reads, a tree of arrays (E, …). It
         may be traced.
@@ -329,6 +334,7 @@ def integrate(
         need that does not depend on x. Calling it for `chunk` evaluations at a time makes one large
         product of many small ones. Indices may run past the last evaluation by less than a chunk.
       chunk: evaluations that are prepared together.
+      take: function (what `prepare` returned, i) → what evaluation i of the chunk needs of it.
       advance: function (one element of weights, x, m, v, ε) → the next (x, m), see `step`. Without
         noise it gets no ε.
 
@@ -338,18 +344,14 @@ def integrate(
     weights = jax.tree.map(jnp.asarray, weights)
     evaluations = len(jax.tree.leaves(weights)[0]) if count is None else count
 
-    def take(tree, i):
-        """Element i of every array of a tree."""
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
-
     def evaluate(i, prepared, state):
         """Evaluation i: (x, m) → the next (x, m)."""
         x, memory = state
         known = [x, memory, velocity(x, prepared)]
         if noise is not None:
             row = jnp.minimum(i, len(noise) - 1)
-            known.append(take(noise, row))
-        return advance(take(weights, i), *known)
+            known.append(element(noise, row))
+        return advance(element(weights, i), *known)
 
     def run_chunk(j, state):
         """The evaluations of chunk j: (x, m) → the next (x, m)."""

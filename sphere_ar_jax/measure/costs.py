@@ -75,11 +75,12 @@ def _count(jaxpr: Jaxpr, lengths: tuple[float, ...]) -> float:
                 )
             total += lengths[0] * once if once else 0
         else:
-            counts = [_count(inner, lengths) for inner in _inner(equation)]
+            inside = _inner(equation)
             if name == 'cond' and p.get('branches_platforms'):
                 # The branches are kernels for the same; the last one is the plain one.
-                counts = counts[-1:]
-            elif name == 'cond':
+                inside = inside[-1:]
+            counts = [_count(inner, lengths) for inner in inside]
+            if name == 'cond':
                 # The branches read the cache to different lengths.
                 counts = [sum(counts) / len(counts)]
             total += sum(counts)

@@ -270,7 +270,7 @@ class Part:
             return self.vae.project(head.draw_token(params, c, noise, solver, guidance))
 
         evaluations = int(plan.count[plan.which[1]])
-        chunk = chunk_size(plan.tables.t.shape[1], self._rows)
+        chunk = chunk_size(plan.tables.t.shape[1], self._rows, ar.fused)
         # Each evaluation reads the residual blocks; a chunk of evaluations shares the modulations.
         blocks = {
             name: {module: weights for module, weights in group.items() if module != 'ada'}

@@ -232,7 +232,8 @@ def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     plan = options.plan(ar.num_tokens)
-    chunk = chunk_size(plan.tables.t.shape[1], 2 * batch if options.guidance else batch)
+    rows = 2 * batch if options.guidance else batch
+    chunk = chunk_size(plan.tables.t.shape[1], rows, ar.fused)
     lengths = costs.head_loops(plan.evaluations, chunk)
     return costs.flops(sample, params, labels, jax.random.key(0), lengths=lengths)
 
@@ -263,7 +264,7 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     plan = options.plan(ar.num_tokens)
     evaluations = plan.evaluations
     rows = images // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
-    rounds = -(-evaluations // chunk_size(plan.tables.t.shape[1], rows))
+    rounds = -(-evaluations // chunk_size(plan.tables.t.shape[1], rows, ar.fused))
     tokens_work = Work(
         name='tokens',
         function=tokens,

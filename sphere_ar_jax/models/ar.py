@@ -64,6 +64,7 @@ class AR(nn.Module):
       unroll: see `transformer.Stack`.
       dtype: dtype of the computation; parameters are float32.
       scan: see `transformer.Stack`.
+      fused: see `transformer.Stack`.
     """
 
     depth: int
@@ -77,13 +78,21 @@ class AR(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
+    fused: bool = False
 
     def setup(self) -> None:
         nn.share_scope(self, self.condition)
         self.proj_in = nn.Dense(self.width, kernel_init=transformer.INIT, dtype=self.dtype)
         self.emb_norm = transformer.RMSNorm()
         self.stack = transformer.Stack(
-            self.depth, self.heads, True, self.remat, self.unroll, self.dtype, self.scan
+            self.depth,
+            self.heads,
+            True,
+            self.remat,
+            self.unroll,
+            self.dtype,
+            self.scan,
+            self.fused,
         )
         self.norm = transformer.RMSNorm()
         self.positions = Positions(self.num_tokens, self.width)

@@ -74,6 +74,35 @@ def fast(
     return function
 
 
+def on_gpus(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function that runs a kernel where the program is for NVIDIA GPUs, else plain JAX.
+
+    Tangents come from `plain`, and so do gradients.
+
+    Args:
+      kernel: maps trees of arrays to a tree of arrays.
+      plain: the same function, which JAX can differentiate.
+
+    Returns:
+      A function of the same arguments.
+    """
+
+    @jax.custom_jvp
+    def by_platform(*arrays: Any) -> Any:
+        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+
+    def jvp(arrays: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        _, moved = jax.jvp(plain, arrays, tangents)
+        return by_platform(*arrays), moved
+
+    by_platform.defjvp(jvp)
+
+    def function(*arrays: Any) -> Any:
+        return plain(*arrays) if _plain_alone.value else by_platform(*arrays)
+
+    return function
+
+
 class _Maps(NamedTuple):
     """A linear map and its transpose, each by a faster program and by a plain one.
 

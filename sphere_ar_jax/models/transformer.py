@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
 from sphere_ar_jax.models.attention import attend
+from sphere_ar_jax.models.fused.blocks import transformer_block
 
 INIT = nn.initializers.normal(0.02)
 EPS = 1e-6
@@ -350,6 +351,8 @@ class Stack(nn.Module):
       dtype: see `Block`.
       scan: whether parameters are stacked on a leading axis n, so that compile time does not grow
         with n. A cache needs them apart (scan=False).
+      fused: whether a single position runs over a cache by the kernels of `models.fused` (speed
+        only).
     """
 
     depth: int
@@ -359,6 +362,7 @@ class Stack(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -404,12 +408,29 @@ class Stack(nn.Module):
         prefill: bool,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
         """Runs all blocks where each has parameters of its own; see `__call__`."""
+        if self.fused and cache is not None and not prefill and x.shape[1] == 1:
+            assert start is not None, 'a cache needs a start'
+            return self._fused(x, angles, cache, jnp.asarray(start, jnp.int32))
         caches = []
         for i in range(self.depth):
             block = Block(self.heads, self.causal, prefill, self.dtype, name=f'blocks_{i}')
             x, updated = block(x, angles, None if cache is None else cache[i], start)
             caches.append(updated)
         return x, None if cache is None else tuple(caches)
+
+    def _fused(
+        self, x: jax.Array, angles: jax.Array, cache: tuple[Cache, ...], start: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Runs all blocks for one position (B, 1, D) by the kernels of `models.fused`."""
+        params = self.variables['params']
+        caches = []
+        x = x[:, 0]
+        for i, own in enumerate(cache):
+            x, updated = transformer_block(
+                params[f'blocks_{i}'], x, angles[0], own, start, self.dtype
+            )
+            caches.append(updated)
+        return x[:, None], tuple(caches)
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:

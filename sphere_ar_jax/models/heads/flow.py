@@ -30,12 +30,16 @@ from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.fused import flow_head
+from sphere_ar_jax.models.fused.products import Modulations
 from sphere_ar_jax.models.transformer import EPS, INIT
 from sphere_ar_jax.runtime.types import PyTree
 
 # The least number of rows that a product of the head should have. A product of fewer rows spends
 # its time on reading weights, not on computing.
 PRODUCT_ROWS = 256
+# The same with `FlowHead.fused`. Starting a kernel takes a GPU as long as many rows do.
+FUSED_PRODUCT_ROWS = 2048
 XAVIER = nn.initializers.xavier_uniform()
 ZERO = nn.initializers.zeros
 TIME_DIM = 256
@@ -149,14 +153,16 @@ class Solver(NamedTuple):
     t_emb: jax.Array
 
 
-def chunk_size(evaluations: int, rows: int) -> int:
+def chunk_size(evaluations: int, rows: int, fused: bool = False) -> int:
     """Number of evaluations of a token whose modulations are computed in one product.
 
     Args:
       evaluations: E.
       rows: rows of the sampler on a device.
+      fused: see `FlowHead`.
     """
-    products = -(-evaluations // max(1, PRODUCT_ROWS // rows))
+    least = FUSED_PRODUCT_ROWS if fused else PRODUCT_ROWS
+    products = -(-evaluations // max(1, least // rows))
     return -(-evaluations // products)
 
 
@@ -179,6 +185,7 @@ class FlowHead(nn.Module):
       unroll: groups, and blocks of a group, per iteration of their scans (speed only).
       dtype: dtype of the computation; parameters and the returned velocity are float32.
       scan: see `transformer.Stack`.
+      fused: whether the sampler's evaluations run the kernels of `models.fused` (speed only).
       radius: R of the sphere of the tokens; None stands for √d, and for tokens on no sphere.
       prior_scale: s, the standard deviation of x₀ and of all noise of a solver.
 
@@ -196,6 +203,7 @@ class FlowHead(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
     scan: bool = True
+    fused: bool = False
     radius: float | None = None
     prior_scale: float = 1.0
 
@@ -282,13 +290,13 @@ class FlowHead(nn.Module):
         """Computes the velocity under given modulations. It needs scan=False.
 
         Args:
-          x: (N, d) float32.
+          x: (N', d) float32, the first N' ≤ N rows.
           modulation: a tree of arrays (N, M), one time of what the method `modulation` returned.
 
         Returns:
-          Velocity (N, d) float32.
+          Velocity (N', d) float32.
         """
-        groups, final = modulation
+        groups, final = jax.tree.map(lambda a: a[: len(x)], modulation)
         x = self.input_proj(x)
         for group, part in zip(self.res_groups, groups, strict=True):
             x = group.modulated(x, part)
@@ -444,14 +452,18 @@ class FlowHead(nn.Module):
         # An interval up to 1 includes Heun's last evaluation, which is at t = 1.
         end = high if high < 1 else math.inf
 
+        evaluator = _fused_evaluator if self.fused else _evaluator
+        modulate, take_modulation, evaluate = evaluator(self, params, c_emb)
+
         def prepare(index: jax.Array) -> tuple[PyTree, jax.Array]:
             """Modulations of the evaluations, and whether their times lie in the interval."""
             index = jnp.minimum(index, E - 1)
-            modulation = self.apply(variables, solver.t_emb[index], c_emb, method='modulation')
-            return modulation, (low <= solver.t[index]) & (solver.t[index] < end)
+            inside = (low <= solver.t[index]) & (solver.t[index] < end)
+            return modulate(solver.t_emb[index]), inside
 
-        def evaluate(x: jax.Array, modulation: PyTree) -> jax.Array:
-            return self.apply(variables, x, modulation, method='modulated')
+        def take(prepared: tuple[PyTree, jax.Array], i: jax.Array) -> tuple[PyTree, jax.Array]:
+            modulations, inside = prepared
+            return take_modulation(modulations, i), solvers.element(inside, i)
 
         def velocity(x: jax.Array, prepared: tuple[PyTree, jax.Array]) -> jax.Array:
             modulation, inside = prepared
@@ -466,9 +478,53 @@ class FlowHead(nn.Module):
             noise[1:] if len(noise) > 1 else None,
             count=solver.count,
             prepare=prepare,
-            chunk=chunk_size(E, len(c)),
+            chunk=chunk_size(E, len(c), self.fused),
+            take=take,
             advance=path.step,
         )
+
+
+class _Evaluator(NamedTuple):
+    """How a head is evaluated for one token of R rows.
+
+    Attributes:
+      modulate: function (E, M) embeddings of times → modulations of all rows at all times.
+      take: function (modulations, i) → those of time i.
+      evaluate: function (x (R', d), those of a time) → velocity (R', d) of the first R' rows.
+    """
+
+    modulate: Callable[[jax.Array], PyTree]
+    take: Callable[[PyTree, jax.Array], PyTree]
+    evaluate: Callable[[jax.Array, PyTree], jax.Array]
+
+
+def _evaluator(head: FlowHead, params: PyTree, c_emb: jax.Array) -> _Evaluator:
+    """Evaluates the head's modules; c_emb: (R, M)."""
+    variables = {'params': params}
+
+    def modulate(t_emb: jax.Array) -> PyTree:
+        return head.apply(variables, t_emb, c_emb, method='modulation')
+
+    def evaluate(x: jax.Array, modulation: PyTree) -> jax.Array:
+        return head.apply(variables, x, modulation, method='modulated')
+
+    return _Evaluator(modulate, solvers.element, evaluate)
+
+
+def _fused_evaluator(head: FlowHead, params: PyTree, c_emb: jax.Array) -> _Evaluator:
+    """Evaluates the head by the kernels of `models.fused`; c_emb: (R, M)."""
+    joined = flow_head.join(params, head.dtype)
+
+    def modulate(t_emb: jax.Array) -> jax.Array:
+        return flow_head.modulation_table(joined, t_emb, c_emb)
+
+    def take(table: jax.Array, i: jax.Array) -> Modulations:
+        return Modulations(table, jnp.reshape(i, (1,)).astype(jnp.int32))
+
+    def evaluate(x: jax.Array, modulations: Modulations) -> jax.Array:
+        return flow_head.velocity(params, x, modulations, head.dtype)
+
+    return _Evaluator(modulate, take, evaluate)
 
 
 def _guided_velocity(
@@ -480,7 +536,7 @@ def _guided_velocity(
 ) -> jax.Array:
     """The velocities (R, d) that conditional and null rows follow at one evaluation.
 
-    `evaluate` is a function (x, modulation) → velocity of the rows that it is given. `inside` ()
+    `evaluate` is a function (x, modulation) → velocity of the first rows, given by x. `inside` ()
     bool says whether the evaluation's time lies in the interval of the guidance.
     """
 
@@ -489,8 +545,7 @@ def _guided_velocity(
 
     def unguided(x: jax.Array, modulation: PyTree) -> jax.Array:
         """Null rows follow the conditional ones, without an evaluation of their own."""
-        half = len(x) // 2
-        v = evaluate(x[:half], jax.tree.map(lambda a: a[:half], modulation))
+        v = evaluate(x[: len(x) // 2], modulation)
         return jnp.concatenate([v, v])
 
     if guidance.interval is None:

@@ -1,0 +1,109 @@
+"""Blocks in the sampler, made of few kernels: 2 for one of a head, 5 for one of a transformer.
+
+Each function computes what the Flax module of its name computes, from the module's parameters.
+
+Dimensions:
+  R  rows                    D  width                      K  numbers of a head
+  B  images                  N  heads                      S  length of the cache
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sphere_ar_jax.models.fused.cached_attention import attend_cached
+from sphere_ar_jax.models.fused.products import Modulations, Norm, added_product, normed_product
+
+
+def residual_block(
+    params: dict[str, Any],
+    x: jax.Array,
+    modulations: Modulations,
+    part: int,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Computes x + gate · SwiGLU(LayerNorm(x)·(1 + scale) + shift), the block of a flow head.
+
+    Args:
+      params: of `heads.flow.ResBlock`.
+      x: (R, D).
+      modulations: of D features.
+      part: of the modulations, the scale; shift and gate are the next two.
+      dtype: of the products.
+
+    Returns:
+      (R, D) in `dtype`.
+    """
+    norm = Norm(params['norm']['scale'], params['norm']['bias'])
+    first = jax.tree.map(lambda a: a.astype(dtype), params['w1'])
+    second = jax.tree.map(lambda a: a.astype(dtype), params['w2'])
+    h = normed_product(
+        x, norm, modulations, first['kernel'], first['bias'], centred=True, first=part
+    )
+    return added_product(
+        h, second['kernel'], second['bias'], modulations, x, dtype=dtype, gate=part + 2
+    )
+
+
+def last_layer(
+    params: dict[str, Any],
+    x: jax.Array,
+    modulations: Modulations,
+    part: int,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Computes linear(LayerNorm(x)·(1 + scale) + shift), the last layer of a flow head.
+
+    Args:
+      params: of the linear layer D → d.
+      x: (R, D).
+      modulations: of D features.
+      part: of the modulations, the scale; the shift is the next.
+      dtype: of the product.
+
+    Returns:
+      (R, d) in `dtype`.
+    """
+    kernel = params['kernel'].astype(dtype)[:, None]
+    bias = params['bias'].astype(dtype)[None]
+    return normed_product(x, Norm(), modulations, kernel, bias, centred=True, first=part)
+
+
+def transformer_block(
+    params: dict[str, Any],
+    x: jax.Array,
+    angles: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    start: jax.Array,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Runs `transformer.Block` for one position, over a cache.
+
+    Args:
+      params: of the block.
+      x: (B, D) float32.
+      angles: (K/2,), in radians.
+      cache: keys and values (B, N, S, K), of which the entries before `start` are filled.
+      start: () int32, less than S.
+      dtype: of the attention and the SwiGLU.
+
+    Returns:
+      (B, D) float32, and the cache with the position's entries at `start`.
+    """
+    B, D = x.shape
+    keys, values = cache
+    _, N, _, K = keys.shape
+    qkv_kernel = params['attention']['qkv']['kernel'].astype(dtype).reshape(D, 1, 3 * D)
+    out_kernel = params['attention']['out']['kernel'].astype(dtype).reshape(D, D)
+    first = params['mlp']['w1']['kernel'].astype(dtype)
+    second = params['mlp']['w2']['kernel'].astype(dtype)
+
+    norm = Norm(params['attention_norm']['scale'])
+    qkv = normed_product(x, norm, None, qkv_kernel, centred=False).reshape(B, 3, N, K)
+    attended, keys, values = attend_cached(qkv, keys, values, angles, start)
+    x = added_product(attended.reshape(B, D), out_kernel, x=x, dtype=jnp.float32)
+    norm = Norm(params['mlp_norm']['scale'])
+    h = normed_product(x, norm, None, first, centred=False)
+    return added_product(h, second, x=x, dtype=jnp.float32), (keys, values)

@@ -1,0 +1,171 @@
+"""Attention of one new position to a cache, with what stands before it, as one kernel of a GPU.
+
+The kernel rotates queries and keys, writes the new entries to the cache, and reads only the part of
+the cache that is filled. It is written in Pallas for Triton. Other platforms compute the same in
+plain JAX.
+
+Dimensions:
+  B  images                  N  heads of K numbers                  S  length of the cache
+"""
+
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from sphere_ar_jax.models import kernels
+
+# Entries of the cache that are read at a time.
+ENTRIES = 64
+WARPS = 4
+
+# References to arrays in a GPU's memory.
+Refs: TypeAlias = Any
+Result: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def attend_cached(
+    qkv: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    angles: jax.Array,
+    start: jax.Array,
+    *,
+    interpret: bool = False,
+) -> Result:
+    """Computes softmax(q·kᵀ/√K)·v of position `start` over the entries 0 to `start`.
+
+    q and k are rotated first, in float32, as `transformer.apply_rope` does it. The softmax is
+    float32.
+
+    Args:
+      qkv: (B, 3, N, K), queries, keys and values of the position, not rotated.
+      keys: (B, N, S, K), of which the entries before `start` are filled.
+      values: (B, N, S, K).
+      angles: (K/2,), in radians.
+      start: () int32, less than S.
+      interpret: whether to interpret the kernel, on any platform, which is slow.
+
+    Returns:
+      (B, N, K) in qkv's dtype, and keys and values with the position's entries at `start`.
+    """
+    B, N, _, K = keys.shape
+    cos = jnp.repeat(jnp.cos(angles), 2)
+    sin = jnp.repeat(jnp.sin(angles), 2) * jnp.where(jnp.arange(K) % 2 == 1, 1.0, -1.0)
+    arrays = (qkv, keys, values, cos, sin, jnp.reshape(start, (1,)))
+    if K & (K - 1):
+        return _plain(*arrays)  # Triton's tiles have sides that are powers of two.
+    # On average over a sequence half of the cache is filled.
+    cache_bytes = keys.size * keys.dtype.itemsize
+    accessed = cache_bytes + 4 * B * N * K * qkv.dtype.itemsize
+    fused = pl.pallas_call(
+        _kernel,
+        grid=(B, N),
+        out_shape=(
+            jax.ShapeDtypeStruct((B, N, K), qkv.dtype),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
+        ),
+        input_output_aliases={1: 1, 2: 2},
+        compiler_params=triton.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        metadata={'bytes_accessed': str(accessed)},
+    )
+    run = fused if interpret else kernels.on_gpus(fused, _plain)
+    return run(*arrays)
+
+
+def _rotated(x: jax.Array, partner: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates channel pairs in float32.
+
+    Args:
+      x: the channels (…, K).
+      partner: the other channel of each one's pair, (…, K).
+      cos: (…, K).
+      sin: (…, K), negative for the first channel of each pair.
+    """
+    y = x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
+    return y.astype(x.dtype)
+
+
+def _plain(
+    qkv: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    start: jax.Array,
+) -> Result:
+    """`attend_cached` in plain JAX."""
+    K = qkv.shape[-1]
+    partner = qkv[..., jnp.arange(K) ^ 1]
+    turns = (cos[None, None], sin[None, None])
+    q, k = (_rotated(qkv[:, i], partner[:, i], *turns) for i in range(2))
+    at = (0, 0, start[0], 0)
+    keys = jax.lax.dynamic_update_slice(keys, k[:, :, None].astype(keys.dtype), at)
+    v = qkv[:, 2, :, None].astype(values.dtype)
+    values = jax.lax.dynamic_update_slice(values, v, at)
+    logits = jnp.einsum('bnk,bnsk->bns', q, keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(keys.shape[2]) <= start[0]
+    logits = jnp.where(visible[None, None], logits * K**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum('bns,bnsk->bnk', weights, values), keys, values
+
+
+def _kernel(
+    qkv: Refs,
+    old_keys: Refs,
+    old_values: Refs,
+    cos: Refs,
+    sin: Refs,
+    start: Refs,
+    out: Refs,
+    keys: Refs,
+    values: Refs,
+) -> None:
+    """Computes one head of one image.
+
+    The old entries and the new ones are the same memory. The position's own entry is not read from
+    it, since other threads of the kernel may not have written it yet.
+    """
+    b = pl.program_id(0)
+    n = pl.program_id(1)
+    K = qkv.shape[-1]
+    partner = jnp.arange(K) ^ 1
+    own = start[0]
+
+    def rotated(i: int) -> jax.Array:
+        return _rotated(qkv[b, i, n, :], qkv[b, i, n, partner], cos[...], sin[...])
+
+    q = rotated(0).astype(jnp.float32)
+    k = rotated(1).astype(keys.dtype)
+    v = qkv[b, 2, n, :].astype(values.dtype)
+    keys[b, n, own, :] = k
+    values[b, n, own, :] = v
+
+    def add(j: jax.Array, state: Result) -> Result:
+        """Adds some entries to (largest logit, sum of weights, weighted sum of values)."""
+        largest, total, weighted = state
+        entries = j * ENTRIES + jnp.arange(ENTRIES)
+        filled = entries < own
+        part = (b, n, pl.ds(j * ENTRIES, ENTRIES), slice(None))
+        read = functools.partial(triton.load, mask=filled[:, None], other=0.0)
+        some_keys = read(old_keys.at[part]).astype(jnp.float32)
+        some_values = read(old_values.at[part]).astype(jnp.float32)
+        logits = jnp.sum(some_keys * q[None], axis=-1) * K**-0.5
+        logits = jnp.where(filled, logits, -jnp.inf)
+        top = jnp.maximum(largest, jnp.max(logits))
+        weights = jnp.exp(logits - top)
+        shrunk = jnp.exp(largest - top)
+        total = total * shrunk + jnp.sum(weights)
+        weighted = weighted * shrunk + jnp.sum(weights[:, None] * some_values, axis=0)
+        return top, total, weighted
+
+    first = jnp.sum(q * k.astype(jnp.float32)) * K**-0.5
+    state = (first, jnp.float32(1), v.astype(jnp.float32))
+    steps = (own + ENTRIES - 1) // ENTRIES
+    _, total, weighted = jax.lax.fori_loop(0, steps, add, state)
+    out[b, n, :] = (weighted / total).astype(out.dtype)

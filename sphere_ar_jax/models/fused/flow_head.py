@@ -1,0 +1,85 @@
+"""A flow head's evaluations in the sampler, made of few kernels: 2 for a block, and 2 more.
+
+Both functions take the parameters of a `heads.flow.FlowHead` with scan=False.
+
+Dimensions:
+  E  times                   M  width of the head                  d  latent dimension
+  R  rows of the sampler     Q  parts of a modulation: scale, shift and gate of each adaLN group,
+                                and scale and shift of the last layer
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sphere_ar_jax.models.fused.blocks import last_layer, residual_block
+from sphere_ar_jax.models.fused.products import Modulations, added_product
+
+Params = dict[str, Any]
+
+
+def _numbered(params: Params, name: str) -> list[Params]:
+    """The parameters `name`_0, `name`_1, …, in their order."""
+    count = sum(key.startswith(f'{name}_') for key in params)
+    return [params[f'{name}_{i}'] for i in range(count)]
+
+
+def join(params: Params, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Joins the linear maps that make all modulations, so that they are one product.
+
+    Args:
+      params: of the head.
+      dtype: of the product.
+
+    Returns:
+      A kernel (M, Q·M) and a bias (Q·M,).
+    """
+    maps = [group['ada'] for group in _numbered(params, 'res_groups')] + [params['final_ada']]
+    M = maps[0]['kernel'].shape[0]
+    kernel = jnp.concatenate([one['kernel'].reshape(M, -1) for one in maps], axis=-1)
+    bias = jnp.concatenate([one['bias'].reshape(-1) for one in maps])
+    return kernel.astype(dtype), bias.astype(dtype)
+
+
+def modulation_table(
+    joined: tuple[jax.Array, jax.Array], t_emb: jax.Array, c_emb: jax.Array
+) -> jax.Array:
+    """Computes the modulations of every pair of a time and a condition.
+
+    Args:
+      joined: what `join` returned.
+      t_emb: (E, M) embeddings of times.
+      c_emb: (R, M) embeddings of conditions.
+
+    Returns:
+      (E, R, Q, M) in the dtype of `joined`.
+    """
+    kernel, bias = joined
+    y = jax.nn.silu(t_emb[:, None] + c_emb[None])
+    E, R, M = y.shape
+    table = y.reshape(E * R, M).astype(kernel.dtype) @ kernel + bias[None]
+    return table.reshape(E, R, -1, M)
+
+
+def velocity(params: Params, x: jax.Array, modulations: Modulations, dtype: DTypeLike) -> jax.Array:
+    """Computes the velocity of the first rows under given modulations.
+
+    Args:
+      params: of the head.
+      x: (R', d) float32 with R' ≤ R.
+      modulations: of R rows.
+      dtype: of the computation.
+
+    Returns:
+      (R', d) float32.
+    """
+    first = jax.tree.map(lambda a: a.astype(dtype), params['input_proj'])
+    x = added_product(x, first['kernel'], first['bias'], dtype=dtype)
+    part = 0
+    for group in _numbered(params, 'res_groups'):
+        for block in _numbered(group, 'blocks'):
+            x = residual_block(block, x, modulations, part, dtype)
+        part += 3
+    return last_layer(params['final_linear'], x, modulations, part, dtype).astype(jnp.float32)
