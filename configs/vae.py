@@ -26,7 +26,7 @@ data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_re
            parquet, hf (hf:NAME) or tfds (tfds:NAME).
 batch=N    Images a step. The number of epochs stays.
 dtype=…    bfloat16 or float32 (the default) of the computation.
-tpu        The setting for slices of TPUs: bfloat16.
+tpu, gpu   The setting for slices of TPUs, and for GPUs: bfloat16.
 512        512×512 pixels, 32×32 tokens. This is not a published model.
 cnn, vit   Another backbone with as many parameters, within 2%, in place of the hybrid
            (docs/method.md, "Backbone"). These are not published models, and nothing was trained.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the speed table of a machine with an NVIDIA GPU in one go: B, L and H in bfloat16, batches
-# of 1 to 256. Every part stands beside the public PyTorch code under torch.compile. Then it
-# measures what batch, tokens, depth and steps cost.
+# of 1 to 256. Every part stands beside the public PyTorch code under torch.compile. The parts of
+# the sampler are measured again with its own kernels (ar.fused). Then it measures what batch,
+# tokens, depth and steps cost.
 # Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip, a checkout of
 #   the public code (git clone https://github.com/guolinke/SphereAR). H at 256 images needs 80 GB of
 #   GPU memory; a smaller GPU measures fewer sizes.
@@ -31,6 +32,9 @@ for size in $sizes; do
       --against="$checkout" --side=compiled --repeats=5 \
       --parts=cold,prefill,transformer,head,decode,encode,train_tokenizer,train_ar,sample \
       --output="bench_gpu/${size}_$batch" || echo "failed: $size at $batch images"
+    python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py:gpu" \
+      --config.ar.remat=False --batch_size="$batch" --repeats=5 --parts=transformer,head,sample \
+      --output="bench_gpu/${size}_${batch}_fused" || echo "failed: $size at $batch images, fused"
   done
   python -m sphere_ar_jax.benchmark --config="configs/ar_$size.py" --config.dtype=bfloat16 \
     --parts=head --curves --batch_size=64 --output="bench_gpu/${size}_curves" ||

@@ -204,6 +204,15 @@ def test_what_slices_of_tpus_want(name):
 
 
 @pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
+def test_what_gpus_want(name):
+    """Bfloat16, and the sampler's own kernels, as docs/speed.md has it."""
+    plain, gpu = (checks.check(_load(name, argument)) for argument in ('', 'gpu'))
+    assert (plain.dtype, gpu.dtype) == ('float32', 'bfloat16')
+    assert not plain.ar.fused and gpu.ar.fused == (name != 'vae')
+    assert build.build_head(gpu).fused == gpu.ar.fused
+
+
+@pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
 def test_smoke_is_small(name):
     """20 steps; less than 10 GB of parameters, gradients, moments and EMA, for a laptop."""
     cfg = checks.check(_load(name, 'smoke'))

@@ -404,10 +404,10 @@ def test_operations_of_the_sampler():
         lambda key: transformer.unstack(build.build_ar(cfg).init_params(key)), jax.random.key(0)
     )
 
-    def written_out(velocity, x, rows, noise=None, *, count, prepare, chunk, advance):
+    def written_out(velocity, x, rows, noise=None, *, count, prepare, chunk, take, advance):
         state = x, jnp.zeros_like(x)
         for i in range(len(rows[0])):
-            prepared = jax.tree.map(lambda a: a[0], prepare(jnp.array([i])))
+            prepared = take(prepare(jnp.array([i])), jnp.int32(0))
             state = advance(
                 jax.tree.map(lambda a: a[i], rows),
                 *state,
@@ -766,3 +766,21 @@ def test_cudnn_computes_the_attention_of_gpus(words, card):
     ar = build.build_ar(cfg)
     length = ar.num_tokens + ar.condition.length - 1
     assert not re.search(rf'\[[\d,]*\b{length},{length}\b[\d,]*\]', text)
+
+
+@pytest.mark.slow
+@needs_cuda
+@libraries_promote()
+@pytest.mark.parametrize('card', ['h100-1', 'a100-1'])
+def test_the_samplers_own_kernels_compile_for_gpus(card):
+    """Two layers of head and transformer: 2 · 2 + 2 kernels an evaluation, 2 · 5 a token."""
+    cfg = _two_layers('gpu')
+    mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice(card)))
+    started = []
+    for fused in (True, False):
+        cfg.ar.fused = fused
+        work = programs.WORKS['sample'](cfg, mesh)[0]
+        _, text = compile_ahead.compile_work(work)
+        assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (16 if fused else 0)
+        started.append(sum(hlo.Program(text, work.lengths).kernels().values()))
+    assert started[0] < 0.6 * started[1]
