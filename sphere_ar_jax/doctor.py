@@ -53,7 +53,7 @@ def examine(
     import jax
 
     from sphere_ar_jax.config import schema
-    from sphere_ar_jax.runtime import joining
+    from sphere_ar_jax.runtime import joining, sharding
 
     e = examination
     slow = 'have the other processes been started? --timeout=SECONDS waits longer'
@@ -65,7 +65,7 @@ def examine(
     if seen is None:
         return
     devices, local = seen
-    limit = checks.memory_limit(local[0], len(local))
+    limit = sharding.memory_limit(local[0], len(local))
     text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
     e.say(checks.Check('processes', 'ok', text))
     e.say(checks.check_devices(devices, local, limit, checks.device_files()))

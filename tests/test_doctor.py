@@ -239,13 +239,13 @@ def _device(platform, kind, stats=None):
 
 def test_devices():
     gpus = [_device('gpu', 'H100', {'bytes_limit': 64 * 2**30})] * 8
-    assert commands_checks.memory_limit(gpus[0], 4) == 64 * 2**30
+    assert sharding.memory_limit(gpus[0], 4) == 64 * 2**30
     assert commands_checks.check_devices(
         gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')
     ) == commands_checks.Check(
         'devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each'
     )
-    assert commands_checks.memory_limit(_device('tpu', 'v6e'), 4) is None
+    assert sharding.memory_limit(_device('tpu', 'v6e'), 4) is None
     assert 'memory unknown' in commands_checks.check_devices(gpus, gpus, None, None).text
 
 
@@ -265,9 +265,15 @@ def test_an_accelerator_that_is_not_used():
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/meminfo'), reason='Linux only')
-def test_the_memory_of_cpus():
+def test_the_memory_of_cpus(monkeypatch, tmp_path):
     kilobytes = int(pathlib.Path('/proc/meminfo').read_text().split('MemTotal:')[1].split()[0])
-    assert abs(commands_checks.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
+    monkeypatch.setattr(sharding, '_CONTAINER_LIMIT', str(tmp_path / 'none'))
+    assert abs(sharding.memory_limit(_device('cpu', 'cpu'), 2) - kilobytes * 512) < 2**20
+    for text, expected in (('max\n', kilobytes * 512), ('1048576\n', 2**19)):
+        file = tmp_path / 'memory.max'
+        file.write_text(text)
+        monkeypatch.setattr(sharding, '_CONTAINER_LIMIT', str(file))
+        assert abs(sharding.memory_limit(_device('cpu', 'cpu'), 2) - expected) < 2**20
 
 
 def test_the_compilation_cache(tmp_path):

@@ -108,23 +108,6 @@ def device_files(exists: Callable[[str], bool] = os.path.exists) -> tuple[str, s
     return None
 
 
-def memory_limit(device: 'jax.Device', local_count: int) -> int | None:
-    """Bytes that a device may use, None where that is not known.
-
-    An accelerator may use its own memory. A CPU device may use its share of the machine's.
-
-    Args:
-      device: one of this process's devices.
-      local_count: the number of this process's devices.
-    """
-    if device.platform == 'cpu':
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_count
-    stats = device.memory_stats()
-    if stats is None:
-        return None
-    return stats.get('bytes_limit')
-
-
 def check_devices(
     devices: 'Sequence[jax.Device]',
     local: 'Sequence[jax.Device]',

@@ -367,7 +367,14 @@ def _train(
         mesh=setting.mesh,
         reading=reading,
     )
-    stage = ar_stage(setting.ar, setting.vae, vae_params, setting.cfg.ar_training, setting.cfg.seed)
+    stage = ar_stage(
+        setting.ar,
+        setting.vae,
+        vae_params,
+        setting.cfg.ar_training,
+        setting.cfg.seed,
+        choose_remat=setting.cfg.ar.remat is None,
+    )
     directory = f'{setting.workdir}/ar'
     tuning = fine_tuning.read(setting.cfg.fine_tuning)
     stage = tuned.of_workdir(stage, tuning, directory, setting.mesh, setting.cfg.seed)

@@ -195,6 +195,14 @@ def _head_class(config: ConfigDict) -> Callable[..., Head]:
     return pick(HEADS, 'distillation_training.head', config.distillation_training.head)
 
 
+def recomputes(section: ConfigDict) -> bool:
+    """Whether a model computes activations again in the backward pass.
+
+    It does where its section's `remat` is None, but `state.chosen_step` may decide otherwise.
+    """
+    return section.remat is None or section.remat
+
+
 def build_head(config: ConfigDict) -> Head:
     """The head of the AR model that the config describes.
 
@@ -209,7 +217,7 @@ def build_head(config: ConfigDict) -> Head:
     return head_class(
         *fields,
         **options,
-        remat=c.remat,
+        remat=recomputes(c),
         unroll=c.unroll,
         dtype=dtype(config),
         radius=config.vae.radius if on_a_sphere(config) else None,
@@ -229,7 +237,7 @@ def build_ar(config: ConfigDict) -> AR:
         raise UserError(
             f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
         )
-    speed = {'remat': c.remat, 'unroll': c.unroll, 'dtype': dtype(config)}
+    speed = {'remat': recomputes(c), 'unroll': c.unroll, 'dtype': dtype(config)}
     token_dim = build_vae(config).token_dim
     head = build_head(config)
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)

@@ -214,10 +214,9 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
       dtype=…    bfloat16 or float32 (the default) of the computation.
       tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps
                  a quarter of the state. Otherwise optimizer and EMA would move more memory than
-                 the model does. --mode=compile reports what the programs need on a slice. With or
-                 without this word, blocks are computed again in the backward pass (remat). Where
-                 there is memory enough, --config.ar.remat=False computes a fifth less, but moves
-                 more memory.
+                 the model does. --mode=compile reports what the programs need on a slice. Blocks
+                 are computed again in the backward pass (remat). --config.ar.remat=False computes
+                 a fifth less, but moves more memory.
       gpu        Settings for GPUs: bfloat16, and the sampler's own kernels (ar.fused), which are
                  fewer and larger than XLA's (docs/speed.md, "Compile ahead for GPUs").
       512        512×512 pixels, 32×32 tokens. This is not a published model.
@@ -246,7 +245,9 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
     c.ar.update(VARIANTS[size])
     c.tokenizer_training.steps = 0
-    c.ar.remat = 'smoke' not in words
+    c.ar.remat = None
+    if words & {'tpu', 'smoke'}:
+        c.ar.remat = 'smoke' not in words
     c.mesh.fsdp = 4 if 'tpu' in words else 1
     c.ar.fused = 'gpu' in words
     c.sampling.update(

@@ -169,6 +169,8 @@ def default() -> ConfigDict:
                 magnitude_weight=1.0,
                 # Standard deviation of the noise that a token's flow starts from.
                 prior_scale=1.0,
+                # Whether blocks are computed again in the backward pass; None leaves that to the
+                # memory of the device, see `state.chosen_step`.
                 remat=False,
                 unroll=1,
                 # Whether the sampler runs the kernels of `models.fused` on GPUs: fewer and larger

@@ -258,7 +258,7 @@ def _remedies(cfg: ConfigDict, name: str, mesh: Mesh) -> list[Change]:
     model = 'vae' if name == 'tokenizer' else 'ar'
     key = f'{name}_training'
     options = cfg[key]
-    remat: Change = {} if cfg[model].remat else {f'{model}.remat': True}
+    remat: Change = {} if build.recomputes(cfg[model]) else {f'{model}.remat': True}
     splits: list[Change] = []
     for n in (4, 16):
         if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1:
@@ -443,7 +443,7 @@ def _examine(
         'batch': work.images,
         'dtype': cfg.dtype,
         'mesh': ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or '1 device',
-        'remat': bool(model.remat),
+        'remat': build.recomputes(model),
         'steps': work.steps,
         'not_split': not_split,
         'fits': True,

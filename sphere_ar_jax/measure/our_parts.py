@@ -30,7 +30,7 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
-from sphere_ar_jax.training.state import Stage, abstract_state, jitted_step, quickly_compiled
+from sphere_ar_jax.training.state import Stage, abstract_state, chosen_step, quickly_compiled
 
 # part → what one run of it does
 PARTS = {
@@ -314,10 +314,13 @@ class Part:
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         self.state = jax.device_put(state, shardings)
         batch = sharding.place_batch(mesh, batch)
-        step = _compile(jitted_step(stage, mesh, self.state), self.state, stage.frozen, batch)
+        arguments = (stage.frozen, batch, np.uint32(0))
+        step, _ = chosen_step(stage, mesh, (self.state, *arguments))
+        if not isinstance(step, jax.stages.Compiled):
+            step = _compile(step, self.state, *arguments)
 
         def run() -> np.ndarray:
-            self.state, scalars = step(self.state, stage.frozen, batch)
+            self.state, scalars = step(self.state, *arguments)
             return np.asarray(scalars['loss'])[None]
 
         return run
@@ -331,7 +334,10 @@ class Part:
         if self.cfg.init_from is not None:
             raise ValueError('the AR model of a distilled head is frozen: there is no such step')
         vae_params = self._params(self.vae, 2)
-        return self._train(stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0))
+        choose_remat = self.cfg.ar.remat is None
+        return self._train(
+            stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0, choose_remat)
+        )
 
     def _program(self, params: PyTree) -> Callable[[], jax.Array]:
         """A function that draws the images by the two programs of every command, compiled."""

@@ -203,7 +203,7 @@ def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
         arguments = (state, frozen, batch)
         computed = costs.flops(stage.step, *arguments)
         flops = computed
-        if cfg.vae.remat or cfg.ar.remat:
+        if cfg.vae.remat or build.recomputes(cfg.ar):
             plain_stage, _ = plain[name]
             flops = costs.flops(plain_stage.step, *arguments)
         work = Work(

@@ -213,6 +213,13 @@ class AR(nn.Module):
         """Returns the same model with scan=False, as sampling needs it."""
         return self.clone(scan=False, head=self.head.clone(scan=False))
 
+    def keeping_activations(self) -> 'AR':
+        """Returns the same model with remat=False."""
+        head = self.head
+        if hasattr(head, 'remat'):
+            head = head.clone(remat=False)
+        return self.clone(remat=False, head=head)
+
     def cast(self, params: PyTree) -> PyTree:
         """Returns the parameters with kernels in `dtype`, as dense layers read them.
 

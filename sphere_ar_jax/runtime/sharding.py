@@ -11,6 +11,8 @@ See `docs/devices.md`.
 """
 
 import math
+import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,6 +63,35 @@ ROWS = P(AXES)
 def _processes(devices: Iterable[jax.Device]) -> set[int]:
     """The indices of the processes that devices belong to."""
     return {device.process_index for device in devices}
+
+
+# What a container may use, where it is told so.
+_CONTAINER_LIMIT = '/sys/fs/cgroup/memory.max'
+
+
+def memory_limit(device: jax.Device, local_count: int) -> int | None:
+    """Bytes that a device may use, None where that is not known.
+
+    An accelerator may use its own memory. A CPU device may use its share of what the machine has
+    and the container allows.
+
+    Args:
+      device: one of this process's devices.
+      local_count: the number of this process's devices.
+    """
+    if device.platform == 'cpu':
+        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        try:
+            allowed = pathlib.Path(_CONTAINER_LIMIT).read_text().strip()
+        except OSError:
+            allowed = ''
+        if allowed.isdigit():
+            limit = min(limit, int(allowed))
+        return limit // local_count
+    stats = device.memory_stats()
+    if stats is None:
+        return None
+    return stats.get('bytes_limit')
 
 
 def make_mesh(

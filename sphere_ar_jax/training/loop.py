@@ -209,6 +209,35 @@ def _begin(
     return state, None, 0.0
 
 
+class _Step:
+    """The step of a stage, which is chosen when the first batch is there.
+
+    Attributes:
+      stage: the stage.
+      mesh: the mesh that it runs on.
+      seed: the seed of all draws.
+      abstract: the stage's state, abstract.
+    """
+
+    def __init__(self, stage: training_state.Stage, mesh: Mesh, seed: int, abstract: Any):
+        self.stage = stage
+        self.mesh = mesh
+        self.seed = np.uint32(seed)
+        self.abstract = abstract
+        self._chosen: Any = None
+
+    def __call__(self, state: Any, batch: training_state.Batch) -> tuple[Any, Any]:
+        """Takes one step: (state, batch) → (state, scalars)."""
+        arguments = (self.stage.frozen, batch, self.seed)
+        if self._chosen is None:
+            self._chosen, choice = training_state.chosen_step(
+                self.stage, self.mesh, (self.abstract, *arguments)
+            )
+            if choice:
+                print(f'{self.stage.name}: {choice}', flush=True)
+        return self._chosen(state, *arguments)
+
+
 def train(
     stage: training_state.Stage,
     source: Any,
@@ -273,7 +302,7 @@ def train(
     )
     if data_state is not None:
         batches.check_state(data_state['batches'])
-    step_fn = training_state.jitted_step(stage, mesh, abstract)
+    step_fn = _Step(stage, mesh, seed, abstract)
     pending = None  # the scalars of the step before
 
     with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
@@ -287,7 +316,7 @@ def train(
         with Signals() as signals:
             while step < options.steps:
                 batch = sharding.place_batch(mesh, next(batches))
-                state, scalars = step_fn(state, stage.frozen, batch, np.uint32(seed))
+                state, scalars = step_fn(state, batch)
                 if pending is None:
                     log.start(step + 1, scalars)
                     console.interrupts.keep(True)  # From here on there is a state to lose.

@@ -94,7 +94,14 @@ def tokenizer_stage(
     )
 
 
-def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: int) -> state.Stage:
+def ar_stage(
+    ar: AR,
+    vae: VAE,
+    vae_params: PyTree,
+    options: ConfigDict,
+    seed: int,
+    choose_remat: bool = False,
+) -> state.Stage:
     """The training of the AR model by its head's loss.
 
     Its tokens are drawn anew at each step from the posterior of the frozen S-VAE
@@ -108,10 +115,14 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
       vae_params: the tokenizer's parameters.
       options: the stage's section of the config.
       seed: seed of all draws.
+      choose_remat: whether the stage has a `roomy` one, which keeps all activations.
 
     Returns:
       The stage.
     """
+    roomy = None
+    if choose_remat:
+        roomy = ar_stage(ar.keeping_activations(), vae, vae_params, options, seed)
     if options.encoder_dtype:
         vae = vae.computing_in(getattr(jnp, options.encoder_dtype))
 
@@ -135,6 +146,7 @@ def ar_stage(ar: AR, vae: VAE, vae_params: PyTree, options: ConfigDict, seed: in
         shown=('loss', 'grad_norm', 'token_norm', 'magnitude_loss', 'angle'),
         about='tokenizer',
         model=vae,
+        roomy=roomy,
     )
 
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime import checkpoint, console, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, optimizer
@@ -82,6 +82,7 @@ class Stage(NamedTuple):
       begin: fresh parameters → those that the training begins with. None begins with converted
         weights where there are any, and else with the fresh ones.
       to_model: the parameters that are trained → those of the whole model.
+      roomy: the same stage in fewer operations and more memory, or None; see `chosen_step`.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Stage(NamedTuple):
     loss: Loss | None = None
     begin: Callable[[PyTree], PyTree] | None = None
     to_model: Callable[[PyTree], PyTree] = _same
+    roomy: 'Stage | None' = None
 
 
 def ema_decays(options: ConfigDict) -> tuple[float, ...]:
@@ -274,7 +276,7 @@ def frozen_identity(stage: Stage) -> dict[str, Any]:
 
 
 # Fields of a module that say how something is computed, not what.
-_HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan')
+_HOW = ('parent', 'name', 'dtype', 'remat', 'unroll', 'scan', 'fused')
 
 
 def _options(module: Any) -> dict[str, Any]:
@@ -386,6 +388,40 @@ def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = sharding.keep_rows_split(mesh, stage.step)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+# The share of a device's memory that a step may take. The rest is for programs beside it.
+ROOM = 0.8
+
+
+def chosen_step(stage: Stage, mesh: Mesh, arguments: tuple[Any, ...]) -> tuple[Any, str]:
+    """The step of a stage, or that of `Stage.roomy` where the memory suffices for it.
+
+    It suffices where XLA lays the compiled step out in `ROOM` of what the device may use. On
+    several devices and on TPUs the stage's own step is taken: there are more operations in it, but
+    it moves less memory.
+
+    Args:
+      stage: the stage.
+      mesh: the mesh that the step runs on.
+      arguments: (state, frozen, batch, seed), with the state abstract or not.
+
+    Returns:
+      (the step, jitted or compiled; what was chosen and why, in a sentence). The text is '' where
+        there is no choice.
+    """
+    own = jitted_step(stage, mesh, arguments[0])
+    device = mesh.devices.flat[0]
+    limit = sharding.memory_limit(device, jax.local_device_count())
+    if stage.roomy is None or mesh.size > 1 or device.platform == 'tpu' or limit is None:
+        return own, ''
+    roomy = jitted_step(stage.roomy, mesh, arguments[0]).lower(*arguments).compile()
+    sizes = roomy.memory_analysis()
+    needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    text = f'{console.size(needed)} of {console.size(limit)}'
+    if needed > ROOM * limit:
+        return own, f'activations are computed again (remat): to keep them takes {text}'
+    return roomy, f'activations are kept, which takes {text}'
 
 
 def converted(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:

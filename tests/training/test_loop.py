@@ -19,14 +19,16 @@ from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
 from sphere_ar_jax.training import loop, optimizer
+from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import (
     abstract_state,
+    chosen_step,
     jitted_step,
     make_stage,
     quickly_compiled,
 )
 from tests.conftest import libraries_promote, noted_fingerprint
-from tests.tiny_config import LONG, get_config, stages
+from tests.tiny_config import LONG, get_config, random_params, stages
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,6 +100,67 @@ def test_runs_of_other_seeds_have_the_same_program():
         results.append(float(scalars['loss']))
     assert texts[0] == texts[1]
     assert results[0] != results[1]
+
+
+@pytest.mark.parametrize(
+    ('limit', 'expected'),
+    [
+        (2**40, 'activations are kept, which takes '),
+        (100, 'activations are computed again (remat): to keep them takes '),
+        (None, ''),
+    ],
+)
+def test_the_memory_decides_which_step_is_taken(monkeypatch, limit, expected):
+    mesh = sharding.make_mesh(1)
+    options = get_config().tokenizer_training
+    batch = {'image': jnp.ones((4, 3)), 'label': jnp.zeros(4, jnp.int32)}
+
+    def make(name, **fields):
+        def loss(params, frozen, batch, keys):
+            del frozen, keys
+            return jnp.mean((params['w'] - batch['image']) ** 2), {name: jnp.float32(1)}
+
+        def init(key):
+            del key
+            return {'w': jnp.ones((1, 3))}
+
+        return make_stage('a', options, 0, init, loss, (), (), **fields)
+
+    stage = make('light', roomy=make('roomy'))
+    arguments = (abstract_state(stage, mesh), (), batch, np.uint32(0))
+    monkeypatch.setattr(sharding, 'memory_limit', lambda device, count: limit)
+    step, text = chosen_step(stage, mesh, arguments)
+    assert text.startswith(expected) and (text == '') == (limit is None)
+    _, scalars = step(stage.init(jax.random.key(0)), *arguments[1:])
+    assert ('roomy' in scalars) == (limit == 2**40)
+    assert chosen_step(stage.roomy, mesh, arguments)[1] == ''
+
+
+@pytest.mark.slow
+def test_a_step_that_keeps_activations_gives_the_same_losses(tmp_path, monkeypatch, capsys):
+    """Both are the AR model's; the choice is said in a line."""
+    cfg = get_config()
+    cfg.ar_training.update(steps=4, warmup_steps=1, log_every=1, checkpoint_every=4)
+    vae = build.build_vae(cfg)
+    cfg.ar.remat = None
+    ar = build.build_ar(cfg)
+    assert ar.remat and ar.head.remat
+    assert not (ar.keeping_activations().remat or ar.keeping_activations().head.remat)
+    vae_params = random_params(vae)
+    losses = []
+    for limit, word in ((2**40, 'kept'), (1, 'again')):
+        monkeypatch.setattr(sharding, 'memory_limit', lambda device, count, limit=limit: limit)
+        stage = ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed, choose_remat=True)
+        source = digits.Digits('train', cfg.seed)
+        mesh = sharding.make_mesh(1)
+        loop.train(stage, source, str(tmp_path / word), seed=cfg.seed, mesh=mesh)
+        assert f'ar: activations are {"kept" if limit > 1 else "computed again"}' in (
+            capsys.readouterr().out
+        )
+        lines = (tmp_path / word / 'metrics.jsonl').read_text().splitlines()
+        losses.append([json.loads(line)['loss'] for line in lines])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -171,6 +171,9 @@ def tuned_stage(
     def to_model(params: PyTree) -> PyTree:
         return whole(params, rest)
 
+    roomy = None
+    if stage.roomy is not None:
+        roomy = tuned_stage(stage.roomy, tuning, base, seed)
     return training_state.make_stage(
         stage.name,
         stage.options,
@@ -185,6 +188,7 @@ def tuned_stage(
         model=stage.model,
         begin=begin,
         to_model=to_model,
+        roomy=roomy,
     )
 
 
