@@ -138,18 +138,32 @@ def test_bad_input_is_one_line(answers, arguments):
     assert 'Traceback' not in err and out == ''
 
 
-def test_an_override_changes_the_runs_own_config(environment, run_directory):
-    """What draws and scores a run needs no config file for that."""
-    words = ['--mode=sample', f'--workdir={run_directory}', '--config.sampling.guidance_scale=3']
+def _config_says(environment, words, expression):
+    """What an expression of the config (c) prints after the flags `words`."""
     code = (
         'import sys\nfrom sphere_ar_jax import main\n'
         f'sys.argv = {["main", *words]!r}\nmain._parse_flags(sys.argv)\n'
-        'print(main._CONFIG.value.sampling.guidance_scale, main._CONFIG.value.ar.width)'
+        f'c = main._CONFIG.value\nprint({expression})'
     )
     out = subprocess.run(
         [sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert out.stdout == '3.0 16\n', out.stderr
+    return out.stdout, out.stderr
+
+
+def test_an_override_changes_the_runs_own_config(environment, run_directory):
+    """What draws and scores a run needs no config file for that."""
+    words = ['--mode=sample', f'--workdir={run_directory}', '--config.sampling.guidance_scale=3']
+    out, err = _config_says(environment, words, 'c.sampling.guidance_scale, c.ar.width')
+    assert out == '3.0 16\n', err
+
+
+@pytest.mark.parametrize(('text', 'value'), [('False', 'False'), ('True', 'True')])
+def test_what_the_memory_would_decide_can_be_said(environment, text, value):
+    """`ar.remat` of the published AR models is None, and takes a truth value all the same."""
+    words = ['--config=configs/ar_b.py', '--workdir=W', f'--config.ar.remat={text}']
+    out, err = _config_says(environment, words, 'c.ar.remat')
+    assert out == f'{value}\n', err
 
 
 QUICK_DOORS = ('main', 'doctor', 'data.stand_in')

@@ -29,8 +29,8 @@ def open_run(
 
     Args:
       workdir: the directory of a trained or converted run.
-      like: a config whose sampling, seed, dtype and mesh are taken instead of the run's own, and
-        whose `tokenizer` if it is given. It must have the same model as the run.
+      like: a config whose sampling, seed, dtype, `ar.fused` and mesh are taken instead of the run's
+        own, and whose `tokenizer` if it is given. It must have the same model as the run.
       tokenizer_only: leaves the AR model's parameters None; `like` may then have another AR model.
 
     Returns:
@@ -50,6 +50,7 @@ def open_run(
         cfg.sampling.update(like.sampling)
         cfg.seed = like.seed
         cfg.dtype = like.dtype
+        cfg.ar.fused = like.ar.fused
         if like.tokenizer is not None:  # the tokenizer's workdir was moved
             cfg.tokenizer = files.absolute(like.tokenizer)
         cfg.mesh.update(like.mesh)

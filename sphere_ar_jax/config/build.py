@@ -198,7 +198,7 @@ def _head_class(config: ConfigDict) -> Callable[..., Head]:
 def recomputes(section: ConfigDict) -> bool:
     """Whether a model computes activations again in the backward pass.
 
-    It does where its section's `remat` is None, but `state.chosen_step` may decide otherwise.
+    It does where its section's `remat` is None, but `state.step_for_memory` may decide otherwise.
     """
     return section.remat is None or section.remat
 

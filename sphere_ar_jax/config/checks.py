@@ -172,6 +172,15 @@ def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) ->
         )
 
 
+def _check_fused(cfg: ConfigDict) -> None:
+    """Checks that the sampler's own kernels get whole heads."""
+    _require(
+        not cfg.ar.fused or cfg.mesh.tensor == 1,
+        f'ar.fused: its kernels take whole heads, but mesh.tensor {cfg.mesh.tensor} splits them; '
+        'set one of the two back',
+    )
+
+
 def _check_heads(section: str, width: int, heads: int) -> None:
     """Checks that attention of a width can have so many heads."""
     try:
@@ -556,6 +565,7 @@ def check(config: ConfigDict) -> ConfigDict:
         f'logging is {words}, but must be any of {", ".join(schema.LOGGING)}',
     )
     _check_models(config.vae, config.ar, build.backbone_fields(config))
+    _check_fused(config)
     image_shape = build.build_vae(config).image_shape
     _check_data(config.data, image_shape)
     for name in ('tokenizer_training', 'ar_training', 'distillation_training'):

@@ -218,7 +218,8 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
                  are computed again in the backward pass (remat). --config.ar.remat=False computes
                  a fifth less, but moves more memory.
       gpu        Settings for GPUs: bfloat16, and the sampler's own kernels (ar.fused), which are
-                 fewer and larger than XLA's (docs/speed.md, "Compile ahead for GPUs").
+                 fewer and larger than XLA's. They have not run on a GPU yet (docs/speed.md, "The
+                 sampler's own kernels").
       512        512×512 pixels, 32×32 tokens. This is not a published model.
       cnn, vit   Another backbone of the tokenizer, as in configs/vae.py.
       fast       The sampler of the fewest evaluations that lost nothing on the digits

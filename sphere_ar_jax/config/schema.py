@@ -170,8 +170,8 @@ def default() -> ConfigDict:
                 # Standard deviation of the noise that a token's flow starts from.
                 prior_scale=1.0,
                 # Whether blocks are computed again in the backward pass; None leaves that to the
-                # memory of the device, see `state.chosen_step`.
-                remat=False,
+                # memory of the device, see `state.step_for_memory`.
+                remat=config_dict.placeholder(bool),
                 unroll=1,
                 # Whether the sampler runs the kernels of `models.fused` on GPUs: fewer and larger
                 # ones than XLA's.
@@ -257,6 +257,7 @@ def default() -> ConfigDict:
             ),
         )
     )
+    config.ar.remat = False
     return config.lock()
 
 

@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import jax
@@ -111,6 +112,19 @@ def _uncached() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+def _of_one_gpu(work: programs.Work) -> AbstractContextManager[Any]:
+    """Returns a context that tells Pallas the card of a program for one GPU.
+
+    On several devices the program's own mesh tells it.
+    """
+    arrays = jax.tree.leaves(work.arguments)
+    devices = list(arrays[0].sharding.device_set)
+    if len(devices) > 1 or devices[0].platform != 'gpu':
+        return contextlib.nullcontext()
+    card = Mesh(devices, ('card',)).abstract_mesh.abstract_device
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card))
+
+
 def compile_work(work: programs.Work) -> tuple[Any, str]:
     """Compiles a program.
 
@@ -131,7 +145,9 @@ def compile_work(work: programs.Work) -> tuple[Any, str]:
             'xla_gpu_enable_triton_gemm': False,
         }
         try:
-            compiled = work.function.lower(*work.arguments).compile(compiler_options=options)
+            with _of_one_gpu(work):
+                lowered = work.function.lower(*work.arguments)
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise

@@ -154,7 +154,7 @@ def target_config(chip: Chip) -> str:
     return (
         f'gpu_device_info {{ {numbers} {capability} }} '
         'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } '
-        f'device_description_str: "{chip.name}"'
+        f'device_description_str: "NVIDIA {chip.name.upper()}"'
     )
 
 

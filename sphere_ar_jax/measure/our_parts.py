@@ -30,7 +30,7 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
-from sphere_ar_jax.training.state import Stage, abstract_state, chosen_step, quickly_compiled
+from sphere_ar_jax.training.state import Stage, abstract_state, quickly_compiled, step_for_memory
 
 # part → what one run of it does
 PARTS = {
@@ -310,13 +310,18 @@ class Part:
         mesh = sharding.make_mesh(1)
         state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
         batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
-        self._count(stage.step, state, stage.frozen, batch)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         self.state = jax.device_put(state, shardings)
         batch = sharding.place_batch(mesh, batch)
         arguments = (stage.frozen, batch, np.uint32(0))
-        step, _ = chosen_step(stage, mesh, (self.state, *arguments))
-        if not isinstance(step, jax.stages.Compiled):
+        chosen = step_for_memory(stage, mesh, (self.state, *arguments))
+        if chosen.text:
+            print(f'{stage.name}: {chosen.text}', flush=True)
+        timed = stage.without_remat if chosen.without_remat else stage
+        assert timed is not None  # `step_for_memory` chose it
+        self._count(timed.step, state, stage.frozen, batch)
+        step = chosen.run
+        if not chosen.without_remat:
             step = _compile(step, self.state, *arguments)
 
         def run() -> np.ndarray:

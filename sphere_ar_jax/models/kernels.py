@@ -3,8 +3,9 @@
 Some programs that XLA makes of a derivative are slow on one platform, and some kernels exist on
 one platform only. `fast` lets a faster program compute a plain function's value or gradient there.
 The result stays differentiable in every way that the plain function is: forward, in reverse,
-repeatedly, and under `jit`, `vmap`, `scan` and `checkpoint`. Within `plain()` the plain functions
-run alone, so that the two can be compared.
+repeatedly, and under `jit`, `vmap`, `scan` and `checkpoint`. `on_gpus` does the same for functions
+of trees, whose gradients come from the plain function. Within `plain()` the plain functions run
+alone, so that the two can be compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ _plain_alone = jax.make_user_context(default_value=False)  # `jax.jit` retraces 
 
 
 def plain() -> AbstractContextManager:
-    """Returns a context in which the functions made by `fast` are the plain ones."""
+    """Returns a context in which functions made by `fast` and `on_gpus` are the plain ones."""
     return _plain_alone(True)
 
 

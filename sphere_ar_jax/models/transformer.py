@@ -425,9 +425,9 @@ class Stack(nn.Module):
         params = self.variables['params']
         caches = []
         x = x[:, 0]
-        for i, own in enumerate(cache):
+        for i, block_cache in enumerate(cache):
             x, updated = transformer_block(
-                params[f'blocks_{i}'], x, angles[0], own, start, self.dtype
+                params[f'blocks_{i}'], x, angles[0], block_cache, start, self.dtype
             )
             caches.append(updated)
         return x[:, None], tuple(caches)

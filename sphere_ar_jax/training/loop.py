@@ -213,29 +213,48 @@ class _Step:
     """The step of a stage, which is chosen when the first batch is there.
 
     Attributes:
-      stage: the stage.
-      mesh: the mesh that it runs on.
-      seed: the seed of all draws.
-      abstract: the stage's state, abstract.
+      without_remat: what was chosen, see `state.step_for_memory`; None before the first step of a
+        run.
     """
 
-    def __init__(self, stage: training_state.Stage, mesh: Mesh, seed: int, abstract: Any):
-        self.stage = stage
-        self.mesh = mesh
-        self.seed = np.uint32(seed)
-        self.abstract = abstract
-        self._chosen: Any = None
+    def __init__(
+        self,
+        stage: training_state.Stage,
+        mesh: Mesh,
+        seed: int,
+        abstract: Any,
+        data_state: dict[str, Any] | None,
+    ):
+        """Prepares the step.
+
+        Args:
+          stage: the stage.
+          mesh: the mesh that it runs on.
+          seed: the seed of all draws.
+          abstract: the stage's state, abstract.
+          data_state: what the checkpoint notes that the run goes on from; None where it begins.
+        """
+        self.without_remat: bool | None = None
+        if data_state is not None:
+            self.without_remat = data_state.get('without_remat', False)
+        self._stage = stage
+        self._mesh = mesh
+        self._seed = np.uint32(seed)
+        self._abstract = abstract
+        self._run: Any = None
 
     def __call__(self, state: Any, batch: training_state.Batch) -> tuple[Any, Any]:
         """Takes one step: (state, batch) → (state, scalars)."""
-        arguments = (self.stage.frozen, batch, self.seed)
-        if self._chosen is None:
-            self._chosen, choice = training_state.chosen_step(
-                self.stage, self.mesh, (self.abstract, *arguments)
+        arguments = (self._stage.frozen, batch, self._seed)
+        if self._run is None:
+            chosen = training_state.step_for_memory(
+                self._stage, self._mesh, (self._abstract, *arguments), self.without_remat
             )
-            if choice:
-                print(f'{self.stage.name}: {choice}', flush=True)
-        return self._chosen(state, *arguments)
+            self._run = chosen.run
+            self.without_remat = chosen.without_remat
+            if chosen.text:
+                print(f'{self._stage.name}: {chosen.text}', flush=True)
+        return self._run(state, *arguments)
 
 
 def train(
@@ -302,7 +321,7 @@ def train(
     )
     if data_state is not None:
         batches.check_state(data_state['batches'])
-    step_fn = _Step(stage, mesh, seed, abstract)
+    step_fn = _Step(stage, mesh, seed, abstract, data_state)
     pending = None  # the scalars of the step before
 
     with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
@@ -335,7 +354,11 @@ def train(
                 if step % options.checkpoint_every == 0 or last or arrived:
                     # Nothing that is not finite is ever saved.
                     _check_finite(pending, step, checkpoints, stage)
-                    noted = {'batches': batches.get_state(), 'frozen': frozen}
+                    noted = {
+                        'batches': batches.get_state(),
+                        'frozen': frozen,
+                        'without_remat': step_fn.without_remat,
+                    }
                     checkpoints.save(step, state, noted, time.perf_counter() - started)
                 if arrived:
                     raise Preempted(arrived, step, options.steps)

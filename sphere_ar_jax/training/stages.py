@@ -115,14 +115,14 @@ def ar_stage(
       vae_params: the tokenizer's parameters.
       options: the stage's section of the config.
       seed: seed of all draws.
-      choose_remat: whether the stage has a `roomy` one, which keeps all activations.
+      choose_remat: whether the stage gets a `Stage.without_remat`, so that the memory decides.
 
     Returns:
       The stage.
     """
-    roomy = None
+    without_remat = None
     if choose_remat:
-        roomy = ar_stage(ar.keeping_activations(), vae, vae_params, options, seed)
+        without_remat = ar_stage(ar.keeping_activations(), vae, vae_params, options, seed)
     if options.encoder_dtype:
         vae = vae.computing_in(getattr(jnp, options.encoder_dtype))
 
@@ -146,7 +146,7 @@ def ar_stage(
         shown=('loss', 'grad_norm', 'token_norm', 'magnitude_loss', 'angle'),
         about='tokenizer',
         model=vae,
-        roomy=roomy,
+        without_remat=without_remat,
     )
 
 

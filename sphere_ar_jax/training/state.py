@@ -82,7 +82,8 @@ class Stage(NamedTuple):
       begin: fresh parameters → those that the training begins with. None begins with converted
         weights where there are any, and else with the fresh ones.
       to_model: the parameters that are trained → those of the whole model.
-      roomy: the same stage in fewer operations and more memory, or None; see `chosen_step`.
+      without_remat: the same stage in fewer operations and more memory, or None; see
+        `step_for_memory`.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Stage(NamedTuple):
     loss: Loss | None = None
     begin: Callable[[PyTree], PyTree] | None = None
     to_model: Callable[[PyTree], PyTree] = _same
-    roomy: 'Stage | None' = None
+    without_remat: 'Stage | None' = None
 
 
 def ema_decays(options: ConfigDict) -> tuple[float, ...]:
@@ -394,8 +395,24 @@ def jitted_step(stage: Stage, mesh: Mesh, state: Any) -> Any:
 ROOM = 0.8
 
 
-def chosen_step(stage: Stage, mesh: Mesh, arguments: tuple[Any, ...]) -> tuple[Any, str]:
-    """The step of a stage, or that of `Stage.roomy` where the memory suffices for it.
+class ChosenStep(NamedTuple):
+    """The step that `step_for_memory` chose.
+
+    Attributes:
+      run: (state, frozen, batch, seed) → (state, scalars), jitted or compiled.
+      without_remat: whether it is that of `Stage.without_remat`.
+      text: what was chosen and why, in a sentence; '' where there was no choice.
+    """
+
+    run: Any
+    without_remat: bool
+    text: str
+
+
+def step_for_memory(
+    stage: Stage, mesh: Mesh, arguments: tuple[Any, ...], before: bool | None = None
+) -> ChosenStep:
+    """The step of a stage, or that of `Stage.without_remat` where the memory suffices for it.
 
     It suffices where XLA lays the compiled step out in `ROOM` of what the device may use. On
     several devices and on TPUs the stage's own step is taken: there are more operations in it, but
@@ -405,23 +422,25 @@ def chosen_step(stage: Stage, mesh: Mesh, arguments: tuple[Any, ...]) -> tuple[A
       stage: the stage.
       mesh: the mesh that the step runs on.
       arguments: (state, frozen, batch, seed), with the state abstract or not.
-
-    Returns:
-      (the step, jitted or compiled; what was chosen and why, in a sentence). The text is '' where
-        there is no choice.
+      before: what was chosen when the run began, which stays: the steps differ by rounding. None
+        stands for a run that begins.
     """
-    own = jitted_step(stage, mesh, arguments[0])
+    own = ChosenStep(jitted_step(stage, mesh, arguments[0]), False, '')
     device = mesh.devices.flat[0]
+    if stage.without_remat is None or mesh.size > 1 or device.platform == 'tpu' or before is False:
+        return own
     limit = sharding.memory_limit(device, jax.local_device_count())
-    if stage.roomy is None or mesh.size > 1 or device.platform == 'tpu' or limit is None:
-        return own, ''
-    roomy = jitted_step(stage.roomy, mesh, arguments[0]).lower(*arguments).compile()
-    sizes = roomy.memory_analysis()
+    if limit is None:
+        return own
+    jitted = jitted_step(stage.without_remat, mesh, arguments[0])
+    compiled = jitted.lower(*arguments).compile()
+    sizes = compiled.memory_analysis()
     needed = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
     text = f'{console.size(needed)} of {console.size(limit)}'
-    if needed > ROOM * limit:
-        return own, f'activations are computed again (remat): to keep them takes {text}'
-    return roomy, f'activations are kept, which takes {text}'
+    if needed > ROOM * limit and before is None:
+        text = f'activations are computed again (remat): to keep them takes {text}'
+        return own._replace(text=text)
+    return ChosenStep(compiled, True, f'activations are kept, which takes {text}')
 
 
 def converted(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:

@@ -795,6 +795,7 @@ def test_sampler_seed_and_mesh_are_those_of_the_config_given(converted):
             'seed': 3,
             'data.holdout': 0.5,
             'dtype': 'bfloat16',
+            'ar.fused': True,
             'mesh.data': 1,
         },
     )
@@ -802,6 +803,7 @@ def test_sampler_seed_and_mesh_are_those_of_the_config_given(converted):
         run, mesh = open_run.open_run(str(converted), like)
     assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)
     assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16 and mesh.size == 1
+    assert run.ar.fused and run.ar.head.fused and not load_run(str(converted)).ar.fused
     assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(
         load_run(str(converted)).ar_params
     )

@@ -426,6 +426,15 @@ def test_images_of_files_are_square_and_grey_or_in_colour(values, message):
         checks.check(schema.changed(cfg, values))
 
 
+def test_the_samplers_own_kernels_take_whole_heads():
+    cfg = get_config()
+    cfg.ar.fused = True
+    checks.check(cfg)
+    cfg.mesh.tensor = 2
+    with pytest.raises(UserError, match=r'ar\.fused: its kernels take whole heads'):
+        checks.check(cfg)
+
+
 @pytest.mark.parametrize('key', WRONG)
 def test_impossible_values_are_one_line(key):
     value, message = WRONG[key]

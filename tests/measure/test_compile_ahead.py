@@ -739,7 +739,7 @@ def _two_layers(words):
 @pytest.mark.slow
 @needs_cuda
 @libraries_promote()
-@pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16'])
+@pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16', 'gpu'])
 def test_the_job_for_gpus(words, tmp_path):
     """Training and sampling on eight cards; cuDNN computes attention in both."""
     output = str(tmp_path / 'all.json')

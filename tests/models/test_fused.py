@@ -17,8 +17,8 @@ from sphere_ar_jax.models.fused.products import (
     Modulations,
     Norm,
     added_product,
+    choose_tile,
     normed_product,
-    tile,
 )
 from sphere_ar_jax.models.heads.flow import FlowHead
 from sphere_ar_jax.sampling.tokens import sample_tokens
@@ -63,6 +63,30 @@ def test_a_normalised_product_is_numpys(dtype, centred):
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_what_a_normalised_product_can_be_without(dtype):
+    """A transformer's has neither modulation nor bias, a head's last layer no learned norm.
+
+    The table of modulations may have more rows than x.
+    """
+    R, D, F = 16, 32, 16
+    x, scale, one, two, b = _arrays((R, D), (D,), (D, 1, F), (D, 2, F), (1, F), dtype=dtype)
+    (table,) = _arrays((2, 2 * R, 2, D), dtype=dtype)
+    wide = [np.asarray(a, np.float64) for a in (x, scale, one, two, b, table[1, :R])]
+    rows, norm_scale, weights, pair, shift, modulation = wide
+    rms = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * norm_scale
+    gate, up = (rms @ pair[:, i] for i in range(2))
+    centred = rows - rows.mean(-1, keepdims=True)
+    centred = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    last = (centred * (1 + modulation[:, 0]) + modulation[:, 1]) @ weights[:, 0] + shift
+    modulations = Modulations(table, jnp.array([1]))
+    for interpret in (True, False):
+        found = normed_product(x, Norm(scale), None, two, centred=False, interpret=interpret)
+        _close(found, jnp.asarray(gate / (1 + np.exp(-gate)) * up, dtype), dtype)
+        found = normed_product(x, Norm(), modulations, one, b, centred=True, interpret=interpret)
+        _close(found, jnp.asarray(last, dtype), dtype)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_an_added_product_is_numpys(dtype):
     R, D, F, Q = 32, 96, 64, 3
     h, kernel, bias, x = _arrays((R, D), (D, F), (F,), (R, F), dtype=dtype)
@@ -83,20 +107,26 @@ def test_an_added_product_is_numpys(dtype):
 
 def test_tiles_divide_their_sizes_and_keep_half_the_card_busy():
     for R, D, F in ((16, 768, 1152), (128, 768, 1152), (512, 1280, 3840)):
-        own = tile(R, D, F, reads=5, parts=2)
-        assert R % own.rows == D % own.depth == F % own.columns == 0
+        tile = choose_tile(R, D, F, reads=5, parts=2)
+        assert R % tile.rows == D % tile.depth == F % tile.columns == 0
         if R >= 128:
-            assert (R // own.rows) * (F // own.columns) >= MULTIPROCESSORS / 2
-    assert tile(24, 768, 1152, reads=5) is None
+            assert (R // tile.rows) * (F // tile.columns) >= MULTIPROCESSORS / 2
+    assert choose_tile(24, 768, 1152, reads=5) is None
     # Where there is no tile, the plain formula runs.
     x, kernel = _arrays((24, 16), (16, 16))
     _close(added_product(x, kernel, dtype=jnp.float32), x @ kernel)
 
 
-@pytest.mark.parametrize('start', [0, 1, 64, 129])
-def test_attention_to_a_cache_is_that_of_the_transformer(start):
+@pytest.mark.parametrize(
+    ('start', 'dtype'),
+    [(start, jnp.float32) for start in (0, 1, 64, 129, 130)] + [(129, jnp.bfloat16)],
+)
+def test_attention_to_a_cache_is_that_of_the_transformer(start, dtype):
+    """The sampler also feeds the last token, for which the cache (S = 130) has no place."""
     B, N, S, K = 2, 3, 130, 16
-    qkv, keys, values, angles = _arrays((B, 3, N, K), (B, N, S, K), (B, N, S, K), (K // 2,))
+    shapes = ((B, 3, N, K), (B, N, S, K), (B, N, S, K))
+    qkv, keys, values = _arrays(*shapes, dtype=dtype)
+    (angles,) = _arrays((K // 2,))
     q, k = (transformer.apply_rope(qkv[:, i][:, None], angles[None]) for i in range(2))
     new_keys = transformer._write(keys, k, start)
     new_values = transformer._write(values, qkv[:, 2][:, None], start)
@@ -105,7 +135,7 @@ def test_attention_to_a_cache_is_that_of_the_transformer(start):
     for interpret in (True, False):
         found = attend_cached(qkv, keys, values, angles, at, interpret=interpret)
         for one, other in zip(found, expected, strict=True):
-            _close(one, other)
+            _close(one, other, dtype)
 
 
 def test_a_fused_block_is_the_transformers():
@@ -142,6 +172,11 @@ GUIDED = {'guidance': 'constant', 'guidance_scale': 2.0}
         pytest.param('flow', {'solver': 'ab2', **GUIDED}, marks=pytest.mark.slow),
         ('flow', {'solver': 'ab2', 'guidance_interval': (0.3, 0.8), **GUIDED}),
         pytest.param('flow', {'guidance': None, 'guidance_scale': None}, marks=pytest.mark.slow),
+        pytest.param(
+            'mean_velocity',
+            {'solver': 'euler', 'guidance': None, 'guidance_scale': None},
+            marks=pytest.mark.slow,
+        ),
         pytest.param('riemannian', {'solver': 'ab2', **GUIDED}, marks=pytest.mark.slow),
         pytest.param('direction_magnitude', {'solver': 'ab2', **GUIDED}, marks=pytest.mark.slow),
     ],

@@ -22,10 +22,10 @@ from sphere_ar_jax.training import loop, optimizer
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import (
     abstract_state,
-    chosen_step,
     jitted_step,
     make_stage,
     quickly_compiled,
+    step_for_memory,
 )
 from tests.conftest import libraries_promote, noted_fingerprint
 from tests.tiny_config import LONG, get_config, random_params, stages
@@ -126,14 +126,23 @@ def test_the_memory_decides_which_step_is_taken(monkeypatch, limit, expected):
 
         return make_stage('a', options, 0, init, loss, (), (), **fields)
 
-    stage = make('light', roomy=make('roomy'))
+    stage = make('light', without_remat=make('without'))
     arguments = (abstract_state(stage, mesh), (), batch, np.uint32(0))
     monkeypatch.setattr(sharding, 'memory_limit', lambda device, count: limit)
-    step, text = chosen_step(stage, mesh, arguments)
-    assert text.startswith(expected) and (text == '') == (limit is None)
-    _, scalars = step(stage.init(jax.random.key(0)), *arguments[1:])
-    assert ('roomy' in scalars) == (limit == 2**40)
-    assert chosen_step(stage.roomy, mesh, arguments)[1] == ''
+    chosen = step_for_memory(stage, mesh, arguments)
+    assert chosen.text.startswith(expected) and (chosen.text == '') == (limit is None)
+    _, scalars = chosen.run(stage.init(jax.random.key(0)), *arguments[1:])
+    assert ('without' in scalars) == chosen.without_remat == (limit == 2**40)
+    # What a run began with stays.
+    if limit is not None:
+        assert step_for_memory(stage, mesh, arguments, True).without_remat
+    assert not step_for_memory(stage, mesh, arguments, False).without_remat
+
+    def fail(device, count):
+        raise AssertionError('a device of another process may not be asked')
+
+    monkeypatch.setattr(sharding, 'memory_limit', fail)
+    assert step_for_memory(stage.without_remat, mesh, arguments).text == ''
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def transformer_block(
       x: (B, D) float32.
       angles: (K/2,), in radians.
       cache: keys and values (B, N, S, K), of which the entries before `start` are filled.
-      start: () int32, less than S.
+      start: () int32, see `attend_cached`.
       dtype: of the attention and the SwiGLU.
 
     Returns:

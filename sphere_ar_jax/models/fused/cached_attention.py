@@ -46,7 +46,7 @@ def attend_cached(
       keys: (B, N, S, K), of which the entries before `start` are filled.
       values: (B, N, S, K).
       angles: (K/2,), in radians.
-      start: () int32, less than S.
+      start: () int32; from S on it is taken as S − 1, as XLA's updates of slices do it.
       interpret: whether to interpret the kernel, on any platform, which is slow.
 
     Returns:
@@ -55,7 +55,8 @@ def attend_cached(
     B, N, _, K = keys.shape
     cos = jnp.repeat(jnp.cos(angles), 2)
     sin = jnp.repeat(jnp.sin(angles), 2) * jnp.where(jnp.arange(K) % 2 == 1, 1.0, -1.0)
-    arrays = (qkv, keys, values, cos, sin, jnp.reshape(start, (1,)))
+    start = jnp.minimum(start, keys.shape[2] - 1).reshape(1)
+    arrays = (qkv, keys, values, cos, sin, start)
     if K & (K - 1):
         return _plain(*arrays)  # Triton's tiles have sides that are powers of two.
     # On average over a sequence half of the cache is filled.
@@ -135,7 +136,7 @@ def _kernel(
     n = pl.program_id(1)
     K = qkv.shape[-1]
     partner = jnp.arange(K) ^ 1
-    own = start[0]
+    position = start[0]
 
     def rotated(i: int) -> jax.Array:
         return _rotated(qkv[b, i, n, :], qkv[b, i, n, partner], cos[...], sin[...])
@@ -143,14 +144,14 @@ def _kernel(
     q = rotated(0).astype(jnp.float32)
     k = rotated(1).astype(keys.dtype)
     v = qkv[b, 2, n, :].astype(values.dtype)
-    keys[b, n, own, :] = k
-    values[b, n, own, :] = v
+    keys[b, n, position, :] = k
+    values[b, n, position, :] = v
 
     def add(j: jax.Array, state: Result) -> Result:
         """Adds some entries to (largest logit, sum of weights, weighted sum of values)."""
         largest, total, weighted = state
         entries = j * ENTRIES + jnp.arange(ENTRIES)
-        filled = entries < own
+        filled = entries < position
         part = (b, n, pl.ds(j * ENTRIES, ENTRIES), slice(None))
         read = functools.partial(triton.load, mask=filled[:, None], other=0.0)
         some_keys = read(old_keys.at[part]).astype(jnp.float32)
@@ -166,6 +167,6 @@ def _kernel(
 
     first = jnp.sum(q * k.astype(jnp.float32)) * K**-0.5
     state = (first, jnp.float32(1), v.astype(jnp.float32))
-    steps = (own + ENTRIES - 1) // ENTRIES
+    steps = (position + ENTRIES - 1) // ENTRIES
     _, total, weighted = jax.lax.fori_loop(0, steps, add, state)
     out[b, n, :] = (weighted / total).astype(out.dtype)

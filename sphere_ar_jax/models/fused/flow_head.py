@@ -1,4 +1,6 @@
-"""A flow head's evaluations in the sampler, made of few kernels: 2 for a block, and 2 more.
+"""A flow head's evaluations in the sampler, made of few kernels.
+
+There are two for a block, one for the input and one for the last layer.
 
 Both functions take the parameters of a `heads.flow.FlowHead` with scan=False.
 

@@ -59,8 +59,8 @@ class Modulations(NamedTuple):
     A slice of the table would be a kernel of its own.
 
     Attributes:
-      table: (E, R', Q, M) of at least R rows, of which the first R count.
-      entry: (1,) int32, the entry that counts.
+      table: (E, R', Q, M) of at least R rows, of which the first R are read.
+      entry: (1,) int32, the index of the entry that is read.
     """
 
     table: jax.Array
@@ -81,7 +81,7 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile(R: int, D: int, F: int, reads: float, parts: int = 1) -> Tile | None:
+def choose_tile(R: int, D: int, F: int, reads: float, parts: int = 1) -> Tile | None:
     """Chooses the tile for which the busiest multiprocessor reads least.
 
     Small tiles read all in all more, but there are enough of them for all multiprocessors.
@@ -145,14 +145,16 @@ def normed_product(
     _, parts, F = kernel.shape
     # Mean, variance and product read x one after the other.
     reads = (3 if centred else 2) * x.dtype.itemsize / kernel.dtype.itemsize
-    own = tile(R, D, F, reads if modulations is None else reads + 2, parts)
+    tile = choose_tile(R, D, F, reads if modulations is None else reads + 2, parts)
     plain = functools.partial(_plain_normed, centred=centred, first=first)
     run = functools.partial(_normed_kernel, centred=centred, first=first)
     result = jax.ShapeDtypeStruct((R, F), kernel.dtype)
     accessed = _bytes(x, norm, kernel, bias, result)
     if modulations is not None:
         accessed += 2 * R * D * modulations.table.dtype.itemsize
-    return _choose(run, plain, own, result, accessed, interpret)(x, norm, modulations, kernel, bias)
+    return _on_gpus_if_tiled(run, plain, tile, result, accessed, interpret)(
+        x, norm, modulations, kernel, bias
+    )
 
 
 def added_product(
@@ -183,20 +185,22 @@ def added_product(
     """
     R, D = h.shape
     F = kernel.shape[-1]
-    own = tile(R, D, F, reads=h.dtype.itemsize / kernel.dtype.itemsize)
+    tile = choose_tile(R, D, F, reads=h.dtype.itemsize / kernel.dtype.itemsize)
     plain = functools.partial(_plain_added, dtype=dtype, gate=gate)
     run = functools.partial(_added_kernel, gate=gate)
     result = jax.ShapeDtypeStruct((R, F), dtype)
     accessed = _bytes(h, kernel, bias, x, result)
     if modulations is not None:
         accessed += R * F * modulations.table.dtype.itemsize
-    return _choose(run, plain, own, result, accessed, interpret)(h, kernel, bias, modulations, x)
+    return _on_gpus_if_tiled(run, plain, tile, result, accessed, interpret)(
+        h, kernel, bias, modulations, x
+    )
 
 
-def _choose(
+def _on_gpus_if_tiled(
     run: Callable[..., None],
     plain: Callable[..., jax.Array],
-    own: Tile | None,
+    tile: Tile | None,
     result: jax.ShapeDtypeStruct,
     accessed: int,
     interpret: bool,
@@ -204,20 +208,20 @@ def _choose(
     """Makes the function that runs a kernel on GPUs, and plain JAX elsewhere.
 
     Args:
-      run: the kernel, a function of references and the keyword `own`, the tile. It makes one tile
+      run: the kernel, a function of references and the keyword `tile`. It makes one tile
         of the result, whose reference comes last.
       plain: the same function of the same arrays.
-      own: the tile, None if there is none.
+      tile: the tile, None if there is none.
       result: shape and dtype.
       accessed: bytes that the kernel reads and writes, as reports have them.
       interpret: see `normed_product`.
     """
-    if own is None:
+    if tile is None:
         return plain
     R, F = result.shape
     fused = pl.pallas_call(
-        functools.partial(run, own=own),
-        grid=(R // own.rows, F // own.columns),
+        functools.partial(run, tile=tile),
+        grid=(R // tile.rows, F // tile.columns),
         out_shape=result,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
@@ -231,11 +235,17 @@ def _bytes(*arrays: Any) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
 
 
-def _own(own: Tile) -> tuple[Any, Any]:
+def _rows_and_columns(tile: Tile) -> tuple[Any, Any]:
     """The rows and the columns of the tile that this program makes."""
-    rows = pl.ds(pl.program_id(0) * own.rows, own.rows)
-    columns = pl.ds(pl.program_id(1) * own.columns, own.columns)
+    rows = pl.ds(pl.program_id(0) * tile.rows, tile.rows)
+    columns = pl.ds(pl.program_id(1) * tile.columns, tile.columns)
     return rows, columns
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiplies matrices, with sums in float32. Float32 matrices are not rounded to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _normalised(
@@ -272,7 +282,7 @@ def _activated(parts: list[jax.Array], biases: list[jax.Array]) -> jax.Array:
 
 
 def _parts(modulations: Modulations, R: int, *parts: int) -> list[jax.Array]:
-    """Some parts of the entry that counts, of its first R rows, each (R, M)."""
+    """Some parts of the entry that is read, of its first R rows, each (R, M)."""
     table, entry = modulations
     current = jax.lax.dynamic_index_in_dim(table, entry[0], keepdims=False)
     return [current[:R, part] for part in parts]
@@ -294,9 +304,9 @@ def _plain_normed(
     mean = jnp.mean(x, axis=-1, keepdims=True) if centred else 0.0
     variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
     h = _normalised(x, mean, variance, norm, modulation).astype(kernel.dtype)
-    product = jnp.einsum('rd,dpf->prf', h, kernel, preferred_element_type=jnp.float32)
+    products = [_dot(h, kernel[:, i]) for i in range(kernel.shape[1])]
     biases = [] if bias is None else list(bias)
-    return _activated(list(product), biases).astype(kernel.dtype)
+    return _activated(products, biases).astype(kernel.dtype)
 
 
 def _normed_kernel(
@@ -309,15 +319,15 @@ def _normed_kernel(
     *,
     centred: bool,
     first: int,
-    own: Tile,
+    tile: Tile,
 ) -> None:
     """Makes one tile of `normed_product`'s result."""
-    rows, columns = _own(own)
+    rows, columns = _rows_and_columns(tile)
     D, parts, _ = kernel.shape
 
     def read(k: jax.Array) -> jax.Array:
         """The features of step k, (rows, depth) float32."""
-        return x[rows, pl.ds(k * own.depth, own.depth)].astype(jnp.float32)
+        return x[rows, pl.ds(k * tile.depth, tile.depth)].astype(jnp.float32)
 
     def mean_of(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The mean of a function of the features, (rows, 1)."""
@@ -325,27 +335,24 @@ def _normed_kernel(
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             return total + jnp.sum(function(read(k)), axis=-1)
 
-        zeros = jnp.zeros((own.rows,), jnp.float32)
-        return jax.lax.fori_loop(0, D // own.depth, add, zeros)[:, None] / D
+        zeros = jnp.zeros((tile.rows,), jnp.float32)
+        return jax.lax.fori_loop(0, D // tile.depth, add, zeros)[:, None] / D
 
     mean = mean_of(lambda part: part) if centred else 0.0
     variance = mean_of(lambda part: jnp.square(part - mean))
 
     def multiply(k: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-        features = pl.ds(k * own.depth, own.depth)
-        own_norm = Norm(*(None if a is None else a[features] for a in norm))
-        own_modulation = []
+        features = pl.ds(k * tile.depth, tile.depth)
+        norm_part = Norm(*(None if a is None else a[features] for a in norm))
+        modulation = []
         if modulations is not None:
             table, entry = modulations
-            own_modulation = [table[entry[0], rows, first + i, features] for i in range(2)]
-        h = _normalised(read(k), mean, variance, own_norm, own_modulation).astype(kernel.dtype)
-        return [
-            total + jnp.dot(h, kernel[features, i, columns], preferred_element_type=jnp.float32)
-            for i, total in enumerate(sums)
-        ]
+            modulation = [table[entry[0], rows, first + i, features] for i in range(2)]
+        h = _normalised(read(k), mean, variance, norm_part, modulation).astype(kernel.dtype)
+        return [total + _dot(h, kernel[features, i, columns]) for i, total in enumerate(sums)]
 
-    sums = [jnp.zeros((own.rows, own.columns), jnp.float32) for _ in range(parts)]
-    sums = jax.lax.fori_loop(0, D // own.depth, multiply, sums)
+    sums = [jnp.zeros((tile.rows, tile.columns), jnp.float32) for _ in range(parts)]
+    sums = jax.lax.fori_loop(0, D // tile.depth, multiply, sums)
     biases = [] if bias is None else [bias[i, columns] for i in range(parts)]
     out[rows, columns] = _activated(sums, biases).astype(out.dtype)
 
@@ -377,9 +384,9 @@ def _plain_added(
     gate: int,
 ) -> jax.Array:
     """`added_product` in plain JAX."""
-    product = jnp.dot(h.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
-    own_gate = None if modulations is None else _parts(modulations, len(h), gate)[0]
-    return _added(product, bias, own_gate, x).astype(dtype)
+    product = _dot(h.astype(kernel.dtype), kernel)
+    gates = None if modulations is None else _parts(modulations, len(h), gate)[0]
+    return _added(product, bias, gates, x).astype(dtype)
 
 
 def _added_kernel(
@@ -390,23 +397,23 @@ def _added_kernel(
     x: Refs,
     out: Refs,
     *,
-    own: Tile,
+    tile: Tile,
     gate: int,
 ) -> None:
     """Makes one tile of `added_product`'s result."""
-    rows, columns = _own(own)
+    rows, columns = _rows_and_columns(tile)
 
     def multiply(k: jax.Array, total: jax.Array) -> jax.Array:
-        features = pl.ds(k * own.depth, own.depth)
+        features = pl.ds(k * tile.depth, tile.depth)
         left = h[rows, features].astype(kernel.dtype)
-        return total + jnp.dot(left, kernel[features, columns], preferred_element_type=jnp.float32)
+        return total + _dot(left, kernel[features, columns])
 
-    zeros = jnp.zeros((own.rows, own.columns), jnp.float32)
-    product = jax.lax.fori_loop(0, h.shape[1] // own.depth, multiply, zeros)
-    own_bias = None if bias is None else bias[columns]
-    own_gate = None
+    zeros = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    product = jax.lax.fori_loop(0, h.shape[1] // tile.depth, multiply, zeros)
+    bias_tile = None if bias is None else bias[columns]
+    gate_tile = None
     if modulations is not None:
         table, entry = modulations
-        own_gate = table[entry[0], rows, gate, columns]
-    own_x = None if x is None else x[rows, columns]
-    out[rows, columns] = _added(product, own_bias, own_gate, own_x).astype(out.dtype)
+        gate_tile = table[entry[0], rows, gate, columns]
+    x_tile = None if x is None else x[rows, columns]
+    out[rows, columns] = _added(product, bias_tile, gate_tile, x_tile).astype(out.dtype)

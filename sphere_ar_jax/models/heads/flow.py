@@ -166,6 +166,20 @@ def chunk_size(evaluations: int, rows: int, fused: bool = False) -> int:
     return -(-evaluations // products)
 
 
+class Evaluator(NamedTuple):
+    """How a head is evaluated for one token of R rows.
+
+    Attributes:
+      modulate: function (E, M) embeddings of times → modulations of all rows at all times.
+      take: function (modulations, i) → those of time i.
+      evaluate: function (x (R', d), those of a time) → velocity (R', d) of the first R' rows.
+    """
+
+    modulate: Callable[[jax.Array], PyTree]
+    take: Callable[[PyTree, jax.Array], PyTree]
+    evaluate: Callable[[jax.Array, PyTree], jax.Array]
+
+
 class FlowHead(nn.Module):
     """Velocity of the flow, v(x_t, t, c), with its loss and the steps of its sampler.
 
@@ -419,6 +433,40 @@ class FlowHead(nn.Module):
             jnp.asarray(tables.t), jnp.asarray(tables.weights), jnp.asarray(plan.count), t_emb
         )
 
+    @nn.nowrap
+    def evaluator(self, params: PyTree, c_emb: jax.Array) -> Evaluator:
+        """Makes the functions that evaluate the head in the sampler; needs scan=False.
+
+        With `fused` they compute the network of this class by the kernels of `models.fused`. A head
+        with another network overrides this method.
+
+        Args:
+          params: parameters of this head.
+          c_emb: (R, M), see `embed_condition`.
+        """
+        variables = {'params': params}
+
+        def modulate(t_emb: jax.Array) -> PyTree:
+            return self.apply(variables, t_emb, c_emb, method='modulation')
+
+        def evaluate(x: jax.Array, modulation: PyTree) -> jax.Array:
+            return self.apply(variables, x, modulation, method='modulated')
+
+        if not self.fused:
+            return Evaluator(modulate, solvers.element, evaluate)
+        joined = flow_head.join(params, self.dtype)
+
+        def modulate_all(t_emb: jax.Array) -> jax.Array:
+            return flow_head.modulation_table(joined, t_emb, c_emb)
+
+        def take(table: jax.Array, i: jax.Array) -> Modulations:
+            return Modulations(table, jnp.reshape(i, (1,)).astype(jnp.int32))
+
+        def evaluate_fused(x: jax.Array, modulations: Modulations) -> jax.Array:
+            return flow_head.velocity(params, x, modulations, self.dtype)
+
+        return Evaluator(modulate_all, take, evaluate_fused)
+
     def draw_token(
         self,
         params: PyTree,
@@ -452,8 +500,7 @@ class FlowHead(nn.Module):
         # An interval up to 1 includes Heun's last evaluation, which is at t = 1.
         end = high if high < 1 else math.inf
 
-        evaluator = _fused_evaluator if self.fused else _evaluator
-        modulate, take_modulation, evaluate = evaluator(self, params, c_emb)
+        modulate, take_modulation, evaluate = self.evaluator(params, c_emb)
 
         def prepare(index: jax.Array) -> tuple[PyTree, jax.Array]:
             """Modulations of the evaluations, and whether their times lie in the interval."""
@@ -482,49 +529,6 @@ class FlowHead(nn.Module):
             take=take,
             advance=path.step,
         )
-
-
-class _Evaluator(NamedTuple):
-    """How a head is evaluated for one token of R rows.
-
-    Attributes:
-      modulate: function (E, M) embeddings of times → modulations of all rows at all times.
-      take: function (modulations, i) → those of time i.
-      evaluate: function (x (R', d), those of a time) → velocity (R', d) of the first R' rows.
-    """
-
-    modulate: Callable[[jax.Array], PyTree]
-    take: Callable[[PyTree, jax.Array], PyTree]
-    evaluate: Callable[[jax.Array, PyTree], jax.Array]
-
-
-def _evaluator(head: FlowHead, params: PyTree, c_emb: jax.Array) -> _Evaluator:
-    """Evaluates the head's modules; c_emb: (R, M)."""
-    variables = {'params': params}
-
-    def modulate(t_emb: jax.Array) -> PyTree:
-        return head.apply(variables, t_emb, c_emb, method='modulation')
-
-    def evaluate(x: jax.Array, modulation: PyTree) -> jax.Array:
-        return head.apply(variables, x, modulation, method='modulated')
-
-    return _Evaluator(modulate, solvers.element, evaluate)
-
-
-def _fused_evaluator(head: FlowHead, params: PyTree, c_emb: jax.Array) -> _Evaluator:
-    """Evaluates the head by the kernels of `models.fused`; c_emb: (R, M)."""
-    joined = flow_head.join(params, head.dtype)
-
-    def modulate(t_emb: jax.Array) -> jax.Array:
-        return flow_head.modulation_table(joined, t_emb, c_emb)
-
-    def take(table: jax.Array, i: jax.Array) -> Modulations:
-        return Modulations(table, jnp.reshape(i, (1,)).astype(jnp.int32))
-
-    def evaluate(x: jax.Array, modulations: Modulations) -> jax.Array:
-        return flow_head.velocity(params, x, modulations, head.dtype)
-
-    return _Evaluator(modulate, take, evaluate)
 
 
 def _guided_velocity(

@@ -12,6 +12,7 @@ Dimensions:
   P  segments of the time axis
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -62,19 +63,9 @@ class MeanVelocity(FlowHead):
 
     def teacher(self) -> FlowHead:
         """The head `TEACHER` of the same sizes. This head learns the means of its velocities."""
-        fields = (
-            self.latent_dim,
-            self.width,
-            self.depth,
-            self.groups,
-            self.remat,
-            self.unroll,
-            self.dtype,
-            self.scan,
-            self.radius,
-            self.prior_scale,
-        )
-        return self.TEACHER(*fields, parent=None)
+        names = [field.name for field in dataclasses.fields(self.TEACHER) if field.init]
+        fields = {name: getattr(self, name) for name in names if name not in ('parent', 'name')}
+        return self.TEACHER(**fields, parent=None)
 
     def embed_time(self, *times: jax.Array) -> jax.Array:
         """Embedding (..., M) of a step.

@@ -171,9 +171,9 @@ def tuned_stage(
     def to_model(params: PyTree) -> PyTree:
         return whole(params, rest)
 
-    roomy = None
-    if stage.roomy is not None:
-        roomy = tuned_stage(stage.roomy, tuning, base, seed)
+    without_remat = None
+    if stage.without_remat is not None:
+        without_remat = tuned_stage(stage.without_remat, tuning, base, seed)
     return training_state.make_stage(
         stage.name,
         stage.options,
@@ -188,7 +188,7 @@ def tuned_stage(
         model=stage.model,
         begin=begin,
         to_model=to_model,
-        roomy=roomy,
+        without_remat=without_remat,
     )
 
 
