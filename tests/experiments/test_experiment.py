@@ -267,12 +267,13 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
     assert joined['seconds']['training'] == alone['seconds']['training'] == 9 * 60
 
 
-@pytest.mark.parametrize('name', ['guidance', 'ablation', 'propagation'])
+@pytest.mark.parametrize('name', ['guidance', 'guidance:fashion', 'ablation', 'propagation'])
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
     """A copy of measured.jsonl is all that a new workdir needs to go on from them."""
     documents = GOLDENS.parent.parent / 'docs' / 'experiments'
     shutil.copy(documents / 'measured.jsonl', tmp_path)
-    published = json.loads((documents / name / 'results.json').read_text())
+    directory = documents / name.replace(':', '_')
+    published = json.loads((directory / 'results.json').read_text())
     c = packaged.load(f'experiments/{name}')
     results = experiment._Results(str(tmp_path / 'measured.jsonl'))
     by_row = experiment._summaries(c, experiment.parts(c), results)
