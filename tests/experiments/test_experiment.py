@@ -275,6 +275,8 @@ def test_published_results_follow_from_the_published_measurements(name, tmp_path
     directory = documents / name.replace(':', '_')
     published = json.loads((directory / 'results.json').read_text())
     c = packaged.load(f'experiments/{name}')
+    if name.endswith(':fashion'):
+        c.base.data.num_classes = 10  # which a run counts in the data
     results = experiment._Results(str(tmp_path / 'measured.jsonl'))
     by_row = experiment._summaries(c, experiment.parts(c), results)
     rows = report.table(c, by_row)
