@@ -117,9 +117,9 @@ def _of_one_gpu(work: programs.Work) -> AbstractContextManager[Any]:
 
     On several devices the program's own mesh tells it.
     """
-    arrays = jax.tree.leaves(work.arguments)
-    devices = list(arrays[0].sharding.device_set)
-    if len(devices) > 1 or devices[0].platform != 'gpu':
+    placed = [a.sharding for a in jax.tree.leaves(work.arguments) if a.sharding is not None]
+    devices = list(placed[0].device_set) if placed else []
+    if len(devices) != 1 or devices[0].platform != 'gpu':
         return contextlib.nullcontext()
     card = Mesh(devices, ('card',)).abstract_mesh.abstract_device
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card))
