@@ -246,9 +246,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     c, words = _published(f'configs/ar_{size.lower()}.py', arg, ('fast',), 'ar_training', 400, 512)
     c.ar.update(VARIANTS[size])
     c.tokenizer_training.steps = 0
-    c.ar.remat = None
-    if words & {'tpu', 'smoke'}:
-        c.ar.remat = 'smoke' not in words
+    c.ar.remat = True if 'tpu' in words else None
     c.mesh.fsdp = 4 if 'tpu' in words else 1
     c.ar.fused = 'gpu' in words
     c.sampling.update(
@@ -261,7 +259,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     if 'fast' in words:
         c.sampling.update(FAST)
     if 'smoke' in words:
-        c.ar.update(depth=2, head_depth=c.ar.head_groups)
+        c.ar.update(depth=2, head_depth=c.ar.head_groups, remat=False)
         c.ar_training.update(ema_decay=0.9)
         c.sampling.update(num_images=64, batch_size=16, num_steps=10)
         c.watch.update(classes=4, columns=4)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple, TypeAlias
 
+from sphere_ar_jax.models import kernels
+
 COLLECTIVES = (
     'all-reduce',
     'all-gather',
@@ -27,9 +29,6 @@ _FREE = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id',
     'replica-id', 'while', 'conditional', 'call', 'opt-barrier', 'add-dependency', 'async-update',
 }  # fmt: skip
-# Our own kernels for GPUs say by this key of their metadata what they read and write, since they do
-# not read their operands whole (`models.fused`).
-BYTES_ACCESSED = 'bytes_accessed'
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -415,7 +414,7 @@ class Program:
         if opcode in _FREE or opcode.endswith('-done') or 'AllocateBuffer' in instruction.rest:
             return 0
         # Quotation marks may be written as \22.
-        said = re.search(rf'{BYTES_ACCESSED}(?:\\22|[": ])+(\d+)', instruction.rest)
+        said = re.search(rf'{kernels.BYTES_ACCESSED}(?:\\22|[": ])+(\d+)', instruction.rest)
         if said:
             return int(said[1])
         operands = [computation[name] for name in instruction.operands]

@@ -23,6 +23,10 @@ Arrays: TypeAlias = tuple[jax.Array, ...]
 # Takes residuals and inputs, and is linear in the inputs.
 LinearMap: TypeAlias = Callable[[Arrays, Arrays], Arrays]
 
+# Our own kernels say by this key of their metadata how many bytes they read and write, for reports.
+# They do not read their operands whole.
+BYTES_ACCESSED = 'bytes_accessed'
+
 _plain_alone = jax.make_user_context(default_value=False)  # `jax.jit` retraces where it changes
 
 

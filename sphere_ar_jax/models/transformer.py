@@ -28,11 +28,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
-from sphere_ar_jax.models.attention import attend
+from sphere_ar_jax.models.attention import apply_rope, attend, attend_to_cache, write_cache
 from sphere_ar_jax.models.fused.blocks import transformer_block
+from sphere_ar_jax.models.fused.products import EPS
 
 INIT = nn.initializers.normal(0.02)
-EPS = 1e-6
 Cache: TypeAlias = tuple[jax.Array, jax.Array]  # keys and values of one block
 
 
@@ -138,24 +138,6 @@ def rope_table(
     return angles.reshape(len(positions), half).astype(np.float32)
 
 
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the channel pairs (0, 1), (2, 3), … of each head, in float32.
-
-    Args:
-      x: (B, T, N, K).
-      angles: (T, K/2), in radians.
-
-    Returns:
-      (B, T, N, K) in x's dtype.
-    """
-    cos = jnp.cos(angles)[None, :, None, :]
-    sin = jnp.sin(angles)[None, :, None, :]
-    even = x[..., 0::2].astype(jnp.float32)
-    odd = x[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """Computes x / rms(x) · scale over the last axis in float32, with eps 1e-6.
 
@@ -172,28 +154,6 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS)
         return (x * jnp.broadcast_to(scale, x.shape)).astype(self.dtype)
-
-
-def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Computes softmax(q·kᵀ/√K)·v of T positions from `start` on, over a cache.
-
-    It maps q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). The first start + T entries
-    of the cache are filled. It has heads before positions, so that each product reads it in the
-    order of memory.
-    """
-    T = q.shape[1]
-    S = keys.shape[2]
-    logits = jnp.einsum('btnk,bnsk->bnts', q, keys, preferred_element_type=jnp.float32)
-    visible = jnp.arange(S)[None] <= start + jnp.arange(T)[:, None]
-    logits = jnp.where(visible[None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
-
-
-def _write(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Writes new entries (B, T, N, K) into a cache (B, N, S, K) from `start` on."""
-    new = new.swapaxes(1, 2).astype(cached.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)
 
 
 class Attention(nn.Module):
@@ -249,10 +209,14 @@ class Attention(nn.Module):
             out = attend(q, k, v, self.causal)
         else:
             assert start is not None, 'a cache needs a start'
-            keys = _write(cache[0], k, start)
-            values = _write(cache[1], v, start)
+            keys = write_cache(cache[0], k, start)
+            values = write_cache(cache[1], v, start)
             cache = (keys, values)
-            out = attend(q, k, v, self.causal) if self.prefill else _attend(q, keys, values, start)
+            out = (
+                attend(q, k, v, self.causal)
+                if self.prefill
+                else attend_to_cache(q, keys, values, start)
+            )
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 
@@ -422,13 +386,11 @@ class Stack(nn.Module):
         self, x: jax.Array, angles: jax.Array, cache: tuple[Cache, ...], start: jax.Array
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Runs all blocks for one position (B, 1, D) by the kernels of `models.fused`."""
-        params = self.variables['params']
+        params = cast_kernels(self.variables['params'], self.dtype)
         caches = []
         x = x[:, 0]
         for i, block_cache in enumerate(cache):
-            x, updated = transformer_block(
-                params[f'blocks_{i}'], x, angles[0], block_cache, start, self.dtype
-            )
+            x, updated = transformer_block(params[f'blocks_{i}'], x, angles[0], block_cache, start)
             caches.append(updated)
         return x[:, None], tuple(caches)
 

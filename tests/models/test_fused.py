@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.config import build, checks
-from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models import attention, transformer
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.models.fused import flow_head
 from sphere_ar_jax.models.fused.blocks import transformer_block
@@ -127,10 +127,14 @@ def test_attention_to_a_cache_is_that_of_the_transformer(start, dtype):
     shapes = ((B, 3, N, K), (B, N, S, K), (B, N, S, K))
     qkv, keys, values = _arrays(*shapes, dtype=dtype)
     (angles,) = _arrays((K // 2,))
-    q, k = (transformer.apply_rope(qkv[:, i][:, None], angles[None]) for i in range(2))
-    new_keys = transformer._write(keys, k, start)
-    new_values = transformer._write(values, qkv[:, 2][:, None], start)
-    expected = (transformer._attend(q, new_keys, new_values, start)[:, 0], new_keys, new_values)
+    q, k = (attention.apply_rope(qkv[:, i][:, None], angles[None]) for i in range(2))
+    new_keys = attention.write_cache(keys, k, start)
+    new_values = attention.write_cache(values, qkv[:, 2][:, None], start)
+    expected = (
+        attention.attend_to_cache(q, new_keys, new_values, start)[:, 0],
+        new_keys,
+        new_values,
+    )
     at = jnp.int32(start)
     for interpret in (True, False):
         found = attend_cached(qkv, keys, values, angles, at, interpret=interpret)
@@ -147,7 +151,7 @@ def test_a_fused_block_is_the_transformers():
     params = random_arrays(shapes)
     expected, cache = block.apply({'params': params}, *arguments)
     at = jnp.int32(3)
-    found, own = transformer_block(params, x, angles[0], (keys, values), at, jnp.float32)
+    found, own = transformer_block(params, x, angles[0], (keys, values), at)
     _close(found, expected[:, 0])
     for one, other in zip(own, cache, strict=True):
         _close(one, other)
@@ -208,11 +212,11 @@ def test_gradients_flow_through_the_kernels_plain_twins():
 
     params = random_arrays(jax.eval_shape(init, jax.random.key(0)))
     variables = {'params': params}
-    table = flow_head.modulation_table(flow_head.join(params, jnp.float32), t_emb, c_emb)
+    table = flow_head.modulation_table(flow_head.join(params), t_emb, c_emb)
     chex.assert_shape(table, (1, R, 8, 32))
 
     def fused(x):
-        return flow_head.velocity(params, x, Modulations(table, jnp.array([0])), jnp.float32)
+        return flow_head.velocity(params, x, Modulations(table, jnp.array([0])))
 
     def plain(x):
         modulation = head.apply(variables, t_emb, c_emb, method='modulation')

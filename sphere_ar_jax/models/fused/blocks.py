@@ -1,6 +1,7 @@
 """Blocks in the sampler, made of few kernels: 2 for one of a head, 5 for one of a transformer.
 
-Each function computes what the Flax module of its name computes, from the module's parameters.
+Each function computes what the Flax module of its name computes, from the module's parameters,
+whose kernels have the dtype of the products (`transformer.cast_kernels`).
 
 Dimensions:
   R  rows                    D  width                      K  numbers of a head
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from sphere_ar_jax.models.fused.cached_attention import attend_cached
 from sphere_ar_jax.models.fused.products import Modulations, Norm, added_product, normed_product
@@ -22,7 +22,6 @@ def residual_block(
     x: jax.Array,
     modulations: Modulations,
     part: int,
-    dtype: DTypeLike,
 ) -> jax.Array:
     """Computes x + gate · SwiGLU(LayerNorm(x)·(1 + scale) + shift), the block of a flow head.
 
@@ -31,19 +30,18 @@ def residual_block(
       x: (R, D).
       modulations: of D features.
       part: of the modulations, the scale; shift and gate are the next two.
-      dtype: of the products.
 
     Returns:
-      (R, D) in `dtype`.
+      (R, D) in the kernels' dtype.
     """
     norm = Norm(params['norm']['scale'], params['norm']['bias'])
-    first = jax.tree.map(lambda a: a.astype(dtype), params['w1'])
-    second = jax.tree.map(lambda a: a.astype(dtype), params['w2'])
+    first = params['w1']
+    second = params['w2']
     h = normed_product(
         x, norm, modulations, first['kernel'], first['bias'], centred=True, first=part
     )
     return added_product(
-        h, second['kernel'], second['bias'], modulations, x, dtype=dtype, gate=part + 2
+        h, second['kernel'], second['bias'], modulations, x, dtype=h.dtype, gate=part + 2
     )
 
 
@@ -52,7 +50,6 @@ def last_layer(
     x: jax.Array,
     modulations: Modulations,
     part: int,
-    dtype: DTypeLike,
 ) -> jax.Array:
     """Computes linear(LayerNorm(x)·(1 + scale) + shift), the last layer of a flow head.
 
@@ -61,13 +58,12 @@ def last_layer(
       x: (R, D).
       modulations: of D features.
       part: of the modulations, the scale; the shift is the next.
-      dtype: of the product.
 
     Returns:
-      (R, d) in `dtype`.
+      (R, d) in the kernel's dtype.
     """
-    kernel = params['kernel'].astype(dtype)[:, None]
-    bias = params['bias'].astype(dtype)[None]
+    kernel = params['kernel'][:, None]
+    bias = params['bias'][None]
     return normed_product(x, Norm(), modulations, kernel, bias, centred=True, first=part)
 
 
@@ -77,7 +73,6 @@ def transformer_block(
     angles: jax.Array,
     cache: tuple[jax.Array, jax.Array],
     start: jax.Array,
-    dtype: DTypeLike,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Runs `transformer.Block` for one position, over a cache.
 
@@ -87,7 +82,6 @@ def transformer_block(
       angles: (K/2,), in radians.
       cache: keys and values (B, N, S, K), of which the entries before `start` are filled.
       start: () int32, see `attend_cached`.
-      dtype: of the attention and the SwiGLU.
 
     Returns:
       (B, D) float32, and the cache with the position's entries at `start`.
@@ -95,10 +89,10 @@ def transformer_block(
     B, D = x.shape
     keys, values = cache
     _, N, _, K = keys.shape
-    qkv_kernel = params['attention']['qkv']['kernel'].astype(dtype).reshape(D, 1, 3 * D)
-    out_kernel = params['attention']['out']['kernel'].astype(dtype).reshape(D, D)
-    first = params['mlp']['w1']['kernel'].astype(dtype)
-    second = params['mlp']['w2']['kernel'].astype(dtype)
+    qkv_kernel = params['attention']['qkv']['kernel'].reshape(D, 1, 3 * D)
+    out_kernel = params['attention']['out']['kernel'].reshape(D, D)
+    first = params['mlp']['w1']['kernel']
+    second = params['mlp']['w2']['kernel']
 
     norm = Norm(params['attention_norm']['scale'])
     qkv = normed_product(x, norm, None, qkv_kernel, centred=False).reshape(B, 3, N, K)

@@ -9,7 +9,7 @@ Dimensions:
 """
 
 import functools
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from sphere_ar_jax.models import kernels
+from sphere_ar_jax.models.attention import apply_rope, attend_to_cache, write_cache
+from sphere_ar_jax.models.fused.products import Refs
 
 # Entries of the cache that are read at a time.
 ENTRIES = 64
 WARPS = 4
 
-# References to arrays in a GPU's memory.
-Refs: TypeAlias = Any
 Result: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -38,7 +38,7 @@ def attend_cached(
 ) -> Result:
     """Computes softmax(q·kᵀ/√K)·v of position `start` over the entries 0 to `start`.
 
-    q and k are rotated first, in float32, as `transformer.apply_rope` does it. The softmax is
+    q and k are rotated first, in float32, as `apply_rope` does it. The softmax is
     float32.
 
     Args:
@@ -52,13 +52,39 @@ def attend_cached(
     Returns:
       (B, N, K) in qkv's dtype, and keys and values with the position's entries at `start`.
     """
+    start = jnp.minimum(start, keys.shape[2] - 1)
+    arrays = (qkv, keys, values, angles, start)
+    if interpret:
+        return _run(*arrays, interpret=True)
+    K = qkv.shape[-1]
+    if K & (K - 1):
+        return _plain(*arrays)  # Triton's tiles have sides that are powers of two.
+    return kernels.on_gpus(_run, _plain)(*arrays)
+
+
+def _plain(
+    qkv: jax.Array, keys: jax.Array, values: jax.Array, angles: jax.Array, start: jax.Array
+) -> Result:
+    """`attend_cached` in plain JAX."""
+    q, k, v = (qkv[:, None, i] for i in range(3))
+    keys = write_cache(keys, apply_rope(k, angles[None]), start)
+    values = write_cache(values, v, start)
+    out = attend_to_cache(apply_rope(q, angles[None]), keys, values, start)
+    return out[:, 0], keys, values
+
+
+def _run(
+    qkv: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    angles: jax.Array,
+    start: jax.Array,
+    interpret: bool = False,
+) -> Result:
+    """`attend_cached` by the kernel."""
     B, N, _, K = keys.shape
     cos = jnp.repeat(jnp.cos(angles), 2)
     sin = jnp.repeat(jnp.sin(angles), 2) * jnp.where(jnp.arange(K) % 2 == 1, 1.0, -1.0)
-    start = jnp.minimum(start, keys.shape[2] - 1).reshape(1)
-    arrays = (qkv, keys, values, cos, sin, start)
-    if K & (K - 1):
-        return _plain(*arrays)  # Triton's tiles have sides that are powers of two.
     # On average over a sequence half of the cache is filled.
     cache_bytes = keys.size * keys.dtype.itemsize
     accessed = cache_bytes + 4 * B * N * K * qkv.dtype.itemsize
@@ -73,47 +99,22 @@ def attend_cached(
         input_output_aliases={1: 1, 2: 2},
         compiler_params=triton.CompilerParams(num_warps=WARPS),
         interpret=interpret,
-        metadata={'bytes_accessed': str(accessed)},
+        metadata={kernels.BYTES_ACCESSED: str(accessed)},
     )
-    run = fused if interpret else kernels.on_gpus(fused, _plain)
-    return run(*arrays)
+    return fused(qkv, keys, values, cos, sin, start.reshape(1))
 
 
 def _rotated(x: jax.Array, partner: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates channel pairs in float32.
 
     Args:
-      x: the channels (…, K).
-      partner: the other channel of each one's pair, (…, K).
-      cos: (…, K).
-      sin: (…, K), negative for the first channel of each pair.
+      x: the channels (K,).
+      partner: the other channel of each one's pair, (K,).
+      cos: (K,).
+      sin: (K,), negative for the first channel of each pair.
     """
     y = x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
     return y.astype(x.dtype)
-
-
-def _plain(
-    qkv: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    start: jax.Array,
-) -> Result:
-    """`attend_cached` in plain JAX."""
-    K = qkv.shape[-1]
-    partner = qkv[..., jnp.arange(K) ^ 1]
-    turns = (cos[None, None], sin[None, None])
-    q, k = (_rotated(qkv[:, i], partner[:, i], *turns) for i in range(2))
-    at = (0, 0, start[0], 0)
-    keys = jax.lax.dynamic_update_slice(keys, k[:, :, None].astype(keys.dtype), at)
-    v = qkv[:, 2, :, None].astype(values.dtype)
-    values = jax.lax.dynamic_update_slice(values, v, at)
-    logits = jnp.einsum('bnk,bnsk->bns', q, keys, preferred_element_type=jnp.float32)
-    visible = jnp.arange(keys.shape[2]) <= start[0]
-    logits = jnp.where(visible[None, None], logits * K**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum('bns,bnsk->bnk', weights, values), keys, values
 
 
 def _kernel(

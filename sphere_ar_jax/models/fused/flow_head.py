@@ -2,7 +2,8 @@
 
 There are two for a block, one for the input and one for the last layer.
 
-Both functions take the parameters of a `heads.flow.FlowHead` with scan=False.
+The parameters are those of a `heads.flow.FlowHead` with scan=False. Their kernels have the dtype of
+the products (`transformer.cast_kernels`).
 
 Dimensions:
   E  times                   M  width of the head                  d  latent dimension
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from sphere_ar_jax.models.fused.blocks import last_layer, residual_block
 from sphere_ar_jax.models.fused.products import Modulations, added_product
@@ -28,12 +28,11 @@ def _numbered(params: Params, name: str) -> list[Params]:
     return [params[f'{name}_{i}'] for i in range(count)]
 
 
-def join(params: Params, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+def join(params: Params) -> tuple[jax.Array, jax.Array]:
     """Joins the linear maps that make all modulations, so that they are one product.
 
     Args:
       params: of the head.
-      dtype: of the product.
 
     Returns:
       A kernel (M, Q·M) and a bias (Q·M,).
@@ -42,7 +41,7 @@ def join(params: Params, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     M = maps[0]['kernel'].shape[0]
     kernel = jnp.concatenate([one['kernel'].reshape(M, -1) for one in maps], axis=-1)
     bias = jnp.concatenate([one['bias'].reshape(-1) for one in maps])
-    return kernel.astype(dtype), bias.astype(dtype)
+    return kernel, bias
 
 
 def modulation_table(
@@ -65,23 +64,22 @@ def modulation_table(
     return table.reshape(E, R, -1, M)
 
 
-def velocity(params: Params, x: jax.Array, modulations: Modulations, dtype: DTypeLike) -> jax.Array:
+def velocity(params: Params, x: jax.Array, modulations: Modulations) -> jax.Array:
     """Computes the velocity of the first rows under given modulations.
 
     Args:
       params: of the head.
       x: (R', d) float32 with R' ≤ R.
       modulations: of R rows.
-      dtype: of the computation.
 
     Returns:
       (R', d) float32.
     """
-    first = jax.tree.map(lambda a: a.astype(dtype), params['input_proj'])
-    x = added_product(x, first['kernel'], first['bias'], dtype=dtype)
+    first = params['input_proj']
+    x = added_product(x, first['kernel'], first['bias'], dtype=first['kernel'].dtype)
     part = 0
     for group in _numbered(params, 'res_groups'):
         for block in _numbered(group, 'blocks'):
-            x = residual_block(block, x, modulations, part, dtype)
+            x = residual_block(block, x, modulations, part)
         part += 3
-    return last_layer(params['final_linear'], x, modulations, part, dtype).astype(jnp.float32)
+    return last_layer(params['final_linear'], x, modulations, part).astype(jnp.float32)

@@ -225,7 +225,7 @@ def _on_gpus_if_tiled(
         out_shape=result,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
-        metadata={'bytes_accessed': str(accessed)},
+        metadata={kernels.BYTES_ACCESSED: str(accessed)},
     )
     return fused if interpret else kernels.on_gpus(fused, plain)
 

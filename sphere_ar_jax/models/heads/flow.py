@@ -31,8 +31,8 @@ from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.fused import flow_head
-from sphere_ar_jax.models.fused.products import Modulations
-from sphere_ar_jax.models.transformer import EPS, INIT
+from sphere_ar_jax.models.fused.products import EPS, Modulations
+from sphere_ar_jax.models.transformer import INIT
 from sphere_ar_jax.runtime.types import PyTree
 
 # The least number of rows that a product of the head should have. A product of fewer rows spends
@@ -454,7 +454,8 @@ class FlowHead(nn.Module):
 
         if not self.fused:
             return Evaluator(modulate, solvers.element, evaluate)
-        joined = flow_head.join(params, self.dtype)
+        params = transformer.cast_kernels(params, self.dtype)
+        joined = flow_head.join(params)
 
         def modulate_all(t_emb: jax.Array) -> jax.Array:
             return flow_head.modulation_table(joined, t_emb, c_emb)
@@ -463,7 +464,7 @@ class FlowHead(nn.Module):
             return Modulations(table, jnp.reshape(i, (1,)).astype(jnp.int32))
 
         def evaluate_fused(x: jax.Array, modulations: Modulations) -> jax.Array:
-            return flow_head.velocity(params, x, modulations, self.dtype)
+            return flow_head.velocity(params, x, modulations)
 
         return Evaluator(modulate_all, take, evaluate_fused)
 
