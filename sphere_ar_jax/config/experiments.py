@@ -245,7 +245,9 @@ def add_kl_weights(config: ConfigDict, name: str, weights: tuple[float, ...]) ->
     names = []
     for weight in weights:
         # A key of a ConfigDict has no dot.
-        new = f'{name}_kl_{round(1000 * weight)}e-3'
+        millionths = round(1e6 * weight)
+        number = f'{millionths}e-6' if millionths % 1000 else f'{millionths // 1000}e-3'
+        new = f'{name}_kl_{number}'
         changes = {'tokenizer_training': {'kl_weight': weight}}
         config.rows[new] = merged(config.rows[name].to_dict(), changes)
         names.append(new)

@@ -390,10 +390,10 @@ def test_the_best_variant_stands_for_its_row():
 
 def test_kl_weights_make_variants():
     c = small()
-    names = experiments.add_kl_weights(c, 'gaussian_norm', (0.001, 0.016))
-    assert names == ('gaussian_norm_kl_1e-3', 'gaussian_norm_kl_16e-3')
+    names = experiments.add_kl_weights(c, 'gaussian_norm', (0.001, 0.00025))
+    assert names == ('gaussian_norm_kl_1e-3', 'gaussian_norm_kl_250e-6')
     cfg = experiments.row(c, names[1], 0)
-    assert cfg.tokenizer_training.kl_weight == 0.016
+    assert cfg.tokenizer_training.kl_weight == 0.00025
     assert cfg.ar.token_space == 'projected'
 
 
