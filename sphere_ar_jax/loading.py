@@ -2,6 +2,8 @@
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
@@ -62,14 +64,20 @@ def load(
     # Only the training of the AR model measures the statistics that some token spaces need.
     is_whole = build.build_vae(cfg).num_statistics > 0
     run = load_run(workdir, mesh, tokenizer_only=not is_whole, cfg=cfg)
-    names = class_names.of_run(workdir, cfg)
-    known = schema.num_classes(cfg)
-    assert known is not None  # the model was built with it
+    names = None
+    find: Callable[[str], Any]
+    if build.has_captions(cfg):
+        find = functools.partial(build.encode_prompt, cfg)
+    else:
+        names = class_names.of_run(workdir, cfg)
+        known = schema.num_classes(cfg)
+        assert known is not None  # the model was built with it
+        find = functools.partial(class_names.find, names=names, known=known)
     return Model(
         run,
         mesh=mesh,
         batch_size=batch_size,
         read_ar=None if is_whole else functools.partial(with_ar, run, workdir, mesh),
         class_names=names,
-        find=functools.partial(class_names.find, names=names, known=known),
+        find=find,
     )

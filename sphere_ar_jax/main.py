@@ -18,8 +18,10 @@ goes on where it stopped. The other modes are:
                    (latents of images, which the AR model may be trained on)
   --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
                    [--labels=uniform|balanced|FILE] [--png=DIR]
+                   [--prompts=FILE] (a text in each line, for runs that draw for texts)
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
                    [--output=FILE.png]
+                   (or --prompt='a three left of a seven', as often as you like, or --prompts=FILE)
   --mode=complete  --workdir=DIR --images=FILE|DIR [--classes='golden retriever'] [--keep=0.5]
                    [--corruption=noisy:3] [--num_images=N] [--columns=N] [--output=FILE.png]
                    (keeps the first tokens of images and draws the others; a DIR without --classes
@@ -119,6 +121,11 @@ def _count(name: str, modes: tuple[str, ...], help: str) -> _Option:
     return _Option(flags.DEFINE_integer(name, None, help, lower_bound=1), modes)
 
 
+def _texts(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes a text, and may be given several times."""
+    return _Option(flags.DEFINE_multi_string(name, None, help), modes)
+
+
 def _switch(name: str, modes: tuple[str, ...], help: str) -> _Option:
     """A flag that takes no value."""
     return _Option(flags.DEFINE_bool(name, None, help), modes)
@@ -146,6 +153,8 @@ _OPTIONS = (
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
+    _texts('prompt', ('grid', 'complete'), 'Text to draw; may be given several times.'),
+    _text('prompts', ('sample', 'grid', 'complete'), 'File of texts to draw, one in each line.'),
     _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
     _text('keep', ('complete',), 'Tokens to keep, or a share of them; 0.5 if not given.'),
     _text('corruption', ('complete',), 'Corruption of the images with its severity, as noisy:3.'),
@@ -173,7 +182,6 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
         ('data', 'size', 'output'),
         'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
     ),
-    'grid': (('classes',), "give --classes='golden retriever; 388'"),
     'complete': (
         ('images',),
         "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each, "
@@ -330,6 +338,8 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         raise UserError(message)
     if mode not in _WITHOUT_WORKDIR and 'workdir' not in there:
         raise UserError('give --workdir=DIR')
+    if mode == 'grid' and not there & {'classes', 'prompt', 'prompts'}:
+        raise UserError("give --classes='golden retriever; 388', or --prompt='a text'")
     if mode == 'sample' and 'output' in given:
         _check_samples_file(given['output'])
     if mode == 'evaluate':

@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data.captions import files as captions
 from sphere_ar_jax.data.shifted import corruptions, folders
 from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.evaluation.fidelity import image_sets
@@ -39,6 +41,54 @@ def _classes(workdir: str, config: ConfigDict, text: str) -> tuple[list[int], li
     return numbers, class_names.titles(numbers, names)
 
 
+class _Asked(NamedTuple):
+    """What rows of a picture are drawn for.
+
+    Attributes:
+      labels: the label of each row.
+      titles: the title of each row.
+    """
+
+    labels: np.ndarray
+    titles: list[str]
+
+
+def _prompts(config: ConfigDict, texts: list[str]) -> _Asked:
+    """Rows for prompts.
+
+    Raises:
+      UserError: the run knows classes in place of prompts, or it cannot read one.
+    """
+    if not build.has_captions(config):
+        raise UserError(
+            "this run draws for classes, not for texts: give --classes='golden retriever; 388'"
+        )
+    labels = np.stack([build.encode_prompt(config, text) for text in texts])
+    return _Asked(labels, [console.printable(text, 80) for text in texts])
+
+
+def _asked(
+    workdir: str, config: ConfigDict, classes: str | None, prompt: list[str], prompts: str | None
+) -> _Asked:
+    """What the flags --classes, --prompt and --prompts ask for.
+
+    Raises:
+      UserError: it is nothing, or nothing that the run can draw.
+    """
+    texts = [*prompt, *(captions.read_prompts(prompts) if prompts else [])]
+    if texts:
+        return _prompts(config, texts)
+    if build.has_captions(config):
+        raise UserError(
+            "this run draws for texts: give --prompt='what the image shows', or a file with a text "
+            'in each line as --prompts=FILE'
+        )
+    if classes is None or not classes.strip(' ;'):
+        raise UserError("give --classes='golden retriever; 388; n02099601'")
+    numbers, titles = _classes(workdir, config, classes)
+    return _Asked(np.asarray(numbers), titles)
+
+
 def _save_pngs(path: str, directory: str, n: int) -> None:
     """Writes each of the n images of an npz as DIRECTORY/NUMBER.png."""
     os.makedirs(directory, exist_ok=True)
@@ -54,6 +104,7 @@ def sample(
     *,
     output: str | None = None,
     labels: str = 'uniform',
+    prompts: str | None = None,
     png: str | None = None,
     num_images: int | None = None,
     like: ConfigDict | None = None,
@@ -65,7 +116,10 @@ def sample(
     Args:
       workdir: the directory of the run.
       output: the npz, WORKDIR/samples.npz if None.
-      labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`.
+      labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`. Runs
+        that draw for texts do not read it.
+      prompts: a file with a text in each line, which are drawn in turn, for runs that draw for
+        texts.
       png: a directory in which every image becomes a PNG file, too; None writes none.
       num_images: number of images, that of the config if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -75,7 +129,11 @@ def sample(
     s = run.config.sampling
     seed = run.config.seed
     n = num_images or s.num_images
-    numbers = generation.draw_labels(labels, n, _num_classes(run.config), seed)
+    if prompts is not None or build.has_captions(run.config):
+        texts = _asked(workdir, run.config, None, [], prompts).labels
+        numbers = texts[np.arange(n) % len(texts)]
+    else:
+        numbers = generation.draw_labels(labels, n, _num_classes(run.config), seed)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True
@@ -106,12 +164,14 @@ def sample(
 def grid(
     workdir: str,
     *,
-    classes: str,
+    classes: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
     columns: int = 4,
     output: str | None = None,
     like: ConfigDict | None = None,
 ) -> None:
-    """Draws a picture with a row of images for each class.
+    """Draws a picture with a row of images for each class or prompt.
 
     The images of a column share their noise: it depends on the run's seed and the column alone.
 
@@ -119,33 +179,33 @@ def grid(
       workdir: the directory of the run.
       classes: names of the run's own classes, or numbers, separated by semicolons; for ImageNet
         also synsets and English names. See `class_names.find`.
-      columns: number of images of each class.
+      prompt: texts to draw, for runs that draw for texts.
+      prompts: a file with more of them, one in each line.
+      columns: number of images of each row.
       output: the PNG file, WORKDIR/grid.png if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
 
     Raises:
-      UserError: the model does not know a class, or there is nothing to draw.
+      UserError: the model does not know a class or cannot read a prompt, or there is nothing to
+        draw.
     """
     path = output or f'{workdir}/grid.png'
-    if not classes.strip(' ;') or columns < 1:
-        raise UserError(
-            "give --classes='golden retriever; 388; n02099601' and at least 1 for --columns"
-        )
+    # Before the weights are read.
+    asked = _asked(workdir, open_run.config_of(workdir), classes, prompt or [], prompts)
     run, mesh = open_run.open_run(workdir, like)
-    numbers, titles = _classes(workdir, run.config, classes)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    labels = np.repeat(numbers, columns)
+    labels = np.repeat(asked.labels, columns, axis=0)
     images, _ = on_mesh.sample_images(
         run,
         build.build_sampler(run.config),
         labels,
         seed=run.config.seed,
-        index=np.tile(np.arange(columns), len(numbers)),
+        index=np.tile(np.arange(columns), len(asked.titles)),
         batch_size=run.config.sampling.batch_size,
         mesh=mesh,
         progress=console.bar(len(labels), 'samples'),
     )
-    pictures.save_classes(path, images, columns, titles)
+    pictures.save_classes(path, images, columns, asked.titles)
     print(f'wrote {path}')
 
 
@@ -159,33 +219,48 @@ def _kept_part(image: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarr
 _MOST_ROWS = 200
 
 
-def _originals(
-    workdir: str, config: ConfigDict, images: str, classes: str | None, num_images: int | None
-) -> tuple[folders.Pictures, list[str]]:
-    """The pictures to complete, and a title for each; the arguments are those of `complete`."""
+def _in_folders_of_classes(workdir: str, config: ConfigDict, images: str) -> folders.Pictures:
+    """The pictures of a directory that has a directory for each class."""
     names = class_names.of_run(workdir, config)
     known = _num_classes(config)
-    is_folder = os.path.isdir(images)
-    if classes is None:
-        if not is_folder:
-            raise UserError(f"give --classes='golden retriever', the class of {images}")
-        found = folders.labelled(images, lambda name: class_names.find(name, names, known))
+    if not os.path.isdir(images):
+        raise UserError(f"give --classes='golden retriever', the class of {images}")
+    return folders.labelled(images, lambda name: class_names.find(name, names, known))
+
+
+def _originals(
+    workdir: str,
+    config: ConfigDict,
+    images: str,
+    classes: str | None,
+    prompt: list[str],
+    prompts: str | None,
+    num_images: int | None,
+) -> tuple[folders.Pictures, list[str]]:
+    """The pictures to complete, and a title for each; the arguments are those of `complete`."""
+    has_captions = build.has_captions(config)
+    if not (classes or prompt or prompts or has_captions):
+        found = _in_folders_of_classes(workdir, config, images)
     else:
-        files = image_sets.list_images(images) if is_folder else [images]
-        numbers, _ = _classes(workdir, config, classes)
-        if len(numbers) not in (1, len(files)):
+        files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+        labels = list(_asked(workdir, config, classes, prompt, prompts).labels)
+        if len(labels) not in (1, len(files)):
+            what = 'prompts are given' if has_captions else 'classes are named'
             raise UserError(
-                f'--classes names {len(numbers)} classes for {len(files)} images: give one for '
-                'all, or one for each'
+                f'{len(labels)} {what} for {len(files)} images: give one for all, or one for each'
             )
-        found = folders.Pictures(files, numbers * (len(files) // len(numbers)))
+        found = folders.Pictures(files, labels * (len(files) // len(labels)))
     rows = min(num_images or len(found.files), len(found.files))
     if rows > _MOST_ROWS:
         raise UserError(
             f'{images}: a picture has at most {_MOST_ROWS} rows, not {rows}: give --num_images=16'
         )
     chosen = folders.spread(found, rows)
-    return chosen, class_names.titles(chosen.labels, names)
+    if has_captions:
+        words = build.open_vocabulary(config)
+        titles = [console.printable(words.decode(label), 80) for label in chosen.labels]
+        return chosen, titles
+    return chosen, class_names.titles(chosen.labels, class_names.of_run(workdir, config))
 
 
 def complete(
@@ -193,6 +268,8 @@ def complete(
     *,
     images: str,
     classes: str | None = None,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
     keep: str = '0.5',
     corruption: str | None = None,
     num_images: int | None = None,
@@ -211,6 +288,8 @@ def complete(
       classes: the class of all images, or one for each, see `grid`. If None, the images lie in
         directories that have the names of their classes, as those of ImageNet-Sketch and
         ImageNet-R do; see `folders.labelled`.
+      prompt: the text of all images, or one for each, for runs that draw for texts.
+      prompts: a file with more of them, one in each line.
       keep: a whole number of tokens, or a share of them, see `inputs.kept`.
       corruption: what is done to the images first, see `corruptions.parse`; None leaves them as
         they are.
@@ -231,7 +310,9 @@ def complete(
         raise UserError(f'--keep is {keep}: give a number of tokens, or a share as 0.5') from None
     shift = None if corruption is None else corruptions.parse(corruption)
     run, mesh = open_run.open_run(workdir, like)
-    originals, titles = _originals(workdir, run.config, images, classes, num_images)
+    originals, titles = _originals(
+        workdir, run.config, images, classes, prompt or [], prompts, num_images
+    )
     model = Model(run, mesh=mesh)
     count = inputs.kept(share, model.num_tokens)
     given = inputs.images(originals.files, model.image_shape)
@@ -239,7 +320,7 @@ def complete(
         given = corruptions.corrupt_floats(given, shift, run.config.seed)
     drawn = model.complete(
         np.repeat(given, columns, axis=0),
-        np.repeat(originals.labels, columns),
+        np.repeat(originals.labels, columns, axis=0),
         keep=count,
         seed=run.config.seed,
     )

@@ -23,7 +23,9 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, fine_tuning, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
+from sphere_ar_jax.data.captions import captioned, vocabulary
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
+from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import checkpoint, console, hosts, sharding
@@ -111,6 +113,8 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
     theirs = _opened(key, load_config, origin)
     if theirs.init_from is not None:
         raise UserError(f'{key}: {origin} has a distilled head: take the run that trained it')
+    if build.has_captions(theirs):
+        raise UserError(f'{key}: {origin} draws for texts: only runs with classes are trained on')
     found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
     changed = [difference for difference in found if difference.startswith(('vae.', 'ar.'))]
     if changed:
@@ -199,7 +203,31 @@ def _check_labels(cfg: ConfigDict, train: small.Split) -> None:
         )
 
 
+def _with_captions(cfg: ConfigDict, data: _Data) -> _Data:
+    """Makes labels of the images' captions, where the AR model reads texts.
+
+    Raises:
+      UserError: the images have no captions.
+    """
+    if not build.has_captions(cfg):
+        return data
+    captioned.require(data.source, f'data {cfg.data.name}')
+    transform = build.captioning(cfg, data.reading.get('transform'))
+    heldout = data.heldout
+    if heldout is not None:
+        heldout = captioned.FirstCaption(heldout, cfg.ar.vocabulary, cfg.ar.text_tokens)
+    return data._replace(heldout=heldout, reading=data.reading | {'transform': transform})
+
+
 def _open_data(cfg: ConfigDict) -> _Data:
+    """Opens the training images, with the captions that the model reads.
+
+    The arguments and errors are those of `_open_images`, and images must have the captions.
+    """
+    return _with_captions(cfg, _open_images(cfg))
+
+
+def _open_images(cfg: ConfigDict) -> _Data:
     """Opens the training images.
 
     Where neither the config nor the kind of data says how many classes there are, this sets
@@ -407,6 +435,8 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
             '--mode=evaluate with Inception weights.'
         )
     noun = small.KINDS[setting.data.kind].noun
+    if 'samples/seen' in metrics:
+        return composed_digits.summary(cfg.sampling.num_images, metrics)
     if 'samples/accuracy' not in metrics:
         return f'The tokenizer gives held-out {noun} back at {psnr}.'
     return small_images.summary(noun, cfg.sampling.num_images, metrics)
@@ -577,10 +607,16 @@ def _introduce(setting: snapshots.Setting) -> None:
     names = getattr(source, 'class_names', None)
     if setting.cfg.ar_training.steps or setting.cfg.init_from is not None:
         class_names.keep(setting.workdir, names)
+    if build.has_captions(setting.cfg):
+        vocabulary.keep(setting.cfg.ar.vocabulary, setting.workdir)
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
-    print(class_names.describe(source.num_classes, names), flush=True)
+    if build.has_captions(setting.cfg):
+        first = console.printable(source[0]['captions'][0], 80)
+        print(f"captions, the first one: '{first}'", flush=True)
+    else:
+        print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')
     if left_out:
         print(f'left out: {left_out}', flush=True)

@@ -10,10 +10,12 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data import small, sources
+from sphere_ar_jax.data.batches import Transform
+from sphere_ar_jax.data.captions import captioned, vocabulary
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
-from sphere_ar_jax.models.conditions import CONDITIONS
+from sphere_ar_jax.models.conditions import CONDITIONS, Classes, Condition, Text
 from sphere_ar_jax.models.heads import HEADS, Head, check_solver
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
@@ -225,23 +227,69 @@ def build_head(config: ConfigDict) -> Head:
     )
 
 
-def build_ar(config: ConfigDict) -> AR:
-    """The AR model that the config describes (docs/method.md, "Autoregressive model").
+def has_captions(config: ConfigDict) -> bool:
+    """Whether images are drawn for texts, and not for classes."""
+    return config.ar.condition == 'text'
+
+
+def open_vocabulary(config: ConfigDict) -> vocabulary.Vocabulary:
+    """The vocabulary of a config with captions.
 
     Raises:
-      UserError: the number of classes is not known yet.
+      UserError: it cannot be opened.
+    """
+    return vocabulary.open_vocabulary(config.ar.vocabulary)
+
+
+def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
+    """A text as a label of a config with captions, see `vocabulary.encode_prompt`."""
+    return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
+
+
+def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:
+    """The transform of the records of a training.
+
+    Args:
+      config: a config.
+      image: the transform of the images, None where they stay as they are.
+
+    Returns:
+      The same, or one that makes labels of captions too, where the AR model reads texts.
+    """
+    if not has_captions(config):
+        return image
+    return captioned.Captioning(config.ar.vocabulary, config.ar.text_tokens, image)
+
+
+def build_condition(config: ConfigDict) -> Condition:
+    """The condition of the AR model that the config describes (docs/method.md, "Condition").
+
+    Raises:
+      UserError: the number of classes is not known yet, or the vocabulary cannot be opened.
     """
     c = config.ar
+    condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
+    if condition_class is Text:
+        return Text(open_vocabulary(config).size, c.text_tokens, c.width)
     num_classes = schema.num_classes(config)
     if num_classes is None:
         raise UserError(
             f'data.num_classes: say how many classes the model knows ({config.data.name} does not)'
         )
+    return Classes(num_classes, c.class_tokens, c.width)
+
+
+def build_ar(config: ConfigDict) -> AR:
+    """The AR model that the config describes (docs/method.md, "Autoregressive model").
+
+    Raises:
+      UserError: see `build_condition`.
+    """
+    c = config.ar
     speed = {'remat': recomputes(c), 'unroll': c.unroll, 'dtype': dtype(config)}
     token_dim = build_vae(config).token_dim
     head = build_head(config)
-    condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
-    condition = condition_class(num_classes, c.class_tokens, c.width)
+    condition = build_condition(config)
     grid = tuple(config.vae.grid)
     return AR(c.depth, c.heads, c.width, condition, head, grid, token_dim, fused=c.fused, **speed)
 

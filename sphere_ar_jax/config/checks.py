@@ -12,8 +12,12 @@ from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import discriminators, transformer, vae
+from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.runtime.console import UserError, pick
+
+# Small data sets of which `small` makes other ones: some classes, larger or darker images.
+_VIEWED = [name for name in small.KINDS if name not in schema.CAPTIONED]
 
 
 def _at_least(least: float) -> Callable[[float], bool]:
@@ -61,6 +65,7 @@ def _use(words: Collection[str]) -> str:
 _WORDS: dict[str, tuple[Collection[Any], str]] = {
     'dtype': (schema.DTYPES, f', but must be one of {", ".join(schema.DTYPES)}'),
     'data.name': (schema.DATA, f', but must be one of {", ".join(schema.DATA)}'),
+    'ar.condition': (CONDITIONS, _use(CONDITIONS)),
     'vae.decoder_input': (vae.DECODER_INPUTS, _use(vae.DECODER_INPUTS)),
     'ar.token_space': (vae.TOKEN_SPACES, _use(vae.TOKEN_SPACES)),
     'tokenizer_training.discriminator': (discriminators.KINDS, _use(discriminators.KINDS)),
@@ -227,6 +232,21 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     )
 
 
+def _check_condition(config: ConfigDict) -> None:
+    """Checks that what images are drawn for comes with the data."""
+    name = config.data.name
+    with_captions = build.has_captions(config)
+    _require(
+        with_captions == (name in schema.CAPTIONED),
+        f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'"
+        if name in schema.CAPTIONED
+        else f"ar.condition 'text' reads captions, which data {name} has not: use "
+        f'{" or ".join(schema.CAPTIONED)}',
+    )
+    if with_captions:
+        build.open_vocabulary(config)
+
+
 def _check_sphere(config: ConfigDict) -> None:
     """Checks that a radius has a use, and that the head can have what is asked of it."""
     radius = config.vae.radius
@@ -343,14 +363,14 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
             f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
         )
     _require(
-        d.enlarge == 1 or kind is not None,
-        f'data.enlarge is for {" and ".join(small.KINDS)}: images of data {d.name} are resized to '
+        d.enlarge == 1 or d.name in _VIEWED,
+        f'data.enlarge is for {" and ".join(_VIEWED)}: images of data {d.name} are resized to '
         "the tokenizer's size",
     )
     chosen = list(d.classes)
     _require(
-        not chosen or kind is not None,
-        f'data.classes is for {" and ".join(small.KINDS)}: of data {d.name} take the classes by a '
+        not chosen or d.name in _VIEWED,
+        f'data.classes is for {" and ".join(_VIEWED)}: of data {d.name} take the classes by a '
         'folder of links to their folders',
     )
     _require(
@@ -359,8 +379,8 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
     ends = tuple(d.brightness)
     _require(
-        not ends or kind is not None,
-        f'data.brightness is for {" and ".join(small.KINDS)}, not for {d.name}',
+        not ends or d.name in _VIEWED,
+        f'data.brightness is for {" and ".join(_VIEWED)}, not for {d.name}',
     )
     are_ends = all(isinstance(end, int | float) for end in ends) and len(ends) == 2
     _require(
@@ -582,6 +602,7 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)
     _check_head(config)
+    _check_condition(config)
     _check_sphere(config)
     _check_sampling(config)
     return config

@@ -135,7 +135,7 @@ def data_set(text: str) -> tuple[str, str]:
     if os.path.isdir(place):
         raise UserError(f'{text} is a directory: write data={_kind_of(place)}:{text}')
     if colon and re.fullmatch(r'\w+', kind) and not os.path.exists(place):
-        kinds = ', '.join(name for name in schema.DATA if name != 'digits')
+        kinds = ', '.join(name for name in schema.DATA if name not in schema.WITHOUT_PATH)
         raise UserError(f'there is no kind of data {kind!r}: write KIND:PATH with one of {kinds}')
     return 'imagenet', text
 

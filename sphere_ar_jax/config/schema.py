@@ -31,7 +31,14 @@ DATA: dict[str, int | None] = {
     'webdataset': None,
     'parquet': None,
     'latents': None,
+    'composed': 1,
 }
+
+# Those of them that need no path.
+WITHOUT_PATH = ('digits', 'composed')
+
+# Those of them whose images have captions in place of classes.
+CAPTIONED = ('composed',)
 
 
 def _training(**values: Any) -> ConfigDict:
@@ -160,6 +167,10 @@ def default() -> ConfigDict:
                 condition='classes',
                 head='flow',
                 class_tokens=16,
+                # Of the condition 'text': 'bytes' or the path of a tokenizer.json, and the numbers
+                # of it that a caption has at most.
+                vocabulary='bytes',
+                text_tokens=64,
                 # What the model reads and draws: 'latents', 'projected' onto the sphere,
                 # 'standardised' by the statistics of the training images, or 'polar', a direction
                 # and a length (`vae.TOKEN_SPACES`).
@@ -294,6 +305,8 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
+    # A run keeps its vocabulary in its workdir, and compares it.
+    r'|ar\.vocabulary'
     r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|fused)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sphere_ar_jax.data import digits, idx
+from sphere_ar_jax.data.captions import composed
 from sphere_ar_jax.data.digits import enlarge, shrink
 from sphere_ar_jax.runtime.console import UserError
 
@@ -86,6 +87,13 @@ KINDS = {
         digits.Digits.num_classes,
         False,
         'the digits are part of scikit-learn: there is nothing to pack',
+    ),
+    'composed': Kind(
+        'composed digits',
+        composed.Composed.image_shape,
+        composed.Composed.num_classes,
+        False,
+        'composed digits are drawn from the digits of scikit-learn: there is nothing to pack',
     ),
     'idx': Kind('images', None, 1, True, 'IDX files are packed already: train on them as they are'),
 }
@@ -228,9 +236,9 @@ def open_data_set(
 
     Args:
       kind: a key of `KINDS`.
-      path: where its files are, see `idx.splits`; not used for the digits.
-      seed: decides which of the digits are held out, and draws the factors of the brightness. IDX
-        files have a test split of their own.
+      path: where its files are, see `idx.splits`; not used for the digits and composed digits.
+      seed: decides which of the digits are held out, composes them, and draws the factors of the
+        brightness. IDX files have a test split of their own.
       holdout: the share of the digits that is held out.
       classes: the classes to take, ascending, see `OfClasses`; () takes all.
       brightness: ends of the factors' distribution, see `Brightened`; () leaves images as they are.
@@ -238,10 +246,15 @@ def open_data_set(
     Raises:
       UserError: the path is missing, the files cannot be read, or have no images of a class.
     """
-    if kind != 'digits' and path is None:
-        raise UserError(f'give --config.data.path, of the {kind} data')
     splits: tuple[Split, Split]
-    splits = digits.splits(seed, holdout) if path is None or kind == 'digits' else idx.splits(path)
+    if kind == 'digits':
+        splits = digits.splits(seed, holdout)
+    elif kind == 'composed':
+        splits = composed.splits(seed, holdout)
+    elif path is not None:
+        splits = idx.splits(path)
+    else:
+        raise UserError(f'give --config.data.path, of the {kind} data')
     if brightness:
         train = Brightened(splits[0], brightness, seed, 0)
         splits = (train, Brightened(splits[1], brightness, seed, 1))

@@ -5,6 +5,7 @@ Images are (n, H, W, c) float in [−1, 1].
 
 import io
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -17,6 +18,7 @@ from PIL import Image
 
 from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime.console import printable
 
 matplotlib.use('Agg')
 
@@ -153,6 +155,35 @@ def save_classes(
     """
     scale = max(1, 128 // images.shape[1])
     _save_grid(path, images, columns, titles, title, scale=scale)
+
+
+def save_captioned(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    captions: Sequence[str],
+    columns: int = 6,
+    rows: int = 8,
+) -> None:
+    """Writes the first images in a grid, each with its caption above it.
+
+    Args:
+      path: the PNG.
+      images: (n, H, W, c).
+      captions: the caption of each.
+      columns: images of a row.
+      rows: rows, at most.
+    """
+    rows = min(rows, -(-len(images) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    shown = images[: rows * columns]
+    for axis, image, caption in zip(axes.flat, shown, captions, strict=False):
+        pixels = np.asarray(to_uint8(image))
+        # Grey images become RGB, because a colour map would round them.
+        axis.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), interpolation='none')
+        axis.set_title(textwrap.fill(printable(caption, 80), 26), fontsize=7)
+    save_figure(figure, path)
 
 
 def save_reconstructions(

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels, small
 from sphere_ar_jax.evaluation import class_names, heldout, pictures, small_images, tokenizer
+from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, statistics
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
@@ -62,12 +63,12 @@ class _Grid(NamedTuple):
     """The fixed grid of samples that every look draws.
 
     Attributes:
-      rows: class of each row.
-      labels: class of each image, row by row.
+      titles: the name of each row's class, or its caption.
+      labels: label of each image, row by row.
       noise: number of each image's noise, the same in every row.
     """
 
-    rows: np.ndarray
+    titles: list[str]
     labels: np.ndarray
     noise: np.ndarray
 
@@ -288,15 +289,36 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
-def _grid(setting: Setting) -> _Grid:
-    """The grid of samples: `watch.classes` classes, spread evenly, × `watch.columns` images."""
+def _captions(setting: Setting, count: int) -> list[str]:
+    """First captions of images, spread evenly over the held-out ones, or else the others."""
+    source = setting.source if setting.heldout is None else setting.heldout.source
+    found = [source[i]['captions'] for i in _spread(len(source), count)]
+    return [captions[0] for captions in found if captions]
+
+
+def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
+    """The titles and labels of the grid's rows."""
     watch = setting.cfg.watch
+    if build.has_captions(setting.cfg):
+        captions = _captions(setting, watch.classes)
+        return captions, np.stack([build.encode_prompt(setting.cfg, text) for text in captions])
     classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
-    rows = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
+    numbers = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
+    names = getattr(setting.source, 'class_names', None)
+    return class_names.titles(numbers.tolist(), names), numbers
+
+
+def _grid(setting: Setting) -> _Grid:
+    """The grid of samples: rows of `watch.columns` images, `watch.classes` of them.
+
+    The rows are classes, spread evenly, or captions.
+    """
+    watch = setting.cfg.watch
+    titles, labels = _rows(setting)
     return _Grid(
-        rows=rows,
-        labels=np.repeat(rows, watch.columns),
-        noise=np.tile(np.arange(watch.columns), len(rows)),
+        titles=titles,
+        labels=np.repeat(labels, watch.columns, axis=0),
+        noise=np.tile(np.arange(watch.columns), len(titles)),
     )
 
 
@@ -312,9 +334,7 @@ def _draw_grid(
 
 def _save_grid(setting: Setting, path: str, images: np.ndarray) -> None:
     """Writes the images of the grid as a picture with a title at each row."""
-    names = getattr(setting.source, 'class_names', None)
-    titles = class_names.titles(_grid(setting).rows.tolist(), names)
-    pictures.save_classes(path, images, setting.cfg.watch.columns, titles)
+    pictures.save_classes(path, images, setting.cfg.watch.columns, _grid(setting).titles)
 
 
 def look_at_samples(
@@ -396,28 +416,42 @@ def score(
         return metrics, seconds
 
     started = time.perf_counter()
-    labels = np.arange(sampling.num_images) % data.train.num_classes
     print(
         f'sampling {sampling.num_images} images: {sampling.solver}, {sampling.num_steps} steps, '
         f'guidance {sampling.guidance_scale}',
         flush=True,
     )
+    wishes: list[composed_digits.Asked] = []
+    if data.kind == 'composed':
+        wishes = composed_digits.asked(data, sampling.num_images)
+        labels = np.stack([build.encode_prompt(setting.cfg, wish.caption) for wish in wishes])
+    else:
+        labels = np.arange(sampling.num_images) % data.train.num_classes
     images, _ = on_mesh.sample_images(
         labels=labels,
         progress=console.bar(sampling.num_images, 'samples'),
         **_drawing(setting, vae_params, ar_params),
     )
-    titles = class_names.titles(range(data.train.num_classes), data.train.class_names)
-    pictures.save_samples(f'{setting.workdir}/samples.png', images, labels, titles)
+    path = f'{setting.workdir}/samples.png'
+    if wishes:
+        pictures.save_captioned(path, images, [wish.caption for wish in wishes])
+    else:
+        titles = class_names.titles(range(data.train.num_classes), data.train.class_names)
+        pictures.save_samples(path, images, labels, titles)
     seconds['sampling'] = time.perf_counter() - started
 
     started = time.perf_counter()
     print('scoring', flush=True)
     steps = setting.cfg.data.classifier_steps
     bar = console.bar(steps, 'training the classifier', 'step')
-    classifier = small_images.classifier(data, steps, setting.workdir, bar)
-    judge = small_images.Judge(data, classifier)
-    metrics |= judge.floor(len(images)) | judge.scores(images, labels)
+    if wishes:
+        reader = composed_digits.Reader(data, steps, setting.workdir, bar)
+        metrics |= composed_digits.floor(reader, data)
+        metrics |= composed_digits.scores(reader, data, images, wishes)
+    else:
+        classifier = small_images.classifier(data, steps, setting.workdir, bar)
+        judge = small_images.Judge(data, classifier)
+        metrics |= judge.floor(len(images)) | judge.scores(images, labels)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 

@@ -99,9 +99,15 @@ def _logged(directory: str) -> Iterator[None]:
         yield
 
 
-def _train(stage: Stage, source: small.Split, directory: str, seed: int, mesh: Mesh) -> None:
-    """Trains a stage in its workdir, and marks the workdir as finished."""
-    _, seconds = loop.train(stage, source, f'{directory}/{stage.name}', seed=seed, mesh=mesh)
+def _reading(cfg: ConfigDict) -> dict[str, Any]:
+    """What else a training needs to read a config's data."""
+    return {'transform': build.captioning(cfg)}
+
+
+def _train(stage: Stage, source: small.Split, directory: str, cfg: ConfigDict, mesh: Mesh) -> None:
+    """Trains a stage of a config in its workdir, and marks the workdir as finished."""
+    place = f'{directory}/{stage.name}'
+    _, seconds = loop.train(stage, source, place, seed=cfg.seed, mesh=mesh, reading=_reading(cfg))
     files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
 
 
@@ -125,7 +131,7 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     source = build.open_data_set(cfg).train
     with _logged(directory):
         workdir.claim(own, directory)
-        _train(tokenizer_stage(own), source, directory, own.seed, mesh)
+        _train(tokenizer_stage(own), source, directory, own, mesh)
 
 
 def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
@@ -153,9 +159,10 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
             seed=own.seed,
             batch_size=own.ar_training.batch_size,
             mesh=mesh,
+            reading=_reading(own),
         )
         stage = ar_stage(build.build_ar(own), vae, params, own.ar_training, own.seed)
-        _train(stage, source, directory, own.seed, mesh)
+        _train(stage, source, directory, own, mesh)
 
 
 def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:

@@ -24,6 +24,7 @@ from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import lpips, transformer
 from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.conditions import Condition
 from sphere_ar_jax.models.heads import MeanVelocity
 from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.models.vae import VAE
@@ -184,6 +185,12 @@ def _on_one(mesh: Mesh, tree: PyTree) -> PyTree:
     return _placed(tree, jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
 
 
+def _label(condition: Condition) -> tuple[Any, tuple[int, ...]]:
+    """The dtype of a label and its shape for one image."""
+    example = condition.example()
+    return example.dtype, example.shape[1:]
+
+
 def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     """The steps of the trainings that the config asks for, as `loop.train` compiles them.
 
@@ -198,7 +205,7 @@ def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
         state = abstract_state(stage, mesh)
         frozen = sharding.abstract(mesh, frozen)
         images = stage.options.batch_size
-        image, label = _rows(mesh, images, (jnp.float32, shape), (jnp.int32, ()))
+        image, label = _rows(mesh, images, (jnp.float32, shape), _label(build.build_condition(cfg)))
         batch = {'image': image, 'label': label}
         arguments = (state, frozen, batch)
         computed = costs.flops(stage.step, *arguments)
@@ -230,7 +237,8 @@ def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float
 
     # The shapes are taken without the mesh.
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    dtype, shape = _label(ar.condition)
+    labels = jax.ShapeDtypeStruct((batch, *shape), dtype)
     plan = options.plan(ar.num_tokens)
     rows = 2 * batch if options.guidance else batch
     chunk = chunk_size(plan.tables.t.shape[1], rows, ar.fused)
@@ -254,7 +262,7 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
 
     unstacked = jax.eval_shape(transformer.unstack, _shapes(stacked))
     params = sharding.abstract(mesh, unstacked)
-    labels, index = _rows(mesh, images, (jnp.int32, ()), (jnp.int32, ()))
+    labels, index = _rows(mesh, images, _label(ar.condition), (jnp.int32, ()))
     whole = sharding.whole(mesh)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)

@@ -51,6 +51,7 @@ RULES = (
     (r'w2/kernel', P('tensor', 'fsdp')),  # (F, D)
     # (classes, C, D). If it were split by fsdp, its gradient would gather the batch.
     (r'cls_embedding', P(None, None, 'tensor')),
+    (r'text_(embedding|positions)', P(None, 'tensor')),  # (V + 1, D), (T, D)
     (r'ada/kernel', P('fsdp', None, None)),  # (M, 2 or 3, M)
     (r'head/(cond_embed|time2|span2)/kernel', P('fsdp', None)),  # (in, M)
 )

@@ -26,7 +26,7 @@ from sphere_ar_jax.runtime.console import UserError
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image
 # Images of the model's size as an array, or pictures.
 Images: TypeAlias = ArrayLike | Picture | Sequence[Picture]
-# A class by its number or its name, or one for each image.
+# A class by its number or its name, or a text to draw; or one for each image.
 Labels: TypeAlias = ArrayLike | str | Sequence[str | int]
 
 _ROUNDING = 1e-6  # by which floats may leave [−1, 1]
@@ -148,12 +148,13 @@ def tokens(value: ArrayLike, count: int, latent_dim: int) -> np.ndarray:
     return floats
 
 
-def labels(value: Any, find: Callable[[str], int] | None = None) -> Any:
-    """Makes a list of one label; names become numbers. What the model knows is not checked here.
+def labels(value: Any, find: Callable[[str], Any] | None = None) -> Any:
+    """Makes a list of one label; texts become numbers. What the model knows is not checked here.
 
     Args:
       value: `Labels`; labels of another kind stay as they are.
-      find: gives the number of the class that has a name; None knows no names.
+      find: gives the number of the class that has a name, or the numbers of a text to draw; None
+        knows no names.
 
     Returns:
       The labels, as `conditions` has them.
@@ -172,13 +173,20 @@ def labels(value: Any, find: Callable[[str], int] | None = None) -> Any:
     if isinstance(value, dict) or (isinstance(value, tuple) and any(map(np.ndim, value))):
         return value  # a tree, of a condition of its own
     if isinstance(value, list | tuple):
-        return [number(label) for label in value]
+        return _alike([number(label) for label in value])
     if isinstance(value, str):
         return [number(value)]
     array = np.asarray(value)
     if array.dtype.kind == 'U':
         return [number(label) for label in np.atleast_1d(array).tolist()]
     return array[None] if array.ndim == 0 else array
+
+
+def _alike(labels: list[Any]) -> list[Any]:
+    """The same labels. Raises UserError where some are numbers and others rows of them."""
+    if len({np.shape(_array(label, 'the parts of a label')) for label in labels}) > 1:
+        raise UserError('labels must be all of one kind, texts or numbers')
+    return labels
 
 
 def seeds(value: ArrayLike, count: int) -> int | np.ndarray:

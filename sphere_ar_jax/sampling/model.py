@@ -80,7 +80,8 @@ class Model:
       files and images of PIL of any size, which are cropped as for an evaluation.
     - Tokens are float32 (n, L, d), as the AR model reads them. They are (n, L, d + 1) where
       `ar.token_space` is polar.
-    - `labels` are numbers or names of classes: one, or one for each image.
+    - `labels` are numbers or names of classes: one, or one for each image. Where a run draws
+      for texts they are the texts.
     - `seed` is a whole number, or one for each image. With one seed, image i has the noise of image
       i of `--mode=sample`. With several, image i is the one that its seed alone gives.
     - `guidance` is the guidance scale: a number, or one for each image; None takes the run's own.
@@ -119,7 +120,7 @@ class Model:
         batch_size: int | None = None,
         read_ar: Callable[[], Run] | None = None,
         class_names: Sequence[str] | None = None,
-        find: Callable[[str], int] | None = None,
+        find: Callable[[str], Any] | None = None,
     ) -> None:
         """Makes a model of a run that was read or trained.
 
@@ -129,7 +130,7 @@ class Model:
           batch_size: images that are computed at once, at most; the config's own if None.
           read_ar: reads the run with the AR model's parameters, if those of `run` are None.
           class_names: see the class.
-          find: gives the number of the class that a text names.
+          find: gives the number of the class that a text names, or the label of a text to draw.
 
         Raises:
           UserError: the batch size is not at least 1.
@@ -147,8 +148,10 @@ class Model:
 
     def __repr__(self) -> str:
         tokens = (self.num_tokens, self.vae.token_dim)
-        classes = schema.num_classes(self.config)
-        return f'<Model: images {self.image_shape}, tokens {tokens}, {classes} classes>'
+        asked = f'{schema.num_classes(self.config)} classes'
+        if build.has_captions(self.config):
+            asked = f'texts of up to {self.config.ar.text_tokens} tokens'
+        return f'<Model: images {self.image_shape}, tokens {tokens}, {asked}>'
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
+from sphere_ar_jax.config.build import has_captions
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime.console import UserError, said
 from sphere_ar_jax.sampling.model import Model
@@ -279,9 +280,12 @@ def serve(
       like: a config whose sampler is what the page has at first, see `open_run.open_run`.
 
     Raises:
-      UserError: gradio is missing, the port is taken, or there is no run.
+      UserError: gradio is missing, the port is taken, or there is no run with classes.
     """
-    open_run.config_of(workdir)
+    if has_captions(open_run.config_of(workdir)):
+        raise UserError(
+            "the page draws for classes, but this run draws for texts: use --mode=grid --prompt='…'"
+        )
     _require_gradio()
     import gradio as gr
     from starlette.middleware import Middleware

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, fine_tuning, schema
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
@@ -57,7 +58,10 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'there is no run in {workdir}') from None
     try:
-        return checks.from_dict(json.loads(content))
+        values = json.loads(content)
+        if 'vocabulary' in values.get('ar', {}):
+            values['ar']['vocabulary'] = vocabulary.of_run(values['ar']['vocabulary'], workdir)
+        return checks.from_dict(values)
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):

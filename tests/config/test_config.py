@@ -9,6 +9,7 @@ import pytest
 
 from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.data import batches, digits
+from sphere_ar_jax.models.conditions import Text
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import stages
@@ -282,10 +283,21 @@ def test_the_config_of_fashion(arg):
             checks.check(schema.changed(cfg, values))
 
 
+@pytest.mark.parametrize('arg', ['', 'smoke'])
+def test_the_config_of_composed_digits(arg):
+    cfg = checks.check(_load('composed', arg))
+    ar = build.build_ar(cfg)
+    assert ar.condition == Text(vocabulary_size=257, length=48, width=128)
+    assert build.build_vae(cfg).image_shape == (32, 32, 1)
+    with pytest.raises(ValueError, match="no variant 'huge'"):
+        _load('composed', 'huge')
+
+
 def test_configs_are_all_tested_here():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         'digits',
         'fashion',
+        'composed',
         'own',  # in test_own.py
         'vae',
         'ar_b',

@@ -5,7 +5,7 @@ ImageNet-R has 200 of ImageNet's 1,000 synsets. The place of a synset among them
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,11 @@ class Pictures(NamedTuple):
 
     Attributes:
       files: the paths, class by class.
-      labels: the label of each file, as the model counts the classes.
+      labels: the label of each file, as the model counts the classes, or the numbers of its text.
     """
 
     files: list[str]
-    labels: list[int]
+    labels: list[Any]
 
 
 def labelled(path: str | os.PathLike[str], find: Callable[[str], int]) -> Pictures:

@@ -1,0 +1,54 @@
+r"""Text to image on composed digits: two or four of scikit-learn's scans, drawn for a caption.
+
+Command:   python -m sphere_ar_jax.main --config=configs/composed.py --workdir=/tmp/composed
+Data:      Nothing is downloaded. Images of 32×32 pixels are made from the scans, with captions as
+           'a thick three left of a small seven' or 'two rows: 4 1 / 8 8' (docs/text.md).
+Hardware:  Two CPU cores.
+Result:    Not measured yet.
+
+  python -m sphere_ar_jax.main --mode=grid --workdir=/tmp/composed \
+      --prompt='a thick three left of a small seven'
+
+Words after the colon, separated by commas:
+
+smoke      The same path in few steps, to see that everything runs. Its pictures show no digits yet.
+
+Captions are read byte by byte by the transformer, in place of class tokens. Images have 8×8 tokens
+of d = 16 on a sphere of radius 4. The models are those of configs/fashion.py, but for these:
+
+- The transformer is deeper, since it reads, too.
+- There are more steps.
+"""
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import packaged, recipes
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """The config of composed digits.
+
+    Args:
+      arg: the words after the colon, see above.
+
+    Raises:
+      ValueError: another word was given; one line.
+    """
+    words, _ = recipes.arguments('configs/composed.py', arg, ('smoke',))
+    c = packaged.load('fashion')
+    c.data.name = 'composed'
+    c.data.path = None
+    c.ar.condition = 'text'
+    c.ar.text_tokens = 48
+    c.ar.depth = 6
+    c.ar_training.steps = 9000
+    c.sampling.guidance_scale = 2.0
+    c.watch.classes = 6
+    if 'smoke' in words:
+        c.data.classifier_steps = 50
+        c.tokenizer_training.update(steps=20, warmup_steps=5, log_every=10, checkpoint_every=10)
+        c.ar_training.update(
+            steps=20, warmup_steps=5, ema_decay=0.9, log_every=10, checkpoint_every=10
+        )
+        c.sampling.update(recipes.FAST, num_images=96, batch_size=96)
+    return c

@@ -1,0 +1,92 @@
+"""Records with captions as what a model trains on: a caption's numbers become the label.
+
+Dimensions:
+  T  numbers of a caption, see `vocabulary`
+"""
+
+from typing import Any
+
+import numpy as np
+
+from sphere_ar_jax.data.augment import BrokenImageError
+from sphere_ar_jax.data.batches import Record, Source, Transform
+from sphere_ar_jax.data.captions import vocabulary
+from sphere_ar_jax.runtime.console import UserError
+
+
+class Captioning:
+    """A transform that makes a record's label of one of its captions.
+
+    It is picklable, for worker processes.
+    """
+
+    def __init__(self, word: str, length: int, image: Transform | None = None):
+        """Makes the transform.
+
+        Args:
+          word: the config's `ar.vocabulary`.
+          length: T.
+          image: the transform of the image, or None.
+        """
+        self._word = word
+        self._length = length
+        self._image = image
+
+    def __call__(self, record: Record, epoch: int, rng: np.random.Generator) -> Record:
+        """{'image', 'captions', …} → {'image', 'label': (T,) int32}.
+
+        The image's own draws come first. Then one of several captions is drawn.
+
+        Raises:
+          BrokenImageError: the record has no caption, or the image cannot be decoded.
+          UserError: the vocabulary does not know a caption.
+        """
+        captions = record['captions']
+        if not captions:
+            raise BrokenImageError('it has no caption')
+        found = record if self._image is None else self._image(record, epoch, rng)
+        chosen = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
+        words = vocabulary.open_vocabulary(self._word)
+        label = vocabulary.encode_caption(chosen, words, self._length)
+        return {'image': found['image'], 'label': label}
+
+
+class FirstCaption:
+    """A source whose labels are the first captions, for images that are looked at.
+
+    Attributes:
+      source: the source that it is made of.
+    """
+
+    def __init__(self, source: Any, word: str, length: int):
+        """Makes the source; the arguments are those of `Captioning`."""
+        self.source = source
+        self._captioning = Captioning(word, length)
+
+    def __getattr__(self, name: str) -> Any:
+        # What is not said here is as in the source. A copy made by pickle has no source at first.
+        if name == 'source':
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        first = record | {'captions': record['captions'][:1]}
+        return self._captioning(first, 0, np.random.default_rng(0))
+
+
+def require(source: Source, where: str) -> None:
+    """Checks that images have captions.
+
+    Args:
+      source: the images.
+      where: what they are, for the message.
+
+    Raises:
+      UserError: they have none.
+    """
+    if len(source) and 'captions' not in source[0]:
+        raise UserError(f"{where} has no captions, which ar.condition='text' reads")

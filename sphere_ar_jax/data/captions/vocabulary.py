@@ -1,0 +1,217 @@
+"""Vocabularies: how a text becomes a row of numbers, and back.
+
+The config's word `ar.vocabulary` chooses one: 'bytes', or the path of a tokenizer of the library
+`tokenizers` (a tokenizer.json, as Hugging Face's models have it; the extra `text` installs it).
+
+Dimensions:
+  T  numbers of a caption; shorter captions are filled up with `END`
+  V  size of a vocabulary, `END` included
+"""
+
+import functools
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
+
+_FILE = 'vocabulary.json'
+END = 0  # ends a caption, and fills it up
+
+
+class Vocabulary(Protocol):
+    """The numbers that stand for the pieces of a text.
+
+    Attributes:
+      size: V; numbers are 1 … V − 1, and END.
+    """
+
+    size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Turns a text into numbers, without END.
+
+        Raises:
+          UserError: the vocabulary has no numbers for the text.
+        """
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """Turns numbers up to the first END into a text."""
+
+
+def _until_end(numbers: Iterable[int]) -> list[int]:
+    """The numbers before the first END."""
+    found = [int(n) for n in numbers]
+    return found[: found.index(END)] if END in found else found
+
+
+def _shown(text: str) -> str:
+    """A text for messages: in quotes, printable and short."""
+    return f"'{printable(text, 60)}'"
+
+
+class Bytes:
+    """The bytes of a text's UTF-8; byte b has the number b + 1.
+
+    Any text comes back as it was, in Unicode's form NFC.
+    """
+
+    size = 257
+
+    def encode(self, text: str) -> list[int]:
+        """Turns a text into its bytes plus 1; see `Vocabulary`."""
+        try:
+            content = unicodedata.normalize('NFC', text).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f'{_shown(text)} is no text: character {error.start + 1} is half of a surrogate '
+                'pair'
+            ) from None
+        return [byte + 1 for byte in content]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """Turns numbers into a text; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(n - 1 for n in _until_end(numbers)).decode(errors='replace')
+
+
+class TokenizerFile:
+    """A tokenizer of the library `tokenizers`; its number n has the number n + 1.
+
+    It adds no special tokens.
+    """
+
+    def __init__(self, path: str):
+        """Reads a tokenizer.json.
+
+        Raises:
+          UserError: the library is missing, or the file is no tokenizer.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f'ar.vocabulary={path} needs the library tokenizers: '
+                "pip install 'sphere_ar_jax[text]'"
+            ) from None
+        if not os.path.isfile(path):
+            raise UserError(f"ar.vocabulary is {path}: give 'bytes', or the path of tokenizer.json")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises plain exceptions
+            raise UserError(f'{path} is no tokenizer: {first_line(error)}') from None
+        # A tokenizer may cut texts and fill them up. Here `encode` does that, for all vocabularies.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._unknown = self._unknown_number()
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True) + 1
+
+    def _unknown_number(self) -> int | None:
+        """The number of the token for what the tokenizer does not know, None where it has none."""
+        token = getattr(self._tokenizer.model, 'unk_token', None)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Turns a text into numbers; see `Vocabulary`."""
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # of texts with halves of surrogate pairs
+            raise UserError(f'{_shown(text)} is no text that the tokenizer reads') from None
+        if self._unknown in found.ids:
+            start, stop = found.offsets[found.ids.index(self._unknown)]
+            raise UserError(
+                f'{_shown(text)} has {_shown(text[start:stop])}, which the tokenizer does not know'
+            )
+        return [n + 1 for n in found.ids]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """Turns numbers into a text; see `Vocabulary`."""
+        return self._tokenizer.decode([n - 1 for n in _until_end(numbers)])
+
+
+@functools.lru_cache(8)
+def open_vocabulary(word: str) -> Vocabulary:
+    """Opens the vocabulary that the config's `ar.vocabulary` names.
+
+    Raises:
+      UserError: see `TokenizerFile`.
+    """
+    return Bytes() if word == 'bytes' else TokenizerFile(word)
+
+
+def keep(word: str, workdir: str) -> None:
+    """Copies a tokenizer.json to WORKDIR/vocabulary.json, so that the run can be moved alone.
+
+    Args:
+      word: the config's `ar.vocabulary`; of 'bytes' nothing is kept.
+      workdir: the directory of the run.
+
+    Raises:
+      UserError: the run was begun with another tokenizer.
+    """
+    kept = epath.Path(workdir, _FILE)
+    if word == 'bytes' or word == os.fspath(kept):
+        return
+    content = epath.Path(word).read_bytes()
+    if not kept.exists():
+        files.write_bytes(kept, content)
+    elif kept.read_bytes() != content:
+        raise UserError(
+            f'{workdir} was begun with another vocabulary than {word}: use another --workdir'
+        )
+
+
+def of_run(word: str, workdir: str | os.PathLike[str]) -> str:
+    """What `ar.vocabulary` is for a run that may have been moved: the file that it keeps, if any.
+
+    Args:
+      word: the value in the run's config.json.
+      workdir: the directory of the run.
+    """
+    kept = epath.Path(workdir, _FILE)
+    return os.fspath(kept) if word != 'bytes' and kept.exists() else word
+
+
+def _filled(numbers: Sequence[int], length: int) -> np.ndarray:
+    """Numbers as (T,) int32, filled up with END."""
+    row = np.full(length, END, np.int32)
+    row[: len(numbers)] = numbers
+    return row
+
+
+def encode_prompt(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
+    """Encodes a text that an image is drawn for.
+
+    Args:
+      text: the prompt. Spaces around it do not count.
+      vocabulary: the model's vocabulary.
+      length: T.
+
+    Returns:
+      (T,) int32.
+
+    Raises:
+      UserError: the prompt is empty or too long, or the vocabulary has no numbers for it.
+    """
+    if not text.strip():
+        raise UserError('a prompt is empty: say what the image shows')
+    numbers = vocabulary.encode(text.strip())
+    if len(numbers) > length:
+        raise UserError(
+            f'the prompt {_shown(text)} is too long: it has {len(numbers)} tokens, and this model '
+            f'reads {length}'
+        )
+    return _filled(numbers, length)
+
+
+def encode_caption(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
+    """Encodes a caption to train on, (T,) int32; what is beyond T numbers is cut off.
+
+    Raises:
+      UserError: the vocabulary has no numbers for it.
+    """
+    return _filled(vocabulary.encode(text.strip())[:length], length)

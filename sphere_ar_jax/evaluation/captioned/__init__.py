@@ -1,0 +1,1 @@
+"""Scores and prompts of runs whose images are drawn for texts."""

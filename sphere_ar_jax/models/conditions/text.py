@@ -1,0 +1,88 @@
+"""Captions as a condition: the transformer reads a text's tokens in place of class tokens.
+
+A caption is a row of T numbers of a vocabulary, filled up with one that ends captions (see
+`docs/text.md`). Each number is a learned token, and each place in the caption has a learned
+position. The caption that stands for no condition is one more number, T times.
+
+Dimensions:
+  B  images     T  numbers of a caption     V  size of the vocabulary     D  width of the AR model
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.conditions.classes import check_labels
+from sphere_ar_jax.runtime.console import UserError
+
+
+class Text(nn.Module):
+    """The tokens of captions.
+
+    Captions have the numbers 0 to vocabulary_size − 1; vocabulary_size itself, in all places,
+    stands for no caption.
+
+    Attributes:
+      vocabulary_size: V.
+      length: T.
+      width: D.
+    """
+
+    vocabulary_size: int
+    length: int
+    width: int
+
+    def example(self) -> jax.Array:
+        """Returns the caption of one image, (1, T) int32."""
+        return jnp.zeros((1, self.length), jnp.int32)
+
+    @nn.compact
+    def embed(self, labels: jax.Array) -> jax.Array:
+        """Turns captions (B, T) int32 into tokens (B, T, D) float32.
+
+        Raises:
+          UserError: a number is beyond the vocabulary.
+        """
+        check_labels(labels, self.vocabulary_size + 1)
+        shape = (self.vocabulary_size + 1, self.width)
+        table = self.param('text_embedding', transformer.INIT, shape)
+        positions = self.param('text_positions', transformer.INIT, (self.length, self.width))
+        return jnp.take(table, labels, axis=0) + positions[None]
+
+    def null(self, labels: jax.Array) -> jax.Array:
+        """Returns the caption that stands for none, (B, T) of the labels' dtype."""
+        return jnp.full_like(labels, self.vocabulary_size)
+
+    def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
+        """Replaces each caption by the one that stands for none, with a probability.
+
+        Args:
+          keys: one PRNG key for each image, (B,).
+          labels: (B, T) int32.
+          probability: a number in [0, 1].
+
+        Returns:
+          (B, T) int32.
+        """
+
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(key, probability)
+
+        return jnp.where(jax.vmap(draw)(keys)[:, None], self.vocabulary_size, labels)
+
+    def check(self, labels: Any) -> None:
+        """Checks that labels are captions (B, T) of the vocabulary's numbers.
+
+        Raises:
+          UserError: they are not; or there are none.
+        """
+        check_labels(labels, self.vocabulary_size)
+        if np.ndim(labels) != 2 or np.shape(labels)[1] != self.length or not np.size(labels):
+            raise UserError(
+                f'this model draws for texts: give texts, or (n, {self.length}) numbers of them, '
+                f'not {np.shape(labels)}'
+            )

@@ -1,0 +1,140 @@
+"""A run that draws for texts, from its training to its pictures."""
+
+import json
+import shutil
+from unittest import mock
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+import sphere_ar_jax
+from sphere_ar_jax.commands import draw, train
+from sphere_ar_jax.config import checks
+from sphere_ar_jax.data.captions import composed, vocabulary
+from sphere_ar_jax.runtime.console import UserError
+from tests import tiny_config
+from tests.conftest import libraries_promote
+
+WORDS = (*composed.WORDS, 'a', 'an', 'thick', 'small', 'left', 'right', 'of', 'above', 'below',
+         'rows', ':', '/', *'0123456789')  # fmt: skip
+
+
+def _config(word='bytes'):
+    c = tiny_config.get_config()
+    c.data.name = 'composed'
+    c.data.classifier_steps = 2
+    c.vae.update(channels=(4, 4, 8, 16))
+    c.ar.update(condition='text', vocabulary=word, text_tokens=16 if word != 'bytes' else 48)
+    for name in ('tokenizer_training', 'ar_training'):
+        c[name].update(steps=4, checkpoint_every=4)
+    c.sampling.update(num_images=12, batch_size=12, guidance='constant')
+    c.watch.update(every=4, classes=2, columns=2)
+    return checks.check(c)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The workdir of a short run whose vocabulary is a file of words, which is gone."""
+    tokenizers = pytest.importorskip('tokenizers')
+    directory = tmp_path_factory.mktemp('text')
+    file = directory / 'tokenizer.json'
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({'[UNK]': 0} | {w: i for i, w in enumerate(WORDS, 1)}, '[UNK]')
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(file))
+    trained = directory / 'trained'
+    # Composing all images takes a while.
+    with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
+        train.train(_config(str(file)), str(trained), 'the command', 0.0)
+    file.unlink()
+    moved = directory / 'moved'
+    shutil.move(trained, moved)
+    return moved
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_by_what_was_asked_for(run):
+    metrics = json.loads((run / 'metrics.json').read_text())
+    for group in ('seen', 'held_out', 'rows'):
+        for name in ('samples', 'real'):
+            assert 0 <= metrics[f'{name}/{group}'] <= metrics[f'{name}/{group}_digits'] <= 1
+    assert 'A network reads both digits' in (run / 'report.html').read_text()
+    for name in ('samples.png', 'ar/samples_0000004.png', 'reconstructions.png'):
+        with Image.open(run / name) as picture:
+            assert picture.size[0] > 100
+
+
+@pytest.mark.slow
+def test_a_moved_run_draws_for_texts(run, capsys):
+    texts = ['a thick three left of a small seven', 'an eight above a one']
+    model = sphere_ar_jax.load(run)
+    assert 'texts of up to 16 tokens' in repr(model)
+    images = model.sample(texts, seed=3)
+    chex.assert_shape(images, (2, 32, 32, 1))
+    chex.assert_tree_all_finite(images)
+    # An image does not depend on the others.
+    np.testing.assert_allclose(model.sample(texts[0], seed=3)[0], images[0], atol=1e-4)
+    assert model.complete(images, texts[0], keep=0.5).shape == (2, 32, 32, 1)
+    for labels, message in (
+        (3, 'this model draws for texts'),
+        (['a one', 3], 'labels must be all of one kind, texts or numbers'),
+        ('a cat', "'cat', which the tokenizer does not know"),
+        (' ', 'a prompt is empty'),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.sample(labels)
+
+
+@pytest.mark.slow
+def test_prompts_of_the_command_line(run, tmp_path, capsys):
+    prompts = tmp_path / 'prompts.txt'
+    prompts.write_text('a one above a two\n\nan eight left of a small three\n')
+    output = tmp_path / 'samples.npz'
+    draw.sample(str(run), prompts=str(prompts), num_images=5, output=str(output))
+    labels = np.load(output)['arr_1']
+    chex.assert_shape(labels, (5, 16))
+    words = vocabulary.open_vocabulary(str(run / 'vocabulary.json'))
+    assert words.decode(labels[3]) == 'an eight left of a small three'
+    np.testing.assert_array_equal(labels[0], labels[4])
+    for place, options in (
+        ('grid.png', {'prompt': ['a one above a two'], 'prompts': str(prompts), 'columns': 2}),
+        ('other.png', {'prompt': ['a nine below a six']}),
+    ):
+        draw.grid(str(run), output=str(tmp_path / place), **options)
+        assert (tmp_path / place).exists()
+    image = tmp_path / 'image.png'
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(image)
+    draw.complete(
+        str(run), images=str(image), prompt=['a six'], output=str(tmp_path / 'complete.png')
+    )
+    for call, message in (
+        (lambda: draw.grid(str(run), classes='3'), 'this run draws for texts: give --prompt='),
+        (lambda: draw.sample(str(run)), 'this run draws for texts'),
+        (
+            lambda: draw.complete(str(run), images=str(image), prompt=['a one', 'a two']),
+            '2 prompts are given for 1 images: give one for all, or one for each',
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'ar.condition': 'classes'}, "data composed has captions: use 'text'"),
+        ({'data.name': 'idx'}, "'text' reads captions, which data idx has not: use composed"),
+        ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
+        ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of tokenizer.json"),
+        ({'ar.text_tokens': 0}, 'ar.text_tokens is 0, but must be at least 1'),
+    ],
+)
+def test_configs_that_no_run_can_have(changes, message):
+    c = _config()
+    c.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message) as raised:
+        checks.check(c)
+    assert '\n' not in str(raised.value)

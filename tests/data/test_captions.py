@@ -1,0 +1,295 @@
+"""Captions: vocabularies, prompts, records with captions, and composed digits."""
+
+import json
+import pickle
+import re
+import unicodedata
+
+import chex
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies
+from scipy import ndimage
+
+from sphere_ar_jax.data.augment import BrokenImageError
+from sphere_ar_jax.data.batches import batches
+from sphere_ar_jax.data.captions import captioned, composed, vocabulary
+from sphere_ar_jax.data.captions.files import read_prompts
+from sphere_ar_jax.data.digits import Digits
+from sphere_ar_jax.runtime.console import UserError
+
+BYTES = vocabulary.open_vocabulary('bytes')
+
+
+@pytest.fixture(scope='module')
+def tokenizer_file(tmp_path_factory):
+    """A tokenizer.json of words, with a token for unknown ones, that would cut texts."""
+    tokenizers = pytest.importorskip('tokenizers')
+    words = {'[UNK]': 0, 'a': 1, 'three': 2, 'left': 3, 'of': 4, 'seven': 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='[UNK]'))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    path = tmp_path_factory.mktemp('vocabulary') / 'tokenizer.json'
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@hypothesis.given(strategies.text(strategies.characters(exclude_categories=('Cs',))))
+def test_bytes_come_back_as_they_were(text):
+    normal = unicodedata.normalize('NFC', text)
+    numbers = BYTES.encode(text)
+    assert numbers == [byte + 1 for byte in normal.encode()]
+    assert BYTES.decode(numbers) == normal
+    assert BYTES.decode([*numbers, vocabulary.END, 5, 6]) == normal
+
+
+def test_bytes_that_are_no_text_are_shown_as_such():
+    assert BYTES.decode([0xFF + 1]) == '\ufffd'
+    with pytest.raises(UserError, match='character 2 is half of a surrogate pair'):
+        BYTES.encode('a\ud800')
+
+
+def test_a_tokenizer_file_is_a_vocabulary(tokenizer_file):
+    words = vocabulary.open_vocabulary(tokenizer_file)
+    assert words.size == 7
+    # Its own truncation and padding do not count.
+    assert words.encode('a three left of a seven') == [2, 3, 4, 5, 2, 6]
+    assert words.decode([2, 3, 4, 5, 2, 6, 0, 0]) == 'a three left of a seven'
+    with pytest.raises(UserError, match="'a cat' has 'cat', which the tokenizer does not know"):
+        words.encode('a cat')
+
+
+def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
+    vocabulary.keep('bytes', str(tmp_path))
+    assert vocabulary.of_run('bytes', tmp_path) == 'bytes'
+    assert vocabulary.of_run('/gone/tokenizer.json', tmp_path) == '/gone/tokenizer.json'
+    vocabulary.keep(tokenizer_file, str(tmp_path))
+    kept = vocabulary.of_run('/gone/tokenizer.json', tmp_path)
+    assert vocabulary.open_vocabulary(kept).encode('seven') == [6]
+    vocabulary.keep(kept, str(tmp_path))  # the run is continued
+    other = tmp_path / 'other.json'
+    other.write_text('{}')
+    with pytest.raises(UserError, match='begun with another vocabulary'):
+        vocabulary.keep(str(other), str(tmp_path))
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    pytest.importorskip('tokenizers')
+    with pytest.raises(UserError, match=r"give 'bytes', or the path of tokenizer\.json"):
+        vocabulary.open_vocabulary(str(tmp_path / 'absent.json'))
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(json.dumps({'model': 3}))
+    with pytest.raises(UserError, match='is no tokenizer: '):
+        vocabulary.open_vocabulary(str(path))
+
+
+def test_prompts_are_filled_up_and_captions_are_cut():
+    found = vocabulary.encode_prompt(' ab ', BYTES, 4)
+    chex.assert_trees_all_equal(found, np.array([98, 99, 0, 0], np.int32))
+    chex.assert_trees_all_equal(
+        vocabulary.encode_caption('abcdef', BYTES, 4), np.array([98, 99, 100, 101], np.int32)
+    )
+
+
+@pytest.mark.parametrize(
+    ('prompt', 'message'),
+    [
+        ('', 'a prompt is empty: say what the image shows'),
+        (' \n\t', 'a prompt is empty: say what the image shows'),
+        ('x' * 10_000, 'is too long: it has 10000 tokens, and this model reads 48'),
+        ('😀' * 13, 'is too long: it has 52 tokens'),
+        ('a\udfff', 'is half of a surrogate pair'),
+    ],
+)
+def test_prompts_that_no_model_reads_are_one_line(prompt, message):
+    with pytest.raises(UserError, match=message) as raised:
+        vocabulary.encode_prompt(prompt, BYTES, 48)
+    text = str(raised.value)
+    assert len(text) < 250 and text.isprintable()
+
+
+@pytest.mark.parametrize('prompt', ['😀', 'אבג right to left', '\u202eשלום', 'a\x00b\x1b[31m'])
+def test_any_other_text_is_a_prompt(prompt):
+    row = vocabulary.encode_prompt(prompt, BYTES, 48)
+    chex.assert_shape(row, (48,))
+    assert BYTES.decode(row) == prompt
+
+
+def test_files_of_prompts(tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_bytes('\ufeffa one\r\n\r\n  ein Käse \n'.encode())
+    assert read_prompts(path) == ['a one', 'ein Käse']
+    path.write_bytes(b'\n \n')
+    with pytest.raises(UserError, match='has no prompt: write one in each line'):
+        read_prompts(path)
+    path.write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(UserError, match='is no text in UTF-8'):
+        read_prompts(path)
+    with pytest.raises(UserError, match='there is no file'):
+        read_prompts(tmp_path / 'absent')
+
+
+# ---- records with captions
+
+
+class Captioned:
+    """Four images with one, two, three and no captions."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        captions = tuple(f'{index}{letter}' for letter in 'abc'[: (index + 1) % 4])
+        image = np.full((2, 2, 1), index, np.float32)
+        return {'image': image, 'label': np.int32(0), 'captions': captions}
+
+
+def _texts(batch):
+    return [BYTES.decode(row) for row in batch['label']]
+
+
+def test_batches_have_any_of_the_captions():
+    transform = pickle.loads(pickle.dumps(captioned.Captioning('bytes', 3)))
+    with batches(
+        Captioned(), batch_size=4, seed=0, transform=transform, max_broken=1.0, threads=1
+    ) as found:
+        drawn = [next(found) for _ in range(20)]
+    chex.assert_shape(drawn[0]['label'], (4, 3))
+    assert drawn[0]['label'].dtype == np.int32
+    for batch in drawn:
+        for image, text in zip(batch['image'], _texts(batch), strict=True):
+            assert text[0] == str(int(image[0, 0, 0]))
+    texts = {text for batch in drawn for text in _texts(batch)}
+    # Image 3 has no caption: another one takes its place.
+    assert texts == {'0a', '1a', '1b', '2a', '2b', '2c'}
+
+
+def test_an_image_without_a_caption_is_named():
+    with pytest.raises(BrokenImageError, match='it has no caption'):
+        captioned.Captioning('bytes', 3)(Captioned()[3], 0, np.random.default_rng(0))
+
+
+def test_the_images_own_draws_come_first():
+    def crop(record, epoch, rng):
+        return {'image': rng.random(), 'label': record['label']}
+
+    found = captioned.Captioning('bytes', 3, crop)(Captioned()[2], 0, np.random.default_rng(5))
+    assert found['image'] == np.random.default_rng(5).random()
+
+
+def test_looks_take_the_first_caption():
+    source = pickle.loads(pickle.dumps(captioned.FirstCaption(Captioned(), 'bytes', 3)))
+    assert len(source) == 4
+    assert BYTES.decode(source[2]['label']) == '2a'
+
+
+def test_data_without_captions_are_refused():
+    with pytest.raises(UserError, match=r"data digits has no captions, which ar\.condition='text'"):
+        captioned.require(Digits('train', 0), 'data digits')
+
+
+# ---- composed digits
+
+GRAMMAR = re.compile(
+    r'(an eight|a (thick )?(small )?({words})) (left of|right of|above|below) '
+    r'(an eight|a (thick )?(small )?({words}))|two rows: \d \d / \d \d'.replace(
+        '{words}', '|'.join(composed.WORDS)
+    )
+)
+
+
+@pytest.fixture(scope='module')
+def images():
+    return composed.splits(0, 0.2)
+
+
+def test_captions_follow_the_grammar(images):
+    for split in images:
+        for i in range(300):
+            caption = split.composition(i).caption()
+            assert GRAMMAR.fullmatch(caption), caption
+            assert len(caption) <= 48
+
+
+@pytest.mark.parametrize(
+    ('caption', 'upright', 'backwards'),
+    [
+        ('a thick three left of a small eight', False, False),
+        ('a small eight right of a thick three', False, True),
+        ('a thick three above a small eight', True, False),
+        ('a small eight below a thick three', True, True),
+    ],
+)
+def test_one_image_has_two_captions(caption, upright, backwards):
+    things = (composed.Thing(3, thick=True), composed.Thing(8, small=True))
+    assert composed.Composition(things, upright, backwards).caption() == caption
+
+
+def test_rows_and_articles():
+    things = tuple(composed.Thing(k) for k in (4, 1, 8, 8))
+    assert composed.Composition(things).caption() == 'two rows: 4 1 / 8 8'
+    assert composed.Thing(8).caption() == 'an eight'
+    assert composed.Thing(8, small=True, thick=True).caption() == 'a thick small eight'
+
+
+def test_training_images_have_no_held_out_pair(images):
+    train, heldout = images
+    held_out = composed.held_out_pairs(0)
+    assert len(held_out) == 20
+    # Each digit is first and second of two pairs, so that training shows it in each place.
+    for place in (0, 1):
+        counts = np.bincount([pair[place] for pair in held_out], minlength=10)
+        np.testing.assert_array_equal(counts, 2)
+    seen = set().union(*(train.composition(i).pairs() for i in range(3000)))
+    assert seen.isdisjoint(held_out) and len(seen) == 80
+    assert set().union(*(heldout.composition(i).pairs() for i in range(500))) == held_out
+    assert composed.held_out_pairs(1) != held_out
+
+
+def test_images_are_a_function_of_seed_part_and_number(images):
+    train, heldout = images
+    again = composed.Composed('train', 0, count=50)
+    for i in (0, 7, 49):
+        chex.assert_trees_all_equal(again[i], train[i])
+    chex.assert_shape(train[3]['image'], (32, 32, 1))
+    assert train[3]['image'].dtype == np.float32
+    assert not np.array_equal(train[3]['image'], heldout[3]['image'])
+    with pytest.raises(IndexError):
+        again[50]
+    shown = again.to_pixels(again[7]['image'][None])[0]
+    np.testing.assert_allclose(again.pixels[7], shown, atol=1e-6)
+
+
+def test_digits_lie_in_their_places(images):
+    """The ink of each digit lies in its half or quarter, and as high as its size says."""
+    train, _ = images
+    for i in range(200):
+        composition = train.composition(i)
+        pixels = train.to_pixels(train[i]['image'][None])[0]
+        assert pixels.min() == 0 and pixels.max() <= 1
+        upper, lower = pixels[:16], pixels[16:]
+        if len(composition.things) == 4:
+            parts = [half[:, side] for half in (upper, lower) for side in np.s_[:16, 16:]]
+        elif composition.upright:
+            parts = [upper, lower]
+        else:
+            parts = [pixels[:, :16], pixels[:, 16:]]
+        for thing, part in zip(composition.things, parts, strict=True):
+            rows = np.flatnonzero(part.max(1) > 0.1)
+            side = composed.SMALL if thing.small else composed.LARGE
+            height = rows[-1] - rows[0] + 1
+            assert 0.7 * side <= height <= side, (composition.caption(), height)
+
+
+def test_things_are_painted_from_scans():
+    scan = Digits('train', 0).pixels[0]
+    plain = composed.paint(composed.Thing(0), scan)
+    chex.assert_shape(plain, (14, 14))
+    np.testing.assert_allclose(
+        plain, ndimage.zoom(ndimage.zoom(scan, 2, order=1), 14 / 16, order=1)
+    )
+    chex.assert_shape(composed.paint(composed.Thing(0, small=True), scan), (10, 10))
+    thick = composed.paint(composed.Thing(0, thick=True), scan)
+    assert thick.sum() > 1.25 * plain.sum() and thick.max() <= 1
