@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, fine_tuning, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
-from sphere_ar_jax.data.captions import captioned, vocabulary
+from sphere_ar_jax.data.captions import captioned, table, vocabulary
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -211,7 +211,7 @@ def _with_captions(cfg: ConfigDict, data: _Data) -> _Data:
     """
     if not build.has_captions(cfg):
         return data
-    captioned.require(data.source, f'data {cfg.data.name}')
+    captioned.first_caption(data.source, f'data {cfg.data.name}')
     transform = build.captioning(cfg, data.reading.get('transform'))
     heldout = data.heldout
     if heldout is not None:
@@ -252,6 +252,8 @@ def _open_images(cfg: ConfigDict) -> _Data:
         training, heldout = sources.split(source, d.holdout_files)
         reading = dict(workers=d.workers, threads=d.threads)
         return _Data(training, None, heldout, reading, source.tokenizer)
+    if d.captions is not None:
+        source = table.with_captions(source, d.captions)
     size, _, channels = build.build_vae(cfg).image_shape
     decay_from, decay_to = d.crop_until
     # The exact recipe of ImageNet knows neither EXIF nor transparency.
@@ -535,9 +537,9 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
 
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
-    'reasons', 'data.path', 'data.data_dir', 'data.threads', 'data.workers', 'tokenizer',
-    'init_from', 'fine_tuning.init_from', 'tokenizer_training.lpips', 'tokenizer_training.vgg',
-    'watch.inception', 'watch.reference',
+    'reasons', 'data.path', 'data.data_dir', 'data.captions', 'data.threads', 'data.workers',
+    'ar.vocabulary', 'tokenizer', 'init_from', 'fine_tuning.init_from', 'tokenizer_training.lpips',
+    'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
 )  # fmt: skip
 
 
@@ -613,8 +615,8 @@ def _introduce(setting: snapshots.Setting) -> None:
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
     if build.has_captions(setting.cfg):
-        first = console.printable(source[0]['captions'][0], 80)
-        print(f"captions, the first one: '{first}'", flush=True)
+        first = captioned.first_caption(source, f'data {setting.cfg.data.name}')
+        print(f"captions, the first one: '{console.printable(first, 80)}'", flush=True)
     else:
         print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')

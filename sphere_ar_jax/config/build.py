@@ -246,6 +246,11 @@ def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
     return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
 
 
+def encode_caption(config: ConfigDict, text: str) -> np.ndarray:
+    """A caption of the data as a label, see `vocabulary.encode_caption`."""
+    return vocabulary.encode_caption(text, open_vocabulary(config), config.ar.text_tokens)
+
+
 def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:
     """The transform of the records of a training.
 

@@ -235,16 +235,24 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
 def _check_condition(config: ConfigDict) -> None:
     """Checks that what images are drawn for comes with the data."""
     name = config.data.name
-    with_captions = build.has_captions(config)
+    own = name in schema.CAPTIONED
+    given = config.data.captions is not None
     _require(
-        with_captions == (name in schema.CAPTIONED),
-        f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'"
-        if name in schema.CAPTIONED
-        else f"ar.condition 'text' reads captions, which data {name} has not: use "
-        f'{" or ".join(schema.CAPTIONED)}',
+        not given or (name not in small.KINDS and name != 'latents'),
+        f'data.captions is for images in files, not for data {name}',
     )
-    if with_captions:
+    if build.has_captions(config):
+        _require(
+            own or given,
+            f"ar.condition 'text' reads captions, which data {name} has not: give "
+            '--config.data.captions=FILE.jsonl, or beside',
+        )
         build.open_vocabulary(config)
+    else:
+        _require(
+            not own and not given,
+            f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
+        )
 
 
 def _check_sphere(config: ConfigDict) -> None:

@@ -122,6 +122,9 @@ def default() -> ConfigDict:
                 enlarge=1,
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
+                # Where captions are, for ar.condition='text': a .jsonl, .json or .tsv file, or
+                # 'beside' for those that the images have themselves, see `captions.table`.
+                captions=config_dict.placeholder(str),
                 # Whether training images are mirrored left to right with probability ½.
                 flip=True,
                 # A run stops at this share of images that cannot be decoded.
@@ -307,7 +310,7 @@ _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
     # A run keeps its vocabulary in its workdir, and compares it.
     r'|ar\.vocabulary'
-    r'|data\.(path|data_dir|workers|threads|max_broken|classifier_steps)'
+    r'|data\.(path|data_dir|captions|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|fused)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'
 )

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sphere_ar_jax.data.files import array_records
+from sphere_ar_jax.data.files import array_records, columns
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.data.files.listing import (
@@ -281,6 +281,22 @@ class ImageFolder:
         except OSError as error:
             where = f'{self.path}/{self.name(i)}'
             raise UserError(f'{where} cannot be read: {first_line(error)}') from None
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Reads the captions of image i, the lines of NAME.txt beside it; () without such a file.
+
+        Raises:
+          UserError: the file is no text in UTF-8.
+        """
+        place = os.path.splitext(self.file(i))[0] + '.txt'
+        try:
+            with open(place, encoding='utf-8-sig') as f:
+                return columns.captions_of(place, f.read().splitlines())
+        except FileNotFoundError:
+            return ()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, 'reason', first_line(error))
+            raise UserError(f'{shown(place)} is no text in UTF-8: {reason}') from None
 
     def file(self, i: int) -> str:
         """Gives the path of image file i."""

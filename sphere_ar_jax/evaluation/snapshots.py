@@ -290,10 +290,17 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
 
 
 def _captions(setting: Setting, count: int) -> list[str]:
-    """First captions of images, spread evenly over the held-out ones, or else the others."""
+    """First captions of images, spread evenly over the held-out ones, or else the others.
+
+    Raises:
+      UserError: none of the images that are tried has a caption.
+    """
     source = setting.source if setting.heldout is None else setting.heldout.source
     found = [source[i]['captions'] for i in _spread(len(source), count)]
-    return [captions[0] for captions in found if captions]
+    texts = [captions[0] for captions in found if captions]
+    if not texts:
+        raise UserError(f'none of {len(found)} images that were looked at has a caption')
+    return texts
 
 
 def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
@@ -301,7 +308,7 @@ def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
     watch = setting.cfg.watch
     if build.has_captions(setting.cfg):
         captions = _captions(setting, watch.classes)
-        return captions, np.stack([build.encode_prompt(setting.cfg, text) for text in captions])
+        return captions, np.stack([build.encode_caption(setting.cfg, text) for text in captions])
     classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
     numbers = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
     names = getattr(setting.source, 'class_names', None)
@@ -424,7 +431,7 @@ def score(
     wishes: list[composed_digits.Asked] = []
     if data.kind == 'composed':
         wishes = composed_digits.asked(data, sampling.num_images)
-        labels = np.stack([build.encode_prompt(setting.cfg, wish.caption) for wish in wishes])
+        labels = np.stack([build.encode_caption(setting.cfg, wish.caption) for wish in wishes])
     else:
         labels = np.arange(sampling.num_images) % data.train.num_classes
     images, _ = on_mesh.sample_images(

@@ -122,11 +122,49 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
             call()
 
 
+@pytest.mark.slow
+def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
+    """A training on captioned files, of which one has no caption and one a long one."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(256, size=(40, 36), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i:02d}.png')
+        if i:
+            (folder / f'{i:02d}.txt').write_text('x' * 60 if i == 23 else f'number {i}\nno. {i}')
+    c = _config()
+    c.data.update(name='folder', path=str(folder), captions='beside', flip=False, max_broken=1.0)
+    c.data.holdout_files = 0.3
+    workdir = tmp_path / 'run'
+    with libraries_promote():
+        train.train(checks.check(c), str(workdir), 'the command', 0.0)
+    said = capsys.readouterr()
+    assert "captions, the first one: 'number 1'" in said.out
+    assert '00.png is broken: another image takes its place' in said.err
+    metrics = json.loads((workdir / 'metrics.json').read_text())
+    assert metrics['vae/psnr'] > 0
+    assert (workdir / 'samples.png').exists() and (workdir / 'ar/samples_0000004.png').exists()
+    images = sphere_ar_jax.load(workdir).sample('number 7')
+    chex.assert_shape(images, (1, 32, 32, 1))
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
         ({'ar.condition': 'classes'}, "data composed has captions: use 'text'"),
-        ({'data.name': 'idx'}, "'text' reads captions, which data idx has not: use composed"),
+        (
+            {'data.name': 'idx'},
+            "'text' reads captions, which data idx has not: give --config.data.",
+        ),
+        (
+            {'data.captions': 'beside'},
+            'data.captions is for images in files, not for data composed',
+        ),
+        (
+            {'data.name': 'folder', 'data.captions': 'beside', 'ar.condition': 'classes'},
+            "data folder has captions: use 'text'",
+        ),
         ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
         ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of tokenizer.json"),
         ({'ar.text_tokens': 0}, 'ar.text_tokens is 0, but must be at least 1'),

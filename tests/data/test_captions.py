@@ -1,8 +1,12 @@
 """Captions: vocabularies, prompts, records with captions, and composed digits."""
 
+import io
 import json
 import pickle
 import re
+import shutil
+import tarfile
+import types
 import unicodedata
 
 import chex
@@ -10,13 +14,17 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies
+from PIL import Image
 from scipy import ndimage
 
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.augment import BrokenImageError
 from sphere_ar_jax.data.batches import batches
-from sphere_ar_jax.data.captions import captioned, composed, vocabulary
+from sphere_ar_jax.data.captions import captioned, composed, table, vocabulary
 from sphere_ar_jax.data.captions.files import read_prompts
 from sphere_ar_jax.data.digits import Digits
+from sphere_ar_jax.data.files.hugging_face import HuggingFace
+from sphere_ar_jax.data.files.webdataset import WebDataset
 from sphere_ar_jax.runtime.console import UserError
 
 BYTES = vocabulary.open_vocabulary('bytes')
@@ -187,7 +195,139 @@ def test_looks_take_the_first_caption():
 
 def test_data_without_captions_are_refused():
     with pytest.raises(UserError, match=r"data digits has no captions, which ar\.condition='text'"):
-        captioned.require(Digits('train', 0), 'data digits')
+        captioned.first_caption(Digits('train', 0), 'data digits')
+    assert captioned.first_caption(Captioned(), 'these') == '0a'
+
+
+# ---- captions of files
+
+
+def _picture(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4), value, np.uint8)).save(path)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Three images in two classes, two of which have a text beside them."""
+    directory = tmp_path_factory.mktemp('folder')
+    for i, name in enumerate(('cats/1.png', 'cats/2 ü.png', 'dogs/1.png')):
+        _picture(directory / name, i)
+    (directory / 'cats/1.txt').write_text('\ufeffa grey cat\n\n a cat \n')
+    (directory / 'dogs/1.txt').write_text('ein Hündchen')
+    return directory
+
+
+def test_texts_beside_images(folder):
+    source = table.with_captions(sources.ImageFolder(folder), 'beside')
+    found = [source[i]['captions'] for i in range(len(source))]
+    assert found == [('a grey cat', 'a cat'), (), ('ein Hündchen',)]
+    again = pickle.loads(pickle.dumps(source))
+    assert again[0] == source[0] and again.name(0) == 'cats/1.png'
+
+
+def test_a_text_that_is_none_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'bad')
+    (tmp_path / 'bad/cats/1.txt').write_bytes(b'\xff\xfe')
+    source = table.with_captions(sources.ImageFolder(tmp_path / 'bad'), 'beside')
+    with pytest.raises(UserError, match=r'cats/1\.txt is no text in UTF-8'):
+        source[0]
+
+
+ENTRIES = (
+    {'file_name': 'cats/1.png', 'text': 'a grey cat'},
+    {'path': 'cats/2 ü.png', 'captions': ['one', ' ', 'two']},
+    {'image': 'cats/1.png', 'name': 'A CAT'},
+)
+TABLES = {
+    'a.jsonl': '\n\n'.join(map(json.dumps, ENTRIES)),
+    'a.json': json.dumps(ENTRIES, ensure_ascii=False, indent=1),
+    'a.tsv': 'cats/1.png\ta grey cat\r\ncats/2 ü.png\tone\ncats/2 ü.png\ttwo\ncats/1.png\tA CAT',
+}
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_tables_of_captions(name, folder, tmp_path):
+    path = tmp_path / name
+    path.write_text(TABLES[name])
+    source = table.with_captions(sources.ImageFolder(folder), str(path))
+    assert len(source) == 2 and source.num_classes == 2
+    assert source[0]['captions'] == ('a grey cat', 'A CAT')
+    assert source[1]['captions'] == ('one', 'two')
+    assert source.name(1) == 'cats/2 ü.png'
+    assert source.left_out.endswith('images without a caption: 1, dogs/1.png the first')
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('a.tsv', 'cats/1.png a cat', r'a\.tsv, line 1 has no tab between a path and a text'),
+        ('a.jsonl', '{"text": "a"}', r'a\.jsonl, line 1 is no caption: write \{"file_name"'),
+        ('a.jsonl', '{"path": "x", "text": "a"}\n{', r'a\.jsonl, line 2 is no JSON'),
+        ('a.jsonl', '{"path": "x", "text": 3}', 'line 1 has a caption that is no text'),
+        ('a.json', '{"path": ["x"], "text": "a"}', r'a\.json, entry 1 is no caption'),
+        ('a.json', '[[[', r'a\.json is no JSON'),
+        ('a.csv', 'x,a', r"a\.csv: give a \.jsonl, \.json or \.tsv file, or 'beside'"),
+        ('a.tsv', 'x\ta', "none of the 3 images has a caption: the table has no path like 'cats/1"),
+    ],
+)
+def test_what_is_no_table_is_one_line(name, content, message, folder, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        table.with_captions(sources.ImageFolder(folder), str(tmp_path / name))
+    assert '\n' not in str(raised.value)
+
+
+def test_tables_that_are_not_there(folder):
+    with pytest.raises(UserError, match="but there is no such file; 'beside' is a word"):
+        table.read_table('besides')
+    images = types.SimpleNamespace(num_classes=1, left_out='')
+    with pytest.raises(UserError, match='such data have no texts of their own'):
+        table.with_captions(images, 'beside')
+
+
+def test_texts_in_tars(tmp_path):
+    path = tmp_path / 'a.tar'
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(content, 'PNG')
+    members = {
+        '0.png': content.getvalue(),
+        '0.txt': b'erster\nzweiter\n',
+        '1.json': b'{"caption": "of json", "label": 3}',
+        '1.png': content.getvalue(),
+        '2.png': content.getvalue(),
+        '2.cls': b'1',
+        '3.png': content.getvalue(),
+        '3.json': b'{"caption": "of json"}',
+        '3.txt': b'of txt',
+        '0.cls': b'2',
+        '3.cls': b'0',
+    }
+    with tarfile.open(path, 'w') as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    source = table.with_captions(WebDataset(path), 'beside')
+    found = [source[i]['captions'] for i in range(4)]
+    assert found == [('erster', 'zweiter'), ('of json',), (), ('of txt',)]
+    # The index is kept, and has them too.
+    assert table.with_captions(WebDataset(path), 'beside')[1]['captions'] == ('of json',)
+
+
+def test_texts_in_a_column(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    images = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(2)]
+    columns = {'image': images, 'text': ['a cat', None]}
+    datasets.Dataset.from_dict(columns).cast_column('image', datasets.Image()).save_to_disk(
+        str(tmp_path / 'set')
+    )
+    source = table.with_captions(HuggingFace(tmp_path / 'set'), 'beside')
+    assert [source[i]['captions'] for i in range(2)] == [('a cat',), ()]
+    plain = datasets.Dataset.from_dict({'image': images}).cast_column('image', datasets.Image())
+    plain.save_to_disk(str(tmp_path / 'plain'))
+    with pytest.raises(UserError, match='has no column text, caption, captions'):
+        table.with_captions(HuggingFace(tmp_path / 'plain'), 'beside')[0]
 
 
 # ---- composed digits

@@ -78,15 +78,24 @@ class FirstCaption:
         return self._captioning(first, 0, np.random.default_rng(0))
 
 
-def require(source: Source, where: str) -> None:
-    """Checks that images have captions.
+# Images that are looked at for a caption.
+_LOOKED_AT = 100
+
+
+def first_caption(source: Source, where: str) -> str:
+    """The first caption of a source, which must have captions.
 
     Args:
       source: the images.
       where: what they are, for the message.
 
     Raises:
-      UserError: they have none.
+      UserError: its records have no captions, or those of the first 100 images are none.
     """
-    if len(source) and 'captions' not in source[0]:
-        raise UserError(f"{where} has no captions, which ar.condition='text' reads")
+    for i in range(min(len(source), _LOOKED_AT)):
+        record = source[i]
+        if 'captions' not in record:
+            break
+        if record['captions']:
+            return record['captions'][0]
+    raise UserError(f"{where} has no captions, which ar.condition='text' reads")

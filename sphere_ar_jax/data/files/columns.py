@@ -12,6 +12,27 @@ import numpy as np
 from sphere_ar_jax.data.files.listing import escaped, first_names
 from sphere_ar_jax.runtime.console import UserError
 
+# Names of columns, and of keys of JSON objects, that hold captions.
+CAPTIONS = ('text', 'caption', 'captions')
+
+
+def captions_of(where: str, value: object) -> tuple[str, ...]:
+    """The captions of an image: a string or a list of strings, without empty ones.
+
+    Args:
+      where: names the image in messages.
+      value: what its file or its row has; None is no caption.
+
+    Raises:
+      UserError: it is something else.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if texts is None:
+        return ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{where} has a caption that is no text')
+    return tuple(text.strip() for text in texts if text.strip())
+
 
 class Labels(NamedTuple):
     """The labels of all images of a source.

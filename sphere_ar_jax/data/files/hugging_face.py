@@ -129,7 +129,9 @@ class HuggingFace:
         image, label = _columns(found.features, where)
         if not len(found):
             raise UserError(f'{where} has no images')
-        undecoded = found.select_columns([image])
+        texts = [name for name in columns.CAPTIONS if name in found.features]
+        self._text_column = texts[0] if texts else None
+        undecoded = found.select_columns([image, *texts[:1]])
         self._data = undecoded.cast_column(image, _library().Image(decode=False))
         self._column = image
         if label is None:
@@ -154,6 +156,20 @@ class HuggingFace:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.name(i)} cannot be read: {first_line(error)}') from None
         return {'image': content, 'label': np.int32(label)}
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Reads the captions of row i, of the column text, caption or captions.
+
+        Raises:
+          UserError: there is no such column, or it holds no texts.
+        """
+        if self._text_column is None:
+            raise UserError(
+                f'{self._name} {self._split} has no column {", ".join(columns.CAPTIONS)}: '
+                'dataset.rename_column(NAME, "text") names the one to take'
+            )
+        row = self._data.select_columns([self._text_column])[range(len(self))[i]]
+        return columns.captions_of(self.name(i), row[self._text_column])
 
     def name(self, i: int) -> str:
         """Names row i by the data set, the split and its number."""

@@ -2,6 +2,7 @@
 
 Files of a tar whose paths are alike up to the first dot of their names are one sample. The label
 stands in KEY.cls, or in KEY.json under the key 'label': a whole number, or the name of a class.
+Captions are the lines of KEY.txt, or stand in KEY.json under one of `columns.CAPTIONS`.
 
 Dimensions:
   n  samples that have an image     t  tars
@@ -26,7 +27,7 @@ from sphere_ar_jax.data.files.listing import (
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
-_INDEX_VERSION = 'webdataset 1'
+_INDEX_VERSION = 'webdataset 2'
 _LONGEST_LABEL = 255  # characters
 _MOST_READ = 2**20  # bytes of a .json that are read for its label
 _HEADERS = 64  # images by whose headers a tar is known again
@@ -61,6 +62,8 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
       checksums: (n,) int64, the checksum that each image's header holds.
       keys: (n,) bytes, the key of each sample, as UTF-8.
       labels: (n,) str, '' where a sample has none.
+      texts: (n, 3) int64, where the data of each KEY.txt or else KEY.json begin, their bytes, and
+        whether they are JSON; zeros where a sample has none.
       left_out: str, JSON of the hidden and the other files, counted.
 
     Raises:
@@ -71,6 +74,7 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
     left = LeftOut()
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
+    texts: dict[str, tuple[int, int, bool]] = {}
     with open(fd, 'rb', closefd=False) as file, tar_index.open_tar(file, path) as archive:
         for member in tar_index.plain_files(archive, path):
             folder, slash, name = member.name.rpartition('/')
@@ -87,6 +91,9 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
                 found = None
                 if extension in ('cls', 'json'):
                     found = _read_label(fd, member, extension)
+                is_text = extension in ('txt', 'json') and member.size <= _MOST_READ
+                if is_text and (extension == 'txt' or key not in texts):
+                    texts[key] = (member.offset_data, member.size, extension == 'json')
                 if found is None:
                     left.others[f'.{extension}'[:12] if extension else ''] += 1
                 elif extension == 'cls' or key not in labels:
@@ -103,6 +110,7 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
         'checksums': np.array([member.chksum for member in members], np.int64),
         'keys': np.array([key.encode('utf-8', 'surrogateescape') for key in images], np.bytes_),
         'labels': np.array([labels.get(key, '') for key in images], np.str_),
+        'texts': np.array([texts.get(key, (0, 0, False)) for key in images], np.int64),
         'left_out': np.array(json.dumps({'hidden': left.hidden, 'others': left.others})),
     }
 
@@ -169,11 +177,12 @@ class WebDataset:
         self._sizes = np.concatenate([part['sizes'] for part in parts])
         self._checksums = np.concatenate([part['checksums'] for part in parts])
         self._keys = np.concatenate([part['keys'] for part in parts])
-        texts = np.concatenate([part['labels'] for part in parts]).tolist()
-        if any(texts):
-            labels = columns.labels_of(where, _values(where, texts))
+        self._texts = np.concatenate([part['texts'].reshape(-1, 3) for part in parts])
+        words = np.concatenate([part['labels'] for part in parts]).tolist()
+        if any(words):
+            labels = columns.labels_of(where, _values(where, words))
         else:
-            labels = columns.one_class(len(texts), os.path.basename(where))
+            labels = columns.one_class(len(words), os.path.basename(where))
         self._labels, self.num_classes, self.class_names = labels
         self.left_out = left.describe()
 
@@ -203,6 +212,26 @@ class WebDataset:
         except OSError as error:
             raise UserError(f'{shown(path)} cannot be read: {first_line(error)}') from None
         return {'image': image, 'label': label}
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Reads the captions of sample i, () where it has none.
+
+        Raises:
+          UserError: they are no text, or the tar cannot be read.
+        """
+        offset, size, is_json = (int(number) for number in self._texts[i])
+        if not offset:
+            return ()
+        where = self.name(i)
+        try:
+            with open(self._paths[self._tars[i]], 'rb', buffering=0) as file:
+                text = os.pread(file.fileno(), size, offset).decode('utf-8-sig')
+            found: Any = json.loads(text) if is_json else text.splitlines()
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f'{where} has a caption that is no text: {first_line(error)}') from None
+        if isinstance(found, dict):
+            found = next((found[key] for key in columns.CAPTIONS if key in found), None)
+        return columns.captions_of(where, found)
 
     def name(self, i: int) -> str:
         """Names sample i by its tar and its key, as '00017.tar/000123'."""

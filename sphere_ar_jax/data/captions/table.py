@@ -1,0 +1,197 @@
+"""Captions of images in files: a table of paths and texts, or a text beside each image.
+
+`data.captions` says where they are: the path of a table, or 'beside' for the texts that the images
+have themselves, as a folder has them in NAME.txt beside NAME.jpg.
+
+A table is one of
+
+  jsonl   an object in each line, as {"file_name": "cat/1.jpg", "text": "a grey cat"}
+  json    a list of such objects
+  tsv     two columns with a tab between them, the path and the text, without a head
+
+The path is what messages call an image: for a folder that below the folder. In an object it stands
+under one of `PATHS` and the text under one of `TEXTS`, a string or a list of strings. Several
+objects or lines of one image are several captions.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from sphere_ar_jax.data.batches import Record
+from sphere_ar_jax.data.files import columns
+from sphere_ar_jax.data.files.listing import escaped
+from sphere_ar_jax.data.sources import Images, Part
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
+
+BESIDE = 'beside'
+PATHS = ('path', 'file_name', 'image')
+TEXTS = (*columns.CAPTIONS, 'name')
+
+
+class HasCaptions(Protocol):
+    """A source whose images have texts of their own."""
+
+    def captions(self, i: int, /) -> tuple[str, ...]:
+        """The captions of image i, () where it has none."""
+
+
+def _first_of(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value under the first of some keys that an object has, None where it has none."""
+    return next((entry[key] for key in keys if key in entry), None)
+
+
+def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
+    """The path and the texts of an object of a table.
+
+    Raises:
+      UserError: it has none.
+    """
+    path = _first_of(entry, PATHS) if isinstance(entry, dict) else None
+    if not isinstance(path, str):
+        raise UserError(
+            f'{where} is no caption: write {{"file_name": "cat/1.jpg", "text": "a grey cat"}}'
+        )
+    return path, columns.captions_of(where, _first_of(entry, TEXTS))
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers from 1.
+
+    Raises:
+      UserError: it is no text in UTF-8.
+    """
+    try:
+        with open(path, encoding='utf-8-sig', newline='\n') as file:
+            for number, line in enumerate(file, 1):
+                text = line.rstrip('\r\n')
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is no text in UTF-8: {error.reason}') from None
+
+
+def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The paths and texts of a table."""
+    kind = os.path.splitext(path)[1].lower()
+    if kind == '.tsv':
+        for number, line in _lines(path):
+            name, tab, text = line.partition('\t')
+            if not tab:
+                raise UserError(f'{path}, line {number} has no tab between a path and a text')
+            yield name, columns.captions_of(path, text)
+    elif kind == '.jsonl':
+        for number, line in _lines(path):
+            where = f'{path}, line {number}'
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f'{where} is no JSON: {first_line(error)}') from None
+            yield _pair(entry, where)
+    elif kind == '.json':
+        try:
+            found = json.loads('\n'.join(line for _, line in _lines(path)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{path} is no JSON: {first_line(error)}') from None
+        for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
+            yield _pair(entry, f'{path}, entry {number}')
+    else:
+        raise UserError(
+            f"data.captions is {path}: give a .jsonl, .json or .tsv file, or '{BESIDE}'"
+        )
+
+
+def read_table(path: str) -> dict[str, tuple[str, ...]]:
+    """Reads the captions of a table.
+
+    Args:
+      path: the file, see the module.
+
+    Returns:
+      {path of an image as messages show it: its captions in the file's order}. Texts that are
+      empty are left out.
+
+    Raises:
+      UserError: the file is not there or is no table; the message names the line.
+    """
+    place = os.path.expanduser(path)
+    if not os.path.isfile(place):
+        raise UserError(f"data.captions is {path}, but there is no such file; '{BESIDE}' is a word")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, texts in _entries(place):
+        key = escaped(name)
+        found[key] = found.get(key, ()) + texts
+    return found
+
+
+class Captioned:
+    """A source of images whose records have captions besides; else it is like the source.
+
+    Attributes:
+      num_classes: number of the source's classes.
+      left_out: what the source leaves out, and images without a caption, with counts.
+    """
+
+    def __init__(self, source: Images, table: dict[str, tuple[str, ...]] | None = None):
+        """Joins images and captions.
+
+        Args:
+          source: the images.
+          table: see `read_table`; None takes the texts that the images have themselves.
+
+        Raises:
+          UserError: no image has a caption, or the images have no texts of their own.
+        """
+        self._table = table
+        self.num_classes = source.num_classes
+        self.left_out = source.left_out
+        if table is None:
+            if not hasattr(source, 'captions'):
+                raise UserError(
+                    f"data.captions is '{BESIDE}', but such data have no texts of their own: give "
+                    'the path of a table'
+                )
+            self._source = source
+            return
+        has_caption = np.array([bool(table.get(source.name(i))) for i in range(len(source))])
+        if not has_caption.any():
+            raise UserError(
+                f'none of the {len(source)} images has a caption: the table has no path like '
+                f"'{printable(source.name(0), 80)}'"
+            )
+        missing = int(np.sum(~has_caption))
+        self._source = Part(source, np.flatnonzero(has_caption)) if missing else source
+        if missing:
+            first = source.name(int(np.argmin(has_caption)))
+            said = f'images without a caption: {missing}, {printable(first, 80)} the first'
+            self.left_out = f'{self.left_out}; {said}' if self.left_out else said
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the source's classes."""
+        return self._source.class_names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Record:
+        found = self._source[i]
+        if self._table is None:
+            return found | {'captions': self._source.captions(i)}
+        return found | {'captions': self._table[self._source.name(i)]}
+
+    def name(self, i: int) -> str:
+        """Names entry i in messages."""
+        return self._source.name(i)
+
+
+def with_captions(source: Images, captions: str) -> Captioned:
+    """Gives images the captions that `data.captions` names.
+
+    Raises:
+      UserError: see `read_table` and `Captioned`.
+    """
+    return Captioned(source, None if captions == BESIDE else read_table(captions))
