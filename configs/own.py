@@ -3,7 +3,7 @@ r"""A tokenizer and an AR model on a folder of your own images, sized by how man
 Command:   python -m sphere_ar_jax.main --config=configs/own.py:data=folder:/data/birds,size=64 \
                --workdir=/tmp/birds
 Data:      A directory for each class, DIR/CLASS/NAME.jpg, or all images in one directory, which
-           then are a single class without guidance.
+           then are a single class without guidance. Or images with captions.
 Hardware:  Sized for one small GPU: 2,000 images of 64×64 pixels take 1.0·10¹⁶ operations, which is
            34 minutes at 5 TFLOP/s. This is reckoned. It was not measured on a GPU.
 Result:    Not measured. The recipe is that of configs/digits.py in larger models.
@@ -23,6 +23,8 @@ flip, no_flip  Whether images are mirrored left to right at random. They are, un
                given: a flip spoils letters.
 crop, whole    Random crops (the default), or always the whole square in the middle.
 grey           A model of grey images.
+captions=…     Draw for texts, not for classes: a .jsonl, .json or .tsv file, or beside
+               (docs/text.md). A flip spoils texts that say left and right.
 smoke          20 steps of the smallest models, to see that everything runs; its pictures show
                nothing. The tokenizer's backbone is vit, and no images are held out. It takes 120
                CPU seconds, nearly all of them compilation, when nothing is compiled yet.
@@ -31,11 +33,11 @@ smoke          20 steps of the smallest models, to see that everything runs; its
 from ml_collections import ConfigDict
 
 from sphere_ar_jax import config
-from sphere_ar_jax.config import own, recipes
+from sphere_ar_jax.config import own, recipes, schema
 
 _FILE = 'configs/own.py'
 _WORDS = ('flip', 'no_flip', 'crop', 'whole', 'grey', 'smoke')
-_VALUES = ('data', 'size', 'epochs', 'steps')
+_VALUES = ('data', 'size', 'epochs', 'steps', 'captions')
 
 
 def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
@@ -47,7 +49,8 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     for one, other in (('flip', 'no_flip'), ('crop', 'whole')):
         if one in words and other in words:
             raise ValueError(f'give {one} or {other}, not both')
-    numbers = {key: own.whole_number(key, text) for key, text in values.items() if key != 'data'}
+    counts = {key: values[key] for key in ('size', 'epochs', 'steps') if key in values}
+    numbers = {key: own.whole_number(key, text) for key, text in counts.items()}
     if 'epochs' in numbers and 'steps' in numbers:
         raise ValueError('give epochs= or steps=, not both')
     size = numbers.get('size', 64)
@@ -61,6 +64,7 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
         grey='grey' in words,
         flip='no_flip' not in words,
         crop='whole' not in words,
+        captions=values.get('captions'),
         smoke='smoke' in words,
     )
 
@@ -78,8 +82,8 @@ def get_config(arg: str = '') -> ConfigDict:
     if 'data' not in values:
         raise ValueError('say which images: data=folder:DIR after the colon')
     kind, path = recipes.data_set(values['data'])
-    if kind == 'digits':
-        raise ValueError('the digits have a config of their own: configs/digits.py')
+    if kind in schema.WITHOUT_PATH:
+        raise ValueError(f'data {kind} has a config of its own: configs/{kind}.py')
     wishes = _wishes(words, values)
     if kind == 'latents':
         wishes = wishes._replace(flip=False, crop=False)

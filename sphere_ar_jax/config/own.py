@@ -53,6 +53,7 @@ class Wishes(NamedTuple):
       grey: whether the model is grey.
       flip: whether images are flipped left to right.
       crop: whether crops are random; otherwise all are the square in the middle.
+      captions: `data.captions` of images that have texts, None where they have classes.
       smoke: the smallest models for a few steps.
     """
 
@@ -62,6 +63,7 @@ class Wishes(NamedTuple):
     grey: bool = False
     flip: bool = True
     crop: bool = True
+    captions: str | None = None
     smoke: bool = False
 
 
@@ -342,16 +344,32 @@ def _held_out(n: int, smoke: bool) -> Decision:
     )
 
 
-def _sampling(classes: int, tokens: int, smoke: bool) -> list[Decision]:
-    """How images are drawn."""
-    amount = dict(num_images=max(1000, classes), batch_size=64)
+# Rows of a look at samples, at most.
+_LOOKED_AT = 8
+
+
+def _texts(captions: str | None) -> list[Decision]:
+    """What the model reads where images have captions."""
+    if captions is None:
+        return []
+    return [
+        Decision(
+            {'ar.condition': 'text', 'data.captions': captions},
+            'the model reads captions in place of classes, byte by byte.',
+        )
+    ]
+
+
+def _sampling(rows: int, tokens: int, smoke: bool) -> list[Decision]:
+    """How images are drawn. `rows` is the number of classes, or that of captions to look at."""
+    amount = dict(num_images=max(1000, rows), batch_size=64)
     if smoke:
-        amount = dict(num_images=max(16, classes), batch_size=16, **recipes.FAST)
+        amount = dict(num_images=max(16, rows), batch_size=16, **recipes.FAST)
     count = Decision(
         {f'sampling.{key}': value for key, value in amount.items()},
         'what --mode=sample draws, unless it is told another number.',
     )
-    if classes == 1:
+    if rows == 1:
         return [
             count,
             Decision(
@@ -365,16 +383,16 @@ def _sampling(classes: int, tokens: int, smoke: bool) -> list[Decision]:
             ),
         ]
     schedule = ('constant', 1.5) if tokens == 64 else ('linear', 3.0)
-    watch = dict(classes=min(2 if smoke else 8, classes), columns=4 if smoke else 8)
+    watch = dict(classes=min(2 if smoke else _LOOKED_AT, rows), columns=4 if smoke else 8)
     return [
         count,
         Decision(
             {'sampling.guidance': schedule[0], 'sampling.guidance_scale': schedule[1]},
-            'mild guidance towards the class; more gives clearer and more uniform images.',
+            'mild guidance towards what is asked for; more gives clearer, more uniform images.',
         ),
         Decision(
             {f'watch.{key}': value for key, value in watch.items()},
-            'a look shows a row for each of some classes.',
+            'a look shows a row for each of some classes or captions.',
         ),
     ]
 
@@ -418,7 +436,8 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
         *_training(batch, steps, why, rate),
         losses,
         *([] if found.grey else _images(n, steps * batch / trained, wishes)),
-        *_sampling(found.classes, tokens, smoke),
+        *_texts(wishes.captions),
+        *_sampling(_LOOKED_AT if wishes.captions else found.classes, tokens, smoke),
     )
 
 

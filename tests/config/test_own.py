@@ -176,6 +176,18 @@ def test_images_of_one_directory_are_unconditional(tmp_path):
     assert build.build_sampler(config).options.guidance is None
 
 
+def test_images_with_captions_are_drawn_for_texts(tmp_path):
+    """Also where all images lie in one directory, which without captions is unconditional."""
+    Image.new('RGB', (20, 24)).save(tmp_path / '1.png')
+    config = packaged.load(f'own:data=folder:{tmp_path},captions=beside')
+    checks.check(config)
+    assert config.ar.condition == 'text' and config.data.captions == 'beside'
+    assert config.sampling.guidance == 'constant' and config.sampling.guidance_scale == 1.5
+    assert config.sampling.num_images == 1000 and config.watch.classes == 8
+    assert config.ar_training.label_dropout == 0.1
+    assert any('reads captions in place of classes' in line for line in own.lines(config))
+
+
 def test_a_flip_is_left_out():
     """Without it a picture of letters keeps its sides; nothing else of the crop changes."""
     rng = np.random.default_rng(0)

@@ -237,7 +237,7 @@ def test_a_text_that_is_none_is_named(folder, tmp_path):
 ENTRIES = (
     {'file_name': 'cats/1.png', 'text': 'a grey cat'},
     {'path': 'cats/2 ü.png', 'captions': ['one', ' ', 'two']},
-    {'image': 'cats/1.png', 'name': 'A CAT'},
+    {'image': 'cats/1.png', 'caption': 'A CAT'},
 )
 TABLES = {
     'a.jsonl': '\n\n'.join(map(json.dumps, ENTRIES)),

@@ -10,8 +10,8 @@ A table is one of
   tsv     two columns with a tab between them, the path and the text, without a head
 
 The path is what messages call an image: for a folder that below the folder. In an object it stands
-under one of `PATHS` and the text under one of `TEXTS`, a string or a list of strings. Several
-objects or lines of one image are several captions.
+under one of `PATHS` and the text under one of `columns.CAPTIONS`, a string or a list of strings.
+Several objects or lines of one image are several captions.
 """
 
 import json
@@ -29,7 +29,6 @@ from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 BESIDE = 'beside'
 PATHS = ('path', 'file_name', 'image')
-TEXTS = (*columns.CAPTIONS, 'name')
 
 
 class HasCaptions(Protocol):
@@ -55,7 +54,7 @@ def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(
             f'{where} is no caption: write {{"file_name": "cat/1.jpg", "text": "a grey cat"}}'
         )
-    return path, columns.captions_of(where, _first_of(entry, TEXTS))
+    return path, columns.captions_of(where, _first_of(entry, columns.CAPTIONS))
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
