@@ -113,13 +113,16 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
     theirs = _opened(key, load_config, origin)
     if theirs.init_from is not None:
         raise UserError(f'{key}: {origin} has a distilled head: take the run that trained it')
-    if build.has_captions(theirs):
-        raise UserError(f'{key}: {origin} draws for texts: only runs with classes are trained on')
     found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
     changed = [difference for difference in found if difference.startswith(('vae.', 'ar.'))]
     if changed:
         raise UserError(
             f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
+        )
+    if not vocabulary.are_same(theirs.ar.vocabulary, cfg.ar.vocabulary):
+        raise UserError(
+            f'{key}: {origin} has another vocabulary: give --config.ar.vocabulary='
+            f'{theirs.ar.vocabulary}'
         )
     _check_finished(key, origin)
 
@@ -130,10 +133,11 @@ class _Base(NamedTuple):
     Attributes:
       run: its models.
       rows: for each new class the class of the run whose tokens it takes, see `transfer.origins`.
+        None where the model reads texts, whose tokens stay.
     """
 
     run: Run
-    rows: list[int | None]
+    rows: list[int | None] | None
 
 
 def _base(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh) -> _Base | None:
@@ -153,13 +157,15 @@ def _base(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh) -> _Base | Non
     tuned.select(shapes, fine_tuning.read(cfg.fine_tuning))
     tokenizer = _opened('fine_tuning.init_from', load_run, origin, mesh, tokenizer_only=True)
     whole = _opened('fine_tuning.init_from', with_ar, tokenizer, origin, mesh)
+    # The tokenizer without the statistics of its latents, which are a file of their own.
+    run = whole._replace(vae_params=tokenizer.vae_params)
+    if build.has_captions(cfg):
+        return _Base(run, None)
     old = class_names.of_run(origin, whole.config)
     new = getattr(source, 'class_names', None)
     known = schema.num_classes(whole.config)
     count = schema.num_classes(cfg)
     assert known is not None and count is not None  # the models were built with them
-    # The tokenizer without the statistics of its latents, which are a file of their own.
-    run = whole._replace(vae_params=tokenizer.vae_params)
     return _Base(run, transfer.origins(old, new, known, count))
 
 

@@ -123,6 +123,27 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_for_texts_is_trained_on(run, tmp_path, capsys):
+    """Its text tokens are kept, and another vocabulary is refused."""
+    c = _config()
+    c.fine_tuning.init_from = str(run)
+    c.ar.text_tokens = 16
+    with pytest.raises(UserError, match=r'another vocabulary: give --config\.ar\.vocabulary='):
+        train.train(checks.check(c), str(tmp_path / 'refused'), 'the command', 0.0)
+    c.ar.vocabulary = str(run / 'vocabulary.json')
+    c.ar_training.steps = 1
+    c.ar_training.warmup_steps = 0
+    c.tokenizer = str(run)
+    with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
+        train.train(checks.check(c), str(tmp_path / 'on'), 'the command', 0.0)
+    assert 'the tokens of texts are kept' in capsys.readouterr().out
+    assert (tmp_path / 'on/vocabulary.json').exists()
+    before = sphere_ar_jax.load(run).ar_params['text_embedding']
+    after = sphere_ar_jax.load(tmp_path / 'on').ar_params['text_embedding']
+    assert 0 < np.abs(before - after).max() < 0.01
+
+
+@pytest.mark.slow
 def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     """A training on captioned files, of which one has no caption and one a long one."""
     folder = tmp_path / 'images'

@@ -165,6 +165,13 @@ def keep(word: str, workdir: str) -> None:
         )
 
 
+def are_same(one: str, other: str) -> bool:
+    """Whether two values of `ar.vocabulary` are one vocabulary: the same word, or equal files."""
+    if one == other or 'bytes' in (one, other):
+        return one == other
+    return epath.Path(one).read_bytes() == epath.Path(other).read_bytes()
+
+
 def of_run(word: str, workdir: str | os.PathLike[str]) -> str:
     """What `ar.vocabulary` is for a run that may have been moved: the file that it keeps, if any.
 

@@ -53,8 +53,10 @@ def origins(
     return found + [None] * (new_count - len(found))
 
 
-def describe(rows: Sequence[int | None], new: Sequence[str] | None) -> str:
-    """What becomes of the class tokens, in one line."""
+def describe(rows: Sequence[int | None] | None, new: Sequence[str] | None) -> str:
+    """What becomes of the class tokens, in one line; `rows` is None where texts are read."""
+    if rows is None:
+        return 'the tokens of texts are kept'
     taken = sum(row is not None for row in rows)
     fresh = [i for i, row in enumerate(rows) if row is None]
     line = f'class tokens: {taken} of {len(rows)} classes keep theirs'
@@ -65,17 +67,19 @@ def describe(rows: Sequence[int | None], new: Sequence[str] | None) -> str:
     return f'{line}, {len(fresh)} begin with the mean of the old ones ({", ".join(named)}{more})'
 
 
-def with_classes(params: PyTree, rows: Sequence[int | None]) -> PyTree:
+def with_classes(params: PyTree, rows: Sequence[int | None] | None) -> PyTree:
     """Gives the parameters of an AR model other classes.
 
     Args:
       params: the parameters. Their class table is (k + 1, C, D), the null class last.
       rows: for each new class the row that it takes, or None, which stands for the mean of the k
-        classes.
+        classes. None in place of all rows leaves the parameters as they are.
 
     Returns:
       The parameters with a table of len(rows) + 1 rows. The null class is kept.
     """
+    if rows is None:
+        return params
     table = params[CLASS_TABLE]
     k = len(table) - 1
     index = jnp.array([k + 1 if row is None else row for row in (*rows, k)], jnp.int32)
@@ -91,7 +95,12 @@ def _write(directory: str, params: PyTree) -> None:
 
 
 def take(
-    workdir: str, base: Run, origin: str, rows: Sequence[int | None], mesh: Mesh, tokenizer: bool
+    workdir: str,
+    base: Run,
+    origin: str,
+    rows: Sequence[int | None] | None,
+    mesh: Mesh,
+    tokenizer: bool,
 ) -> None:
     """Writes the weights of a run into a workdir. All processes call it.
 
@@ -112,7 +121,7 @@ def take(
         mine.parent.mkdir(parents=True, exist_ok=True)
         epath.Path(statistics).copy(mine, overwrite=True)
     hosts.wait()
-    change = functools.partial(with_classes, rows=tuple(rows))
+    change = functools.partial(with_classes, rows=None if rows is None else tuple(rows))
     shapes = jax.eval_shape(change, base.ar_params)
     params = jax.jit(change, out_shardings=sharding.tree_shardings(mesh, shapes))(base.ar_params)
     _write(f'{workdir}/ar', params)
