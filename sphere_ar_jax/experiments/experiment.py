@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax import __version__
 from sphere_ar_jax.config import build, experiments, schema
-from sphere_ar_jax.experiments import comparison, propagation, report, runs, shifted, speed
+from sphere_ar_jax.experiments import report, runs, speed
+from sphere_ar_jax.experiments.kinds import KINDS
 from sphere_ar_jax.runtime import files, metric_writer, sharding
 
 
@@ -60,13 +61,6 @@ class Part(NamedTuple):
     speed_key: str | None
 
 
-# What experiments do, by their `kind`.
-_KINDS = {
-    'comparison': comparison.KIND,
-    'propagation': propagation.KIND,
-    'shifted': shifted.KIND,
-}
-
 # What was measured before these scores existed does not have them. An experiment that compares one
 # measures anew.
 _LATER_SCORES = ('brightness_distance', 'seconds_per_image')
@@ -74,7 +68,7 @@ _LATER_SCORES = ('brightness_distance', 'seconds_per_image')
 
 def parts(config: ConfigDict) -> list[Part]:
     """The parts of an experiment, seed by seed, so that early results have all rows."""
-    own = {name: config[name] for name in _KINDS[config.kind].measured_by}
+    own = {name: config[name] for name in KINDS[config.kind].measured_by}
     for score in _LATER_SCORES:
         if any(words.endswith(score) for words in config.comparisons):
             own[score] = True
@@ -198,7 +192,7 @@ def _units_of(
 
     def measure() -> None:
         started = time.perf_counter()
-        lines = _KINDS[config.kind].measure(config, cfg, cache, mesh)
+        lines = KINDS[config.kind].measure(config, cfg, cache, mesh)
         seconds = time.perf_counter() - started
         trained = {
             os.path.basename(directory): runs.seconds(directory) for directory in (tokenizer, ar)
@@ -271,7 +265,7 @@ def _summaries(
     for part in chosen:
         measured = results.complete(part)
         if measured is not None:
-            scores = _KINDS[config.kind].summarize(config, measured.lines)
+            scores = KINDS[config.kind].summarize(config, measured.lines)
             found[part.row][part.seed] = scores
     return {row: seeds for row, seeds in found.items() if seeds}
 
@@ -351,5 +345,5 @@ def _write(
         'measured': measured,
     }
     files.write_json(f'{directory}/results.json', found)
-    report.write(_KINDS[config.kind], config, found, directory)
+    report.write(KINDS[config.kind], config, found, directory)
     return found

@@ -32,7 +32,7 @@ def no_tables(measured: MeasuredParts) -> dict[str, Table]:
 
 
 class Kind(NamedTuple):
-    """What experiments of one kind do. A module holds each, under the name `KIND`.
+    """What experiments of one kind do. A module of `kinds` holds each, under the name `KIND`.
 
     Attributes:
       measured_by: the keys of the experiment's config that decide what is measured of a part.

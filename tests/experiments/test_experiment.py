@@ -11,7 +11,8 @@ from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
 from sphere_ar_jax.config import build, checks, experiments, packaged
-from sphere_ar_jax.experiments import comparison, experiment, report, runs, speed, statistics
+from sphere_ar_jax.experiments import experiment, report, runs, speed, statistics
+from sphere_ar_jax.experiments.kinds import KINDS, comparison
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
@@ -141,7 +142,7 @@ def test_models_are_shared_where_their_configs_agree():
 
 
 def test_every_kind_of_the_configs_is_known():
-    assert set(experiment._KINDS) == set(experiments.KINDS)
+    assert set(KINDS) == set(experiments.KINDS)
 
 
 def fake_lines(row, seed):
@@ -174,7 +175,7 @@ def fake_lines(row, seed):
 def _measure_by(monkeypatch, measure):
     """Lets comparisons call `measure`, and draw no plots."""
     kind = comparison.KIND._replace(measure=measure, plots=lambda *arguments: {})
-    monkeypatch.setitem(experiment._KINDS, 'comparison', kind)
+    monkeypatch.setitem(KINDS, 'comparison', kind)
 
 
 @pytest.fixture
@@ -345,8 +346,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
         )
     )
     monkeypatch.setattr(experiment, '_do', functools.partial(_without_pages, experiment._do))
-    with_plots = experiment._KINDS['comparison']._replace(plots=comparison.KIND.plots)
-    monkeypatch.setitem(experiment._KINDS, 'comparison', with_plots)
+    with_plots = KINDS['comparison']._replace(plots=comparison.KIND.plots)
+    monkeypatch.setitem(KINDS, 'comparison', with_plots)
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert [v['verdict'] for v in found['verdicts']] == [
         'reproduced',
@@ -505,8 +506,8 @@ def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
     c.curves_at = (1, 4)
     c.curves_over = 'number of things'
     experiments.check(c)
-    with_plots = experiment._KINDS['comparison']._replace(plots=comparison.KIND.plots)
-    monkeypatch.setitem(experiment._KINDS, 'comparison', with_plots)
+    with_plots = KINDS['comparison']._replace(plots=comparison.KIND.plots)
+    monkeypatch.setitem(KINDS, 'comparison', with_plots)
     drawn = []
     band = comparison._band
     monkeypatch.setattr(

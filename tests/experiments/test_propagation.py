@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.experiments import propagation
+from sphere_ar_jax.experiments.kinds import propagation
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens

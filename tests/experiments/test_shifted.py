@@ -7,7 +7,8 @@ from scipy.spatial.distance import cdist
 
 from sphere_ar_jax.config import build, experiments
 from sphere_ar_jax.data import pixels, small
-from sphere_ar_jax.experiments import comparison, runs, shifted
+from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.experiments.kinds import comparison, shifted
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.model import Model

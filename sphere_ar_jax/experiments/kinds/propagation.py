@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
-from sphere_ar_jax.experiments import comparison, report, runs, statistics
+from sphere_ar_jax.experiments import report, runs, statistics
+from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, draw

@@ -19,7 +19,8 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.evaluation.pictures import save_figure
-from sphere_ar_jax.experiments import comparison, report, runs, statistics
+from sphere_ar_jax.experiments import report, runs, statistics
+from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.sampling import inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 from sphere_ar_jax.sampling.tokens import Prefix
