@@ -15,8 +15,9 @@ from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.runtime.console import UserError
 
 # What an experiment measures of each trained row: `comparison` scores samples over guidance,
-# `propagation` follows errors from token to token, and `shifted` goes on from corrupted prefixes.
-KINDS = ('comparison', 'propagation', 'shifted')
+# `propagation` follows errors from token to token, `shifted` goes on from corrupted prefixes, and
+# `captions` reads back what was asked for.
+KINDS = ('comparison', 'propagation', 'shifted', 'captions')
 
 # The scores of a row and seed that a claim may be about, see `summarize` of each kind, and whether
 # more of it is better.
@@ -40,6 +41,12 @@ SCORES: dict[str, bool] = {
     'shifted_slope': False,
     'shifted_norm': False,
     'shifted_collapsed': False,
+    'seen_best': True,
+    'seen_common': True,
+    'held_out_best': True,
+    'held_out_common': True,
+    'rows_best': True,
+    'rows_common': True,
 }
 
 # The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").
@@ -319,6 +326,15 @@ _DATA = {
         'A convolutional network trained on the real images reads 1,000 samples per row, seed and '
         'guidance scale. The Fréchet distance to all real images is taken in its features. ',
     ),
+    'composed': _DataSet(
+        'composed digits',
+        ('all', 1.0),
+        3,
+        'A network trained on real images reads each digit and its size. An image is right where '
+        'all are those asked for, in their places. A third of the 1,500 samples of a row, seed and '
+        'guidance scale shows pairs of digits that were trained on, a third pairs that were held '
+        'out, and a third four digits in two rows. ',
+    ),
 }
 
 
@@ -328,6 +344,7 @@ def start(
     title: str,
     more: str = '',
     sampler: str = 'ab2 with 10 evaluations',
+    data: str = 'digits',
 ) -> ConfigDict:
     """The config of an experiment before its rows, on the data that its word names.
 
@@ -340,13 +357,16 @@ def start(
       title: the heading of the page.
       more: a further sentence of the method.
       sampler: what the method calls the rows' sampler.
+      data: the data without the word fashion, a key of `_DATA`.
 
     Raises:
       ValueError: another word was given; one line.
     """
     file = f'configs/experiments/{name}.py'
-    words, _ = recipes.arguments(file, arg, ('fashion', 'smoke'))
-    data = 'fashion' if 'fashion' in words else 'digits'
+    known = ('smoke',) if data == 'composed' else ('fashion', 'smoke')
+    words, _ = recipes.arguments(file, arg, known)
+    if 'fashion' in words:
+        data = 'fashion'
     noun, (share_in_words, share), seeds, scores = _DATA[data]
     c = default(shortened(packaged.load(data), share))
     c.title = f'{title} ({noun})'

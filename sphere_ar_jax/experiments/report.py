@@ -99,6 +99,15 @@ _TABLES = {
         'shifted_collapsed': 'collapsed',
         'clean_distance': 'distance behind clean prefixes',
     },
+    'Share of images read back right': {
+        'best_guidance_read': 'best guidance',
+        'seen_best': 'pairs trained on',
+        'seen_real': 'of real images',
+        'held_out_best': 'held-out pairs',
+        'held_out_real': 'of real images',
+        'rows_best': 'two rows',
+        'rows_real': 'of real images',
+    },
 }
 
 # What the table of verdicts calls the scores.
@@ -122,6 +131,12 @@ _SCORES = {
     'shifted_slope': 'distance gained per token',
     'shifted_norm': 'change of the norm behind corrupted prefixes',
     'shifted_collapsed': 'collapsed samples behind corrupted prefixes',
+    'seen_best': 'pairs trained on, best guidance',
+    'seen_common': 'pairs trained on, common guidance',
+    'held_out_best': 'held-out pairs, best guidance',
+    'held_out_common': 'held-out pairs, common guidance',
+    'rows_best': 'two rows, best guidance',
+    'rows_common': 'two rows, common guidance',
 }
 
 

@@ -8,8 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from etils import epath
 from jax.sharding import Mesh
@@ -18,11 +18,14 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import small_images
+from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
 from sphere_ar_jax.training.run import Run, load_run
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import Stage
+
+_T = TypeVar('_T')
 
 # The sections of a config that decide what a tokenizer and an AR model become.
 _OF_TOKENIZER = ('seed', 'dtype', 'data', 'vae', 'tokenizer_training')
@@ -63,7 +66,18 @@ def ar_directory(cache: str, cfg: ConfigDict) -> str:
     return f'{cache}/ar-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_AR)}'
 
 
-_judges: dict[str, small_images.Judge] = {}
+# What judges samples, by a key of the data set and the seed of its split.
+_judges: dict[str, Any] = {}
+
+
+def _once(cfg: ConfigDict, make: Callable[[small.DataSet], _T]) -> _T:
+    """What `make` makes of a run's data set, made once for the data set and its seed."""
+    values = schema.as_dict(cfg)
+    name = key([values['data'], values['seed']])
+    if name not in _judges:
+        _judges.clear()  # One at a time is in use.
+        _judges[name] = make(build.open_data_set(cfg))
+    return _judges[name]
 
 
 def judge(cfg: ConfigDict, cache: str) -> small_images.Judge:
@@ -73,14 +87,21 @@ def judge(cfg: ConfigDict, cache: str) -> small_images.Judge:
       cfg: the run's config.
       cache: directory of the trained models, which keeps the classifier, too.
     """
-    values = schema.as_dict(cfg)
-    name = key([values['data'], values['seed']])
-    if name not in _judges:
-        _judges.clear()  # One at a time is in use.
-        data = build.open_data_set(cfg)
-        reader = small_images.classifier(data, cfg.data.classifier_steps, keep_in=cache)
-        _judges[name] = small_images.Judge(data, reader)
-    return _judges[name]
+
+    def make(data: small.DataSet) -> small_images.Judge:
+        classifier = small_images.classifier(data, cfg.data.classifier_steps, keep_in=cache)
+        return small_images.Judge(data, classifier)
+
+    return _once(cfg, make)
+
+
+def reader(cfg: ConfigDict, cache: str) -> composed_digits.Reader:
+    """The reader of composed digits, made as `judge` is and with the same arguments."""
+
+    def make(data: small.DataSet) -> composed_digits.Reader:
+        return composed_digits.Reader(data, cfg.data.classifier_steps, cache)
+
+    return _once(cfg, make)
 
 
 def is_finished(directory: str) -> bool:

@@ -1,0 +1,125 @@
+"""Composed digits drawn for captions: what reads back right over guidance scales (docs/text.md)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from matplotlib import pyplot as plt
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import build
+from sphere_ar_jax.data import small
+from sphere_ar_jax.evaluation import tokenizer
+from sphere_ar_jax.evaluation.captioned import composed_digits
+from sphere_ar_jax.evaluation.captioned.composed_digits import GROUPS
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
+from sphere_ar_jax.experiments import report, runs, statistics
+from sphere_ar_jax.sampling import on_mesh
+
+
+def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
+    """Scores one row and seed: its tokenizer, and samples at each guidance scale.
+
+    Args:
+      config: the experiment's config.
+      cfg: the config of its run, on composed digits.
+      cache: directory of the trained models.
+      mesh: the devices.
+
+    Returns:
+      A line for the tokenizer and for real images (`guidance` None), and one for each scale. They
+      have the shares of `composed_digits.floor` and of `composed_digits.scores`, those of samples
+      without the word 'samples/'.
+    """
+    run = runs.load(cfg, cache, mesh)
+    data = build.open_data_set(cfg)
+    reader = runs.reader(cfg, cache)
+    heldout = small.first_images(data.heldout, config.num_images)
+    key = jax.random.key(cfg.seed + 1)
+    batch_size = cfg.sampling.batch_size
+    recon, found = on_mesh.reconstruct(run.vae, run.vae_params, heldout, key, batch_size, mesh)
+    lines: list[dict[str, Any]] = [
+        {
+            'guidance': None,
+            'psnr': tokenizer.psnr(recon, heldout),
+            **{name: float(value) for name, value in found.items()},
+            **composed_digits.floor(reader, data),
+        }
+    ]
+    wishes = composed_digits.asked(data, config.num_images)
+    labels = np.stack([build.encode_caption(cfg, wish.caption) for wish in wishes])
+    sampler = build.build_sampler(cfg)
+    for scale in config.guidance_scales:
+        images, _ = on_mesh.draw_images(
+            run,
+            sampler._replace(guidance_scale=scale),
+            labels,
+            seed=cfg.seed,
+            batch_size=batch_size,
+            mesh=mesh,
+        )
+        scores = composed_digits.scores(reader, data, images, wishes)
+        shares = {name.removeprefix('samples/'): share for name, share in scores.items()}
+        lines.append({'guidance': scale} | shares)
+    return lines
+
+
+def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The scores of one row and seed that a claim may be about (`experiments.SCORES`).
+
+    The best guidance scale is the one with the largest mean of the shares of seen and held-out
+    pairs.
+
+    Args:
+      config: the experiment's config, with the scale at which all rows are compared.
+      lines: what `measure` returned.
+    """
+    first, *samples = lines
+    best = max(samples, key=lambda line: line['seen'] + line['held_out'])
+    common = next(line for line in samples if line['guidance'] == config.common_guidance)
+    scores = {'psnr': first['psnr'], 'kl': first['kl'], 'best_guidance_read': best['guidance']}
+    for group in GROUPS:
+        scores[f'{group}_best'] = best[group]
+        scores[f'{group}_common'] = common[group]
+        scores[f'{group}_real'] = first[f'real/{group}']
+    return scores
+
+
+def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
+    """Plots the shares over the guidance scale, one line for each row, and those of real images."""
+    del config
+    figure, axes = plt.subplots(1, len(GROUPS), figsize=(4.2 * len(GROUPS), 3.6), sharey=True)
+    for axis, group in zip(axes, GROUPS, strict=True):
+        for row in found['rows']:
+            values: dict[float, list[float]] = {}
+            for unit in found['measured']:
+                for line in unit['lines'] if unit['row'] == row else ():
+                    if line['guidance'] is not None:
+                        values.setdefault(line['guidance'], []).append(line[group])
+            scales = sorted(values)
+            means = [statistics.interval(values[scale]) for scale in scales]
+            (drawn,) = axis.plot(scales, [one.mean for one in means], marker='o', ms=3, label=row)
+            if all(one.seeds > 1 for one in means):
+                low = [one.low for one in means]
+                high = [one.high for one in means]
+                axis.fill_between(scales, low, high, alpha=0.15, color=drawn.get_color())
+        real = [scores[f'{group}_real']['mean'] for scores in found['rows'].values()]
+        axis.axhline(float(np.mean(real)), color='black', ls='--', label='real images')
+        axis.set_xlabel('guidance scale')
+        axis.set_title(group.replace('_', ' '))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('share of images read back right')
+    legend_below(figure, axes[0], 4)
+    figure.tight_layout()
+    save_figure(figure, f'{directory}/captions.png')
+    return {'captions.png': 'shares of images read back right over the guidance scale'}
+
+
+KIND = report.Kind(
+    measured_by=('num_images', 'guidance_scales'),
+    measure=measure,
+    summarize=summarize,
+    plots=_plots,
+)

@@ -1,0 +1,61 @@
+"""Experiments on captions: which guidance is best, and what the page shows."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from sphere_ar_jax.config import experiments, packaged
+from sphere_ar_jax.experiments import report
+from sphere_ar_jax.experiments.kinds import captions
+
+
+def _lines(row, seed):
+    """What `captions.measure` returns, with chosen numbers."""
+    lead = 0.1 if row == 'power_spherical' else 0.0
+    first = {'guidance': None, 'psnr': 30.0 + seed, 'kl': 9.0}
+    first |= {f'real/{group}': 0.95 for group in captions.GROUPS}
+    samples = []
+    for scale, seen, held_out in ((1.0, 0.6, 0.2), (2.0, 0.7, 0.4), (4.0, 0.8, 0.1)):
+        shares = {'seen': seen + lead, 'held_out': held_out + lead + 0.01 * seed, 'rows': 0.5}
+        samples.append({'guidance': scale, **shares})
+    return [first, *samples]
+
+
+def test_the_best_guidance_is_that_of_both_kinds_of_pairs():
+    c = experiments.check(packaged.load('experiments/text'))
+    scores = captions.summarize(c, _lines('gaussian', 0))
+    assert scores['best_guidance_read'] == 2.0
+    assert (scores['seen_best'], scores['held_out_best'], scores['rows_best']) == (0.7, 0.4, 0.5)
+    assert scores['held_out_common'] == 0.4 and scores['held_out_real'] == 0.95
+    assert set(scores) >= {words.split()[2] for words in c.comparisons}
+
+
+def test_the_page_of_captions(tmp_path):
+    c = experiments.check(packaged.load('experiments/text'))
+    by_row = {
+        row: {seed: captions.summarize(c, _lines(row, seed)) for seed in c.seeds} for row in c.rows
+    }
+    verdicts = report.verdicts(c, by_row)
+    assert verdicts[0]['verdict'] == 'reproduced'
+    assert verdicts[0]['advantage']['mean'] == pytest.approx(0.1)
+    found = {
+        'rows': report.table(c, by_row),
+        'verdicts': verdicts,
+        'measured': [
+            {'row': row, 'seed': seed, 'lines': _lines(row, seed)}
+            for row in c.rows
+            for seed in c.seeds
+        ],
+        'seconds': {'training': 60.0, 'measuring': 5.0},
+        'version': '1',
+        'jax': '2',
+        'platform': 'cpu',
+        'command': 'COMMAND',
+    }
+    report.write(captions.KIND, c, json.loads(json.dumps(found)), str(tmp_path))
+    page = (tmp_path / 'page.md').read_text()
+    assert '| row | best guidance | pairs trained on | of real images | held-out pairs |' in page
+    assert 'held-out pairs, best guidance' in page
+    with Image.open(tmp_path / 'captions.png') as picture:
+        assert picture.size[0] > 800
