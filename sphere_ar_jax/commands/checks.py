@@ -308,6 +308,7 @@ def check_data(
     Raises:
       UserError: the images cannot be opened, or the first or the last one cannot be read.
     """
+    from sphere_ar_jax.config import schema
     from sphere_ar_jax.data import small, sources
     from sphere_ar_jax.evaluation import class_names
 
@@ -317,8 +318,10 @@ def check_data(
     if kind in small.KINDS:
         training = small.open_data_set(kind, path, 0, 0.2).train
         where = f'{kind} {path}' if of_files else f'{kind}, part of scikit-learn'
-        classes = class_names.describe(training.num_classes, training.class_names)
-        text = f'{where}: {len(training)} images to train on, {classes}'
+        what = 'with captions'
+        if kind not in schema.CAPTIONED:
+            what = class_names.describe(training.num_classes, training.class_names)
+        text = f'{where}: {len(training)} images to train on, {what}'
         return Check('data', 'ok', text), training
     assert path is not None  # by the lines above
     source = sources.open_source(kind, path, split, data_dir)

@@ -395,6 +395,56 @@ def _reconstruct(
     return {'vae/psnr': tokenizer.psnr(recon, images), **scores}
 
 
+class _Way(NamedTuple):
+    """What is drawn of a small data set, and how it is shown and scored.
+
+    Attributes:
+      labels: the label of each sample.
+      save: writes a picture of the samples, as save(path, images).
+      score: gives the scores of the samples and those of real images.
+    """
+
+    labels: np.ndarray
+    save: Callable[[str, np.ndarray], None]
+    score: Callable[[np.ndarray], dict[str, float]]
+
+
+def _of_classes(setting: Setting, data: small.DataSet) -> _Way:
+    """Samples of all classes in turn, scored by `small_images.Judge`."""
+    labels = np.arange(setting.cfg.sampling.num_images) % data.train.num_classes
+    titles = class_names.titles(range(data.train.num_classes), data.train.class_names)
+    steps = setting.cfg.data.classifier_steps
+
+    def save(path: str, images: np.ndarray) -> None:
+        pictures.save_samples(path, images, labels, titles)
+
+    def scores(images: np.ndarray) -> dict[str, float]:
+        bar = console.bar(steps, 'training the classifier', 'step')
+        classifier = small_images.classifier(data, steps, setting.workdir, bar)
+        judge = small_images.Judge(data, classifier)
+        return judge.floor(len(images)) | judge.scores(images, labels)
+
+    return _Way(labels, save, scores)
+
+
+def _of_captions(setting: Setting, data: small.DataSet) -> _Way:
+    """Samples of composed digits for captions, scored by `composed_digits.Reader`."""
+    wishes = composed_digits.asked(data, setting.cfg.sampling.num_images)
+    labels = np.stack([build.encode_caption(setting.cfg, wish.caption) for wish in wishes])
+    steps = setting.cfg.data.classifier_steps
+
+    def save(path: str, images: np.ndarray) -> None:
+        pictures.save_captioned(path, images, [wish.caption for wish in wishes])
+
+    def scores(images: np.ndarray) -> dict[str, float]:
+        bar = console.bar(steps, 'training the classifier', 'step')
+        reader = composed_digits.Reader(data, steps, setting.workdir, bar)
+        found = composed_digits.scores(reader, data, images, wishes)
+        return composed_digits.floor(reader, data) | found
+
+    return _Way(labels, save, scores)
+
+
 def score(
     setting: Setting, vae_params: PyTree, ar_params: PyTree | None
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -428,37 +478,19 @@ def score(
         f'guidance {sampling.guidance_scale}',
         flush=True,
     )
-    wishes: list[composed_digits.Asked] = []
-    if data.kind == 'composed':
-        wishes = composed_digits.asked(data, sampling.num_images)
-        labels = np.stack([build.encode_caption(setting.cfg, wish.caption) for wish in wishes])
-    else:
-        labels = np.arange(sampling.num_images) % data.train.num_classes
+    of_data = _of_captions if data.kind == 'composed' else _of_classes
+    way = of_data(setting, data)
     images, _ = on_mesh.sample_images(
-        labels=labels,
+        labels=way.labels,
         progress=console.bar(sampling.num_images, 'samples'),
         **_drawing(setting, vae_params, ar_params),
     )
-    path = f'{setting.workdir}/samples.png'
-    if wishes:
-        pictures.save_captioned(path, images, [wish.caption for wish in wishes])
-    else:
-        titles = class_names.titles(range(data.train.num_classes), data.train.class_names)
-        pictures.save_samples(path, images, labels, titles)
+    way.save(f'{setting.workdir}/samples.png', images)
     seconds['sampling'] = time.perf_counter() - started
 
     started = time.perf_counter()
     print('scoring', flush=True)
-    steps = setting.cfg.data.classifier_steps
-    bar = console.bar(steps, 'training the classifier', 'step')
-    if wishes:
-        reader = composed_digits.Reader(data, steps, setting.workdir, bar)
-        metrics |= composed_digits.floor(reader, data)
-        metrics |= composed_digits.scores(reader, data, images, wishes)
-    else:
-        classifier = small_images.classifier(data, steps, setting.workdir, bar)
-        judge = small_images.Judge(data, classifier)
-        metrics |= judge.floor(len(images)) | judge.scores(images, labels)
+    metrics |= way.score(images)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 
