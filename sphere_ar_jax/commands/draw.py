@@ -190,9 +190,8 @@ def grid(
         draw.
     """
     path = output or f'{workdir}/grid.png'
-    # Before the weights are read.
-    asked = _asked(workdir, open_run.config_of(workdir), classes, prompt or [], prompts)
     run, mesh = open_run.open_run(workdir, like)
+    asked = _asked(workdir, run.config, classes, prompt or [], prompts)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(asked.labels, columns, axis=0)
     images, _ = on_mesh.sample_images(
