@@ -3,7 +3,8 @@ r"""Claim 2 at small size: the order of the latent families.
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/ablation.py
 Result:    On the digits the first step is reproduced, the second undecided, the third contradicted
-           (docs/experiments/ablation/page.md). Fashion-MNIST is not measured yet.
+           (docs/experiments/ablation/page.md). On Fashion-MNIST all three are undecided
+           (docs/experiments/ablation_fashion/page.md).
 
 The paper's four rows, and two or three more. The Gaussian rows are trained with three weights of
 the KL term, that of the other rows, a quarter and four times of it. The best weight stands for the

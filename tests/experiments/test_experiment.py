@@ -270,7 +270,9 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
     assert joined['seconds']['training'] == alone['seconds']['training'] == 9 * 60
 
 
-@pytest.mark.parametrize('name', ['guidance', 'guidance:fashion', 'ablation', 'propagation'])
+@pytest.mark.parametrize(
+    'name', ['guidance', 'guidance:fashion', 'ablation', 'ablation:fashion', 'propagation']
+)
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
     """A copy of measured.jsonl is all that a new workdir needs to go on from them."""
     documents = GOLDENS.parent.parent / 'docs' / 'experiments'
