@@ -190,6 +190,11 @@ def grid(
         draw.
     """
     path = output or f'{workdir}/grid.png'
+    is_asked = prompt or prompts or (classes is not None and classes.strip(' ;'))
+    if not is_asked or columns < 1:
+        raise UserError(
+            "give --classes='golden retriever; 388; n02099601' and at least 1 for --columns"
+        )
     run, mesh = open_run.open_run(workdir, like)
     asked = _asked(workdir, run.config, classes, prompt or [], prompts)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +243,7 @@ def _originals(
 ) -> tuple[folders.Pictures, list[str]]:
     """The pictures to complete, and a title for each; the arguments are those of `complete`."""
     has_captions = build.has_captions(config)
-    if not (classes or prompt or prompts or has_captions):
+    if classes is None and not (prompt or prompts or has_captions):
         found = _in_folders_of_classes(workdir, config, images)
     else:
         files = image_sets.list_images(images) if os.path.isdir(images) else [images]

@@ -1,7 +1,7 @@
 """Builds the objects that a config describes. Nothing else picks parts by name."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -246,9 +246,11 @@ def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
     return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
 
 
-def encode_caption(config: ConfigDict, text: str) -> np.ndarray:
-    """A caption of the data as a label, see `vocabulary.encode_caption`."""
-    return vocabulary.encode_caption(text, open_vocabulary(config), config.ar.text_tokens)
+def encode_captions(config: ConfigDict, texts: Sequence[str]) -> np.ndarray:
+    """Captions of the data as labels (n, T), see `vocabulary.encode_caption`."""
+    words = open_vocabulary(config)
+    length = config.ar.text_tokens
+    return np.stack([vocabulary.encode_caption(text, words, length) for text in texts])
 
 
 def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:

@@ -308,7 +308,7 @@ def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
     watch = setting.cfg.watch
     if build.has_captions(setting.cfg):
         captions = _captions(setting, watch.classes)
-        return captions, np.stack([build.encode_caption(setting.cfg, text) for text in captions])
+        return captions, build.encode_captions(setting.cfg, captions)
     classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
     numbers = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
     names = getattr(setting.source, 'class_names', None)
@@ -430,11 +430,12 @@ def _of_classes(setting: Setting, data: small.DataSet) -> _Way:
 def _of_captions(setting: Setting, data: small.DataSet) -> _Way:
     """Samples of composed digits for captions, scored by `composed_digits.Reader`."""
     wishes = composed_digits.asked(data, setting.cfg.sampling.num_images)
-    labels = np.stack([build.encode_caption(setting.cfg, wish.caption) for wish in wishes])
+    captions = [wish.caption for wish in wishes]
+    labels = build.encode_captions(setting.cfg, captions)
     steps = setting.cfg.data.classifier_steps
 
     def save(path: str, images: np.ndarray) -> None:
-        pictures.save_captioned(path, images, [wish.caption for wish in wishes])
+        pictures.save_captioned(path, images, captions)
 
     def scores(images: np.ndarray) -> dict[str, float]:
         bar = console.bar(steps, 'training the classifier', 'step')

@@ -513,10 +513,10 @@ def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
     with_plots = KINDS['comparison']._replace(plots=comparison.KIND.plots)
     monkeypatch.setitem(KINDS, 'comparison', with_plots)
     drawn = []
-    band = comparison._band
+    band = comparison.band
     monkeypatch.setattr(
         comparison,
-        '_band',
+        'band',
         lambda *words, **style: drawn.append(words[1:]) or band(*words, **style),
     )
     experiment.run(c, 'two', str(tmp_path), 'COMMAND')

@@ -231,21 +231,21 @@ class Composed:
             canvas[y : y + side, x : x + side] = painted
         return canvas
 
-    def _image(self, index: int) -> np.ndarray:
-        """An image (32, 32) in [0, 1]."""
+    def drawn(self, index: int) -> tuple[Composition, np.ndarray]:
+        """What an image shows, and its pixels (32, 32) in [0, 1]."""
         rng = self._rng(index)
         composition = draw_composition(rng, self._held_out, self._part == 1)
-        return self.draw(composition, rng)
+        return composition, self.draw(composition, rng)
 
     @functools.cached_property
     def pixels(self) -> np.ndarray:
         """All images, (n, 32, 32) float32 in [0, 1]."""
-        return np.stack([self._image(i).astype(np.float32) for i in range(len(self))])
+        return np.stack([self.drawn(i)[1].astype(np.float32) for i in range(len(self))])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = (2 * self._image(index)[..., None] - 1).astype(np.float32)
-        caption = self.composition(index).caption()
-        return {'image': image, 'label': np.int32(0), 'captions': (caption,)}
+        composition, pixels = self.drawn(index)
+        image = (2 * pixels[..., None] - 1).astype(np.float32)
+        return {'image': image, 'label': np.int32(0), 'captions': (composition.caption(),)}
 
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """Model images (n, 32, 32, 1) in [−1, 1] → (n, 32, 32) in [0, 1]."""

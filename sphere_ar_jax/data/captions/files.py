@@ -1,10 +1,29 @@
-"""Files of prompts, a text in each line."""
+"""Files with a text in each line."""
 
 import os
+from collections.abc import Iterator
 
 from sphere_ar_jax.runtime.console import UserError
 
 _MOST_BYTES = 2**26
+
+
+def lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a file that are not empty, with their numbers from 1.
+
+    A byte order mark is no part of the first line.
+
+    Raises:
+      UserError: the file is no text in UTF-8.
+    """
+    try:
+        with open(path, encoding='utf-8-sig', newline='\n') as file:
+            for number, line in enumerate(file, 1):
+                text = line.rstrip('\r\n')
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(f'{os.fspath(path)} is no text in UTF-8: {error.reason}') from None
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
@@ -18,14 +37,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         raise UserError(f'there is no file {os.fspath(path)} of prompts, a text in each line')
     if os.path.getsize(path) > _MOST_BYTES:
         raise UserError(f'{os.fspath(path)} is no file of prompts: it has more than 64 MiB')
-    with open(path, 'rb') as f:
-        content = f.read()
-    try:
-        # A byte order mark is no part of the first prompt.
-        lines = content.decode('utf-8-sig').split('\n')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{os.fspath(path)} is no text in UTF-8: {error.reason}') from None
-    found = [line.strip() for line in lines if line.strip()]
+    found = [text.strip() for _, text in lines(path)]
     if not found:
         raise UserError(f'{os.fspath(path)} has no prompt: write one in each line')
     return found

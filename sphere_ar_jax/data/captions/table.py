@@ -17,11 +17,12 @@ Several objects or lines of one image are several captions.
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from sphere_ar_jax.data.batches import Record
+from sphere_ar_jax.data.captions import files
 from sphere_ar_jax.data.files import columns
 from sphere_ar_jax.data.files.listing import escaped
 from sphere_ar_jax.data.sources import Images, Part
@@ -31,59 +32,31 @@ BESIDE = 'beside'
 PATHS = ('path', 'file_name', 'image')
 
 
-class HasCaptions(Protocol):
-    """A source whose images have texts of their own."""
-
-    def captions(self, i: int, /) -> tuple[str, ...]:
-        """The captions of image i, () where it has none."""
-
-
-def _first_of(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """The value under the first of some keys that an object has, None where it has none."""
-    return next((entry[key] for key in keys if key in entry), None)
-
-
 def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
     """The path and the texts of an object of a table.
 
     Raises:
       UserError: it has none.
     """
-    path = _first_of(entry, PATHS) if isinstance(entry, dict) else None
+    path = columns.first_of(entry, PATHS) if isinstance(entry, dict) else None
     if not isinstance(path, str):
         raise UserError(
             f'{where} is no caption: write {{"file_name": "cat/1.jpg", "text": "a grey cat"}}'
         )
-    return path, columns.captions_of(where, _first_of(entry, columns.CAPTIONS))
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not empty, with their numbers from 1.
-
-    Raises:
-      UserError: it is no text in UTF-8.
-    """
-    try:
-        with open(path, encoding='utf-8-sig', newline='\n') as file:
-            for number, line in enumerate(file, 1):
-                text = line.rstrip('\r\n')
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is no text in UTF-8: {error.reason}') from None
+    return path, columns.captions_of(where, columns.first_of(entry, columns.CAPTIONS))
 
 
 def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The paths and texts of a table."""
     kind = os.path.splitext(path)[1].lower()
     if kind == '.tsv':
-        for number, line in _lines(path):
+        for number, line in files.lines(path):
             name, tab, text = line.partition('\t')
             if not tab:
                 raise UserError(f'{path}, line {number} has no tab between a path and a text')
             yield name, columns.captions_of(path, text)
     elif kind == '.jsonl':
-        for number, line in _lines(path):
+        for number, line in files.lines(path):
             where = f'{path}, line {number}'
             try:
                 entry = json.loads(line)
@@ -92,7 +65,7 @@ def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield _pair(entry, where)
     elif kind == '.json':
         try:
-            found = json.loads('\n'.join(line for _, line in _lines(path)))
+            found = json.loads('\n'.join(line for _, line in files.lines(path)))
         except (ValueError, RecursionError) as error:
             raise UserError(f'{path} is no JSON: {first_line(error)}') from None
         for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
@@ -144,7 +117,7 @@ class Captioned:
         Raises:
           UserError: no image has a caption, or the images have no texts of their own.
         """
-        self._table = table
+        self._captions: list[tuple[str, ...]] | None = None
         self.num_classes = source.num_classes
         self.left_out = source.left_out
         if table is None:
@@ -155,12 +128,14 @@ class Captioned:
                 )
             self._source = source
             return
-        has_caption = np.array([bool(table.get(source.name(i))) for i in range(len(source))])
+        found = [table.get(source.name(i), ()) for i in range(len(source))]
+        has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():
             raise UserError(
                 f'none of the {len(source)} images has a caption: the table has no path like '
                 f"'{printable(source.name(0), 80)}'"
             )
+        self._captions = [captions for captions in found if captions]
         missing = int(np.sum(~has_caption))
         self._source = Part(source, np.flatnonzero(has_caption)) if missing else source
         if missing:
@@ -177,10 +152,8 @@ class Captioned:
         return len(self._source)
 
     def __getitem__(self, i: int) -> Record:
-        found = self._source[i]
-        if self._table is None:
-            return found | {'captions': self._source.captions(i)}
-        return found | {'captions': self._table[self._source.name(i)]}
+        captions = self._source.captions(i) if self._captions is None else self._captions[i]
+        return self._source[i] | {'captions': captions}
 
     def name(self, i: int) -> str:
         """Names entry i in messages."""

@@ -4,8 +4,8 @@ Dimensions:
   n  rows     k  classes
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from sphere_ar_jax.runtime.console import UserError
 
 # Names of columns, and of keys of JSON objects, that hold captions.
 CAPTIONS = ('text', 'caption', 'captions')
+
+
+def first_of(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value under the first of some keys that an object has, None where it has none."""
+    return next((entry[key] for key in keys if key in entry), None)
 
 
 def captions_of(where: str, value: object) -> tuple[str, ...]:

@@ -230,7 +230,7 @@ class WebDataset:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f'{where} has a caption that is no text: {first_line(error)}') from None
         if isinstance(found, dict):
-            found = next((found[key] for key in columns.CAPTIONS if key in found), None)
+            found = columns.first_of(found, columns.CAPTIONS)
         return columns.captions_of(where, found)
 
     def name(self, i: int) -> str:

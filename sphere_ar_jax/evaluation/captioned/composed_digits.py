@@ -80,8 +80,7 @@ def _to_learn(images: Composed, count: int) -> _Windows:
     pixels = []
     labels = []
     for i in range(min(count, len(images))):
-        composition = images.composition(i)
-        image = images.to_pixels(images[i]['image'][None])[0]
+        composition, image = images.drawn(i)
         pixels.append(windows(image, composition).astype(np.float32))
         labels += _labels(composition)
     return _Windows(np.concatenate(pixels), np.asarray(labels, np.int32))
@@ -176,7 +175,10 @@ def asked(data: small.DataSet, count: int) -> list[Asked]:
     each = -(-count // len(GROUPS))
     for images, with_pairs in ((data.train, 'seen'), (data.heldout, 'held_out')):
         assert isinstance(images, Composed)  # by the caller
+        groups = {with_pairs, 'rows'} if images is data.train else {with_pairs}
         for i in range(len(images)):
+            if all(len(found[group]) >= each for group in groups):
+                break
             composition = images.composition(i)
             group = 'rows' if len(composition.things) == 4 else with_pairs
             if len(found[group]) < each:

@@ -15,7 +15,8 @@ from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.captioned.composed_digits import GROUPS
 from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
-from sphere_ar_jax.experiments import report, runs, statistics
+from sphere_ar_jax.experiments import report, runs
+from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.sampling import on_mesh
 
 
@@ -49,7 +50,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
         }
     ]
     wishes = composed_digits.asked(data, config.num_images)
-    labels = np.stack([build.encode_caption(cfg, wish.caption) for wish in wishes])
+    labels = build.encode_captions(cfg, [wish.caption for wish in wishes])
     sampler = build.build_sampler(cfg)
     for scale in config.guidance_scales:
         images, _ = on_mesh.draw_images(
@@ -93,18 +94,8 @@ def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict
     figure, axes = plt.subplots(1, len(GROUPS), figsize=(4.2 * len(GROUPS), 3.6), sharey=True)
     for axis, group in zip(axes, GROUPS, strict=True):
         for row in found['rows']:
-            values: dict[float, list[float]] = {}
-            for unit in found['measured']:
-                for line in unit['lines'] if unit['row'] == row else ():
-                    if line['guidance'] is not None:
-                        values.setdefault(line['guidance'], []).append(line[group])
-            scales = sorted(values)
-            means = [statistics.interval(values[scale]) for scale in scales]
-            (drawn,) = axis.plot(scales, [one.mean for one in means], marker='o', ms=3, label=row)
-            if all(one.seeds > 1 for one in means):
-                low = [one.low for one in means]
-                high = [one.high for one in means]
-                axis.fill_between(scales, low, high, alpha=0.15, color=drawn.get_color())
+            scales, intervals = comparison.curves(found['measured'], row, group)
+            comparison.band(axis, scales, intervals, label=row)
         real = [scores[f'{group}_real']['mean'] for scores in found['rows'].values()]
         axis.axhline(float(np.mean(real)), color='black', ls='--', label='real images')
         axis.set_xlabel('guidance scale')

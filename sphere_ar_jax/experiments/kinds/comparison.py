@@ -246,7 +246,7 @@ def _over_guidance(
     return values
 
 
-def _curves(
+def curves(
     measured: report.MeasuredParts, row: str, name: str
 ) -> tuple[np.ndarray, list[statistics.Interval]]:
     """The guidance scales of a row, and the interval of a score over seeds at each of them."""
@@ -256,7 +256,7 @@ def _curves(
     return np.array(scales), found
 
 
-def _band(
+def band(
     axis: Axes,
     x: Sequence[float] | np.ndarray,
     found: list[statistics.Interval],
@@ -304,9 +304,9 @@ def _plot_guidance(
     styles = _styles(config)
     for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
         for row in rows:
-            scales, found = _curves(measured, row, name)
+            scales, found = curves(measured, row, name)
             if len(scales):
-                _band(axis, scales, found, label=row, **styles[row])
+                band(axis, scales, found, label=row, **styles[row])
         axis.set_xlabel('guidance scale')
         axis.set_title(label)
         axis.grid(alpha=0.3)
@@ -328,7 +328,7 @@ def _plot_rows(path: str, config: ConfigDict, scores: Mapping[str, Any]) -> None
         shown = [(x, row) for x, row in zip(config.curves_at, rows, strict=True) if row in scores]
         found = [report.interval(scores[row]['frechet_best']) for _, row in shown]
         if shown:
-            _band(axis, [x for x, _ in shown], found, label=line)
+            band(axis, [x for x, _ in shown], found, label=line)
     axis.set_xscale('log', base=2)
     axis.set_xticks(config.curves_at, [f'{x:g}' for x in config.curves_at])
     axis.set_yscale('log')

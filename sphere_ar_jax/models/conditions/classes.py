@@ -52,6 +52,15 @@ def check_labels(labels: Any, count: int) -> None:
         )
 
 
+def are_dropped(keys: jax.Array, probability: float) -> jax.Array:
+    """Draws whether each image loses its label, (B,) bool, from one PRNG key for each, (B,)."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, probability)
+
+    return jax.vmap(draw)(keys)
+
+
 class Classes(nn.Module):
     """A table of class tokens.
 
@@ -98,11 +107,7 @@ class Classes(nn.Module):
         Returns:
           (B,) int32.
         """
-
-        def draw(key: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(key, probability)
-
-        return jnp.where(jax.vmap(draw)(keys), self.num_classes, labels)
+        return jnp.where(are_dropped(keys, probability), self.num_classes, labels)
 
     def check(self, labels: ArrayLike) -> None:
         """Checks that labels are a list of whole numbers from 0 to num_classes − 1.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.conditions.classes import check_labels
+from sphere_ar_jax.models.conditions.classes import are_dropped, check_labels
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -68,11 +68,8 @@ class Text(nn.Module):
         Returns:
           (B, T) int32.
         """
-
-        def draw(key: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(key, probability)
-
-        return jnp.where(jax.vmap(draw)(keys)[:, None], self.vocabulary_size, labels)
+        dropped = are_dropped(keys, probability)
+        return jnp.where(dropped[:, None], self.vocabulary_size, labels)
 
     def check(self, labels: Any) -> None:
         """Checks that labels are captions (B, T) of the vocabulary's numbers.
