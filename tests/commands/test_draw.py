@@ -575,7 +575,7 @@ def test_completions(digits_run, tmp_path, capsys):
             x = left + j * 132
             np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image)
     for more, message in (
-        (['--classes=1;2;3'], '--classes names 3 classes for 2 images'),
+        (['--classes=1;2;3'], '3 classes are named for 2 images: give one for all'),
         (['--classes=1', '--keep=half'], '--keep is half: give a number of tokens, or a share'),
         (['--classes=1', '--corruption=blurred:1'], "'blurred:1' is no corruption: write WORD"),
         (['--classes=1', '--keep=17'], 'keep must be a whole number of tokens from 0 to 16'),
