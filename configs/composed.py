@@ -11,6 +11,7 @@ Result:    Not measured yet.
 
 Words after the colon, separated by commas:
 
+joint      The model also writes captions: sequences of a text and an image in either order.
 smoke      The same path in few steps, to see that everything runs. Its pictures show no digits yet.
 
 Captions are read byte by byte by the transformer, in place of class tokens. Images have 8×8 tokens
@@ -34,7 +35,7 @@ def get_config(arg: str = '') -> ConfigDict:
     Raises:
       ValueError: another word was given; one line.
     """
-    words, _ = recipes.arguments('configs/composed.py', arg, ('smoke',))
+    words, _ = recipes.arguments('configs/composed.py', arg, ('smoke', 'joint'))
     smoke = 'smoke' in words
     c = packaged.load('fashion:smoke' if smoke else 'fashion')
     c.data.name = 'composed'
@@ -42,6 +43,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.ar.condition = 'text'
     c.ar.text_tokens = 48
     c.ar.depth = 6
+    if 'joint' in words:
+        c.ar.text_weight = 0.2
     c.sampling.guidance_scale = 2.0
     c.watch.classes = 6
     if smoke:

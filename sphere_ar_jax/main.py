@@ -26,6 +26,9 @@ goes on where it stopped. The other modes are:
                    [--corruption=noisy:3] [--num_images=N] [--columns=N] [--output=FILE.png]
                    (keeps the first tokens of images and draws the others; a DIR without --classes
                    has a directory for each class, as ImageNet-R has)
+  --mode=caption   --workdir=DIR --images=FILE|DIR [--top_p=0.9] [--num_images=N]
+                   [--output=FILE.tsv]
+                   (writes a text for each image, by runs with ar.text_weight)
   --mode=evaluate  --workdir=DIR [--samples=NPZ --reference=NPZ --inception=FILE]
                    [--images=NPZ] [--lpips=vgg.pth --vgg=vgg16.pth]
                    (each NPZ may be a directory of images)
@@ -40,8 +43,9 @@ goes on where it stopped. The other modes are:
                    [--parts=train,sample,evaluate] [--output=FILE.json]
                    (what the programs would take on TPUs or GPUs, without one)
 
-Encode, sample, grid, complete, evaluate and serve take sampler, seed, dtype and mesh from --config
-if it is given, else from the run's own config, of which --config.KEY=VALUE changes a value.
+Encode, sample, grid, complete, caption, evaluate and serve take sampler, seed, dtype and mesh from
+--config if it is given, else from the run's own config, of which --config.KEY=VALUE changes a
+value.
 
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
@@ -89,6 +93,7 @@ _MODE = flags.DEFINE_enum(
         'sample',
         'grid',
         'complete',
+        'caption',
         'evaluate',
         'reference',
         'compile',
@@ -136,7 +141,17 @@ def _words(name: str, modes: tuple[str, ...], help: str) -> _Option:
     return _Option(flags.DEFINE_list(name, None, help), modes)
 
 
-_WRITING = ('export', 'pack', 'encode', 'sample', 'grid', 'complete', 'reference', 'compile')
+_WRITING = (
+    'export',
+    'pack',
+    'encode',
+    'sample',
+    'grid',
+    'complete',
+    'caption',
+    'reference',
+    'compile',
+)
 _OF_DATA = ('pack', 'encode', 'reference')
 _OPTIONS = (
     _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
@@ -148,7 +163,11 @@ _OPTIONS = (
     _count('shards', ('pack', 'encode'), 'Files to write, 128 if not given.'),
     _text('split', _OF_DATA, 'Split of tfds or hf; train if not given.'),
     _text('data_dir', _OF_DATA, 'Directory of tfds or hf, if not its default.'),
-    _count('num_images', ('sample', 'complete', 'reference'), 'Images to draw, complete or keep.'),
+    _count(
+        'num_images',
+        ('sample', 'complete', 'caption', 'reference'),
+        'Images to draw, complete, caption or keep.',
+    ),
     _count('size', ('reference',), 'Side of the crops in pixels.'),
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
@@ -161,7 +180,8 @@ _OPTIONS = (
     _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
     _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
     _text('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
-    _text('images', ('evaluate', 'complete'), 'Real images: npz or directory; picture.'),
+    _text('images', ('evaluate', 'complete', 'caption'), 'Real images: npz or directory; picture.'),
+    _text('top_p', ('caption',), 'Share of the probability that tokens are drawn from.'),
     _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
     _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
     _text('topology', ('compile',), 'TPUs or GPUs, as v6e-256, v6e:16x16 or h100-8, by commas.'),
@@ -187,6 +207,7 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
         "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each, "
         'or none for a DIR with a directory for each class',
     ),
+    'caption': (('images',), 'give --images=FILE or DIR'),
     'experiment': (
         ('config', 'workdir'),
         'give --config=configs/experiments/NAME.py and --workdir=DIR',
@@ -194,9 +215,10 @@ _NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
 }
 # Modes that draw or score what a run has trained, by its own config unless another is given.
-_OF_A_RUN = ('sample', 'grid', 'complete', 'evaluate', 'encode', 'serve')
+_OF_A_RUN = ('sample', 'grid', 'complete', 'caption', 'evaluate', 'encode', 'serve')
 # Modes that several processes cannot share.
 _ALONE = (
+    'caption',
     'compile',
     'complete',
     'convert',
@@ -437,6 +459,10 @@ def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[s
         from sphere_ar_jax.commands import draw
 
         draw.complete(workdir, like=cfg, **given)
+    elif mode == 'caption':
+        from sphere_ar_jax.commands import draw
+
+        draw.caption(workdir, like=cfg, **given)
     else:
         from sphere_ar_jax.serving import page
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 

@@ -1,16 +1,20 @@
-r"""Text to image on composed digits: is what was asked for drawn, also for new compositions?
+r"""Texts on composed digits: is what was asked for drawn, and what is shown written?
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/text.py
 Result:    Not measured yet (docs/experiments/README.md).
 
-Rows are trained as configs/composed.py is, with three seeds. What is read back is explained in
-docs/text.md, "Composed digits". The word smoke after a colon shows in minutes that everything runs.
+Rows are trained as configs/composed.py is, those named joint with its word joint, with three seeds.
+What is read back and what is written is explained in docs/text.md, "Composed digits". The word
+smoke after a colon shows in minutes that everything runs.
 """
 
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import experiments
+
+# The model writes captions, too (docs/text.md, "Both directions").
+WRITING = {'ar': {'text_weight': 0.2}}
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -21,12 +25,15 @@ def get_config(arg: str = '') -> ConfigDict:
     c.kind = 'captions'
     c.claim = (
         'Tokens on the sphere draw what a caption asks for at least as often as Gaussian ones do, '
-        'for pairs of digits that were trained on and for new ones.'
+        'for pairs of digits that were trained on and for new ones, and a model of both '
+        'directions draws as well as one that only draws.'
     )
     c.caveat = 'What would change it: photographs, whose captions say less of what is seen.'
     c.rows = experiments.rows(
         power_spherical={},
         gaussian=experiments.LATENTS['gaussian'],
+        joint_power_spherical=WRITING,
+        joint_gaussian=experiments.merged(experiments.LATENTS['gaussian'], WRITING),
     )
     c.num_images = 1500
     c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -36,5 +43,10 @@ def get_config(arg: str = '') -> ConfigDict:
         'power_spherical gaussian seen_best',
         'power_spherical gaussian rows_best',
         'power_spherical gaussian held_out_common',
+        'joint_power_spherical power_spherical held_out_best',
+        'joint_power_spherical power_spherical seen_best',
+        'joint_power_spherical joint_gaussian held_out_best',
+        'joint_power_spherical joint_gaussian captions_held_out',
+        'joint_power_spherical joint_gaussian captions_nats',
     )
     return experiments.finish(c, arg)

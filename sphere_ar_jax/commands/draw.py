@@ -1,4 +1,4 @@
-"""--mode=sample, --mode=grid and --mode=complete: draws images of a run."""
+"""--mode=sample, --mode=grid, --mode=complete and --mode=caption: images and texts of a run."""
 
 import os
 import time
@@ -17,6 +17,7 @@ from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.files import write_bytes
 from sphere_ar_jax.sampling import generation, inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 
@@ -337,3 +338,54 @@ def complete(
     title = f'{noun}, its first {count} of {model.num_tokens} tokens, completions'
     pictures.save_classes(path, np.stack(rows), columns + 2, titles, title)
     print(f'wrote {path}')
+
+
+def caption(
+    workdir: str,
+    *,
+    images: str,
+    top_p: str | None = None,
+    num_images: int | None = None,
+    output: str | None = None,
+    like: ConfigDict | None = None,
+) -> None:
+    """Writes a text for each of some images.
+
+    Lines of 'PATH<tab>TEXT' go to the screen, or to a file, which `data.captions` takes. The path
+    is that below the directory.
+
+    Args:
+      workdir: the directory of a run that writes texts.
+      images: a picture, or a directory of pictures, of any size; see `inputs.images`.
+      top_p: the share of the probability that the likeliest tokens need to be drawn from, in (0,
+        1]; the likeliest token is taken if None.
+      num_images: number of images, evenly spread over those there are; all if None.
+      output: the file, .tsv; the screen if None.
+      like: a config whose seed, dtype and mesh are taken, see `open_run.open_run`.
+
+    Raises:
+      UserError: the run writes no texts, or an argument is not possible.
+      OSError: an image cannot be read.
+    """
+    try:
+        share = None if top_p is None else float(top_p)
+    except ValueError:
+        raise UserError(f'--top_p is {top_p}: give a share as 0.9') from None
+    if output is not None and not output.endswith('.tsv'):
+        raise UserError(f'--output is {output}, but must end in .tsv')
+    run, mesh = open_run.open_run(workdir, like)
+    model = Model(run, mesh=mesh)
+    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+    rows = min(num_images or len(files), len(files))
+    chosen = folders.spread(folders.Pictures(files, [0] * len(files)), rows).files
+    texts = model.caption(chosen, top_p=share, seed=run.config.seed)
+    names = [os.path.relpath(path, images) if os.path.isdir(images) else path for path in chosen]
+    in_lines = [' '.join(text.split()) for text in texts]
+    if output is None:
+        for name, text in zip(names, in_lines, strict=True):
+            print(f'{name}\t{console.printable(text, 1000)}')
+        return
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    table = (f'{name}\t{text}\n' for name, text in zip(names, in_lines, strict=True))
+    write_bytes(output, ''.join(table).encode())
+    print(f'wrote {output}: {len(texts)} texts')

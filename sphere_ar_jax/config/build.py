@@ -17,6 +17,7 @@ from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
 from sphere_ar_jax.models.conditions import CONDITIONS, Classes, Condition, Text
 from sphere_ar_jax.models.heads import HEADS, Head, check_solver
+from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError, pick
@@ -232,6 +233,11 @@ def has_captions(config: ConfigDict) -> bool:
     return config.ar.condition == 'text'
 
 
+def writes_texts(config: ConfigDict) -> bool:
+    """Whether the AR model writes texts for images, too."""
+    return config.ar.text_weight is not None
+
+
 def open_vocabulary(config: ConfigDict) -> vocabulary.Vocabulary:
     """The vocabulary of a config with captions.
 
@@ -298,7 +304,10 @@ def build_ar(config: ConfigDict) -> AR:
     head = build_head(config)
     condition = build_condition(config)
     grid = tuple(config.vae.grid)
-    return AR(c.depth, c.heads, c.width, condition, head, grid, token_dim, fused=c.fused, **speed)
+    sizes = (c.depth, c.heads, c.width, condition, head, grid, token_dim)
+    if c.text_weight is None:
+        return AR(*sizes, fused=c.fused, **speed)
+    return Joint(*sizes, fused=c.fused, text_weight=c.text_weight, **speed)
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
-from sphere_ar_jax.models import discriminators, transformer, vae
+from sphere_ar_jax.models import transformer, vae
 from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.runtime.console import UserError, pick
 
 # Small data sets of which `small` makes other ones: some classes, larger or darker images.
@@ -29,12 +30,12 @@ def _at_least(least: float) -> Callable[[float], bool]:
 _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
     (
-        r'vae\.(sigma|radius|kappa_scale)|ar\.(prior_scale|magnitude_weight)',
+        r'vae\.(sigma|radius|kappa_scale)|ar\.(prior_scale|magnitude_weight|text_weight)',
         'be above 0',
         lambda n: n > 0,
     ),
     (
-        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|magnitude_weight)\w+',
+        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|\w+_weight)\w+',
         'be at least 1',
         _at_least(1),
     ),
@@ -252,6 +253,10 @@ def _check_condition(config: ConfigDict) -> None:
         _require(
             not own and not given,
             f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
+        )
+        _require(
+            config.ar.text_weight is None,
+            "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",
         )
 
 

@@ -47,6 +47,10 @@ SCORES: dict[str, bool] = {
     'held_out_common': True,
     'rows_best': True,
     'rows_common': True,
+    'captions_seen': True,
+    'captions_held_out': True,
+    'captions_rows': True,
+    'captions_nats': False,
 }
 
 # The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").

@@ -174,6 +174,9 @@ def default() -> ConfigDict:
                 # of it that a caption has at most.
                 vocabulary='bytes',
                 text_tokens=64,
+                # Likewise: the weight of the texts' cross-entropy beside 1 for the head's loss, if
+                # the model writes texts, too (`joint.Joint`). None reads them alone.
+                text_weight=config_dict.placeholder(float),
                 # What the model reads and draws: 'latents', 'projected' onto the sphere,
                 # 'standardised' by the statistics of the training images, or 'polar', a direction
                 # and a length (`vae.TOKEN_SPACES`).

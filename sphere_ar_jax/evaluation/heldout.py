@@ -16,7 +16,7 @@ from sphere_ar_jax.training import losses
 from sphere_ar_jax.training.state import Batch, Scalars, Stage
 
 # Scalars of a stage's loss that are shown beside the loss itself, where the stage has them.
-_SHOWN = ('psnr', 'l1')
+_SHOWN = ('psnr', 'l1', 'flow_loss', 'text_loss')
 # Added to the seed, so that the draws are others than those of training, of sampling and of the
 # latents' statistics (docs/method.md, "Random numbers").
 _SEED = 3

@@ -481,10 +481,9 @@ def score(
     )
     of_data = _of_captions if data.kind == 'composed' else _of_classes
     way = of_data(setting, data)
+    drawing = _drawing(setting, vae_params, ar_params)
     images, _ = on_mesh.sample_images(
-        labels=way.labels,
-        progress=console.bar(sampling.num_images, 'samples'),
-        **_drawing(setting, vae_params, ar_params),
+        labels=way.labels, progress=console.bar(sampling.num_images, 'samples'), **drawing
     )
     way.save(f'{setting.workdir}/samples.png', images)
     seconds['sampling'] = time.perf_counter() - started
@@ -492,6 +491,8 @@ def score(
     started = time.perf_counter()
     print('scoring', flush=True)
     metrics |= way.score(images)
+    if build.writes_texts(setting.cfg):
+        metrics |= composed_digits.score_captions(drawing['models'], data, setting.mesh)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 

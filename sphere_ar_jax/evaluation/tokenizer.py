@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation.fidelity import protocol, statistics
-from sphere_ar_jax.models.lpips import LPIPS
+from sphere_ar_jax.models.judges.lpips import LPIPS
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree

@@ -108,6 +108,13 @@ _TABLES = {
         'rows_best': 'two rows',
         'rows_real': 'of real images',
     },
+    'Texts written for real images': {
+        'captions_seen': 'right: pairs trained on',
+        'captions_held_out': 'right: held-out pairs',
+        'captions_rows': 'right: two rows',
+        'captions_nats': '−log p of a caption, nats',
+        'captions_nats_alone': 'without the image',
+    },
 }
 
 # What the table of verdicts calls the scores.
@@ -137,6 +144,10 @@ _SCORES = {
     'held_out_common': 'held-out pairs, common guidance',
     'rows_best': 'two rows, best guidance',
     'rows_common': 'two rows, common guidance',
+    'captions_seen': 'right captions, pairs trained on',
+    'captions_held_out': 'right captions, held-out pairs',
+    'captions_rows': 'right captions, two rows',
+    'captions_nats': '−log p of a caption, nats',
 }
 
 
@@ -255,17 +266,22 @@ def _rows_table(config: ConfigDict, found: Mapping[str, Any]) -> Table:
 
 
 def _score_tables(kind: Kind, found: Mapping[str, Any]) -> dict[str, Table]:
-    """{heading: table} of the scores, and of what a kind of experiments adds."""
+    """{heading: table} of the scores, and of what a kind of experiments adds.
+
+    A table has the rows that have any of its scores, and the scores that all of these have.
+    """
     tables: dict[str, Table] = {}
     for heading, columns in _TABLES.items():
-        names = [
-            name for name in columns if all(name in scores for scores in found['rows'].values())
-        ]
-        if not names:
+        rows = {
+            row: scores
+            for row, scores in found['rows'].items()
+            if any(name in scores for name in columns)
+        }
+        names = [name for name in columns if all(name in scores for scores in rows.values())]
+        if not rows or not names:
             continue
         cells = [
-            [row, *(str(interval(scores[name])) for name in names)]
-            for row, scores in found['rows'].items()
+            [row, *(str(interval(scores[name])) for name in names)] for row, scores in rows.items()
         ]
         tables[heading] = (['row', *(columns[name] for name in names)], cells)
     return tables | kind.tables(found['measured'])

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sphere_ar_jax.interop import torch_file
-from sphere_ar_jax.models import lpips
+from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.runtime.console import UserError, some
 from sphere_ar_jax.runtime.types import PyTree
 

@@ -22,11 +22,12 @@ from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.evaluation.fidelity import inception
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.measure import costs
-from sphere_ar_jax.models import lpips, transformer
+from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.conditions import Condition
 from sphere_ar_jax.models.heads import MeanVelocity
 from sphere_ar_jax.models.heads.flow import chunk_size
+from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree

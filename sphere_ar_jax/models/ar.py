@@ -103,10 +103,15 @@ class AR(nn.Module):
         """Number L = H·W of an image's tokens."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def front(self) -> int:
+        """Number C of the inputs in front of an image's tokens."""
+        return self.condition.length
+
     def _angles(self) -> jax.Array:
         """Computes the rotary angles of the sequence, (S, K/2)."""
         head_dim = transformer.head_dim(self.width, self.heads)
-        table = transformer.rope_table(*self.grid, self.condition.length, head_dim)
+        table = transformer.rope_table(*self.grid, self.front, head_dim)
         return jnp.asarray(table[:-1])  # the last token is never an input
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
@@ -147,12 +152,12 @@ class AR(nn.Module):
           The condition of token 0, (B, D) float32, and the cache.
         """
         B = len(jax.tree.leaves(labels)[0])
-        length = self.condition.length + self.num_tokens - 1
+        length = self.front + self.num_tokens - 1
         cache = transformer.empty_cache(
             self.depth, B, length, self.heads, self.width // self.heads, self.dtype
         )
         x = self.embed(labels, jnp.zeros((B, 0, self.latent_dim)))
-        x, cache = self.stack(x, self._angles()[: self.condition.length], cache, 0, prefill=True)
+        x, cache = self.stack(x, self._angles()[: self.front], cache, 0, prefill=True)
         return self.norm(x[:, -1]) + self.positions()[:1], cache
 
     def decode_step(
@@ -168,7 +173,7 @@ class AR(nn.Module):
         Returns:
           The condition of token k, (B, D) float32, and the updated cache.
         """
-        start = self.condition.length + k - 1
+        start = self.front + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
         c = self.norm(x[:, 0]) + jnp.take(self.positions(), jnp.asarray(k)[None], axis=0)

@@ -106,6 +106,26 @@ def _product(n: int) -> Callable[..., jax.Array]:
     return kernels.fast(plain, backward)
 
 
+def rotary_angles(positions: np.ndarray, head_dim: int, theta: float = 10000.0) -> np.ndarray:
+    """Computes the rotary angles of points of the plane (`docs/method.md`, "RoPE").
+
+    The angles of (x, y) are [x·freqs, y·freqs] with freqs_i = theta^(−2i/half), half = head_dim/2.
+    The rotation of (0, 0) is the identity.
+
+    Args:
+      positions: (n, 2), each (x, y).
+      head_dim: K, a multiple of 4.
+      theta: base of the frequencies.
+
+    Returns:
+      (n, head_dim/2) float32, in radians.
+    """
+    half = head_dim // 2
+    freqs = theta ** (-2 * np.arange(half // 2) / half)
+    angles = positions[:, :, None] * freqs
+    return angles.reshape(len(positions), half).astype(np.float32)
+
+
 def rope_table(
     height: int,
     width: int,
@@ -113,11 +133,10 @@ def rope_table(
     head_dim: int,
     theta: float = 10000.0,
 ) -> np.ndarray:
-    """Computes 2-D rotary angles (`docs/method.md`, "RoPE").
+    """Computes the rotary angles of a grid of tokens and of extra tokens in front of it.
 
-    Token (row, col) sits at (x, y) = (col + 1½, row + 1½). Its angles are [x·freqs, y·freqs] with
-    freqs_i = theta^(−2i/half), half = head_dim/2. Extra tokens sit at 0, so their rotation is the
-    identity.
+    Token (row, col) sits at (x, y) = (col + 1½, row + 1½), and extra tokens sit at (0, 0); see
+    `rotary_angles`.
 
     Args:
       height: rows of the grid.
@@ -129,13 +148,10 @@ def rope_table(
     Returns:
       (extra + height·width, head_dim/2) float32, in radians. The grid is in raster order.
     """
-    half = head_dim // 2
-    freqs = theta ** (-2 * np.arange(half // 2) / half)
     y, x = np.meshgrid(np.arange(height) + 1.5, np.arange(width) + 1.5, indexing='ij')
     grid = np.stack([x.ravel(), y.ravel()], axis=-1)  # x first
     positions = np.concatenate([np.zeros((extra, 2)), grid])
-    angles = positions[:, :, None] * freqs
-    return angles.reshape(len(positions), half).astype(np.float32)
+    return rotary_angles(positions, head_dim, theta)
 
 
 class RMSNorm(nn.Module):

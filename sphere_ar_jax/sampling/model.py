@@ -26,7 +26,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import inputs, on_mesh
+from sphere_ar_jax.sampling import captioning, inputs, on_mesh
 from sphere_ar_jax.sampling.generation import Run
 from sphere_ar_jax.sampling.tokens import Prefix
 from sphere_ar_jax.sphere import geometry
@@ -429,6 +429,44 @@ class Model:
         completed, _ = self._draw(request, Prefix(self.encode(checked), count))
         return completed
 
+    def caption(
+        self,
+        images: inputs.Images,
+        *,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: ArrayLike = 0,
+    ) -> list[str]:
+        """Writes a text for each image, if the model is one that writes (`ar.text_weight`).
+
+        Args:
+          images: see the class.
+          top_p: draws from the likeliest tokens whose probabilities sum to it, in (0, 1]; None
+            takes the likeliest token each time.
+          temperature: what logits are divided by before they are drawn from, above 0.
+          seed: see the class.
+
+        Returns:
+          n texts.
+
+        Raises:
+          UserError: the model writes no texts, or it cannot take an argument.
+          OSError: a file cannot be read.
+        """
+        captioning.writer(self.ar)
+        writing = captioning.checked_writing(top_p, temperature)
+        checked = inputs.images(images, self.image_shape)
+        captions = captioning.write(
+            self,
+            checked,
+            seed=inputs.seeds(seed, len(checked)),
+            writing=writing,
+            batch_size=self._batch_size,
+            mesh=self.mesh,
+        )
+        words = build.open_vocabulary(self.config)
+        return [words.decode(caption) for caption in captions]
+
     # ---- the tokenizer
 
     def encode(self, images: inputs.Images, *, seed: ArrayLike | None = None) -> np.ndarray:
@@ -457,7 +495,7 @@ class Model:
             program = on_mesh.encoder(self.vae)
             return self._in_batches(program, checked)
         seeds = inputs.seeds(seed, len(checked))
-        data = np.asarray(jax.random.key_data(_posterior_keys(seeds, len(checked))))
+        data = np.asarray(jax.random.key_data(on_mesh.image_keys(seeds, len(checked))))
         return self._in_batches(on_mesh.drawing_encoder(self.vae), (checked, data))
 
     def decode(self, tokens: ArrayLike) -> np.ndarray:
@@ -545,14 +583,6 @@ class Model:
     def _in_batches(self, function: Callable[[PyTree, PyTree], PyTree], rows: PyTree) -> np.ndarray:
         """What a program of the tokenizer makes of many rows."""
         return on_mesh.in_batches(function, self.vae_params, rows, self._batch_size, self.mesh)
-
-
-def _posterior_keys(seeds: int | np.ndarray, count: int) -> jax.Array:
-    """The keys (n,) that draw from the posterior of n images, see `Model.encode`."""
-    if isinstance(seeds, int):
-        numbers = np.arange(count, dtype=np.int32)
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seeds), numbers)
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
 def sphere_radius(vae: VAE) -> float | None:

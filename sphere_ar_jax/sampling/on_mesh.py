@@ -334,6 +334,19 @@ def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)
 
 
+def image_keys(seed: int | np.ndarray, count: int) -> jax.Array:
+    """Makes the keys (n,) of n images that are read, see `model.Model.encode`.
+
+    Args:
+      seed: one for all images, of which image i has the key folded by i, or (n,), of which each
+        image has its own folded by 0.
+      count: n.
+    """
+    if isinstance(seed, int):
+        return _keys(jax.random.key(seed), jnp.arange(count))
+    return _keys(jax.vmap(jax.random.key)(seed), jnp.zeros(count, jnp.int32))
+
+
 def sampling_programs(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.models.vae import VAE, autoencode
 from sphere_ar_jax.runtime.console import pick
 from sphere_ar_jax.runtime.types import PyTree

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.flow import guidance
-from sphere_ar_jax.models import lpips
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.heads import mean_velocity
+from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.models.vae import VAE, autoencode, draw_batch_tokens
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, state
@@ -143,7 +143,15 @@ def ar_stage(
         ar.init_params,
         loss,
         frozen=vae_params,
-        shown=('loss', 'grad_norm', 'token_norm', 'magnitude_loss', 'angle'),
+        shown=(
+            'loss',
+            'grad_norm',
+            'token_norm',
+            'magnitude_loss',
+            'angle',
+            'flow_loss',
+            'text_loss',
+        ),
         about='tokenizer',
         model=vae,
         without_remat=without_remat,

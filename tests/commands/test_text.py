@@ -113,9 +113,68 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
     for call, message in (
         (lambda: draw.grid(str(run), classes='3'), 'this run draws for texts: give --prompt='),
         (lambda: draw.sample(str(run)), 'this run draws for texts'),
+        (lambda: draw.caption(str(run), images=str(image)), 'this model writes no texts: a model'),
         (
             lambda: draw.complete(str(run), images=str(image), prompt=['a one', 'a two']),
             '2 prompts are given for 1 images: give one for all, or one for each',
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.slow
+def test_a_run_that_writes_texts(tmp_path, capsys):
+    """Its scores, its captions on the screen and in a table, and what it refuses."""
+    c = _config()
+    c.ar.text_weight = 0.2
+    workdir = tmp_path / 'joint'
+    with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
+        train.train(checks.check(c), str(workdir), 'the command', 0.0)
+    metrics = json.loads((workdir / 'metrics.json').read_text())
+    for group in ('seen', 'held_out', 'rows'):
+        assert 0 <= metrics[f'captions/{group}'] <= 1
+    # A model that knows nothing needs about log V nats for each byte, and captions have about 30.
+    for name in ('captions/nats', 'captions/nats_alone'):
+        assert 50 < metrics[name] < 48 * np.log(257)
+    assert 'writes the right caption' in (workdir / 'report.html').read_text()
+    lines = (workdir / 'ar/metrics.jsonl').read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert any('heldout_text_loss' in line for line in lines)
+    assert 0 < last.get('text_loss', 1) < np.log(257) + 1
+
+    model = sphere_ar_jax.load(workdir)
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(3, 32, 32, 1), dtype=np.uint8)
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f'{i}.png')
+    texts = model.caption(images)
+    assert len(texts) == 3 and all(isinstance(text, str) for text in texts)
+    assert model.caption(images[1:]) == texts[1:]
+    drawn = model.caption(images, top_p=1.0, seed=[5, 6, 7])
+    assert drawn != texts
+    assert model.caption(images[2:], top_p=1.0, seed=[7]) == drawn[2:]
+    capsys.readouterr()
+    draw.caption(str(workdir), images=str(folder))
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split('\t')[0] for line in shown[-3:]] == ['0.png', '1.png', '2.png']
+    table = tmp_path / 'captions.tsv'
+    draw.caption(str(workdir), images=str(folder), top_p='0.9', num_images=2, output=str(table))
+    assert [line.split('\t')[0] for line in table.read_text().splitlines()] == ['0.png', '1.png']
+    # It draws, too.
+    assert model.sample('a one above a two').shape == (1, 32, 32, 1)
+    for call, message in (
+        (lambda: model.caption(images, top_p=0.0), r'top_p is 0.0, but must lie in \(0, 1\]'),
+        (lambda: model.caption(images, top_p=0.5, temperature=0), 'temperature is 0, but must be'),
+        (
+            lambda: draw.caption(str(workdir), images=str(folder), top_p='most'),
+            '--top_p is most: give a share as 0.9',
+        ),
+        (
+            lambda: draw.caption(str(workdir), images=str(folder), output='texts.txt'),
+            '--output is texts.txt, but must end in .tsv',
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -186,6 +245,11 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
             {'data.name': 'folder', 'data.captions': 'beside', 'ar.condition': 'classes'},
             "data folder has captions: use 'text'",
         ),
+        (
+            {'data.name': 'folder', 'ar.condition': 'classes', 'ar.text_weight': 0.2},
+            "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",
+        ),
+        ({'ar.text_weight': -0.1}, 'ar.text_weight is -0.1, but must'),
         ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
         ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of tokenizer.json"),
         ({'ar.text_tokens': 0}, 'ar.text_tokens is 0, but must be at least 1'),

@@ -124,3 +124,25 @@ def test_the_reader_learns_to_read(data, tmp_path):
     np.testing.assert_array_equal(
         again.read(pixels, [wish.composition for wish in wishes]).digits, read.digits
     )
+
+
+def test_captions_are_right_word_by_word():
+    """Either of two digits may come first; all else must be as the grammar has it."""
+    pair = Composition((Thing(3, thick=True), Thing(7, small=True)), upright=True)
+    rows = Composition(tuple(Thing(digit) for digit in (4, 1, 8, 8)))
+    assert rows.captions() == {'two rows: 4 1 / 8 8'}
+    wishes = [
+        *(composed_digits.Asked('seen', pair) for _ in range(4)),
+        composed_digits.Asked('held_out', pair),
+        composed_digits.Asked('rows', rows),
+    ]
+    texts = [
+        'a thick three above a small seven',
+        'a small seven below a thick three',
+        'a thick three above a seven',
+        'a small seven above a thick three',
+        '',
+        'two rows: 4 1 / 8 8',
+    ]
+    found = composed_digits.caption_scores(texts, wishes)
+    assert found == {'captions/seen': 0.5, 'captions/held_out': 0.0, 'captions/rows': 1.0}

@@ -6,7 +6,7 @@ import pytest
 
 from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.interop.lpips import load, read
-from sphere_ar_jax.models.lpips import LPIPS, _unit
+from sphere_ar_jax.models.judges.lpips import LPIPS, _unit
 from sphere_ar_jax.runtime.console import UserError
 from tests import torch_writer
 from tests.conftest import GOLDENS, libraries_promote

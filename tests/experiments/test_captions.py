@@ -15,6 +15,9 @@ def _lines(row, seed):
     lead = 0.1 if row == 'power_spherical' else 0.0
     first = {'guidance': None, 'psnr': 30.0 + seed, 'kl': 9.0}
     first |= {f'real/{group}': 0.95 for group in captions.GROUPS}
+    if row.startswith('joint'):
+        first |= {f'captions/{group}': 0.9 for group in captions.GROUPS}
+        first |= {'captions/nats': 1.5, 'captions/nats_alone': 12.5}
     samples = []
     for scale, seen, held_out in ((1.0, 0.6, 0.2), (2.0, 0.7, 0.4), (4.0, 0.8, 0.1)):
         shares = {'seen': seen + lead, 'held_out': held_out + lead + 0.01 * seed, 'rows': 0.5}
@@ -28,7 +31,9 @@ def test_the_best_guidance_is_that_of_both_kinds_of_pairs():
     assert scores['best_guidance_read'] == 2.0
     assert (scores['seen_best'], scores['held_out_best'], scores['rows_best']) == (0.7, 0.4, 0.5)
     assert scores['held_out_common'] == 0.4 and scores['held_out_real'] == 0.95
-    assert set(scores) >= {words.split()[2] for words in c.comparisons}
+    of_joint = captions.summarize(c, _lines('joint_gaussian', 0))
+    assert of_joint['captions_held_out'] == 0.9 and of_joint['captions_nats_alone'] == 12.5
+    assert set(of_joint) >= {words.split()[2] for words in c.comparisons}
 
 
 def test_the_page_of_captions(tmp_path):
@@ -57,5 +62,8 @@ def test_the_page_of_captions(tmp_path):
     page = (tmp_path / 'page.md').read_text()
     assert '| row | best guidance | pairs trained on | of real images | held-out pairs |' in page
     assert 'held-out pairs, best guidance' in page
+    table = page[page.index('Texts written for real images') :]
+    assert '| joint_gaussian | 0.9' in table and '| gaussian |' not in table.split('\n\n')[1]
+    assert '1.5' in table and '12.5' in table
     with Image.open(tmp_path / 'captions.png') as picture:
         assert picture.size[0] > 800

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax.models import discriminators
+from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.state import quickly_compiled

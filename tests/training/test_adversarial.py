@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.interop import lpips, torch_names
-from sphere_ar_jax.models import discriminators, vae
-from sphere_ar_jax.models.lpips import LPIPS
+from sphere_ar_jax.models import vae
+from sphere_ar_jax.models.judges import discriminators
+from sphere_ar_jax.models.judges.lpips import LPIPS
 from sphere_ar_jax.models.posteriors import spherical
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError

@@ -8,9 +8,10 @@ import pytest
 
 from sphere_ar_jax.flow import guidance, paths, solvers
 from sphere_ar_jax.interop import torch_names
-from sphere_ar_jax.models import ar, discriminators
+from sphere_ar_jax.models import ar
 from sphere_ar_jax.models.conditions import classes
 from sphere_ar_jax.models.heads import HEADS, mean_velocity
+from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.models.posteriors.spherical import SphericalTokens
 from sphere_ar_jax.models.vae import autoencode

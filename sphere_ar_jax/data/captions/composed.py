@@ -87,6 +87,13 @@ class Composition:
         first, second = reversed(self.things) if self.backwards else self.things
         return f'{first.caption()} {relation} {second.caption()}'
 
+    def captions(self) -> set[str]:
+        """All captions that say what the image shows."""
+        if len(self.things) == 4:
+            return {self.caption()}
+        ways = (dataclasses.replace(self, backwards=backwards) for backwards in (False, True))
+        return {way.caption() for way in ways}
+
     def pairs(self) -> set[tuple[int, int]]:
         """The ordered pairs of digits of which the second is beside or below the first."""
         digits = [thing.digit for thing in self.things]

@@ -10,14 +10,18 @@ Dimensions:
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
+from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.captions.composed import CELL, SIDE, Composed, Composition
 from sphere_ar_jax.evaluation import classifiers
 from sphere_ar_jax.runtime.types import Progress
+from sphere_ar_jax.sampling import captioning
+from sphere_ar_jax.sampling.generation import Run
 
 WINDOW = 24  # pixels along each side that show one digit
 # Images whose digits the network learns from, and real images that it is tried on.
@@ -191,20 +195,36 @@ def asked(data: small.DataSet, count: int) -> list[Asked]:
     return wishes
 
 
-def floor(reader: Reader, data: small.DataSet) -> dict[str, float]:
-    """What the reader reads right of real images that it has not seen.
+class Real(NamedTuple):
+    """Real images that nothing was trained on.
 
-    The images are drawn from held-out scans, for the compositions of `asked`.
-
-    Returns:
-      {'real/…': share} as `scores` has them for samples.
+    Attributes:
+      pixels: (n, 32, 32) in [0, 1].
+      wishes: what each image shows.
     """
+
+    pixels: np.ndarray
+    wishes: list[Asked]
+
+
+def real_images(data: small.DataSet) -> Real:
+    """Draws 1,000 images from held-out scans, for the compositions of `asked`."""
     images = data.heldout
     assert isinstance(images, Composed)  # by the caller
     wishes = asked(data, _TRIED)
     rng = np.random.default_rng(0)
     pixels = np.stack([images.draw(wish.composition, rng) for wish in wishes])
-    return _shares('real', reader, pixels, wishes)
+    return Real(pixels.astype(np.float32), wishes)
+
+
+def floor(reader: Reader, data: small.DataSet) -> dict[str, float]:
+    """What the reader reads right of `real_images`.
+
+    Returns:
+      {'real/…': share} as `scores` has them for samples.
+    """
+    real = real_images(data)
+    return _shares('real', reader, real.pixels, real.wishes)
 
 
 def scores(
@@ -240,6 +260,51 @@ def _shares(
     return found
 
 
+def caption_scores(captions: Sequence[str], wishes: Sequence[Asked]) -> dict[str, float]:
+    """Scores captions that were written for real images.
+
+    Args:
+      captions: n texts.
+      wishes: what each image shows.
+
+    Returns:
+      `captions/seen`, … of GROUPS: the share of captions that the grammar has for the image, word
+      by word.
+    """
+    right = [
+        caption in wish.composition.captions()
+        for caption, wish in zip(captions, wishes, strict=True)
+    ]
+    groups = np.asarray([wish.group for wish in wishes])
+    return {f'captions/{group}': float(np.mean(right, where=groups == group)) for group in GROUPS}
+
+
+def score_captions(run: Run, data: small.DataSet, mesh: Mesh) -> dict[str, float]:
+    """Scores the captions that a model writes for `real_images`, the likeliest token each time.
+
+    Args:
+      run: both models, of which the AR model writes texts.
+      data: composed digits.
+      mesh: the devices.
+
+    Returns:
+      The scores of `caption_scores`, and the means of −log p of the images' own captions in nats,
+        given the image (`captions/nats`) and without it (`captions/nats_alone`).
+    """
+    real = real_images(data)
+    images = 2 * real.pixels[..., None] - 1
+    how: dict[str, Any] = {'batch_size': run.config.sampling.batch_size, 'mesh': mesh}
+    numbers = captioning.write(run, images, seed=run.config.seed, **how)
+    words = build.open_vocabulary(run.config)
+    found = caption_scores([words.decode(caption) for caption in numbers], real.wishes)
+    labels = build.encode_captions(run.config, [wish.caption for wish in real.wishes])
+    given, alone = captioning.nats(run, images, labels, **how)
+    return found | {
+        'captions/nats': float(given.mean()),
+        'captions/nats_alone': float(alone.mean()),
+    }
+
+
 def summary(count: int, found: dict[str, float]) -> str:
     """The scores of samples, in a few sentences.
 
@@ -247,7 +312,7 @@ def summary(count: int, found: dict[str, float]) -> str:
       count: the number of samples.
       found: what `floor` and `scores` give.
     """
-    return (
+    text = (
         f'{count} images of composed digits, drawn for captions, none selected. A network reads '
         f'both digits, their order and their sizes back right in {found["samples/seen"]:.1%} of '
         f'the images for pairs of digits that were trained on, and in '
@@ -255,3 +320,11 @@ def summary(count: int, found: dict[str, float]) -> str:
         f'it reads {found["real/seen"]:.1%} and {found["real/held_out"]:.1%}. All four digits of '
         f'two rows: {found["samples/rows"]:.1%}, of real images {found["real/rows"]:.1%}.'
     )
+    if 'captions/seen' in found:
+        text += (
+            ' The model writes the right caption, word by word, for '
+            f'{found["captions/seen"]:.1%} of real images of the first kind, '
+            f'{found["captions/held_out"]:.1%} of the second and {found["captions/rows"]:.1%} of '
+            'those with two rows.'
+        )
+    return text

@@ -32,7 +32,8 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     Returns:
       A line for the tokenizer and for real images (`guidance` None), and one for each scale. They
       have the shares of `composed_digits.floor` and of `composed_digits.scores`, those of samples
-      without the word 'samples/'.
+      without the word 'samples/', and for models that write those of
+      `composed_digits.score_captions`.
     """
     run = runs.load(cfg, cache, mesh)
     data = build.open_data_set(cfg)
@@ -47,6 +48,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
             'psnr': tokenizer.psnr(recon, heldout),
             **{name: float(value) for name, value in found.items()},
             **composed_digits.floor(reader, data),
+            **(composed_digits.score_captions(run, data, mesh) if build.writes_texts(cfg) else {}),
         }
     ]
     wishes = composed_digits.asked(data, config.num_images)
@@ -85,6 +87,9 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
         scores[f'{group}_best'] = best[group]
         scores[f'{group}_common'] = common[group]
         scores[f'{group}_real'] = first[f'real/{group}']
+    for name, value in first.items():
+        if name.startswith('captions/'):
+            scores[name.replace('/', '_')] = value
     return scores
 
 

@@ -40,7 +40,12 @@ class Text(nn.Module):
         """Returns the caption of one image, (1, T) int32."""
         return jnp.zeros((1, self.length), jnp.int32)
 
-    @nn.compact
+    def setup(self) -> None:
+        shape = (self.vocabulary_size + 1, self.width)
+        self.text_embedding = self.param('text_embedding', transformer.INIT, shape)
+        shape = (self.length, self.width)
+        self.text_positions = self.param('text_positions', transformer.INIT, shape)
+
     def embed(self, labels: jax.Array) -> jax.Array:
         """Turns captions (B, T) int32 into tokens (B, T, D) float32.
 
@@ -48,10 +53,12 @@ class Text(nn.Module):
           UserError: a number is beyond the vocabulary.
         """
         check_labels(labels, self.vocabulary_size + 1)
-        shape = (self.vocabulary_size + 1, self.width)
-        table = self.param('text_embedding', transformer.INIT, shape)
-        positions = self.param('text_positions', transformer.INIT, (self.length, self.width))
-        return jnp.take(table, labels, axis=0) + positions[None]
+        return jnp.take(self.text_embedding, labels, axis=0) + self.text_positions[None]
+
+    def embed_at(self, numbers: jax.Array, k: jax.Array | int) -> jax.Array:
+        """Turns number k of captions, (B,) int32, into tokens (B, D) float32; 0 ≤ k < T."""
+        position = jax.lax.dynamic_slice_in_dim(self.text_positions, k, 1)
+        return jnp.take(self.text_embedding, numbers, axis=0) + position
 
     def null(self, labels: jax.Array) -> jax.Array:
         """Returns the caption that stands for none, (B, T) of the labels' dtype."""

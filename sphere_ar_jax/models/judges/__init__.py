@@ -1,0 +1,1 @@
+"""Networks that judge images while a tokenizer is trained: discriminators, and LPIPS."""

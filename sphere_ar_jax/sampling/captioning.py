@@ -1,0 +1,148 @@
+"""Texts for images, and how likely texts are, on all devices of a mesh.
+
+Dimensions:
+  n  images in all
+  b  images of a batch on one device
+  T  numbers of a caption
+  images are float32 (…, H, W, c)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sphere_ar_jax.models.ar import AR, unstacked
+from sphere_ar_jax.models.joint import Joint
+from sphere_ar_jax.models.vae import VAE
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.interleaved import LIKELIEST, Segment, Writing, interleave
+
+
+def writer(ar: AR) -> Joint:
+    """The model itself, if it writes texts.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not isinstance(ar, Joint):
+        raise UserError(
+            'this model writes no texts: a model that is trained with --config.ar.text_weight=0.2 '
+            'does'
+        )
+    return ar
+
+
+def checked_writing(top_p: float | None, temperature: float) -> Writing:
+    """How numbers are chosen, from values that a caller gives.
+
+    Raises:
+      UserError: they are not possible.
+    """
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f'top_p is {top_p}, but must lie in (0, 1]')
+    if not 0 < temperature < math.inf:
+        raise UserError(f'temperature is {temperature}, but must be above 0')
+    return Writing(top_p, temperature)
+
+
+@functools.cache
+def captioner(ar: Joint, vae: VAE, writing: Writing) -> Callable[..., jax.Array]:
+    """The compiled program that writes a caption for each image, for one device.
+
+    It reads the most probable tokens of the images.
+
+    Returns:
+      function of ((vae_params, ar_params), (images (b, H, W, c), key data (b, 2) of each image)) →
+        captions (b, T) int32.
+    """
+    encode = on_mesh.encoder(vae)
+
+    def run(params, rows):
+        vae_params, ar_params = params
+        images, key_data = rows
+        keys = jax.random.wrap_key_data(key_data)
+        segments = [Segment('image', encode(vae_params, images)), Segment('text')]
+        return interleave(ar, ar_params, segments, keys, writing=writing)[1]
+
+    return jax.jit(run)
+
+
+@functools.cache
+def reader(ar: Joint, vae: VAE) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The compiled program of `joint.Joint.nats` for images, for one device.
+
+    Returns:
+      function of ((vae_params, ar_params), (images (b, H, W, c), captions (b, T))) → −log p(text |
+        image) and −log p(text), both (b,).
+    """
+    encode = on_mesh.encoder(vae)
+
+    def run(params, rows):
+        vae_params, ar_params = params
+        images, labels = rows
+        z = encode(vae_params, images)
+        return ar.apply({'params': ar_params}, labels, z, method='nats')
+
+    return jax.jit(run)
+
+
+def write(
+    models: on_mesh.Models,
+    images: np.ndarray,
+    *,
+    seed: int | np.ndarray,
+    writing: Writing = LIKELIEST,
+    batch_size: int,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Writes a caption for each image.
+
+    Args:
+      models: both models and their parameters.
+      images: (n, H, W, c) in [−1, 1].
+      seed: one for all images, of which image i has the key folded by i, or (n,), of which each
+        image has its own folded by 0.
+      writing: how the numbers are chosen.
+      batch_size: images at once.
+      mesh: the devices.
+
+    Returns:
+      (n, T) int32, see `vocabulary`.
+
+    Raises:
+      UserError: the model writes no texts.
+    """
+    ar, ar_params = unstacked(writer(models.ar), models.ar_params)
+    program = captioner(writer(ar), models.vae, writing)
+    data = np.asarray(jax.random.key_data(on_mesh.image_keys(seed, len(images))))
+    params = (models.vae_params, ar_params)
+    return on_mesh.in_batches(program, params, (images, data), batch_size, mesh)
+
+
+def nats(
+    models: on_mesh.Models, images: np.ndarray, labels: np.ndarray, *, batch_size: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes −log p(text | image) and −log p(text) of a caption for each image.
+
+    Args:
+      models: both models and their parameters.
+      images: (n, H, W, c) in [−1, 1].
+      labels: (n, T) int32.
+      batch_size: images at once.
+      mesh: the devices.
+
+    Returns:
+      Both (n,) float32, in nats, the captions' ends included.
+
+    Raises:
+      UserError: the model writes no texts.
+    """
+    ar, ar_params = unstacked(writer(models.ar), models.ar_params)
+    program = reader(writer(ar), models.vae)
+    params = (models.vae_params, ar_params)
+    return on_mesh.in_batches(program, params, (images, labels), batch_size, mesh)

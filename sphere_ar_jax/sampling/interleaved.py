@@ -1,0 +1,229 @@
+"""Sequences of texts and images, drawn left to right with one cache (`docs/text.md`).
+
+A caption is the sequence of a given image and a text. Longer sequences, such as a text, an image
+and another text, go on from the same cache.
+
+Dimensions:
+  B  sequences
+  R  rows: B, or 2B with guidance (conditional rows, then null rows)
+  T  numbers of a text     V  size of the vocabulary
+  L  tokens of an image    d  latent dimension
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sphere_ar_jax.data.captions.vocabulary import END
+from sphere_ar_jax.flow.plan import Options
+from sphere_ar_jax.models.ar import unstacked
+from sphere_ar_jax.models.joint import Joint
+from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sampling.tokens import Carry, go_on
+from sphere_ar_jax.sphere import geometry
+
+
+class Segment(NamedTuple):
+    """A text or an image of a sequence.
+
+    Attributes:
+      kind: 'text' or 'image'.
+      given: the captions (B, T) or tokens (B, L, d), or None where they are drawn.
+    """
+
+    kind: str
+    given: jax.Array | None = None
+
+
+class Writing(NamedTuple):
+    """How the numbers of a text are chosen.
+
+    Attributes:
+      top_p: the share of the probability that the likeliest numbers need to be drawn from, in
+        (0, 1]; 1 draws from all numbers. None takes the likeliest one.
+      temperature: what the logits are divided by, above 0.
+    """
+
+    top_p: float | None = None
+    temperature: float = 1.0
+
+
+LIKELIEST = Writing()
+
+
+def keep_top(logits: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the fewest likeliest numbers whose probabilities sum to at least top_p.
+
+    Holtzman et al. 2020, "nucleus sampling". The likeliest number is kept in any case.
+
+    Args:
+      logits: (…, V).
+      top_p: in (0, 1].
+
+    Returns:
+      (…, V), −inf where a number is not kept.
+    """
+    p = jax.nn.softmax(logits)
+    order = jnp.argsort(-p, axis=-1)
+    ordered = jnp.take_along_axis(p, order, axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    ranks = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(before, ranks, axis=-1) < top_p, logits, -jnp.inf)
+
+
+def _choose(logits: jax.Array, keys: jax.Array, writing: Writing) -> jax.Array:
+    """Chooses a number for each row of logits (B, V), (B,) int32."""
+    if writing.top_p is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = keep_top(logits / writing.temperature, writing.top_p)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def _folded(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """Folds every key (B,) by a number."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+class _Sequences:
+    """The sequences of B rows while they are drawn.
+
+    Attributes:
+      cache: keys and values of the inputs so far.
+      place: number of the inputs so far.
+    """
+
+    def __init__(self, ar: Joint, params: PyTree, count: int, guided: bool, length: int) -> None:
+        """Begins `count` empty sequences of up to `length` inputs."""
+        self._ar = ar
+        self._params = params
+        self._count = count
+        self._guided = guided
+        self._rows = 2 * count if guided else count
+        self.cache = ar.cache(self._rows, length)
+        self.place = 0
+
+    def _apply(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the model."""
+        return self._ar.apply({'params': self._params}, *arguments, method=method)
+
+    def _with_null(self, texts: jax.Array) -> jax.Array:
+        """Texts of all rows: null rows read numbers that stand for no caption."""
+        if not self._guided:
+            return texts
+        return jnp.concatenate([texts, self._ar.condition.null(texts)])
+
+    def read_text(self, captions: jax.Array) -> None:
+        """Feeds captions (B, T)."""
+        texts = self._with_null(captions)
+        self.cache = self._apply('read_text', texts, self.cache, self.place)
+        self.place += self._ar.text_inputs
+
+    def read_image(self, z: jax.Array) -> None:
+        """Feeds the tokens (B, L, d) of images."""
+        both = jnp.concatenate([z, z]) if self._guided else z
+        self.cache = self._apply('read_image', both, self.cache, self.place)
+        self.place += self._ar.image_inputs
+
+    def draw_image(
+        self,
+        keys: jax.Array,
+        options: Options,
+        guidance_scale: jax.Array | float | None,
+        temperature: jax.Array | float,
+        project: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Draws the tokens (B, L, d) of images; see `interleave`."""
+        carry = Carry(*self._apply('begin_image', self._rows, self.cache, self.place))
+        carry, drawn = go_on(
+            self._ar.clone(image_start=self.place),
+            self._params,
+            carry,
+            0,
+            self._ar.num_tokens,
+            keys,
+            options,
+            guidance_scale,
+            temperature,
+            project,
+        )
+        self.cache = carry.cache
+        self.place += self._ar.image_inputs
+        return drawn.z
+
+    def write(self, keys: jax.Array, writing: Writing) -> jax.Array:
+        """Draws captions (B, T). What follows a caption's end is END."""
+        logits, cache = self._apply('begin_text', self._rows, self.cache, self.place)
+
+        def step(carry: tuple[Any, ...], k: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
+            logits, cache, ended = carry
+            chosen = _choose(logits[: self._count], _folded(keys, k), writing)
+            chosen = jnp.where(ended, END, chosen)
+            fed = self._with_null(chosen)
+            logits, cache = self._apply('write_step', fed, k, cache, self.place)
+            return (logits, cache, chosen == END), chosen
+
+        ended = jnp.zeros(self._count, bool)
+        places = jnp.arange(self._ar.text_inputs - 1)
+        (_, self.cache, _), chosen = jax.lax.scan(step, (logits, cache, ended), places)
+        self.place += self._ar.text_inputs
+        return chosen.swapaxes(0, 1)
+
+
+def interleave(
+    ar: Joint,
+    params: PyTree,
+    segments: Sequence[Segment],
+    keys: jax.Array,
+    options: Options | None = None,
+    guidance_scale: jax.Array | float | None = None,
+    temperature: jax.Array | float = 1.0,
+    project: Callable[[jax.Array], jax.Array] = geometry.project,
+    writing: Writing = LIKELIEST,
+) -> list[jax.Array]:
+    """Draws the segments of B sequences that are not given, each from all before it.
+
+    With guidance, null rows read the same images and no texts. Texts are drawn from conditional
+    rows alone.
+
+    Args:
+      ar: the model.
+      params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
+      segments: what the sequences consist of. The given ones are not checked.
+      keys: (B,) PRNG keys, one per sequence. Segment i has the keys folded by i.
+      options: how images are drawn; None where none is drawn.
+      guidance_scale: see `tokens.draw`.
+      temperature: see `tokens.draw`.
+      project: see `tokens.draw`.
+      writing: how texts are drawn.
+
+    Returns:
+      All segments, the given ones included: captions (B, T) int32, and tokens (B, L, d) float32.
+
+    Raises:
+      ValueError: an image is drawn without options; or see `tokens.go_on`.
+    """
+    drawn = [segment.kind for segment in segments if segment.given is None]
+    if 'image' in drawn and options is None:
+        raise ValueError('give options: an image is drawn')
+    apart, params = unstacked(ar, params)
+    assert isinstance(apart, Joint)  # as ar is
+    params = apart.cast(params)
+    guided = 'image' in drawn and options is not None and options.guidance is not None
+    lengths = {'text': apart.text_inputs, 'image': apart.image_inputs}
+    length = sum(lengths[segment.kind] for segment in segments)
+    sequences = _Sequences(apart, params, len(keys), guided, length)
+    found = []
+    for i, (kind, given) in enumerate(segments):
+        own = _folded(keys, i)
+        if given is not None:
+            read = sequences.read_text if kind == 'text' else sequences.read_image
+            read(given)
+            found.append(given)
+        elif kind == 'text':
+            found.append(sequences.write(own, writing))
+        else:
+            assert options is not None  # seen above
+            found.append(sequences.draw_image(own, options, guidance_scale, temperature, project))
+    return found
