@@ -271,7 +271,8 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
 
 
 @pytest.mark.parametrize(
-    'name', ['guidance', 'guidance:fashion', 'ablation', 'ablation:fashion', 'propagation']
+    'name',
+    ['guidance', 'guidance:fashion', 'ablation', 'ablation:fashion', 'propagation', 'shifted'],
 )
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
     """A copy of measured.jsonl is all that a new workdir needs to go on from them."""
