@@ -272,7 +272,15 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
 
 @pytest.mark.parametrize(
     'name',
-    ['guidance', 'guidance:fashion', 'ablation', 'ablation:fashion', 'propagation', 'shifted'],
+    [
+        'guidance',
+        'guidance:fashion',
+        'ablation',
+        'ablation:fashion',
+        'propagation',
+        'riemannian',
+        'shifted',
+    ],
 )
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
     """A copy of measured.jsonl is all that a new workdir needs to go on from them."""
@@ -566,7 +574,7 @@ def test_idx_files_say_how_many_classes_there_are(tmp_path, faked, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['ablation', 'propagation', 'shifted'])
+@pytest.mark.parametrize('name', ['ablation', 'propagation', 'riemannian', 'shifted'])
 @libraries_promote()
 def test_every_kind_runs_on_idx_files(shared_idx, name):
     """Two rows with the scores of the classifier's features."""
