@@ -56,6 +56,29 @@ def test_every_part_runs_and_is_counted():
 
 
 @pytest.mark.slow
+@libraries_promote()
+@pytest.mark.parametrize('text_weight', [None, 0.2])
+def test_parts_of_models_of_texts(tmp_path, text_weight):
+    """With and without guidance, as for classes."""
+    cfg = get_config()
+    cfg.data.name = 'composed'
+    cfg.vae.channels = (4, 4, 8, 16)
+    cfg.ar.update(condition='text', text_tokens=5, text_weight=text_weight)
+    for guidance, scale, rows in (('constant', 2.0, 8), (None, None, 4)):
+        cfg.sampling.update(guidance=guidance, guidance_scale=scale)
+        checked = checks.check(cfg)
+        for name, shape in (('prefill', (rows, 16)), ('transformer', (rows, 8, 16))):
+            part = our_parts.Part(checked, name, 4)
+            found = part.run()
+            assert found.shape == shape and np.isfinite(found).all(), name
+    part = our_parts.Part(checked, 'train_ar', 4)
+    assert part.run() != part.run()
+    (tmp_path / 'SphereAR').mkdir()
+    with pytest.raises(UserError, match='the public code draws for classes alone: leave --against'):
+        benchmark._check_against(str(tmp_path), checked)
+
+
+@pytest.mark.slow
 def test_a_token_costs_what_its_matrices_cost():
     """Operations of the head's part by hand: two for every weight that x, its modulation, c or t
     meets.

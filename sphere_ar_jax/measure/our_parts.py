@@ -23,7 +23,6 @@ from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR
-from sphere_ar_jax.models.conditions import Classes
 from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.models.vae import VAE, draw_latents
 from sphere_ar_jax.runtime import sharding
@@ -55,12 +54,6 @@ def positions(num_tokens: int, n: int = 8) -> list[int]:
     return sorted({int(k) for k in np.linspace(1, num_tokens - 1, n)})
 
 
-def classes(ar: AR) -> Classes:
-    """The condition of an AR model, which must be classes, as in the public code."""
-    assert isinstance(ar.condition, Classes), 'the benchmark conditions on classes only'
-    return ar.condition
-
-
 def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
     """The arrays that both sides get, from one seed.
 
@@ -70,14 +63,17 @@ def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
       batch: B.
 
     Returns:
-      `images` (B, H, W, c) in [−1, 1], `labels` (B,), tokens `z` (B, L, d) on the sphere, and
-        `condition` (2B, D), all float32 but the labels, which are int32.
+      `images` (B, H, W, c) in [−1, 1], `labels` (B,) or captions (B, T), tokens `z` (B, L, d) on
+        the sphere, and `condition` (2B, D), all float32 but the labels, which are int32.
     """
     rng = np.random.default_rng(0)
+    example = ar.condition.example()
+    # Labels are below the number that stands for none.
+    most = int(ar.condition.null(example).max())
     z = rng.normal(size=(batch, ar.num_tokens, ar.latent_dim)).astype(np.float32)
     return {
         'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
-        'labels': rng.integers(0, classes(ar).num_classes, batch).astype(np.int32),
+        'labels': rng.integers(0, most, (batch, *example.shape[1:])).astype(np.int32),
         'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
         'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
     }
@@ -200,10 +196,11 @@ class Part:
             ar, params = self._sampler('head')
         else:
             ar = self.ar.apart()
-        null = jnp.full(1 if self.options.guidance else 0, classes(ar).num_classes)
+        nulls = 1 if self.options.guidance else 0
 
         def run(p: PyTree, labels: jax.Array) -> jax.Array:
-            c, _ = ar.apply({'params': p}, jnp.append(labels, null), method='prefill')
+            rows = jnp.concatenate([labels, ar.condition.null(labels[:nulls])])
+            c, _ = ar.apply({'params': p}, rows, method='prefill')
             return c
 
         compiled = self._compiled(run, params, self.inputs['labels'], weights=params['stack'])
@@ -215,7 +212,8 @@ class Part:
         ar, params = self._sampler('head')
         labels = self.inputs['labels']
         z = self.inputs['z']
-        rows = self._double(labels).at[self.batch :].set(classes(ar).num_classes)
+        nulls = ar.condition.null(labels if self.options.guidance else labels[:0])
+        rows = jnp.concatenate([labels, nulls])
 
         def prefill(p: PyTree) -> tuple[jax.Array, PyTree]:
             return ar.apply({'params': p}, rows, method='prefill')
@@ -227,12 +225,12 @@ class Part:
 
         _, self.cache = jax.jit(prefill)(params)
         where = positions(ar.num_tokens)
-        length = ar.condition.length + ar.num_tokens - 1
+        length = ar.front + ar.num_tokens - 1
         example = (params, z[:, 0], jnp.int32(1), self.cache)
         self._count(decode_step, *example, weights=params['stack'])
         # The step of token k reads the cache up to that token.
         cache_bytes = costs.tree_bytes(self.cache)
-        reads = [cache_bytes * (ar.condition.length + k) / length for k in where]
+        reads = [cache_bytes * (ar.front + k) / length for k in where]
         self.bytes += float(np.mean(reads))
         before = [(jnp.int32(k), z[:, k - 1]) for k in where]
         step = _compile(jax.jit(decode_step, donate_argnums=3), *example)

@@ -22,6 +22,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.measure import our_parts
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import Hybrid
+from sphere_ar_jax.models.conditions import Classes
 from sphere_ar_jax.models.heads import FlowHead
 from sphere_ar_jax.models.vae import VAE
 
@@ -108,6 +109,12 @@ def _build_vae(torch: types.ModuleType, public: types.SimpleNamespace, vae: VAE)
     return model
 
 
+def _num_classes(ar: AR) -> int:
+    """The number of classes of an AR model, whose condition must be classes."""
+    assert isinstance(ar.condition, Classes), 'the public code has classes only'
+    return ar.condition.num_classes
+
+
 def _build(torch: types.ModuleType, public: types.SimpleNamespace, ar: AR, vae: VAE) -> Any:
     """The public SphereAR in the sizes of ours, tokenizer included."""
     assert isinstance(ar.head, FlowHead), 'the public code has this head only'
@@ -123,7 +130,7 @@ def _build(torch: types.ModuleType, public: types.SimpleNamespace, ar: AR, vae: 
         resolution=vae.image_shape[0],
         diff_batch_mul=4,
         cls_token_num=ar.condition.length,
-        num_classes=our_parts.classes(ar).num_classes,
+        num_classes=_num_classes(ar),
     )
     model.vae = _build_vae(torch, public, vae)
     model.freeze_vae()
@@ -212,7 +219,7 @@ def _sampling_runs(
     schedule = cfg.sampling.guidance
 
     def prefill() -> Any:
-        null = torch.full_like(labels, our_parts.classes(ar).num_classes)
+        null = torch.full_like(labels, _num_classes(ar))
         rows = torch.cat([labels, null])
         embedded = model.cls_embedding(rows).view(2 * batch, class_tokens, -1)
         return model.forward_model(embedded, 0, class_tokens)[:, -1]
