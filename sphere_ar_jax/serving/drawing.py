@@ -18,7 +18,7 @@ from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.flow import solvers
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.sampling import inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model, sphere_radius
 from sphere_ar_jax.sampling.tokens import Prefix
@@ -35,7 +35,8 @@ class Controls(NamedTuple):
     """What can be chosen for a run, and what the run itself has.
 
     Attributes:
-      classes: titles of the classes in the order of their numbers.
+      classes: titles of the classes in the order of their numbers, None where the run draws for
+        texts.
       guidance: the guidance scale, None where the run has no guidance.
       solvers: the words of the solvers that the run's head takes.
       solver: the run's own.
@@ -43,7 +44,7 @@ class Controls(NamedTuple):
       rows: rows of tokens of an image.
     """
 
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] | None
     guidance: float | None
     solvers: tuple[str, ...]
     solver: str
@@ -55,7 +56,7 @@ class Wish(NamedTuple):
     """What is to be drawn.
 
     Attributes:
-      label: number of the class.
+      label: number of the class, or the text.
       n: number of images, one of `COUNTS`.
       seed: image i has the noise of image i of `--mode=sample` with this seed.
       guidance: the guidance scale, None where the run has no guidance.
@@ -65,7 +66,7 @@ class Wish(NamedTuple):
       kept: rows of tokens that are kept of the picture, below `Controls.rows`.
     """
 
-    label: int
+    label: int | str
     n: int
     seed: int
     guidance: float | None
@@ -122,10 +123,13 @@ def _takes(config: ConfigDict, solver: str) -> bool:
 def controls(model: Model) -> Controls:
     """The controls of a run."""
     s = model.config.sampling
-    known = schema.num_classes(model.config)
-    assert known is not None  # the model was built with it
+    classes = None
+    if not build.has_captions(model.config):
+        known = schema.num_classes(model.config)
+        assert known is not None  # the model was built with it
+        classes = tuple(class_names.titles(range(known), model.class_names))
     return Controls(
-        classes=tuple(class_names.titles(range(known), model.class_names)),
+        classes=classes,
         guidance=None if s.guidance is None else s.guidance_scale,
         solvers=tuple(name for name in solvers.SOLVERS if _takes(model.config, name)),
         solver=s.solver,
@@ -135,16 +139,21 @@ def controls(model: Model) -> Controls:
 
 
 def first_wish(model: Model) -> Wish:
-    """What the page draws at first: four images of class 0, as the run itself draws them."""
+    """What the page draws at first: four images of class 0, as the run itself draws them.
+
+    Where the run draws for texts, the text is empty, which `draw` refuses.
+    """
     s = model.config.sampling
     guidance = None if s.guidance is None else s.guidance_scale
-    return Wish(0, 4, model.config.seed, guidance, s.solver, s.num_steps)
+    label = '' if build.has_captions(model.config) else 0
+    return Wish(label, 4, model.config.seed, guidance, s.solver, s.num_steps)
 
 
 def warm_up(model: Model) -> None:
     """Compiles all that `first_wish` needs, with a picture and without one."""
     height, width, _ = model.image_shape
-    draw(model, first_wish(model)._replace(picture=Image.new('L', (width, height))))
+    wish = first_wish(model)._replace(picture=Image.new('L', (width, height)))
+    _draw(model, wish, np.asarray(model.ar.condition.example()[0]))
 
 
 def _check(wish: Wish, rows: int) -> None:
@@ -171,6 +180,14 @@ def draw(model: Model, wish: Wish) -> Drawing:
     Raises:
       UserError: the run cannot draw it, or it is beyond the page's limits; one line.
     """
+    label = np.asarray(wish.label)
+    if isinstance(wish.label, str):
+        label = build.encode_prompt(model.config, wish.label)
+    return _draw(model, wish, label.astype(np.int32))
+
+
+def _draw(model: Model, wish: Wish, label: np.ndarray) -> Drawing:
+    """Draws what `draw` says for the label () or (T,) of all images."""
     height, width = model.vae.grid
     _check(wish, height)
     started = time.perf_counter()
@@ -186,7 +203,7 @@ def draw(model: Model, wish: Wish) -> Drawing:
     images, drawn = on_mesh.draw_images(
         model,
         sampler,
-        np.full(wish.n, wish.label, np.int32),
+        np.repeat(label[None], wish.n, axis=0),
         seed=inputs.seeds(wish.seed, wish.n),
         prefix=Prefix(np.repeat(tokens, wish.n, axis=0), kept),
         batch_size=wish.n,
@@ -207,7 +224,10 @@ def _words(
     model: Model, wish: Wish, sampler: build.Sampler, evaluations: float, seconds: float
 ) -> str:
     """The sentence of a drawing."""
-    (title,) = class_names.titles([wish.label], model.class_names)
+    if isinstance(wish.label, str):
+        title = f"'{printable(wish.label.strip(), 60)}'"
+    else:
+        (title,) = class_names.titles([wish.label], model.class_names)
     images = '1 image' if wish.n == 1 else f'{wish.n} images'
     guided = 'no guidance'
     if sampler.options.guidance is not None:

@@ -9,7 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.config.build import has_captions
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime.console import UserError, said
 from sphere_ar_jax.sampling.model import Model
@@ -96,8 +95,9 @@ class _Buttons:
         Two further values are the file of a picture to complete, and the rows that are kept.
         """
         label, count, seed, guidance, solver, steps, *completed = values
+        is_text = self._controls.classes is None
         wish = drawing.Wish(
-            int(label or 0),
+            str(label or '') if is_text else int(label or 0),
             int(count or 0),
             int(seed or 0),
             None if self._controls.guidance is None else float(guidance or 0),
@@ -131,12 +131,16 @@ def _add_controls(model: Model) -> list[Any]:
 
     c = drawing.controls(model)
     first = drawing.first_wish(model)
-    classes = [(title, k) for k, title in enumerate(c.classes)]
     most = max(drawing.MOST_GUIDANCE, c.guidance or 0)
-    return [
-        gr.Dropdown(
+    if c.classes is None:
+        label = gr.Textbox(label='Text', placeholder='what the image shows', elem_id='text')
+    else:
+        classes = [(title, k) for k, title in enumerate(c.classes)]
+        label = gr.Dropdown(
             classes, value=first.label, label='Class', elem_id='class', visible=len(classes) > 1
-        ),
+        )
+    return [
+        label,
         gr.Radio(drawing.COUNTS, value=first.n, label='Images', elem_id='count'),
         gr.Number(first.seed, label='Seed', precision=0, minimum=0, elem_id='seed'),
         gr.Slider(
@@ -280,12 +284,9 @@ def serve(
       like: a config whose sampler is what the page has at first, see `open_run.open_run`.
 
     Raises:
-      UserError: gradio is missing, the port is taken, or there is no run with classes.
+      UserError: gradio is missing, the port is taken, or there is no run.
     """
-    if has_captions(open_run.config_of(workdir)):
-        raise UserError(
-            "the page draws for classes, but this run draws for texts: use --mode=grid --prompt='…'"
-        )
+    open_run.config_of(workdir)  # Whether there is a run, before gradio is imported for seconds.
     _require_gradio()
     import gradio as gr
     from starlette.middleware import Middleware

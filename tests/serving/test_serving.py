@@ -1,5 +1,6 @@
 """The page of --mode=serve: its functions, its errors, and itself in a real browser."""
 
+import functools
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from sphere_ar_jax import main
+from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling.model import Model
@@ -84,6 +86,30 @@ def test_what_is_beyond_the_limits_is_one_line(model):
         with pytest.raises(ValueError, match=message) as error:
             drawing.draw(model, wish._replace(**change))
         assert '\n' not in str(error.value)
+
+
+def test_a_drawing_for_a_text():
+    """Beside `Model.sample`, and what cannot be drawn."""
+    cfg = tiny_config.get_config()
+    cfg.data.name = 'composed'
+    cfg.vae.channels = (4, 4, 8, 16)
+    cfg.ar.update(condition='text', text_tokens=24)
+    cfg = checks.check(cfg)
+    find = functools.partial(build.encode_prompt, cfg)
+    model = Model(tiny_config.random_run(cfg), find=find)
+    assert drawing.controls(model).classes is None
+    drawing.warm_up(model)
+    wish = drawing.first_wish(model)._replace(label=' a one above a two ', n=2, seed=5)
+    drawn = drawing.draw(model, wish)
+    expected = model.sample(['a one above a two'] * 2, seed=5)
+    np.testing.assert_allclose(drawn.images, pixels.to_uint8(expected), atol=1)
+    assert drawn.words.startswith("2 images of 'a one above a two', seed 5, linear guidance 1.5")
+    for label, message in (
+        ('', 'a prompt is empty: say what the image shows'),
+        ('x' * 25, 'too long: it has 25 tokens, and this model reads 24'),
+    ):
+        with pytest.raises(UserError, match=message):
+            drawing.draw(model, wish._replace(label=label))
 
 
 def test_the_line_lies_between_rows_of_tokens(model):
