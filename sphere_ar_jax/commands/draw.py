@@ -77,6 +77,8 @@ def _asked(
       UserError: it is nothing, or nothing that the run can draw.
     """
     texts = [*prompt, *(captions.read_prompts(prompts) if prompts else [])]
+    if texts and classes is not None:
+        raise UserError('give --classes, or else --prompt and --prompts: a run draws for one kind')
     if texts:
         return _prompts(config, texts)
     if build.has_captions(config):
@@ -104,7 +106,7 @@ def sample(
     workdir: str,
     *,
     output: str | None = None,
-    labels: str = 'uniform',
+    labels: str | None = None,
     prompts: str | None = None,
     png: str | None = None,
     num_images: int | None = None,
@@ -117,8 +119,8 @@ def sample(
     Args:
       workdir: the directory of the run.
       output: the npz, WORKDIR/samples.npz if None.
-      labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`. Runs
-        that draw for texts do not read it.
+      labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`; None
+        stands for 'uniform'. Runs that draw for texts have none.
       prompts: a file with a text in each line, which are drawn in turn, for runs that draw for
         texts.
       png: a directory in which every image becomes a PNG file, too; None writes none.
@@ -131,10 +133,14 @@ def sample(
     seed = run.config.seed
     n = num_images or s.num_images
     if prompts is not None or build.has_captions(run.config):
+        if labels is not None:
+            raise UserError(
+                '--labels are classes: leave them out where --prompts says what to draw'
+            )
         texts = _asked(workdir, run.config, None, [], prompts).labels
         numbers = texts[np.arange(n) % len(texts)]
     else:
-        numbers = generation.draw_labels(labels, n, _num_classes(run.config), seed)
+        numbers = generation.draw_labels(labels or 'uniform', n, _num_classes(run.config), seed)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True

@@ -113,6 +113,14 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
     for call, message in (
         (lambda: draw.grid(str(run), classes='3'), 'this run draws for texts: give --prompt='),
         (lambda: draw.sample(str(run)), 'this run draws for texts'),
+        (
+            lambda: draw.sample(str(run), labels='balanced', prompts=str(prompts)),
+            '--labels are classes: leave them out',
+        ),
+        (
+            lambda: draw.grid(str(run), classes='3', prompt=['a one above a two']),
+            'give --classes, or else --prompt and --prompts',
+        ),
         (lambda: draw.caption(str(run), images=str(image)), 'this model writes no texts: a model'),
         (
             lambda: draw.complete(str(run), images=str(image), prompt=['a one', 'a two']),
