@@ -32,6 +32,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c.rows = experiments.rows(
         power_spherical={},
         gaussian=experiments.LATENTS['gaussian'],
+        encoder={'ar': {'text_encoder_depth': 2}},
         joint_power_spherical=WRITING,
         joint_gaussian=experiments.merged(experiments.LATENTS['gaussian'], WRITING),
     )
@@ -43,6 +44,7 @@ def get_config(arg: str = '') -> ConfigDict:
         'power_spherical gaussian seen_best',
         'power_spherical gaussian rows_best',
         'power_spherical gaussian held_out_common',
+        'encoder power_spherical held_out_best',
         'joint_power_spherical power_spherical held_out_best',
         'joint_power_spherical power_spherical seen_best',
         'joint_power_spherical joint_gaussian held_out_best',

@@ -283,7 +283,9 @@ def build_condition(config: ConfigDict) -> Condition:
     c = config.ar
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     if condition_class is Text:
-        return Text(open_vocabulary(config).size, c.text_tokens, c.width)
+        size = open_vocabulary(config).size
+        encoder = (c.text_encoder_depth, c.heads, dtype(config))
+        return Text(size, c.text_tokens, c.width, *encoder)
     num_classes = schema.num_classes(config)
     if num_classes is None:
         raise UserError(

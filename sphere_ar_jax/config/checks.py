@@ -35,7 +35,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         lambda n: n > 0,
     ),
     (
-        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|\w+_weight)\w+',
+        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|text_encoder_depth|\w+_weight)\w+',
         'be at least 1',
         _at_least(1),
     ),
@@ -43,6 +43,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (r'data\.(threads|classifier_steps|enlarge)', 'be at least 1', _at_least(1)),
     (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
     (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
+    (r'ar\.text_encoder_depth', 'be at least 0', _at_least(0)),
     # A stage of 0 steps is not trained.
     (r'(tokenizer|ar)_training\.steps|data\.workers', 'be at least 0', _at_least(0)),
     (r'.*\.(learning_rate|final_learning_rate|clip_norm)', 'be above 0', lambda n: n > 0),
@@ -249,6 +250,11 @@ def _check_condition(config: ConfigDict) -> None:
             '--config.data.captions=FILE.jsonl, or beside',
         )
         build.open_vocabulary(config)
+        _require(
+            not (config.ar.text_encoder_depth and build.writes_texts(config)),
+            'an encoder sees a whole text, which a model that writes it may not: leave out '
+            'ar.text_encoder_depth or ar.text_weight',
+        )
     else:
         _require(
             not own and not given,

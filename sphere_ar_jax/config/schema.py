@@ -174,6 +174,8 @@ def default() -> ConfigDict:
                 # of it that a caption has at most.
                 vocabulary='bytes',
                 text_tokens=64,
+                # Likewise: blocks of a transformer in front that reads captions in both directions.
+                text_encoder_depth=0,
                 # Likewise: the weight of the texts' cross-entropy beside 1 for the head's loss, if
                 # the model writes texts, too (`joint.Joint`). None reads them alone.
                 text_weight=config_dict.placeholder(float),

@@ -257,6 +257,11 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
             {'data.name': 'folder', 'ar.condition': 'classes', 'ar.text_weight': 0.2},
             "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",
         ),
+        (
+            {'ar.text_weight': 0.2, 'ar.text_encoder_depth': 1},
+            'an encoder sees a whole text, which a model that writes it may not: leave out',
+        ),
+        ({'ar.text_encoder_depth': -1}, 'ar.text_encoder_depth is -1, but must be at least 0'),
         ({'ar.text_weight': -0.1}, 'ar.text_weight is -0.1, but must'),
         ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
         ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of tokenizer.json"),

@@ -43,6 +43,20 @@ def test_no_caption_is_a_number_of_its_own(params):
         TEXT.check(null)
 
 
+def test_an_encoder_reads_in_both_directions():
+    """With it each place depends on all numbers, without it on its own."""
+    text = TEXT.clone(encoder_depth=2, heads=2)
+    params = text.init(jax.random.key(0), LABELS, method='embed')['params']
+    other = LABELS.copy()
+    other[:, 4] = 3
+    embed = functools.partial(text.apply, {'params': params}, method='embed')
+    change = np.abs(embed(LABELS) - embed(other)).max(-1)
+    assert change.shape == (3, 5) and change.min() > 1e-5
+    without = TEXT.apply({'params': params}, LABELS, method='embed')
+    unchanged = TEXT.apply({'params': params}, other, method='embed')
+    np.testing.assert_array_equal(without[:, :4], unchanged[:, :4])
+
+
 def test_whole_captions_are_dropped():
     keys = jax.random.split(jax.random.key(0), 4000)
     labels = jnp.tile(LABELS[:1], (4000, 1))
@@ -71,9 +85,11 @@ def test_what_is_no_caption_is_refused(labels, message):
         TEXT.check(labels)
 
 
-def test_cached_decoding_reads_captions_as_the_full_pass_does():
+@pytest.mark.parametrize('encoder_depth', [0, 2])
+def test_cached_decoding_reads_captions_as_the_full_pass_does(encoder_depth):
     head = FlowHead(4, 16, 1, 1)
-    ar = AR(2, 2, 16, TEXT, head, grid=(2, 2), latent_dim=4)
+    text = TEXT.clone(encoder_depth=encoder_depth, heads=2)
+    ar = AR(2, 2, 16, text, head, grid=(2, 2), latent_dim=4)
     params = ar.init_params(jax.random.key(1))
     z = jax.random.normal(jax.random.key(2), (3, 4, 4))
     conditions = jax.jit(functools.partial(ar.apply, method='conditions'))
