@@ -31,6 +31,7 @@ DATA: dict[str, int | None] = {
     'webdataset': None,
     'parquet': None,
     'latents': None,
+    'emoji': None,
     'composed': 1,
 }
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sphere_ar_jax.data.files import array_records, columns
+from sphere_ar_jax.data.files.emoji import Emoji
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.data.files.listing import (
@@ -587,7 +588,8 @@ def open_source(
     """Opens a source by the name of its kind.
 
     Args:
-      kind: one of KINDS, or 'latents', which are a source without images, see `latents.Latents`.
+      kind: one of KINDS, 'emoji', see `emoji.Emoji`, or 'latents', which are a source without
+        images, see `latents.Latents`.
       path: the tar or the directory, where ~ is the user's own; for tfds and hf the name of the
         data set.
       split: the split of the data set, for tfds and hf only.
@@ -612,6 +614,8 @@ def open_source(
         return WebDataset(path, progress=progress)
     if kind == 'latents':
         return Latents(path)
+    if kind == 'emoji':
+        return Emoji(path)
     return KINDS[kind](path)
 
 

@@ -11,6 +11,7 @@ from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.models.conditions import Text
 from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import stages
 from tests.conftest import libraries_promote
@@ -283,11 +284,12 @@ def test_the_config_of_fashion(arg):
             checks.check(schema.changed(cfg, values))
 
 
-@pytest.mark.parametrize('arg', ['', 'smoke'])
+@pytest.mark.parametrize('arg', ['', 'smoke', 'joint', 'joint,smoke'])
 def test_the_config_of_composed_digits(arg):
     cfg = checks.check(_load('composed', arg))
     ar = build.build_ar(cfg)
-    assert ar.condition == Text(vocabulary_size=257, length=48, width=128)
+    assert isinstance(ar, Joint) == ('joint' in arg)
+    assert ar.condition == Text(vocabulary_size=257, length=48, width=128, heads=4)
     assert build.build_vae(cfg).image_shape == (32, 32, 1)
     with pytest.raises(ValueError, match="no variant 'huge'"):
         _load('composed', 'huge')
@@ -298,6 +300,7 @@ def test_configs_are_all_tested_here():
         'digits',
         'fashion',
         'composed',
+        'emoji',  # in test_emoji.py
         'own',  # in test_own.py
         'vae',
         'ar_b',

@@ -1,0 +1,51 @@
+r"""Text to image on emoji: 3,786 coloured pictures of 64×64 pixels with their names.
+
+Command:   python -m sphere_ar_jax.main --config=configs/emoji.py --workdir=/tmp/emoji
+Data:      npm pack emoji-datasource-google, then tar xzf emoji-datasource-google-*.tgz -C /tmp
+           puts them where this config looks for them, /tmp/package.
+Hardware:  Two CPU cores.
+Result:    Not measured yet.
+
+  python -m sphere_ar_jax.main --mode=grid --workdir=/tmp/emoji \
+      --prompt='waving hand sign, medium skin tone'
+
+Words after the colon, separated by commas:
+
+data=emoji:DIR  Another directory of a package of emoji.
+smoke           The same path in few steps, to see that everything runs. Its pictures show nothing.
+
+The captions are the names in lower case, with the skin tone where there is one, read byte by byte
+(docs/text.md). 5% of the pictures are held out. A picture has 8×8 tokens of d = 32 on a sphere. The
+models are those of configs/composed.py, whose tokens have 4×4 pixels where these have 8×8.
+"""
+
+from ml_collections import ConfigDict
+
+from sphere_ar_jax.config import packaged, recipes
+
+DATA = 'emoji:/tmp/package'
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """The config of emoji.
+
+    Args:
+      arg: the words after the colon, see above.
+
+    Raises:
+      ValueError: another word was given; one line.
+    """
+    words, values = recipes.arguments('configs/emoji.py', arg, ('smoke',), ('data',))
+    c = packaged.load('composed:smoke' if 'smoke' in words else 'composed')
+    kind, path = recipes.data_set(values.get('data', DATA))
+    c.data.update(
+        name=kind,
+        path=path,
+        captions='beside',
+        holdout_files=0.05,
+        flip=False,
+        crop_until=(0, 0),
+    )
+    c.vae.update(image_channels=3, latent_dim=32, channels=(128, 128, 128, 128))
+    c.ar.text_tokens = 80
+    return c
