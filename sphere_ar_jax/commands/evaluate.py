@@ -78,6 +78,11 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         data = build.open_data_set(cfg, path)
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
+    elif build.has_captions(cfg):
+        raise UserError(
+            'this run draws for texts: draw samples by --mode=sample --prompts=FILE, and give '
+            '--samples, --reference and --inception'
+        )
     elif path is None:
         raise UserError(
             'give --samples, --reference and --inception, or --images; or, for scores by a '

@@ -436,6 +436,11 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
             'Scores: --mode=evaluate --images=NPZ. '
             'An AR model on it: another --workdir, and --config.tokenizer with this one.'
         )
+    if setting.data is None and build.has_captions(cfg):
+        return (
+            f'The tokenizer gives {which} images back at {psnr}. '
+            'Scores: --mode=sample --prompts=FILE, then --mode=evaluate with Inception weights.'
+        )
     if setting.data is None:
         return (
             f'The tokenizer gives {which} images back at {psnr}. '

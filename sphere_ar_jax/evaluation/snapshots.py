@@ -276,10 +276,15 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
 
 
 def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
-    """The FID of `watch.fid_images` samples, class by class in turn, to the judge's reference."""
+    """The FID of `watch.fid_images` samples, of classes or captions in turn, to the reference."""
     assert setting.judge is not None
     network, reference = setting.judge
-    labels = np.arange(setting.cfg.watch.fid_images) % schema.num_classes(setting.cfg)
+    numbers = np.arange(setting.cfg.watch.fid_images)
+    if build.has_captions(setting.cfg):
+        captions = build.encode_captions(setting.cfg, _captions(setting, len(numbers)))
+        labels = captions[numbers % len(captions)]
+    else:
+        labels = numbers % schema.num_classes(setting.cfg)
     features = protocol.extract(
         _drawn(setting, vae_params, ar_params, labels),
         network,

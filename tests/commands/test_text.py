@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import sphere_ar_jax
-from sphere_ar_jax.commands import draw, train
+from sphere_ar_jax.commands import draw, evaluate, train
 from sphere_ar_jax.config import checks
 from sphere_ar_jax.data.captions import composed, vocabulary
 from sphere_ar_jax.runtime.console import UserError
@@ -235,6 +235,9 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert (workdir / 'samples.png').exists() and (workdir / 'ar/samples_0000004.png').exists()
     images = sphere_ar_jax.load(workdir).sample('number 7')
     chex.assert_shape(images, (1, 32, 32, 1))
+    assert 'Scores: --mode=sample --prompts=FILE, then' in said.out
+    with pytest.raises(UserError, match='this run draws for texts: draw samples by --mode=sample'):
+        evaluate.evaluate(str(workdir))
 
 
 @pytest.mark.parametrize(
