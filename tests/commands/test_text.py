@@ -11,8 +11,10 @@ from PIL import Image
 
 import sphere_ar_jax
 from sphere_ar_jax.commands import draw, evaluate, train
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.data.captions import composed, vocabulary
+from sphere_ar_jax.evaluation import snapshots
+from sphere_ar_jax.evaluation.fidelity import inception, statistics
 from sphere_ar_jax.runtime.console import UserError
 from tests import tiny_config
 from tests.conftest import libraries_promote
@@ -238,6 +240,26 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert 'Scores: --mode=sample --prompts=FILE, then' in said.out
     with pytest.raises(UserError, match='this run draws for texts: draw samples by --mode=sample'):
         evaluate.evaluate(str(workdir))
+
+
+def test_fid_while_training_is_that_of_captions(monkeypatch):
+    """Captions of the images are drawn in turn, as classes are elsewhere."""
+    pool = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    seen = []
+    monkeypatch.setattr(
+        snapshots, '_drawn', lambda setting, vae_params, ar_params, labels: seen.append(labels)
+    )
+    monkeypatch.setattr(
+        snapshots.protocol, 'extract', lambda *_, **__: inception.Features(pool, None, None)
+    )
+    c = _config()
+    c.watch.fid_images = 5
+    source = [{'captions': ('a one', 'another one')}, {'captions': ()}, {'captions': ('a two',)}]
+    judge = (None, statistics.statistics(pool))
+    setting = snapshots.Setting(c, '', None, None, None, source, judge=judge)
+    assert snapshots._fid(setting, None, None) == pytest.approx(0, abs=1e-6)
+    texts = ['a one', 'a two', 'a one', 'a two', 'a one']
+    np.testing.assert_array_equal(seen[0], build.encode_captions(c, texts))
 
 
 @pytest.mark.parametrize(
