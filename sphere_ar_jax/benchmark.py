@@ -67,9 +67,9 @@ def _check_against(checkout: str, cfg: ConfigDict) -> None:
     """Raises UserError unless `checkout` is the public code and can sample by the config."""
     if not os.path.isdir(os.path.join(checkout, 'SphereAR')):
         raise UserError(f'{checkout} is no checkout of guolinke/SphereAR')
-    if build.has_captions(cfg):
-        raise UserError('the public code draws for classes alone: leave --against out')
-    torch_names.require_public(build.build_vae(cfg), build.build_head(cfg))
+    torch_names.require_public(
+        build.build_vae(cfg), build.build_head(cfg), build.build_condition(cfg)
+    )
     published = plan.Options(num_steps=cfg.sampling.num_steps, guidance=cfg.sampling.guidance)
     is_published = build.build_sampler(cfg).options == published
     if not is_published or cfg.sampling.guidance is None or cfg.init_from is not None:

@@ -74,7 +74,7 @@ def test_parts_of_models_of_texts(tmp_path, text_weight):
     part = our_parts.Part(checked, 'train_ar', 4)
     assert part.run() != part.run()
     (tmp_path / 'SphereAR').mkdir()
-    with pytest.raises(UserError, match='the public code draws for classes alone: leave --against'):
+    with pytest.raises(UserError, match=r'has the ar\.condition classes alone, not text'):
         benchmark._check_against(str(tmp_path), checked)
 
 

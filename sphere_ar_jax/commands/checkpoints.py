@@ -275,7 +275,10 @@ def _write_file(run: Run, path: str) -> None:
     Raises:
       UserError: the run has parts that the public code lacks, or the file cannot be written.
     """
-    torch_names.require_public(run.vae, None if run.ar_params is None else run.ar.head)
+    if run.ar_params is None:
+        torch_names.require_public(run.vae)
+    else:
+        torch_names.require_public(run.vae, run.ar.head, run.ar.condition)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as temporary:
         try:

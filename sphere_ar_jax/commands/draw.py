@@ -12,13 +12,14 @@ from PIL import Image
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data.captions import files as captions
+from sphere_ar_jax.data.files import listing
 from sphere_ar_jax.data.shifted import corruptions, folders
 from sphere_ar_jax.evaluation import class_names, pictures
 from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_bytes
-from sphere_ar_jax.sampling import generation, inputs, on_mesh
+from sphere_ar_jax.sampling import captioning, generation, inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 
 
@@ -239,6 +240,13 @@ def _in_folders_of_classes(workdir: str, config: ConfigDict, images: str) -> fol
     return folders.labelled(images, lambda name: class_names.find(name, names, known))
 
 
+def _chosen(images: str, num_images: int | None) -> list[str]:
+    """A picture, or so many of those of a directory, spread evenly; None takes all."""
+    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+    most = min(num_images or len(files), len(files))
+    return [files[i * len(files) // most] for i in range(most)]
+
+
 def _originals(
     workdir: str,
     config: ConfigDict,
@@ -357,8 +365,8 @@ def caption(
 ) -> None:
     """Writes a text for each of some images.
 
-    Lines of 'PATH<tab>TEXT' go to the screen, or to a file, which `data.captions` takes. The path
-    is that below the directory.
+    Lines of 'PATH<tab>TEXT' go to the screen, or to a file, which `data.captions` takes. Where a
+    directory is given, the path is that below it.
 
     Args:
       workdir: the directory of a run that writes texts.
@@ -379,19 +387,32 @@ def caption(
         raise UserError(f'--top_p is {top_p}: give a share as 0.9') from None
     if output is not None and not output.endswith('.tsv'):
         raise UserError(f'--output is {output}, but must end in .tsv')
+    chosen = _chosen(images, num_images)
+    names = chosen
+    if os.path.isdir(images):
+        names = [os.path.relpath(path, images) for path in chosen]
+    unfit = [name for name in names if not name.isprintable()]
+    if output is not None and unfit:
+        raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
     model = Model(run, mesh=mesh)
-    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
-    rows = min(num_images or len(files), len(files))
-    chosen = folders.spread(folders.Pictures(files, [0] * len(files)), rows).files
-    texts = model.caption(chosen, top_p=share, seed=run.config.seed)
-    names = [os.path.relpath(path, images) if os.path.isdir(images) else path for path in chosen]
-    in_lines = [' '.join(text.split()) for text in texts]
+    captioning.writer(model.ar)
+    show = console.bar(len(chosen), 'texts')
+    texts: list[str] = []
+    # Each image has a seed of its own, so that it does not matter with which others it is read.
+    seeds = (run.config.seed + np.arange(len(chosen))) % 2**31
+    size = run.config.sampling.batch_size
+    # A directory may have more images than memory holds.
+    for start in range(0, len(chosen), size):
+        rows = slice(start, start + size)
+        written = model.caption(chosen[rows], top_p=share, seed=seeds[rows])
+        texts += [' '.join(text.split()) for text in written]
+        show(len(texts))
     if output is None:
-        for name, text in zip(names, in_lines, strict=True):
-            print(f'{name}\t{console.printable(text, 1000)}')
+        for name, text in zip(names, texts, strict=True):
+            print(f'{listing.shown(name)}\t{console.printable(text, 1000)}')
         return
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    table = (f'{name}\t{text}\n' for name, text in zip(names, in_lines, strict=True))
+    table = (f'{name}\t{text}\n' for name, text in zip(names, texts, strict=True))
     write_bytes(output, ''.join(table).encode())
     print(f'wrote {output}: {len(texts)} texts')

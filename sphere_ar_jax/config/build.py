@@ -283,9 +283,14 @@ def build_condition(config: ConfigDict) -> Condition:
     c = config.ar
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
     if condition_class is Text:
-        size = open_vocabulary(config).size
-        encoder = (c.text_encoder_depth, c.heads, dtype(config))
-        return Text(size, c.text_tokens, c.width, *encoder)
+        return Text(
+            open_vocabulary(config).size,
+            c.text_tokens,
+            c.width,
+            encoder_depth=c.text_encoder_depth,
+            heads=c.heads,
+            dtype=dtype(config),
+        )
     num_classes = schema.num_classes(config)
     if num_classes is None:
         raise UserError(

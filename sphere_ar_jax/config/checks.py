@@ -244,10 +244,12 @@ def _check_condition(config: ConfigDict) -> None:
         f'data.captions is for images in files, not for data {name}',
     )
     if build.has_captions(config):
+        way = '--config.data.captions=FILE.jsonl, or beside'
+        if name in small.KINDS or name == 'latents':
+            way = "image files, or use ar.condition 'classes'"
         _require(
             own or given,
-            f"ar.condition 'text' reads captions, which data {name} has not: give "
-            '--config.data.captions=FILE.jsonl, or beside',
+            f"ar.condition 'text' reads captions, which data {name} has not: give {way}",
         )
         build.open_vocabulary(config)
         _require(
@@ -263,6 +265,10 @@ def _check_condition(config: ConfigDict) -> None:
         _require(
             config.ar.text_weight is None,
             "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",
+        )
+        _require(
+            not config.ar.text_encoder_depth,
+            "ar.text_encoder_depth is for models of texts: use ar.condition 'text', or set it to 0",
         )
 
 

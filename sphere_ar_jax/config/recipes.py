@@ -209,7 +209,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
     The words that `arg` takes, separated by commas:
 
       data=…     A path of ImageNet's training tar, or KIND:PATH of folder, array_records,
-                 webdataset, parquet, hf (hf:NAME), tfds (tfds:NAME) or latents.
+                 webdataset, parquet, emoji, hf (hf:NAME), tfds (tfds:NAME) or latents.
       batch=N    Images a step. The number of epochs stays.
       dtype=…    bfloat16 or float32 (the default) of the computation.
       tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps

@@ -588,8 +588,7 @@ def open_source(
     """Opens a source by the name of its kind.
 
     Args:
-      kind: one of KINDS, 'emoji', see `emoji.Emoji`, or 'latents', which are a source without
-        images, see `latents.Latents`.
+      kind: one of KINDS, or 'latents', which are a source without images, see `latents.Latents`.
       path: the tar or the directory, where ~ is the user's own; for tfds and hf the name of the
         data set.
       split: the split of the data set, for tfds and hf only.
@@ -614,8 +613,6 @@ def open_source(
         return WebDataset(path, progress=progress)
     if kind == 'latents':
         return Latents(path)
-    if kind == 'emoji':
-        return Emoji(path)
     return KINDS[kind](path)
 
 
@@ -640,4 +637,5 @@ KINDS: dict[str, Callable[..., Images]] = {
     'hf': HuggingFace,
     'webdataset': WebDataset,
     'parquet': Parquet,
+    'emoji': Emoji,
 }

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from sphere_ar_jax.models import transformer, vae
 from sphere_ar_jax.models.backbones import Hybrid, grid_transformer
+from sphere_ar_jax.models.conditions import Classes, Condition
 from sphere_ar_jax.models.heads import FlowHead, Head
 from sphere_ar_jax.models.posteriors import PowerSpherical
 from sphere_ar_jax.runtime.console import UserError, printable
@@ -282,16 +283,19 @@ def _not_public(key: str, public: object, found: object) -> UserError:
     )
 
 
-def require_public(model: vae.VAE, head: Head | None = None) -> None:
+def require_public(
+    model: vae.VAE, head: Head | None = None, condition: Condition | None = None
+) -> None:
     """Checks that models are made of the parts that the public code has.
 
     Args:
       model: the tokenizer.
       head: the head of the AR model, None where there is no AR model.
+      condition: the condition of the AR model, likewise.
 
     Raises:
       UserError: the tokenizer has another backbone, posterior, radius, kappa_scale or token space,
-        or the head is another one or starts from other noise.
+        or the head is another one or starts from other noise, or images are not drawn for classes.
     """
     parts = [
         ('vae.backbone', model.backbone, Hybrid),
@@ -306,6 +310,8 @@ def require_public(model: vae.VAE, head: Head | None = None) -> None:
     posterior = model.posterior
     if isinstance(posterior, PowerSpherical) and posterior.kappa_scale != 1:
         raise _not_public('vae.kappa_scale', 1, posterior.kappa_scale)
+    if condition is not None and not isinstance(condition, Classes):
+        raise _not_public('ar.condition', 'classes', type(condition).__name__.lower())
     # Other heads are classes of their own below FlowHead, with the same parameters.
     if head is not None and type(head) is not FlowHead:
         raise _not_public('ar.head', FlowHead.__name__, type(head).__name__)

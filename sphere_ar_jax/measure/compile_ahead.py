@@ -254,7 +254,8 @@ def replicated(cfg: ConfigDict, name: str, mesh: Mesh) -> list[tuple[int, str, s
     vae = build.build_vae(cfg)
     params = jax.tree.leaves((jax.eval_shape(stage.init, jax.random.key(0)), frozen))
     sizes = {size for leaf in params for size in leaf.shape} | {*vae.image_shape}
-    sizes |= {ar.num_tokens, ar.num_tokens + ar.condition.length - 1, ar.num_tokens + 4}
+    # Lengths of sequences: tokens of an image, inputs in front of them, and those of the tokenizer.
+    sizes |= {ar.num_tokens, ar.front, ar.num_tokens + ar.front - 1, ar.num_tokens + 4}
     primes = (11, 17, 19, 23, 29, 31, 37)
     batch = parts * next(p for p in primes if all(size % p for size in sizes))
     key = f'{name}_training'

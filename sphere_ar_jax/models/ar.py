@@ -104,14 +104,18 @@ class AR(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
+    def head_dim(self) -> int:
+        """The head dimension K."""
+        return transformer.head_dim(self.width, self.heads)
+
+    @property
     def front(self) -> int:
         """Number C of the inputs in front of an image's tokens."""
         return self.condition.length
 
     def _angles(self) -> jax.Array:
         """Computes the rotary angles of the sequence, (S, K/2)."""
-        head_dim = transformer.head_dim(self.width, self.heads)
-        table = transformer.rope_table(*self.grid, self.front, head_dim)
+        table = transformer.rope_table(*self.grid, self.front, self.head_dim)
         return jnp.asarray(table[:-1])  # the last token is never an input
 
     def embed(self, labels: Labels, z: jax.Array) -> jax.Array:
@@ -142,6 +146,12 @@ class AR(nn.Module):
         x, _ = self.stack(self.embed(labels, z[:, :-1]), self._angles())
         return self.norm(x[:, -self.num_tokens :]) + self.positions()[None]
 
+    def cache(self, rows: int, length: int) -> Caches:
+        """Makes an empty cache for sequences of `length` inputs."""
+        return transformer.empty_cache(
+            self.depth, rows, length, self.heads, self.head_dim, self.dtype
+        )
+
     def prefill(self, labels: Labels) -> tuple[jax.Array, Caches]:
         """Reads the condition into a new cache. It needs scan=False.
 
@@ -152,10 +162,7 @@ class AR(nn.Module):
           The condition of token 0, (B, D) float32, and the cache.
         """
         B = len(jax.tree.leaves(labels)[0])
-        length = self.front + self.num_tokens - 1
-        cache = transformer.empty_cache(
-            self.depth, B, length, self.heads, self.width // self.heads, self.dtype
-        )
+        cache = self.cache(B, self.front + self.num_tokens - 1)
         x = self.embed(labels, jnp.zeros((B, 0, self.latent_dim)))
         x, cache = self.stack(x, self._angles()[: self.front], cache, 0, prefill=True)
         return self.norm(x[:, -1]) + self.positions()[:1], cache

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sphere_ar_jax.data.captions.vocabulary import END
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR, Caches
 from sphere_ar_jax.models.conditions import Labels, Text
@@ -41,8 +42,8 @@ class _Outputs(NamedTuple):
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes −log p of captions, and how many numbers of each count.
 
-    A caption ends with its first 0. What fills it up after that does not count. Captions that stand
-    for none do not count either.
+    A caption ends with its first END. What fills it up after that does not count. Captions that
+    stand for none do not count either.
 
     Args:
       logits: (B, T, V) float32.
@@ -56,11 +57,18 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     numbers = jnp.minimum(labels, V - 1)
     log_p = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(log_p, numbers[..., None], axis=-1)[..., 0]
-    ends = (labels == 0).astype(jnp.int32)
+    ends = (labels == END).astype(jnp.int32)
     ended_before = jnp.cumsum(ends, axis=1) - ends
     counts = (ended_before == 0) & (labels < V)
     counted = counts.astype(jnp.float32)
     return -jnp.sum(counted * chosen, axis=1), jnp.sum(counted, axis=1)
+
+
+def _per_number(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean over captions of their numbers' cross-entropy, without dropped captions, ()."""
+    nats, counts = cross_entropy(logits, labels)
+    captions = jnp.sum((counts > 0).astype(jnp.float32))
+    return jnp.sum(nats / jnp.maximum(counts, 1)) / jnp.maximum(captions, 1)
 
 
 class Joint(AR):
@@ -72,8 +80,8 @@ class Joint(AR):
 
     Attributes:
       text_weight: weight of the texts' cross-entropy, in nats for each number, in the loss.
-      image_start: the place in the cache of the input in front of the image that is drawn. None
-        stands for the sequence of a text and an image.
+      image_start: the place in the cache of the input in front of the image that is drawn, which
+        `interleaved` sets. None stands for the sequence of a text and an image.
     """
 
     text_weight: float = 0.2
@@ -109,13 +117,11 @@ class Joint(AR):
         """Computes the rotary angles of b_t, w_1, …, w_T: (T + 1, K/2)."""
         places = max(self.grid) + 1.5 + np.arange(self.text_inputs)
         positions = np.stack([places, places], axis=-1)
-        head_dim = transformer.head_dim(self.width, self.heads)
-        return jnp.asarray(transformer.rotary_angles(positions, head_dim))
+        return jnp.asarray(transformer.rotary_angles(positions, self.head_dim))
 
     def _image_angles(self) -> jax.Array:
         """Computes the rotary angles of b_i, z_1, …, z_L: (L + 1, K/2)."""
-        head_dim = transformer.head_dim(self.width, self.heads)
-        return jnp.asarray(transformer.rope_table(*self.grid, 1, head_dim))
+        return jnp.asarray(transformer.rope_table(*self.grid, 1, self.head_dim))
 
     def _angles(self) -> jax.Array:
         """Computes the rotary angles where the text comes first, (T + L + 1, K/2)."""
@@ -147,14 +153,14 @@ class Joint(AR):
         parts = [self._text_inputs(labels), self._image_inputs(z)]
         return self.emb_norm(jnp.concatenate(parts, axis=1))
 
-    def _text_first(self, labels: Labels, z: jax.Array) -> _Outputs:
+    def text_first(self, labels: Labels, z: jax.Array) -> _Outputs:
         """Reads captions (B, T), and images (B, L, d) behind them."""
         x, _ = self.stack(self.embed(labels, z[:, :-1]), self._angles())
         x = self.norm(x)
         c = x[:, -self.num_tokens :] + self.positions()[None]
         return _Outputs(c, self.text_head(x[:, : self.condition.length]))
 
-    def _image_first(self, labels: Labels, z: jax.Array) -> _Outputs:
+    def image_first(self, labels: Labels, z: jax.Array) -> _Outputs:
         """Reads images (B, L, d), and captions (B, T) behind them."""
         parts = [self._image_inputs(z), self._text_inputs(labels)[:, :-1]]
         angles = jnp.concatenate([self._image_angles(), self._text_angles()[:-1]])
@@ -168,8 +174,8 @@ class Joint(AR):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the mean over both orders of the head's loss + text_weight · cross-entropy.
 
-        The cross-entropy is the mean over captions of that of their numbers. Both orders have the
-        same draws.
+        The cross-entropy is the mean over captions of that of their numbers. Captions that were
+        dropped are left out of it. Both orders have the same draws.
 
         Args:
           labels: captions (B, T).
@@ -181,17 +187,16 @@ class Joint(AR):
             first, flow_loss, which is its loss there, and text_loss, the cross-entropy where the
             image comes first.
         """
-        losses = []
-        texts = []
-        of_head: dict[str, jax.Array] = {}
-        for outputs in (self._image_first(labels, z), self._text_first(labels, z)):
-            flow, of_head = self.head.loss(outputs.c, z, draws)
-            nats, counts = cross_entropy(outputs.logits, labels)
-            text = jnp.mean(nats / jnp.maximum(counts, 1))
-            losses.append(flow)
-            texts.append(text)
-        total = (losses[0] + losses[1] + self.text_weight * (texts[0] + texts[1])) / 2
-        return total, of_head | {'flow_loss': losses[1], 'text_loss': texts[0]}
+        alone = self.image_first(labels, z)
+        behind = self.text_first(labels, z)
+        flow_alone, _ = self.head.loss(alone.c, z, draws)
+        flow_behind, scalars = self.head.loss(behind.c, z, draws)
+        text_behind = _per_number(alone.logits, labels)
+        text_alone = _per_number(behind.logits, labels)
+        flow = flow_alone + flow_behind
+        text = text_alone + text_behind
+        loss = (flow + self.text_weight * text) / 2
+        return loss, scalars | {'flow_loss': flow_behind, 'text_loss': text_behind}
 
     def nats(self, labels: Labels, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes −log p(text | image) and −log p(text) of captions, the end included.
@@ -203,16 +208,11 @@ class Joint(AR):
         Returns:
           Both (B,) float32, in nats.
         """
-        given, _ = cross_entropy(self._image_first(labels, z).logits, labels)
-        alone, _ = cross_entropy(self._text_first(labels, z).logits, labels)
+        given, _ = cross_entropy(self.image_first(labels, z).logits, labels)
+        alone, _ = cross_entropy(self.text_first(labels, z).logits, labels)
         return given, alone
 
     # ---- sampling, which needs scan=False
-
-    def cache(self, rows: int, length: int) -> Caches:
-        """Makes an empty cache for sequences of `length` inputs."""
-        head_dim = transformer.head_dim(self.width, self.heads)
-        return transformer.empty_cache(self.depth, rows, length, self.heads, head_dim, self.dtype)
 
     def _read(
         self, x: jax.Array, angles: jax.Array, cache: Caches, start: jax.Array | int

@@ -45,6 +45,8 @@ def checked_writing(top_p: float | None, temperature: float) -> Writing:
     """
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f'top_p is {top_p}, but must lie in (0, 1]')
+    if top_p is None and temperature != 1:
+        raise UserError('temperature is for texts that are drawn: give top_p, as 1.0, too')
     if not 0 < temperature < math.inf:
         raise UserError(f'temperature is {temperature}, but must be above 0')
     return Writing(top_p, temperature)
@@ -100,7 +102,7 @@ def write(
     batch_size: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Writes a caption for each image.
+    """Writes a caption for each image. Every device holds the whole model.
 
     Args:
       models: both models and their parameters.
@@ -118,7 +120,8 @@ def write(
       UserError: the model writes no texts.
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
-    program = captioner(writer(ar), models.vae, writing)
+    assert isinstance(ar, Joint)  # as models.ar is
+    program = captioner(ar, models.vae, writing)
     data = np.asarray(jax.random.key_data(on_mesh.image_keys(seed, len(images))))
     params = (models.vae_params, ar_params)
     return on_mesh.in_batches(program, params, (images, data), batch_size, mesh)
@@ -142,7 +145,6 @@ def nats(
     Raises:
       UserError: the model writes no texts.
     """
-    ar, ar_params = unstacked(writer(models.ar), models.ar_params)
-    program = reader(writer(ar), models.vae)
-    params = (models.vae_params, ar_params)
+    program = reader(writer(models.ar), models.vae)
+    params = (models.vae_params, models.ar_params)
     return on_mesh.in_batches(program, params, (images, labels), batch_size, mesh)

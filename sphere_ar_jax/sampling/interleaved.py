@@ -202,15 +202,16 @@ def interleave(
       All segments, the given ones included: captions (B, T) int32, and tokens (B, L, d) float32.
 
     Raises:
-      ValueError: an image is drawn without options; or see `tokens.go_on`.
+      ValueError: an image is drawn without options, or there are options and none is; or see
+        `tokens.go_on`.
     """
     drawn = [segment.kind for segment in segments if segment.given is None]
-    if 'image' in drawn and options is None:
-        raise ValueError('give options: an image is drawn')
+    if ('image' in drawn) != (options is not None):
+        raise ValueError('give options where an image is drawn, and only there')
     apart, params = unstacked(ar, params)
     assert isinstance(apart, Joint)  # as ar is
     params = apart.cast(params)
-    guided = 'image' in drawn and options is not None and options.guidance is not None
+    guided = options is not None and options.guidance is not None
     lengths = {'text': apart.text_inputs, 'image': apart.image_inputs}
     length = sum(lengths[segment.kind] for segment in segments)
     sequences = _Sequences(apart, params, len(keys), guided, length)

@@ -33,7 +33,7 @@ ENTRIES = [
 
 @pytest.fixture
 def package(tmp_path):
-    """A package of five pictures, of which one that the list names is missing."""
+    """A package of five pictures. A sixth that the list names is missing."""
     pictures = tmp_path / 'img' / 'google' / '64'
     pictures.mkdir(parents=True)
     (tmp_path / 'img' / 'google' / 'sheets').mkdir()
@@ -88,7 +88,7 @@ def test_what_is_no_package_says_so_in_one_line(package, tmp_path):
         return message
 
     assert 'is no package of emoji with emoji.json and img/SET/64' in refused(tmp_path / 'img')
-    for content in ('[1]', '{}'):
+    for content in ('[1]', '{}', '[{}]', '[{"image": "a.png", "skin_variations": [1]}]'):
         (package / 'emoji.json').write_text(content)
         assert 'is no list of emoji' in refused(package)
     (package / 'emoji.json').write_text('[{')

@@ -62,7 +62,7 @@ def test_an_image_for_a_text_is_that_of_the_sampler(params):
 def test_a_caption_has_the_likeliest_numbers(params, z):
     """Each number is the likeliest one of the pass that reads the caption, up to its end."""
     _, caption = interleave(MODEL, params, [Segment('image', z), Segment('text')], KEYS)
-    outputs = MODEL.apply({'params': params}, caption, z, method='_image_first')
+    outputs = MODEL.apply({'params': params}, caption, z, method='image_first')
     likeliest = np.argmax(outputs.logits, axis=-1)
     for row, wanted in zip(np.asarray(caption), likeliest, strict=True):
         ends = list(row).index(0) + 1 if 0 in row else 5
@@ -80,8 +80,7 @@ def test_captions_are_drawn_with_their_probabilities(params, z):
         lambda params: interleave(MODEL, params, segments, keys, writing=Writing(1.0))[1]
     )
     captions = np.asarray(draw(params))
-    # −log p of what was drawn has the mean that the model's own nats have, the entropy.
-    outputs = MODEL.apply({'params': params}, captions, many, method='_image_first')
+    outputs = MODEL.apply({'params': params}, captions, many, method='image_first')
     first = np.asarray(jax.nn.softmax(outputs.logits[0, 0]))
     shares = np.bincount(captions[:, 0], minlength=7) / count
     np.testing.assert_allclose(shares, first, atol=4 * np.sqrt(0.25 / count))
@@ -130,5 +129,8 @@ def test_a_sequence_does_not_depend_on_the_others(params, z):
 
 
 def test_an_image_needs_options(params):
-    with pytest.raises(ValueError, match='give options: an image is drawn'):
-        interleave(MODEL, params, [Segment('text', LABELS), Segment('image')], KEYS)
+    segments = [Segment('text', LABELS), Segment('image')]
+    with pytest.raises(ValueError, match='give options where an image is drawn'):
+        interleave(MODEL, params, segments, KEYS)
+    with pytest.raises(ValueError, match='and only there'):
+        interleave(MODEL, params, segments[:1], KEYS, OPTIONS, 2.0)

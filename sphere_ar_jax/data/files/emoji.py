@@ -38,6 +38,16 @@ def _captions(entry: dict[str, Any], modifiers: str = '') -> tuple[str, ...]:
     return tuple(_with_tones(text, modifiers) if modifiers else text for text in names)
 
 
+def _is_emoji(entry: Any) -> bool:
+    """Whether an entry of the list, and each of its variants, names a picture."""
+    if not isinstance(entry, dict):
+        return False
+    variants = entry.get('skin_variations') or {}
+    if not isinstance(variants, dict):
+        return False
+    return all(isinstance(one, dict) and 'image' in one for one in (entry, *variants.values()))
+
+
 class Emoji:
     """The pictures of a package, whose classes are the categories of the emoji.
 
@@ -70,7 +80,7 @@ class Emoji:
             variants = entry.get('skin_variations') or {}
             images = {'': entry, **variants}
             for modifiers, variant in images.items():
-                name = str(variant.get('image'))
+                name = str(variant['image'])
                 if not os.path.isfile(os.path.join(self._pictures, name)):
                     missing.append(name)
                     continue
@@ -120,7 +130,7 @@ class Emoji:
                 entries = json.load(f)
         except (OSError, ValueError) as error:
             raise UserError(f'{place} cannot be read: {first_line(error)}') from None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list) or not all(map(_is_emoji, entries)):
             raise UserError(f'{place} is no list of emoji')
         return entries
 

@@ -2,8 +2,8 @@
 
 A caption is a row of T numbers of a vocabulary, filled up with one that ends captions (see
 `docs/text.md`). Each number is a learned token, and each place in the caption has a learned
-position. The caption that stands for no condition is one more number, T times. An encoder in front
-of the AR model lets each token see the whole caption.
+position. The caption that stands for no condition is one more number, T times. An optional
+encoder in front of the AR model lets each token see the whole caption.
 
 Dimensions:
   B  images     T  numbers of a caption     V  size of the vocabulary     D  width of the AR model
