@@ -447,26 +447,20 @@ def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[s
         from sphere_ar_jax.commands import evaluate
 
         evaluate.evaluate(workdir, like=cfg, **given)
-    elif mode == 'sample':
-        from sphere_ar_jax.commands import draw
-
-        draw.sample(workdir, like=cfg, **given)
-    elif mode == 'grid':
-        from sphere_ar_jax.commands import draw
-
-        draw.grid(workdir, like=cfg, **given)
-    elif mode == 'complete':
-        from sphere_ar_jax.commands import draw
-
-        draw.complete(workdir, like=cfg, **given)
-    elif mode == 'caption':
-        from sphere_ar_jax.commands import draw
-
-        draw.caption(workdir, like=cfg, **given)
-    else:
+    elif mode == 'serve':
         from sphere_ar_jax.serving import page
 
         page.serve(workdir, like=cfg, **given)
+    else:
+        from sphere_ar_jax.commands import draw
+
+        commands: dict[str, Callable[..., None]] = {
+            'sample': draw.sample,
+            'grid': draw.grid,
+            'complete': draw.complete,
+            'caption': draw.caption,
+        }
+        commands[mode](workdir, like=cfg, **given)
 
 
 def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_bytes
-from sphere_ar_jax.sampling import captioning, generation, inputs, on_mesh
+from sphere_ar_jax.sampling import generation, inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 
 
@@ -240,11 +240,9 @@ def _in_folders_of_classes(workdir: str, config: ConfigDict, images: str) -> fol
     return folders.labelled(images, lambda name: class_names.find(name, names, known))
 
 
-def _chosen(images: str, num_images: int | None) -> list[str]:
-    """A picture, or so many of those of a directory, spread evenly; None takes all."""
-    files = image_sets.list_images(images) if os.path.isdir(images) else [images]
-    most = min(num_images or len(files), len(files))
-    return [files[i * len(files) // most] for i in range(most)]
+def _files(images: str) -> list[str]:
+    """A picture, or those of a directory."""
+    return image_sets.list_images(images) if os.path.isdir(images) else [images]
 
 
 def _originals(
@@ -261,7 +259,7 @@ def _originals(
     if classes is None and not (prompt or prompts or has_captions):
         found = _in_folders_of_classes(workdir, config, images)
     else:
-        files = image_sets.list_images(images) if os.path.isdir(images) else [images]
+        files = _files(images)
         labels = list(_asked(workdir, config, classes, prompt, prompts).labels)
         if len(labels) not in (1, len(files)):
             what = 'prompts are given' if has_captions else 'classes are named'
@@ -387,7 +385,8 @@ def caption(
         raise UserError(f'--top_p is {top_p}: give a share as 0.9') from None
     if output is not None and not output.endswith('.tsv'):
         raise UserError(f'--output is {output}, but must end in .tsv')
-    chosen = _chosen(images, num_images)
+    files = _files(images)
+    chosen = [files[i] for i in folders.evenly(len(files), num_images or len(files))]
     names = chosen
     if os.path.isdir(images):
         names = [os.path.relpath(path, images) for path in chosen]
@@ -396,7 +395,6 @@ def caption(
         raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
     model = Model(run, mesh=mesh)
-    captioning.writer(model.ar)
     show = console.bar(len(chosen), 'texts')
     texts: list[str] = []
     # Each image has a seed of its own, so that it does not matter with which others it is read.

@@ -430,23 +430,20 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
         return 'The AR model was trained on latents. Scores: --mode=sample, then --mode=evaluate.'
     psnr = f'{metrics["vae/psnr"]:.1f} dB'
     which = 'training' if setting.heldout is None else 'held-out'
-    if setting.data is None and not cfg.ar_training.steps:
-        return (
-            f'The tokenizer gives {which} images back at {psnr}. '
-            'Scores: --mode=evaluate --images=NPZ. '
-            'An AR model on it: another --workdir, and --config.tokenizer with this one.'
-        )
-    if setting.data is None and build.has_captions(cfg):
-        return (
-            f'The tokenizer gives {which} images back at {psnr}. '
-            'Scores: --mode=sample --prompts=FILE, then --mode=evaluate with Inception weights.'
-        )
     if setting.data is None:
-        return (
-            f'The tokenizer gives {which} images back at {psnr}. '
-            'Scores: --mode=evaluate, by a classifier of the classes; or --mode=sample, then '
-            '--mode=evaluate with Inception weights.'
-        )
+        if not cfg.ar_training.steps:
+            ways = (
+                '--mode=evaluate --images=NPZ. '
+                'An AR model on it: another --workdir, and --config.tokenizer with this one.'
+            )
+        elif build.has_captions(cfg):
+            ways = '--mode=sample --prompts=FILE, then --mode=evaluate with Inception weights.'
+        else:
+            ways = (
+                '--mode=evaluate, by a classifier of the classes; or --mode=sample, then '
+                '--mode=evaluate with Inception weights.'
+            )
+        return f'The tokenizer gives {which} images back at {psnr}. Scores: {ways}'
     noun = small.KINDS[setting.data.kind].noun
     if 'samples/seen' in metrics:
         return composed_digits.summary(cfg.sampling.num_images, metrics)

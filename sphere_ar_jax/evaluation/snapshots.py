@@ -432,8 +432,11 @@ def _of_classes(setting: Setting, data: small.DataSet) -> _Way:
     return _Way(labels, save, scores)
 
 
-def _of_captions(setting: Setting, data: small.DataSet) -> _Way:
-    """Samples of composed digits for captions, scored by `composed_digits.Reader`."""
+def _of_captions(setting: Setting, data: small.DataSet, run: Run) -> _Way:
+    """Samples of composed digits for captions, scored by `composed_digits.Reader`.
+
+    The captions that a model of both directions writes are scored besides.
+    """
     wishes = composed_digits.asked(data, setting.cfg.sampling.num_images)
     captions = [wish.caption for wish in wishes]
     labels = build.encode_captions(setting.cfg, captions)
@@ -445,8 +448,12 @@ def _of_captions(setting: Setting, data: small.DataSet) -> _Way:
     def scores(images: np.ndarray) -> dict[str, float]:
         bar = console.bar(steps, 'training the classifier', 'step')
         reader = composed_digits.Reader(data, steps, setting.workdir, bar)
-        found = composed_digits.scores(reader, data, images, wishes)
-        return composed_digits.floor(reader, data) | found
+        real = composed_digits.real_images(data)
+        found = composed_digits.floor(reader, real)
+        found |= composed_digits.scores(reader, data, images, wishes)
+        if build.writes_texts(setting.cfg):
+            found |= composed_digits.score_captions(run, real, setting.mesh)
+        return found
 
     return _Way(labels, save, scores)
 
@@ -484,9 +491,11 @@ def score(
         f'guidance {sampling.guidance_scale}',
         flush=True,
     )
-    of_data = _of_captions if data.kind == 'composed' else _of_classes
-    way = of_data(setting, data)
     drawing = _drawing(setting, vae_params, ar_params)
+    if data.kind == 'composed':
+        way = _of_captions(setting, data, drawing['models'])
+    else:
+        way = _of_classes(setting, data)
     images, _ = on_mesh.sample_images(
         labels=way.labels, progress=console.bar(sampling.num_images, 'samples'), **drawing
     )
@@ -496,8 +505,6 @@ def score(
     started = time.perf_counter()
     print('scoring', flush=True)
     metrics |= way.score(images)
-    if build.writes_texts(setting.cfg):
-        metrics |= composed_digits.score_captions(drawing['models'], data, setting.mesh)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 

@@ -10,7 +10,7 @@ Dimensions:
 """
 
 import functools
-from typing import Any, TypeAlias, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from sphere_ar_jax.runtime.types import PyTree
 
 __all__ = ['AR', 'VARIANTS', 'sphere_ar', 'unstacked']
 
+_Model = TypeVar('_Model', bound='AR')
 Caches: TypeAlias = tuple[transformer.Cache, ...]  # one for each block
 
 
@@ -221,7 +222,7 @@ class AR(nn.Module):
         head = cast(FlowHead, self.head)
         return head.velocities(x_t, self.conditions(labels, z), *times)
 
-    def apart(self) -> 'AR':
+    def apart(self) -> Self:
         """Returns the same model with scan=False, as sampling needs it."""
         return self.clone(scan=False, head=self.head.clone(scan=False))
 
@@ -301,7 +302,7 @@ def sphere_ar(
     return AR(depth, heads, width, condition, head, tuple(grid), latent_dim, **speed)
 
 
-def unstacked(ar: AR, params: PyTree) -> tuple[AR, PyTree]:
+def unstacked(ar: _Model, params: PyTree) -> tuple[_Model, PyTree]:
     """Brings the model and its parameters into the layout that sampling needs, scan=False.
 
     A model with scan=False and its parameters stay as they are. Under jit the program would copy

@@ -120,7 +120,6 @@ def write(
       UserError: the model writes no texts.
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
-    assert isinstance(ar, Joint)  # as models.ar is
     program = captioner(ar, models.vae, writing)
     data = np.asarray(jax.random.key_data(on_mesh.image_keys(seed, len(images))))
     params = (models.vae_params, ar_params)

@@ -208,13 +208,12 @@ def interleave(
     drawn = [segment.kind for segment in segments if segment.given is None]
     if ('image' in drawn) != (options is not None):
         raise ValueError('give options where an image is drawn, and only there')
-    apart, params = unstacked(ar, params)
-    assert isinstance(apart, Joint)  # as ar is
-    params = apart.cast(params)
+    ar, params = unstacked(ar, params)
+    params = ar.cast(params)
     guided = options is not None and options.guidance is not None
-    lengths = {'text': apart.text_inputs, 'image': apart.image_inputs}
+    lengths = {'text': ar.text_inputs, 'image': ar.image_inputs}
     length = sum(lengths[segment.kind] for segment in segments)
-    sequences = _Sequences(apart, params, len(keys), guided, length)
+    sequences = _Sequences(ar, params, len(keys), guided, length)
     found = []
     for i, (kind, given) in enumerate(segments):
         own = _folded(keys, i)

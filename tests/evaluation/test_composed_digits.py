@@ -112,7 +112,7 @@ def test_the_reader_learns_to_read(data, tmp_path):
     """After a few steps it reads sizes, whose truth is the height of the ink."""
     small_data = data._replace(train=composed.Composed('train', 0, count=600))
     reader = composed_digits.Reader(small_data, 60, str(tmp_path))
-    found = composed_digits.floor(reader, data)
+    found = composed_digits.floor(reader, composed_digits.real_images(data))
     wishes = composed_digits.asked(data, 200)
     rng = np.random.default_rng(1)
     pixels = np.stack([data.heldout.draw(wish.composition, rng) for wish in wishes])

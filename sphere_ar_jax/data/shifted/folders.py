@@ -52,12 +52,15 @@ def labelled(path: str | os.PathLike[str], find: Callable[[str], int]) -> Pictur
     return Pictures(files, [labels[place] for place in places])
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers 0 … count − 1, evenly spread and ascending."""
+    size = min(count, most)
+    return np.arange(size) * count // size
+
+
 def spread(pictures: Pictures, most: int) -> Pictures:
     """At most so many of the pictures, evenly spread over their order and so over the classes."""
-    count = len(pictures.files)
-    if count <= most:
-        return pictures
-    chosen = np.arange(most) * count // most
+    chosen = evenly(len(pictures.files), most)
     return Pictures(
         [pictures.files[i] for i in chosen],
         [pictures.labels[i] for i in chosen],

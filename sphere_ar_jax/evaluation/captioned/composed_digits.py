@@ -217,13 +217,12 @@ def real_images(data: small.DataSet) -> Real:
     return Real(pixels.astype(np.float32), wishes)
 
 
-def floor(reader: Reader, data: small.DataSet) -> dict[str, float]:
+def floor(reader: Reader, real: Real) -> dict[str, float]:
     """What the reader reads right of `real_images`.
 
     Returns:
       {'real/…': share} as `scores` has them for samples.
     """
-    real = real_images(data)
     return _shares('real', reader, real.pixels, real.wishes)
 
 
@@ -279,19 +278,18 @@ def caption_scores(captions: Sequence[str], wishes: Sequence[Asked]) -> dict[str
     return {f'captions/{group}': float(np.mean(right, where=groups == group)) for group in GROUPS}
 
 
-def score_captions(run: Run, data: small.DataSet, mesh: Mesh) -> dict[str, float]:
-    """Scores the captions that a model writes for `real_images`, the likeliest token each time.
+def score_captions(run: Run, real: Real, mesh: Mesh) -> dict[str, float]:
+    """Scores the captions that a model writes for real images, the likeliest token each time.
 
     Args:
       run: both models, of which the AR model writes texts.
-      data: composed digits.
+      real: the images, see `real_images`.
       mesh: the devices.
 
     Returns:
       The scores of `caption_scores`, and the means of −log p of the images' own captions in nats,
         given the image (`captions/nats`) and without it (`captions/nats_alone`).
     """
-    real = real_images(data)
     images = 2 * real.pixels[..., None] - 1
     how: dict[str, Any] = {'batch_size': run.config.sampling.batch_size, 'mesh': mesh}
     numbers = captioning.write(run, images, seed=run.config.seed, **how)

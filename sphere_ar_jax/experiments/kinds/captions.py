@@ -42,15 +42,17 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     key = jax.random.key(cfg.seed + 1)
     batch_size = cfg.sampling.batch_size
     recon, found = on_mesh.reconstruct(run.vae, run.vae_params, heldout, key, batch_size, mesh)
+    real = composed_digits.real_images(data)
     lines: list[dict[str, Any]] = [
         {
             'guidance': None,
             'psnr': tokenizer.psnr(recon, heldout),
             **{name: float(value) for name, value in found.items()},
-            **composed_digits.floor(reader, data),
-            **(composed_digits.score_captions(run, data, mesh) if build.writes_texts(cfg) else {}),
+            **composed_digits.floor(reader, real),
         }
     ]
+    if build.writes_texts(cfg):
+        lines[0] |= composed_digits.score_captions(run, real, mesh)
     wishes = composed_digits.asked(data, config.num_images)
     labels = build.encode_captions(cfg, [wish.caption for wish in wishes])
     sampler = build.build_sampler(cfg)
