@@ -24,6 +24,8 @@ of d = 16 on a sphere of radius 4. The models are those of configs/fashion.py, b
 - There are more steps.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import packaged, recipes
@@ -44,7 +46,8 @@ def get_config(arg: str = '') -> ConfigDict:
     c.data.name = 'composed'
     c.data.path = None
     c.ar.condition = 'text'
-    c.ar.text_tokens = 48
+    c.ar.vocabulary = str(pathlib.Path(__file__).with_name('composed_words.txt'))
+    c.ar.text_tokens = 10
     c.ar.depth = 6
     if 'joint' in words:
         c.ar.text_weight = 0.2

@@ -47,5 +47,6 @@ def get_config(arg: str = '') -> ConfigDict:
         crop_until=(0, 0),
     )
     c.vae.update(image_channels=3, latent_dim=32, channels=(128, 128, 128, 128))
+    c.ar.vocabulary = 'bytes'
     c.ar.text_tokens = 80
     return c

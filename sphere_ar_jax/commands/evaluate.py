@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.data import small, sources
+from sphere_ar_jax.data.captions import table
 from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import (
     image_sets,
@@ -71,18 +72,15 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         cfg = schema.changed(cfg, {'data.classifier_steps': like.data.classifier_steps})
     d = cfg.data
     path = d.path
+    captions = d.captions
     if like is not None and like.data.name == d.name:  # the files may have moved
         path = like.data.path
+        captions = like.data.captions
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
         data = build.open_data_set(cfg, path)
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
-    elif build.has_captions(cfg):
-        raise UserError(
-            'this run draws for texts: draw samples by --mode=sample --prompts=FILE, and give '
-            '--samples, --reference and --inception'
-        )
     elif path is None:
         raise UserError(
             'give --samples, --reference and --inception, or --images; or, for scores by a '
@@ -91,8 +89,10 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     else:
         bar = console.bar(None, 'reading the tar', 'byte')
         source = sources.open_images(d.name, path, d.split, d.data_dir, bar)
-        training, heldout = sources.split(source, d.holdout_files)
         build.check_classes(cfg, source, path)
+        if captions is not None:
+            source = table.with_captions(source, captions)
+        training, heldout = sources.split(source, d.holdout_files)
         setting = setting._replace(source=training, heldout=heldout)
         scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)
     return {

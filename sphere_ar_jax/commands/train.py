@@ -436,11 +436,10 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
                 '--mode=evaluate --images=NPZ. '
                 'An AR model on it: another --workdir, and --config.tokenizer with this one.'
             )
-        elif build.has_captions(cfg):
-            ways = '--mode=sample --prompts=FILE, then --mode=evaluate with Inception weights.'
         else:
+            prompts = ' --prompts=FILE' if build.has_captions(cfg) else ''
             ways = (
-                '--mode=evaluate, by a classifier of the classes; or --mode=sample, then '
+                f'--mode=evaluate, by a classifier of the classes; or --mode=sample{prompts}, then '
                 '--mode=evaluate with Inception weights.'
             )
         return f'The tokenizer gives {which} images back at {psnr}. Scores: {ways}'

@@ -205,9 +205,42 @@ def save_reconstructions(
       title: the text above the picture.
     """
     pairs = min(pairs, len(images) // columns)
+    row_labels = ['real', 'decoded'] * pairs
+    _save_pairs(path, images, reconstructions, columns, row_labels, title)
+
+
+def save_nearest(
+    path: str | os.PathLike[str],
+    samples: np.ndarray,
+    nearest: np.ndarray,
+    titles: Sequence[str],
+    title: str,
+) -> None:
+    """Writes a row of samples for each class, each above the row of the nearest training images.
+
+    Args:
+      path: the PNG.
+      samples: (n, H, W, c), as many of each class, class by class.
+      nearest: (n, H, W, c), the training image that is nearest to each sample.
+      titles: the name of each class.
+      title: the text above the picture.
+    """
+    row_labels = [label for name in titles for label in (name, 'nearest')]
+    _save_pairs(path, samples, nearest, len(samples) // len(titles), row_labels, title)
+
+
+def _save_pairs(
+    path: str | os.PathLike[str],
+    upper: np.ndarray,
+    lower: np.ndarray,
+    columns: int,
+    row_labels: Sequence[str],
+    title: str,
+) -> None:
+    """Writes rows of images of one set, each above the row of those of the other."""
     rows = []
-    for i in range(pairs):
+    for i in range(len(row_labels) // 2):
         shown = slice(i * columns, (i + 1) * columns)
-        rows += [images[shown], reconstructions[shown]]
-    scale = max(1, 48 // images.shape[1])
-    _save_grid(path, np.concatenate(rows), columns, ['real', 'decoded'] * pairs, title, scale=scale)
+        rows += [upper[shown], lower[shown]]
+    scale = max(1, 48 // upper.shape[1])
+    _save_grid(path, np.concatenate(rows), columns, row_labels, title, scale=scale)

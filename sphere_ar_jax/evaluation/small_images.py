@@ -38,20 +38,34 @@ def memorisation(samples: np.ndarray, train: np.ndarray, heldout: np.ndarray) ->
       share of samples that are nearer to a training image than the nearest 5% of held-out images
       are. That share is 0.05 where samples are as new as real images.
     """
-    return _compare(_nearest(samples, train), _nearest(heldout, train))
+    _, of_samples = nearest(samples, train)
+    _, of_heldout = nearest(heldout, train)
+    return compare(of_samples, of_heldout)
 
 
-def _nearest(images: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """The distance (n,) of each image (n, f) to the nearest training image (·, f)."""
+def nearest(images: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the training image that is nearest to each image.
+
+    Args:
+      images: features (n, f).
+      train: features (·, f) of the training images.
+
+    Returns:
+      (numbers of training images (n,), distances (n,)).
+    """
     # scikit-learn is slow to import, so that it is imported only where images are scored.
     from sklearn.metrics import pairwise_distances_argmin_min
 
-    _, distances = pairwise_distances_argmin_min(images, train)
-    return distances
+    return pairwise_distances_argmin_min(images, train)
 
 
-def _compare(of_samples: np.ndarray, of_heldout: np.ndarray) -> dict[str, float]:
-    """What `memorisation` returns, of distances to the nearest training image."""
+def compare(of_samples: np.ndarray, of_heldout: np.ndarray) -> dict[str, float]:
+    """Compares distances to the nearest training image; returns what `memorisation` does.
+
+    Args:
+      of_samples: those of samples.
+      of_heldout: those of real images that were not trained on.
+    """
     near = np.mean(of_samples < np.quantile(of_heldout, 0.05))
     return {
         'memorisation/samples_to_train': float(np.median(of_samples)),
@@ -156,7 +170,8 @@ class Judge:
     @functools.cached_property
     def _of_heldout(self) -> np.ndarray:
         """The distance of each held-out image to the nearest training image."""
-        return _nearest(self._pixels.heldout, self._pixels.train)
+        _, distances = nearest(self._pixels.heldout, self._pixels.train)
+        return distances
 
     def floor(self, count: int) -> dict[str, float]:
         """What real images score: held-out against training images.
@@ -210,7 +225,8 @@ class Judge:
         )
         found['samples/precision'] = precision
         found['samples/recall'] = recall
-        return found | _compare(_nearest(flat, self._pixels.train), self._of_heldout)
+        _, distances = nearest(flat, self._pixels.train)
+        return found | compare(distances, self._of_heldout)
 
 
 def summary(noun: str, count: int, scores: dict[str, float]) -> str:

@@ -6,7 +6,7 @@ Dimensions:
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -246,8 +246,59 @@ def _drawn(
         yield found
 
 
+class _Shown:
+    """Samples that are shown with the nearest training images: the first of some classes."""
+
+    def __init__(self, labels: np.ndarray, rows: int = 12, columns: int = 12):
+        """Chooses the samples.
+
+        Args:
+          labels: the class that each sample is drawn for, (n,), sorted.
+          rows: classes at most, spread evenly over those that have enough samples.
+          columns: samples of a class at most.
+        """
+        classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
+        columns = min(columns, int(counts.max()))
+        enough = np.flatnonzero(counts >= columns)
+        chosen = enough[_spread(len(enough), rows)]
+        self._classes = classes[chosen]
+        self._numbers = (first[chosen, None] + np.arange(columns)).ravel()
+        self._images: list[np.ndarray] = []
+
+    def keep(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields batches of samples unchanged, and keeps those that are shown."""
+        first = 0
+        for batch in batches:
+            inside = (self._numbers >= first) & (self._numbers < first + len(batch))
+            self._images.append(batch[self._numbers[inside] - first])
+            first += len(batch)
+            yield batch
+
+    def save(self, path: str, trained: np.ndarray, titles: Sequence[str]) -> None:
+        """Writes the picture.
+
+        Args:
+          path: the PNG.
+          trained: the images (·, s, s, c) in [0, 1] that the run was trained on.
+          titles: the name of each class.
+        """
+        samples = classifier_features.shrunk(np.concatenate(self._images))
+        flat = classifier_features.flat
+        numbers, _ = small_images.nearest(flat(samples), flat(trained))
+        pictures.save_nearest(
+            path,
+            2 * samples - 1,
+            2 * trained[numbers] - 1,
+            [titles[label] for label in self._classes],
+            'samples, and below each the training image that is nearest in pixels',
+        )
+
+
 def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[str, Any]:
     """Scores a run on image files by a classifier of their classes; no other weights are needed.
+
+    Samples are drawn for the classes of real images, or for their captions. WORKDIR/nearest.png
+    shows some of each class, with the nearest training images.
 
     Args:
       setting: the run, on images that are no small data set.
@@ -262,17 +313,25 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
     """
     size, _, channels = setting.vae.image_shape
     real = classifier_features.read(setting.source, setting.heldout, size, channels)
-    labels = classifier_features.labels(real, setting.cfg.sampling.num_images)
+    wanted = classifier_features.asked(real, setting.cfg.sampling.num_images)
+    labels = wanted.labels
+    if wanted.captions:
+        labels = build.encode_captions(setting.cfg, wanted.captions)
+    titles = class_names.titles(range(setting.source.num_classes), setting.source.class_names)
     steps = setting.cfg.data.classifier_steps
     bar = console.bar(len(labels), 'samples')
-    return classifier_features.score(
-        _drawn(setting, vae_params, ar_params, labels, bar),
-        labels,
+    shown = _Shown(wanted.labels)
+    scores = classifier_features.score(
+        shown.keep(_drawn(setting, vae_params, ar_params, labels, bar)),
+        wanted,
         real,
+        titles,
         steps,
         setting.workdir,
         console.bar(steps, 'training the classifier', 'step'),
     )
+    shown.save(f'{setting.workdir}/nearest.png', real.trained_on(), titles)
+    return scores
 
 
 def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:

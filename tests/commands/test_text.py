@@ -245,8 +245,8 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert (workdir / 'samples.png').exists() and (workdir / 'ar/samples_0000004.png').exists()
     images = sphere_ar_jax.load(workdir).sample('number 7')
     chex.assert_shape(images, (1, 32, 32, 1))
-    assert 'Scores: --mode=sample --prompts=FILE, then' in said.out
-    with pytest.raises(UserError, match='this run draws for texts: draw samples by --mode=sample'):
+    assert 'or --mode=sample --prompts=FILE, then --mode=evaluate' in said.out
+    with pytest.raises(UserError, match='the images have one class alone'):
         evaluate.evaluate(str(workdir))
 
 
@@ -305,7 +305,7 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
         ({'ar.text_encoder_depth': -1}, 'ar.text_encoder_depth is -1, but must be at least 0'),
         ({'ar.text_weight': -0.1}, 'ar.text_weight is -0.1, but must'),
         ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
-        ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of tokenizer.json"),
+        ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of a tokenizer.json or a .txt"),
         ({'ar.text_tokens': 0}, 'ar.text_tokens is 0, but must be at least 1'),
     ],
 )

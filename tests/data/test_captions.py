@@ -17,6 +17,7 @@ from hypothesis import strategies
 from PIL import Image
 from scipy import ndimage
 
+from sphere_ar_jax.config import packaged
 from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.augment import BrokenImageError
 from sphere_ar_jax.data.batches import batches
@@ -69,6 +70,45 @@ def test_a_tokenizer_file_is_a_vocabulary(tokenizer_file):
         words.encode('a cat')
 
 
+def test_a_list_of_words_is_a_vocabulary(tmp_path):
+    path = tmp_path / 'words.txt'
+    path.write_text('left\nof\n\n  rot\nthree\n')
+    words = vocabulary.open_vocabulary(str(path))
+    assert words.size == 5
+    assert words.encode(' three  left of\trot ') == [4, 1, 2, 3]
+    assert words.decode([4, 1, 2, 3, 0, 1]) == 'three left of rot'
+    with pytest.raises(UserError, match="'left of a' has 'a', which the vocabulary does not know"):
+        words.encode('left of a')
+    (tmp_path / 'run').mkdir()
+    vocabulary.keep(str(path), str(tmp_path / 'run'))
+    moved = vocabulary.of_run('/gone/words.txt', tmp_path / 'run')
+    assert vocabulary.open_vocabulary(moved).encode('rot') == [3]
+    for content, message in (
+        ('left\nleft\n', 'each once'),
+        ('left of\n', "has 'left of': write one word in each line"),
+        ('\n', 'it must have some'),
+    ):
+        other = tmp_path / f'{len(content)}.txt'
+        other.write_text(content)
+        with pytest.raises(UserError, match=message):
+            vocabulary.open_vocabulary(str(other))
+    with pytest.raises(UserError, match=r'absent\.txt, but there is no such file'):
+        vocabulary.open_vocabulary(str(tmp_path / 'absent.txt'))
+
+
+def test_the_words_of_composed_digits_are_known():
+    """Each caption of the grammar has words of configs/composed.py, ten at most."""
+    cfg = packaged.load('composed')
+    words = vocabulary.open_vocabulary(cfg.ar.vocabulary)
+    training, heldout = composed.splits(0, 0.2)
+    shown = [images.composition(i) for images in (training, heldout) for i in range(500)]
+    captions = [composition.caption() for composition in shown]
+    found = [words.encode(caption) for caption in captions]
+    assert [words.decode(numbers) for numbers in found] == captions
+    assert max(map(len, found)) == cfg.ar.text_tokens == 10
+    assert set().union(*found) == set(range(1, words.size))
+
+
 def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
     vocabulary.keep('bytes', str(tmp_path))
     assert vocabulary.of_run('bytes', tmp_path) == 'bytes'
@@ -85,7 +125,7 @@ def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     pytest.importorskip('tokenizers')
-    with pytest.raises(UserError, match=r"give 'bytes', or the path of tokenizer\.json"):
+    with pytest.raises(UserError, match=r"give 'bytes', or the path of a tokenizer\.json or"):
         vocabulary.open_vocabulary(str(tmp_path / 'absent.json'))
     path = tmp_path / 'tokenizer.json'
     path.write_text(json.dumps({'model': 3}))

@@ -58,30 +58,84 @@ def test_images_are_averaged_to_at_most_64_pixels_a_side(side, small):
 def test_every_fifth_image_is_kept_from_the_classifier(real):
     """Broken ones are left out; samples get the classes in the proportions of the real images."""
     assert (len(real.train), len(real.heldout), real.of_run) == (47, 12, False)
-    labels = classifier_features.labels(real, 30)
-    assert labels.shape == (30,) and np.bincount(labels).tolist() == [20, 10]
+    wanted = classifier_features.asked(real, 30)
+    assert wanted.labels.shape == (30,) and np.bincount(wanted.labels).tolist() == [20, 10]
+    np.testing.assert_array_equal(real.labels[wanted.images], wanted.labels)
+    assert wanted.captions == ()
 
 
 @pytest.mark.slow
 def test_real_images_are_near_and_noise_is_far(real, tmp_path):
     """Held-out images in the place of samples are at distance 0 of themselves, as read as such."""
     heldout = (real.heldout.pixels * 255).round().astype(np.uint8)
-    scores = classifier_features.score(
-        [heldout[:5], heldout[5:]], real.heldout.labels, real, STEPS, str(tmp_path)
-    )
+    numbers = len(real.train) + np.arange(len(heldout))
+    wanted = classifier_features.Asked(real.heldout.labels, numbers, ())
+    of_run = real._replace(of_run=True)
+
+    def score(batches):
+        return classifier_features.score(
+            batches, wanted, of_run, ['row', 'column'], STEPS, str(tmp_path)
+        )
+
+    scores = score([heldout[:5], heldout[5:]])
     assert scores['classifier_frechet_heldout'] == pytest.approx(0, abs=1e-5)
     assert scores['samples/accuracy'] == scores['classifier/accuracy'] > 0.8
     assert scores['compared'] == {
-        'samples': 12, 'train': 47, 'heldout': 12, 'heldout_from': 'the classifier alone',
+        'samples': 12, 'train': 47, 'heldout': 12, 'heldout_from': 'the run',
         'side': 16, 'classifier_steps': STEPS,
     }  # fmt: skip
     assert 'it is not FID' in scores['note'] and not any(name == 'fid' for name in scores)
     kept = (tmp_path / 'classifier.npz').read_bytes()
+    assert scores['memorisation/samples_to_train'] == scores['memorisation/heldout_to_train'] > 0
     noise = np.random.default_rng(3).integers(0, 256, heldout.shape, np.uint8)
-    far = classifier_features.score([noise], real.heldout.labels, real, STEPS, str(tmp_path))
+    far = score([noise])
     assert far['classifier_frechet'] > 3 * scores['classifier_frechet']
     assert far['classifier_frechet_floor'] == scores['classifier_frechet_floor'] > 0
     assert (tmp_path / 'classifier.npz').read_bytes() == kept
+
+
+def test_classes_are_compared_with_as_many_real_images():
+    """By the Fréchet distance of two Gaussians: |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁Σ₂))."""
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(4000, 2))
+    real_labels = np.repeat([0, 1, 2], [2000, 1970, 30])
+    labels = np.repeat([0, 1, 2], [1500, 600, 900])
+    drawn = rng.normal(size=(3000, 2)) * np.where(labels == 1, 3, 1)[:, None]
+    drawn[labels == 0] += (3, 4)
+    titles = ['far', 'wide', 'few']
+    found = classifier_features._of_classes(titles, real, real_labels, drawn, labels)
+    counts = {title: scores['images'] for title, scores in found.items()}
+    assert counts == {'far': 1000, 'wide': 600}
+    np.testing.assert_allclose(found['far']['frechet'], 25, rtol=0.05)
+    np.testing.assert_allclose(found['wide']['frechet'], 2 * (3 - 1) ** 2, rtol=0.1)
+    assert all(0 < scores['floor'] < 0.02 for scores in found.values())
+
+
+def test_a_sample_may_be_its_captions_own_image():
+    """Copies of the captioned training images are told, and so are samples that lie anew."""
+    rng = np.random.default_rng(0)
+    pixels = rng.random((30, 8, 8, 1)).astype(np.float32)
+    texts = tuple(f'number {i}' for i in range(30))
+    labels = np.arange(30) % 2
+    train = classifier_features.Sample(pixels[:20], labels[:20], 2, texts[:20])
+    heldout = classifier_features.Sample(pixels[20:], labels[20:], 2, texts[20:])
+    real = classifier_features.Real(train, heldout, of_run=True)
+    wanted = classifier_features.asked(real, 30)
+    assert sorted(wanted.captions) == sorted(texts)
+    assert [texts[i] for i in wanted.images] == list(wanted.captions)
+
+    def score(images):
+        batch = np.round(images * 255).astype(np.uint8)
+        return classifier_features.score([batch], wanted, real, ['a', 'b'], 2)
+
+    copied = score(pixels[wanted.images])
+    assert copied['memorisation/own_nearest'] == 1
+    # The held-out images themselves are as far as held-out images are.
+    assert copied['memorisation/samples_to_train'] < 0.05 < copied['memorisation/heldout_to_train']
+    # Only the classes that have 20 images of their own on both sides are compared.
+    assert copied['classes'] == {}
+    turned = score(np.roll(pixels[wanted.images], 1, axis=0))
+    assert turned['memorisation/own_nearest'] == 0
 
 
 def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, monkeypatch):
@@ -96,7 +150,8 @@ def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, mon
 
     def drawn(setting, vae_params, ar_params, labels, progress):
         asked.append(labels)
-        yield _bars(0, len(labels), 9)
+        yield _bars(0, 10, 9)
+        yield _bars(0, len(labels) - 10, 9)
 
     monkeypatch.setattr(snapshots, '_drawn', drawn)
     scores = evaluate.evaluate(str(tmp_path))
@@ -104,6 +159,9 @@ def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, mon
     compared = scores['compared']
     assert compared['heldout_from'] == 'the run' and compared['train'] + compared['heldout'] == 59
     assert np.isfinite(scores['classifier_frechet']) and 'seed' in scores
+    assert 'memorisation/own_nearest' not in scores  # without captions
+    with Image.open(tmp_path / 'nearest.png') as picture:
+        assert picture.width > 12 * 48 and picture.height > 2 * 48
     assert json.loads((tmp_path / 'evaluation.json').read_text())['note'] == scores['note']
 
 

@@ -1,7 +1,11 @@
 """Vocabularies: how a text becomes a row of numbers, and back.
 
-The config's word `ar.vocabulary` chooses one: 'bytes', or the path of a tokenizer of the library
-`tokenizers` (a tokenizer.json, as Hugging Face's models have it; the extra `text` installs it).
+The config's word `ar.vocabulary` chooses one:
+
+  bytes       the bytes of a text
+  FILE.txt    words, one in each line of the file
+  FILE.json   a tokenizer of the library `tokenizers`, as Hugging Face's models have it; the extra
+              `text` installs the library
 
 Dimensions:
   T  numbers of a caption; shorter captions are filled up with `END`
@@ -17,10 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from sphere_ar_jax.data.captions import files as texts
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
-_FILE = 'vocabulary.json'
+_WORDS = '.txt'  # how the name of a list of words ends
 END = 0  # ends a caption, and fills it up
 
 
@@ -79,6 +84,44 @@ class Bytes:
         return bytes(n - 1 for n in _until_end(numbers)).decode(errors='replace')
 
 
+class Words:
+    """The words of a list; word i of the list, from 0 on, has the number i + 1.
+
+    A text is split at its spaces, and comes back with one space between words.
+    """
+
+    def __init__(self, path: str):
+        """Reads a list of words, one in each line.
+
+        Raises:
+          UserError: there is no such file, or it is no list of different words.
+        """
+        if not os.path.isfile(path):
+            raise UserError(f'ar.vocabulary is {path}, but there is no such file')
+        self._words = [line.strip() for _, line in texts.lines(path)]
+        for word in self._words:
+            if len(word.split()) != 1:
+                raise UserError(f'{path} has {_shown(word)}: write one word in each line')
+        self._numbers = {word: i + 1 for i, word in enumerate(self._words)}
+        if not self._words or len(self._numbers) < len(self._words):
+            raise UserError(f'{path} is no list of words: it must have some, and each once')
+        self.size = len(self._words) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Turns a text into the numbers of its words; see `Vocabulary`."""
+        words = text.split()
+        for word in words:
+            if word not in self._numbers:
+                raise UserError(
+                    f'{_shown(text)} has {_shown(word)}, which the vocabulary does not know'
+                )
+        return [self._numbers[word] for word in words]
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """Turns numbers into a text; see `Vocabulary`."""
+        return ' '.join(self._words[n - 1] for n in _until_end(numbers))
+
+
 class TokenizerFile:
     """A tokenizer of the library `tokenizers`; its number n has the number n + 1.
 
@@ -99,7 +142,9 @@ class TokenizerFile:
                 "pip install 'sphere_ar_jax[text]'"
             ) from None
         if not os.path.isfile(path):
-            raise UserError(f"ar.vocabulary is {path}: give 'bytes', or the path of tokenizer.json")
+            raise UserError(
+                f"ar.vocabulary is {path}: give 'bytes', or the path of a tokenizer.json or a .txt"
+            )
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises plain exceptions
@@ -138,22 +183,30 @@ def open_vocabulary(word: str) -> Vocabulary:
     """Opens the vocabulary that the config's `ar.vocabulary` names.
 
     Raises:
-      UserError: see `TokenizerFile`.
+      UserError: see `Words` and `TokenizerFile`.
     """
-    return Bytes() if word == 'bytes' else TokenizerFile(word)
+    if word == 'bytes':
+        return Bytes()
+    return Words(word) if word.endswith(_WORDS) else TokenizerFile(word)
+
+
+def _kept(word: str, workdir: str | os.PathLike[str]) -> epath.Path:
+    """The file in which a run keeps the vocabulary: WORKDIR/vocabulary.txt or .json."""
+    suffix = _WORDS if word.endswith(_WORDS) else '.json'
+    return epath.Path(workdir, f'vocabulary{suffix}')
 
 
 def keep(word: str, workdir: str) -> None:
-    """Copies a tokenizer.json to WORKDIR/vocabulary.json, so that the run can be moved alone.
+    """Copies the file of a vocabulary into a workdir, so that the run can be moved alone.
 
     Args:
       word: the config's `ar.vocabulary`; of 'bytes' nothing is kept.
       workdir: the directory of the run.
 
     Raises:
-      UserError: the run was begun with another tokenizer.
+      UserError: the run was begun with another vocabulary.
     """
-    kept = epath.Path(workdir, _FILE)
+    kept = _kept(word, workdir)
     if word == 'bytes' or word == os.fspath(kept):
         return
     content = epath.Path(word).read_bytes()
@@ -179,7 +232,7 @@ def of_run(word: str, workdir: str | os.PathLike[str]) -> str:
       word: the value in the run's config.json.
       workdir: the directory of the run.
     """
-    kept = epath.Path(workdir, _FILE)
+    kept = _kept(word, workdir)
     return os.fspath(kept) if word != 'bytes' and kept.exists() else word
 
 

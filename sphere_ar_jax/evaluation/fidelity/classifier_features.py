@@ -1,11 +1,12 @@
-"""A Fréchet distance in the features of a classifier of the data set's own.
+"""Scores of samples by a classifier of the data set's own, and by the nearest training images.
 
-It needs no weights from elsewhere: the classifier is trained on real images of the data set. It is
-not FID, and it compares runs on the same images by the same classifier alone. See
-`docs/evaluation.md`, "Image files without Inception weights".
+No weights from elsewhere are needed: the classifier is trained on real images of the data set. The
+Fréchet distance in its features is not FID, and it compares runs on the same images by the same
+classifier alone. See `docs/evaluation.md`, "Image files without Inception weights".
 
 Dimensions:
   n  images     S  side of an image in pixels     s  side that the classifier sees     c  channels
+  f  features of an image
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 
 from sphere_ar_jax.data import augment, imagenet
 from sphere_ar_jax.data.sources import Images
-from sphere_ar_jax.evaluation import classifiers
+from sphere_ar_jax.evaluation import classifiers, small_images
 from sphere_ar_jax.evaluation.fidelity import statistics
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import Progress
@@ -29,6 +30,8 @@ _MOST = 10_000
 _SIDE = 64
 # Where a run holds no images out, every image of so many is kept from the classifier.
 _EVERY = 5
+# A class is compared by itself where so many of its samples and of its real images can be.
+_LEAST = 20
 NOTE = (
     "classifier_frechet is a distance in the features of this data set's own classifier: it is not "
     'FID, and it compares runs on the same images alone'
@@ -43,11 +46,13 @@ class Sample:
       pixels: (n, s, s, c) float32 in [0, 1].
       labels: (n,) int.
       num_classes: the number of classes.
+      captions: the first caption of each image, () where images have no captions.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     num_classes: int
+    captions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,6 +70,17 @@ class Real(NamedTuple):
     train: Sample
     heldout: Sample
     of_run: bool
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes of all images, those of `train` first."""
+        return np.concatenate([self.train.labels, self.heldout.labels])
+
+    def trained_on(self) -> np.ndarray:
+        """The pixels (·, s, s, c) that the run was trained on, those of `train` first."""
+        if self.of_run:
+            return self.train.pixels
+        return np.concatenate([self.train.pixels, self.heldout.pixels])
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:
@@ -91,24 +107,34 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
 
 
 def _read(source: Images, numbers: Sequence[int], size: int, channels: int) -> Sample:
-    """Reads images, cropped at the centre and shrunk, without those that cannot be decoded."""
+    """Reads images, cropped at the centre and shrunk, without those that cannot be trained on.
+
+    These are images that cannot be decoded and, among images with captions, those without one.
+    """
     as_stored = imagenet.are_synsets(source.class_names)
 
-    def read(i: int) -> tuple[np.ndarray, int] | None:
+    def read(i: int) -> tuple[np.ndarray, int, Sequence[str]] | None:
         try:
             record = source[i]
+            captions = record.get('captions')
+            if captions == ():
+                return None
             image = augment.decode(record['image'], as_stored=as_stored)
             crop = augment.with_channels(augment.center_crop(image, size), channels)
         except (augment.BrokenImageError, UserError, MemoryError):
             return None
-        return shrunk(crop), record['label']
+        return shrunk(crop), record['label'], (captions or ())[:1]
 
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = [pair for pair in pool.map(read, numbers) if pair is not None]
+        found = [image for image in pool.map(read, numbers) if image is not None]
     if len(found) < 2:
         raise UserError('too few images can be decoded to compare samples with')
-    labels = np.array([label for _, label in found], np.int32)
-    return Sample(np.stack([pixels for pixels, _ in found]), labels, source.num_classes)
+    return Sample(
+        pixels=np.stack([pixels for pixels, _, _ in found]),
+        labels=np.array([label for _, label, _ in found], np.int32),
+        num_classes=source.num_classes,
+        captions=tuple(text for _, _, texts in found for text in texts),
+    )
 
 
 def read(source: Images, heldout: Images | None, size: int, channels: int) -> Real:
@@ -141,16 +167,83 @@ def read(source: Images, heldout: Images | None, size: int, channels: int) -> Re
     return Real(_read(source, _spread(others, _MOST), size, channels), judged, False)
 
 
-def labels(real: Real, n: int) -> np.ndarray:
-    """Labels (n,) for samples, in the proportions that the real images have."""
-    known = np.sort(np.concatenate([real.train.labels, real.heldout.labels]))
-    return known[np.linspace(0, len(known) - 1, n).round().astype(int)]
+def flat(pixels: np.ndarray) -> np.ndarray:
+    """Images (n, s, s, c) → features (n, s·s·c)."""
+    return pixels.reshape(len(pixels), -1)
+
+
+class Asked(NamedTuple):
+    """What samples are drawn for: classes, or captions of real images.
+
+    Attributes:
+      labels: the class of each sample, (n,) int.
+      images: the real image that has the class and the caption of each sample, (n,) int: its number
+        in `Real.train`, or len(train) and its number in `Real.heldout`.
+      captions: the caption of each sample, () where images have no captions.
+    """
+
+    labels: np.ndarray
+    images: np.ndarray
+    captions: tuple[str, ...]
+
+
+def asked(real: Real, n: int) -> Asked:
+    """Chooses what n samples are drawn for, class by class, in the proportions of real images."""
+    by_class = np.argsort(real.labels, kind='stable')
+    images = by_class[np.linspace(0, len(by_class) - 1, n).round().astype(int)]
+    texts = real.train.captions + real.heldout.captions
+    captions = tuple(texts[i] for i in images) if texts else ()
+    return Asked(real.labels[images], images, captions)
+
+
+def _of_classes(
+    titles: Sequence[str],
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    drawn: np.ndarray,
+    drawn_labels: np.ndarray,
+) -> dict[str, dict[str, float]]:
+    """Compares the samples of each class that has enough images with a half of its real images.
+
+    The real images of a class are halved at random, always in the same way. Samples and the first
+    half are compared with the second half, as many of the one as of the other.
+
+    Args:
+      titles: the name of each class.
+      real: features of real images (·, f).
+      real_labels: their classes.
+      drawn: features of samples (n, f).
+      drawn_labels: the classes that they were drawn for.
+
+    Returns:
+      {title: {'images': how many samples, and images of the first half, were compared; 'frechet':
+      the Fréchet distance of the samples; 'floor': that of the first half}}.
+    """
+    rng = np.random.default_rng(0)
+    found = {}
+    for label, title in enumerate(titles):
+        own = rng.permutation(real[real_labels == label])
+        samples = drawn[drawn_labels == label]
+        half = len(own) // 2
+        count = min(half, len(samples))
+        if count < _LEAST:
+            continue
+        second = statistics.statistics(own[half:])
+        of_first = statistics.statistics(own[:count])
+        of_samples = statistics.statistics(samples[_spread(range(len(samples)), count)])
+        found[title] = {
+            'images': count,
+            'frechet': statistics.frechet_distance(*of_samples, *second),
+            'floor': statistics.frechet_distance(*of_first, *second),
+        }
+    return found
 
 
 def score(
     batches: Iterable[np.ndarray],
-    wanted: np.ndarray,
+    wanted: Asked,
     real: Real,
+    titles: Sequence[str],
     steps: int,
     keep_in: str | None = None,
     progress: Progress = lambda done, total: None,
@@ -159,8 +252,9 @@ def score(
 
     Args:
       batches: the samples, uint8 (b, S, S, c).
-      wanted: their labels (n,).
+      wanted: what they were drawn for.
       real: from `read`.
+      titles: the name of each class.
       steps: the training steps of the classifier.
       keep_in: the directory that keeps its weights, see `classifiers.conv_net`.
       progress: called with the classifier's steps done and their number.
@@ -168,28 +262,49 @@ def score(
     Returns:
       `classifier_frechet`, the distance to all real images; `classifier_frechet_heldout`, that to
       the held-out ones; `classifier_frechet_floor`, that between the two parts of the real ones;
-      the classifier's accuracy on held-out images and on samples; what was compared; and a note.
+      `classes`, what `_of_classes` gives; the classifier's accuracy on held-out images and on
+      samples; what was compared; and a note. Where the run holds images out, also what
+      `small_images.memorisation` gives of pixels. Where images have captions, also
+      `memorisation/own_nearest`, the share of samples for captions of training images whose nearest
+      training image is the captioned one.
     """
     judge = classifiers.conv_net(real.train, classifiers.Recipe(steps), keep_in, progress)
+    trained = flat(real.trained_on())
     features = []
     read_as = []
+    near = []
     for batch in batches:
         small = shrunk(batch)
         features.append(judge.features(small))
         read_as.append(judge.predict(small))
-    drawn = statistics.statistics(np.concatenate(features))
+        near.append(small_images.nearest(flat(small), trained))
+    samples = np.concatenate(features)
+    numbers, distances = (np.concatenate(part) for part in zip(*near, strict=True))
+    drawn = statistics.statistics(samples)
     parts = [judge.features(part.pixels) for part in (real.train, real.heldout)]
     of_train, of_heldout = (statistics.statistics(part) for part in parts)
-    of_all = statistics.statistics(np.concatenate(parts))
+    every = np.concatenate(parts)
+    of_all = statistics.statistics(every)
     read_right = judge.predict(real.heldout.pixels) == real.heldout.labels
-    return {
+    found = {
         'classifier_frechet': statistics.frechet_distance(*drawn, *of_all),
         'classifier_frechet_heldout': statistics.frechet_distance(*drawn, *of_heldout),
         'classifier_frechet_floor': statistics.frechet_distance(*of_train, *of_heldout),
         'classifier/accuracy': float(np.mean(read_right)),
-        'samples/accuracy': float(np.mean(np.concatenate(read_as) == wanted)),
+        'samples/accuracy': float(np.mean(np.concatenate(read_as) == wanted.labels)),
+    }
+    if real.of_run:
+        _, of_new = small_images.nearest(flat(real.heldout.pixels), trained)
+        found |= small_images.compare(distances, of_new)
+    if wanted.captions:
+        of_trained = wanted.images < len(trained)
+        is_own = numbers == wanted.images
+        found['memorisation/own_nearest'] = float(np.mean(is_own, where=of_trained))
+    return {
+        **found,
+        'classes': _of_classes(titles, every, real.labels, samples, wanted.labels),
         'compared': {
-            'samples': len(wanted),
+            'samples': len(wanted.labels),
             'train': len(real.train),
             'heldout': len(real.heldout),
             'heldout_from': 'the run' if real.of_run else 'the classifier alone',
