@@ -11,6 +11,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data.captions import features
 from sphere_ar_jax.data.captions import files as captions
 from sphere_ar_jax.data.files import listing
 from sphere_ar_jax.data.shifted import corruptions, folders
@@ -69,6 +70,21 @@ def _prompts(config: ConfigDict, texts: list[str]) -> _Asked:
     return _Asked(labels, [console.printable(text, 80) for text in texts])
 
 
+def _features(config: ConfigDict, path: str) -> _Asked:
+    """Rows for the texts of a file of features, see `features.TextFeatures`.
+
+    Raises:
+      UserError: the run does not read features, or those of the file do not fit.
+    """
+    if config.ar.condition != 'features':
+        raise UserError(
+            f'--prompts={path} has features of texts, which this run does not read: give a file '
+            'with a text in each line'
+        )
+    given = schema.changed(config, {'ar.features': path})
+    return _prompts(given, list(features.open_features(path).texts))
+
+
 def _asked(
     workdir: str, config: ConfigDict, classes: str | None, prompt: list[str], prompts: str | None
 ) -> _Asked:
@@ -77,6 +93,10 @@ def _asked(
     Raises:
       UserError: it is nothing, or nothing that the run can draw.
     """
+    if prompts is not None and prompts.endswith('.npz'):
+        if prompt or classes is not None:
+            raise UserError('--prompts=FILE.npz has texts and their features: give it alone')
+        return _features(config, prompts)
     texts = [*prompt, *(captions.read_prompts(prompts) if prompts else [])]
     if texts and classes is not None:
         raise UserError('give --classes, or else --prompt and --prompts: a run draws for one kind')
@@ -123,7 +143,8 @@ def sample(
       labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`; None
         stands for 'uniform'. Runs that draw for texts have none.
       prompts: a file with a text in each line, which are drawn in turn, for runs that draw for
-        texts.
+        texts. An npz has the features of its texts, for runs that read those; see
+        `features.TextFeatures`.
       png: a directory in which every image becomes a PNG file, too; None writes none.
       num_images: number of images, that of the config if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -133,15 +154,19 @@ def sample(
     s = run.config.sampling
     seed = run.config.seed
     n = num_images or s.num_images
+    numbers = None
     if prompts is not None or build.has_captions(run.config):
         if labels is not None:
             raise UserError(
                 '--labels are classes: leave them out where --prompts says what to draw'
             )
         texts = _asked(workdir, run.config, None, [], prompts).labels
-        numbers = texts[np.arange(n) % len(texts)]
+        rows = np.arange(n) % len(texts)
+        asked = texts[rows]
+        if run.config.ar.condition == 'features':
+            numbers = rows.astype(np.int32)
     else:
-        numbers = generation.draw_labels(labels or 'uniform', n, _num_classes(run.config), seed)
+        asked = generation.draw_labels(labels or 'uniform', n, _num_classes(run.config), seed)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True
@@ -156,7 +181,14 @@ def sample(
 
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     generation.generate(
-        run, numbers, seed, path, batch_size=s.batch_size, mesh=mesh, progress=progress
+        run,
+        asked,
+        seed,
+        path,
+        numbers=numbers,
+        batch_size=s.batch_size,
+        mesh=mesh,
+        progress=progress,
     )
     seconds = time.perf_counter() - started
     drawn = n - counts[0]
@@ -256,27 +288,28 @@ def _originals(
 ) -> tuple[folders.Pictures, list[str]]:
     """The pictures to complete, and a title for each; the arguments are those of `complete`."""
     has_captions = build.has_captions(config)
+    asked = None
     if classes is None and not (prompt or prompts or has_captions):
         found = _in_folders_of_classes(workdir, config, images)
     else:
         files = _files(images)
-        labels = list(_asked(workdir, config, classes, prompt, prompts).labels)
-        if len(labels) not in (1, len(files)):
+        asked = _asked(workdir, config, classes, prompt, prompts)
+        count = len(asked.titles)
+        if count not in (1, len(files)):
             what = 'prompts are given' if has_captions else 'classes are named'
             raise UserError(
-                f'{len(labels)} {what} for {len(files)} images: give one for all, or one for each'
+                f'{count} {what} for {len(files)} images: give one for all, or one for each'
             )
-        found = folders.Pictures(files, labels * (len(files) // len(labels)))
+        found = folders.Pictures(files, [i % count for i in range(len(files))])
     rows = min(num_images or len(found.files), len(found.files))
     if rows > _MOST_ROWS:
         raise UserError(
             f'{images}: a picture has at most {_MOST_ROWS} rows, not {rows}: give --num_images=16'
         )
     chosen = folders.spread(found, rows)
-    if has_captions:
-        words = build.open_vocabulary(config)
-        titles = [console.printable(words.decode(label), 80) for label in chosen.labels]
-        return chosen, titles
+    if asked is not None:
+        labels = [asked.labels[i] for i in chosen.labels]
+        return chosen._replace(labels=labels), [asked.titles[i] for i in chosen.labels]
     return chosen, class_names.titles(chosen.labels, class_names.of_run(workdir, config))
 
 

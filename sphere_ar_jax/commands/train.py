@@ -218,10 +218,11 @@ def _with_captions(cfg: ConfigDict, data: _Data) -> _Data:
     if not build.has_captions(cfg):
         return data
     captioned.first_caption(data.source, f'data {cfg.data.name}')
+    build.measure_features(cfg)
     transform = build.captioning(cfg, data.reading.get('transform'))
     heldout = data.heldout
     if heldout is not None:
-        heldout = captioned.FirstCaption(heldout, cfg.ar.vocabulary, cfg.ar.text_tokens)
+        heldout = captioned.FirstCaption(heldout, build.caption_encoder(cfg))
     return data._replace(heldout=heldout, reading=data.reading | {'transform': transform})
 
 

@@ -1,6 +1,7 @@
 """Builds the objects that a config describes. Nothing else picks parts by name."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import Transform
-from sphere_ar_jax.data.captions import captioned, vocabulary
+from sphere_ar_jax.data.captions import captioned, features, vocabulary
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
-from sphere_ar_jax.models.conditions import CONDITIONS, Classes, Condition, Text
+from sphere_ar_jax.models.conditions import CONDITIONS, Classes, Condition, Features, Text
 from sphere_ar_jax.models.heads import HEADS, Head, check_solver
 from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.models.posteriors import POSTERIORS
@@ -229,8 +230,8 @@ def build_head(config: ConfigDict) -> Head:
 
 
 def has_captions(config: ConfigDict) -> bool:
-    """Whether images are drawn for texts, and not for classes."""
-    return config.ar.condition == 'text'
+    """Whether images are drawn for texts, as tokens or as features, and not for classes."""
+    return config.ar.condition in ('text', 'features')
 
 
 def writes_texts(config: ConfigDict) -> bool:
@@ -248,15 +249,53 @@ def open_vocabulary(config: ConfigDict) -> vocabulary.Vocabulary:
 
 
 def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
-    """A text as a label of a config with captions, see `vocabulary.encode_prompt`."""
+    """A text as a label of a config with captions.
+
+    Raises:
+      UserError: see `vocabulary.encode_prompt` and `features.TextFeatures`.
+    """
+    if config.ar.condition == 'features':
+        return caption_encoder(config)(text)
     return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
 
 
 def encode_captions(config: ConfigDict, texts: Sequence[str]) -> np.ndarray:
-    """Captions of the data as labels (n, T), see `vocabulary.encode_caption`."""
-    words = open_vocabulary(config)
-    length = config.ar.text_tokens
-    return np.stack([vocabulary.encode_caption(text, words, length) for text in texts])
+    """Captions of the data as labels (n, …), see `caption_encoder`."""
+    encode = caption_encoder(config)
+    return np.stack([encode(text) for text in texts])
+
+
+def caption_encoder(config: ConfigDict) -> Callable[[str], np.ndarray]:
+    """What turns a caption of the data into a label of a config with captions; it is picklable.
+
+    The label is (T,) int32, see `vocabulary.encode_caption`, or (T, F) float32, see
+    `features.TextFeatures`.
+
+    Raises:
+      UserError: there is no file of features.
+    """
+    c = config.ar
+    if c.condition == 'text':
+        return functools.partial(vocabulary.encode_caption, word=c.vocabulary, length=c.text_tokens)
+    if c.features is None:
+        raise UserError('give --config.ar.features=FILE.npz, the features of the texts')
+    found = features.open_features(c.features)
+    if c.feature_shape is not None and found.shape != tuple(c.feature_shape):
+        raise UserError(
+            f'{c.features} has features {found.shape}, but the model reads {tuple(c.feature_shape)}'
+        )
+    return functools.partial(features.look_up, c.features)
+
+
+def measure_features(config: ConfigDict) -> None:
+    """Sets ar.feature_shape to that of the file of features, if the model reads features.
+
+    Raises:
+      UserError: see `caption_encoder`.
+    """
+    if config.ar.condition == 'features':
+        caption_encoder(config)  # It compares the shapes.
+        config.ar.feature_shape = features.open_features(config.ar.features).shape
 
 
 def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:
@@ -271,14 +310,15 @@ def captioning(config: ConfigDict, image: Transform | None = None) -> Transform 
     """
     if not has_captions(config):
         return image
-    return captioned.Captioning(config.ar.vocabulary, config.ar.text_tokens, image)
+    return captioned.Captioning(caption_encoder(config), image)
 
 
 def build_condition(config: ConfigDict) -> Condition:
     """The condition of the AR model that the config describes (docs/method.md, "Condition").
 
     Raises:
-      UserError: the number of classes is not known yet, or the vocabulary cannot be opened.
+      UserError: the number of classes or the shape of features is not known yet, or the vocabulary
+        cannot be opened.
     """
     c = config.ar
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
@@ -291,6 +331,10 @@ def build_condition(config: ConfigDict) -> Condition:
             heads=c.heads,
             dtype=dtype(config),
         )
+    if condition_class is Features:
+        if c.feature_shape is None:
+            raise UserError('ar.feature_shape: say how many places and features a text has')
+        return Features(*c.feature_shape, c.width)
     num_classes = schema.num_classes(config)
     if num_classes is None:
         raise UserError(

@@ -249,8 +249,10 @@ def _check_condition(config: ConfigDict) -> None:
             way = "image files, or use ar.condition 'classes'"
         _require(
             own or given,
-            f"ar.condition 'text' reads captions, which data {name} has not: give {way}",
+            f'ar.condition {config.ar.condition!r} reads captions, which data {name} has not: '
+            f'give {way}',
         )
+    if config.ar.condition == 'text':
         build.open_vocabulary(config)
         _require(
             not (config.ar.text_encoder_depth and build.writes_texts(config)),
@@ -259,7 +261,7 @@ def _check_condition(config: ConfigDict) -> None:
         )
     else:
         _require(
-            not own and not given,
+            build.has_captions(config) or not (own or given),
             f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
         )
         _require(
@@ -270,6 +272,9 @@ def _check_condition(config: ConfigDict) -> None:
             not config.ar.text_encoder_depth,
             "ar.text_encoder_depth is for models of texts: use ar.condition 'text', or set it to 0",
         )
+    # A run that is opened knows the shape of its features, whose file may be gone.
+    if config.ar.condition == 'features' and config.ar.feature_shape is None:
+        build.caption_encoder(config)
 
 
 def _check_sphere(config: ConfigDict) -> None:

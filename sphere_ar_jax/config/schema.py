@@ -175,7 +175,13 @@ def default() -> ConfigDict:
                 # of it that a caption has at most.
                 vocabulary='bytes',
                 text_tokens=64,
-                # Likewise: blocks of a transformer in front that reads captions in both directions.
+                # Of the condition 'features': an npz of texts and features of another model
+                # (`data.captions.features`), and the places of a text and the features of a place;
+                # None takes those of the file.
+                features=config_dict.placeholder(str),
+                feature_shape=config_dict.placeholder(tuple),
+                # Of the condition 'text': blocks of a transformer in front that reads captions in
+                # both directions.
                 text_encoder_depth=0,
                 # Likewise: the weight of the texts' cross-entropy beside 1 for the head's loss, if
                 # the model writes texts, too (`joint.Joint`). None reads them alone.
@@ -315,7 +321,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
     # A run keeps its vocabulary in its workdir, and compares it.
-    r'|ar\.vocabulary'
+    r'|ar\.(vocabulary|features)'
     r'|data\.(path|data_dir|captions|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|fused)'
     r'|.*\.(learning_rate|final_learning_rate|clip_norm)'

@@ -195,7 +195,10 @@ def _sizes(run: Run) -> list[str]:
             ('blocks, width, heads', f'{ar.depth}, {ar.width}, {ar.heads}'),
             ("the flow head's layers, width", f'{ar.head_depth}, {ar.head_width}'),
         ]
-        if build.has_captions(run.config):
+        if ar.condition == 'features':
+            places, features = ar.feature_shape
+            rows.append(('texts', f'{places} places of {features} features of another model'))
+        elif build.has_captions(run.config):
             rows.append(('texts', f'{ar.text_tokens} tokens of the vocabulary of {ar.vocabulary}'))
         else:
             rows.append(('classes', schema.num_classes(run.config)))

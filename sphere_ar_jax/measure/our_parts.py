@@ -63,17 +63,22 @@ def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
       batch: B.
 
     Returns:
-      `images` (B, H, W, c) in [−1, 1], `labels` (B,) or captions (B, T), tokens `z` (B, L, d) on
-        the sphere, and `condition` (2B, D), all float32 but the labels, which are int32.
+      `images` (B, H, W, c) in [−1, 1], `labels` (B,), captions (B, T) or features (B, T, F),
+        tokens `z` (B, L, d) on the sphere, and `condition` (2B, D). Labels and captions are int32,
+        all else is float32.
     """
     rng = np.random.default_rng(0)
     example = ar.condition.example()
-    # Labels are below the number that stands for none.
-    most = int(ar.condition.null(example).max())
+    shape = (batch, *example.shape[1:])
+    if jnp.issubdtype(example.dtype, jnp.floating):
+        labels = rng.normal(size=shape).astype(np.float32)
+    else:
+        # Labels are below the number that stands for none.
+        labels = rng.integers(0, int(ar.condition.null(example).max()), shape).astype(np.int32)
     z = rng.normal(size=(batch, ar.num_tokens, ar.latent_dim)).astype(np.float32)
     return {
         'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
-        'labels': rng.integers(0, most, (batch, *example.shape[1:])).astype(np.int32),
+        'labels': labels,
         'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
         'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
     }

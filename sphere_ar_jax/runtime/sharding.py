@@ -52,6 +52,8 @@ RULES = (
     # (classes, C, D). If it were split by fsdp, its gradient would gather the batch.
     (r'cls_embedding', P(None, None, 'tensor')),
     (r'text_(embedding|positions)', P(None, 'tensor')),  # (V + 1, D), (T, D)
+    (r'features_proj/kernel', P('fsdp', None)),  # (F, D)
+    (r'features_positions', P(None, 'tensor')),  # (T, D)
     (r'begin_tokens', P(None, 'tensor')),  # (2, D)
     (r'text_head/kernel', P('fsdp', None)),  # (D, V)
     (r'ada/kernel', P('fsdp', None, None)),  # (M, 2 or 3, M)

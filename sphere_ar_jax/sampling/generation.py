@@ -137,7 +137,7 @@ def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
         'dtype': run.config.dtype,
         # What the shapes of the parameters do not tell.
         'model': [run.vae.grid, run.config.vae.heads, run.ar.heads],
-        'labels': _crc(labels, np.int32),
+        'labels': _crc(labels, np.float32 if labels.dtype.kind == 'f' else np.int32),
         'parameters': parameters_crc(run),
     }
     return json.loads(json.dumps(about))  # Tuples become lists.
@@ -387,23 +387,25 @@ def generate(
     seed: int,
     path: str,
     *,
+    numbers: np.ndarray | None = None,
     batch_size: int,
     mesh: Mesh,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Draws an image for each label and writes them to an npz.
 
-    The npz holds `arr_0`, uint8 (n, H, W, c), and `arr_1`, the labels. Batches lie in `PATH.parts`
-    until all of them are there, so that a run that was killed goes on after the last one. Each has
-    a checksum, and those that are damaged are drawn again. The file appears whole or not at all. If
-    it exists already and has the same settings, nothing is done. While a batch is computed, the one
-    before is written.
+    The npz holds `arr_0`, uint8 (n, H, W, c), and `arr_1`, the labels or `numbers`. Batches lie in
+    `PATH.parts` until all of them are there, so that a run that was killed goes on after the last
+    one. Each has a checksum, and those that are damaged are drawn again. The file appears whole or
+    not at all. If it exists already and has the same settings, nothing is done. While a batch is
+    computed, the one before is written.
 
     Args:
       run: both models and their config.
-      labels: (n,) int32.
+      labels: labels of n images, see `conditions`.
       seed: of all images' keys, see `on_mesh.sampling_key`.
       path: path of the npz.
+      numbers: (n,) int32 that are written in place of labels which are large; None writes labels.
       batch_size: B, rounded up to a multiple of the mesh's devices.
       mesh: devices that draw.
       progress: called with the number of images done, at first with those of earlier starts.
@@ -434,7 +436,7 @@ def generate(
             _draw_gap(run, labels, gap, add, seed=seed, batch_size=batch_size, mesh=mesh)
         if parts is not None:
             write_json(f'{path}.json', identity)
-            _assemble(path, parts, shape, labels)
+            _assemble(path, parts, shape, labels if numbers is None else numbers)
     if parts is not None:
         # Not before the lock in it is released: NFS keeps a file that is open, and its directory.
         shutil.rmtree(parts.directory, ignore_errors=True)

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.models.ar import AR, unstacked
+from sphere_ar_jax.models.conditions import Features
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -149,7 +150,10 @@ class Model:
     def __repr__(self) -> str:
         tokens = (self.num_tokens, self.vae.token_dim)
         asked = f'{schema.num_classes(self.config)} classes'
-        if build.has_captions(self.config):
+        if isinstance(self.ar.condition, Features):
+            condition = self.ar.condition
+            asked = f'texts of {condition.length} places with {condition.features} features each'
+        elif build.has_captions(self.config):
             asked = f'texts of up to {self.config.ar.text_tokens} tokens'
         return f'<Model: images {self.image_shape}, tokens {tokens}, {asked}>'
 

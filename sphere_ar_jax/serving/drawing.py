@@ -180,10 +180,9 @@ def draw(model: Model, wish: Wish) -> Drawing:
     Raises:
       UserError: the run cannot draw it, or it is beyond the page's limits; one line.
     """
-    label = np.asarray(wish.label)
     if isinstance(wish.label, str):
-        label = build.encode_prompt(model.config, wish.label)
-    return _draw(model, wish, label.astype(np.int32))
+        return _draw(model, wish, build.encode_prompt(model.config, wish.label))
+    return _draw(model, wish, np.asarray(wish.label, np.int32))
 
 
 def _draw(model: Model, wish: Wish, label: np.ndarray) -> Drawing:

@@ -11,7 +11,16 @@ import optax
 from sphere_ar_jax.runtime.types import PyTree
 
 # Names of layers and parameters without weight decay, though these have two dimensions or more.
-NO_DECAY_NAMES = ('proj_in', 'cls_embedding', 'text_embedding', 'text_positions', 'begin_tokens')
+NO_DECAY_NAMES = (
+    'proj_in',
+    'cls_embedding',
+    'text_embedding',
+    'text_positions',
+    'begin_tokens',
+    'features_proj',
+    'features_empty',
+    'features_positions',
+)
 
 
 def learning_rate(

@@ -250,6 +250,49 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
         evaluate.evaluate(str(workdir))
 
 
+@pytest.mark.slow
+def test_features_of_another_model_stand_in_place_of_tokens(tmp_path, capsys):
+    """Training, drawing for texts that the file has, and for others with a file of their own."""
+    c = _config()
+    texts = set()
+    with mock.patch.object(composed, '_COUNTS', (400, 60)):
+        for images in composed.splits(c.seed, c.data.holdout):
+            texts |= {images.composition(i).caption() for i in range(len(images))}
+    texts = sorted(texts)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / 'f.npz', texts=texts, features=rng.normal(size=(len(texts), 3, 6)))
+    c.ar.update(condition='features', features=str(tmp_path / 'f.npz'))
+    workdir = str(tmp_path / 'run')
+    with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
+        train.train(checks.check(c), workdir, 'the command', 0.0)
+    assert json.loads((tmp_path / 'run/config.json').read_text())['ar']['feature_shape'] == [3, 6]
+    metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
+    assert 0 <= metrics['samples/seen'] <= 1
+    run = sphere_ar_jax.load(workdir)
+    assert 'texts of 3 places with 6 features each' in repr(run)
+    by_text = run.sample([texts[0], texts[5]])
+    given = np.load(tmp_path / 'f.npz')['features'][[0, 5]].astype(np.float32)
+    np.testing.assert_array_equal(run.sample(given), by_text)
+    with pytest.raises(UserError, match="no features of the text 'a cat': add them"):
+        run.sample('a cat')
+    other = rng.normal(size=(2, 3, 6))
+    np.savez(tmp_path / 'other.npz', texts=['a cat', 'two owls'], features=other)
+    (tmp_path / 'f.npz').unlink()
+    draw.grid(workdir, prompts=str(tmp_path / 'other.npz'), columns=2)
+    draw.sample(workdir, prompts=str(tmp_path / 'other.npz'), num_images=5)
+    with np.load(tmp_path / 'run/samples.npz') as file:
+        assert file['arr_0'].shape == (5, 32, 32, 1)
+        assert file['arr_1'].tolist() == [0, 1, 0, 1, 0] and file['arr_1'].dtype == np.int32
+    (tmp_path / 'two').mkdir()
+    for name in ('black', 'grey'):
+        Image.new('L', (32, 32), 100 * (name == 'grey')).save(tmp_path / f'two/{name}.png')
+    draw.complete(workdir, images=str(tmp_path / 'two'), prompts=str(tmp_path / 'other.npz'))
+    assert (tmp_path / 'run/complete.png').exists()
+    np.savez(tmp_path / 'wide.npz', texts=['a cat'], features=np.ones((1, 3, 7)))
+    with pytest.raises(UserError, match=r'has features \(3, 7\), but the model reads \(3, 6\)'):
+        draw.grid(workdir, prompts=str(tmp_path / 'wide.npz'))
+
+
 def test_fid_while_training_is_that_of_captions(monkeypatch):
     """Captions of the images are drawn in turn, as classes are elsewhere."""
     pool = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
@@ -274,6 +317,15 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
     ('changes', 'message'),
     [
         ({'ar.condition': 'classes'}, "data composed has captions: use 'text'"),
+        ({'ar.condition': 'features'}, r'give --config\.ar\.features=FILE\.npz, the features'),
+        (
+            {'ar.condition': 'features', 'ar.features': '/no/file.npz'},
+            r'/no/file\.npz is no npz with texts and their features',
+        ),
+        (
+            {'ar.condition': 'features', 'ar.text_encoder_depth': 1},
+            r"ar\.text_encoder_depth is for models of texts: use ar\.condition 'text'",
+        ),
         (
             {'data.name': 'idx'},
             "'text' reads captions, which data idx has not: give image files, or use ar.condition",

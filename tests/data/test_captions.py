@@ -1,5 +1,6 @@
 """Captions: vocabularies, prompts, records with captions, and composed digits."""
 
+import functools
 import io
 import json
 import pickle
@@ -29,6 +30,7 @@ from sphere_ar_jax.data.files.webdataset import WebDataset
 from sphere_ar_jax.runtime.console import UserError
 
 BYTES = vocabulary.open_vocabulary('bytes')
+ENCODE = functools.partial(vocabulary.encode_caption, word='bytes', length=3)
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +139,8 @@ def test_prompts_are_filled_up_and_captions_are_cut():
     found = vocabulary.encode_prompt(' ab ', BYTES, 4)
     chex.assert_trees_all_equal(found, np.array([98, 99, 0, 0], np.int32))
     chex.assert_trees_all_equal(
-        vocabulary.encode_caption('abcdef', BYTES, 4), np.array([98, 99, 100, 101], np.int32)
+        vocabulary.encode_caption('abcdef', word='bytes', length=4),
+        np.array([98, 99, 100, 101], np.int32),
     )
 
 
@@ -199,7 +202,7 @@ def _texts(batch):
 
 
 def test_batches_have_any_of_the_captions():
-    transform = pickle.loads(pickle.dumps(captioned.Captioning('bytes', 3)))
+    transform = pickle.loads(pickle.dumps(captioned.Captioning(ENCODE)))
     with batches(
         Captioned(), batch_size=4, seed=0, transform=transform, max_broken=1.0, threads=1
     ) as found:
@@ -216,25 +219,25 @@ def test_batches_have_any_of_the_captions():
 
 def test_an_image_without_a_caption_is_named():
     with pytest.raises(BrokenImageError, match='it has no caption'):
-        captioned.Captioning('bytes', 3)(Captioned()[3], 0, np.random.default_rng(0))
+        captioned.Captioning(ENCODE)(Captioned()[3], 0, np.random.default_rng(0))
 
 
 def test_the_images_own_draws_come_first():
     def crop(record, epoch, rng):
         return {'image': rng.random(), 'label': record['label']}
 
-    found = captioned.Captioning('bytes', 3, crop)(Captioned()[2], 0, np.random.default_rng(5))
+    found = captioned.Captioning(ENCODE, crop)(Captioned()[2], 0, np.random.default_rng(5))
     assert found['image'] == np.random.default_rng(5).random()
 
 
 def test_looks_take_the_first_caption():
-    source = pickle.loads(pickle.dumps(captioned.FirstCaption(Captioned(), 'bytes', 3)))
+    source = pickle.loads(pickle.dumps(captioned.FirstCaption(Captioned(), ENCODE)))
     assert len(source) == 4
     assert BYTES.decode(source[2]['label']) == '2a'
 
 
 def test_data_without_captions_are_refused():
-    with pytest.raises(UserError, match=r"data digits has no captions, which ar\.condition='text'"):
+    with pytest.raises(UserError, match=r'data digits has no captions, which the AR model reads'):
         captioned.first_caption(Digits('train', 0), 'data digits')
     assert captioned.first_caption(Captioned(), 'these') == '0a'
 

@@ -1,17 +1,15 @@
-"""Records with captions as what a model trains on: a caption's numbers become the label.
+"""Records with captions as what a model trains on: an encoded caption becomes the label."""
 
-Dimensions:
-  T  numbers of a caption, see `vocabulary`
-"""
-
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from sphere_ar_jax.data.augment import BrokenImageError
 from sphere_ar_jax.data.batches import Record, Source, Transform
-from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.runtime.console import UserError
+
+Encode: TypeAlias = Callable[[str], np.ndarray]  # what turns a caption into a label
 
 
 class Captioning:
@@ -20,35 +18,31 @@ class Captioning:
     It is picklable, for worker processes.
     """
 
-    def __init__(self, word: str, length: int, image: Transform | None = None):
+    def __init__(self, encode: Encode, image: Transform | None = None):
         """Makes the transform.
 
         Args:
-          word: the config's `ar.vocabulary`.
-          length: T.
+          encode: turns a caption into a label; picklable.
           image: the transform of the image, or None.
         """
-        self._word = word
-        self._length = length
+        self._encode = encode
         self._image = image
 
     def __call__(self, record: Record, epoch: int, rng: np.random.Generator) -> Record:
-        """{'image', 'captions', …} → {'image', 'label': (T,) int32}.
+        """{'image', 'captions', …} → {'image', 'label'}.
 
         The image's own draws come first. Then one of several captions is drawn.
 
         Raises:
           BrokenImageError: the record has no caption, or the image cannot be decoded.
-          UserError: the vocabulary does not know a caption.
+          UserError: a caption cannot be encoded.
         """
         captions = record['captions']
         if not captions:
             raise BrokenImageError('it has no caption')
         found = record if self._image is None else self._image(record, epoch, rng)
         chosen = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
-        words = vocabulary.open_vocabulary(self._word)
-        label = vocabulary.encode_caption(chosen, words, self._length)
-        return {'image': found['image'], 'label': label}
+        return {'image': found['image'], 'label': self._encode(chosen)}
 
 
 class FirstCaption:
@@ -58,10 +52,10 @@ class FirstCaption:
       source: the source that it is made of.
     """
 
-    def __init__(self, source: Any, word: str, length: int):
-        """Makes the source; the arguments are those of `Captioning`."""
+    def __init__(self, source: Any, encode: Encode):
+        """Makes the source; `encode` is that of `Captioning`."""
         self.source = source
-        self._captioning = Captioning(word, length)
+        self._captioning = Captioning(encode)
 
     def __getattr__(self, name: str) -> Any:
         # What is not said here is as in the source. A copy made by pickle has no source at first.
@@ -98,4 +92,4 @@ def first_caption(source: Source, where: str) -> str:
             break
         if record['captions']:
             return record['captions'][0]
-    raise UserError(f"{where} has no captions, which ar.condition='text' reads")
+    raise UserError(f'{where} has no captions, which the AR model reads')

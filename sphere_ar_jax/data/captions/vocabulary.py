@@ -268,10 +268,18 @@ def encode_prompt(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
     return _filled(numbers, length)
 
 
-def encode_caption(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
-    """Encodes a caption to train on, (T,) int32; what is beyond T numbers is cut off.
+def encode_caption(text: str, *, word: str, length: int) -> np.ndarray:
+    """Encodes a caption to train on.
+
+    Args:
+      text: the caption. Spaces around it do not count.
+      word: names the vocabulary, see `open_vocabulary`.
+      length: T. What is beyond is cut off.
+
+    Returns:
+      (T,) int32.
 
     Raises:
-      UserError: the vocabulary has no numbers for it.
+      UserError: the vocabulary cannot be opened, or has no numbers for the caption.
     """
-    return _filled(vocabulary.encode(text.strip())[:length], length)
+    return _filled(open_vocabulary(word).encode(text.strip())[:length], length)

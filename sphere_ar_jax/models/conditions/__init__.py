@@ -13,9 +13,10 @@ from typing import Any, Protocol, TypeAlias
 import jax
 
 from sphere_ar_jax.models.conditions.classes import Classes, check_labels
+from sphere_ar_jax.models.conditions.features import Features
 from sphere_ar_jax.models.conditions.text import Text
 
-__all__ = ['CONDITIONS', 'Classes', 'Condition', 'Labels', 'Text', 'check_labels']
+__all__ = ['CONDITIONS', 'Classes', 'Condition', 'Features', 'Labels', 'Text', 'check_labels']
 
 Labels: TypeAlias = Any  # a tree of arrays (B, …)
 
@@ -57,4 +58,8 @@ class Condition(Protocol):
 
 
 # The config's word `ar.condition` → the module.
-CONDITIONS: dict[str, type[Condition]] = {'classes': Classes, 'text': Text}
+CONDITIONS: dict[str, type[Condition]] = {
+    'classes': Classes,
+    'text': Text,
+    'features': Features,
+}

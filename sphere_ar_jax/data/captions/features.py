@@ -1,0 +1,98 @@
+"""Features of texts that another model has computed, such as T5 or CLIP, from a file.
+
+The file is an npz with
+
+  texts      (N,) str, each once
+  features   (N, T, F) floats; what stands beyond the end of a text is 0
+
+A vector for each text, (N, F), is taken as T = 1.
+
+Dimensions:
+  N  texts     T  places of a text     F  features of a place
+"""
+
+import functools
+import os
+import zipfile
+
+import numpy as np
+
+from sphere_ar_jax.runtime.console import UserError, first_line, printable
+
+
+class TextFeatures:
+    """The features of some texts.
+
+    Attributes:
+      texts: the texts, in the order of the file.
+      shape: (T, F).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads a file.
+
+        Args:
+          path: an npz, see the module.
+
+        Raises:
+          UserError: it is none, or it has no such arrays.
+        """
+        self._path = os.fspath(path)
+        try:
+            with np.load(os.path.expanduser(path)) as file:
+                texts = file['texts']
+                features = file['features']
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f'{self._path} is no npz with texts and their features: {first_line(error)}'
+            ) from None
+        if features.ndim == 2:
+            features = features[:, None]
+        if texts.dtype.kind != 'U' or not len(texts) or features.dtype.kind != 'f':
+            raise UserError(
+                f'{self._path} must have texts (N,) and features (N, T, F) of floats, not '
+                f'{texts.dtype} {texts.shape} and {features.dtype} {features.shape}'
+            )
+        if texts.ndim != 1 or features.ndim != 3 or len(features) != len(texts):
+            raise UserError(
+                f'{self._path} must have texts (N,) and features (N, T, F), not {texts.shape} and '
+                f'{features.shape}'
+            )
+        self._features = features
+        self.texts: tuple[str, ...] = tuple(texts.tolist())
+        self.shape: tuple[int, int] = features.shape[1:]
+        self._numbers = {text.strip(): i for i, text in enumerate(self.texts)}
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Gives the features (T, F) float32 of a text.
+
+        Raises:
+          UserError: the file has no such text, or its features are not finite or all 0.
+        """
+        number = self._numbers.get(text.strip())
+        if number is None:
+            raise UserError(
+                f"{self._path} has no features of the text '{printable(text, 60)}': add them"
+            )
+        found = self._features[number].astype(np.float32)
+        if not np.isfinite(found).all() or not found.any():
+            raise UserError(
+                f"{self._path} has no features of the text '{printable(text, 60)}', but numbers "
+                'that are all 0 or not finite'
+            )
+        return found
+
+
+@functools.lru_cache(2)
+def open_features(path: str) -> TextFeatures:
+    """Opens a file of features once.
+
+    Raises:
+      UserError: see `TextFeatures`.
+    """
+    return TextFeatures(path)
+
+
+def look_up(path: str, text: str) -> np.ndarray:
+    """Gives the features (T, F) float32 of a text from a file, see `TextFeatures`."""
+    return open_features(path)(text)

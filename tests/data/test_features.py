@@ -1,0 +1,60 @@
+"""Files of texts and of their features."""
+
+import numpy as np
+import pytest
+
+from sphere_ar_jax.data.captions import features
+from sphere_ar_jax.runtime.console import UserError
+
+TEXTS = ['a one', ' a two ', 'zwei Ü']
+
+
+def test_features_are_found_by_their_text(tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float16)
+    values[2, 1] = np.inf
+    np.savez(tmp_path / 'f.npz', texts=TEXTS, features=values)
+    found = features.open_features(str(tmp_path / 'f.npz'))
+    assert found.shape == (4, 6) and found.texts == tuple(TEXTS)
+    for text in ('a two', ' a two'):
+        label = found(text)
+        assert label.dtype == np.float32
+        np.testing.assert_array_equal(label, values[1].astype(np.float32))
+    np.testing.assert_array_equal(
+        features.look_up(str(tmp_path / 'f.npz'), 'a one'), found('a one')
+    )
+    with pytest.raises(UserError, match="no features of the text 'a three': add them"):
+        found('a three')
+    with pytest.raises(UserError, match='numbers that are all 0 or not finite'):
+        found('zwei Ü')
+
+
+def test_one_vector_of_a_text_is_one_place(tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 6))
+    np.savez(tmp_path / 'f.npz', texts=TEXTS, features=values)
+    found = features.TextFeatures(tmp_path / 'f.npz')
+    assert found.shape == (1, 6)
+    np.testing.assert_array_equal(found('a one'), values[:1].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ('arrays', 'message'),
+    [
+        ({'texts': TEXTS}, 'is no npz with texts and their features: '),
+        ({'texts': TEXTS, 'features': np.ones((3, 2), int)}, r'features \(N, T, F\) of floats'),
+        ({'texts': [1, 2], 'features': np.ones((2, 2))}, r'must have texts \(N,\)'),
+        ({'texts': TEXTS, 'features': np.ones((2, 2, 2))}, r'not \(3,\) and \(2, 2, 2\)'),
+        ({'texts': np.array(TEXTS, object), 'features': np.ones((3, 2))}, 'is no npz'),
+    ],
+)
+def test_other_files_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / 'f.npz', **arrays)
+    with pytest.raises(UserError, match=message) as error:
+        features.TextFeatures(tmp_path / 'f.npz')
+    assert '\n' not in str(error.value)
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    (tmp_path / 'f.npz').write_bytes(b'nothing')
+    for name in ('f.npz', 'absent.npz'):
+        with pytest.raises(UserError, match='is no npz with texts and their features'):
+            features.TextFeatures(tmp_path / name)
