@@ -45,6 +45,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c = packaged.load('fashion:smoke' if smoke else 'fashion')
     c.data.name = 'composed'
     c.data.path = None
+    c.vae.update(grid=(4, 4), latent_dim=32, channels=(128, 128, 128, 128))
     c.ar.condition = 'text'
     c.ar.vocabulary = str(pathlib.Path(__file__).with_name('composed_words.txt'))
     c.ar.text_tokens = 10

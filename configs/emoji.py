@@ -46,7 +46,13 @@ def get_config(arg: str = '') -> ConfigDict:
         flip=False,
         crop_until=(0, 0),
     )
-    c.vae.update(image_channels=3, latent_dim=32, channels=(128, 128, 128, 128))
+    c.vae.update(grid=(8, 8), image_channels=3)
     c.ar.vocabulary = 'bytes'
-    c.ar.text_tokens = 80
+    c.ar.text_tokens = 64
+    # Half of the pictures, so that each category is compared with as many real ones as there are.
+    c.sampling.num_images = 1900
+    if 'smoke' in words:
+        c.sampling.update(num_images=96, batch_size=96)
+    else:
+        c.ar_training.steps = 4000
     return c

@@ -124,6 +124,14 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
             lambda: draw.grid(str(run), classes='3', prompt=['a one above a two']),
             'give --classes, or else --prompt and --prompts',
         ),
+        (
+            lambda: draw.grid(str(run), prompts='texts.npz'),
+            'texts.npz has features of texts, which this run does not read',
+        ),
+        (
+            lambda: draw.grid(str(run), prompts='texts.npz', prompt=['a six']),
+            'has texts and their features: give it alone',
+        ),
         (lambda: draw.caption(str(run), images=str(image)), 'this model writes no texts: a model'),
         (
             lambda: draw.complete(str(run), images=str(image), prompt=['a one', 'a two']),
