@@ -280,6 +280,7 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'propagation',
         'riemannian',
         'shifted',
+        'magnitude',
     ],
 )
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
