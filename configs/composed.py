@@ -52,10 +52,11 @@ def get_config(arg: str = '') -> ConfigDict:
     c.ar.depth = 6
     if 'joint' in words:
         c.ar.text_weight = 0.2
-    c.sampling.guidance_scale = 2.0
+    c.sampling.guidance_scale = 3.5
     c.watch.classes = 6
     if smoke:
         c.sampling.update(num_images=96, batch_size=96)  # as many of each group of captions
     else:
-        c.ar_training.steps = 9000
+        c.tokenizer_training.steps = 2400
+        c.ar_training.steps = 20_000
     return c
