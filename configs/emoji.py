@@ -51,8 +51,10 @@ def get_config(arg: str = '') -> ConfigDict:
     c.ar.text_tokens = 64
     # Half of the pictures, so that each category is compared with as many real ones as there are.
     c.sampling.num_images = 1900
+    c.sampling.guidance_scale = 2.0
     if 'smoke' in words:
         c.sampling.update(num_images=96, batch_size=96)
     else:
+        c.tokenizer_training.steps = 1200
         c.ar_training.steps = 4000
     return c

@@ -4,7 +4,8 @@ Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/text.py
 Result:    Not measured yet (docs/experiments/README.md).
 
-Rows are trained as configs/composed.py is, those named joint with its word joint, with three seeds.
+Rows are trained as configs/composed.py is, in half the steps, with three seeds; those named joint
+with its word joint.
 What is read back and what is written is explained in docs/text.md, "Composed digits". The word
 smoke after a colon shows in minutes that everything runs.
 """
@@ -37,8 +38,8 @@ def get_config(arg: str = '') -> ConfigDict:
         joint_gaussian=experiments.merged(experiments.LATENTS['gaussian'], WRITING),
     )
     c.num_images = 1500
-    c.guidance_scales = (1.0, 1.5, 2.0, 3.0, 4.0)
-    c.common_guidance = 2.0
+    c.guidance_scales = (1.0, 2.0, 3.5, 5.0)
+    c.common_guidance = 3.5
     c.comparisons = (
         'power_spherical gaussian held_out_best',
         'power_spherical gaussian seen_best',

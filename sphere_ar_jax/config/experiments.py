@@ -332,7 +332,7 @@ _DATA = {
     ),
     'composed': _DataSet(
         'composed digits',
-        ('all', 1.0),
+        ('half', 0.5),
         3,
         'A network trained on real images reads each digit and its size. An image is right where '
         'all are those asked for, in their places. A third of the 1,500 samples of a row, seed and '
@@ -399,7 +399,8 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 def _make_small(config: ConfigDict) -> None:
     """Takes the rows of the first comparison alone, in few steps and samples of narrow models."""
     base = config.base
-    base.vae.update(stem=4, channels=(4, 8, 16), encoder_depth=1, decoder_depth=1, heads=2)
+    channels = (4, 8, 16, 16)[: len(base.vae.channels)]
+    base.vae.update(stem=4, channels=channels, encoder_depth=1, decoder_depth=1, heads=2)
     base.ar.update(depth=1, heads=2, width=16, head_depth=2, head_width=16, head_groups=1)
     first = config.comparisons[0].split()[:2]
     for name in list(config.rows):
