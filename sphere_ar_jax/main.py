@@ -18,7 +18,7 @@ goes on where it stopped. The other modes are:
                    (latents of images, which the AR model may be trained on)
   --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
                    [--labels=uniform|balanced|FILE] [--png=DIR]
-                   [--prompts=FILE] (a text in each line, for runs that draw for texts)
+                   [--prompts=FILE] (a text in each line, or an npz of features; for runs of texts)
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
                    [--output=FILE.png]
                    (or --prompt='a three left of a seven', as often as you like, or --prompts=FILE)
@@ -173,7 +173,11 @@ _OPTIONS = (
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
     _texts('prompt', ('grid', 'complete'), 'Text to draw; may be given several times.'),
-    _text('prompts', ('sample', 'grid', 'complete'), 'File of texts to draw, one in each line.'),
+    _text(
+        'prompts',
+        ('sample', 'grid', 'complete'),
+        'File of texts to draw, one in each line; or npz of features.',
+    ),
     _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
     _text('keep', ('complete',), 'Tokens to keep, or a share of them; 0.5 if not given.'),
     _text('corruption', ('complete',), 'Corruption of the images with its severity, as noisy:3.'),

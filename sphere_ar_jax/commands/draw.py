@@ -76,7 +76,7 @@ def _features(config: ConfigDict, path: str) -> _Asked:
     Raises:
       UserError: the run does not read features, or those of the file do not fit.
     """
-    if config.ar.condition != 'features':
+    if build.has_captions(config) and not build.reads_features(config):
         raise UserError(
             f'--prompts={path} has features of texts, which this run does not read: give a file '
             'with a text in each line'
@@ -163,7 +163,7 @@ def sample(
         texts = _asked(workdir, run.config, None, [], prompts).labels
         rows = np.arange(n) % len(texts)
         asked = texts[rows]
-        if run.config.ar.condition == 'features':
+        if build.reads_features(run.config):
             numbers = rows.astype(np.int32)
     else:
         asked = generation.draw_labels(labels or 'uniform', n, _num_classes(run.config), seed)
@@ -220,7 +220,7 @@ def grid(
       classes: names of the run's own classes, or numbers, separated by semicolons; for ImageNet
         also synsets and English names. See `class_names.find`.
       prompt: texts to draw, for runs that draw for texts.
-      prompts: a file with more of them, one in each line.
+      prompts: a file with more of them, one in each line; or see `sample`.
       columns: number of images of each row.
       output: the PNG file, WORKDIR/grid.png if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -339,7 +339,7 @@ def complete(
         directories that have the names of their classes, as those of ImageNet-Sketch and
         ImageNet-R do; see `folders.labelled`.
       prompt: the text of all images, or one for each, for runs that draw for texts.
-      prompts: a file with more of them, one in each line.
+      prompts: a file with more of them, one in each line; or see `sample`.
       keep: a whole number of tokens, or a share of them, see `inputs.kept`.
       corruption: what is done to the images first, see `corruptions.parse`; None leaves them as
         they are.

@@ -30,7 +30,8 @@ def open_run(
     Args:
       workdir: the directory of a trained or converted run.
       like: a config whose sampling, seed, dtype, `ar.fused` and mesh are taken instead of the run's
-        own, and whose `tokenizer` if it is given. It must have the same model as the run.
+        own, and whose `tokenizer` and `ar.features` if they are given. It must have the same model
+        as the run.
       tokenizer_only: leaves the AR model's parameters None; `like` may then have another AR model.
 
     Returns:
@@ -53,6 +54,8 @@ def open_run(
         cfg.ar.fused = like.ar.fused
         if like.tokenizer is not None:  # the tokenizer's workdir was moved
             cfg.tokenizer = files.absolute(like.tokenizer)
+        if like.ar.features is not None:  # likewise, or it has other texts
+            cfg.ar.features = files.absolute(like.ar.features)
         cfg.mesh.update(like.mesh)
         checks.check(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)

@@ -119,7 +119,9 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
         raise UserError(
             f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
         )
-    if not vocabulary.are_same(theirs.ar.vocabulary, cfg.ar.vocabulary):
+    if cfg.ar.condition == 'text' and not vocabulary.are_same(
+        theirs.ar.vocabulary, cfg.ar.vocabulary
+    ):
         raise UserError(
             f'{key}: {origin} has another vocabulary: give --config.ar.vocabulary='
             f'{theirs.ar.vocabulary}'
@@ -218,7 +220,6 @@ def _with_captions(cfg: ConfigDict, data: _Data) -> _Data:
     if not build.has_captions(cfg):
         return data
     captioned.first_caption(data.source, f'data {cfg.data.name}')
-    build.measure_features(cfg)
     transform = build.captioning(cfg, data.reading.get('transform'))
     heldout = data.heldout
     if heldout is not None:
@@ -439,10 +440,9 @@ def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
             )
         else:
             prompts = ' --prompts=FILE' if build.has_captions(cfg) else ''
-            ways = (
-                f'--mode=evaluate, by a classifier of the classes; or --mode=sample{prompts}, then '
-                '--mode=evaluate with Inception weights.'
-            )
+            ways = f'--mode=sample{prompts}, then --mode=evaluate with Inception weights.'
+            if setting.source.num_classes > 1:
+                ways = f'--mode=evaluate, by a classifier of the classes; or {ways}'
         return f'The tokenizer gives {which} images back at {psnr}. Scores: {ways}'
     noun = small.KINDS[setting.data.kind].noun
     if 'samples/seen' in metrics:
@@ -461,7 +461,7 @@ def _with_lpips(cfg: ConfigDict) -> bool:
 def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
     """Checks that a training finds what it reads besides images.
 
-    That is a tokenizer or a teacher, and LPIPS' files.
+    That is a tokenizer or a teacher, features of texts, and LPIPS' files.
 
     Args:
       cfg: a checked config.
@@ -488,6 +488,9 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
         if directory is not None:
             _opened(name, load_config, directory)
             found.append(directory)
+    if build.reads_features(cfg):
+        build.open_features(cfg)
+        found.append(cfg.ar.features)
     if _with_lpips(cfg):
         files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg)
         check_paths(*files)
@@ -546,8 +549,8 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
     'reasons', 'data.path', 'data.data_dir', 'data.captions', 'data.threads', 'data.workers',
-    'ar.vocabulary', 'tokenizer', 'init_from', 'fine_tuning.init_from', 'tokenizer_training.lpips',
-    'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
+    'ar.vocabulary', 'ar.features', 'tokenizer', 'init_from', 'fine_tuning.init_from',
+    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
 )  # fmt: skip
 
 
@@ -583,6 +586,8 @@ def _set_up(
     require(cfg.logging)
     if cfg.fine_tuning.init_from is not None:
         cfg.fine_tuning.init_from = absolute(cfg.fine_tuning.init_from)
+    if cfg.ar.features is not None:
+        cfg.ar.features = absolute(cfg.ar.features)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading, encoded_by = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -617,7 +622,7 @@ def _introduce(setting: snapshots.Setting) -> None:
     names = getattr(source, 'class_names', None)
     if setting.cfg.ar_training.steps or setting.cfg.init_from is not None:
         class_names.keep(setting.workdir, names)
-    if build.has_captions(setting.cfg):
+    if setting.cfg.ar.condition == 'text':
         vocabulary.keep(setting.cfg.ar.vocabulary, setting.workdir)
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform

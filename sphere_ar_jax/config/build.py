@@ -234,6 +234,11 @@ def has_captions(config: ConfigDict) -> bool:
     return config.ar.condition in ('text', 'features')
 
 
+def reads_features(config: ConfigDict) -> bool:
+    """Whether texts are features that another model has computed."""
+    return config.ar.condition == 'features'
+
+
 def writes_texts(config: ConfigDict) -> bool:
     """Whether the AR model writes texts for images, too."""
     return config.ar.text_weight is not None
@@ -254,8 +259,8 @@ def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
     Raises:
       UserError: see `vocabulary.encode_prompt` and `features.TextFeatures`.
     """
-    if config.ar.condition == 'features':
-        return caption_encoder(config)(text)
+    if reads_features(config):
+        return open_features(config)(text)
     return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
 
 
@@ -265,18 +270,13 @@ def encode_captions(config: ConfigDict, texts: Sequence[str]) -> np.ndarray:
     return np.stack([encode(text) for text in texts])
 
 
-def caption_encoder(config: ConfigDict) -> Callable[[str], np.ndarray]:
-    """What turns a caption of the data into a label of a config with captions; it is picklable.
-
-    The label is (T,) int32, see `vocabulary.encode_caption`, or (T, F) float32, see
-    `features.TextFeatures`.
+def open_features(config: ConfigDict) -> features.TextFeatures:
+    """The features of texts that a config names.
 
     Raises:
-      UserError: there is no file of features.
+      UserError: there is no such file, or the model reads features of another shape.
     """
     c = config.ar
-    if c.condition == 'text':
-        return functools.partial(vocabulary.encode_caption, word=c.vocabulary, length=c.text_tokens)
     if c.features is None:
         raise UserError('give --config.ar.features=FILE.npz, the features of the texts')
     found = features.open_features(c.features)
@@ -284,18 +284,22 @@ def caption_encoder(config: ConfigDict) -> Callable[[str], np.ndarray]:
         raise UserError(
             f'{c.features} has features {found.shape}, but the model reads {tuple(c.feature_shape)}'
         )
-    return functools.partial(features.look_up, c.features)
+    return found
 
 
-def measure_features(config: ConfigDict) -> None:
-    """Sets ar.feature_shape to that of the file of features, if the model reads features.
+def caption_encoder(config: ConfigDict) -> captioned.Encode:
+    """What turns a caption of the data into a label of a config with captions; it is picklable.
+
+    The label is (T,) int32, see `vocabulary.encode_caption`, or (T, F) float32, see
+    `features.TextFeatures`.
 
     Raises:
-      UserError: see `caption_encoder`.
+      UserError: see `open_features`.
     """
-    if config.ar.condition == 'features':
-        caption_encoder(config)  # It compares the shapes.
-        config.ar.feature_shape = features.open_features(config.ar.features).shape
+    if reads_features(config):
+        return open_features(config)
+    c = config.ar
+    return functools.partial(vocabulary.encode_caption, word=c.vocabulary, length=c.text_tokens)
 
 
 def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:
@@ -306,7 +310,7 @@ def captioning(config: ConfigDict, image: Transform | None = None) -> Transform 
       image: the transform of the images, None where they stay as they are.
 
     Returns:
-      The same, or one that makes labels of captions too, where the AR model reads texts.
+      The same, or one that makes labels of captions too, where images are drawn for texts.
     """
     if not has_captions(config):
         return image
@@ -317,8 +321,7 @@ def build_condition(config: ConfigDict) -> Condition:
     """The condition of the AR model that the config describes (docs/method.md, "Condition").
 
     Raises:
-      UserError: the number of classes or the shape of features is not known yet, or the vocabulary
-        cannot be opened.
+      UserError: the number of classes is not known yet, or the vocabulary cannot be opened.
     """
     c = config.ar
     condition_class = pick(CONDITIONS, 'ar.condition', c.condition)
@@ -332,8 +335,6 @@ def build_condition(config: ConfigDict) -> Condition:
             dtype=dtype(config),
         )
     if condition_class is Features:
-        if c.feature_shape is None:
-            raise UserError('ar.feature_shape: say how many places and features a text has')
         return Features(*c.feature_shape, c.width)
     num_classes = schema.num_classes(config)
     if num_classes is None:

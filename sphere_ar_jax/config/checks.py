@@ -235,7 +235,10 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
 
 
 def _check_condition(config: ConfigDict) -> None:
-    """Checks that what images are drawn for comes with the data."""
+    """Checks that what images are drawn for comes with the data.
+
+    It sets `ar.feature_shape` to that of the file of features, where the config does not say it.
+    """
     name = config.data.name
     own = name in schema.CAPTIONED
     given = config.data.captions is not None
@@ -272,9 +275,22 @@ def _check_condition(config: ConfigDict) -> None:
             not config.ar.text_encoder_depth,
             "ar.text_encoder_depth is for models of texts: use ar.condition 'text', or set it to 0",
         )
-    # A run that is opened knows the shape of its features, whose file may be gone.
-    if config.ar.condition == 'features' and config.ar.feature_shape is None:
-        build.caption_encoder(config)
+    if build.reads_features(config):
+        # A run that is opened knows the shape, and its file may be gone.
+        if config.ar.feature_shape is None:
+            config.ar.feature_shape = build.open_features(config).shape
+        shape = tuple(config.ar.feature_shape)
+        _require(
+            len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape),
+            f'ar.feature_shape is {shape}, but must be two numbers: the places of a text, and '
+            'features',
+        )
+    else:
+        for name in ('features', 'feature_shape'):
+            _require(
+                config.ar[name] is None,
+                f"ar.{name} is for ar.condition 'features': use that, or leave it out",
+            )
 
 
 def _check_sphere(config: ConfigDict) -> None:

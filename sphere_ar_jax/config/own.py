@@ -355,7 +355,7 @@ def _texts(captions: str | None) -> list[Decision]:
     return [
         Decision(
             {'ar.condition': 'text', 'data.captions': captions},
-            'the model reads captions in place of classes, byte by byte.',
+            'the model reads captions in place of classes.',
         )
     ]
 

@@ -123,7 +123,7 @@ def default() -> ConfigDict:
                 enlarge=1,
                 # Random crops give way to centre crops between these two epochs.
                 crop_until=(350, 375),
-                # Where captions are, for ar.condition='text': a .jsonl, .json or .tsv file, or
+                # Where captions are, for texts as a condition: a .jsonl, .json or .tsv file, or
                 # 'beside' for those that the images have themselves, see `captions.table`.
                 captions=config_dict.placeholder(str),
                 # Whether training images are mirrored left to right with probability ½.
@@ -171,8 +171,8 @@ def default() -> ConfigDict:
                 condition='classes',
                 head='flow',
                 class_tokens=16,
-                # Of the condition 'text': 'bytes' or the path of a tokenizer.json, and the numbers
-                # of it that a caption has at most.
+                # Of the condition 'text': 'bytes', or the path of a list of words (.txt) or of a
+                # tokenizer.json, and the numbers of it that a caption has at most.
                 vocabulary='bytes',
                 text_tokens=64,
                 # Of the condition 'features': an npz of texts and features of another model
@@ -320,7 +320,7 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
 # and save, sampling, and what helps a run that broke off because its loss was not finite.
 _FREE = re.compile(
     r'mesh\..*|sampling\..*|watch\..*|tokenizer|reasons|logging'
-    # A run keeps its vocabulary in its workdir, and compares it.
+    # A run keeps its vocabulary in its workdir, and compares it. A file of features may grow.
     r'|ar\.(vocabulary|features)'
     r'|data\.(path|data_dir|captions|workers|threads|max_broken|classifier_steps)'
     r'|.*\.(lpips|vgg|log_every|checkpoint_every|keep|keep_every|remat|unroll|fused)'

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from sphere_ar_jax import __version__
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import schema
 from sphere_ar_jax.data.files.listing import first_names
 from sphere_ar_jax.evaluation import page
 from sphere_ar_jax.runtime import console, files
@@ -195,13 +195,7 @@ def _sizes(run: Run) -> list[str]:
             ('blocks, width, heads', f'{ar.depth}, {ar.width}, {ar.heads}'),
             ("the flow head's layers, width", f'{ar.head_depth}, {ar.head_width}'),
         ]
-        if ar.condition == 'features':
-            places, features = ar.feature_shape
-            rows.append(('texts', f'{places} places of {features} features of another model'))
-        elif build.has_captions(run.config):
-            rows.append(('texts', f'{ar.text_tokens} tokens of the vocabulary of {ar.vocabulary}'))
-        else:
-            rows.append(('classes', schema.num_classes(run.config)))
+        rows.append(('classes', schema.num_classes(run.config)))
     return console.markdown(('', ''), rows)
 
 

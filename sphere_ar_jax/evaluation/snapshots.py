@@ -83,7 +83,7 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
       most: how many are taken.
 
     Returns:
-      {'image': (n, H, W, c), 'label': (n,)}; both are lists of nothing where n would be 0.
+      {'image': (n, H, W, c), 'label': (n, …)}; both are lists of nothing where n would be 0.
     """
     size, _, channels = setting.vae.image_shape
     as_stored = imagenet.are_synsets(getattr(source, 'class_names', None))
@@ -102,7 +102,7 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
         labels.append(record['label'])
     return {
         'image': np.stack(images) if images else [],
-        'label': np.array(labels, np.int32),
+        'label': np.stack(labels) if labels else [],
     }
 
 
@@ -247,7 +247,7 @@ def _drawn(
 
 
 class _Shown:
-    """Samples that are shown with the nearest training images: the first of some classes."""
+    """Samples that are shown with the nearest training images: as many of some classes."""
 
     def __init__(self, labels: np.ndarray, rows: int = 12, columns: int = 12):
         """Chooses the samples.
@@ -255,14 +255,15 @@ class _Shown:
         Args:
           labels: the class that each sample is drawn for, (n,), sorted.
           rows: classes at most, spread evenly over those that have enough samples.
-          columns: samples of a class at most.
+          columns: samples of a class at most, spread evenly.
         """
         classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
         columns = min(columns, int(counts.max()))
         enough = np.flatnonzero(counts >= columns)
         chosen = enough[_spread(len(enough), rows)]
         self._classes = classes[chosen]
-        self._numbers = (first[chosen, None] + np.arange(columns)).ravel()
+        spread = [_spread(count, columns) for count in counts[chosen]]
+        self._numbers = (first[chosen, None] + np.array(spread)).ravel()
         self._images: list[np.ndarray] = []
 
     def keep(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -117,7 +117,7 @@ def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:
 
 def _crc(values: Any, dtype: type[np.generic]) -> int:
     """A checksum of numbers, taken as an array of a dtype."""
-    return zlib.crc32(np.asarray(values, dtype).tobytes())
+    return zlib.crc32(np.ascontiguousarray(values, dtype).data)
 
 
 def parameters_crc(run: Run) -> int:

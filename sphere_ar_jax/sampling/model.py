@@ -22,7 +22,6 @@ from numpy.typing import ArrayLike
 
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.models.ar import AR, unstacked
-from sphere_ar_jax.models.conditions import Features
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -150,9 +149,9 @@ class Model:
     def __repr__(self) -> str:
         tokens = (self.num_tokens, self.vae.token_dim)
         asked = f'{schema.num_classes(self.config)} classes'
-        if isinstance(self.ar.condition, Features):
-            condition = self.ar.condition
-            asked = f'texts of {condition.length} places with {condition.features} features each'
+        if build.reads_features(self.config):
+            places, features = self.config.ar.feature_shape
+            asked = f'texts of {places} places with {features} features each'
         elif build.has_captions(self.config):
             asked = f'texts of up to {self.config.ar.text_tokens} tokens'
         return f'<Model: images {self.image_shape}, tokens {tokens}, {asked}>'

@@ -186,7 +186,7 @@ def draw(model: Model, wish: Wish) -> Drawing:
 
 
 def _draw(model: Model, wish: Wish, label: np.ndarray) -> Drawing:
-    """Draws what `draw` says for the label () or (T,) of all images."""
+    """Draws what `draw` says for the label () of all images, or their text's (T,) or (T, F)."""
     height, width = model.vae.grid
     _check(wish, height)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.runtime import checkpoint, files, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run
@@ -194,6 +195,12 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
                 or _remedy(changed, workdir, converted)
             )
             raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
+        words = (before.ar.vocabulary, cfg.ar.vocabulary)
+        if cfg.ar.condition == 'text' and not vocabulary.are_same(*words):
+            raise UserError(
+                f'{workdir} was begun with another vocabulary than {words[1]}: use another '
+                '--workdir'
+            )
     elif converted:
         raise UserError(
             f'a conversion into {workdir} broke off: repeat it, or use another --workdir'

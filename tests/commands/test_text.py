@@ -253,52 +253,27 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert (workdir / 'samples.png').exists() and (workdir / 'ar/samples_0000004.png').exists()
     images = sphere_ar_jax.load(workdir).sample('number 7')
     chex.assert_shape(images, (1, 32, 32, 1))
-    assert 'or --mode=sample --prompts=FILE, then --mode=evaluate' in said.out
+    assert 'Scores: --mode=sample --prompts=FILE, then --mode=evaluate' in said.out
     with pytest.raises(UserError, match='the images have one class alone'):
         evaluate.evaluate(str(workdir))
 
 
 @pytest.mark.slow
-def test_features_of_another_model_stand_in_place_of_tokens(tmp_path, capsys):
-    """Training, drawing for texts that the file has, and for others with a file of their own."""
-    c = _config()
-    texts = set()
-    with mock.patch.object(composed, '_COUNTS', (400, 60)):
-        for images in composed.splits(c.seed, c.data.holdout):
-            texts |= {images.composition(i).caption() for i in range(len(images))}
-    texts = sorted(texts)
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / 'f.npz', texts=texts, features=rng.normal(size=(len(texts), 3, 6)))
-    c.ar.update(condition='features', features=str(tmp_path / 'f.npz'))
-    workdir = str(tmp_path / 'run')
-    with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
-        train.train(checks.check(c), workdir, 'the command', 0.0)
-    assert json.loads((tmp_path / 'run/config.json').read_text())['ar']['feature_shape'] == [3, 6]
-    metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
-    assert 0 <= metrics['samples/seen'] <= 1
-    run = sphere_ar_jax.load(workdir)
-    assert 'texts of 3 places with 6 features each' in repr(run)
-    by_text = run.sample([texts[0], texts[5]])
-    given = np.load(tmp_path / 'f.npz')['features'][[0, 5]].astype(np.float32)
-    np.testing.assert_array_equal(run.sample(given), by_text)
-    with pytest.raises(UserError, match="no features of the text 'a cat': add them"):
-        run.sample('a cat')
-    other = rng.normal(size=(2, 3, 6))
-    np.savez(tmp_path / 'other.npz', texts=['a cat', 'two owls'], features=other)
-    (tmp_path / 'f.npz').unlink()
-    draw.grid(workdir, prompts=str(tmp_path / 'other.npz'), columns=2)
-    draw.sample(workdir, prompts=str(tmp_path / 'other.npz'), num_images=5)
-    with np.load(tmp_path / 'run/samples.npz') as file:
-        assert file['arr_0'].shape == (5, 32, 32, 1)
-        assert file['arr_1'].tolist() == [0, 1, 0, 1, 0] and file['arr_1'].dtype == np.int32
-    (tmp_path / 'two').mkdir()
-    for name in ('black', 'grey'):
-        Image.new('L', (32, 32), 100 * (name == 'grey')).save(tmp_path / f'two/{name}.png')
-    draw.complete(workdir, images=str(tmp_path / 'two'), prompts=str(tmp_path / 'other.npz'))
-    assert (tmp_path / 'run/complete.png').exists()
-    np.savez(tmp_path / 'wide.npz', texts=['a cat'], features=np.ones((1, 3, 7)))
-    with pytest.raises(UserError, match=r'has features \(3, 7\), but the model reads \(3, 6\)'):
-        draw.grid(workdir, prompts=str(tmp_path / 'wide.npz'))
+def test_a_run_with_another_vocabulary_does_not_go_on(run, tmp_path):
+    """Neither with a list of words in place of a tokenizer.json, nor with bytes."""
+    words = tmp_path / 'words.txt'
+    words.write_text('\n'.join(WORDS) + '\nrows:\n')
+    before = (run / 'config.json').read_bytes()
+    for word in (str(words), 'bytes'):
+        c = _config(word)
+        c.ar.text_tokens = 16
+        with (
+            mock.patch.object(composed, '_COUNTS', (400, 60)),
+            pytest.raises(UserError, match='was begun with another vocabulary than'),
+        ):
+            train.train(c, str(run), 'the command', 0.0)
+    assert (run / 'config.json').read_bytes() == before
+    assert not (run / 'vocabulary.txt').exists()
 
 
 def test_fid_while_training_is_that_of_captions(monkeypatch):
@@ -328,7 +303,7 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
         ({'ar.condition': 'features'}, r'give --config\.ar\.features=FILE\.npz, the features'),
         (
             {'ar.condition': 'features', 'ar.features': '/no/file.npz'},
-            r'/no/file\.npz is no npz with texts and their features',
+            r'there is no file /no/file\.npz with the features of texts: give',
         ),
         (
             {'ar.condition': 'features', 'ar.text_encoder_depth': 1},

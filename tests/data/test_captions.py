@@ -119,10 +119,10 @@ def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
     kept = vocabulary.of_run('/gone/tokenizer.json', tmp_path)
     assert vocabulary.open_vocabulary(kept).encode('seven') == [6]
     vocabulary.keep(kept, str(tmp_path))  # the run is continued
+    assert vocabulary.are_same(kept, tokenizer_file)
     other = tmp_path / 'other.json'
     other.write_text('{}')
-    with pytest.raises(UserError, match='begun with another vocabulary'):
-        vocabulary.keep(str(other), str(tmp_path))
+    assert not vocabulary.are_same(kept, str(other)) and not vocabulary.are_same('bytes', kept)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Files of texts and of their features."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -19,9 +21,7 @@ def test_features_are_found_by_their_text(tmp_path):
         label = found(text)
         assert label.dtype == np.float32
         np.testing.assert_array_equal(label, values[1].astype(np.float32))
-    np.testing.assert_array_equal(
-        features.look_up(str(tmp_path / 'f.npz'), 'a one'), found('a one')
-    )
+    assert pickle.loads(pickle.dumps(found)) is found  # opened once in each process
     with pytest.raises(UserError, match="no features of the text 'a three': add them"):
         found('a three')
     with pytest.raises(UserError, match='numbers that are all 0 or not finite'):
@@ -42,7 +42,9 @@ def test_one_vector_of_a_text_is_one_place(tmp_path):
         ({'texts': TEXTS}, 'is no npz with texts and their features: '),
         ({'texts': TEXTS, 'features': np.ones((3, 2), int)}, r'features \(N, T, F\) of floats'),
         ({'texts': [1, 2], 'features': np.ones((2, 2))}, r'must have texts \(N,\)'),
-        ({'texts': TEXTS, 'features': np.ones((2, 2, 2))}, r'not \(3,\) and \(2, 2, 2\)'),
+        ({'texts': TEXTS, 'features': np.ones((2, 2, 2))}, r'\(3,\) and float64 \(2, 2, 2\)'),
+        ({'texts': 'a', 'features': np.ones((1, 2))}, r'<U1 \(\) and float64 \(1, 1, 2\)'),
+        ({'texts': ['a', 'b', ' a'], 'features': np.ones((3, 2))}, 'has a text twice'),
         ({'texts': np.array(TEXTS, object), 'features': np.ones((3, 2))}, 'is no npz'),
     ],
 )
@@ -55,6 +57,7 @@ def test_other_files_are_refused(tmp_path, arrays, message):
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path):
     (tmp_path / 'f.npz').write_bytes(b'nothing')
-    for name in ('f.npz', 'absent.npz'):
-        with pytest.raises(UserError, match='is no npz with texts and their features'):
-            features.TextFeatures(tmp_path / name)
+    with pytest.raises(UserError, match='is no npz with texts and their features'):
+        features.TextFeatures(tmp_path / 'f.npz')
+    with pytest.raises(UserError, match=r'no file .*absent.npz with .* give --config\.ar\.f'):
+        features.TextFeatures(tmp_path / 'absent.npz')

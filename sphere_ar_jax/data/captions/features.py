@@ -14,10 +14,15 @@ Dimensions:
 import functools
 import os
 import zipfile
+import zlib
+from typing import Any
 
 import numpy as np
 
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
+
+# What NumPy and zipfile raise at files that are not whole, or not theirs.
+_BAD = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class TextFeatures:
@@ -38,30 +43,39 @@ class TextFeatures:
           UserError: it is none, or it has no such arrays.
         """
         self._path = os.fspath(path)
+        place = os.path.expanduser(path)
+        if not os.path.isfile(place):
+            raise UserError(
+                f'there is no file {self._path} with the features of texts: give '
+                '--config.ar.features=FILE.npz'
+            )
         try:
-            with np.load(os.path.expanduser(path)) as file:
+            with np.load(place) as file:
                 texts = file['texts']
                 features = file['features']
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except _BAD as error:
             raise UserError(
                 f'{self._path} is no npz with texts and their features: {first_line(error)}'
             ) from None
         if features.ndim == 2:
             features = features[:, None]
-        if texts.dtype.kind != 'U' or not len(texts) or features.dtype.kind != 'f':
+        is_kind = (texts.dtype.kind, features.dtype.kind) == ('U', 'f')
+        is_kind = is_kind and (texts.ndim, features.ndim) == (1, 3)
+        if not is_kind or not 0 < len(texts) == len(features):
             raise UserError(
                 f'{self._path} must have texts (N,) and features (N, T, F) of floats, not '
                 f'{texts.dtype} {texts.shape} and {features.dtype} {features.shape}'
-            )
-        if texts.ndim != 1 or features.ndim != 3 or len(features) != len(texts):
-            raise UserError(
-                f'{self._path} must have texts (N,) and features (N, T, F), not {texts.shape} and '
-                f'{features.shape}'
             )
         self._features = features
         self.texts: tuple[str, ...] = tuple(texts.tolist())
         self.shape: tuple[int, int] = features.shape[1:]
         self._numbers = {text.strip(): i for i, text in enumerate(self.texts)}
+        if len(self._numbers) < len(self.texts):
+            raise UserError(f'{self._path} has a text twice: leave each of them there once')
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the file itself.
+        return open_features, (self._path,)
 
     def __call__(self, text: str) -> np.ndarray:
         """Gives the features (T, F) float32 of a text.
@@ -91,8 +105,3 @@ def open_features(path: str) -> TextFeatures:
       UserError: see `TextFeatures`.
     """
     return TextFeatures(path)
-
-
-def look_up(path: str, text: str) -> np.ndarray:
-    """Gives the features (T, F) float32 of a text from a file, see `TextFeatures`."""
-    return open_features(path)(text)

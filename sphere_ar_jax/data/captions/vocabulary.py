@@ -202,20 +202,10 @@ def keep(word: str, workdir: str) -> None:
     Args:
       word: the config's `ar.vocabulary`; of 'bytes' nothing is kept.
       workdir: the directory of the run.
-
-    Raises:
-      UserError: the run was begun with another vocabulary.
     """
     kept = _kept(word, workdir)
-    if word == 'bytes' or word == os.fspath(kept):
-        return
-    content = epath.Path(word).read_bytes()
-    if not kept.exists():
-        files.write_bytes(kept, content)
-    elif kept.read_bytes() != content:
-        raise UserError(
-            f'{workdir} was begun with another vocabulary than {word}: use another --workdir'
-        )
+    if word != 'bytes' and not kept.exists():
+        files.write_bytes(kept, epath.Path(word).read_bytes())
 
 
 def are_same(one: str, other: str) -> bool:

@@ -178,7 +178,7 @@ class Asked(NamedTuple):
     Attributes:
       labels: the class of each sample, (n,) int.
       images: the real image that has the class and the caption of each sample, (n,) int: its number
-        in `Real.train`, or len(train) and its number in `Real.heldout`.
+        in `Real.train`, or len(train) plus its number in `Real.heldout`.
       captions: the caption of each sample, () where images have no captions.
     """
 
@@ -266,7 +266,7 @@ def score(
       samples; what was compared; and a note. Where the run holds images out, also what
       `small_images.memorisation` gives of pixels. Where images have captions, also
       `memorisation/own_nearest`, the share of samples for captions of training images whose nearest
-      training image is the captioned one.
+      training image has that caption.
     """
     judge = classifiers.conv_net(real.train, classifiers.Recipe(steps), keep_in, progress)
     trained = flat(real.trained_on())
@@ -297,9 +297,11 @@ def score(
         _, of_new = small_images.nearest(flat(real.heldout.pixels), trained)
         found |= small_images.compare(distances, of_new)
     if wanted.captions:
-        of_trained = wanted.images < len(trained)
-        is_own = numbers == wanted.images
-        found['memorisation/own_nearest'] = float(np.mean(is_own, where=of_trained))
+        texts = (real.train.captions + real.heldout.captions)[: len(trained)]
+        pairs = zip(wanted.images, wanted.captions, numbers, strict=True)
+        is_own = [texts[n] == caption for i, caption, n in pairs if i < len(trained)]
+        if is_own:
+            found['memorisation/own_nearest'] = float(np.mean(is_own))
     return {
         **found,
         'classes': _of_classes(titles, every, real.labels, samples, wanted.labels),
