@@ -7,7 +7,7 @@ Threads may share a source. Processes get it by pickle, without its open files. 
 raise `UserError`, when the source is opened if they can be seen then.
 
   KINDS   the sources by name      pack   copies any source to the files of `ArrayRecords`
-  split   holds some images of a source out
+  split   holds some images of a source out      spread  some of its images, evenly
 
 Dimensions:
   n     entries
@@ -554,6 +554,11 @@ def hashes(source: Images) -> np.ndarray:
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         found[i] = int.from_bytes(digest, 'big')
     return found
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers 0 … count − 1, spread evenly, so that all classes are met."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def split(source: Images, share: float) -> tuple[Images, Images | None]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
-from sphere_ar_jax.data import augment, imagenet, pixels, small
+from sphere_ar_jax.data import augment, imagenet, pixels, small, sources
 from sphere_ar_jax.evaluation import class_names, heldout, pictures, small_images, tokenizer
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, statistics
@@ -115,16 +115,11 @@ def _has_latents(setting: Setting) -> bool:
 _MOST_LOOKED_AT = 256
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 … count − 1, spread evenly, so that all classes are met."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
-
-
 def held_out(setting: Setting, stage: Stage) -> heldout.HeldOut | None:
     """What computes a stage's loss on held-out images, None where there are none."""
     if setting.heldout is None or stage.loss is None:
         return None
-    numbers = _spread(len(setting.heldout), _MOST_LOOKED_AT)
+    numbers = sources.spread(len(setting.heldout), _MOST_LOOKED_AT)
     images: Batch
     if setting.data is not None or _has_latents(setting):
         records = [setting.heldout[i] for i in numbers]
@@ -168,7 +163,8 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
     if setting.data is not None:
         return small.first_images(setting.data.heldout, n)
     if setting.heldout is not None:
-        found = _examples(setting, setting.heldout, _spread(len(setting.heldout), n), n)['image']
+        numbers = sources.spread(len(setting.heldout), n)
+        found = _examples(setting, setting.heldout, numbers, n)['image']
         if len(found):
             return found
     found = _examples(setting, setting.source, range(len(setting.source)), n)['image']
@@ -260,9 +256,9 @@ class _Shown:
         classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
         columns = min(columns, int(counts.max()))
         enough = np.flatnonzero(counts >= columns)
-        chosen = enough[_spread(len(enough), rows)]
+        chosen = enough[sources.spread(len(enough), rows)]
         self._classes = classes[chosen]
-        spread = [_spread(count, columns) for count in counts[chosen]]
+        spread = [sources.spread(count, columns) for count in counts[chosen]]
         self._numbers = (first[chosen, None] + np.array(spread)).ravel()
         self._images: list[np.ndarray] = []
 
@@ -361,7 +357,7 @@ def _captions(setting: Setting, count: int) -> list[str]:
       UserError: none of the images that are tried has a caption.
     """
     source = setting.source if setting.heldout is None else setting.heldout.source
-    found = [source[i]['captions'] for i in _spread(len(source), count)]
+    found = [source[i]['captions'] for i in sources.spread(len(source), count)]
     texts = [captions[0] for captions in found if captions]
     if not texts:
         raise UserError(f'none of {len(found)} images that were looked at has a caption')

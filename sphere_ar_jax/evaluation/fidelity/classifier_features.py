@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphere_ar_jax.data import augment, imagenet
-from sphere_ar_jax.data.sources import Images
+from sphere_ar_jax.data.sources import Images, spread
 from sphere_ar_jax.evaluation import classifiers, small_images
 from sphere_ar_jax.evaluation.fidelity import statistics
 from sphere_ar_jax.runtime.console import UserError
@@ -100,12 +100,6 @@ def shrunk(images: np.ndarray) -> np.ndarray:
     return blocks.mean((-4, -2), dtype=np.float32) / np.float32(255)
 
 
-def _spread(numbers: Sequence[int], most: int) -> list[int]:
-    """At most `most` of some numbers, spread evenly."""
-    chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), most)).round().astype(int)
-    return [numbers[i] for i in np.unique(chosen)]
-
-
 def _read(source: Images, numbers: Sequence[int], size: int, channels: int) -> Sample:
     """Reads images, cropped at the centre and shrunk, without those that cannot be trained on.
 
@@ -155,16 +149,16 @@ def read(source: Images, heldout: Images | None, size: int, channels: int) -> Re
             'the images have one class alone, but a classifier needs two: give --samples, '
             '--reference and --inception'
         )
-    numbers = range(len(source))
     if heldout is not None:
-        judged = _read(heldout, _spread(range(len(heldout)), _MOST), size, channels)
-        return Real(_read(source, _spread(numbers, _MOST), size, channels), judged, True)
+        judged = _read(heldout, spread(len(heldout), _MOST), size, channels)
+        return Real(_read(source, spread(len(source), _MOST), size, channels), judged, True)
     if len(source) < 2 * _EVERY:
         raise UserError(f'{len(source)} images are too few to train a classifier and to judge it')
-    kept = numbers[::_EVERY]
-    others = [i for i in numbers if i % _EVERY]
-    judged = _read(source, _spread(kept, _MOST), size, channels)
-    return Real(_read(source, _spread(others, _MOST), size, channels), judged, False)
+    kept = range(0, len(source), _EVERY)
+    others = [i for i in range(len(source)) if i % _EVERY]
+    judged = _read(source, [kept[i] for i in spread(len(kept), _MOST)], size, channels)
+    train = _read(source, [others[i] for i in spread(len(others), _MOST)], size, channels)
+    return Real(train, judged, False)
 
 
 def flat(pixels: np.ndarray) -> np.ndarray:
@@ -230,7 +224,7 @@ def _of_classes(
             continue
         second = statistics.statistics(own[half:])
         of_first = statistics.statistics(own[:count])
-        of_samples = statistics.statistics(samples[_spread(range(len(samples)), count)])
+        of_samples = statistics.statistics(samples[spread(len(samples), count)])
         found[title] = {
             'images': count,
             'frechet': statistics.frechet_distance(*of_samples, *second),
