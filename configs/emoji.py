@@ -16,7 +16,7 @@ smoke           The same path in few steps, to see that everything runs. Its pic
 
 The captions are the names in lower case, with the skin tone where there is one, read byte by byte
 (docs/text.md). 5% of the pictures are held out. A picture has 8×8 tokens of d = 32 on a sphere. The
-models are those of configs/composed.py, whose tokens have 4×4 pixels where these have 8×8.
+models are those of configs/composed.py, but for the number of tokens.
 """
 
 from ml_collections import ConfigDict
