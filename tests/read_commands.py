@@ -3,7 +3,8 @@
 python -m tests.read_commands DIR
 
 Each command is parsed in a child process of its own, because the programs keep their flags in
-globals. DIR gets the config files that the documents show.
+globals. DIR gets the config files that the documents show, and the file that a config of features
+reads.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+
+import numpy as np
 
 from tests.words import ROOT, documents
 
@@ -97,6 +100,8 @@ def faults(directory: str) -> list[str]:
         title = re.match(r'# (\w+\.py)\n', block)
         if title is not None:
             pathlib.Path(directory, title[1]).write_text(block)
+    # A config of features is checked by its file.
+    np.savez(pathlib.Path(directory, 'features.npz'), texts=['a bird'], features=np.ones((1, 2, 3)))
     os.chdir(directory)
     found = []
     for name, module, arguments in commands():
