@@ -98,6 +98,7 @@ class Words:
         """
         if not os.path.isfile(path):
             raise UserError(f'ar.vocabulary is {path}, but there is no such file')
+        self._path = path
         self._words = [line.strip() for _, line in texts.lines(path)]
         for word in self._words:
             if len(word.split()) != 1:
@@ -113,7 +114,8 @@ class Words:
         for word in words:
             if word not in self._numbers:
                 raise UserError(
-                    f'{_shown(text)} has {_shown(word)}, which the vocabulary does not know'
+                    f'{_shown(text)} has {_shown(word)}, which the vocabulary does not know: use the '
+                    f'words of {self._path}'
                 )
         return [self._numbers[word] for word in words]
 
