@@ -79,7 +79,7 @@ def test_a_list_of_words_is_a_vocabulary(tmp_path):
     assert words.size == 5
     assert words.encode(' three  left of\trot ') == [4, 1, 2, 3]
     assert words.decode([4, 1, 2, 3, 0, 1]) == 'three left of rot'
-    with pytest.raises(UserError, match="'left of a' has 'a', which the .* know: use the words of"):
+    with pytest.raises(UserError, match=r"'left of a' has 'a', which .*: use the words of"):
         words.encode('left of a')
     (tmp_path / 'run').mkdir()
     vocabulary.keep(str(path), str(tmp_path / 'run'))

@@ -114,8 +114,8 @@ class Words:
         for word in words:
             if word not in self._numbers:
                 raise UserError(
-                    f'{_shown(text)} has {_shown(word)}, which the vocabulary does not know: use the '
-                    f'words of {self._path}'
+                    f'{_shown(text)} has {_shown(word)}, which the vocabulary does not know: use '
+                    f'the words of {self._path}'
                 )
         return [self._numbers[word] for word in words]
 
