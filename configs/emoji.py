@@ -51,12 +51,10 @@ def get_config(arg: str = '') -> ConfigDict:
     c.vae.update(grid=(8, 8), image_channels=3)
     c.ar.vocabulary = 'bytes'
     c.ar.text_tokens = 64
-    # Half of the pictures, so that each category is compared with as many real ones as there are.
-    c.sampling.num_images = 1900
     c.sampling.guidance_scale = 2.0
-    if 'smoke' in words:
-        c.sampling.update(num_images=96, batch_size=96)
-    else:
+    if 'smoke' not in words:
+        # Each category has about as many samples as half of its real pictures.
+        c.sampling.num_images = 1900
         c.tokenizer_training.steps = 1200
         c.ar_training.steps = 4000
     return c

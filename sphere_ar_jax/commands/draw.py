@@ -76,7 +76,7 @@ def _features(config: ConfigDict, path: str) -> _Asked:
     Raises:
       UserError: the run does not read features, or those of the file do not fit.
     """
-    if build.has_captions(config) and not build.reads_features(config):
+    if config.ar.condition == 'text':
         raise UserError(
             f'--prompts={path} has features of texts, which this run does not read: give a file '
             'with a text in each line'

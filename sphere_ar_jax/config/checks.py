@@ -255,6 +255,11 @@ def _check_condition(config: ConfigDict) -> None:
             f'ar.condition {config.ar.condition!r} reads captions, which data {name} has not: '
             f'give {way}',
         )
+    else:
+        _require(
+            not own and not given,
+            f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
+        )
     if config.ar.condition == 'text':
         build.open_vocabulary(config)
         _require(
@@ -263,10 +268,6 @@ def _check_condition(config: ConfigDict) -> None:
             'ar.text_encoder_depth or ar.text_weight',
         )
     else:
-        _require(
-            build.has_captions(config) or not (own or given),
-            f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
-        )
         _require(
             config.ar.text_weight is None,
             "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",

@@ -271,21 +271,22 @@ class _Shown:
             first += len(batch)
             yield batch
 
-    def save(self, path: str, trained: np.ndarray, titles: Sequence[str]) -> None:
+    def save(
+        self, path: str, trained: np.ndarray, nearest: np.ndarray, titles: Sequence[str]
+    ) -> None:
         """Writes the picture.
 
         Args:
           path: the PNG.
           trained: the images (·, s, s, c) in [0, 1] that the run was trained on.
+          nearest: the number of the training image that is nearest to each sample, (n,).
           titles: the name of each class.
         """
         samples = classifier_features.shrunk(np.concatenate(self._images))
-        flat = classifier_features.flat
-        numbers, _ = small_images.nearest(flat(samples), flat(trained))
         pictures.save_nearest(
             path,
             2 * samples - 1,
-            2 * trained[numbers] - 1,
+            2 * trained[nearest[self._numbers]] - 1,
             [titles[label] for label in self._classes],
             'samples, and below each the training image that is nearest in pixels',
         )
@@ -318,7 +319,7 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
     steps = setting.cfg.data.classifier_steps
     bar = console.bar(len(labels), 'samples')
     shown = _Shown(wanted.labels)
-    scores = classifier_features.score(
+    scores, nearest = classifier_features.score(
         shown.keep(_drawn(setting, vae_params, ar_params, labels, bar)),
         wanted,
         real,
@@ -327,7 +328,7 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
         setting.workdir,
         console.bar(steps, 'training the classifier', 'step'),
     )
-    shown.save(f'{setting.workdir}/nearest.png', real.trained_on(), titles)
+    shown.save(f'{setting.workdir}/nearest.png', real.trained_on(), nearest, titles)
     return scores
 
 

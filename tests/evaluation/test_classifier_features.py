@@ -73,9 +73,11 @@ def test_real_images_are_near_and_noise_is_far(real, tmp_path):
     of_run = real._replace(of_run=True)
 
     def score(batches):
-        return classifier_features.score(
+        scores, nearest = classifier_features.score(
             batches, wanted, of_run, ['row', 'column'], STEPS, str(tmp_path)
         )
+        assert nearest.shape == (12,) and nearest.max() < len(real.train)
+        return scores
 
     scores = score([heldout[:5], heldout[5:]])
     assert scores['classifier_frechet_heldout'] == pytest.approx(0, abs=1e-5)
@@ -126,10 +128,13 @@ def test_a_sample_may_be_its_captions_own_image():
 
     def score(images):
         batch = np.round(images * 255).astype(np.uint8)
-        return classifier_features.score([batch], wanted, real, ['a', 'b'], 2)
+        scores, nearest = classifier_features.score([batch], wanted, real, ['a', 'b'], 2)
+        return scores | {'nearest': nearest}
 
     copied = score(pixels[wanted.images])
     assert copied['memorisation/own_nearest'] == 1
+    of_train = wanted.images < 20
+    np.testing.assert_array_equal(copied['nearest'][of_train], wanted.images[of_train])
     # The held-out images themselves are as far as held-out images are.
     assert copied['memorisation/samples_to_train'] < 0.05 < copied['memorisation/heldout_to_train']
     # Only the classes that have 20 images of their own on both sides are compared.

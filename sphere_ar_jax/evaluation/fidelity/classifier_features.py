@@ -76,6 +76,11 @@ class Real(NamedTuple):
         """The classes of all images, those of `train` first."""
         return np.concatenate([self.train.labels, self.heldout.labels])
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions of all images, those of `train` first; () where there are none."""
+        return self.train.captions + self.heldout.captions
+
     def trained_on(self) -> np.ndarray:
         """The pixels (·, s, s, c) that the run was trained on, those of `train` first."""
         if self.of_run:
@@ -161,7 +166,7 @@ def read(source: Images, heldout: Images | None, size: int, channels: int) -> Re
     return Real(train, judged, False)
 
 
-def flat(pixels: np.ndarray) -> np.ndarray:
+def _flat(pixels: np.ndarray) -> np.ndarray:
     """Images (n, s, s, c) → features (n, s·s·c)."""
     return pixels.reshape(len(pixels), -1)
 
@@ -185,7 +190,7 @@ def asked(real: Real, n: int) -> Asked:
     """Chooses what n samples are drawn for, class by class, in the proportions of real images."""
     by_class = np.argsort(real.labels, kind='stable')
     images = by_class[np.linspace(0, len(by_class) - 1, n).round().astype(int)]
-    texts = real.train.captions + real.heldout.captions
+    texts = real.captions
     captions = tuple(texts[i] for i in images) if texts else ()
     return Asked(real.labels[images], images, captions)
 
@@ -241,7 +246,7 @@ def score(
     steps: int,
     keep_in: str | None = None,
     progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], np.ndarray]:
     """Compares samples with real images.
 
     Args:
@@ -254,6 +259,7 @@ def score(
       progress: called with the classifier's steps done and their number.
 
     Returns:
+      (scores, the number in `Real.trained_on` of the image nearest to each sample, (n,)). Scores:
       `classifier_frechet`, the distance to all real images; `classifier_frechet_heldout`, that to
       the held-out ones; `classifier_frechet_floor`, that between the two parts of the real ones;
       `classes`, what `_of_classes` gives; the classifier's accuracy on held-out images and on
@@ -263,7 +269,7 @@ def score(
       training image has that caption.
     """
     judge = classifiers.conv_net(real.train, classifiers.Recipe(steps), keep_in, progress)
-    trained = flat(real.trained_on())
+    trained = _flat(real.trained_on())
     features = []
     read_as = []
     near = []
@@ -271,7 +277,7 @@ def score(
         small = shrunk(batch)
         features.append(judge.features(small))
         read_as.append(judge.predict(small))
-        near.append(small_images.nearest(flat(small), trained))
+        near.append(small_images.nearest(_flat(small), trained))
     samples = np.concatenate(features)
     numbers, distances = (np.concatenate(part) for part in zip(*near, strict=True))
     drawn = statistics.statistics(samples)
@@ -288,15 +294,15 @@ def score(
         'samples/accuracy': float(np.mean(np.concatenate(read_as) == wanted.labels)),
     }
     if real.of_run:
-        _, of_new = small_images.nearest(flat(real.heldout.pixels), trained)
+        _, of_new = small_images.nearest(_flat(real.heldout.pixels), trained)
         found |= small_images.compare(distances, of_new)
     if wanted.captions:
-        texts = (real.train.captions + real.heldout.captions)[: len(trained)]
+        texts = real.captions
         pairs = zip(wanted.images, wanted.captions, numbers, strict=True)
         is_own = [texts[n] == caption for i, caption, n in pairs if i < len(trained)]
         if is_own:
             found['memorisation/own_nearest'] = float(np.mean(is_own))
-    return {
+    scores = {
         **found,
         'classes': _of_classes(titles, every, real.labels, samples, wanted.labels),
         'compared': {
@@ -309,3 +315,4 @@ def score(
         },
         'note': NOTE,
     }
+    return scores, numbers
