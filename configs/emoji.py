@@ -14,6 +14,8 @@ Result:    One seed: tokenizer PSNR 25.0 dB, 57% of the samples read as the cate
 Words after the colon, separated by commas:
 
 data=emoji:DIR  Another directory of a package of emoji.
+features=FILE   Features of the captions that another model has computed, an npz, in place of the
+                captions' bytes (docs/text.md).
 smoke           The same path in few steps, to see that everything runs. Its pictures show nothing.
 
 The captions are the names in lower case, with the skin tone where there is one, read byte by byte
@@ -37,7 +39,7 @@ def get_config(arg: str = '') -> ConfigDict:
     Raises:
       ValueError: another word was given; one line.
     """
-    words, values = recipes.arguments('configs/emoji.py', arg, ('smoke',), ('data',))
+    words, values = recipes.arguments('configs/emoji.py', arg, ('smoke',), ('data', 'features'))
     c = packaged.load('composed:smoke' if 'smoke' in words else 'composed')
     kind, path = recipes.data_set(values.get('data', DATA))
     c.data.update(
@@ -51,6 +53,9 @@ def get_config(arg: str = '') -> ConfigDict:
     c.vae.update(grid=(8, 8), image_channels=3)
     c.ar.vocabulary = 'bytes'
     c.ar.text_tokens = 64
+    if 'features' in values:
+        c.ar.condition = 'features'
+        c.ar.features = values['features']
     c.sampling.guidance_scale = 2.0
     if 'smoke' not in words:
         # Each category has about as many samples as half of its real pictures.

@@ -25,6 +25,8 @@ crop, whole    Random crops (the default), or always the whole square in the mid
 grey           A model of grey images.
 captions=…     Draw for texts, not for classes: a .jsonl, .json or .tsv file, or beside
                (docs/text.md). A flip spoils texts that say left and right.
+features=FILE  Draw for features of these texts that another model has computed, an npz
+               (docs/text.md).
 smoke          20 steps of the smallest models, to see that everything runs; its pictures show
                nothing. The tokenizer's backbone is vit, and no images are held out. It takes 120
                CPU seconds, nearly all of them compilation, when nothing is compiled yet.
@@ -37,7 +39,7 @@ from sphere_ar_jax.config import own, recipes, schema
 
 _FILE = 'configs/own.py'
 _WORDS = ('flip', 'no_flip', 'crop', 'whole', 'grey', 'smoke')
-_VALUES = ('data', 'size', 'epochs', 'steps', 'captions')
+_VALUES = ('data', 'size', 'epochs', 'steps', 'captions', 'features')
 
 
 def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
@@ -49,6 +51,8 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     for one, other in (('flip', 'no_flip'), ('crop', 'whole')):
         if one in words and other in words:
             raise ValueError(f'give {one} or {other}, not both')
+    if 'features' in values and 'captions' not in values:
+        raise ValueError('features= are those of captions: give captions=, too')
     counts = {key: values[key] for key in ('size', 'epochs', 'steps') if key in values}
     numbers = {key: own.whole_number(key, text) for key, text in counts.items()}
     if 'epochs' in numbers and 'steps' in numbers:
@@ -65,6 +69,7 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
         flip='no_flip' not in words,
         crop='whole' not in words,
         captions=values.get('captions'),
+        features=values.get('features'),
         smoke='smoke' in words,
     )
 

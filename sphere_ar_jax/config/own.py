@@ -54,6 +54,7 @@ class Wishes(NamedTuple):
       flip: whether images are flipped left to right.
       crop: whether crops are random; otherwise all are the square in the middle.
       captions: `data.captions` of images that have texts, None where they have classes.
+      features: a file with the features of these texts, None where the model reads the texts.
       smoke: the smallest models for a few steps.
     """
 
@@ -64,6 +65,7 @@ class Wishes(NamedTuple):
     flip: bool = True
     crop: bool = True
     captions: str | None = None
+    features: str | None = None
     smoke: bool = False
 
 
@@ -348,10 +350,21 @@ def _held_out(n: int, smoke: bool) -> Decision:
 _LOOKED_AT = 8
 
 
-def _texts(captions: str | None) -> list[Decision]:
+def _texts(captions: str | None, features: str | None) -> list[Decision]:
     """What the model reads where images have captions."""
     if captions is None:
         return []
+    if features is not None:
+        return [
+            Decision(
+                {
+                    'ar.condition': 'features',
+                    'ar.features': features,
+                    'data.captions': captions,
+                },
+                'the model reads the features of captions in place of classes.',
+            )
+        ]
     return [
         Decision(
             {'ar.condition': 'text', 'data.captions': captions},
@@ -436,7 +449,7 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
         *_training(batch, steps, why, rate),
         losses,
         *([] if found.grey else _images(n, steps * batch / trained, wishes)),
-        *_texts(wishes.captions),
+        *_texts(wishes.captions, wishes.features),
         *_sampling(_LOOKED_AT if wishes.captions else found.classes, tokens, smoke),
     )
 

@@ -188,6 +188,19 @@ def test_images_with_captions_are_drawn_for_texts(tmp_path):
     assert any('reads captions in place of classes' in line for line in own.lines(config))
 
 
+def test_images_with_captions_are_drawn_for_features_of_the_texts(tmp_path):
+    Image.new('RGB', (20, 24)).save(tmp_path / '1.png')
+    np.savez(tmp_path / 'f.npz', texts=['a bird', 'an owl'], features=np.ones((2, 3, 4)))
+    words = f'own:data=folder:{tmp_path},features={tmp_path}/f.npz'
+    config = packaged.load(f'{words},captions=beside')
+    checks.check(config)
+    assert (config.ar.condition, config.data.captions) == ('features', 'beside')
+    assert config.ar.features == f'{tmp_path}/f.npz' and config.ar.feature_shape == (3, 4)
+    assert any('reads the features of captions' in line for line in own.lines(config))
+    with pytest.raises(ValueError, match='features= are those of captions: give captions=, too'):
+        packaged.load(words)
+
+
 def test_a_flip_is_left_out():
     """Without it a picture of letters keeps its sides; nothing else of the crop changes."""
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from configs.emoji import get_config
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.data import augment, sources
 from sphere_ar_jax.data.captions import table
 from sphere_ar_jax.data.files.emoji import Emoji
@@ -77,6 +77,18 @@ def test_the_captions_are_those_that_the_images_have(package):
     record = found[1]
     assert record['captions'] == ('waving hand sign, medium skin tone', 'wave, medium skin tone')
     assert record['label'] == 2 and found.left_out == '1 emoji without a picture (banana.png)'
+
+
+def test_features_of_the_captions_stand_in_place_of_their_bytes(package, tmp_path):
+    emoji = Emoji(package)
+    texts = sorted({text for i in range(len(emoji)) for text in emoji.captions(i)})
+    values = np.random.default_rng(0).normal(size=(len(texts), 2, 5))
+    np.savez(tmp_path / 'features.npz', texts=texts, features=values)
+    cfg = checks.check(get_config(f'data=emoji:{package},features={tmp_path}/features.npz'))
+    assert (cfg.data.captions, cfg.ar.condition) == ('beside', 'features')
+    assert cfg.ar.feature_shape == (2, 5)
+    label = build.encode_prompt(cfg, texts[1])
+    np.testing.assert_array_equal(label, values[1].astype(np.float32))
 
 
 def test_what_is_no_package_says_so_in_one_line(package, tmp_path):
