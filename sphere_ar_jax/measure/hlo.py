@@ -11,7 +11,7 @@ Bytes are those of the layout, with tiles filled up.
 import collections
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, TypeAlias
 
 from sphere_ar_jax.models import kernels
@@ -479,6 +479,13 @@ class Program:
         ]
 
 
+def _merged(shape: tuple[int, ...], axis: int) -> Iterator[tuple[int, ...]]:
+    """A shape, and what it becomes where neighbours of an axis are merged with it."""
+    for first in range(axis + 1):
+        for end in range(axis + 1, len(shape) + 1):
+            yield (*shape[:first], math.prod(shape[first:end]), *shape[end:])
+
+
 def unsplit(
     program: Program,
     shapes: Collection[tuple[int, ...]],
@@ -523,10 +530,11 @@ def unsplit(
         return together or (bool(rows) and bool(splits & set(shape)))
 
     own_sizes = {
-        sizes((*shape[:axis], n // parts, *shape[axis + 1 :]))
+        sizes(merged)
         for shape in shapes
         for axis, n in enumerate(shape)
         if n % batch == 0
+        for merged in _merged((*shape[:axis], n // parts, *shape[axis + 1 :]), axis)
     }
     whole_sizes = {sizes(shape) for shape in shapes} - own_sizes
     found = {}

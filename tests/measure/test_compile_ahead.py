@@ -273,6 +273,9 @@ def test_unsplit_by_hand():
         == []
         != hlo.unsplit(array('42,5'), both, 42, 2, 3)
     )
+    # 42 rows of 5 are 7 images of 6 rows, too, if there are 42 such images.
+    assert hlo.unsplit(array('42,5'), {(42, 5), (42, 6, 5)}, 42, 2, 3) == []
+    assert hlo.unsplit(array('42,5'), {(42, 5), (2, 42, 3, 5)}, 42, 2, 3) == []
 
 
 def _read(function, *arguments):
@@ -727,12 +730,15 @@ def test_the_job_for_tpus(tmp_path):
 
 
 def _two_layers(words):
-    """The config of B with two layers of everything, 64 images a step and 32 to sample."""
-    cfg = packaged.load(f'ar_b:{words}')
+    """A config with two layers of everything, 16 or 64 images a step and 32 to sample."""
+    cfg = packaged.load(words)
     cfg.vae.update(encoder_depth=2, decoder_depth=2)
     cfg.ar.update(depth=2, head_depth=2, head_groups=1)
+    cfg.tokenizer_training.batch_size = 16
     cfg.ar_training.batch_size = 64
     cfg.sampling.update(batch_size=32, num_steps=4)
+    if words == 'fashion':
+        cfg.data.num_classes = 10  # its files would say it
     return checks.check(cfg)
 
 
@@ -743,7 +749,7 @@ def _two_layers(words):
 def test_the_job_for_gpus(words, tmp_path):
     """Training and sampling on eight cards; cuDNN computes attention in both."""
     output = str(tmp_path / 'all.json')
-    found = compile_ahead.run(_two_layers(words), 'h100-8', ('train', 'sample'), output)
+    found = compile_ahead.run(_two_layers(f'ar_b:{words}'), 'h100-8', ('train', 'sample'), output)
     assert [r['part'] for r in found] == ['ar step', 'tokens', 'decode']
     assert all(r['fits'] and r['kernels']['cuDNN'] > 0 for r in found)
     assert found[0]['replicated'] == [] and set(found[0]['collectives']) == {'all-reduce'}
@@ -758,7 +764,7 @@ def test_the_job_for_gpus(words, tmp_path):
 @pytest.mark.parametrize('card', ['h100-1', 'a100-1'])
 def test_cudnn_computes_the_attention_of_gpus(words, card):
     """It does at the lengths of both resolutions, forward and in reverse."""
-    cfg = _two_layers(words)
+    cfg = _two_layers(f'ar_b:{words}')
     mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice(card)))
     work = compile_ahead._step(cfg, 'ar', mesh)
     _, text = compile_ahead.compile_work(work)
@@ -774,7 +780,7 @@ def test_cudnn_computes_the_attention_of_gpus(words, card):
 @pytest.mark.parametrize('card', ['h100-1', 'a100-1'])
 def test_the_samplers_own_kernels_compile_for_gpus(card):
     """Two layers of head and transformer: 2 · 2 + 2 kernels an evaluation, 2 · 5 a token."""
-    cfg = _two_layers('gpu')
+    cfg = _two_layers('ar_b:gpu')
     mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice(card)))
     started = []
     for fused in (True, False):
@@ -784,3 +790,37 @@ def test_the_samplers_own_kernels_compile_for_gpus(card):
         assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (16 if fused else 0)
         started.append(sum(hlo.Program(text, work.lengths).kernels().values()))
     assert started[0] < 0.6 * started[1]
+
+
+# The models of emoji are those of composed. configs/own.py and distillation need files.
+CONFIGS = (
+    'digits',
+    'digits:cnn',
+    'digits:vit',
+    'digits:riemannian',
+    'fashion',
+    'composed',
+    'composed:joint',
+    'vae',
+    'vae:512',
+    'ar_b',
+    'ar_l:512,dtype=bfloat16',
+    'ar_h:gpu',
+)
+
+
+@pytest.mark.slow
+@needs_cuda
+@libraries_promote()
+@pytest.mark.parametrize('cards', ['h100-1', 'h100-8'])
+@pytest.mark.parametrize('words', CONFIGS)
+def test_all_programs_compile_for_gpus(words, cards):
+    """Training, sampling and evaluation; no card has images of another."""
+    cfg = _two_layers(words)
+    found = compile_ahead.run(cfg, cards, ('train', 'sample', 'evaluate'))
+    parts = [r['part'] for r in found]
+    assert parts[-1] == 'reconstruct' and 'decode' in parts
+    assert any(r['steps'] for r in found)
+    for r in found:
+        assert r['fits'] and sum(r['kernels'].values()) > 0
+        assert r['open_loops'] == 0 and not r['replicated'] and not r['not_split']
