@@ -32,6 +32,8 @@ smoke          20 steps of the smallest models, to see that everything runs; its
                CPU seconds, nearly all of them compilation, when nothing is compiled yet.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 from sphere_ar_jax import config
@@ -61,6 +63,9 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     if size not in own.SIZES:
         known = ', '.join(map(str, own.SIZES))
         raise ValueError(f'size={size}: use one of {known}')
+    features = values.get('features')
+    if features is not None:  # a run keeps the path from the root
+        features = os.path.abspath(os.path.expanduser(features))
     return own.Wishes(
         size=size,
         steps=numbers.get('steps'),
@@ -69,7 +74,7 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
         flip='no_flip' not in words,
         crop='whole' not in words,
         captions=values.get('captions'),
-        features=values.get('features'),
+        features=features,
         smoke='smoke' in words,
     )
 

@@ -160,6 +160,8 @@ def sample(
             raise UserError(
                 '--labels are classes: leave them out where --prompts says what to draw'
             )
+        if prompts is None:
+            raise UserError('this run draws for texts: give a text in each line as --prompts=FILE')
         texts = _asked(workdir, run.config, None, [], prompts).labels
         rows = np.arange(n) % len(texts)
         asked = texts[rows]
@@ -230,11 +232,8 @@ def grid(
         draw.
     """
     path = output or f'{workdir}/grid.png'
-    is_asked = prompt or prompts or (classes is not None and classes.strip(' ;'))
-    if not is_asked or columns < 1:
-        raise UserError(
-            "give --classes='golden retriever; 388; n02099601' and at least 1 for --columns"
-        )
+    if columns < 1:
+        raise UserError(f'--columns is {columns}, but must be at least 1')
     run, mesh = open_run.open_run(workdir, like)
     asked = _asked(workdir, run.config, classes, prompt or [], prompts)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -74,8 +74,8 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     path = d.path
     captions = d.captions
     if like is not None and like.data.name == d.name:  # the files may have moved
-        path = like.data.path
-        captions = like.data.captions
+        path = path if like.data.path is None else like.data.path
+        captions = captions if like.data.captions is None else like.data.captions
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
         data = build.open_data_set(cfg, path)

@@ -516,6 +516,12 @@ def _check_sampling(config: ConfigDict) -> None:
     )
     kind = small.KINDS.get(config.data.name)
     least = 1 if kind is None else len(config.data.classes) or kind.num_classes
+    if config.data.name == 'composed':
+        _require(
+            s.num_images >= 3,
+            f'sampling.num_images is {s.num_images}, but must be at least one for each of three '
+            'kinds of captions: pairs trained on, pairs held out, and rows',
+        )
     classes = schema.num_classes(config)
     _require(
         classes is None or classes >= least,

@@ -200,6 +200,10 @@ def check(config: ConfigDict) -> ConfigDict:
         f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9, of one or '
         'more shifts',
     )
+    _require(
+        not config.variants or config.kind == 'comparison',
+        f'variants are for kind comparison, not for {config.kind}: leave them out',
+    )
     for name, others in config.variants.items():
         for other in (name, *others):
             _require(other in config.rows, f'variants: there is no row {other}')
@@ -221,7 +225,12 @@ def check(config: ConfigDict) -> ConfigDict:
         except UserError as error:
             raise UserError(f'the row {name}: {error}') from None
         _require(
-            config.kind == 'comparison' or cfg.ar.token_space != 'polar',
+            (config.kind == 'captions') == (cfg.data.name == 'composed'),
+            f'the row {name}: kind {config.kind} does not go with data {cfg.data.name}: captions '
+            'are scored on composed digits alone, and these by nothing else',
+        )
+        _require(
+            config.kind in ('comparison', 'captions') or cfg.ar.token_space != 'polar',
             f'the row {name}: {config.kind} needs tokens with a norm, which those of '
             'ar.token_space polar have not',
         )

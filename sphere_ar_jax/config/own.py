@@ -118,7 +118,7 @@ def count(kind: str, path: str) -> Counted:
     A folder is listed, which takes seconds for a million files. No image is read.
 
     Args:
-      kind: a key of `schema.DATA` other than 'digits'.
+      kind: a key of `schema.DATA` other than `schema.WITHOUT_PATH`.
       path: its path; for tfds and hf its name.
     """
     if kind == 'imagenet':

@@ -532,6 +532,11 @@ class Part:
         """Gives the source's name of entry i of this part."""
         return self._source.name(int(self._chosen[i]))
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """The hashes of the entries, see `hashes`."""
+        return hashes(self._source)[self._chosen]
+
 
 # Sources whose names cost a read each, and which do not grow.
 _NAMELESS = (ImageNetTar, ArrayRecords)
@@ -541,12 +546,13 @@ def hashes(source: Images) -> np.ndarray:
     """A hash of each entry's name, (n,) uint64, by which images are held out.
 
     ImageNet's tar and ArrayRecord files have hashes of the numbers of their entries. Latents have
-    those of the images that they were encoded from.
+    those of the images that they were encoded from, and parts and captioned images those of the
+    source that they are made of.
 
     Args:
       source: the images.
     """
-    if isinstance(source, Latents):
+    if hasattr(source, 'hashes'):
         return source.hashes
     found = np.empty(len(source), np.uint64)
     for i in range(len(source)):

@@ -57,7 +57,7 @@ class HeldOut:
         self._run = jax.jit(sharding.keep_rows_split(mesh, run))
 
     def scalars(self, params: PyTree) -> dict[str, float]:
-        """The means over all batches: heldout_loss, and heldout_psnr and heldout_l1 if there are.
+        """The means over all batches: heldout_loss, and with it those of `_SHOWN` that there are.
 
         All processes must call it. Numbers that are not finite are left out.
 

@@ -100,10 +100,12 @@ def _save_grid(
     # Grey images become RGB, because a colour map would round them.
     axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')
     height = grid.shape[0] / len(row_labels)
-    axis.set_yticks([(i + 0.5) * height for i in range(len(row_labels))], row_labels)
+    # A dollar in a caption is a dollar, and no formula.
+    places = [(i + 0.5) * height for i in range(len(row_labels))]
+    axis.set_yticks(places, row_labels, parse_math=False)
     axis.set_xticks([])
     axis.set_ylabel(axis_label)
-    axis.set_title(title)
+    axis.set_title(title, parse_math=False)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
@@ -182,7 +184,8 @@ def save_captioned(
         pixels = np.asarray(to_uint8(image))
         # Grey images become RGB, because a colour map would round them.
         axis.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), interpolation='none')
-        axis.set_title(textwrap.fill(printable(caption, 80), 26), fontsize=7)
+        title = textwrap.fill(printable(caption, 80), 26)
+        axis.set_title(title, fontsize=7, parse_math=False)
     save_figure(figure, path)
 
 

@@ -25,24 +25,6 @@ _MOST = 10_000
 _SPACES = ('frechet', 'feature_frechet')
 
 
-def memorisation(samples: np.ndarray, train: np.ndarray, heldout: np.ndarray) -> dict[str, float]:
-    """Compares how near samples and held-out images lie to training images.
-
-    Args:
-      samples: features (n, f) of samples.
-      train: features (·, f) of the training images.
-      heldout: features (·, f) of real images that were not trained on.
-
-    Returns:
-      The median distance to the nearest training image, of samples and of held-out images, and the
-      share of samples that are nearer to a training image than the nearest 5% of held-out images
-      are. That share is 0.05 where samples are as new as real images.
-    """
-    _, of_samples = nearest(samples, train)
-    _, of_heldout = nearest(heldout, train)
-    return compare(of_samples, of_heldout)
-
-
 def nearest(images: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the training image that is nearest to each image.
 
@@ -60,11 +42,15 @@ def nearest(images: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def compare(of_samples: np.ndarray, of_heldout: np.ndarray) -> dict[str, float]:
-    """Compares distances to the nearest training image; returns what `memorisation` does.
+    """Compares how near samples and held-out images lie to training images.
 
     Args:
-      of_samples: those of samples.
-      of_heldout: those of real images that were not trained on.
+      of_samples: the distance of each sample to the nearest training image, see `nearest`.
+      of_heldout: that of each real image that was not trained on.
+
+    Returns:
+      The medians of both, and the share of samples that are nearer to a training image than the
+      nearest 5% of held-out images are. That share is 0.05 where samples are as new as real images.
     """
     near = np.mean(of_samples < np.quantile(of_heldout, 0.05))
     return {
@@ -206,7 +192,7 @@ class Judge:
 
         Returns:
           The share of samples that the classifier reads as their labels, the number of classes that
-          it sees, Fréchet distances, precision, recall, and what `memorisation` returns.
+          it sees, Fréchet distances, precision, recall, and what `compare` returns.
         """
         pixels = self._data.train.to_pixels(images)
         flat = _flat(pixels)

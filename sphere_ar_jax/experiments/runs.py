@@ -47,6 +47,11 @@ def _of_sections(cfg: ConfigDict, sections: tuple[str, ...]) -> str:
     """
     defaults = schema.leaves(schema.as_dict(schema.default()))
     values = schema.leaves(schema.as_dict(cfg))
+    for name in ('ar.vocabulary', 'ar.features'):
+        # The file counts, and not where it lies.
+        if values[name] not in (None, 'bytes'):
+            content = epath.Path(values[name]).expanduser().read_bytes()
+            values[name] = hashlib.sha256(content).hexdigest()
     return key(
         {
             name: value

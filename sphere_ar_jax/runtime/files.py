@@ -22,9 +22,9 @@ _MOST_JSON_BYTES = 2**26
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A directory's path from the root; gs://… as it is."""
+    """A path from the root, without ~; gs://… as it is."""
     text = os.fspath(path)
-    return text if '://' in text else os.path.abspath(text)
+    return text if '://' in text else os.path.abspath(os.path.expanduser(text))
 
 
 def user_cache(environ: Mapping[str, str]) -> str:

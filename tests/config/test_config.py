@@ -295,6 +295,13 @@ def test_the_config_of_composed_digits(arg):
         _load('composed', 'huge')
 
 
+def test_composed_digits_are_scored_for_three_kinds_of_captions():
+    cfg = _load('composed', 'smoke')
+    cfg.sampling.num_images = 2
+    with pytest.raises(UserError, match='must be at least one for each of three kinds of captions'):
+        checks.check(cfg)
+
+
 def test_configs_are_all_tested_here():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         'digits',

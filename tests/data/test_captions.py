@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import pathlib
 import pickle
 import re
 import shutil
@@ -22,8 +23,7 @@ from sphere_ar_jax.config import packaged
 from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.augment import BrokenImageError
 from sphere_ar_jax.data.batches import batches
-from sphere_ar_jax.data.captions import captioned, composed, table, vocabulary
-from sphere_ar_jax.data.captions.files import read_prompts
+from sphere_ar_jax.data.captions import captioned, composed, files, table, vocabulary
 from sphere_ar_jax.data.digits import Digits
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
 from sphere_ar_jax.data.files.webdataset import WebDataset
@@ -125,6 +125,50 @@ def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
     assert not vocabulary.are_same(kept, str(other)) and not vocabulary.are_same('bytes', kept)
 
 
+def test_a_vocabulary_is_read_from_a_bucket(tokenizer_file, tmp_path, monkeypatch):
+    """A run in a bucket keeps its vocabulary there."""
+
+    def place(*parts):
+        return pathlib.Path(*[str(part).replace('gs://bucket', str(tmp_path)) for part in parts])
+
+    for module in (vocabulary, files):
+        monkeypatch.setattr(module.epath, 'Path', place)
+    (tmp_path / 'words.txt').write_text('left\nright\n')
+    shutil.copy(tokenizer_file, tmp_path / 'tokenizer.json')
+    assert vocabulary.Words('gs://bucket/words.txt').encode('right') == [2]
+    assert vocabulary.TokenizerFile('gs://bucket/tokenizer.json').encode('seven') == [6]
+
+
+def test_the_size_of_a_tokenizer_is_above_its_largest_number(tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    words = tokenizers.models.WordLevel({'a': 0, 'b': 7}, unk_token='a')
+    tokenizers.Tokenizer(words).save(str(tmp_path / 't.json'))
+    found = vocabulary.TokenizerFile(str(tmp_path / 't.json'))
+    assert found.encode('b') == [8] and found.size == 9
+
+
+def test_captions_change_no_image_that_is_held_out(tmp_path):
+    """ImageNet's tar and ArrayRecord files are split by number, also where they have captions."""
+
+    class Numbered:
+        num_classes = 1
+        class_names = None
+        left_out = ''
+        hashes = np.random.default_rng(0).integers(0, 2**63, 9, np.uint64)
+
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, i):
+            return {'image': b'', 'label': 0}
+
+        def name(self, i):
+            return f'{i}.jpg'
+
+    with_text = table.Captioned(Numbered(), {f'{i}.jpg': ('a text',) for i in (0, 2, 3, 8)})
+    np.testing.assert_array_equal(sources.hashes(with_text), Numbered.hashes[[0, 2, 3, 8]])
+
+
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     pytest.importorskip('tokenizers')
     with pytest.raises(UserError, match=r"give 'bytes', or the path of a tokenizer\.json or"):
@@ -171,15 +215,15 @@ def test_any_other_text_is_a_prompt(prompt):
 def test_files_of_prompts(tmp_path):
     path = tmp_path / 'prompts.txt'
     path.write_bytes('\ufeffa one\r\n\r\n  ein Käse \n'.encode())
-    assert read_prompts(path) == ['a one', 'ein Käse']
+    assert files.read_prompts(path) == ['a one', 'ein Käse']
     path.write_bytes(b'\n \n')
     with pytest.raises(UserError, match='has no prompt: write one in each line'):
-        read_prompts(path)
+        files.read_prompts(path)
     path.write_bytes(b'\xff\xfe\x00')
     with pytest.raises(UserError, match='is no text in UTF-8'):
-        read_prompts(path)
+        files.read_prompts(path)
     with pytest.raises(UserError, match='there is no file'):
-        read_prompts(tmp_path / 'absent')
+        files.read_prompts(tmp_path / 'absent')
 
 
 # ---- records with captions
@@ -309,6 +353,7 @@ def test_tables_of_captions(name, folder, tmp_path):
         ('a.jsonl', '{"path": "x", "text": "a"}\n{', r'a\.jsonl, line 2 is no JSON'),
         ('a.jsonl', '{"path": "x", "text": 3}', 'line 1 has a caption that is no text'),
         ('a.json', '{"path": ["x"], "text": "a"}', r'a\.json, entry 1 is no caption'),
+        ('a.json', '{"path": "x", "prompt": "a"}', r'a\.json, entry 1 is no caption'),
         ('a.json', '[[[', r'a\.json is no JSON'),
         ('a.csv', 'x,a', r"a\.csv: give a \.jsonl, \.json or \.tsv file, or 'beside'"),
         ('a.tsv', 'x\ta', "none of the 3 images has a caption: the table has no path like 'cats/1"),

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from sphere_ar_jax.evaluation import page
+from sphere_ar_jax.evaluation import page, pictures
 from sphere_ar_jax.models.posteriors import POSTERIORS, PowerSpherical
 
 
@@ -122,3 +122,14 @@ def test_a_posterior_has_one_curve_for_each_label(tmp_path, word, monkeypatch):
     plt.close(figures[0])
     expected = [f'tokenizer: {label}' for label in posterior.labels.values()]
     assert titles == ['tokenizer: PSNR of the batch, dB', *expected]
+
+
+def test_a_dollar_in_a_caption_is_a_dollar(tmp_path):
+    """matplotlib would read what stands between two of them as a formula."""
+    images = np.zeros((3, 8, 8, 1), np.float32)
+    captions = ['$_$ face', 'from $5 to $10', 'save 50% $5 #1 $10']
+    pictures.save_classes(str(tmp_path / 'rows.png'), images, 1, captions)
+    pictures.save_captioned(str(tmp_path / 'titles.png'), images, captions)
+    for name in ('rows', 'titles'):
+        with Image.open(tmp_path / f'{name}.png') as picture:
+            assert (np.asarray(picture.convert('L')) < 128).any()

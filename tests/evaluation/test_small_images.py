@@ -3,7 +3,7 @@ import pytest
 
 from sphere_ar_jax.data import digits, idx, small
 from sphere_ar_jax.evaluation import classifiers, small_images
-from sphere_ar_jax.evaluation.small_images import memorisation
+from sphere_ar_jax.evaluation.small_images import compare, nearest
 
 # What metrics.json of a run on the digits has had from the beginning.
 NAMES = [
@@ -24,14 +24,17 @@ NAMES = [
 def test_memorisation_tells_copies_from_new_images():
     rng = np.random.default_rng(0)
     train, heldout, new = rng.normal(size=(3, 2000, 4))
-    copied = memorisation(train[:300], train, heldout)
+    _, of_heldout = nearest(heldout, train)
+    _, of_copies = nearest(train[:300], train)
+    copied = compare(of_copies, of_heldout)
     by_hand = np.linalg.norm(heldout[:, None] - train[None], axis=-1).min(1)
     np.testing.assert_allclose(
         copied['memorisation/heldout_to_train'], np.median(by_hand), rtol=1e-9
     )
     assert copied['memorisation/nearer_than_5pct_of_heldout'] == 1
     assert copied['memorisation/samples_to_train'] < 1e-6
-    fresh = memorisation(new, train, heldout)
+    _, of_new = nearest(new, train)
+    fresh = compare(of_new, of_heldout)
     assert abs(fresh['memorisation/nearer_than_5pct_of_heldout'] - 0.05) < 5 * np.sqrt(
         2 * 0.05 * 0.95 / 2000
     )

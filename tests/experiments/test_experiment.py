@@ -102,6 +102,11 @@ def test_rows_are_the_papers():
         ({'shifts': ('noisy:9',)}, "'noisy:9' is no corruption: write WORD:SEVERITY"),
         ({'prefixes': (0.5, 1.0)}, r'prefixes are \(0.5, 1.0\), but must be shares'),
         ({'variants': {'power_spherical': ('a',)}}, 'there is no row a'),
+        (
+            {'kind': 'shifted', 'variants': {'power_spherical': ('gaussian_norm',)}},
+            'variants are for kind comparison, not for shifted',
+        ),
+        ({'kind': 'captions'}, 'kind captions does not go with data digits'),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
         (
             {
@@ -141,6 +146,22 @@ def test_models_are_shared_where_their_configs_agree():
     assert len(set(models)) == 3
     first.sampling.guidance_scale = 9.0
     assert runs.ar_directory('', first) == models[0]
+
+
+def test_models_are_shared_by_checkouts(tmp_path):
+    """The content of a vocabulary counts, and not where it lies."""
+    c = packaged.load('experiments/text')
+    name, *_ = c.rows
+    found = []
+    for place in ('a', 'b'):
+        (tmp_path / place).mkdir()
+        path = tmp_path / place / 'words.txt'
+        path.write_bytes(pathlib.Path(c.base.ar.vocabulary).read_bytes())
+        c.base.ar.vocabulary = str(path)
+        found.append(runs.ar_directory('', experiments.row(c, name, 0)))
+    path.write_text(f'{path.read_text()}another\n')
+    found.append(runs.ar_directory('', experiments.row(c, name, 0)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_every_kind_of_the_configs_is_known():

@@ -187,3 +187,10 @@ def test_a_sweep_looks_at_a_bounded_number_of_bytes(cache, monkeypatch):
     monkeypatch.setattr(files, '_is_readable', lambda path: seen.append(path) or True)
     files.sweep_compilation_cache(str(path))
     assert seen == [str(path / 'b-cache')]
+
+
+def test_paths_from_the_root(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert files.absolute('~/f.npz') == '/home/me/f.npz'
+    assert files.absolute('gs://bucket/~/w') == 'gs://bucket/~/w'
+    assert files.absolute('w') == os.path.abspath('w')

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 
+from etils import epath
+
 from sphere_ar_jax.runtime.console import UserError
 
 _MOST_BYTES = 2**26
@@ -17,13 +19,13 @@ def lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
       UserError: the file is no text in UTF-8.
     """
     try:
-        with open(path, encoding='utf-8-sig', newline='\n') as file:
-            for number, line in enumerate(file, 1):
-                text = line.rstrip('\r\n')
-                if text.strip():
-                    yield number, text
+        # A workdir may lie in a bucket.
+        text = epath.Path(path).read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{os.fspath(path)} is no text in UTF-8: {error.reason}') from None
+    for number, line in enumerate(text.split('\n'), 1):
+        if line.strip():
+            yield number, line.rstrip('\r')
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

@@ -6,7 +6,7 @@ have themselves, as a folder has them in NAME.txt beside NAME.jpg.
 A table is one of
 
   jsonl   an object in each line, as {"file_name": "cat/1.jpg", "text": "a grey cat"}
-  json    a list of such objects
+  json    a list of such objects, or one of them
   tsv     two columns with a tab between them, the path and the text, without a head
 
 The path is what messages call an image: for a folder that below the folder. In an object it stands
@@ -25,7 +25,7 @@ from sphere_ar_jax.data.batches import Record
 from sphere_ar_jax.data.captions import files
 from sphere_ar_jax.data.files import columns
 from sphere_ar_jax.data.files.listing import escaped
-from sphere_ar_jax.data.sources import Images, Part
+from sphere_ar_jax.data.sources import Images, Part, hashes
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 BESIDE = 'beside'
@@ -36,10 +36,10 @@ def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
     """The path and the texts of an object of a table.
 
     Raises:
-      UserError: it has none.
+      UserError: it has no path, or no key for texts.
     """
     path = columns.first_of(entry, PATHS) if isinstance(entry, dict) else None
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not any(key in entry for key in columns.CAPTIONS):
         raise UserError(
             f'{where} is no caption: write {{"file_name": "cat/1.jpg", "text": "a grey cat"}}'
         )
@@ -158,6 +158,11 @@ class Captioned:
     def name(self, i: int) -> str:
         """Names entry i in messages."""
         return self._source.name(i)
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """The hashes of the entries, those that they have without captions."""
+        return hashes(self._source)
 
 
 def with_captions(source: Images, captions: str) -> Captioned:

@@ -96,7 +96,7 @@ class Words:
         Raises:
           UserError: there is no such file, or it is no list of different words.
         """
-        if not os.path.isfile(path):
+        if not epath.Path(path).is_file():
             raise UserError(f'ar.vocabulary is {path}, but there is no such file')
         self._path = path
         self._words = [line.strip() for _, line in texts.lines(path)]
@@ -143,19 +143,20 @@ class TokenizerFile:
                 f'ar.vocabulary={path} needs the library tokenizers: '
                 "pip install 'sphere_ar_jax[text]'"
             ) from None
-        if not os.path.isfile(path):
+        if not epath.Path(path).is_file():
             raise UserError(
                 f"ar.vocabulary is {path}: give 'bytes', or the path of a tokenizer.json or a .txt"
             )
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(path)
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
         except Exception as error:  # the library raises plain exceptions
             raise UserError(f'{path} is no tokenizer: {first_line(error)}') from None
         # A tokenizer may cut texts and fill them up. Here `encode` does that, for all vocabularies.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._unknown = self._unknown_number()
-        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True) + 1
+        # Numbers may have gaps.
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 2
 
     def _unknown_number(self) -> int | None:
         """The number of the token for what the tokenizer does not know, None where it has none."""

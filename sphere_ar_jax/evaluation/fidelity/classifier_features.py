@@ -264,7 +264,7 @@ def score(
       the held-out ones; `classifier_frechet_floor`, that between the two parts of the real ones;
       `classes`, what `_of_classes` gives; the classifier's accuracy on held-out images and on
       samples; what was compared; and a note. Where the run holds images out, also what
-      `small_images.memorisation` gives of pixels. Where images have captions, also
+      `small_images.compare` gives of pixels. Where images have captions, also
       `memorisation/own_nearest`, the share of samples for captions of training images whose nearest
       training image has that caption.
     """
