@@ -612,6 +612,22 @@ def _set_up(
     return setting, stages
 
 
+def _look_at_captions(setting: snapshots.Setting) -> None:
+    """Reads some captions, and says which are cut off.
+
+    Raises:
+      UserError: one cannot be encoded.
+    """
+    cfg = setting.cfg
+    texts = captioned.some_captions(setting.source, 100)
+    if build.reads_features(cfg):
+        build.encode_captions(cfg, texts)
+        return
+    cut = vocabulary.describe_cut(texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
+    if cut:
+        print(cut, flush=True)
+
+
 def _introduce(setting: snapshots.Setting) -> None:
     """Says what a run is trained on, and keeps the names of its classes in the workdir.
 
@@ -630,6 +646,7 @@ def _introduce(setting: snapshots.Setting) -> None:
     if build.has_captions(setting.cfg):
         first = captioned.first_caption(source, f'data {setting.cfg.data.name}')
         print(f"captions, the first one: '{console.printable(first, 80)}'", flush=True)
+        _look_at_captions(setting)
     else:
         print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import augment, imagenet, pixels, small, sources
+from sphere_ar_jax.data.captions import captioned
 from sphere_ar_jax.evaluation import class_names, heldout, pictures, small_images, tokenizer
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, statistics
@@ -358,10 +359,9 @@ def _captions(setting: Setting, count: int) -> list[str]:
       UserError: none of the images that are tried has a caption.
     """
     source = setting.source if setting.heldout is None else setting.heldout.source
-    found = [source[i]['captions'] for i in sources.spread(len(source), count)]
-    texts = [captions[0] for captions in found if captions]
+    texts = captioned.some_captions(source, count)
     if not texts:
-        raise UserError(f'none of {len(found)} images that were looked at has a caption')
+        raise UserError('none of the images that were looked at has a caption')
     return texts
 
 

@@ -72,6 +72,14 @@ def test_a_tokenizer_file_is_a_vocabulary(tokenizer_file):
         words.encode('a cat')
 
 
+def test_captions_that_are_cut_off_are_counted():
+    texts = ['a cat', ' four ', 'a dog and a cat']
+    said = vocabulary.describe_cut(texts, BYTES, 4)
+    assert said.startswith('2 of 3 captions that were looked at are cut off behind 4 tokens')
+    assert said.endswith('; the longest has 15')
+    assert vocabulary.describe_cut(texts, BYTES, 15) == ''
+
+
 def test_a_list_of_words_is_a_vocabulary(tmp_path):
     path = tmp_path / 'words.txt'
     path.write_text('left\nof\n\n  rot\nthree\n')

@@ -7,6 +7,7 @@ import numpy as np
 
 from sphere_ar_jax.data.augment import BrokenImageError
 from sphere_ar_jax.data.batches import Record, Source, Transform
+from sphere_ar_jax.data.sources import spread
 from sphere_ar_jax.runtime.console import UserError
 
 Encode: TypeAlias = Callable[[str], np.ndarray]  # what turns a caption into a label
@@ -70,6 +71,15 @@ class FirstCaption:
         record = self.source[index]
         first = record | {'captions': record['captions'][:1]}
         return self._captioning(first, 0, np.random.default_rng(0))
+
+
+def some_captions(source: Source, most: int) -> list[str]:
+    """Reads the first captions of at most so many images, spread evenly over a source.
+
+    Images without a caption give none.
+    """
+    found = [source[i]['captions'] for i in spread(len(source), most)]
+    return [captions[0] for captions in found if captions]
 
 
 # Images that are looked at for a caption.

@@ -261,6 +261,27 @@ def encode_prompt(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
     return _filled(numbers, length)
 
 
+def describe_cut(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> str:
+    """Says how many captions are longer than what a model reads of them; '' where none is.
+
+    Args:
+      texts: some captions.
+      vocabulary: the model's vocabulary.
+      length: T.
+
+    Raises:
+      UserError: the vocabulary has no numbers for a caption.
+    """
+    lengths = [len(vocabulary.encode(text.strip())) for text in texts]
+    cut = sum(n > length for n in lengths)
+    if not cut:
+        return ''
+    return (
+        f'{cut} of {len(texts)} captions that were looked at are cut off behind {length} tokens '
+        f'(ar.text_tokens); the longest has {max(lengths)}'
+    )
+
+
 def encode_caption(text: str, *, word: str, length: int) -> np.ndarray:
     """Encodes a caption to train on.
 
