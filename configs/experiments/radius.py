@@ -6,7 +6,8 @@ Result:    Not measured yet (docs/experiments/README.md).
 
 The paper sets R = √d, so that tokens are as long as the noise from which they are drawn. Here R is
 1/4 to 4 times as large, with the noise as it is (rows radius_…), and with the noise scaled by the
-same factor (rows scaled_…). Two rows of one radius share a tokenizer.
+same factor (rows scaled_…). Two rows of one radius share a tokenizer. The comparisons of radius_1
+with the rows scaled_… were added after the other verdicts.
 
 Words after a colon: fashion takes Fashion-MNIST with three seeds in place of the digits, and smoke
 shows in minutes that everything runs.
@@ -48,6 +49,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c.comparisons = (
         *(f'radius_1 radius_{end} frechet_best' for end in others),
         *(f'scaled_{end} radius_{end} frechet_best' for end in others),
+        *(f'radius_1 scaled_{end} frechet_best' for end in others),
     )
     c.curves = {
         'noise as it is': tuple(f'radius_{end}' for end in FACTORS),

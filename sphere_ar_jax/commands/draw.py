@@ -11,6 +11,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.captions import features
 from sphere_ar_jax.data.captions import files as captions
 from sphere_ar_jax.data.files import listing
@@ -418,7 +419,7 @@ def caption(
     if output is not None and not output.endswith('.tsv'):
         raise UserError(f'--output is {output}, but must end in .tsv')
     files = _files(images)
-    chosen = [files[i] for i in folders.evenly(len(files), num_images or len(files))]
+    chosen = [files[i] for i in sources.spread(len(files), num_images or len(files))]
     names = chosen
     if os.path.isdir(images):
         names = [os.path.relpath(path, images) for path in chosen]

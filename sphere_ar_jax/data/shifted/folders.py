@@ -7,10 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.files.listing import shown
-from sphere_ar_jax.data.sources import ImageFolder
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -37,7 +35,7 @@ def labelled(path: str | os.PathLike[str], find: Callable[[str], int]) -> Pictur
       UserError: the folder cannot be read, or a directory with images is no class of the model; one
         line.
     """
-    source = ImageFolder(path)
+    source = sources.ImageFolder(path)
     places = source.labels.tolist()
     labels = {}
     for place in sorted(set(places)):
@@ -52,15 +50,9 @@ def labelled(path: str | os.PathLike[str], find: Callable[[str], int]) -> Pictur
     return Pictures(files, [labels[place] for place in places])
 
 
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers 0 … count − 1, evenly spread and ascending."""
-    size = min(count, most)
-    return np.arange(size) * count // size
-
-
 def spread(pictures: Pictures, most: int) -> Pictures:
     """At most so many of the pictures, evenly spread over their order and so over the classes."""
-    chosen = evenly(len(pictures.files), most)
+    chosen = sources.spread(len(pictures.files), most)
     return Pictures(
         [pictures.files[i] for i in chosen],
         [pictures.labels[i] for i in chosen],
