@@ -302,6 +302,7 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'riemannian',
         'shifted',
         'magnitude',
+        'radius',
     ],
 )
 def test_published_results_follow_from_the_published_measurements(name, tmp_path):
