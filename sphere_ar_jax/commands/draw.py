@@ -1,7 +1,9 @@
 """--mode=sample, --mode=grid, --mode=complete and --mode=caption: images and texts of a run."""
 
 import os
+import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -385,6 +387,29 @@ def complete(
     print(f'wrote {path}')
 
 
+def _read(path: str, name: str, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """A picture as the model takes it, (H, W, c); None if it is broken, which a line says."""
+    try:
+        return inputs.images(path, shape)[0]
+    except (UserError, OSError) as error:
+        reason = console.first_line(error)
+        print(f'{listing.shown(name)} is left out: {reason}', file=sys.stderr, flush=True)
+        return None
+
+
+def _write_texts(
+    model: Model, files: Sequence[str], names: Sequence[str], seeds: np.ndarray, share: float | None
+) -> dict[str, str]:
+    """The texts for pictures, {name: text}, without those of pictures that cannot be read."""
+    read = [_read(file, name, model.image_shape) for file, name in zip(files, names, strict=True)]
+    good = [i for i, image in enumerate(read) if image is not None]
+    if not good:
+        return {}
+    images = np.stack([image for image in read if image is not None])
+    written = model.caption(images, top_p=share, seed=seeds[good])
+    return {names[i]: ' '.join(text.split()) for i, text in zip(good, written, strict=True)}
+
+
 def caption(
     workdir: str,
     *,
@@ -397,7 +422,8 @@ def caption(
     """Writes a text for each of some images.
 
     Lines of 'PATH<tab>TEXT' go to the screen, or to a file, which `data.captions` takes. Where a
-    directory is given, the path is that below it.
+    directory is given, the path is that below it. Pictures that cannot be read are named and left
+    out.
 
     Args:
       workdir: the directory of a run that writes texts.
@@ -409,8 +435,7 @@ def caption(
       like: a config whose seed, dtype and mesh are taken, see `open_run.open_run`.
 
     Raises:
-      UserError: the run writes no texts, or an argument is not possible.
-      OSError: an image cannot be read.
+      UserError: the run writes no texts, an argument is not possible, or no image can be read.
     """
     try:
         share = None if top_p is None else float(top_p)
@@ -429,21 +454,22 @@ def caption(
     run, mesh = open_run.open_run(workdir, like)
     model = Model(run, mesh=mesh)
     show = console.bar(len(chosen), 'texts')
-    texts: list[str] = []
-    # Each image has a seed of its own, so that it does not matter with which others it is read.
+    texts: dict[str, str] = {}
+    # Each image has the seed of its place, so that it does not matter with which others it is read.
     seeds = (run.config.seed + np.arange(len(chosen))) % 2**31
     size = run.config.sampling.batch_size
     # A directory may have more images than memory holds.
     for start in range(0, len(chosen), size):
         rows = slice(start, start + size)
-        written = model.caption(chosen[rows], top_p=share, seed=seeds[rows])
-        texts += [' '.join(text.split()) for text in written]
-        show(len(texts))
+        texts |= _write_texts(model, chosen[rows], names[rows], seeds[rows], share)
+        show(min(start + size, len(chosen)))
+    if not texts:
+        raise UserError(f'none of {len(chosen)} images in {images} can be read')
     if output is None:
-        for name, text in zip(names, texts, strict=True):
+        for name, text in texts.items():
             print(f'{listing.shown(name)}\t{console.printable(text, 1000)}')
         return
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    table = (f'{name}\t{text}\n' for name, text in zip(names, texts, strict=True))
+    table = (f'{name}\t{text}\n' for name, text in texts.items())
     write_bytes(output, ''.join(table).encode())
     print(f'wrote {output}: {len(texts)} texts')

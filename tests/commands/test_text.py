@@ -182,12 +182,18 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     table = tmp_path / 'captions.tsv'
     draw.caption(str(workdir), images=str(folder), top_p='0.9', num_images=2, output=str(table))
     read = captions.read_table(str(table))
-    assert set(read) <= {'0.png', '1.png'}
+    assert set(read) <= {'0.png', '2.png'}
     assert len(table.read_text().splitlines()) == 2
     (folder / 'a\tb.png').write_bytes((folder / '0.png').read_bytes())
     with pytest.raises(UserError, match=r'a table cannot name a\\tb.png: rename the file'):
         draw.caption(str(workdir), images=str(folder), output=str(table))
     (folder / 'a\tb.png').unlink()
+    (folder / '1.png').write_bytes(b'broken')
+    draw.caption(str(workdir), images=str(folder))
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-2:] == [shown[-3], shown[-1]] and '1.png is left out: ' in err
+    with pytest.raises(UserError, match='none of 1 images in .*1.png can be read'):
+        draw.caption(str(workdir), images=str(folder / '1.png'))
     # It draws, too.
     assert model.sample('a one above a two').shape == (1, 32, 32, 1)
     for call, message in (
