@@ -234,32 +234,31 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     )
 
 
-def _check_condition(config: ConfigDict) -> None:
-    """Checks that what images are drawn for comes with the data.
-
-    It sets `ar.feature_shape` to that of the file of features, where the config does not say it.
-    """
-    name = config.data.name
-    own = name in schema.CAPTIONED
+def _check_captions(config: ConfigDict) -> None:
+    """Checks that what images are drawn for comes with the data."""
+    kind = config.data.name
+    own = kind in schema.CAPTIONED
     given = config.data.captions is not None
-    _require(
-        not given or (name not in small.KINDS and name != 'latents'),
-        f'data.captions is for images in files, not for data {name}',
-    )
+    in_files = kind not in small.KINDS and kind != 'latents'
+    _require(not given or in_files, f'data.captions is for images in files, not for data {kind}')
     if build.has_captions(config):
-        way = '--config.data.captions=FILE.jsonl, or beside'
-        if name in small.KINDS or name == 'latents':
-            way = "image files, or use ar.condition 'classes'"
+        way = "image files, or use ar.condition 'classes'"
+        if in_files:
+            way = '--config.data.captions=FILE.jsonl, or beside'
         _require(
             own or given,
-            f'ar.condition {config.ar.condition!r} reads captions, which data {name} has not: '
+            f'ar.condition {config.ar.condition!r} reads captions, which data {kind} has not: '
             f'give {way}',
         )
     else:
         _require(
             not own and not given,
-            f"ar.condition is {config.ar.condition}, but data {name} has captions: use 'text'",
+            f"ar.condition is {config.ar.condition}, but data {kind} has captions: use 'text'",
         )
+
+
+def _check_texts(config: ConfigDict) -> None:
+    """Checks the keys of the condition 'text', and that no other condition has them."""
     if config.ar.condition == 'text':
         build.open_vocabulary(config)
         _require(
@@ -276,6 +275,13 @@ def _check_condition(config: ConfigDict) -> None:
             not config.ar.text_encoder_depth,
             "ar.text_encoder_depth is for models of texts: use ar.condition 'text', or set it to 0",
         )
+
+
+def _check_features(config: ConfigDict) -> None:
+    """Checks the keys of the condition 'features', and that no other condition has them.
+
+    It sets `ar.feature_shape` to that of the file of features, where the config does not say it.
+    """
     if build.reads_features(config):
         # A run that is opened knows the shape, and its file may be gone.
         if config.ar.feature_shape is None:
@@ -287,10 +293,10 @@ def _check_condition(config: ConfigDict) -> None:
             'features',
         )
     else:
-        for name in ('features', 'feature_shape'):
+        for key in ('features', 'feature_shape'):
             _require(
-                config.ar[name] is None,
-                f"ar.{name} is for ar.condition 'features': use that, or leave it out",
+                config.ar[key] is None,
+                f"ar.{key} is for ar.condition 'features': use that, or leave it out",
             )
 
 
@@ -626,7 +632,7 @@ def check(config: ConfigDict) -> ConfigDict:
     """Checks the values of a config.
 
     Returns:
-      The same config.
+      The same config, with `ar.feature_shape` where a file of features says it.
 
     Raises:
       UserError: a value is impossible, or some values do not go together; one line.
@@ -655,7 +661,9 @@ def check(config: ConfigDict) -> ConfigDict:
     _check_distillation(config.init_from, config.distillation_training, config.sampling)
     _check_fine_tuning(config)
     _check_head(config)
-    _check_condition(config)
+    _check_captions(config)
+    _check_texts(config)
+    _check_features(config)
     _check_sphere(config)
     _check_sampling(config)
     return config

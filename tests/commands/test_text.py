@@ -192,7 +192,7 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     draw.caption(str(workdir), images=str(folder))
     out, err = capsys.readouterr()
     assert out.splitlines()[-2:] == [shown[-3], shown[-1]] and '1.png is left out: ' in err
-    with pytest.raises(UserError, match='none of 1 images in .*1.png can be read'):
+    with pytest.raises(UserError, match=r'none of 1 images in .*1\.png can be read'):
         draw.caption(str(workdir), images=str(folder / '1.png'))
     # It draws, too.
     assert model.sample('a one above a two').shape == (1, 32, 32, 1)
