@@ -393,18 +393,17 @@ def _grid(setting: Setting) -> _Grid:
 
 
 def _draw_grid(
-    setting: Setting, vae_params: PyTree, ar_params: PyTree, **options: Any
+    setting: Setting, grid: _Grid, vae_params: PyTree, ar_params: PyTree, **options: Any
 ) -> np.ndarray:
     """The images (n, H, W, c) of the grid; options: further ones of `on_mesh.sample_images`."""
-    grid = _grid(setting)
     drawing = _drawing(setting, vae_params, ar_params)
     images, _ = on_mesh.sample_images(labels=grid.labels, index=grid.noise, **drawing, **options)
     return images
 
 
-def _save_grid(setting: Setting, path: str, images: np.ndarray) -> None:
+def _save_grid(setting: Setting, grid: _Grid, path: str, images: np.ndarray) -> None:
     """Writes the images of the grid as a picture with a title at each row."""
-    pictures.save_classes(path, images, setting.cfg.watch.columns, _grid(setting).titles)
+    pictures.save_classes(path, images, setting.cfg.watch.columns, grid.titles)
 
 
 def look_at_samples(
@@ -429,9 +428,10 @@ def look_at_samples(
       writer: the stage's metrics, which get the picture, `fid` and `fid_images`, the number of
         samples that it was taken from.
     """
+    grid = _grid(setting)
     try:
-        images = _draw_grid(setting, vae_params, ar_params)
-        _save_grid(setting, f'{directory}/samples_{step:07d}.png', images)
+        images = _draw_grid(setting, grid, vae_params, ar_params)
+        _save_grid(setting, grid, f'{directory}/samples_{step:07d}.png', images)
         writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
         if setting.judge is not None:
             n = setting.cfg.watch.fid_images
@@ -599,8 +599,9 @@ def show(
         seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is not None:
         started = time.perf_counter()
-        bar = console.bar(len(_grid(setting).labels), 'samples')
-        images = _draw_grid(setting, vae_params, ar_params, progress=bar)
-        _save_grid(setting, f'{setting.workdir}/samples.png', images)
+        grid = _grid(setting)
+        bar = console.bar(len(grid.labels), 'samples')
+        images = _draw_grid(setting, grid, vae_params, ar_params, progress=bar)
+        _save_grid(setting, grid, f'{setting.workdir}/samples.png', images)
         seconds['sampling'] = time.perf_counter() - started
     return metrics, seconds

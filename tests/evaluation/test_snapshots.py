@@ -89,6 +89,7 @@ def _said(capsys):
 def test_samples_that_are_not_finite_do_not_end_the_training(
     tmp_path, capsys, monkeypatch, not_finite
 ):
+    monkeypatch.setattr(snapshots, '_grid', mock.Mock())
     monkeypatch.setattr(snapshots, '_draw_grid', mock.Mock(side_effect=not_finite))
     writer = mock.Mock()
     snapshots.look_at_samples(mock.Mock(), {}, {}, str(tmp_path), 40, writer)
