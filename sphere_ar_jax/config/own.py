@@ -354,23 +354,12 @@ def _texts(captions: str | None, features: str | None) -> list[Decision]:
     """What the model reads where images have captions."""
     if captions is None:
         return []
+    values = {'ar.condition': 'text', 'data.captions': captions}
+    what = 'captions'
     if features is not None:
-        return [
-            Decision(
-                {
-                    'ar.condition': 'features',
-                    'ar.features': features,
-                    'data.captions': captions,
-                },
-                'the model reads the features of captions in place of classes.',
-            )
-        ]
-    return [
-        Decision(
-            {'ar.condition': 'text', 'data.captions': captions},
-            'the model reads captions in place of classes.',
-        )
-    ]
+        values |= {'ar.condition': 'features', 'ar.features': features}
+        what = 'the features of captions'
+    return [Decision(values, f'the model reads {what} in place of classes.')]
 
 
 def _sampling(rows: int, tokens: int, smoke: bool) -> list[Decision]:

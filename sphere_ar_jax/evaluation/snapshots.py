@@ -23,7 +23,7 @@ from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, sta
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
-from sphere_ar_jax.runtime.console import UserError, printable
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.metric_writer import DEFAULT, Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
@@ -370,7 +370,7 @@ def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
     watch = setting.cfg.watch
     if build.has_captions(setting.cfg):
         captions = _captions(setting, watch.classes)
-        titles = [printable(caption, 80) for caption in captions]
+        titles = [console.printable(caption, 80) for caption in captions]
         return titles, build.encode_captions(setting.cfg, captions)
     classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
     numbers = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)

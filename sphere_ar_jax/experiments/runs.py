@@ -47,18 +47,16 @@ def _of_sections(cfg: ConfigDict, sections: tuple[str, ...]) -> str:
     """
     defaults = schema.leaves(schema.as_dict(schema.default()))
     values = schema.leaves(schema.as_dict(cfg))
-    for name in ('ar.vocabulary', 'ar.features'):
-        # The file counts, and not where it lies.
-        if values[name] not in (None, 'bytes'):
-            content = epath.Path(values[name]).expanduser().read_bytes()
-            values[name] = hashlib.sha256(content).hexdigest()
-    return key(
-        {
-            name: value
-            for name, value in values.items()
-            if name.split('.')[0] in sections and value != defaults[name]
-        }
-    )
+    found = {
+        name: value
+        for name, value in values.items()
+        if name.split('.')[0] in sections and value != defaults[name]
+    }
+    # The content of a file counts, and not where it lies. The defaults are no files.
+    for name in {'ar.vocabulary', 'ar.features'} & set(found):
+        content = epath.Path(found[name]).expanduser().read_bytes()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return key(found)
 
 
 def tokenizer_directory(cache: str, cfg: ConfigDict) -> str:
