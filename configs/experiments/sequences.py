@@ -6,8 +6,9 @@ Result:    Not measured yet (docs/experiments/README.md).
 
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
-accuracy are taken on the 8×8 pixels of the scans for all of them. Three seeds, since the longest
-rows take hours. The rows of 64 tokens share their models with configs/experiments/collapse.py.
+accuracy are taken on the 8×8 pixels of the scans for all of them. Three seeds, and batches of 16
+images in place of 64 for the rows of 256 tokens, since these take long. The rows of 64 tokens share
+their models with configs/experiments/collapse.py.
 
 Words after a colon: fashion takes Fashion-MNIST with 64 and 256 tokens in place of the digits, and
 smoke shows in minutes that everything runs.
@@ -33,7 +34,12 @@ def get_config(arg: str = '') -> ConfigDict:
     sizes = {
         16: {},
         64: {'vae': {'grid': (8, 8), 'channels': (32, 96)}},
-        256: {'vae': {'grid': (16, 16), 'channels': (32, 96)}, 'data': {'enlarge': 2}},
+        256: {
+            'vae': {'grid': (16, 16), 'channels': (32, 96)},
+            'data': {'enlarge': 2},
+            'tokenizer_training': {'batch_size': 16},
+            'ar_training': {'batch_size': 16},
+        },
     }
     if 'fashion' in arg.split(','):
         sizes = {64: {}, 256: {'vae': {'grid': (16, 16), 'channels': (128, 128)}}}
