@@ -298,6 +298,8 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'guidance:fashion',
         'ablation',
         'ablation:fashion',
+        'backbones',
+        'collapse',
         'propagation',
         'riemannian',
         'shifted',

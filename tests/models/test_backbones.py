@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import chex
 import flax.traverse_util as traverse
@@ -287,7 +288,7 @@ def _begun(cfg, directory):
 
 
 def test_backbones_refuse_each_others_workdirs(tmp_path):
-    """In the same workdir, and as the tokenizer of another one; also another posterior."""
+    """In the same workdir, and as the tokenizer of another one."""
     old = _begun(_config('hybrid'), tmp_path)
     cfg = _config('cnn')
     with pytest.raises(UserError, match=r'another config \(vae.backbone hybrid → cnn\): use anoth'):
@@ -301,9 +302,46 @@ def test_backbones_refuse_each_others_workdirs(tmp_path):
         run.load_run(old, mesh, tokenizer_only=True, cfg=cfg)
     with pytest.raises(UserError, match=f'^tokenizer: {refusal[1:]}'):
         train._tokenizer(cfg, mesh)
-    cfg = schema.changed(_config('hybrid'), {'vae.posterior': 'another', 'tokenizer': old})
-    with pytest.raises(UserError, match=r'vae.posterior power_spherical → another\) than this'):
-        run.load_tokenizer(cfg, mesh)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'vae.posterior': 'vmf'}, r'vae.posterior power_spherical → vmf'),
+        (
+            {'vae.posterior': 'gaussian', 'ar.token_space': 'standardised'},
+            r'vae.posterior power_spherical → gaussian',
+        ),
+        (
+            {
+                'vae.posterior': 'sigma_vae',
+                'vae.decoder_input': 'projected',
+                'ar.token_space': 'projected',
+            },
+            r'vae.posterior power_spherical → sigma_vae; vae.decoder_input latents → projected',
+        ),
+    ],
+)
+def test_latent_families_refuse_each_others_tokenizers(changes, words, tmp_path):
+    old = _begun(_config('hybrid'), tmp_path)
+    cfg = checks.check(schema.changed(_config('hybrid'), changes))
+    cfg.tokenizer = old
+    with pytest.raises(UserError) as caught:
+        run.load_tokenizer(cfg, sharding.make_mesh(1))
+    assert '\n' not in str(caught.value)
+    assert re.search(rf'has another tokenizer \(.*{words}', str(caught.value))
+
+
+def test_token_spaces_refuse_each_others_workdirs(tmp_path):
+    """The same tokenizer gives a Gaussian run and its normalised twin their tokens."""
+    gaussian = schema.changed(
+        _config('hybrid'), {'vae.posterior': 'gaussian', 'ar.token_space': 'standardised'}
+    )
+    old = _begun(gaussian, tmp_path)
+    projected = checks.check(schema.changed(gaussian, {'ar.token_space': 'projected'}))
+    with pytest.raises(UserError, match='token_space standardised → projected') as caught:
+        workdir.claim(projected, old)
+    assert '\n' not in str(caught.value)
 
 
 @dataclasses.dataclass(frozen=True)

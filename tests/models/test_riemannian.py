@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate, spatial
+from scipy import integrate, spatial, stats
 
 from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import Guidance
@@ -144,27 +144,32 @@ def test_mixing_without_noise_is_eulers_method():
     np.testing.assert_allclose(mixed, _follow(whirl, x, solvers.table('euler', 16)), atol=2e-5)
 
 
-POINTS = np.array([[1.0, 0, 0], [0, 0.6, 0.8], [-0.8, 0.6, 0]]) * np.sqrt(3)
-SHARES = np.array([0.5, 0.3, 0.2])
-
-
-def to_three_points(x, t):
-    """The flow from uniform on S² to SHARES of the mass at POINTS.
+def towards(ends, shares):
+    """The flow from uniform on the sphere in ℝᵈ to shares (n,) of the mass at ends (n, d).
 
     It is the mean of the velocities to each, weighted by the probability of having come from it.
     At time t a uniform start lies φ = (1 − t)θ from its end, with the density
-    sin(φ/(1 − t))/((1 − t)·sin φ) for φ < (1 − t)π, up to a constant.
+    [sin(φ/(1 − t))/sin φ]^(d−2) for φ < (1 − t)π, up to a constant.
     """
-    ends = jnp.asarray(POINTS, x.dtype)
-    logs = geodesics.log(
-        jnp.broadcast_to(x[None], (3, *x.shape)), jnp.broadcast_to(ends[:, None], (3, *x.shape))
-    )
-    phi = jnp.linalg.norm(logs, axis=-1) / jnp.sqrt(3.0)
-    inside = phi < (1 - t) * jnp.pi
-    density = jnp.sin(jnp.where(inside, phi, 0) / (1 - t)) / jnp.maximum(jnp.sin(phi), 1e-3)
-    weights = jnp.asarray(SHARES, x.dtype)[:, None] * jnp.where(inside, density, 0) + 1e-12
-    weights = weights / jnp.sum(weights, axis=0, keepdims=True)
-    return jnp.sum(weights[..., None] * logs, axis=0) / (1 - t)
+    n, d = ends.shape
+
+    def velocity(x, t):
+        shape = (n, *x.shape)
+        points = jnp.broadcast_to(jnp.asarray(ends, x.dtype)[:, None], shape)
+        logs = geodesics.log(jnp.broadcast_to(x[None], shape), points)
+        phi = jnp.linalg.norm(logs, axis=-1) / jnp.sqrt(jnp.asarray(d, x.dtype))
+        inside = phi < (1 - t) * jnp.pi
+        density = jnp.sin(jnp.where(inside, phi, 0) / (1 - t)) / jnp.maximum(jnp.sin(phi), 1e-3)
+        weights = jnp.asarray(shares, x.dtype)[:, None] * jnp.where(inside, density ** (d - 2), 0)
+        weights = weights + 1e-12 / n
+        weights = weights / jnp.sum(weights, axis=0, keepdims=True)
+        return jnp.sum(weights[..., None] * logs, axis=0) / (1 - t)
+
+    return velocity
+
+
+POINTS = np.array([[1.0, 0, 0], [0, 0.6, 0.8], [-0.8, 0.6, 0]]) * np.sqrt(3)
+SHARES = np.array([0.5, 0.3, 0.2])
 
 
 @pytest.mark.parametrize('solver', ['euler', 'ab2'])
@@ -172,11 +177,55 @@ def test_mass_is_transported_from_uniform_to_the_data(solver):
     """Uniform starts on S² arrive at three points in the shares that the field was made for."""
     n = 4_000
     x = _sphere(6, n, 3).astype(np.float32)
-    end = _follow(to_three_points, x, solvers.table(solver, 100))
+    end = _follow(towards(POINTS, SHARES), x, solvers.table(solver, 100))
     distances = np.linalg.norm(end[:, None] - POINTS, axis=-1)
     assert np.mean(distances.min(axis=1) < 0.05) > 0.99
     shares = np.bincount(distances.argmin(axis=1), minlength=3) / n
     np.testing.assert_array_less(np.abs(shares - SHARES), 3 * np.sqrt(SHARES / n) + 0.005)
+
+
+def _middles(n):
+    """n shares of the mass, (i + ½)/n."""
+    return (np.arange(n) + 0.5) / n
+
+
+def _on_circle(angles):
+    """Points (n, 2) of norm √2."""
+    return np.sqrt(2) * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def _spiral(cosines):
+    """Points (n, 3) of norm √3 with these first coordinates, evenly spread about the first axis."""
+    angles = np.pi * (1 + np.sqrt(5)) * np.arange(len(cosines))
+    across = np.sqrt(1 - cosines**2)
+    points = np.stack([cosines, across * np.cos(angles), across * np.sin(angles)], axis=-1)
+    return np.sqrt(3) * points
+
+
+@pytest.mark.parametrize('kappa', [1.0, 8.0])
+def test_uniform_becomes_von_mises_on_the_circle(kappa):
+    """On S¹, by SciPy's distribution function; starts are evenly spread, data are quantiles."""
+    target = stats.vonmises(kappa)
+    ends = _on_circle(target.ppf(_middles(256)))
+    x = _on_circle(2 * np.pi * _middles(399)).astype(np.float32)
+    end = _follow(towards(ends, np.full(256, 1 / 256)), x, solvers.table('ab2', 48))
+    chex.assert_tree_all_finite(end)
+    angles = np.sort(np.arctan2(end[:, 1], end[:, 0]))
+    np.testing.assert_allclose(target.cdf(angles), _middles(399), atol=0.01)
+
+
+@pytest.mark.parametrize('kappa', [1.0, 8.0])
+def test_uniform_becomes_von_mises_fisher_on_the_sphere(kappa):
+    """On S², by the distribution of the cosine to the mean in closed form."""
+    quantiles = np.log1p(_middles(1024) * np.expm1(2 * kappa)) / kappa - 1
+    ends = _spiral(quantiles)
+    x = np.roll(_spiral(2 * _middles(251) - 1), 1, axis=1).astype(np.float32)
+    end = _follow(towards(ends, np.full(1024, 1 / 1024)), x, solvers.table('ab2', 32))
+    chex.assert_tree_all_finite(end)
+    cosines = np.sort(end[:, 0]) / np.sqrt(3)
+    found = np.expm1(kappa * (cosines + 1)) / np.expm1(2 * kappa)
+    np.testing.assert_allclose(found, _middles(251), atol=0.03)
+    np.testing.assert_allclose(np.mean(end[:, 1:], axis=0), 0, atol=0.03)
 
 
 def test_a_token_is_drawn_by_the_steps_of_its_table(params):

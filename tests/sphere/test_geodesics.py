@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import spatial
 
 from sphere_ar_jax.sphere import geodesics
@@ -66,6 +67,59 @@ def test_accuracy_in_float32():
     np.testing.assert_allclose(reached, y, atol=4e-6)
     np.testing.assert_allclose(returned, y, atol=4e-6)
     np.testing.assert_allclose(np.linalg.norm(returned, axis=-1), 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize('d', [3, 16, 256])
+def test_small_angles_in_float32(d):
+    """Results are as accurate as points rounded to float32 are: 0 in their place would fail."""
+    angles = np.logspace(-6, -1, 40)[:, None]
+    R = np.sqrt(d)
+    a, across = _frames(40, d)
+    x = R * a
+    y = R * (np.cos(angles) * a + np.sin(angles) * across)
+    way = R * angles * across
+    found, between, reached, _, returned = _maps(*map(np.float32, (x, y, way)), None)
+    np.testing.assert_allclose(found, way, atol=2e-7 * R)
+    np.testing.assert_allclose(between, R * angles[:, 0], atol=2e-7 * R)
+    np.testing.assert_allclose(reached, y, atol=2e-7 * R)
+    np.testing.assert_allclose(returned, y, atol=2e-7 * R)
+
+
+@pytest.mark.parametrize('d', [3, 16, 256])
+def test_transport_in_float32(d):
+    """Against float64, with vectors of length 1; next to π rounding the points turns them."""
+    angles = np.array([1e-7, 1e-3, 0.5, 1.5, 2.9, np.pi - 1e-2, np.pi - 1e-4])
+    a, across = _frames(len(angles), d)
+    b = np.cos(angles)[:, None] * a + np.sin(angles)[:, None] * across
+    other = np.random.default_rng(3).normal(size=a.shape)
+    other -= np.sum(other * a, axis=-1, keepdims=True) * a
+    other /= np.linalg.norm(other, axis=-1, keepdims=True)
+    with jax.enable_x64(True):
+        exact = np.asarray(transport(a, b, other))
+    found = transport(np.float32(a), np.float32(b), np.float32(other))
+    chex.assert_type(found, jnp.float32)
+    np.testing.assert_allclose(np.linalg.norm(found[:5], axis=-1), 1, rtol=1e-6)
+    lost = np.abs(found - exact).max(axis=-1)
+    np.testing.assert_array_less(lost, np.maximum(2e-6, 1e-6 / (np.pi - angles)))
+
+
+def test_derivatives_for_long_vectors():
+    """Velocities that go round the sphere many times have finite derivatives, too."""
+    x = np.float32(4 * np.eye(16)[:1]).repeat(4, 0)
+    v = np.float32(np.eye(16)[1:2]) * np.float32([[1e2], [1e6], [1e12], [1e18]])
+
+    @jax.jit
+    def slopes(x, v):
+        return jax.grad(lambda x, v: jnp.sum(jnp.sin(geodesics.exp(x, v))), argnums=(0, 1))(x, v)
+
+    chex.assert_tree_all_finite((jax.jit(geodesics.exp)(x, v), slopes(x, v)))
+
+
+def test_half_precision_has_finite_derivatives():
+    x, y, across = (a.astype(jnp.bfloat16) for a in _pairs(4.0))
+    found = _gradients(x, y, across)
+    chex.assert_tree_all_finite(found)
+    chex.assert_type(found, jnp.bfloat16)
 
 
 def test_interpolation_against_scipy():

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build, experiments, schema
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.models import vae as vae_module
 from sphere_ar_jax.models.posteriors import Gaussian, PowerSpherical
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.sphere import geometry
 from sphere_ar_jax.training import standardisation
 from tests import tiny_config
 
@@ -130,6 +131,39 @@ def test_the_decoder_may_read_projected_latents(z):
     by_hand = np.sqrt(8) * z / jnp.linalg.norm(z, axis=-1, keepdims=True)
     np.testing.assert_allclose(decoded, decode(plain, by_hand), atol=1e-5)
     assert np.abs(decoded - decode(plain, z)).max() > 1e-3
+
+
+def test_normalised_gaussian_and_power_spherical_tokens_differ_in_the_posterior_alone(z):
+    """The paper's last step of claim 2 changes nothing else: decoder, tokens, AR model, loss."""
+    configs = {
+        row: schema.changed(tiny_config.get_config(), _dotted(experiments.LATENTS[row]))
+        for row in ('gaussian_norm', 'power_spherical')
+    }
+    assert build.build_ar(configs['gaussian_norm']) == build.build_ar(configs['power_spherical'])
+    gaussian, spherical = (
+        build.build_vae(cfg).clone(grid=(4, 4), backbone=Copying()) for cfg in configs.values()
+    )
+    same = {
+        'posterior': spherical.posterior,
+        'decoder_input': spherical.decoder_input,
+        'token_space': spherical.token_space,
+    }
+    assert gaussian.posterior != spherical.posterior
+    assert gaussian.clone(**same) == spherical
+    params = spherical.init_params(jax.random.key(1))
+    on_sphere = geometry.project(z)
+    for method in ('decode', 'decode_tokens', 'to_tokens', 'from_tokens'):
+        theirs, ours = (
+            vae.apply({'params': params}, on_sphere, method=method) for vae in (gaussian, spherical)
+        )
+        chex.assert_equal_shape([theirs, ours])
+        np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=1e-6, err_msg=method)
+    chex.assert_trees_all_equal(gaussian.project(3 * z), spherical.project(3 * z))
+
+
+def _dotted(changes):
+    """Nested changes of a config as {'section.key': value}."""
+    return {f'{section}.{key}': v for section, keys in changes.items() for key, v in keys.items()}
 
 
 def test_decoding_tokens_decodes_their_latents(z):
