@@ -302,6 +302,7 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'collapse',
         'propagation',
         'riemannian',
+        'riemannian:fashion',
         'shifted',
         'magnitude',
         'radius',
