@@ -76,17 +76,45 @@ def examine(
         own = data is None or schema.num_classes(cfg) is None
         trainings = e.run('config', lambda: _trainings(cfg, source if own else None, trains))
     if cfg is not None and trainings is not None:
-        found = e.run('mesh', lambda: checks.run_checks(cfg, trainings, limit))
-        if found is not None:
-            of_run, disk = found
-            for one in of_run:
-                e.say(one)
+        disk = _examine_run(cfg, source if data is None else None, trainings, limit, e)
     slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
         e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=slow)
     if cfg is not None and trainings is not None:
         e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=slow)
     e.check('cache', lambda: checks.check_cache(os.environ))
+
+
+def _examine_run(
+    cfg: 'ConfigDict',
+    source: 'sources.Images | small.Split | None',
+    trainings: 'dict[str, tuple[Stage, PyTree]]',
+    limit: int | None,
+    examination: checks.Examination,
+) -> int:
+    """Checks the captions of a config's images, its mesh and its memory.
+
+    Args:
+      cfg: a checked config.
+      source: its images, None where they are not known.
+      trainings: see `_trainings`.
+      limit: bytes of a device, None where not known.
+      examination: runs the checks and prints them.
+
+    Returns:
+      The bytes that checkpoints will take.
+    """
+    from sphere_ar_jax.config import build
+
+    if source is not None and build.has_captions(cfg):
+        examination.check('captions', lambda: checks.check_captions(cfg, source))
+    found = examination.run('mesh', lambda: checks.run_checks(cfg, trainings, limit))
+    if found is None:
+        return 0
+    of_run, disk = found
+    for one in of_run:
+        examination.say(one)
+    return disk
 
 
 def _trainings(

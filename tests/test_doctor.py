@@ -22,6 +22,7 @@ from PIL import Image
 from sphere_ar_jax import doctor
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.config import build, recipes, schema
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.measure import costs, programs
 from sphere_ar_jax.runtime import console, ending, joining, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -501,6 +502,33 @@ def test_data(tmp_path):
     (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
     with pytest.raises(UserError, match='cannot be read'):
         commands_checks.check_data('folder', str(tmp_path))
+
+
+def test_captions(tmp_path):
+    """The doctor reads captions as the start of a training does, and says what is wrong first."""
+    (tmp_path / 'cat').mkdir()
+    for i in range(3):
+        Image.new('RGB', (9, 7)).save(tmp_path / 'cat' / f'{i}.png')
+    lines = [f'{{"file_name": "cat/{i}.png", "text": "left {i}"}}' for i in range(4)]
+    table = tmp_path / 'captions.jsonl'
+    table.write_text('\n'.join(lines))
+    cfg = tiny_config.get_config()
+    cfg.data.update(name='folder', path=str(tmp_path), captions=str(table))
+    cfg.ar.condition = 'text'
+    source = sources.open_source('folder', str(tmp_path))
+    check = commands_checks.check_captions(cfg, source)
+    assert check.status == 'ok'
+    first, left_out = check.text.splitlines()
+    assert first == "captions, the first one: 'left 0'"
+    assert left_out.endswith('captions without an image: 1, cat/3.png the first')
+    words = tmp_path / 'words.txt'
+    words.write_text('left\n')
+    cfg.ar.vocabulary = str(words)
+    with pytest.raises(UserError, match="^3 of the captions .* 'left 0' has '0', which"):
+        commands_checks.check_captions(cfg, source)
+    cfg.data.captions = 'absent.jsonl'
+    with pytest.raises(UserError, match='absent.jsonl, but there is no such file'):
+        commands_checks.check_captions(cfg, source)
 
 
 def test_classes_are_counted_as_a_training_does(tmp_path, capsys):

@@ -14,7 +14,7 @@ import textwrap
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sphere_ar_jax.runtime.console import UserError, first_line, size
 
@@ -33,7 +33,7 @@ _T = TypeVar('_T')
 WIDTH = 100
 # Packages without which nothing runs, and those that some runs need.
 REQUIRED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-OPTIONAL = ('libtpu', 'gcsfs')
+OPTIONAL = ('libtpu', 'gcsfs', 'tokenizers')
 
 
 class Check(NamedTuple):
@@ -289,6 +289,29 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
 
     found = train.check_inputs(cfg, workdir)
     return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
+
+
+def check_captions(cfg: 'ConfigDict', source: 'sources.Images | small.Split') -> Check:
+    """Whether images have the captions that an AR model reads, and the vocabulary knows them.
+
+    Args:
+      cfg: a checked config whose AR model reads texts.
+      source: its images.
+
+    Raises:
+      UserError: see `table.with_captions` and `train.describe_captions`.
+    """
+    from sphere_ar_jax.commands import train
+    from sphere_ar_jax.data.captions import table
+
+    if cfg.data.captions is not None:
+        # The config's checks refuse a table for the small data sets.
+        source = table.with_captions(cast('sources.Images', source), cfg.data.captions)
+    said = train.describe_captions(cfg, source)
+    left_out = getattr(source, 'left_out', '')
+    if left_out:
+        said.append(f'left out: {left_out}')
+    return Check('captions', 'ok', '\n'.join(said))
 
 
 def check_data(

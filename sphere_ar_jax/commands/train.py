@@ -612,20 +612,29 @@ def _set_up(
     return setting, stages
 
 
-def _look_at_captions(setting: snapshots.Setting) -> None:
-    """Reads some captions, and says which are cut off.
+def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
+    """Reads some captions and says in lines what the first one is, and which are broken or cut off.
+
+    Args:
+      cfg: a checked config whose AR model reads texts.
+      source: images whose records have captions.
 
     Raises:
-      UserError: one cannot be encoded.
+      UserError: there are none, or more are broken than `data.max_broken` lets pass.
     """
-    cfg = setting.cfg
-    texts = captioned.some_captions(setting.source, 100)
-    if build.reads_features(cfg):
-        build.encode_captions(cfg, texts)
-        return
-    cut = vocabulary.describe_cut(texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
-    if cut:
-        print(cut, flush=True)
+    first = captioned.first_caption(source, f'data {cfg.data.name}')
+    said = [f"captions, the first one: '{console.printable(first, 80)}'"]
+    texts, broken = captioned.look(source, 100, build.caption_encoder(cfg))
+    if len(broken) > max(1, cfg.data.max_broken * (len(texts) + len(broken))):
+        raise UserError(
+            f'{len(broken)} of the captions that were looked at are broken: {broken[0]}'
+        )
+    if broken:
+        said.append(f'a broken caption: {broken[0]}: other images take its place')
+    if not build.reads_features(cfg):
+        cut = vocabulary.describe_cut(texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
+        said += [cut] if cut else []
+    return said
 
 
 def _introduce(setting: snapshots.Setting) -> None:
@@ -644,9 +653,7 @@ def _introduce(setting: snapshots.Setting) -> None:
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
     if build.has_captions(setting.cfg):
-        first = captioned.first_caption(source, f'data {setting.cfg.data.name}')
-        print(f"captions, the first one: '{console.printable(first, 80)}'", flush=True)
-        _look_at_captions(setting)
+        print('\n'.join(describe_captions(setting.cfg, source)), flush=True)
     else:
         print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')

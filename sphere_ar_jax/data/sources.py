@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sphere_ar_jax.data.augment import BrokenCaptionError
 from sphere_ar_jax.data.files import array_records, columns
 from sphere_ar_jax.data.files.emoji import Emoji
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
@@ -287,7 +288,8 @@ class ImageFolder:
         """Reads the captions of image i, the lines of NAME.txt beside it; () without such a file.
 
         Raises:
-          UserError: the file is no text in UTF-8.
+          BrokenCaptionError: the file is no text in UTF-8.
+          UserError: it cannot be read.
         """
         place = os.path.splitext(self.file(i))[0] + '.txt'
         try:
@@ -295,9 +297,12 @@ class ImageFolder:
                 return columns.captions_of(place, f.read().splitlines())
         except FileNotFoundError:
             return ()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, 'reason', first_line(error))
-            raise UserError(f'{shown(place)} is no text in UTF-8: {reason}') from None
+        except UnicodeDecodeError as error:
+            raise BrokenCaptionError(
+                f'{shown(place)} is no text in UTF-8: {error.reason}'
+            ) from None
+        except OSError as error:
+            raise UserError(f'{shown(place)} cannot be read: {first_line(error)}') from None
 
     def file(self, i: int) -> str:
         """Gives the path of image file i."""

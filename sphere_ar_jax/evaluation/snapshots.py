@@ -356,13 +356,17 @@ def _captions(setting: Setting, count: int) -> list[str]:
     """First captions of images, spread evenly over the held-out ones, or else the others.
 
     Raises:
-      UserError: none of the images that are tried has a caption.
+      UserError: none of the images that are tried has a caption that can be encoded.
     """
     source = setting.source if setting.heldout is None else setting.heldout.source
-    texts = captioned.some_captions(source, count)
-    if not texts:
-        raise UserError('none of the images that were looked at has a caption')
-    return texts
+    looked = captioned.look(source, count, build.caption_encoder(setting.cfg))
+    if not looked.texts:
+        raise UserError(
+            looked.broken[0]
+            if looked.broken
+            else 'none of the images that were looked at has a caption'
+        )
+    return looked.texts
 
 
 def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:

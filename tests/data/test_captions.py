@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from sphere_ar_jax.config import packaged
 from sphere_ar_jax.data import sources
-from sphere_ar_jax.data.augment import BrokenImageError
+from sphere_ar_jax.data.augment import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.captions import captioned, composed, files, table, vocabulary
 from sphere_ar_jax.data.digits import Digits
@@ -70,6 +70,55 @@ def test_a_tokenizer_file_is_a_vocabulary(tokenizer_file):
     assert words.decode([2, 3, 4, 5, 2, 6, 0, 0]) == 'a three left of a seven'
     with pytest.raises(UserError, match="'a cat' has 'cat', which the tokenizer does not know"):
         words.encode('a cat')
+
+
+def _saved(tokenizer, directory):
+    """A vocabulary of a tokenizer, from its file."""
+    path = directory / f'{len(list(directory.iterdir()))}.json'
+    tokenizer.save(str(path))
+    return vocabulary.open_vocabulary(str(path))
+
+
+def test_byte_level_tokenizers_give_any_text_back(tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    level = tokenizers.pre_tokenizers.ByteLevel
+    pieces = {piece: i for i, piece in enumerate(sorted(level.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
+    tokenizer.pre_tokenizer = level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    words = _saved(tokenizer, tmp_path)
+    for text in ('two rows: 4 1 / 8 8', 'a  😀 cat', 'שלום', 'x' * 1000):
+        assert words.decode([*words.encode(text), 0]) == text
+
+
+def test_what_a_tokenizer_would_leave_out_is_refused(tmp_path):
+    """A model of pieces without a token for unknown ones drops them in silence."""
+    tokenizers = pytest.importorskip('tokenizers')
+    pieces = {'a': 0, 'c': 1, 't': 2, 'ca': 3, 'é': 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [('c', 'a')]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = _saved(tokenizer, tmp_path)
+    assert words.encode('a  cat é') == [1, 4, 3, 5]
+    for text, piece in (('a 😀 cat', '😀'), ('éat!', '!'), ('😀', '😀'), ('A', 'A')):
+        with pytest.raises(UserError, match=f"has '{piece}', which the tokenizer does not know"):
+            words.encode(text)
+
+
+def test_unknown_pieces_of_unigrams_and_special_tokens_are_refused(tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    pieces = [('<unk>', 0.0), ('▁a', -1.0), ('▁cat', -1.0), ('a', -2.0), ('</s>', 0.0)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(['</s>', '<|end|>'])
+    words = _saved(tokenizer, tmp_path)
+    assert words.encode('a cat') == [2, 3]
+    for text in ('😀', 'a שלום', 'A CAT', 'x' * 10_000):
+        with pytest.raises(UserError, match='which the tokenizer does not know') as raised:
+            words.encode(text)
+        assert '\n' not in str(raised.value) and len(str(raised.value)) < 300
+    for text in ('a</s>', '<|end|> a cat'):
+        with pytest.raises(UserError, match=r"has '<.*>', which is a special token"):
+            words.encode(text)
 
 
 def test_captions_that_are_cut_off_are_counted():
@@ -288,6 +337,38 @@ def test_looks_take_the_first_caption():
     assert BYTES.decode(source[2]['label']) == '2a'
 
 
+class Spoilt:
+    """Ten images. That of index 1 has a caption that cannot be encoded, and 2 a broken file."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise BrokenCaptionError('2.txt is no text in UTF-8')
+        captions = ('1', '\ud800') if index == 1 else (f'{index}',)
+        image = np.zeros((2, 2, 1), np.float32)
+        return {'image': image, 'label': np.int32(0), 'captions': captions}
+
+
+def test_other_images_take_the_place_of_broken_captions(capfd):
+    """They are named and counted like broken images, and do not end a training."""
+    captioning = captioned.Captioning(ENCODE)
+    with batches(Spoilt(), batch_size=10, seed=0, transform=captioning, max_broken=1.0) as found:
+        texts = [text for _ in range(6) for text in _texts(next(found))]
+    assert len(texts) == 60 and set(texts) == set('013456789')
+    said = capfd.readouterr().err
+    assert 'image 1 is broken: another image takes its place' in said
+    assert 'image 2 is broken: another image takes its place' in said
+
+
+def test_captions_are_looked_at():
+    """All captions of an image are encoded, and the first ones are given."""
+    texts, broken = captioned.look(Spoilt(), 10, ENCODE)
+    assert texts == list('03456789') and len(broken) == 2
+    assert 'half of a surrogate' in broken[0] and broken[1] == '2.txt is no text in UTF-8'
+
+
 def test_data_without_captions_are_refused():
     with pytest.raises(UserError, match=r'data digits has no captions, which the AR model reads'):
         captioned.first_caption(Digits('train', 0), 'data digits')
@@ -317,6 +398,9 @@ def test_texts_beside_images(folder):
     source = table.with_captions(sources.ImageFolder(folder), 'beside')
     found = [source[i]['captions'] for i in range(len(source))]
     assert found == [('a grey cat', 'a cat'), (), ('ein Hündchen',)]
+    assert source.left_out == (
+        '2 file(s) that are no images (.txt 2); texts beside images among them are read as captions'
+    )
     again = pickle.loads(pickle.dumps(source))
     assert again[0] == source[0] and again.name(0) == 'cats/1.png'
 
@@ -332,12 +416,14 @@ def test_a_text_that_is_none_is_named(folder, tmp_path):
 ENTRIES = (
     {'file_name': 'cats/1.png', 'text': 'a grey cat'},
     {'path': 'cats/2 ü.png', 'captions': ['one', ' ', 'two']},
-    {'image': 'cats/1.png', 'caption': 'A CAT'},
+    {'image': 'cats/1.png', 'text': None, 'caption': 'A CAT'},
+    {'image': 'cats/9.png', 'text': 'of no image'},
 )
 TABLES = {
     'a.jsonl': '\n\n'.join(map(json.dumps, ENTRIES)),
     'a.json': json.dumps(ENTRIES, ensure_ascii=False, indent=1),
-    'a.tsv': 'cats/1.png\ta grey cat\r\ncats/2 ü.png\tone\ncats/2 ü.png\ttwo\ncats/1.png\tA CAT',
+    'a.tsv': 'cats/1.png\ta grey cat\r\ncats/2 ü.png\tone\n./cats/2 ü.png\ttwo\ncats/1.png\tA CAT'
+    '\ncats/9.png\tof no image',
 }
 
 
@@ -350,12 +436,16 @@ def test_tables_of_captions(name, folder, tmp_path):
     assert source[0]['captions'] == ('a grey cat', 'A CAT')
     assert source[1]['captions'] == ('one', 'two')
     assert source.name(1) == 'cats/2 ü.png'
-    assert source.left_out.endswith('images without a caption: 1, dogs/1.png the first')
+    assert source.left_out.endswith(
+        'images without a caption: 1, dogs/1.png the first; '
+        'captions without an image: 1, cats/9.png the first'
+    )
 
 
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
+        ('a.tsv', 'cats/1.png\ta\tcat', r'a\.tsv, line 1 has more than two columns'),
         ('a.tsv', 'cats/1.png a cat', r'a\.tsv, line 1 has no tab between a path and a text'),
         ('a.jsonl', '{"text": "a"}', r'a\.jsonl, line 1 is no caption: write \{"file_name"'),
         ('a.jsonl', '{"path": "x", "text": "a"}\n{', r'a\.jsonl, line 2 is no JSON'),
@@ -396,6 +486,7 @@ def test_texts_in_tars(tmp_path):
         '3.png': content.getvalue(),
         '3.json': b'{"caption": "of json"}',
         '3.txt': b'of txt',
+        '1.txt': b'',
         '0.cls': b'2',
         '3.cls': b'0',
     }

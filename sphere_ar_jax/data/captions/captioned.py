@@ -1,11 +1,11 @@
 """Records with captions as what a model trains on: an encoded caption becomes the label."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from sphere_ar_jax.data.augment import BrokenImageError
+from sphere_ar_jax.data.augment import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.batches import Record, Source, Transform
 from sphere_ar_jax.data.sources import spread
 from sphere_ar_jax.runtime.console import UserError
@@ -36,14 +36,18 @@ class Captioning:
 
         Raises:
           BrokenImageError: the record has no caption, or the image cannot be decoded.
-          UserError: a caption cannot be encoded.
+          BrokenCaptionError: the caption cannot be encoded.
         """
         captions = record['captions']
         if not captions:
             raise BrokenImageError('it has no caption')
         found = record if self._image is None else self._image(record, epoch, rng)
         chosen = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
-        return {'image': found['image'], 'label': self._encode(chosen)}
+        try:
+            label = self._encode(chosen)
+        except UserError as error:
+            raise BrokenCaptionError(str(error)) from None
+        return {'image': found['image'], 'label': label}
 
 
 class FirstCaption:
@@ -73,13 +77,40 @@ class FirstCaption:
         return self._captioning(first, 0, np.random.default_rng(0))
 
 
-def some_captions(source: Source, most: int) -> list[str]:
-    """Reads the first captions of at most so many images, spread evenly over a source.
+class Looked(NamedTuple):
+    """Captions that were looked at.
+
+    Attributes:
+      texts: the first captions of images, which can be encoded.
+      broken: what is wrong with the others, in one line each.
+    """
+
+    texts: list[str]
+    broken: list[str]
+
+
+def look(source: Source, most: int, encode: Encode) -> Looked:
+    """Reads all captions of at most so many images, spread evenly over a source.
 
     Images without a caption give none.
+
+    Args:
+      source: images with captions.
+      most: images that are looked at.
+      encode: that of `Captioning`.
     """
-    found = [source[i]['captions'] for i in spread(len(source), most)]
-    return [captions[0] for captions in found if captions]
+    texts = []
+    broken = []
+    for i in spread(len(source), most):
+        try:
+            captions = source[i]['captions']
+            for caption in captions:
+                encode(caption)
+        except UserError as error:
+            broken.append(str(error))
+        else:
+            texts += captions[:1]
+    return Looked(texts, broken)
 
 
 # Images that are looked at for a caption.
@@ -97,7 +128,10 @@ def first_caption(source: Source, where: str) -> str:
       UserError: its records have no captions, or those of the first 100 images are none.
     """
     for i in range(min(len(source), _LOOKED_AT)):
-        record = source[i]
+        try:
+            record = source[i]
+        except BrokenCaptionError:
+            continue
         if 'captions' not in record:
             break
         if record['captions']:

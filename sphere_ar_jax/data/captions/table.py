@@ -46,15 +46,22 @@ def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
     return path, columns.captions_of(where, columns.first_of(entry, columns.CAPTIONS))
 
 
+def _columns(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The paths and texts of a table with a tab in each line."""
+    for number, line in files.lines(path):
+        name, tab, text = line.partition('\t')
+        if not tab:
+            raise UserError(f'{path}, line {number} has no tab between a path and a text')
+        if '\t' in text:
+            raise UserError(f'{path}, line {number} has more than two columns')
+        yield name, columns.captions_of(path, text)
+
+
 def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The paths and texts of a table."""
     kind = os.path.splitext(path)[1].lower()
     if kind == '.tsv':
-        for number, line in files.lines(path):
-            name, tab, text = line.partition('\t')
-            if not tab:
-                raise UserError(f'{path}, line {number} has no tab between a path and a text')
-            yield name, columns.captions_of(path, text)
+        yield from _columns(path)
     elif kind == '.jsonl':
         for number, line in files.lines(path):
             where = f'{path}, line {number}'
@@ -94,7 +101,7 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
         raise UserError(f"data.captions is {path}, but there is no such file; '{BESIDE}' is a word")
     found: dict[str, tuple[str, ...]] = {}
     for name, texts in _entries(place):
-        key = escaped(name)
+        key = escaped(name.removeprefix('./'))
         found[key] = found.get(key, ()) + texts
     return found
 
@@ -104,7 +111,8 @@ class Captioned:
 
     Attributes:
       num_classes: number of the source's classes.
-      left_out: what the source leaves out, and images without a caption, with counts.
+      left_out: what the source leaves out, images without a caption, and captions of the table
+        without an image, with counts.
     """
 
     def __init__(self, source: Images, table: dict[str, tuple[str, ...]] | None = None):
@@ -126,6 +134,8 @@ class Captioned:
                     f"data.captions is '{BESIDE}', but such data have no texts of their own: give "
                     'the path of a table'
                 )
+            if '.txt ' in self.left_out or '.json ' in self.left_out:
+                self.left_out += '; texts beside images among them are read as captions'
             self._source = source
             return
         found = [table.get(source.name(i), ()) for i in range(len(source))]
@@ -138,10 +148,17 @@ class Captioned:
         self._captions = [captions for captions in found if captions]
         missing = int(np.sum(~has_caption))
         self._source = Part(source, np.flatnonzero(has_caption)) if missing else source
+        said = [self.left_out] if self.left_out else []
         if missing:
             first = source.name(int(np.argmin(has_caption)))
-            said = f'images without a caption: {missing}, {printable(first, 80)} the first'
-            self.left_out = f'{self.left_out}; {said}' if self.left_out else said
+            said.append(f'images without a caption: {missing}, {printable(first, 80)} the first')
+        names = {source.name(i) for i in range(len(source))}
+        strange = [name for name in table if name not in names]
+        if strange:
+            said.append(
+                f'captions without an image: {len(strange)}, {printable(strange[0], 80)} the first'
+            )
+        self.left_out = '; '.join(said)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ Dimensions:
 """
 
 import functools
+import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 _WORDS = '.txt'  # how the name of a list of words ends
+_UNKNOWN = 'which the tokenizer does not know'
 END = 0  # ends a caption, and fills it up
 
 
@@ -127,7 +129,8 @@ class Words:
 class TokenizerFile:
     """A tokenizer of the library `tokenizers`; its number n has the number n + 1.
 
-    It adds no special tokens.
+    It adds no special tokens, and texts that hold one are refused. So are texts of which it would
+    leave something out. What comes back is what the tokenizer's own decoder makes of the tokens.
     """
 
     def __init__(self, path: str):
@@ -154,14 +157,42 @@ class TokenizerFile:
         # A tokenizer may cut texts and fill them up. Here `encode` does that, for all vocabularies.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._unknown = self._unknown_number()
+        self._refused = self._refused_numbers()
         # Numbers may have gaps.
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 2
 
-    def _unknown_number(self) -> int | None:
-        """The number of the token for what the tokenizer does not know, None where it has none."""
-        token = getattr(self._tokenizer.model, 'unk_token', None)
-        return None if token is None else self._tokenizer.token_to_id(token)
+    def _refused_numbers(self) -> dict[int, str]:
+        """{number of a token that no text may have: what it is}."""
+        tokenizer = self._tokenizer
+        refused = {
+            number: 'which is a special token'
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        model = json.loads(tokenizer.to_str())['model']
+        unknown = model.get('unk_id')  # of Unigram; the other models name the token
+        if unknown is None and model.get('unk_token') is not None:
+            unknown = tokenizer.token_to_id(model['unk_token'])
+        if unknown is not None:
+            refused[unknown] = _UNKNOWN
+        return refused
+
+    def _left_out(self, text: str) -> str:
+        """What the model has no token for and leaves out, '' where nothing is."""
+        tokenizer = self._tokenizer
+        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        pieces = [normal]
+        if tokenizer.pre_tokenizer:
+            pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+        for piece in pieces:
+            covered = sum(stop - start for start, stop in self._offsets(piece))
+            if covered < len(piece.encode()):
+                return next((c for c in piece if not self._offsets(c)), piece)
+        return ''
+
+    def _offsets(self, piece: str) -> list[tuple[int, int]]:
+        """Where the tokens of a piece of a text begin and end, in bytes."""
+        return [token.offsets for token in self._tokenizer.model.tokenize(piece)]
 
     def encode(self, text: str) -> list[int]:
         """Turns a text into numbers; see `Vocabulary`."""
@@ -169,11 +200,16 @@ class TokenizerFile:
             found = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception:  # of texts with halves of surrogate pairs
             raise UserError(f'{_shown(text)} is no text that the tokenizer reads') from None
-        if self._unknown in found.ids:
-            start, stop = found.offsets[found.ids.index(self._unknown)]
-            raise UserError(
-                f'{_shown(text)} has {_shown(text[start:stop])}, which the tokenizer does not know'
-            )
+        for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if number in self._refused:
+                raise UserError(
+                    f'{_shown(text)} has {_shown(text[start:stop])}, {self._refused[number]}'
+                )
+        left_out = self._left_out(text)
+        if left_out:
+            raise UserError(f'{_shown(text)} has {_shown(left_out)}, {_UNKNOWN}')
+        if not found.ids:
+            raise UserError(f'{_shown(text)} has nothing that the tokenizer keeps')
         return [n + 1 for n in found.ids]
 
     def decode(self, numbers: Iterable[int]) -> str:
@@ -265,12 +301,9 @@ def describe_cut(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> s
     """Says how many captions are longer than what a model reads of them; '' where none is.
 
     Args:
-      texts: some captions.
+      texts: some captions that the vocabulary has numbers for.
       vocabulary: the model's vocabulary.
       length: T.
-
-    Raises:
-      UserError: the vocabulary has no numbers for a caption.
     """
     lengths = [len(vocabulary.encode(text.strip())) for text in texts]
     cut = sum(n > length for n in lengths)

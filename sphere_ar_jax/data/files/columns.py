@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sphere_ar_jax.data.augment import BrokenCaptionError
 from sphere_ar_jax.data.files.listing import escaped, first_names
 from sphere_ar_jax.runtime.console import UserError
 
@@ -17,8 +18,11 @@ CAPTIONS = ('text', 'caption', 'captions')
 
 
 def first_of(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value under the first of some keys that an object has, None where it has none."""
-    return next((entry[key] for key in keys if key in entry), None)
+    """The value under the first of some keys that an object has, None where it has none.
+
+    Values that are null or empty do not count.
+    """
+    return next((entry[key] for key in keys if entry.get(key) not in (None, '', [])), None)
 
 
 def captions_of(where: str, value: object) -> tuple[str, ...]:
@@ -29,13 +33,13 @@ def captions_of(where: str, value: object) -> tuple[str, ...]:
       value: what its file or its row has; None is no caption.
 
     Raises:
-      UserError: it is something else.
+      BrokenCaptionError: it is something else.
     """
     texts = [value] if isinstance(value, str) else value
     if texts is None:
         return ()
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{where} has a caption that is no text')
+        raise BrokenCaptionError(f'{where} has a caption that is no text')
     return tuple(text.strip() for text in texts if text.strip())
 
 

@@ -161,7 +161,8 @@ class HuggingFace:
         """Reads the captions of row i, of the column text, caption or captions.
 
         Raises:
-          UserError: there is no such column, or it holds no texts.
+          UserError: there is no such column.
+          BrokenCaptionError: the row has something else than a text.
         """
         if self._text_column is None:
             raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sphere_ar_jax.data.augment import BrokenCaptionError
 from sphere_ar_jax.data.files import columns, tar_index
 from sphere_ar_jax.data.files.listing import (
     IMAGE_SUFFIXES,
@@ -27,7 +28,7 @@ from sphere_ar_jax.data.files.listing import (
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
-_INDEX_VERSION = 'webdataset 2'
+_INDEX_VERSION = 'webdataset 3'
 _LONGEST_LABEL = 255  # characters
 _MOST_READ = 2**20  # bytes of a .json that are read for its label
 _HEADERS = 64  # images by whose headers a tar is known again
@@ -91,7 +92,7 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
                 found = None
                 if extension in ('cls', 'json'):
                     found = _read_label(fd, member, extension)
-                is_text = extension in ('txt', 'json') and member.size <= _MOST_READ
+                is_text = extension in ('txt', 'json') and 0 < member.size <= _MOST_READ
                 if is_text and (extension == 'txt' or key not in texts):
                     texts[key] = (member.offset_data, member.size, extension == 'json')
                 if found is None:
@@ -217,7 +218,8 @@ class WebDataset:
         """Reads the captions of sample i, () where it has none.
 
         Raises:
-          UserError: they are no text, or the tar cannot be read.
+          BrokenCaptionError: they are no text.
+          UserError: the tar cannot be read.
         """
         offset, size, is_json = (int(number) for number in self._texts[i])
         if not offset:
@@ -225,10 +227,16 @@ class WebDataset:
         where = self.name(i)
         try:
             with open(self._paths[self._tars[i]], 'rb', buffering=0) as file:
-                text = os.pread(file.fileno(), size, offset).decode('utf-8-sig')
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise UserError(f'{where} cannot be read: {first_line(error)}') from None
+        try:
+            text = content.decode('utf-8-sig')
             found: Any = json.loads(text) if is_json else text.splitlines()
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f'{where} has a caption that is no text: {first_line(error)}') from None
+        except (ValueError, RecursionError) as error:
+            raise BrokenCaptionError(
+                f'{where} has a caption that is no text: {first_line(error)}'
+            ) from None
         if isinstance(found, dict):
             found = columns.first_of(found, columns.CAPTIONS)
         return columns.captions_of(where, found)
