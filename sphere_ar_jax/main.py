@@ -179,7 +179,7 @@ _OPTIONS = (
         'File of texts to draw, one in each line; or npz of features.',
     ),
     _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
-    _text('keep', ('complete',), 'Tokens to keep, or a share of them; 0.5 if not given.'),
+    _text('keep', ('complete',), 'Tokens to keep, rows as 4rows, or a share; 0.5 if not given.'),
     _text('corruption', ('complete',), 'Corruption of the images with its severity, as noisy:3.'),
     _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
     _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),

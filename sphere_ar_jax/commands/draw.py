@@ -255,6 +255,18 @@ def grid(
     print(f'wrote {path}')
 
 
+def _number_or_rows(keep: str) -> float | str:
+    """The value of --keep: a whole number, a share, or rows as they are."""
+    if keep.endswith('rows'):
+        return keep
+    try:
+        return float(keep) if '.' in keep else int(keep)
+    except ValueError:
+        raise UserError(
+            f'--keep is {keep}: give a number of tokens, rows as 4rows, or a share as 0.5'
+        ) from None
+
+
 def _kept_part(image: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
     """An image (H, W, c) whose pixels are grey but for those of its first tokens."""
     is_kept = inputs.kept_pixels(count, grid, image.shape)
@@ -332,7 +344,7 @@ def complete(
     """Draws a picture of images, of the part of each that is kept, and of completions.
 
     Tokens are in raster order, so that half of them is the upper half of an image. The completions
-    of a row differ by their noise alone.
+    of a row differ by their noise alone. Corrupted images stand behind the images as they were.
 
     Args:
       workdir: the directory of the run.
@@ -342,7 +354,7 @@ def complete(
         ImageNet-R do; see `folders.labelled`.
       prompt: the text of all images, or one for each, for runs that draw for texts.
       prompts: a file with more of them, one in each line; or see `sample`.
-      keep: a whole number of tokens, or a share of them, see `inputs.kept`.
+      keep: a whole number of tokens, rows of them as 4rows, or a share, see `inputs.kept`.
       corruption: what is done to the images first, see `corruptions.parse`; None leaves them as
         they are.
       num_images: number of images, evenly spread over those there are; all if None.
@@ -356,20 +368,18 @@ def complete(
       OSError: likewise for a file.
     """
     path = output or f'{workdir}/complete.png'
-    try:
-        share = float(keep) if '.' in keep else int(keep)
-    except ValueError:
-        raise UserError(f'--keep is {keep}: give a number of tokens, or a share as 0.5') from None
+    share = _number_or_rows(keep)
     shift = None if corruption is None else corruptions.parse(corruption)
     run, mesh = open_run.open_run(workdir, like)
     originals, titles = _originals(
         workdir, run.config, images, classes, prompt or [], prompts, num_images
     )
     model = Model(run, mesh=mesh)
-    count = inputs.kept(share, model.num_tokens)
-    given = inputs.images(originals.files, model.image_shape)
+    count = inputs.kept(share, model.vae.grid)
+    clean = inputs.images(originals.files, model.image_shape)
+    given = clean
     if shift is not None:
-        given = corruptions.corrupt_floats(given, shift, run.config.seed)
+        given = corruptions.corrupt_floats(clean, shift, run.config.seed)
     drawn = model.complete(
         np.repeat(given, columns, axis=0),
         np.repeat(originals.labels, columns, axis=0),
@@ -378,12 +388,13 @@ def complete(
     )
     rows = []
     for i, image in enumerate(given):
-        rows += [image, _kept_part(image, tuple(run.config.vae.grid), count)]
+        rows += [image] if shift is None else [clean[i], image]
+        rows += [_kept_part(image, model.vae.grid, count)]
         rows += [*drawn[i * columns : (i + 1) * columns]]
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    noun = 'image' if shift is None else f'{shift.word} image (severity {shift.severity})'
+    noun = 'image' if shift is None else f'image, {shift.word} (severity {shift.severity})'
     title = f'{noun}, its first {count} of {model.num_tokens} tokens, completions'
-    pictures.save_classes(path, np.stack(rows), columns + 2, titles, title)
+    pictures.save_classes(path, np.stack(rows), len(rows) // len(given), titles, title)
     print(f'wrote {path}')
 
 

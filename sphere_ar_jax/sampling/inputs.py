@@ -11,6 +11,7 @@ Dimensions:
 
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -235,16 +236,22 @@ def scales(value: ArrayLike, count: int) -> float | np.ndarray:
     return array.astype(np.float32) if array.ndim else float(array)
 
 
-def kept(value: float, count: int) -> int:
+def kept(value: float | str, grid: tuple[int, int]) -> int:
     """The number of an image's tokens that are kept.
 
     Args:
-      value: a whole number from 0 to L, or a share between 0 and 1, which is rounded.
-      count: L.
+      value: a whole number from 0 to L, rows of tokens as '2rows', or a share between 0 and 1,
+        which is rounded.
+      grid: (rows, tokens of a row), L in all.
 
     Raises:
-      UserError: it is neither.
+      UserError: it is none of them.
     """
+    height, width = grid
+    count = height * width
+    rows = re.fullmatch(r'(\d+)rows', value) if isinstance(value, str) else None
+    if rows is not None and int(rows[1]) <= height:
+        return int(rows[1]) * width
     is_number = isinstance(value, int | float | np.integer | np.floating)
     if is_number and not isinstance(value, bool):
         if isinstance(value, int | np.integer) and 0 <= value <= count:
@@ -252,8 +259,8 @@ def kept(value: float, count: int) -> int:
         if isinstance(value, float | np.floating) and 0 < value < 1:
             return round(float(value) * count)
     raise UserError(
-        f'keep must be a whole number of tokens from 0 to {count}, or a share between 0 and 1, '
-        f'but is {value!r}'
+        f'keep must be a whole number of tokens from 0 to {count}, up to {height}rows, or a share '
+        f'between 0 and 1, but is {value!r}'
     )
 
 

@@ -395,7 +395,7 @@ class Model:
         images: inputs.Images,
         labels: inputs.Labels,
         *,
-        keep: float = 0.5,
+        keep: float | str = 0.5,
         seed: ArrayLike = 0,
         guidance: ArrayLike | None = None,
         steps: int | None = None,
@@ -414,7 +414,7 @@ class Model:
         Args:
           images: see the class.
           labels: one for all images, or one for each; see the class.
-          keep: a whole number of tokens, or a share of them between 0 and 1.
+          keep: a whole number of tokens, rows of them as '2rows', or a share between 0 and 1.
           seed: see the class. The tokens drawn have the noise that they have without an image.
           guidance: see the class.
           steps: see the class.
@@ -426,7 +426,7 @@ class Model:
           UserError: see `sample`.
           OSError: see `sample`.
         """
-        count = inputs.kept(keep, self.num_tokens)
+        count = inputs.kept(keep, self.vae.grid)
         checked = inputs.images(images, self.image_shape)
         request = self._request(labels, seed, guidance, steps, len(checked))
         completed, _ = self._draw(request, Prefix(self.encode(checked), count))

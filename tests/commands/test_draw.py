@@ -576,8 +576,15 @@ def test_completions(digits_run, tmp_path, capsys):
             np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image)
     for more, message in (
         (['--classes=1;2;3'], '3 classes are named for 2 images: give one for all'),
-        (['--classes=1', '--keep=half'], '--keep is half: give a number of tokens, or a share'),
+        (
+            ['--classes=1', '--keep=half'],
+            '--keep is half: give a number of tokens, rows as 4rows',
+        ),
         (['--classes=1', '--corruption=blurred:1'], "'blurred:1' is no corruption: write WORD"),
+        (
+            ['--classes=1', '--keep=5rows'],
+            "up to 4rows, or a share between 0 and 1, but is '5rows'",
+        ),
         (['--classes=1', '--keep=17'], 'keep must be a whole number of tokens from 0 to 16'),
         ([], "'images' is no class: this model knows the numbers 0 to 11; or give --classes"),
     ):
@@ -614,12 +621,14 @@ def test_originals_of_a_folder_of_synsets(tmp_path, monkeypatch):
     np.testing.assert_allclose(seen['images'][:, 0, 0, 0] * 127.5 + 127.5, [59, 59, 9, 9, 109, 109])
     draw(images=str(folder), columns=2, num_images=3, corruption='noisy:3')
     assert seen['labels'] == [1, 1, 207, 207, 988, 988]  # each twice
-    assert seen['title'] == 'noisy image (severity 3), its first 8 of 16 tokens, completions'
+    assert seen['title'] == 'image, noisy (severity 3), its first 8 of 16 tokens, completions'
     clean = np.full((3, 16, 16, 1), np.array([59, 9, 109], np.uint8)[:, None, None, None])
     noisy = corruptions.corrupt(clean, corruptions.Shift('noisy', 3), run.config.seed)
     np.testing.assert_array_equal(seen['images'][::2], pixels.to_float(noisy))
-    np.testing.assert_array_equal(seen['picture'][::4], pixels.to_float(noisy))
-    draw(images=str(folder), classes='388', num_images=2)
+    np.testing.assert_array_equal(seen['picture'][::5], pixels.to_float(clean))
+    np.testing.assert_array_equal(seen['picture'][1::5], pixels.to_float(noisy))
+    draw(images=str(folder), classes='388', num_images=2, keep='3rows')
+    assert seen['keep'] == 12
     assert seen['labels'] == [388] * 8
     monkeypatch.setattr(commands_draw, '_MOST_ROWS', 5)
     Image.new('L', (20, 16)).save(folder / 'n99999999' / 'a.png')

@@ -295,6 +295,7 @@ WRONG = {
     'endless tokens': (lambda r: r.decode(np.full((16, 8), np.inf)), 'tokens must be finite'),
     'tokens of words': (lambda r: r.decode(np.full((16, 8), 'a')), 'tokens must be floats'),
     'kept': (lambda r: r.complete(GREY, 3, keep=17), 'keep must be a whole number of tokens from'),
+    'rows kept': (lambda r: r.complete(GREY, 3, keep='5rows'), 'up to 4rows'),
     'all kept': (lambda r: r.complete(GREY, 3, keep=1.0), 'or a share between 0 and 1'),
     'labels for images': (lambda r: r.complete(GREY, [1, 2, 3]), 'labels must be one for all 2'),
     'one image': (lambda r: r.interpolate(GREY[0], GREY[1], 1), 'n must be a whole number of at'),

@@ -92,7 +92,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
         if unit is None:
             unit = nearest(tokens, seen).mean(axis=0)
         for share in config.prefixes:
-            kept = inputs.kept(share, model.num_tokens)
+            kept = inputs.kept(share, model.vae.grid)
             drawn_images, drawn = on_mesh.draw_images(
                 run,
                 sampler,
