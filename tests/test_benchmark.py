@@ -79,6 +79,21 @@ def test_parts_of_models_of_texts(tmp_path, text_weight):
 
 
 @pytest.mark.slow
+@libraries_promote()
+def test_the_head_of_geodesics_is_a_part():
+    """A step along geodesics costs the products of the flow head's, and its tokens lie on R."""
+    cfg = get_config()
+    cfg.sampling.update(solver='ab2')
+    flow = our_parts.Part(checks.check(cfg), 'head', 4)
+    cfg.ar.head = 'riemannian'
+    geodesic = our_parts.Part(checks.check(cfg), 'head', 4)
+    tokens = np.asarray(geodesic.run())
+    assert tokens.shape == (8, 8)
+    np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), np.sqrt(8), rtol=1e-5)
+    np.testing.assert_allclose(geodesic.flops, flow.flops, rtol=0.05)
+
+
+@pytest.mark.slow
 def test_a_token_costs_what_its_matrices_cost():
     """Operations of the head's part by hand: two for every weight that x, its modulation, c or t
     meets.

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sphere_ar_jax.commands import train
-from sphere_ar_jax.config import build, recipes
+from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.models import ar, transformer
 from sphere_ar_jax.runtime import console, sharding
 from sphere_ar_jax.sampling import on_mesh
@@ -207,16 +207,25 @@ def _state(stage, shardings):
     return jax.device_put(zeros.replace(params=tiny_config.random_arrays(shapes.params)), shardings)
 
 
-def _run(sizes):
-    """What a mesh of `sizes` gives, as NumPy arrays: scalars and gradients of a step of each stage,
-    and samples.
+# Changes of the AR model, by the word that names them.
+MODELS = {
+    'flow': {},
+    'riemannian': {'ar.head': 'riemannian', 'sampling.solver': 'ab2', 'sampling.num_steps': 4},
+    'joint': {'ar.condition': 'text', 'ar.text_tokens': 5, 'ar.text_weight': 0.2},
+}
+
+
+def _run(sizes, word):
+    """What a mesh of `sizes` gives for the model `word`, as NumPy arrays: scalars and gradients of
+    a step of each stage, and samples.
     """
-    cfg = small_config()
+    cfg = schema.changed(small_config(), MODELS[word])
     mesh = sharding.make_mesh(*sizes)
     rng = np.random.default_rng(0)
+    has_texts = build.has_captions(cfg)
     batch = {
         'image': rng.uniform(-1, 1, (16, 16, 16, 1)).astype(np.float32),
-        'label': rng.integers(0, 10, 16).astype(np.int32),
+        'label': rng.integers(1, 10, (16, 5) if has_texts else 16).astype(np.int32),
     }
     run = tiny_config.random_run(cfg)
     found = {}
@@ -244,7 +253,8 @@ def _run(sizes):
             f'{stage.name}/gradients/{name}': value for name, value in _named(adam.mu).items()
         }
     model, params = ar.unstacked(run.ar, place(run.ar_params))
-    arrays = np.arange(16, dtype=np.int32) % 10, np.arange(16, dtype=np.int32)
+    labels = batch['label'] if has_texts else np.arange(16, dtype=np.int32) % 10
+    arrays = labels, np.arange(16, dtype=np.int32)
     draw = on_mesh.program(model, run.vae, build.build_sampler(cfg).options, mesh)
     found['images'], drawn = draw(
         params, vae_params, *sharding.place_batch(mesh, arrays), jax.random.key(5), 1.5, 1.0
@@ -261,10 +271,10 @@ _EIGHT = """
 import sys
 import numpy as np
 from tests.runtime import test_sharding
-directory, *names = sys.argv[1:]
+directory, word, *names = sys.argv[1:]
 for name in names:
     sizes = [int(size) for size in name.split('x')]
-    np.savez(f'{directory}/{name}.npz', **test_sharding._run(sizes))
+    np.savez(f'{directory}/{name}.npz', **test_sharding._run(sizes, word))
 """
 
 
@@ -280,12 +290,15 @@ def _eight_devices(code, *words):
 
 
 @pytest.mark.slow
-def test_results_are_the_same_on_every_mesh(tmp_path):
+@pytest.mark.parametrize(
+    ('word', 'meshes'),
+    [('flow', ('2x4x1', '2x1x4', '2x2x2')), ('riemannian', ('2x2x2',)), ('joint', ('2x2x2',))],
+)
+def test_results_are_the_same_on_every_mesh(word, meshes, tmp_path):
     """Losses, gradients and samples of one device, to float32's rounding: sums run in another
     order.
     """
-    meshes = '2x4x1', '2x1x4', '2x2x2'
-    _eight_devices(_EIGHT, tmp_path, '1x1x1', *meshes)
+    _eight_devices(_EIGHT, tmp_path, word, '1x1x1', *meshes)
     one, *others = (dict(np.load(tmp_path / f'{name}.npz')) for name in ('1x1x1', *meshes))
     assert sum(np.abs(value).max() > 0 for value in one.values()) > 100
     for found in others:
