@@ -171,6 +171,25 @@ class _Sequences:
         return chosen.swapaxes(0, 1)
 
 
+def _check(ar: Joint, segments: Sequence[Segment], count: int) -> None:
+    """Checks the kinds of segments, and the shapes of those that are given.
+
+    Raises:
+      ValueError: one is of no kind, or has another shape than so many sequences have.
+    """
+    shapes = {
+        'text': (count, ar.text_inputs - 1),
+        'image': (count, ar.num_tokens, ar.latent_dim),
+    }
+    for i, (kind, given) in enumerate(segments):
+        if kind not in shapes:
+            raise ValueError(f"segment {i} is {kind!r}: a segment is 'text' or 'image'")
+        if given is not None and given.shape != shapes[kind]:
+            raise ValueError(
+                f'segment {i}, {kind}, has the shape {given.shape}, but must have {shapes[kind]}'
+            )
+
+
 def interleave(
     ar: Joint,
     params: PyTree,
@@ -190,7 +209,7 @@ def interleave(
     Args:
       ar: the model.
       params: its parameters; stacked ones are copied apart first, see `ar.unstacked`.
-      segments: what the sequences consist of. The given ones are not checked.
+      segments: what the sequences consist of.
       keys: (B,) PRNG keys, one per sequence. Segment i has the keys folded by i.
       options: how images are drawn; None where none is drawn.
       guidance_scale: see `tokens.draw`.
@@ -202,9 +221,10 @@ def interleave(
       All segments, the given ones included: captions (B, T) int32, and tokens (B, L, d) float32.
 
     Raises:
-      ValueError: an image is drawn without options, or there are options and none is; or see
-        `tokens.go_on`.
+      ValueError: a segment is of no kind or has another shape, an image is drawn without options,
+        or there are options and none is; or see `tokens.go_on`.
     """
+    _check(ar, segments, len(keys))
     drawn = [segment.kind for segment in segments if segment.given is None]
     if ('image' in drawn) != (options is not None):
         raise ValueError('give options where an image is drawn, and only there')

@@ -128,6 +128,17 @@ def test_a_sequence_does_not_depend_on_the_others(params, z):
     )
 
 
+def test_segments_that_cannot_be(params, z):
+    for segment, message in (
+        (Segment('video'), "segment 0 is 'video': a segment is 'text' or 'image'"),
+        (Segment('text', LABELS[:, :-1]), 'segment 0, text, has the shape'),
+        (Segment('text', LABELS[:1]), 'segment 0, text, has the shape'),
+        (Segment('image', z[..., :-1]), 'segment 0, image, has the shape'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interleave(MODEL, params, [segment, Segment('text')], KEYS)
+
+
 def test_an_image_needs_options(params):
     segments = [Segment('text', LABELS), Segment('image')]
     with pytest.raises(ValueError, match='give options where an image is drawn'):
