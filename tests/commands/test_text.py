@@ -154,7 +154,7 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     for group in ('seen', 'held_out', 'rows'):
         assert 0 <= metrics[f'captions/{group}'] <= 1
     # A model that knows nothing needs about log V nats for each byte, and captions have about 30.
-    for name in ('captions/nats', 'captions/nats_alone'):
+    for name in ('captions/nats', 'captions/nats_held_out', 'captions/nats_alone'):
         assert 50 < metrics[name] < 48 * np.log(257)
     assert 'writes the right caption' in (workdir / 'report.html').read_text()
     lines = (workdir / 'ar/metrics.jsonl').read_text().splitlines()
