@@ -3,7 +3,11 @@
 import functools
 import json
 import pathlib
+import re
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -644,3 +648,31 @@ def test_every_experiment_runs(shared, name, monkeypatch):
         page = (shared / name / 'page.md').read_text()
         assert '## Share of images read back right' in page and '(captions.png)' in page
     assert (shared / name / 'page.html').exists()
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_on_after_kill_9(tmp_path):
+    """What was measured before stays as it is, and the second start measures the rest."""
+    command = [
+        sys.executable,
+        '-m',
+        'sphere_ar_jax.main',
+        '--mode=experiment',
+        '--config=experiments/guidance:smoke',
+        f'--workdir={tmp_path}',
+        '--seeds=0',
+    ]
+    measured = tmp_path / 'measured.jsonl'
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 300
+        while not (measured.exists() and measured.read_bytes().endswith(b'\n')):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        process.kill()
+    before = measured.read_bytes()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert re.search(r'guidance-smoke: [1-9]\d* of 6 parts are done', finished.stdout)
+    after = measured.read_bytes()
+    assert after.startswith(before) and after.count(b'\n') == 2
+    results = json.loads(next(tmp_path.glob('guidance*/results.json')).read_text())
+    assert len(results['rows']) == 2
