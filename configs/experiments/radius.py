@@ -4,9 +4,9 @@ Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/radius.py
 Result:    On the digits spheres of 2√d and 4√d draw worse images than that of √d, and for smaller
            ones it is undecided. With the noise scaled, too, the radius matters little, and √d/4
-           draws better ones than √d (docs/experiments/radius/page.md). So √d stays the default. On
-           Fashion-MNIST, where two rows were measured, √d draws better ones than that √d/4
-           (docs/experiments/README.md).
+           draws better ones than √d (docs/experiments/radius/page.md). On Fashion-MNIST, where
+           these two rows alone were measured, it is undecided (docs/experiments/README.md). So √d
+           stays the default.
 
 The paper sets R = √d, so that tokens are as long as the noise from which they are drawn. Here R is
 1/4 to 4 times as large, with the noise as it is (rows radius_…), and with the noise scaled by the
