@@ -524,7 +524,7 @@ def test_captions(tmp_path):
     words = tmp_path / 'words.txt'
     words.write_text('left\n')
     cfg.ar.vocabulary = str(words)
-    with pytest.raises(UserError, match=r"^3 of the captions .* 'left 0' has '0', which"):
+    with pytest.raises(UserError, match=r"^100.0% of the captions .* 'left 0' has '0', which"):
         commands_checks.check_captions(cfg, source)
     cfg.data.captions = 'absent.jsonl'
     with pytest.raises(UserError, match=r'absent\.jsonl, but there is no such file'):

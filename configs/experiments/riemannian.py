@@ -2,12 +2,14 @@ r"""Open question 1 at small size: a head that never leaves the sphere.
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/riemannian.py
-Result:    On the digits the Riemannian head draws better images with 1, 2, 4 and 8 evaluations, and
-           for more it is undecided. Its stochastic solver draws worse ones where all noise is
-           replaced, and where 5% or 20% is it is undecided (docs/experiments/riemannian/page.md).
-           On Fashion-MNIST the head draws better images with 1 and 2 evaluations, each row at its
-           best guidance, and for 4, 8 and 16 it is undecided. At guidance 1.5 straight paths draw
-           better ones with 4, 8 and 16 (docs/experiments/riemannian_fashion/page.md).
+Result:    On the digits the Riemannian head draws better images with 1, 2, 4 and 8 evaluations,
+           each row at its best guidance, and for more it is undecided. At guidance 1.5 it draws
+           better ones with 1, and for all others it is undecided. Its stochastic solver draws worse
+           ones where all noise is replaced, and where 5% or 20% is it is undecided
+           (docs/experiments/riemannian/page.md). On Fashion-MNIST the head draws better images with
+           1 and 2 evaluations, each row at its best guidance, and for 4, 8 and 16 it is undecided.
+           At guidance 1.5 straight paths draw better ones with 4, 8 and 16
+           (docs/experiments/riemannian_fashion/page.md).
 
 The flow head and the Riemannian head draw tokens of the same tokenizers with 1 to 100 evaluations,
 by Adams–Bashforth and by a stochastic solver of each. All rows of a head share one model.

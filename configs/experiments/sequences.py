@@ -6,9 +6,11 @@ Result:    Not measured yet (docs/experiments/README.md).
 
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
-accuracy are taken on the 8×8 pixels of the scans for all of them. Three seeds, and batches of 16
-images in place of 64 for the rows of 256 tokens, since these take long. The rows of 64 tokens share
-their models with configs/experiments/collapse.py.
+accuracy are taken on the 8×8 pixels of the scans for all of them. There are three seeds, since the
+longest rows take three quarters of an hour on one core. Rows of 256 tokens have batches of 16
+images in place of 64. Their AR models have as many images in all, in four times as many steps, and
+one noisy copy of a token in place of two. The rows of 64 tokens share their models with
+configs/experiments/collapse.py.
 
 Words after a colon: fashion takes Fashion-MNIST with 64 and 256 tokens in place of the digits, and
 smoke shows in minutes that everything runs.
@@ -38,7 +40,7 @@ def get_config(arg: str = '') -> ConfigDict:
             'vae': {'grid': (16, 16), 'channels': (32, 96)},
             'data': {'enlarge': 2},
             'tokenizer_training': {'batch_size': 16},
-            'ar_training': {'batch_size': 16},
+            'ar_training': {'batch_size': 16, 'steps': 3000, 'copies': 1},
         },
     }
     if 'fashion' in arg.split(','):

@@ -624,15 +624,18 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     """
     first = captioned.first_caption(source, f'data {cfg.data.name}')
     said = [f"captions, the first one: '{console.printable(first, 80)}'"]
-    texts, broken = captioned.look(source, 100, build.caption_encoder(cfg))
-    if len(broken) > max(1, cfg.data.max_broken * (len(texts) + len(broken))):
+    looked = captioned.look(source, 100, build.caption_encoder(cfg))
+    most = cfg.data.max_broken
+    # Three standard deviations more may be chance.
+    if looked.broken > most + 3 * (most / looked.images) ** 0.5:
         raise UserError(
-            f'{len(broken)} of the captions that were looked at are broken: {broken[0]}'
+            f'{looked.broken:.1%} of the captions that were looked at are broken, more than '
+            f'data.max_broken = {most}: {looked.reasons[0]}'
         )
-    if broken:
-        said.append(f'a broken caption: {broken[0]}: other images take its place')
+    if looked.reasons:
+        said.append(f'other images take the place of broken captions, as: {looked.reasons[0]}')
     if not build.reads_features(cfg):
-        cut = vocabulary.describe_cut(texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
+        cut = vocabulary.describe_cut(looked.texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
         said += [cut] if cut else []
     return said
 

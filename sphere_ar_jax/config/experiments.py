@@ -402,12 +402,6 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """
     if 'smoke' in arg.split(','):
         _make_small(config)
-    if config.kind in ('comparison', 'captions'):
-        *others, largest = [f'{scale:g}' for scale in config.guidance_scales]
-        config.method += (
-            f' Guidance scales are {", ".join(others)} and {largest}, and the common one is '
-            f'{config.common_guidance:g}.'
-        )
     return config
 
 

@@ -20,23 +20,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sphere_ar_jax.data.files.listing import BrokenImageError
 from sphere_ar_jax.data.pixels import to_float
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.console import first_line
 
 # Draws an integer in [low, high), called as draw(low, high).
 Draw: TypeAlias = Callable[[int, int], int]
-
-
-class BrokenImageError(ValueError):
-    """An image cannot be decoded: truncated, empty, of no known format or mode, or too large."""
-
-
-class BrokenCaptionError(BrokenImageError, UserError):
-    """A caption is no text, or the vocabulary has no numbers for it.
-
-    In batches another image takes the place of its image, as for broken images. Elsewhere it is a
-    user's error.
-    """
 
 
 # PIL would run Ghostscript for EPS.

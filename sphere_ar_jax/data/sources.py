@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sphere_ar_jax.data.augment import BrokenCaptionError
 from sphere_ar_jax.data.files import array_records, columns
 from sphere_ar_jax.data.files.emoji import Emoji
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.data.files.listing import (
     SPLITS,
+    BrokenCaptionError,
     LeftOut,
     escaped,
     is_image,

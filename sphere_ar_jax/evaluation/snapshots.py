@@ -362,8 +362,8 @@ def _captions(setting: Setting, count: int) -> list[str]:
     looked = captioned.look(source, count, build.caption_encoder(setting.cfg))
     if not looked.texts:
         raise UserError(
-            looked.broken[0]
-            if looked.broken
+            looked.reasons[0]
+            if looked.reasons
             else 'none of the images that were looked at has a caption'
         )
     return looked.texts

@@ -342,6 +342,17 @@ def _measured_by(found: Mapping[str, Any]) -> str:
     )
 
 
+def _method(config: ConfigDict) -> str:
+    """The method, with the guidance scales where samples are drawn at several."""
+    if config.kind not in ('comparison', 'captions'):
+        return config.method
+    scales = [f'{scale:g}' for scale in config.guidance_scales]
+    return (
+        f'{config.method} The guidance scales are {", ".join(scales)}, and the common one is '
+        f'{config.common_guidance:g}.'
+    )
+
+
 def _markdown(
     kind: Kind, config: ConfigDict, found: Mapping[str, Any], plots: Mapping[str, str]
 ) -> str:
@@ -349,7 +360,7 @@ def _markdown(
     parts = [
         f'# {config.title}',
         f'**Claim.** {config.claim}',
-        f'**Method.** {config.method}',
+        f'**Method.** {_method(config)}',
         *(f'![{alt}]({name})' for name, alt in plots.items()),
         '## Verdicts',
         '\n'.join(console.markdown(*_verdict_table(found))),
@@ -398,7 +409,7 @@ def write(kind: Kind, config: ConfigDict, found: Mapping[str, Any], directory: s
     files.write_bytes(f'{directory}/page.md', _markdown(kind, config, found, plots).encode())
     body = [
         f'<p><b>Claim.</b> {html.escape(config.claim)}</p>',
-        f'<p><b>Method.</b> {html.escape(config.method)}</p>',
+        f'<p><b>Method.</b> {html.escape(_method(config))}</p>',
         *(_image(os.path.join(directory, name), alt) for name, alt in plots.items()),
         '<h2>Verdicts</h2>',
         _html_table(*_verdict_table(found)),

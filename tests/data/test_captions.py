@@ -21,11 +21,11 @@ from scipy import ndimage
 
 from sphere_ar_jax.config import packaged
 from sphere_ar_jax.data import sources
-from sphere_ar_jax.data.augment import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.captions import captioned, composed, files, table, vocabulary
 from sphere_ar_jax.data.digits import Digits
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
+from sphere_ar_jax.data.files.listing import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.files.webdataset import WebDataset
 from sphere_ar_jax.runtime.console import UserError
 
@@ -102,6 +102,33 @@ def test_what_a_tokenizer_would_leave_out_is_refused(tmp_path):
     for text, piece in (('a 😀 cat', '😀'), ('éat!', '!'), ('😀', '😀'), ('A', 'A')):
         with pytest.raises(UserError, match=f"has '{piece}', which the tokenizer does not know"):
             words.encode(text)
+
+
+def test_added_tokens_are_known(tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    pieces = {'a': 0, 'c': 1, 't': 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_tokens(['日本', '<Z>'])
+    words = _saved(tokenizer, tmp_path)
+    assert words.encode('a 日本 cat<Z>') == [1, 4, 2, 1, 3, 5]
+    with pytest.raises(UserError, match="has '日', which the tokenizer does not know"):
+        words.encode('日本 日')
+
+
+def test_ends_of_words_are_no_text(tmp_path):
+    """As of CLIP's tokenizer, whose decoder leaves them."""
+    tokenizers = pytest.importorskip('tokenizers')
+    pieces = {'a': 0, 'c': 1, 't': 2, 'a</w>': 3, 't</w>': 4}
+    model = tokenizers.models.BPE(pieces, [], end_of_word_suffix='</w>')
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    words = _saved(tokenizer, tmp_path)
+    assert words.encode('cat a') == [2, 1, 5, 4]
+    assert words.decode([2, 1, 5, 4, 0]) == 'cat a'
+    with pytest.raises(UserError, match="'x' has 'x', which the tokenizer does not know"):
+        words.encode('x')
 
 
 def test_unknown_pieces_of_unigrams_and_special_tokens_are_refused(tmp_path):
@@ -364,9 +391,10 @@ def test_other_images_take_the_place_of_broken_captions(capfd):
 
 def test_captions_are_looked_at():
     """All captions of an image are encoded, and the first ones are given."""
-    texts, broken = captioned.look(Spoilt(), 10, ENCODE)
-    assert texts == list('03456789') and len(broken) == 2
-    assert 'half of a surrogate' in broken[0] and broken[1] == '2.txt is no text in UTF-8'
+    texts, reasons, broken, images = captioned.look(Spoilt(), 10, ENCODE)
+    assert texts == list('013456789') and images == 10
+    assert np.isclose(broken, (1 / 2 + 1) / 10)  # one of two captions, and one image
+    assert 'half of a surrogate' in reasons[0] and reasons[1] == '2.txt is no text in UTF-8'
 
 
 def test_data_without_captions_are_refused():

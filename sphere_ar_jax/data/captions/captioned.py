@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from sphere_ar_jax.data.augment import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.batches import Record, Source, Transform
+from sphere_ar_jax.data.files.listing import BrokenCaptionError, BrokenImageError
 from sphere_ar_jax.data.sources import spread
 from sphere_ar_jax.runtime.console import UserError
 
@@ -81,18 +81,21 @@ class Looked(NamedTuple):
     """Captions that were looked at.
 
     Attributes:
-      texts: the first captions of images, which can be encoded.
-      broken: what is wrong with the others, in one line each.
+      texts: the first captions of images, where they can be encoded.
+      reasons: what is wrong with the others, in one line each.
+      broken: the share of images, of 1, that a training would find broken: an image with several
+        captions counts by the share of those that cannot be encoded.
+      images: how many images were looked at.
     """
 
     texts: list[str]
-    broken: list[str]
+    reasons: list[str]
+    broken: float
+    images: int
 
 
 def look(source: Source, most: int, encode: Encode) -> Looked:
     """Reads all captions of at most so many images, spread evenly over a source.
-
-    Images without a caption give none.
 
     Args:
       source: images with captions.
@@ -100,17 +103,33 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
       encode: that of `Captioning`.
     """
     texts = []
-    broken = []
-    for i in spread(len(source), most):
+    reasons = []
+    broken = 0.0
+    numbers = spread(len(source), most)
+    for i in numbers:
         try:
             captions = source[i]['captions']
-            for caption in captions:
-                encode(caption)
-        except UserError as error:
-            broken.append(str(error))
-        else:
-            texts += captions[:1]
-    return Looked(texts, broken)
+            if not captions:
+                raise BrokenCaptionError('an image has no caption')
+        except BrokenCaptionError as error:
+            reasons.append(str(error))
+            broken += 1
+            continue
+        wrong = [reason for caption in captions if (reason := _why_not(caption, encode))]
+        reasons += wrong
+        broken += len(wrong) / len(captions)
+        if not _why_not(captions[0], encode):
+            texts.append(captions[0])
+    return Looked(texts, reasons, broken / len(numbers), len(numbers))
+
+
+def _why_not(caption: str, encode: Encode) -> str:
+    """Why a caption cannot be encoded, '' where it can."""
+    try:
+        encode(caption)
+    except UserError as error:
+        return str(error)
+    return ''
 
 
 # Images that are looked at for a caption.
@@ -125,15 +144,17 @@ def first_caption(source: Source, where: str) -> str:
       where: what they are, for the message.
 
     Raises:
-      UserError: its records have no captions, or those of the first 100 images are none.
+      UserError: its records have no captions, or the first 100 images have none that is a text.
     """
+    reason = f'{where} has no captions, which the AR model reads'
     for i in range(min(len(source), _LOOKED_AT)):
         try:
             record = source[i]
-        except BrokenCaptionError:
+        except BrokenCaptionError as error:
+            reason = str(error)
             continue
         if 'captions' not in record:
             break
         if record['captions']:
             return record['captions'][0]
-    raise UserError(f'{where} has no captions, which the AR model reads')
+    raise UserError(reason)

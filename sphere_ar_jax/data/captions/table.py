@@ -138,22 +138,22 @@ class Captioned:
                 self.left_out += '; texts beside images among them are read as captions'
             self._source = source
             return
-        found = [table.get(source.name(i), ()) for i in range(len(source))]
+        names = [source.name(i) for i in range(len(source))]
+        found = [table.get(name, ()) for name in names]
         has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():
             raise UserError(
                 f'none of the {len(source)} images has a caption: the table has no path like '
-                f"'{printable(source.name(0), 80)}'"
+                f"'{printable(names[0], 80)}'"
             )
         self._captions = [captions for captions in found if captions]
         missing = int(np.sum(~has_caption))
         self._source = Part(source, np.flatnonzero(has_caption)) if missing else source
         said = [self.left_out] if self.left_out else []
         if missing:
-            first = source.name(int(np.argmin(has_caption)))
+            first = names[int(np.argmin(has_caption))]
             said.append(f'images without a caption: {missing}, {printable(first, 80)} the first')
-        names = {source.name(i) for i in range(len(source))}
-        strange = [name for name in table if name not in names]
+        strange = [name for name in set(table).difference(names) if table[name]]
         if strange:
             said.append(
                 f'captions without an image: {len(strange)}, {printable(strange[0], 80)} the first'

@@ -129,8 +129,8 @@ class Words:
 class TokenizerFile:
     """A tokenizer of the library `tokenizers`; its number n has the number n + 1.
 
-    It adds no special tokens, and texts that hold one are refused. So are texts of which it would
-    leave something out. What comes back is what the tokenizer's own decoder makes of the tokens.
+    It adds no special tokens, and texts that hold one are refused. So are texts of which its model
+    would leave something out. What comes back is what its decoder makes of the tokens.
     """
 
     def __init__(self, path: str):
@@ -157,38 +157,49 @@ class TokenizerFile:
         # A tokenizer may cut texts and fill them up. Here `encode` does that, for all vocabularies.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._model: dict[str, Any] = json.loads(self._tokenizer.to_str())['model']
+        self._added = self._tokenizer.get_added_tokens_decoder()
         self._refused = self._refused_numbers()
         # Numbers may have gaps.
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 2
 
     def _refused_numbers(self) -> dict[int, str]:
         """{number of a token that no text may have: what it is}."""
-        tokenizer = self._tokenizer
         refused = {
             number: 'which is a special token'
-            for number, token in tokenizer.get_added_tokens_decoder().items()
+            for number, token in self._added.items()
             if token.special
         }
-        model = json.loads(tokenizer.to_str())['model']
-        unknown = model.get('unk_id')  # of Unigram; the other models name the token
-        if unknown is None and model.get('unk_token') is not None:
-            unknown = tokenizer.token_to_id(model['unk_token'])
+        unknown = self._model.get('unk_id')  # of Unigram; the other models name the token
+        if unknown is None and self._model.get('unk_token') is not None:
+            unknown = self._tokenizer.token_to_id(self._model['unk_token'])
         if unknown is not None:
             refused[unknown] = _UNKNOWN
         return refused
 
-    def _left_out(self, text: str) -> str:
-        """What the model has no token for and leaves out, '' where nothing is."""
+    def _left_out(self, text: str, encoding: Any) -> str:
+        """A piece of a text of which the model leaves something out, '' where there is none."""
         tokenizer = self._tokenizer
-        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-        pieces = [normal]
-        if tokenizer.pre_tokenizer:
-            pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
-        for piece in pieces:
-            covered = sum(stop - start for start, stop in self._offsets(piece))
-            if covered < len(piece.encode()):
-                return next((c for c in piece if not self._offsets(c)), piece)
+        for part in self._parts(text, encoding):
+            normal = tokenizer.normalizer.normalize_str(part) if tokenizer.normalizer else part
+            pieces = [normal]
+            if tokenizer.pre_tokenizer:
+                pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+            for piece in pieces:
+                covered = sum(stop - start for start, stop in self._offsets(piece))
+                if covered < len(piece.encode()):
+                    return piece
         return ''
+
+    def _parts(self, text: str, encoding: Any) -> list[str]:
+        """The parts of a text before, between and behind its added tokens."""
+        parts = []
+        begin = 0
+        for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if number in self._added:
+                parts.append(text[begin:start])
+                begin = stop
+        return [*parts, text[begin:]]
 
     def _offsets(self, piece: str) -> list[tuple[int, int]]:
         """Where the tokens of a piece of a text begin and end, in bytes."""
@@ -198,14 +209,16 @@ class TokenizerFile:
         """Turns a text into numbers; see `Vocabulary`."""
         try:
             found = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # of texts with halves of surrogate pairs
-            raise UserError(f'{_shown(text)} is no text that the tokenizer reads') from None
+        except Exception as error:  # the library raises plain exceptions
+            raise UserError(
+                f'{_shown(text)} cannot be read by the tokenizer: {first_line(error)}'
+            ) from None
         for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if number in self._refused:
                 raise UserError(
                     f'{_shown(text)} has {_shown(text[start:stop])}, {self._refused[number]}'
                 )
-        left_out = self._left_out(text)
+        left_out = self._left_out(text, found)
         if left_out:
             raise UserError(f'{_shown(text)} has {_shown(left_out)}, {_UNKNOWN}')
         if not found.ids:
@@ -214,7 +227,10 @@ class TokenizerFile:
 
     def decode(self, numbers: Iterable[int]) -> str:
         """Turns numbers into a text; see `Vocabulary`."""
-        return self._tokenizer.decode([n - 1 for n in _until_end(numbers)])
+        text = self._tokenizer.decode([n - 1 for n in _until_end(numbers)])
+        suffix = self._model.get('end_of_word_suffix')
+        # Some decoders leave it, as that of CLIP's tokenizer.
+        return text.replace(suffix, ' ').rstrip(' ') if suffix else text
 
 
 @functools.lru_cache(8)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sphere_ar_jax.data.augment import BrokenCaptionError
-from sphere_ar_jax.data.files.listing import escaped, first_names
+from sphere_ar_jax.data.files.listing import BrokenCaptionError, escaped, first_names
 from sphere_ar_jax.runtime.console import UserError
 
 # Names of columns, and of keys of JSON objects, that hold captions.

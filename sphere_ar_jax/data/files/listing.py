@@ -1,7 +1,8 @@
 """What counts as an image when files are listed, and how names are shown.
 
 Directories and tars are listed by the same rules: files that operating systems leave behind are
-passed over, and images are known by their suffix. `LeftOut` says what was passed over.
+passed over, and images are known by their suffix. `LeftOut` says what was passed over. Images and
+captions that turn out to be broken have their errors here, too.
 """
 
 import collections
@@ -11,6 +12,19 @@ import re
 from collections.abc import Sequence
 
 from sphere_ar_jax.runtime.console import UserError, first_line
+
+
+class BrokenImageError(ValueError):
+    """An image cannot be decoded: truncated, empty, of no known format or mode, or too large."""
+
+
+class BrokenCaptionError(BrokenImageError, UserError):
+    """A caption is no text, or the vocabulary has no numbers for it.
+
+    In batches another image takes the place of its image, as for broken images. Elsewhere it is a
+    user's error.
+    """
+
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 # Names of files and directories, in lower case, that systems make by themselves.

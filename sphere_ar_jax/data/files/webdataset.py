@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from sphere_ar_jax.data.augment import BrokenCaptionError
 from sphere_ar_jax.data.files import columns, tar_index
 from sphere_ar_jax.data.files.listing import (
     IMAGE_SUFFIXES,
+    BrokenCaptionError,
     LeftOut,
     data_files,
     escaped,
