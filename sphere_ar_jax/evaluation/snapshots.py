@@ -361,11 +361,7 @@ def _captions(setting: Setting, count: int) -> list[str]:
     source = setting.source if setting.heldout is None else setting.heldout.source
     looked = captioned.look(source, count, build.caption_encoder(setting.cfg))
     if not looked.texts:
-        raise UserError(
-            looked.reasons[0]
-            if looked.reasons
-            else 'none of the images that were looked at has a caption'
-        )
+        raise UserError(looked.reasons[0])
     return looked.texts
 
 

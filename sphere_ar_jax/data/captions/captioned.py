@@ -115,10 +115,11 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
             reasons.append(str(error))
             broken += 1
             continue
-        wrong = [reason for caption in captions if (reason := _why_not(caption, encode))]
+        found = [_why_not(caption, encode) for caption in captions]
+        wrong = [reason for reason in found if reason]
         reasons += wrong
         broken += len(wrong) / len(captions)
-        if not _why_not(captions[0], encode):
+        if not found[0]:
             texts.append(captions[0])
     return Looked(texts, reasons, broken / len(numbers), len(numbers))
 
