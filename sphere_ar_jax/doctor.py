@@ -152,7 +152,7 @@ def _examine_data(
     cfg: 'ConfigDict | None', data: str | None, examination: checks.Examination
 ) -> 'sources.Images | small.Split | None':
     """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
-    from sphere_ar_jax.config import recipes
+    from sphere_ar_jax.config import build, recipes
 
     if data is None and cfg is None:
         return None
@@ -162,7 +162,8 @@ def _examine_data(
             return checks.check_data(*recipes.data_set(data))
         assert cfg is not None  # by the lines above
         d = cfg.data
-        return checks.check_data(d.name, d.path, d.split, d.data_dir)
+        needs_labels = not build.has_captions(cfg)
+        return checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)
 
     slow = "a large tar's index takes minutes, once: --timeout=1800"
     found = examination.run('data', opened, slow=slow)

@@ -315,7 +315,11 @@ def check_captions(cfg: 'ConfigDict', source: 'sources.Images | small.Split') ->
 
 
 def check_data(
-    kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
+    kind: str,
+    path: str | None,
+    split: str = 'train',
+    data_dir: str | None = None,
+    needs_labels: bool = True,
 ) -> 'tuple[Check, sources.Images | small.Split]':
     """Opens the images of a training, and says how many images and classes there are.
 
@@ -324,6 +328,7 @@ def check_data(
       path: the path of the images, see `sources.open_source`; None where it is not given.
       split: the split of tfds.
       data_dir: the directory of tfds, None for its default.
+      needs_labels: see `sources.open_source`.
 
     Returns:
       (what was found, the images).
@@ -347,7 +352,7 @@ def check_data(
         text = f'{where}: {len(training)} images to train on, {what}'
         return Check('data', 'ok', text), training
     assert path is not None  # by the lines above
-    source = sources.open_source(kind, path, split, data_dir)
+    source = sources.open_source(kind, path, split, data_dir, needs_labels=needs_labels)
     # Reading raises where the files are damaged.
     for i in (0, len(source) - 1):
         source[i]

@@ -88,7 +88,9 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         )
     else:
         bar = console.bar(None, 'reading the tar', 'byte')
-        source = sources.open_images(d.name, path, d.split, d.data_dir, bar)
+        options = (d.split, d.data_dir, bar)
+        needs_labels = not build.has_captions(cfg)
+        source = sources.open_images(d.name, path, *options, needs_labels=needs_labels)
         build.check_classes(cfg, source, path)
         if captions is not None:
             source = table.with_captions(source, captions)
@@ -188,7 +190,7 @@ def write_reference(
         raise UserError(f'--output is {output}, but must end in .npz')
     weights = None if inception is None else inception_weights.load(inception)
     bar = console.bar(None, 'reading the tar', 'byte')
-    source = sources.open_images(kind, path, split, data_dir, bar)
+    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=False)
     print(f'{len(source)} images of {class_names.describe(source.num_classes, source.class_names)}')
     if source.left_out:
         print(f'left out: {source.left_out}')

@@ -254,7 +254,9 @@ def _open_images(cfg: ConfigDict) -> _Data:
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     bar = console.bar(None, 'reading the tar', 'byte')
-    source = sources.open_source(d.name, d.path, d.split, d.data_dir, bar)
+    needs_labels = not build.has_captions(cfg)
+    options = (d.split, d.data_dir, bar)
+    source = sources.open_source(d.name, d.path, *options, needs_labels=needs_labels)
     build.count_classes(cfg, source)
     if isinstance(source, sources.Latents):
         training, heldout = sources.split(source, d.holdout_files)
@@ -546,6 +548,9 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
     return network, reference.pool
 
 
+# Images whose captions are read before a training.
+_LOOKED_AT = 100
+
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
     'reasons', 'data.path', 'data.data_dir', 'data.captions', 'data.threads', 'data.workers',
@@ -561,6 +566,11 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
         values.pop(key, None)
     values['the number of images'] = len(source)
     values['the names of classes'] = getattr(source, 'class_names', None)
+    if hosts.count() > 1 and build.has_captions(cfg):
+        encode = build.caption_encoder(cfg)
+        looked = captioned.look(source, _LOOKED_AT, encode)
+        read = [encode(text).tobytes() for text in looked.texts]
+        values['what the model reads of captions'] = (read, looked.broken)
     sums = [zlib.crc32(repr(value).encode()) for value in values.values()]
     keys = list(values)
     differing = sorted(keys[i] for i in hosts.differing(sums))
@@ -624,7 +634,7 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     """
     first = captioned.first_caption(source, f'data {cfg.data.name}')
     said = [f"captions, the first one: '{console.printable(first, 80)}'"]
-    looked = captioned.look(source, 100, build.caption_encoder(cfg))
+    looked = captioned.look(source, _LOOKED_AT, build.caption_encoder(cfg))
     most = cfg.data.max_broken
     # Three standard deviations more may be chance.
     if looked.broken > most + 3 * (most / looked.images) ** 0.5:

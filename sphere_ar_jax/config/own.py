@@ -96,7 +96,7 @@ def _shown(value: Any) -> str:
 # ---- counting
 
 
-def _opened(kind: str, path: str) -> Counted:
+def _opened(kind: str, path: str, needs_labels: bool) -> Counted:
     """Counts the images of a data set whose opening is quick.
 
     Raises:
@@ -108,11 +108,11 @@ def _opened(kind: str, path: str) -> Counted:
 
         training, _ = idx.splits(path)
         return Counted(len(training), training.num_classes, 'as its files say', grey=True)
-    source = sources.open_source(kind, path)
+    source = sources.open_source(kind, path, needs_labels=needs_labels)
     return Counted(len(source), source.num_classes, 'as counted there')
 
 
-def count(kind: str, path: str) -> Counted:
+def count(kind: str, path: str, needs_labels: bool = True) -> Counted:
     """Counts the images and classes of a data set, as far as that is quick.
 
     A folder is listed, which takes seconds for a million files. No image is read.
@@ -120,6 +120,7 @@ def count(kind: str, path: str) -> Counted:
     Args:
       kind: a key of `schema.DATA` other than `schema.WITHOUT_PATH`.
       path: its path; for tfds and hf its name.
+      needs_labels: see `sources.open_source`.
     """
     if kind == 'imagenet':
         how = 'which is assumed: a tar is counted only when it is opened'
@@ -130,7 +131,7 @@ def count(kind: str, path: str) -> Counted:
         why = 'a data set of a hub is counted only when it is opened'
     if kind != 'tfds' and not of_hub:
         try:
-            return _opened(kind, path)
+            return _opened(kind, path, needs_labels)
         except (OSError, UserError):
             why = f'{os.path.basename(path) or path} cannot be counted here'
     how = f'which is assumed: {why}; give steps= or epochs= where there are more or fewer'

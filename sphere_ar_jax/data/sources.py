@@ -600,6 +600,7 @@ def open_source(
     split: str = 'train',
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress = lambda done, total: None,
+    needs_labels: bool = True,
 ) -> Images:
     """Opens a source by the name of its kind.
 
@@ -610,6 +611,8 @@ def open_source(
       split: the split of the data set, for tfds and hf only.
       data_dir: where data sets are kept, for tfds and hf only.
       progress: called while an index is made, for imagenet and webdataset; see `ImageNetTar`.
+      needs_labels: whether images of hf, webdataset and parquet are refused where their labels
+        cannot be told. If not, all are then a single class.
 
     Returns:
       The source.
@@ -621,18 +624,20 @@ def open_source(
     if kind == 'tfds':
         return TFDS(path, split, place)
     if kind == 'hf':
-        return HuggingFace(path, split, place)
+        return HuggingFace(path, split, place, needs_labels)
     path = os.path.expanduser(path)
     if kind == 'imagenet':
         return ImageNetTar(path, progress=progress)
     if kind == 'webdataset':
-        return WebDataset(path, progress=progress)
+        return WebDataset(path, progress, needs_labels)
+    if kind == 'parquet':
+        return Parquet(path, needs_labels)
     if kind == 'latents':
         return Latents(path)
     return KINDS[kind](path)
 
 
-def open_images(kind: str, path: str, *arguments: Any) -> Images:
+def open_images(kind: str, path: str, *arguments: Any, **options: Any) -> Images:
     """Opens a source as `open_source`, which gives all arguments, and refuses latents.
 
     Raises:
@@ -642,7 +647,7 @@ def open_images(kind: str, path: str, *arguments: Any) -> Images:
         raise UserError(
             f'{path} holds latents, not images: only a training of the AR model reads them'
         )
-    return open_source(kind, path, *arguments)
+    return open_source(kind, path, *arguments, **options)
 
 
 KINDS: dict[str, Callable[..., Images]] = {

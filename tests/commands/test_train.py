@@ -302,6 +302,62 @@ def test_the_start_says_what_the_classes_are(tmp_path, monkeypatch, capsys):
         _train(cfg, tmp_path / 'w')
 
 
+def test_images_with_captions_need_no_labels(tmp_path):
+    """A column of widths beside one of heights is refused for classes alone."""
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
+    found = [pathlib.Path(images, name, '1.png').read_bytes() for name in 'ab']
+    columns = {'image': found, 'width': [40, 50], 'height': [50, 40]}
+    path = tmp_path / 'a.parquet'
+    parquet.write_table(pa.table(columns), path)
+    texts = tmp_path / 'texts.tsv'
+    texts.write_text('a.parquet [0]\ta cat\na.parquet [1]\ta dog\n')
+    cfg = packaged.load(f'own:data=parquet:{path},captions={texts},smoke')
+    assert '2 images in 1 class' in ' '.join(cfg.reasons)
+    source = train._open_data(cfg).source
+    assert [source[i]['captions'] for i in range(2)] == [('a cat',), ('a dog',)]
+    check, _ = commands_checks.check_data('parquet', str(path), needs_labels=False)
+    assert check.status == 'ok'
+    with pytest.raises(UserError, match='several columns that may hold labels, width, height'):
+        train._open_data(packaged.load(f'own:data=parquet:{path},smoke'))
+
+
+def test_processes_read_the_same_captions(tmp_path, monkeypatch):
+    """Files may lie elsewhere, but what a model reads of them must be the same everywhere."""
+    images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
+    compared = []
+
+    def differing(numbers):
+        compared.append(numbers)
+        return [i for i, number in enumerate(numbers) if number != compared[0][i]]
+
+    monkeypatch.setattr(train.hosts, 'count', lambda: 2)
+    monkeypatch.setattr(train.hosts, 'differing', differing)
+    for number, (words, captions, same) in enumerate(
+        (
+            ('cat\ndog\n', 'a/1.png\tcat\nb/1.png\tdog\n', True),
+            ('cat\ndog\n', 'a/1.png\tcat\nb/1.png\tdog\n', True),
+            ('dog\ncat\n', 'a/1.png\tcat\nb/1.png\tdog\n', False),
+            ('cat\ndog\n', 'a/1.png\tcat\nb/1.png\tcat\n', False),
+        )
+    ):
+        vocabulary = tmp_path / f'{number}.txt'
+        table = tmp_path / f'{number}.tsv'
+        vocabulary.write_text(words)
+        table.write_text(captions)
+        options = {'data.captions': str(table), 'ar.vocabulary': str(vocabulary)}
+        options |= {'data.name': 'folder', 'data.path': images}
+        cfg = _config('', **options, **{'ar.condition': 'text', 'ar.text_tokens': 2})
+        source = train._open_data(cfg).source
+        if same:
+            train._check_same(cfg, source)
+            continue
+        with pytest.raises(UserError, match='differ in what the model reads of captions: start'):
+            train._check_same(cfg, source)
+
+
 def test_grey_models_are_trained_on_image_files(tmp_path):
     images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images, 'vae.image_channels': 1})

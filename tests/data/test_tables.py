@@ -71,6 +71,23 @@ def test_what_parquet_files_lack_is_said(write, tmp_path):
     assert 'b.parquet cannot be read' in _refusal(Parquet, tmp_path)
 
 
+def test_labels_that_are_not_needed_never_refuse_parquet_files(write):
+    """A model that reads captions needs none: only a column named label counts, where it is one."""
+    for columns, classes in (
+        ({'image': FILES, 'w': range(6), 'h': range(6)}, 1),
+        ({'image': FILES, 'width': range(6)}, 1),
+        ({'image': FILES, 'label': [0, None, 1, -1, 0, 0]}, 1),
+        ({'image': FILES, 'label': list('aabbcc'), 'h': range(6)}, 3),
+        ({'image': FILES, 'label': range(6), 'h': range(6)}, 6),
+    ):
+        source = sources.open_source('parquet', str(write(**columns)), needs_labels=False)
+        assert [source[i]['image'] for i in range(6)] == FILES
+        assert source.num_classes == classes
+        assert {int(source[i]['label']) for i in range(6)} == set(range(classes))
+    both = write(a=FILES, b=FILES)
+    assert 'hold images, a, b' in _refusal(lambda: Parquet(both, needs_labels=False))
+
+
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     assert "pip install 'sphere_ar_jax[parquet]'" in _refusal(Parquet, tmp_path)
@@ -134,6 +151,27 @@ def test_columns_of_hugging_face(datasets, tmp_path):
         ('nothing', 'has no column of images, but a: dataset.cast_column'),
     ):
         assert message in _refusal(sources.HuggingFace, where, split)
+
+
+def test_labels_that_are_not_needed_never_refuse_a_data_set(datasets, tmp_path):
+    """As for Parquet files; a column of class labels counts under any name."""
+    image = datasets.Image()
+    number = datasets.Value('int64')
+    names = datasets.ClassLabel(names=list('abcdef'))
+    for i, (kinds, classes) in enumerate(
+        (
+            (dict(picture=image, width=number, height=number), 1),
+            (dict(picture=image, width=number), 1),
+            (dict(picture=image, width=number, label=number), 6),
+            (dict(picture=image, width=number, kind=names), 6),
+            (dict(picture=image, kind=names, other=names), 1),
+        )
+    ):
+        where = str(tmp_path / str(i))
+        _dataset(datasets, **kinds).save_to_disk(where)
+        source = sources.open_source('hf', where, needs_labels=False)
+        assert [source[k]['image'] for k in range(6)] == FILES
+        assert source.num_classes == classes
 
 
 def test_names_of_the_hub_that_are_not_there(datasets, tmp_path):

@@ -101,6 +101,10 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
         ({'1.jpg': b'', '1.cls': '-1'}, '1 of 1 images have no label'),
     ):
         assert message in _refusal(WebDataset, _write(path, files))
+    # A model that reads captions needs no labels.
+    _write(path, {'1.jpg': b'x', '2.jpg': b'y', '1.cls': '0'})
+    source = sources.open_source('webdataset', str(path), needs_labels=False)
+    assert source.num_classes == 1 and [int(source[i]['label']) for i in range(2)] == [0, 0]
     _write(path, {'1.jpg': b'x', '2.jpg': b'y', '2.txt': 'text'})
     source = WebDataset(path)
     assert source.class_names == ('a.tar',) and source[1]['label'] == np.int32(0)

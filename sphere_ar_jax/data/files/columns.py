@@ -4,7 +4,7 @@ Dimensions:
   n  rows     k  classes
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,9 @@ class Labels(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def choose(where: str, what: str, candidates: Sequence[str], name: str) -> str | None:
+def choose(
+    where: str, what: str, candidates: Sequence[str], name: str, needed: bool = True
+) -> str | None:
     """Chooses a column: the only candidate, or the one that has a certain name.
 
     Args:
@@ -64,21 +66,23 @@ def choose(where: str, what: str, candidates: Sequence[str], name: str) -> str |
       what: what the column holds, for messages, as 'images'.
       candidates: the columns that may hold it.
       name: the column that is taken where there are several.
+      needed: whether several columns without that name are an error.
 
     Returns:
-      The column, None where there are no candidates.
+      The column, None where there are no candidates, or where several cannot be told apart and none
+        is needed.
 
     Raises:
-      UserError: there are several, none of which has the name.
+      UserError: there are several, none of which has the name, and one is needed.
     """
     if name in candidates:
         return name
-    if len(candidates) > 1:
+    if len(candidates) > 1 and needed:
         raise UserError(
             f'{where} has several columns that may hold {what}, {first_names(candidates, 6)}: '
             f'name the one to take {name!r}'
         )
-    return candidates[0] if candidates else None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def labels_of(
@@ -123,6 +127,25 @@ def labels_of(
     return Labels(numbers.astype(np.int32), count, class_names)
 
 
-def one_class(n: int, name: str) -> Labels:
-    """The labels of n images that are a single class with a name."""
-    return Labels(np.zeros(n, np.int32), 1, (escaped(name),))
+def or_one_class(read: Callable[[], Labels | None], needed: bool, n: int, name: str) -> Labels:
+    """Reads the labels of n images. Images without labels are a single class.
+
+    Args:
+      read: reads the labels; None where there are none.
+      needed: whether labels that cannot be told are an error. A model that reads captions needs no
+        labels.
+      n: number of images.
+      name: the name of the single class.
+
+    Raises:
+      UserError: `read` raises it, and labels are needed.
+    """
+    try:
+        found = read()
+    except UserError:
+        if needed:
+            raise
+        found = None
+    if found is None:
+        return Labels(np.zeros(n, np.int32), 1, (escaped(name),))
+    return found

@@ -63,13 +63,14 @@ def _load(name: str, split: str, cache: str | None) -> Any:
         ) from None
 
 
-def _columns(features: Any, where: str) -> tuple[str, str | None]:
+def _columns(features: Any, where: str, needs_labels: bool) -> tuple[str, str | None]:
     """The names of the columns of the images and of the labels, None without labels.
 
-    A column of class labels goes before one of integers.
+    A column of class labels goes before one of integers. Where no labels are needed, integers are
+    labels only under the name 'label', since they may be widths or numbers.
 
     Raises:
-      UserError: there is no column of images, or there are several for one of the two.
+      UserError: there is no column of images, or several for one of the two that is needed.
     """
     datasets = _library()
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -84,9 +85,11 @@ def _columns(features: Any, where: str) -> tuple[str, str | None]:
         labels = [
             name
             for name, kind in features.items()
-            if isinstance(kind, datasets.Value) and kind.dtype.lstrip('u').startswith('int')
+            if isinstance(kind, datasets.Value)
+            and kind.dtype.lstrip('u').startswith('int')
+            and (needs_labels or name == 'label')
         ]
-    return image, columns.choose(where, 'labels', labels, 'label')
+    return image, columns.choose(where, 'labels', labels, 'label', needs_labels)
 
 
 class HuggingFace:
@@ -108,6 +111,7 @@ class HuggingFace:
         name: str | os.PathLike[str],
         split: str = 'train',
         data_dir: str | os.PathLike[str] | None = None,
+        needs_labels: bool = True,
     ):
         """Opens a split. What `datasets` has not prepared yet it fetches and prepares.
 
@@ -116,17 +120,19 @@ class HuggingFace:
             image files, as `datasets` reads them; or one that `save_to_disk` wrote.
           split: the split, as 'train' or 'train[:90%]'.
           data_dir: where `datasets` keeps what it prepares, its default if None.
+          needs_labels: whether labels that cannot be told are an error. If not, all images are then
+            a single class.
 
         Raises:
-          UserError: `datasets` is not installed or cannot open the split, the columns cannot be
-            told, or images have no label. `source[i]` raises it where an image cannot be read.
+          UserError: `datasets` is not installed or cannot open the split, or columns or labels
+            that are needed cannot be told. `source[i]` raises it where an image cannot be read.
         """
         self._name = os.fspath(name)
         self._split = split
         cache = None if data_dir is None else os.fspath(data_dir)
         found = _load(self._name, split, cache)
         where = f'{self._name} {split}'
-        image, label = _columns(found.features, where)
+        image, label = _columns(found.features, where, needs_labels)
         if not len(found):
             raise UserError(f'{where} has no images')
         texts = [name for name in columns.CAPTIONS if name in found.features]
@@ -134,12 +140,16 @@ class HuggingFace:
         undecoded = found.select_columns([image, *texts[:1]])
         self._data = undecoded.cast_column(image, _library().Image(decode=False))
         self._column = image
-        if label is None:
-            labels = columns.one_class(len(found), os.path.basename(self._name.rstrip('/')))
-        else:
+
+        def read() -> columns.Labels | None:
+            if label is None:
+                return None
             table = found.select_columns([label]).with_format('arrow')[:]
             names = getattr(found.features[label], 'names', None)
-            labels = columns.labels_of(where, table.column(0).to_pylist(), names)
+            return columns.labels_of(where, table.column(0).to_pylist(), names)
+
+        own_name = os.path.basename(self._name.rstrip('/'))
+        labels = columns.or_one_class(read, needs_labels, len(found), own_name)
         self._labels, self.num_classes, self.class_names = labels
 
     def __len__(self) -> int:

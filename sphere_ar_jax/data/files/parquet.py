@@ -50,13 +50,14 @@ def _is_text(pa: Any, kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _columns(pa: Any, schema: Any, where: str) -> tuple[str, str | None]:
+def _columns(pa: Any, schema: Any, where: str, needs_labels: bool) -> tuple[str, str | None]:
     """The names of the columns of the images and of the labels, None without labels.
 
-    A column of texts holds labels only where it is named 'label', since it may hold captions.
+    A column of texts holds labels only where it is named 'label', since it may hold captions. So
+    does one of integers where no labels are needed, since it may hold widths or numbers.
 
     Raises:
-      UserError: there is no column of images, or there are several for one of the two.
+      UserError: there is no column of images, or several for one of the two that is needed.
     """
     images = [field.name for field in schema if _is_image(pa, field.type)]
     image = columns.choose(where, 'images', images, 'image')
@@ -68,9 +69,10 @@ def _columns(pa: Any, schema: Any, where: str) -> tuple[str, str | None]:
     labels = [
         field.name
         for field in schema
-        if pa.types.is_integer(field.type) or (field.name == 'label' and _is_text(pa, field.type))
+        if (pa.types.is_integer(field.type) and (needs_labels or field.name == 'label'))
+        or (_is_text(pa, field.type) and field.name == 'label')
     ]
-    return image, columns.choose(where, 'labels', labels, 'label')
+    return image, columns.choose(where, 'labels', labels, 'label', needs_labels)
 
 
 def _names(schema: Any, label: str) -> list[str] | None:
@@ -145,15 +147,17 @@ class Parquet:
 
     left_out = ''
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], needs_labels: bool = True):
         """Opens files.
 
         Args:
           path: a file, a directory of files *.parquet, or a pattern, see `listing.data_files`.
+          needs_labels: whether labels that cannot be told are an error. If not, all images are then
+            a single class.
 
         Raises:
-          UserError: pyarrow is not installed, there are no files or no images, the columns cannot
-            be told, files have other columns than the first one, or rows have no label.
+          UserError: pyarrow is not installed, there are no files or no images, columns or labels
+            that are needed cannot be told, or files have other columns than the first one.
             `source[i]` raises it where a row has no image or a file cannot be read any more.
         """
         pa, parquet = _pyarrow()
@@ -161,7 +165,7 @@ class Parquet:
         self._paths = data_files(os.fspath(path), '.parquet', 'parquet')
         with _reading(self._paths[0]), parquet.ParquetFile(self._paths[0]) as file:
             schema = file.schema_arrow
-        self._image, label = _columns(pa, schema, shown(self._paths[0]))
+        self._image, label = _columns(pa, schema, shown(self._paths[0]), needs_labels)
         files = [_contents(file_path, self._image, label) for file_path in self._paths]
         # (file, row group of it) of each row group.
         self._groups = [
@@ -174,11 +178,15 @@ class Parquet:
         n = int(self._firsts[-1])
         if not n:
             raise UserError(f'{where} has no rows')
-        if label is None:
-            labels = columns.one_class(n, os.path.basename(os.path.abspath(path)))
-        else:
+
+        def read() -> columns.Labels | None:
+            if label is None:
+                return None
             values = [value for file in files for value in file.labels]
-            labels = columns.labels_of(where, values, _names(schema, label))
+            return columns.labels_of(where, values, _names(schema, label))
+
+        own_name = os.path.basename(os.path.abspath(path))
+        labels = columns.or_one_class(read, needs_labels, n, own_name)
         self._labels, self.num_classes, self.class_names = labels
         total = sum(file.size for file in files)
         self._kept = max(1, _KEPT * len(self._groups) // max(total, 1))

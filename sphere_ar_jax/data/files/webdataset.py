@@ -147,16 +147,23 @@ class WebDataset:
       left_out: what the tars hold besides images and labels, with counts.
     """
 
-    def __init__(self, path: str | os.PathLike[str], progress: Progress = lambda done, total: None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        progress: Progress = lambda done, total: None,
+        needs_labels: bool = True,
+    ):
         """Opens tars.
 
         Args:
           path: a tar, a directory of tars, or a pattern, see `listing.data_files`.
           progress: called as progress(done, total), in bytes, after each tar.
+          needs_labels: whether labels that cannot be told are an error. If not, all images are then
+            a single class.
 
         Raises:
-          UserError: there are no tars or no images, some images have no label, or a tar is damaged.
-            `source[i]` raises it where a tar has changed since.
+          UserError: there are no tars or no images, labels that are needed cannot be told, or a tar
+            is damaged. `source[i]` raises it where a tar has changed since.
         """
         where = os.path.abspath(path)
         self._paths = data_files(where, '.tar', 'webdataset')
@@ -180,10 +187,12 @@ class WebDataset:
         self._keys = np.concatenate([part['keys'] for part in parts])
         self._texts = np.concatenate([part['texts'].reshape(-1, 3) for part in parts])
         words = np.concatenate([part['labels'] for part in parts]).tolist()
-        if any(words):
-            labels = columns.labels_of(where, _values(where, words))
-        else:
-            labels = columns.one_class(len(words), os.path.basename(where))
+
+        def read() -> columns.Labels | None:
+            return columns.labels_of(where, _values(where, words)) if any(words) else None
+
+        own_name = os.path.basename(where)
+        labels = columns.or_one_class(read, needs_labels, len(words), own_name)
         self._labels, self.num_classes, self.class_names = labels
         self.left_out = left.describe()
 
