@@ -484,8 +484,28 @@ def kill_after(self, step, *rest):
         self._manager.wait_until_finished()
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = kill_after
-test_train._train(test_train._config(sys.argv[1], **{'ar_training.steps': 0}), sys.argv[2])
+test_train._train(getattr(test_train, sys.argv[1])(sys.argv[2]), sys.argv[3])
 """
+
+
+def _tokenizer_alone(tar):
+    return _config(tar, **{'ar_training.steps': 0})
+
+
+def _both_directions(directory):
+    """A run of texts and images in both orders, on a folder of images with two captions each."""
+    options = {'data.name': 'folder', 'data.path': f'{directory}/images'}
+    options |= {'data.captions': f'{directory}/texts.tsv', 'tokenizer_training.steps': 1}
+    options |= {'ar.condition': 'text', 'ar.text_tokens': 8, 'ar.text_weight': 0.5}
+    return _config('', **options)
+
+
+def _killed(config, images, workdir):
+    """Runs a training that SIGKILL ends once the checkpoint of step 2 is written."""
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, '-c', _KILLED, config.__name__, str(images), str(workdir)]
+    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr
 
 
 @pytest.mark.slow
@@ -493,16 +513,32 @@ def test_killed_and_resumed(tar, tokenizer, tmp_path):
     """The discriminator and its statistics are resumed too: every bit of the state is that of an
     undisturbed run.
     """
-    env = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-c', _KILLED, str(tar), str(tmp_path / 'w')]
-    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -9, killed.stderr
-    _train(_config(tar, **{'ar_training.steps': 0}), tmp_path / 'w')
+    _killed(_tokenizer_alone, tar, tmp_path / 'w')
+    _train(_tokenizer_alone(tar), tmp_path / 'w')
     states = []
     for workdir in (tmp_path / 'w', tokenizer[0]):
         found = loop.checkpoint.Checkpoints(f'{workdir}/tokenizer/checkpoints', read_only=True)
         assert found.steps()[-1] == 4
         states.append(noted_fingerprint(workdir / 'tokenizer', 4))
+        found.close()
+    assert states[0] == states[1] and len(states[0]) > 100
+
+
+@pytest.mark.slow
+def test_a_model_of_both_directions_is_killed_and_resumed(tmp_path):
+    """The draws of captions, of dropped ones and of both orders go on where they were."""
+    _folder(tmp_path / 'images', a=(40, 50), b=(50, 40), c=(40, 40), d=(50, 50))
+    lines = [f'{name}/1.png\t{text} {name}' for name in 'abcd' for text in ('the', 'one')]
+    (tmp_path / 'texts.tsv').write_text('\n'.join(lines))
+    _train(_both_directions(tmp_path), tmp_path / 'undisturbed')
+    _killed(_both_directions, tmp_path, tmp_path / 'w')
+    assert not (tmp_path / 'w' / 'report.html').exists()
+    _train(_both_directions(tmp_path), tmp_path / 'w')
+    states = []
+    for workdir in (tmp_path / 'w', tmp_path / 'undisturbed'):
+        found = loop.checkpoint.Checkpoints(f'{workdir}/ar/checkpoints', read_only=True)
+        assert found.steps()[-1] == 4
+        states.append(noted_fingerprint(workdir / 'ar', 4))
         found.close()
     assert states[0] == states[1] and len(states[0]) > 100
 
