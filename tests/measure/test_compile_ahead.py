@@ -743,6 +743,23 @@ def _two_layers(words):
 
 
 @pytest.mark.slow
+@needs_libtpu
+@libraries_promote()
+@pytest.mark.parametrize('words', ['digits:riemannian', 'composed', 'composed:joint'])
+def test_other_heads_and_texts_compile_for_tpus(words):
+    """Training and sampling on four chips, none of which has images of another."""
+    cfg = _two_layers(words)
+    cfg.tokenizer_training.steps = 0
+    # As on GPUs, XLA merges the head's products for both orders of a joint model.
+    audit = words != 'composed:joint'
+    found = compile_ahead.run(cfg, 'v6e-4', ('train', 'sample'), audit=audit)
+    assert [r['part'] for r in found] == ['ar step', 'tokens', 'decode']
+    for r in found:
+        assert r['fits'] and r['flops'] > 0
+        assert not r['replicated'] and not r['not_split']
+
+
+@pytest.mark.slow
 @needs_cuda
 @libraries_promote()
 @pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16', 'gpu'])
