@@ -18,7 +18,8 @@ goes on where it stopped. The other modes are:
                    (latents of images, which the AR model may be trained on)
   --mode=sample    --workdir=DIR [--output=FILE.npz] [--num_images=N]
                    [--labels=uniform|balanced|FILE] [--png=DIR]
-                   [--prompts=FILE] (a text in each line, or an npz of features; for runs of texts)
+                   (--prompt='a three left of a seven' for runs of texts, as often as you like, or
+                   --prompts=FILE, a text in each line or an npz of features)
   --mode=grid      --workdir=DIR --classes='golden retriever; 388' [--columns=N]
                    [--output=FILE.png]
                    (or --prompt='a three left of a seven', as often as you like, or --prompts=FILE)
@@ -172,7 +173,7 @@ _OPTIONS = (
     _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
-    _texts('prompt', ('grid', 'complete'), 'Text to draw; may be given several times.'),
+    _texts('prompt', ('sample', 'grid', 'complete'), 'Text to draw; may be given several times.'),
     _text(
         'prompts',
         ('sample', 'grid', 'complete'),

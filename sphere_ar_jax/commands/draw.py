@@ -131,6 +131,7 @@ def sample(
     *,
     output: str | None = None,
     labels: str | None = None,
+    prompt: list[str] | None = None,
     prompts: str | None = None,
     png: str | None = None,
     num_images: int | None = None,
@@ -145,9 +146,9 @@ def sample(
       output: the npz, WORKDIR/samples.npz if None.
       labels: 'uniform', 'balanced' or a file of whole numbers, see `generation.draw_labels`; None
         stands for 'uniform'. Runs that draw for texts have none.
-      prompts: a file with a text in each line, which are drawn in turn, for runs that draw for
-        texts. An npz has the features of its texts, for runs that read those; see
-        `features.TextFeatures`.
+      prompt: texts, which are drawn in turn, for runs that draw for texts.
+      prompts: a file with more of them, one in each line. An npz has the features of its texts, for
+        runs that read those; see `features.TextFeatures`.
       png: a directory in which every image becomes a PNG file, too; None writes none.
       num_images: number of images, that of the config if None.
       like: a config whose sampler is taken, see `open_run.open_run`.
@@ -158,14 +159,12 @@ def sample(
     seed = run.config.seed
     n = num_images or s.num_images
     numbers = None
-    if prompts is not None or build.has_captions(run.config):
+    if prompt or prompts is not None or build.has_captions(run.config):
         if labels is not None:
             raise UserError(
-                '--labels are classes: leave them out where --prompts says what to draw'
+                '--labels are classes: leave them out where --prompt or --prompts says what to draw'
             )
-        if prompts is None:
-            raise UserError('this run draws for texts: give a text in each line as --prompts=FILE')
-        texts = _asked(workdir, run.config, None, [], prompts).labels
+        texts = _asked(workdir, run.config, None, prompt or [], prompts).labels
         rows = np.arange(n) % len(texts)
         asked = texts[rows]
         if build.reads_features(run.config):

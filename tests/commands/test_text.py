@@ -102,6 +102,16 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
     words = vocabulary.open_vocabulary(str(run / 'vocabulary.json'))
     assert words.decode(labels[3]) == 'an eight left of a small three'
     np.testing.assert_array_equal(labels[0], labels[4])
+    both = tmp_path / 'both.npz'
+    asked = ['a nine below a six', 'a six']
+    draw.sample(str(run), prompt=asked, prompts=str(prompts), num_images=4, output=str(both))
+    drawn = np.load(both)
+    assert [words.decode(row) for row in drawn['arr_1']] == [
+        *asked,
+        'a one above a two',
+        'an eight left of a small three',
+    ]
+    chex.assert_shape(drawn['arr_0'], (4, 32, 32, 1))
     for place, options in (
         ('grid.png', {'prompt': ['a one above a two'], 'prompts': str(prompts), 'columns': 2}),
         ('other.png', {'prompt': ['a nine below a six']}),
