@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import transformer
+from sphere_ar_jax.models.cache import Cache, empty_caches
 from sphere_ar_jax.models.conditions import Classes, Condition, Labels
 from sphere_ar_jax.models.heads import Draws, FlowHead, Head
 from sphere_ar_jax.models.sizes import VARIANTS
@@ -26,7 +27,7 @@ from sphere_ar_jax.runtime.types import PyTree
 __all__ = ['AR', 'VARIANTS', 'sphere_ar', 'unstacked']
 
 _Model = TypeVar('_Model', bound='AR')
-Caches: TypeAlias = tuple[transformer.Cache, ...]  # one for each block
+Caches: TypeAlias = tuple[Cache, ...]  # one for each block
 
 
 class Positions(nn.Module):
@@ -149,9 +150,7 @@ class AR(nn.Module):
 
     def cache(self, rows: int, length: int) -> Caches:
         """Makes an empty cache for sequences of `length` inputs."""
-        return transformer.empty_cache(
-            self.depth, rows, length, self.heads, self.head_dim, self.dtype
-        )
+        return empty_caches(self.depth, rows, length, self.heads, self.head_dim, self.dtype)
 
     def prefill(self, labels: Labels) -> tuple[jax.Array, Caches]:
         """Reads the condition into a new cache. It needs scan=False.

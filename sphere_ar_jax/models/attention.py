@@ -1,4 +1,4 @@
-"""Attention of a whole sequence to itself, by the kernel that suits the platform, and to a cache.
+"""Attention of a whole sequence to itself, by the kernel that suits the platform.
 
 Dimensions:
   B    batch                       N    heads, K the head dimension
@@ -234,27 +234,3 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     odd = x[..., 1::2].astype(jnp.float32)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def attend_to_cache(
-    q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array | int
-) -> jax.Array:
-    """Computes softmax(q·kᵀ/√K)·v of T positions from `start` on, over a cache.
-
-    It maps q (B, T, N, K), keys and values (B, N, S, K) → (B, T, N, K). The first start + T entries
-    of the cache are filled. It has heads before positions, so that each product reads it in the
-    order of memory.
-    """
-    T = q.shape[1]
-    S = keys.shape[2]
-    logits = jnp.einsum('btnk,bnsk->bnts', q, keys, preferred_element_type=jnp.float32)
-    visible = jnp.arange(S)[None] <= start + jnp.arange(T)[:, None]
-    logits = jnp.where(visible[None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum('bnts,bnsk->btnk', weights.astype(values.dtype), values)
-
-
-def write_cache(cached: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Writes new entries (B, T, N, K) into a cache (B, N, S, K) from `start` on."""
-    new = new.swapaxes(1, 2).astype(cached.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cached, new, start, axis=2)

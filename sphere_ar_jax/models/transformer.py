@@ -19,7 +19,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,12 +28,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
-from sphere_ar_jax.models.attention import apply_rope, attend, attend_to_cache, write_cache
+from sphere_ar_jax.models.attention import apply_rope, attend
+from sphere_ar_jax.models.cache import Cache, HeadsFirst
 from sphere_ar_jax.models.fused.blocks import transformer_block
 from sphere_ar_jax.models.fused.products import EPS
 
 INIT = nn.initializers.normal(0.02)
-Cache: TypeAlias = tuple[jax.Array, jax.Array]  # keys and values of one block
 
 
 def swiglu_width(width: int) -> int:
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         Args:
           x: (B, T, D).
           angles: (T, K/2), in radians.
-          cache: (keys, values), each (B, N, S, K), or None.
+          cache: the block's cache, or None.
           start: () int with start + T ≤ S, needed with a cache; it is clamped, not checked.
 
         Returns:
@@ -225,14 +225,8 @@ class Attention(nn.Module):
             out = attend(q, k, v, self.causal)
         else:
             assert start is not None, 'a cache needs a start'
-            keys = write_cache(cache[0], k, start)
-            values = write_cache(cache[1], v, start)
-            cache = (keys, values)
-            out = (
-                attend(q, k, v, self.causal)
-                if self.prefill
-                else attend_to_cache(q, keys, values, start)
-            )
+            cache = cache.written(k, v, start)
+            out = attend(q, k, v, self.causal) if self.prefill else cache.attended(q, start)
         return nn.DenseGeneral(width, axis=(-2, -1), name='out', **dense)(out), cache
 
 
@@ -358,7 +352,7 @@ class Stack(nn.Module):
         Args:
           x: (B, T, D).
           angles: (T, K/2), in radians.
-          cache: n pairs as in `Attention`, or None.
+          cache: n caches as in `Attention`, or None.
           start: see `Attention`.
           prefill: see `Attention`.
 
@@ -406,6 +400,7 @@ class Stack(nn.Module):
         caches = []
         x = x[:, 0]
         for i, block_cache in enumerate(cache):
+            assert isinstance(block_cache, HeadsFirst), 'the kernels know no other layout'
             x, updated = transformer_block(params[f'blocks_{i}'], x, angles[0], block_cache, start)
             caches.append(updated)
         return x[:, None], tuple(caches)
@@ -445,31 +440,3 @@ def cast_kernels(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
         else:
             out[name] = value.astype(dtype) if 'kernel' in params else value
     return out
-
-
-def empty_cache(
-    depth: int,
-    batch: int,
-    length: int,
-    heads: int,
-    head_dim: int,
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Cache, ...]:
-    """Makes a key/value cache of zeros for `Stack`.
-
-    Args:
-      depth: n.
-      batch: B.
-      length: S.
-      heads: N.
-      head_dim: K.
-      dtype: dtype of keys and values.
-
-    Returns:
-      n pairs (keys, values), each (B, N, S, K).
-    """
-
-    def zeros() -> jax.Array:
-        return jnp.zeros((batch, heads, length, head_dim), dtype)
-
-    return tuple((zeros(), zeros()) for _ in range(depth))

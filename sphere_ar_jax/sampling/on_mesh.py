@@ -363,6 +363,9 @@ def sampling_programs(
         guidance_scale, temperature, prefix=None) → `Drawn` of (B, L, d). The program `decode` runs
         on one device, for its rows: (vae_params, tokens) → images.
     """
+    on_tpus = mesh.devices.flat[0].platform == 'tpu'
+    # The axis 'tensor' splits heads, which it could not where they share an axis with rows.
+    rows_last = on_tpus and mesh.shape['tensor'] == 1 and not ar.fused
 
     def rows(ar_params, labels, index, key, guidance_scale, temperature, prefix):
         return draw_tokens(
@@ -375,6 +378,7 @@ def sampling_programs(
             temperature,
             project=vae.project,
             prefix=prefix,
+            rows_last=rows_last,
         )
 
     def tokens(ar_params, labels, index, key, guidance_scale, temperature, prefix=None):

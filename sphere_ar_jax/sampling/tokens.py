@@ -76,6 +76,7 @@ def draw(
     noise: tuple[jax.Array, jax.Array] | None = None,
     project: Callable[[jax.Array], jax.Array] = geometry.project,
     prefix: Prefix | None = None,
+    rows_last: bool = False,
 ) -> Drawn:
     """Draws the tokens of B images, projected and as the head draws them.
 
@@ -94,6 +95,7 @@ def draw(
       project: the tokenizer's `VAE.project`; every token goes through it before it is fed back.
       prefix: the first tokens, if they are given. They are fed back as they are. The noise of the
         other tokens is the same as without a prefix.
+      rows_last: whether keys and values lie as `cache.RowsLast` (speed only).
 
     Returns:
       The tokens, float32.
@@ -126,8 +128,11 @@ def draw(
     if prefix is not None:
         tokens = tokens._replace(given=jnp.asarray(prefix.tokens).swapaxes(0, 1))
         length = prefix.length
+    carry = _prefill(ar, params, labels, guided)
+    if rows_last:
+        carry = carry._replace(cache=tuple(cache.rows_last() for cache in carry.cache))
     step = _step(ar, params, keys, options, temperature, project, length)
-    _, drawn = jax.lax.scan(step, _prefill(ar, params, labels, guided), tokens)
+    _, drawn = jax.lax.scan(step, carry, tokens)
     return jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
 
 

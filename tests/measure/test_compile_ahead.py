@@ -729,6 +729,22 @@ def test_the_job_for_tpus(tmp_path):
     assert all(not r['replicated'] for r in results if r['steps'])
 
 
+@pytest.mark.slow
+@needs_libtpu
+@libraries_promote()
+def test_the_cache_is_read_without_padding_on_tpus():
+    """XLA keeps the layout in which rows and heads, 32 · 12 here, fill the last axis."""
+    cfg = _two_layers('ar_b:tpu')
+    cfg.mesh.fsdp = 1
+    cfg.sampling.batch_size = 16
+    mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice('v6e-1')))
+    work = programs.WORKS['sample'](cfg, mesh)[0]
+    _, text = compile_ahead.compile_work(work)
+    loops = ' '.join(line for line in text.splitlines() if ' while(' in line)
+    assert set(re.findall(r'bf16\[271,64,384\]{([\d,]+)', loops)) == {'2,1,0'}
+    assert 'bf16[32,12,271,64]' not in loops
+
+
 def _two_layers(words):
     """A config with two layers of everything, 16 or 64 images a step and 32 to sample."""
     cfg = packaged.load(words)

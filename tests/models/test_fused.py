@@ -9,6 +9,7 @@ import pytest
 from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.models import attention, transformer
 from sphere_ar_jax.models.ar import unstacked
+from sphere_ar_jax.models.cache import HeadsFirst
 from sphere_ar_jax.models.fused import flow_head
 from sphere_ar_jax.models.fused.blocks import transformer_block
 from sphere_ar_jax.models.fused.cached_attention import attend_cached
@@ -128,13 +129,8 @@ def test_attention_to_a_cache_is_that_of_the_transformer(start, dtype):
     qkv, keys, values = _arrays(*shapes, dtype=dtype)
     (angles,) = _arrays((K // 2,))
     q, k = (attention.apply_rope(qkv[:, i][:, None], angles[None]) for i in range(2))
-    new_keys = attention.write_cache(keys, k, start)
-    new_values = attention.write_cache(values, qkv[:, 2][:, None], start)
-    expected = (
-        attention.attend_to_cache(q, new_keys, new_values, start)[:, 0],
-        new_keys,
-        new_values,
-    )
+    cache = HeadsFirst(keys, values).written(k, qkv[:, 2][:, None], start)
+    expected = (cache.attended(q, start)[:, 0], *cache)
     at = jnp.int32(start)
     for interpret in (True, False):
         found = attend_cached(qkv, keys, values, angles, at, interpret=interpret)
@@ -146,12 +142,12 @@ def test_a_fused_block_is_the_transformers():
     B, N, S, K = 4, 2, 5, 8
     x, keys, values, angles = _arrays((B, N * K), (B, N, S, K), (B, N, S, K), (1, K // 2))
     block = transformer.Block(N, causal=True)
-    arguments = (x[:, None], angles, (keys, values), 3)
+    arguments = (x[:, None], angles, HeadsFirst(keys, values), 3)
     shapes = jax.eval_shape(block.init, jax.random.key(0), *arguments)['params']
     params = random_arrays(shapes)
     expected, cache = block.apply({'params': params}, *arguments)
     at = jnp.int32(3)
-    found, own = transformer_block(params, x, angles[0], (keys, values), at)
+    found, own = transformer_block(params, x, angles[0], HeadsFirst(keys, values), at)
     _close(found, expected[:, 0])
     for one, other in zip(own, cache, strict=True):
         _close(one, other)

@@ -10,6 +10,7 @@ import pytest
 from sphere_ar_jax.config import build
 from sphere_ar_jax.models import ar, convolutions, transformer, vae
 from sphere_ar_jax.models.backbones import convolutional
+from sphere_ar_jax.models.cache import empty_caches
 from sphere_ar_jax.models.heads import HEADS, flow
 from sphere_ar_jax.training.state import quickly_compiled
 from tests import tiny_config
@@ -285,7 +286,7 @@ def test_a_long_cache_is_read_to_where_it_is_filled():
     variables = attention.init(jax.random.key(2), x[:, :2], angles[:2])
     variables = jax.tree.map(lambda a: 10 * a, variables)  # attention that is not nearly uniform
     full, _ = attention.apply(variables, x, angles)
-    (cache,) = transformer.empty_cache(1, 2, 700, 2, 8)
+    (cache,) = empty_caches(1, 2, 700, 2, 8)
     prefill = transformer.Attention(heads=2, causal=True, prefill=True)
     _, cache = prefill.apply(variables, x[:, :60], angles[:60], cache, 0)
 

@@ -158,6 +158,27 @@ def test_whole_sequences(golden, apart, tiny_vae, case):
         )
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_the_layout_of_the_cache_changes_no_token(golden, apart, case):
+    """The tokens of the golden, with the cache in the layout that TPUs read.
+
+    Later tokens are compared as in `test_whole_sequences`.
+    """
+    model, params = apart
+    schedule, scale = CASES[case]
+
+    @jax.jit
+    def run(params, labels, noise):
+        options = Options(num_steps=5, guidance=schedule)
+        return draw(model, params, labels, None, options, scale, noise=noise, rows_last=True).z
+
+    found = run(params, golden['class_id'], _noise(golden, case))
+    expected = golden[f'sample/{case}/tokens']
+    chex.assert_shape(found, (3, 16, 8))
+    np.testing.assert_allclose(found[:, :7], expected[:, :7], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if case == 'cfg1' else 5e-3)
+
+
 @pytest.mark.parametrize('case', ['cfg_linear', 'cfg_const'])
 def test_guidance_amplifies_rounding_on_the_random_model(golden, apart, case):
     """Why the whole guided sequences are not held to 1e-4: a change of 1e-6 in x₀ moves late tokens

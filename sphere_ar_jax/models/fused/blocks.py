@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sphere_ar_jax.models.cache import HeadsFirst
 from sphere_ar_jax.models.fused.cached_attention import attend_cached
 from sphere_ar_jax.models.fused.products import Modulations, Norm, added_product, normed_product
 
@@ -71,16 +72,16 @@ def transformer_block(
     params: dict[str, Any],
     x: jax.Array,
     angles: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: HeadsFirst,
     start: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, HeadsFirst]:
     """Runs `transformer.Block` for one position, over a cache.
 
     Args:
       params: of the block.
       x: (B, D) float32.
       angles: (K/2,), in radians.
-      cache: keys and values (B, N, S, K), of which the entries before `start` are filled.
+      cache: keys and values, of which the entries before `start` are filled.
       start: () int32, see `attend_cached`.
 
     Returns:
@@ -100,4 +101,4 @@ def transformer_block(
     x = added_product(attended.reshape(B, D), out_kernel, x=x, dtype=jnp.float32)
     norm = Norm(params['mlp_norm']['scale'])
     h = normed_product(x, norm, None, first, centred=False)
-    return added_product(h, second, x=x, dtype=jnp.float32), (keys, values)
+    return added_product(h, second, x=x, dtype=jnp.float32), HeadsFirst(keys, values)

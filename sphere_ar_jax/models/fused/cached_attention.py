@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from sphere_ar_jax.models import kernels
-from sphere_ar_jax.models.attention import apply_rope, attend_to_cache, write_cache
+from sphere_ar_jax.models.attention import apply_rope
+from sphere_ar_jax.models.cache import HeadsFirst
 from sphere_ar_jax.models.fused.products import Refs
 
 # Entries of the cache that are read at a time.
@@ -67,10 +68,9 @@ def _plain(
 ) -> Result:
     """`attend_cached` in plain JAX."""
     q, k, v = (qkv[:, None, i] for i in range(3))
-    keys = write_cache(keys, apply_rope(k, angles[None]), start)
-    values = write_cache(values, v, start)
-    out = attend_to_cache(apply_rope(q, angles[None]), keys, values, start)
-    return out[:, 0], keys, values
+    cache = HeadsFirst(keys, values).written(apply_rope(k, angles[None]), v, start)
+    out = cache.attended(apply_rope(q, angles[None]), start)
+    return out[:, 0], cache.keys, cache.values
 
 
 def _run(
