@@ -99,6 +99,5 @@ def get_config(arg: str = '') -> ConfigDict:
         wishes = wishes._replace(flip=False, crop=False)
     c = config.default()
     c.data.update(name=kind, path=path)
-    found = own.count(kind, path, needs_labels=wishes.captions is None)
-    own.apply(c, own.decide(found, wishes))
+    own.apply(c, own.decide(own.count(kind, path, wishes.captions), wishes))
     return c

@@ -153,15 +153,19 @@ def _examine_data(
 ) -> 'sources.Images | small.Split | None':
     """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
     from sphere_ar_jax.config import build, recipes
+    from sphere_ar_jax.data import small
 
     if data is None and cfg is None:
         return None
 
     def opened() -> 'tuple[checks.Check, sources.Images | small.Split]':
         if data is not None:
-            return checks.check_data(*recipes.data_set(data))
+            needs_labels = cfg is None or not build.has_captions(cfg)
+            return checks.check_data(*recipes.data_set(data), needs_labels=needs_labels)
         assert cfg is not None  # by the lines above
         d = cfg.data
+        if d.name in small.KINDS:
+            return checks.check_small(d.name, d.path, build.open_data_set(cfg).train)
         needs_labels = not build.has_captions(cfg)
         return checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)
 

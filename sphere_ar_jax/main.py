@@ -13,6 +13,7 @@ goes on where it stopped. The other modes are:
                    (a directory has a config and a model card besides the weights)
   --mode=pack      --data=KIND:PATH --output=DIR [--shards=N]
                    [--split=NAME] [--data_dir=DIR] (these two for tfds and hf)
+                   [--labels=none] (of images with captions, whose labels nobody reads)
   --mode=encode    --workdir=DIR --output=DIR [--data=KIND:PATH] [--shards=N]
                    [--split=NAME] [--data_dir=DIR]
                    (latents of images, which the AR model may be trained on)
@@ -170,7 +171,11 @@ _OPTIONS = (
         'Images to draw, complete, caption or keep.',
     ),
     _count('size', ('reference',), 'Side of the crops in pixels.'),
-    _text('labels', ('sample',), 'uniform, balanced, or a file of whole numbers.'),
+    _text(
+        'labels',
+        ('sample', 'pack'),
+        'uniform, balanced, or a file of whole numbers; to pack: none.',
+    ),
     _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
     _texts('prompt', ('sample', 'grid', 'complete'), 'Text to draw; may be given several times.'),

@@ -139,6 +139,13 @@ def test_a_config_that_cannot_be(capsys):
     )
 
 
+def test_some_classes_of_a_small_data_set(capsys):
+    """The data are those of the config, and not all that there are."""
+    _, lines = _examined(capsys, TINY, '--config.data.classes=(0,1)')
+    assert '2 classes: 0, 1' in _line(lines, 'data')
+    assert not any(line.startswith('FAIL') for line in lines)
+
+
 @pytest.mark.parametrize(
     'words, said',
     [

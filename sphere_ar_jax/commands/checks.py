@@ -314,6 +314,28 @@ def check_captions(cfg: 'ConfigDict', source: 'sources.Images | small.Split') ->
     return Check('captions', 'ok', '\n'.join(said))
 
 
+def check_small(
+    kind: str, path: str | None, training: 'small.Split'
+) -> 'tuple[Check, sources.Images | small.Split]':
+    """Says how many training images a small data set has, and which classes.
+
+    Args:
+      kind: a key of `small.KINDS`.
+      path: where its files lie, None where it has none.
+      training: its training images.
+    """
+    from sphere_ar_jax.config import schema
+    from sphere_ar_jax.data import small
+    from sphere_ar_jax.evaluation import class_names
+
+    where = f'{kind} {path}' if small.KINDS[kind].has_path else f'{kind}, part of scikit-learn'
+    what = 'with captions'
+    if kind not in schema.CAPTIONED:
+        what = class_names.describe(training.num_classes, training.class_names)
+    text = f'{where}: {len(training)} images to train on, {what}'
+    return Check('data', 'ok', text), training
+
+
 def check_data(
     kind: str,
     path: str | None,
@@ -336,21 +358,13 @@ def check_data(
     Raises:
       UserError: the images cannot be opened, or the first or the last one cannot be read.
     """
-    from sphere_ar_jax.config import schema
     from sphere_ar_jax.data import small, sources
     from sphere_ar_jax.evaluation import class_names
 
-    of_files = kind not in small.KINDS or small.KINDS[kind].has_path
-    if path is None and of_files:
+    if path is None and (kind not in small.KINDS or small.KINDS[kind].has_path):
         raise UserError(f'data.path is not given, of the {kind} data: --config.data.path=…')
     if kind in small.KINDS:
-        training = small.open_data_set(kind, path, 0, 0.2).train
-        where = f'{kind} {path}' if of_files else f'{kind}, part of scikit-learn'
-        what = 'with captions'
-        if kind not in schema.CAPTIONED:
-            what = class_names.describe(training.num_classes, training.class_names)
-        text = f'{where}: {len(training)} images to train on, {what}'
-        return Check('data', 'ok', text), training
+        return check_small(kind, path, small.open_data_set(kind, path, 0, 0.2).train)
     assert path is not None  # by the lines above
     source = sources.open_source(kind, path, split, data_dir, needs_labels=needs_labels)
     # Reading raises where the files are damaged.

@@ -38,6 +38,7 @@ def pack(
     shards: int = 128,
     split: str = 'train',
     data_dir: str | None = None,
+    labels: str | None = None,
 ) -> None:
     """Copies images to sharded ArrayRecord files.
 
@@ -49,6 +50,8 @@ def pack(
       shards: the number of files.
       split: the split of tfds or hf.
       data_dir: the directory of tfds or hf, None for its default.
+      labels: 'none' for images whose labels cannot be told or mean nothing, as those that have
+        captions: where they cannot be told, all images are a single class. None needs labels.
 
     Raises:
       UserError: the images are a small data set or cannot be read, or the directory exists or
@@ -58,7 +61,10 @@ def pack(
     if kind in small.KINDS:
         raise UserError(small.KINDS[kind].unpackable)
     bar = console.bar(None, 'reading the tar', 'byte')
-    source = sources.open_images(kind, path, split, data_dir, bar)
+    if labels not in (None, 'none'):
+        raise UserError(f"--labels is {labels}: --mode=pack takes 'none' alone")
+    needs_labels = labels is None
+    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=needs_labels)
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))
     classes = class_names.describe(source.num_classes, source.class_names)
     print(f'{output}: {len(source)} images of {classes}')

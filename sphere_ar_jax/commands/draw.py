@@ -454,7 +454,8 @@ def caption(
     if output is not None and not output.endswith('.tsv'):
         raise UserError(f'--output is {output}, but must end in .tsv')
     files = _files(images)
-    chosen = [files[i] for i in sources.spread(len(files), num_images or len(files))]
+    places = sources.spread(len(files), num_images or len(files))
+    chosen = [files[i] for i in places]
     names = chosen
     if os.path.isdir(images):
         names = [os.path.relpath(path, images) for path in chosen]
@@ -465,8 +466,9 @@ def caption(
     model = Model(run, mesh=mesh)
     show = console.bar(len(chosen), 'texts')
     texts: dict[str, str] = {}
-    # Each image has the seed of its place, so that it does not matter with which others it is read.
-    seeds = (run.config.seed + np.arange(len(chosen))) % 2**31
+    # Each image has the seed of its place among all, so that it does not matter with which others
+    # it is read.
+    seeds = (run.config.seed + np.array(places)) % 2**31
     size = run.config.sampling.batch_size
     # A directory may have more images than memory holds.
     for start in range(0, len(chosen), size):

@@ -100,6 +100,17 @@ def _check_finished(key: str, workdir: str) -> None:
         raise UserError(f'{key}: {workdir} is not finished: run its own command to the end first')
 
 
+def _check_vocabulary(key: str, origin: str, theirs: ConfigDict, cfg: ConfigDict) -> None:
+    """Raises UserError where a run that is gone on from numbers the words of texts otherwise."""
+    if cfg.ar.condition != 'text':
+        return
+    if not vocabulary.are_same(theirs.ar.vocabulary, cfg.ar.vocabulary):
+        raise UserError(
+            f'{key}: {origin} has another vocabulary: give --config.ar.vocabulary='
+            f'{theirs.ar.vocabulary}'
+        )
+
+
 def _check_base(cfg: ConfigDict, workdir: str) -> None:
     """Checks that the run in cfg.fine_tuning.init_from can be trained on.
 
@@ -119,13 +130,7 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
         raise UserError(
             f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
         )
-    if cfg.ar.condition == 'text' and not vocabulary.are_same(
-        theirs.ar.vocabulary, cfg.ar.vocabulary
-    ):
-        raise UserError(
-            f'{key}: {origin} has another vocabulary: give --config.ar.vocabulary='
-            f'{theirs.ar.vocabulary}'
-        )
+    _check_vocabulary(key, origin, theirs, cfg)
     _check_finished(key, origin)
 
 
@@ -198,6 +203,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
             f'{cfg.init_from} has another model ({"; ".join(changed)}): '
             'a head is distilled from its own'
         )
+    _check_vocabulary('init_from', cfg.init_from, teacher.config, cfg)
     _check_finished('init_from', cfg.init_from)
     return teacher
 
@@ -565,7 +571,9 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
     for key in _OF_MACHINES:
         values.pop(key, None)
     values['the number of images'] = len(source)
-    values['the names of classes'] = getattr(source, 'class_names', None)
+    # A single class has the name of its directory, which may lie elsewhere on another machine.
+    names = getattr(source, 'class_names', None) or ()
+    values['the names of classes'] = names if len(names) > 1 else ()
     if hosts.count() > 1 and build.has_captions(cfg):
         encode = build.caption_encoder(cfg)
         looked = captioned.look(source, _LOOKED_AT, encode)
@@ -614,6 +622,8 @@ def _set_up(
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
     base = _base(cfg, workdir, source, mesh)
     _check_same(cfg, source)
+    if build.has_captions(cfg):
+        print('\n'.join(describe_captions(cfg, source)), flush=True)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
     claim(cfg, workdir)
@@ -665,9 +675,7 @@ def _introduce(setting: snapshots.Setting) -> None:
     held = '' if setting.heldout is None else f', {len(setting.heldout)} held out'
     platform = jax.devices()[0].platform
     print(f'{len(source)} training images{held}; {setting.mesh.size} {platform} device(s)')
-    if build.has_captions(setting.cfg):
-        print('\n'.join(describe_captions(setting.cfg, source)), flush=True)
-    else:
+    if not build.has_captions(setting.cfg):
         print(class_names.describe(source.num_classes, names), flush=True)
     left_out = getattr(source, 'left_out', '')
     if left_out:

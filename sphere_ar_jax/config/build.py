@@ -77,7 +77,7 @@ def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None
     """
     if schema.num_classes(cfg) is None:
         cfg.data.num_classes = source.num_classes
-    check_classes(cfg, source, cfg.data.path)
+    check_classes(cfg, source, cfg.data.path or f'data {cfg.data.name}')
 
 
 class Sampler(NamedTuple):

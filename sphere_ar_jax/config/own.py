@@ -96,7 +96,7 @@ def _shown(value: Any) -> str:
 # ---- counting
 
 
-def _opened(kind: str, path: str, needs_labels: bool) -> Counted:
+def _opened(kind: str, path: str, captions: str | None) -> Counted:
     """Counts the images of a data set whose opening is quick.
 
     Raises:
@@ -108,11 +108,17 @@ def _opened(kind: str, path: str, needs_labels: bool) -> Counted:
 
         training, _ = idx.splits(path)
         return Counted(len(training), training.num_classes, 'as its files say', grey=True)
-    source = sources.open_source(kind, path, needs_labels=needs_labels)
+    source = sources.open_source(kind, path, needs_labels=captions is None)
+    if captions is not None:
+        # Imported here, because JAX comes with it.
+        from sphere_ar_jax.data.captions import table
+
+        # Images that a table does not name are left out.
+        source = table.with_captions(source, captions)
     return Counted(len(source), source.num_classes, 'as counted there')
 
 
-def count(kind: str, path: str, needs_labels: bool = True) -> Counted:
+def count(kind: str, path: str, captions: str | None = None) -> Counted:
     """Counts the images and classes of a data set, as far as that is quick.
 
     A folder is listed, which takes seconds for a million files. No image is read.
@@ -120,7 +126,7 @@ def count(kind: str, path: str, needs_labels: bool = True) -> Counted:
     Args:
       kind: a key of `schema.DATA` other than `schema.WITHOUT_PATH`.
       path: its path; for tfds and hf its name.
-      needs_labels: see `sources.open_source`.
+      captions: `data.captions` of images that have texts, None where they have classes.
     """
     if kind == 'imagenet':
         how = 'which is assumed: a tar is counted only when it is opened'
@@ -131,7 +137,7 @@ def count(kind: str, path: str, needs_labels: bool = True) -> Counted:
         why = 'a data set of a hub is counted only when it is opened'
     if kind != 'tfds' and not of_hub:
         try:
-            return _opened(kind, path, needs_labels)
+            return _opened(kind, path, captions)
         except (OSError, UserError):
             why = f'{os.path.basename(path) or path} cannot be counted here'
     how = f'which is assumed: {why}; give steps= or epochs= where there are more or fewer'

@@ -294,7 +294,7 @@ class ImageFolder:
         place = os.path.splitext(self.file(i))[0] + '.txt'
         try:
             with open(place, encoding='utf-8-sig') as f:
-                return columns.captions_of(place, f.read().splitlines())
+                return columns.captions_of(place, f.read().split('\n'))
         except FileNotFoundError:
             return ()
         except UnicodeDecodeError as error:
@@ -543,16 +543,16 @@ class Part:
         return hashes(self._source)[self._chosen]
 
 
-# Sources whose names cost a read each, and which do not grow.
-_NAMELESS = (ImageNetTar, ArrayRecords)
+# Sources that do not grow, and whose names cost a read each or change with the directory.
+_BY_NUMBER = (ImageNetTar, ArrayRecords, HuggingFace)
 
 
 def hashes(source: Images) -> np.ndarray:
     """A hash of each entry's name, (n,) uint64, by which images are held out.
 
-    ImageNet's tar and ArrayRecord files have hashes of the numbers of their entries. Latents have
-    those of the images that they were encoded from, and parts and captioned images those of the
-    source that they are made of.
+    ImageNet's tar, ArrayRecord files and `datasets` have hashes of the numbers of their entries.
+    Latents have those of the images that they were encoded from, and parts and captioned images
+    those of the source that they are made of.
 
     Args:
       source: the images.
@@ -561,7 +561,7 @@ def hashes(source: Images) -> np.ndarray:
         return source.hashes
     found = np.empty(len(source), np.uint64)
     for i in range(len(source)):
-        name = str(i) if isinstance(source, _NAMELESS) else source.name(i)
+        name = str(i) if isinstance(source, _BY_NUMBER) else source.name(i)
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         found[i] = int.from_bytes(digest, 'big')
     return found

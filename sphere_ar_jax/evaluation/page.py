@@ -39,7 +39,7 @@ _TOKENIZER_CURVES = (
     _Curve('tokenizer', 'psnr', 'tokenizer: PSNR of the batch, dB', False),
 )
 _LATER_CURVES = (
-    _Curve('ar', 'loss', 'AR: flow loss', True),
+    _Curve('ar', 'loss', 'AR: loss', True),
     _Curve('ar', 'grad_norm', 'AR: gradient norm before the clip', True),
     _Curve('ar', 'token_norm', 'AR: norm of predicted tokens before N_R', False),
     _Curve('ar', 'magnitude_loss', 'AR: loss of the log norms', True),

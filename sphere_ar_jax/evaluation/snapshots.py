@@ -311,7 +311,8 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
       UserError: there are too few classes or images.
     """
     size, _, channels = setting.vae.image_shape
-    real = classifier_features.read(setting.source, setting.heldout, size, channels)
+    encode = build.caption_encoder(setting.cfg) if build.has_captions(setting.cfg) else None
+    real = classifier_features.read(setting.source, setting.heldout, size, channels, encode)
     wanted = classifier_features.asked(real, setting.cfg.sampling.num_images)
     labels = wanted.labels
     if wanted.captions:
@@ -352,17 +353,31 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
+# Images that are tried for captions, at least, before others are.
+_TRIED = 100
+
+
 def _captions(setting: Setting, count: int) -> list[str]:
-    """First captions of images, spread evenly over the held-out ones, or else the others.
+    """First captions of at most `count` images, spread evenly over the held-out ones.
+
+    Images whose captions cannot be encoded are passed over. Where so many of the held-out images
+    are, or none is held out, the captions are those of training images.
 
     Raises:
-      UserError: none of the images that are tried has a caption that can be encoded.
+      UserError: none of 100 training images has a caption that can be encoded.
     """
-    source = setting.source if setting.heldout is None else setting.heldout.source
-    looked = captioned.look(source, count, build.caption_encoder(setting.cfg))
+    encode = build.caption_encoder(setting.cfg)
+    tried = [(setting.source, count), (setting.source, max(count, _TRIED))]
+    if setting.heldout is not None:
+        heldout = setting.heldout.source
+        tried = [(heldout, count), (heldout, max(count, _TRIED)), *tried]
+    for source, most in tried:
+        looked = captioned.look(source, most, encode)
+        if len(looked.texts) >= min(count, len(source)):
+            break
     if not looked.texts:
         raise UserError(looked.reasons[0])
-    return looked.texts
+    return [looked.texts[i] for i in sources.spread(len(looked.texts), count)]
 
 
 def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:

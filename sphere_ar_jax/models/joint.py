@@ -187,12 +187,12 @@ class Joint(AR):
             first, flow_loss, which is its loss there, and text_loss, the cross-entropy where the
             image comes first.
         """
-        alone = self.image_first(labels, z)
-        behind = self.text_first(labels, z)
-        flow_alone, _ = self.head.loss(alone.c, z, draws)
-        flow_behind, scalars = self.head.loss(behind.c, z, draws)
-        text_behind = _per_number(alone.logits, labels)
-        text_alone = _per_number(behind.logits, labels)
+        image_first = self.image_first(labels, z)
+        text_first = self.text_first(labels, z)
+        flow_alone, _ = self.head.loss(image_first.c, z, draws)
+        flow_behind, scalars = self.head.loss(text_first.c, z, draws)
+        text_alone = _per_number(text_first.logits, labels)
+        text_behind = _per_number(image_first.logits, labels)
         flow = flow_alone + flow_behind
         text = text_alone + text_behind
         loss = (flow + self.text_weight * text) / 2

@@ -42,7 +42,6 @@ from sphere_ar_jax.runtime.console import UserError, first_line, printable
 from sphere_ar_jax.runtime.files import owned, read_json, replace, write_bytes, write_json
 from sphere_ar_jax.sampling import on_mesh
 
-LABELS = ('uniform', 'balanced')
 _MOST_LABEL_BYTES = 2**30
 
 
@@ -258,9 +257,15 @@ class _Parts:
 
     def gaps(self) -> list[tuple[int, int]]:
         """The images that no part has, as (number of the first, number after the last)."""
-        edges = [0, *(edge for part in self.parts for edge in part[1:]), self._shape[0]]
-        pairs = zip(edges[::2], edges[1::2], strict=True)
-        return [(start, stop) for start, stop in pairs if start < stop]
+        found = []
+        begin = 0
+        for part in self.parts:
+            if begin < part.start:
+                found.append((begin, part.start))
+            begin = part.stop
+        if begin < self._shape[0]:
+            found.append((begin, self._shape[0]))
+        return found
 
     def add(self, start: int, images: np.ndarray) -> None:
         """Writes a batch; `start` is the number of its first image."""

@@ -25,8 +25,9 @@ from sphere_ar_jax import main
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.commands import data_sets, evaluate, open_run, train
 from sphere_ar_jax.config import build, checks, own, packaged, schema
-from sphere_ar_jax.data import augment, stand_in
+from sphere_ar_jax.data import augment, sources, stand_in
 from sphere_ar_jax.data import batches as data_batches
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
 from sphere_ar_jax.runtime import checkpoint, console, files, metric_writer, sharding
@@ -320,8 +321,47 @@ def test_images_with_captions_need_no_labels(tmp_path):
     assert [source[i]['captions'] for i in range(2)] == [('a cat',), ('a dog',)]
     check, _ = commands_checks.check_data('parquet', str(path), needs_labels=False)
     assert check.status == 'ok'
+    packed = str(tmp_path / 'packed')
+    with pytest.raises(UserError, match='several columns that may hold labels'):
+        data_sets.pack(f'parquet:{path}', packed)
+    data_sets.pack(f'parquet:{path}', packed, labels='none')
+    assert sources.ArrayRecords(packed).num_classes == 1
+    with pytest.raises(UserError, match="--labels is uniform: --mode=pack takes 'none' alone"):
+        data_sets.pack(f'parquet:{path}', packed, labels='uniform')
     with pytest.raises(UserError, match='several columns that may hold labels, width, height'):
         train._open_data(packaged.load(f'own:data=parquet:{path},smoke'))
+
+
+def test_captions_that_are_refused_leave_the_workdir_free(tmp_path):
+    """Once the missing word is in the list, the same command trains."""
+    images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
+    (tmp_path / 'texts.tsv').write_text('a/1.png\tcat\nb/1.png\tdog\n')
+    words = tmp_path / 'words.txt'
+    words.write_text('cat\n')
+    options = {'data.name': 'folder', 'data.path': images, 'ar.vocabulary': str(words)}
+    options |= {'data.captions': f'{tmp_path}/texts.tsv', 'data.max_broken': 0.01}
+    cfg = _config('', **options, **{'ar.condition': 'text', 'ar.text_tokens': 2})
+    with pytest.raises(UserError, match="'dog' has 'dog', which the vocabulary does not know"):
+        train._set_up(cfg, str(tmp_path / 'w'))
+    assert not (tmp_path / 'w').exists()
+    vocabulary.open_vocabulary.cache_clear()
+    words.write_text('cat\ndog\n')
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    assert len(setting.source) == 2
+
+
+def test_a_head_is_distilled_with_the_vocabulary_of_its_teacher(tmp_path):
+    """Another list of as many words would give all captions other numbers."""
+    for name, text in (('a', 'cat\ndog\n'), ('b', 'dog\ncat\n'), ('c', 'cat\ndog\n')):
+        (tmp_path / f'{name}.txt').write_text(text)
+    cfgs = []
+    for name in 'abc':
+        cfg = schema.default()
+        cfg.ar.update(condition='text', vocabulary=str(tmp_path / f'{name}.txt'))
+        cfgs.append(cfg)
+    with pytest.raises(UserError, match='init_from: RUN has another vocabulary: give --config'):
+        train._check_vocabulary('init_from', 'RUN', cfgs[0], cfgs[1])
+    train._check_vocabulary('init_from', 'RUN', cfgs[0], cfgs[2])
 
 
 def test_processes_read_the_same_captions(tmp_path, monkeypatch):

@@ -117,6 +117,16 @@ def test_few_images_are_learnt_by_heart_and_that_is_said():
     assert 'learnt by heart' not in _config(500, 1).reasons[0]
 
 
+def test_images_without_a_caption_do_not_count(tmp_path):
+    """A table that names a part of the images decides the sizes."""
+    images = _folder(tmp_path / 'images', 6)
+    (tmp_path / 'a.tsv').write_text('owl/0.png\tan owl\nwren/1.png\ta wren\n')
+    assert own.count('folder', images).images == 6
+    assert own.count('folder', images, str(tmp_path / 'a.tsv')).images == 2
+    config = packaged.load(f'own:data=folder:{images},captions={tmp_path}/a.tsv')
+    assert 'from 2 images' in config.reasons[0]
+
+
 def test_epochs_and_steps_are_asked_for():
     by_epochs = _config(160, 10, epochs=200).ar_training
     assert by_epochs.steps == 2000 and by_epochs.warmup_steps == 100

@@ -254,13 +254,28 @@ def test_captions_change_no_image_that_is_held_out(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
-    pytest.importorskip('tokenizers')
+    tokenizers = pytest.importorskip('tokenizers')
     with pytest.raises(UserError, match=r"give 'bytes', or the path of a tokenizer\.json or"):
         vocabulary.open_vocabulary(str(tmp_path / 'absent.json'))
     path = tmp_path / 'tokenizer.json'
     path.write_text(json.dumps({'model': 3}))
     with pytest.raises(UserError, match='is no tokenizer: '):
         vocabulary.open_vocabulary(str(path))
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / 'empty.json'))
+    with pytest.raises(UserError, match=r'empty\.json has no tokens: train the tokenizer first'):
+        vocabulary.open_vocabulary(str(tmp_path / 'empty.json'))
+
+
+def test_the_home_directory_is_found(tmp_path, monkeypatch):
+    """Shells leave ~ as it is inside of --config.ar.vocabulary=~/words.txt."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'words-of-home.txt').write_text('cat\ndog\n')
+    word = '~/words-of-home.txt'
+    assert vocabulary.open_vocabulary(word).encode('dog cat') == [2, 1]
+    (tmp_path / 'run').mkdir()
+    vocabulary.keep(word, str(tmp_path / 'run'))
+    kept = vocabulary.of_run(word, tmp_path / 'run')
+    assert kept == str(tmp_path / 'run' / 'vocabulary.txt') and vocabulary.are_same(word, kept)
 
 
 def test_prompts_are_filled_up_and_captions_are_cut():
@@ -470,6 +485,41 @@ def test_tables_of_captions(name, folder, tmp_path):
     )
 
 
+def test_a_text_of_a_table_that_is_none_breaks_its_image_alone(folder, tmp_path):
+    """As a text beside an image does."""
+    path = tmp_path / 'a.jsonl'
+    images = sources.ImageFolder(folder)
+    first, second, *_ = [images.name(i) for i in range(len(images))]
+    entries = [(first, 'a cat'), (first, ['x', None]), (first, 'more'), (second, 'a dog')]
+    path.write_text('\n'.join(json.dumps({'path': p, 'text': text}) for p, text in entries))
+    source = table.with_captions(images, str(path))
+    assert len(source) == 2 and source[1]['captions'] == ('a dog',)
+    for _ in range(2):
+        with pytest.raises(BrokenCaptionError, match=r'a\.jsonl, line 2 has a caption that is no'):
+            source[0]
+
+
+def test_a_table_cannot_name_two_images_alike(tmp_path):
+    for place in ('one', 'two'):
+        (tmp_path / place).mkdir()
+        with tarfile.open(tmp_path / place / '0.tar', 'w') as archive:
+            archive.addfile(tarfile.TarInfo('cat.jpg'), io.BytesIO())
+    (tmp_path / 'a.tsv').write_text('0.tar/cat\ta cat\n')
+    source = WebDataset(f'{tmp_path}/*/0.tar')
+    assert len(source) == 2
+    with pytest.raises(UserError, match=r'two images have the name 0\.tar/cat, so that a table'):
+        table.with_captions(source, str(tmp_path / 'a.tsv'))
+
+
+@pytest.mark.parametrize('line', ['a bird\u2028on a branch', 'a bird\x0con a\x85branch'])
+def test_only_newlines_part_captions(line, tmp_path):
+    """Texts from the web have other characters at which Python ends lines."""
+    (tmp_path / '1.png').write_bytes(b'')
+    (tmp_path / '1.txt').write_text(f'{line}\r\na second\n', newline='')
+    source = sources.ImageFolder(tmp_path)
+    assert source.captions(0) == (line, 'a second')
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
@@ -477,7 +527,6 @@ def test_tables_of_captions(name, folder, tmp_path):
         ('a.tsv', 'cats/1.png a cat', r'a\.tsv, line 1 has no tab between a path and a text'),
         ('a.jsonl', '{"text": "a"}', r'a\.jsonl, line 1 is no caption: write \{"file_name"'),
         ('a.jsonl', '{"path": "x", "text": "a"}\n{', r'a\.jsonl, line 2 is no JSON'),
-        ('a.jsonl', '{"path": "x", "text": 3}', 'line 1 has a caption that is no text'),
         ('a.json', '{"path": ["x"], "text": "a"}', r'a\.json, entry 1 is no caption'),
         ('a.json', '{"path": "x", "prompt": "a"}', r'a\.json, entry 1 is no caption'),
         ('a.json', '[[[', r'a\.json is no JSON'),

@@ -60,6 +60,11 @@ def test_what_parquet_files_lack_is_said(write, tmp_path):
         ({'a': FILES, 'w': range(6), 'h': range(6)}, 'several columns that may hold labels, w, h'),
         ({'a': FILES, 'label': [0, None, 1, -1, 0, 0]}, '2 of 6 images have no label'),
         ({'a': FILES, 'label': [0, -7, 1, 1, 0, 0]}, 'has labels from -7 to 1'),
+        ({'a': FILES, 'label': [0.0, 1.0] * 3}, 'has the label 0.0, a float: make the column one'),
+        (
+            {'a': FILES, 'id': np.array([2**63] * 6, np.uint64)},
+            'to 9223372036854775808, but they must lie',
+        ),
         ({'a': FILES[:0], 'label': np.zeros(0, np.int32)}, 'has no column of image bytes'),
     ):
         assert message in _refusal(Parquet, write(**columns))
@@ -140,7 +145,7 @@ def test_columns_of_hugging_face(datasets, tmp_path):
         assert [source[i]['image'] for i in range(6)] == FILES
         assert [int(source[i]['label']) for i in range(6)] == list(labels)
         assert source.class_names == classes
-    assert source.name(-1) == f'{where} none [5]'
+    assert source.name(-1) == 'saved none [5]'
     # One split alone, as another directory in which it was saved.
     datasets.load_from_disk(where)['train'].save_to_disk(tmp_path / 'one')
     assert sources.HuggingFace(tmp_path / 'one').class_names == tuple('abcdef')
@@ -172,6 +177,35 @@ def test_labels_that_are_not_needed_never_refuse_a_data_set(datasets, tmp_path):
         source = sources.open_source('hf', where, needs_labels=False)
         assert [source[k]['image'] for k in range(6)] == FILES
         assert source.num_classes == classes
+
+
+def test_texts_are_labels_and_other_types_are_named(datasets, tmp_path):
+    """A column named label is never passed over."""
+    plain = _dataset(datasets, image=datasets.Image())
+    plain.add_column('label', list('babbaa')).save_to_disk(str(tmp_path / 'texts'))
+    source = sources.HuggingFace(tmp_path / 'texts')
+    assert source.class_names == ('a', 'b')
+    assert [int(source[i]['label']) for i in range(6)] == [1, 0, 1, 1, 0, 0]
+    plain.add_column('label', [0.5] * 6).save_to_disk(str(tmp_path / 'floats'))
+    said = _refusal(sources.HuggingFace, tmp_path / 'floats')
+    assert 'has the label 0.5, a float' in said
+
+
+def test_a_moved_data_set_holds_out_the_same_images(datasets, tmp_path, monkeypatch):
+    """Neither a way to write its path nor its place counts."""
+    data = _dataset(datasets, image=datasets.Image(), label=datasets.Value('int64'))
+    for place in ('birds', 'elsewhere/birds'):
+        datasets.concatenate_datasets([data] * 20).save_to_disk(str(tmp_path / place))
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    held_out = set()
+    for path in ('birds', './birds/', str(tmp_path / 'birds'), 'elsewhere/birds'):
+        source = sources.open_source('hf', path)
+        names.add(source.name(7))
+        _, heldout = sources.split(source, 0.3)
+        held_out.add(tuple(heldout.name(i) for i in range(len(heldout))))
+    assert names == {'birds train [7]'}
+    assert len(held_out) == 1 and 20 < len(held_out.pop()) < 55
 
 
 def test_names_of_the_hub_that_are_not_there(datasets, tmp_path):

@@ -105,6 +105,11 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
     _write(path, {'1.jpg': b'x', '2.jpg': b'y', '1.cls': '0'})
     source = sources.open_source('webdataset', str(path), needs_labels=False)
     assert source.num_classes == 1 and [int(source[i]['label']) for i in range(2)] == [0, 0]
+    # What only Python takes for a number is a name, and numbers may be too large.
+    source = WebDataset(_write(path, {'1.jpg': b'', '2.jpg': b'', '1.cls': '1_0', '2.cls': '10'}))
+    assert source.class_names == ('10', '1_0')
+    large = {'1.jpg': b'', '1.cls': '123456789012345678901'}
+    assert 'to 123456789012345678901, but they must' in _refusal(WebDataset, _write(path, large))
     _write(path, {'1.jpg': b'x', '2.jpg': b'y', '2.txt': 'text'})
     source = WebDataset(path)
     assert source.class_names == ('a.tar',) and source[1]['label'] == np.int32(0)

@@ -98,6 +98,13 @@ def test_labels_do_not_change_their_meaning(tmp_path):
     assert class_names.of_run(tmp_path, _config('folder', 3)) == ('cat', 'dog', 'owl')
 
 
+def test_images_of_one_class_may_be_moved(tmp_path):
+    """Their class has the name of the directory."""
+    class_names.keep(tmp_path, ('birds',))
+    class_names.keep(tmp_path, ('moved_birds',))
+    assert class_names.of_run(tmp_path, _config('folder', 1)) == ('birds',)
+
+
 @pytest.mark.parametrize('content', ['', '["cat"', '{}', '[1]', '[' * 100_000, '\x00\udc80'])
 def test_damaged_names_are_refused_and_a_training_writes_them_anew(tmp_path, content, capsys):
     (tmp_path / 'classes.json').write_bytes(content.encode('utf-8', 'surrogateescape'))

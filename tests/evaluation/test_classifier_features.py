@@ -8,6 +8,7 @@ from PIL import Image
 
 from sphere_ar_jax.commands import evaluate, open_run
 from sphere_ar_jax.data import sources
+from sphere_ar_jax.data.captions import table
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import classifier_features
 from sphere_ar_jax.runtime import sharding
@@ -53,6 +54,24 @@ def test_images_are_averaged_to_at_most_64_pixels_a_side(side, small):
     block = side // small
     corner = images[1, -block:, :block].astype(np.float64).mean((0, 1)) / 255
     np.testing.assert_allclose(found[1, -1, 0], corner, rtol=1e-5)
+
+
+def test_images_whose_caption_the_model_cannot_read_are_left_out(folder, tmp_path):
+    """As in a training, which replaces them: they do not end an evaluation."""
+    source = sources.open_source('folder', str(folder))
+    names = [source.name(i) for i in range(len(source))]
+    texts = ['a kitten' if i == 3 else 'a cat' for i in range(len(names))]
+    lines = (f'{name}\t{text}\n' for name, text in zip(names, texts, strict=True))
+    (tmp_path / 'a.tsv').write_text(''.join(lines))
+
+    def encode(text):
+        if text != 'a cat':
+            raise UserError(text)
+        return np.zeros(2, np.int32)
+
+    captioned = table.with_captions(source, str(tmp_path / 'a.tsv'))
+    found = classifier_features.read(captioned, None, 16, 3, encode)
+    assert len(found.captions) == 58 and set(found.captions) == {'a cat'}
 
 
 def test_every_fifth_image_is_kept_from_the_classifier(real):

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import small, sources
+from sphere_ar_jax.data.captions import captioned
 from sphere_ar_jax.evaluation import heldout, snapshots
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import state
 from tests import tiny_config
@@ -108,3 +111,32 @@ def test_reconstructions_that_are_not_finite_do_not_end_the_training(
     snapshots.look_at_reconstructions(setting, {}, images, 40, writer)
     assert _said(capsys).startswith('step 40: no picture, 2 of the images 0 to 1')
     assert not list(tmp_path.iterdir()) and not writer.mock_calls
+
+
+class _Captioned(list):
+    """A source of captions alone."""
+
+    def __getitem__(self, i):
+        return {'captions': (super().__getitem__(i),)}
+
+
+def _of_captions(train, heldout, tmp_path):
+    """What `_captions` reads of a run whose vocabulary has the words cat and dog."""
+    (tmp_path / 'words.txt').write_text('cat\ndog\n')
+    cfg = schema.default()
+    cfg.ar.update(condition='text', vocabulary=str(tmp_path / 'words.txt'), text_tokens=1)
+    encode = build.caption_encoder(cfg)
+    kept = None if heldout is None else captioned.FirstCaption(_Captioned(heldout), encode)
+    return snapshots.Setting(cfg, '', None, None, None, _Captioned(train), heldout=kept)
+
+
+def test_captions_that_cannot_be_read_are_passed_over(tmp_path):
+    """A picture asks for others, at last for those of training images, and never ends a run."""
+    some = _of_captions(['cat'] * 9, ['owl', 'dog', 'dog', 'owl', 'dog', 'owl'], tmp_path)
+    assert snapshots._captions(some, 2) == ['dog', 'dog']
+    none = _of_captions(['cat'] * 9, ['owl'], tmp_path)
+    assert snapshots._captions(none, 1) == ['cat']
+    few = _of_captions(['owl', 'cat', 'owl', 'dog'], None, tmp_path)
+    assert snapshots._captions(few, 2) == ['cat', 'dog']
+    with pytest.raises(UserError, match="'owl' has 'owl', which the vocabulary does not know"):
+        snapshots._captions(_of_captions(['owl'], None, tmp_path), 1)

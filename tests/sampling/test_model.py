@@ -274,7 +274,7 @@ GREY = np.zeros((2, 16, 16, 1), np.float32)
 WRONG = {
     'a class above': (lambda r: r.sample([3, 10]), 'labels must lie between 0 and 9'),
     'a class below': (lambda r: r.sample(-1), 'labels must lie between 0 and 9'),
-    'no class': (lambda r: r.sample([]), 'labels must'),
+    'no class': (lambda r: r.sample([]), 'there are no labels'),
     'a fraction': (lambda r: r.sample(2.5), 'labels must be whole numbers'),
     'a name': (lambda r: r.sample('owl'), "'owl' is no class: this model knows the numbers 0 to 9"),
     'seeds': (lambda r: r.sample([3, 1], seed=[1, 2, 3]), 'or one for each of 2 image'),
@@ -338,6 +338,10 @@ def test_names_of_classes():
     assert inputs.labels('owl', numbers.__getitem__) == [3]
     assert inputs.labels(['wren', 7, 'owl'], numbers.__getitem__) == [4, 7, 3]
     assert inputs.labels(np.array(['wren', 'owl']), numbers.__getitem__) == [4, 3]
+    column = np.array(['wren', 'owl'], object)  # as a table of pandas has them
+    assert inputs.labels(column, numbers.__getitem__) == [4, 3]
+    with pytest.raises(UserError, match='there are no labels: give one for each image'):
+        inputs.labels([])
     with pytest.raises(UserError, match="'owl' is a name, but this model knows"):
         inputs.labels('owl')
     tree = (np.zeros(3), np.ones(3))  # of a condition with other labels than classes

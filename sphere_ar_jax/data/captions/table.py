@@ -16,23 +16,35 @@ Several objects or lines of one image are several captions.
 
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from sphere_ar_jax.data.batches import Record
 from sphere_ar_jax.data.captions import files
 from sphere_ar_jax.data.files import columns
-from sphere_ar_jax.data.files.listing import escaped
+from sphere_ar_jax.data.files.listing import BrokenCaptionError, escaped
 from sphere_ar_jax.data.sources import Images, Part, hashes
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 BESIDE = 'beside'
 PATHS = ('path', 'file_name', 'image')
 
+# The captions of an image, or why they cannot be read.
+Texts: TypeAlias = tuple[str, ...] | BrokenCaptionError
 
-def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
+
+def _texts(where: str, value: object) -> Texts:
+    """The captions that stand in a table; `where` names the line."""
+    try:
+        return columns.captions_of(where, value)
+    except BrokenCaptionError as error:
+        return error
+
+
+def _pair(entry: Any, where: str) -> tuple[str, Texts]:
     """The path and the texts of an object of a table.
 
     Raises:
@@ -43,10 +55,10 @@ def _pair(entry: Any, where: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(
             f'{where} is no caption: write {{"file_name": "cat/1.jpg", "text": "a grey cat"}}'
         )
-    return path, columns.captions_of(where, columns.first_of(entry, columns.CAPTIONS))
+    return path, _texts(where, columns.first_of(entry, columns.CAPTIONS))
 
 
-def _columns(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _columns(path: str) -> Iterator[tuple[str, Texts]]:
     """The paths and texts of a table with a tab in each line."""
     for number, line in files.lines(path):
         name, tab, text = line.partition('\t')
@@ -54,10 +66,10 @@ def _columns(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
             raise UserError(f'{path}, line {number} has no tab between a path and a text')
         if '\t' in text:
             raise UserError(f'{path}, line {number} has more than two columns')
-        yield name, columns.captions_of(path, text)
+        yield name, _texts(path, text)
 
 
-def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _entries(path: str) -> Iterator[tuple[str, Texts]]:
     """The paths and texts of a table."""
     kind = os.path.splitext(path)[1].lower()
     if kind == '.tsv':
@@ -83,7 +95,7 @@ def _entries(path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
 
 
-def read_table(path: str) -> dict[str, tuple[str, ...]]:
+def read_table(path: str) -> dict[str, Texts]:
     """Reads the captions of a table.
 
     Args:
@@ -91,7 +103,7 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
 
     Returns:
       {path of an image as messages show it: its captions in the file's order}. Texts that are
-      empty are left out.
+      empty are left out. Where one is no text, the error stands in their place.
 
     Raises:
       UserError: the file is not there or is no table; the message names the line.
@@ -99,10 +111,14 @@ def read_table(path: str) -> dict[str, tuple[str, ...]]:
     place = os.path.expanduser(path)
     if not os.path.isfile(place):
         raise UserError(f"data.captions is {path}, but there is no such file; '{BESIDE}' is a word")
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Texts] = {}
     for name, texts in _entries(place):
         key = escaped(name.removeprefix('./'))
-        found[key] = found.get(key, ()) + texts
+        before = found.get(key, ())
+        if isinstance(before, tuple) and isinstance(texts, tuple):
+            found[key] = before + texts
+        elif isinstance(before, tuple):
+            found[key] = texts
     return found
 
 
@@ -115,7 +131,7 @@ class Captioned:
         without an image, with counts.
     """
 
-    def __init__(self, source: Images, table: dict[str, tuple[str, ...]] | None = None):
+    def __init__(self, source: Images, table: Mapping[str, Texts] | None = None):
         """Joins images and captions.
 
         Args:
@@ -123,9 +139,10 @@ class Captioned:
           table: see `read_table`; None takes the texts that the images have themselves.
 
         Raises:
-          UserError: no image has a caption, or the images have no texts of their own.
+          UserError: no image has a caption, or the images have no texts of their own; or two
+            images have one name, so that a table cannot tell them apart.
         """
-        self._captions: list[tuple[str, ...]] | None = None
+        self._captions: list[Texts] | None = None
         self.num_classes = source.num_classes
         self.left_out = source.left_out
         if table is None:
@@ -139,6 +156,12 @@ class Captioned:
             self._source = source
             return
         names = [source.name(i) for i in range(len(source))]
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise UserError(
+                f'two images have the name {printable(twice, 80)}, so that a table cannot tell '
+                'them apart: give the files different names'
+            )
         found = [table.get(name, ()) for name in names]
         has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():
@@ -170,6 +193,8 @@ class Captioned:
 
     def __getitem__(self, i: int) -> Record:
         captions = self._source.captions(i) if self._captions is None else self._captions[i]
+        if isinstance(captions, BrokenCaptionError):
+            raise BrokenCaptionError(str(captions))
         return self._source[i] | {'captions': captions}
 
     def name(self, i: int) -> str:

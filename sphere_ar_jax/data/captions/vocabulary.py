@@ -161,7 +161,10 @@ class TokenizerFile:
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._refused = self._refused_numbers()
         # Numbers may have gaps.
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 2
+        numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not numbers:
+            raise UserError(f'{path} has no tokens: train the tokenizer first')
+        self.size = max(numbers) + 2
 
     def _refused_numbers(self) -> dict[int, str]:
         """{number of a token that no text may have: what it is}."""
@@ -242,7 +245,8 @@ def open_vocabulary(word: str) -> Vocabulary:
     """
     if word == 'bytes':
         return Bytes()
-    return Words(word) if word.endswith(_WORDS) else TokenizerFile(word)
+    path = os.path.expanduser(word)
+    return Words(path) if path.endswith(_WORDS) else TokenizerFile(path)
 
 
 def _kept(word: str, workdir: str | os.PathLike[str]) -> epath.Path:
@@ -260,14 +264,15 @@ def keep(word: str, workdir: str) -> None:
     """
     kept = _kept(word, workdir)
     if word != 'bytes' and not kept.exists():
-        files.write_bytes(kept, epath.Path(word).read_bytes())
+        files.write_bytes(kept, epath.Path(word).expanduser().read_bytes())
 
 
 def are_same(one: str, other: str) -> bool:
     """Whether two values of `ar.vocabulary` are one vocabulary: the same word, or equal files."""
     if one == other or 'bytes' in (one, other):
         return one == other
-    return epath.Path(one).read_bytes() == epath.Path(other).read_bytes()
+    first, second = (epath.Path(word).expanduser().read_bytes() for word in (one, other))
+    return first == second
 
 
 def of_run(word: str, workdir: str | os.PathLike[str]) -> str:

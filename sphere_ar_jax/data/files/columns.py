@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sphere_ar_jax.data.files.listing import BrokenCaptionError, escaped, first_names
+from sphere_ar_jax.data.files.listing import BrokenCaptionError, escaped, first_names, shown
 from sphere_ar_jax.runtime.console import UserError
 
 # Names of columns, and of keys of JSON objects, that hold captions.
@@ -99,7 +99,8 @@ def labels_of(
       names: the names of the classes of integer labels, where they are known.
 
     Raises:
-      UserError: a row has no label, or labels are negative, of different kinds, or more than names.
+      UserError: a row has no label, None or −1; or labels are negative, of different kinds, of
+        another kind, or more than names.
     """
     missing = sum(value is None or value == -1 for value in values)
     if missing:
@@ -114,9 +115,16 @@ def labels_of(
         return Labels(labels, len(found), tuple(map(escaped, found)))
     if any(isinstance(value, str) for value in values):
         raise UserError(f'{where} has numbers and texts as labels: use one of the two')
-    numbers = np.array(values, np.int64)
-    least = int(numbers.min(initial=0))
-    most = int(numbers.max(initial=0))
+    numbers = []
+    for value in values:
+        if not isinstance(value, int):
+            raise UserError(
+                f'{where} has the label {shown(str(value))}, a {type(value).__name__}: make the '
+                'column one of whole numbers or of texts'
+            )
+        numbers.append(int(value))
+    least = min(numbers, default=0)
+    most = max(numbers, default=0)
     count = most + 1 if names is None else len(names)
     if least < 0 or most >= min(count, 2**31):
         raise UserError(
@@ -124,7 +132,7 @@ def labels_of(
             f'{min(count, 2**31) - 1}'
         )
     class_names = None if names is None else tuple(map(escaped, names))
-    return Labels(numbers.astype(np.int32), count, class_names)
+    return Labels(np.array(numbers, np.int32), count, class_names)
 
 
 def or_one_class(read: Callable[[], Labels | None], needed: bool, n: int, name: str) -> Labels:

@@ -66,8 +66,9 @@ def _load(name: str, split: str, cache: str | None) -> Any:
 def _columns(features: Any, where: str, needs_labels: bool) -> tuple[str, str | None]:
     """The names of the columns of the images and of the labels, None without labels.
 
-    A column of class labels goes before one of integers. Where no labels are needed, integers are
-    labels only under the name 'label', since they may be widths or numbers.
+    A column of class labels goes before others. One that is named 'label' holds labels, whatever
+    its type. Integers of another name are labels only where labels are needed, since they may be
+    widths or numbers.
 
     Raises:
       UserError: there is no column of images, or several for one of the two that is needed.
@@ -81,13 +82,13 @@ def _columns(features: Any, where: str, needs_labels: bool) -> tuple[str, str | 
             'dataset.cast_column(NAME, datasets.Image()) makes one of bytes or paths'
         )
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    if not labels:
+    if not labels and 'label' in features and image != 'label':
+        labels = ['label']
+    elif not labels and needs_labels:
         labels = [
             name
             for name, kind in features.items()
-            if isinstance(kind, datasets.Value)
-            and kind.dtype.lstrip('u').startswith('int')
-            and (needs_labels or name == 'label')
+            if isinstance(kind, datasets.Value) and kind.dtype.lstrip('u').startswith('int')
         ]
     return image, columns.choose(where, 'labels', labels, 'label', needs_labels)
 
@@ -95,8 +96,8 @@ def _columns(features: Any, where: str, needs_labels: bool) -> tuple[str, str | 
 class HuggingFace:
     """A split of a data set that `datasets` opens: the encoded images, and class labels or numbers.
 
-    The columns are found by their types, `Image` and `ClassLabel` or integers. Without a column of
-    labels all images are a single class.
+    The columns are found by their types, `Image` and `ClassLabel` or integers, or by the name
+    'label'. Without a column of labels all images are a single class.
 
     Attributes:
       num_classes: number of classes.
@@ -183,5 +184,11 @@ class HuggingFace:
         return columns.captions_of(self.name(i), row[self._text_column])
 
     def name(self, i: int) -> str:
-        """Names row i by the data set, the split and its number."""
-        return escaped(f'{self._name} {self._split} [{range(len(self))[i]}]')
+        """Names row i by the data set, the split and its number, as 'uoft-cs/cifar10 train [17]'.
+
+        A directory goes by its own name, without the path to it.
+        """
+        name = self._name
+        if os.path.isdir(os.path.expanduser(name)):
+            name = os.path.basename(os.path.abspath(name))
+        return escaped(f'{name} {self._split} [{range(len(self))[i]}]')

@@ -43,18 +43,11 @@ def _is_image(pa: Any, kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_text(pa: Any, kind: Any) -> bool:
-    """Whether a column's type is text, plain or by a dictionary."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
 def _columns(pa: Any, schema: Any, where: str, needs_labels: bool) -> tuple[str, str | None]:
     """The names of the columns of the images and of the labels, None without labels.
 
-    A column of texts holds labels only where it is named 'label', since it may hold captions. So
-    does one of integers where no labels are needed, since it may hold widths or numbers.
+    A column that is named 'label' holds labels, whatever its type. Integers of another name are
+    labels only where labels are needed, since they may be widths or numbers.
 
     Raises:
       UserError: there is no column of images, or several for one of the two that is needed.
@@ -69,8 +62,8 @@ def _columns(pa: Any, schema: Any, where: str, needs_labels: bool) -> tuple[str,
     labels = [
         field.name
         for field in schema
-        if (pa.types.is_integer(field.type) and (needs_labels or field.name == 'label'))
-        or (_is_text(pa, field.type) and field.name == 'label')
+        if field.name != image
+        and (field.name == 'label' or (needs_labels and pa.types.is_integer(field.type)))
     ]
     return image, columns.choose(where, 'labels', labels, 'label', needs_labels)
 

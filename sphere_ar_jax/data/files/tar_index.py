@@ -297,6 +297,7 @@ def kept_index(
     Raises:
       UserError: `build` raises it; or the index cannot be written.
     """
+    # As `files.user_cache`, which comes with JAX.
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     places = [os.path.dirname(path), os.path.join(cache, 'sphere_ar_jax')]
     name = f'{os.path.basename(path)}.index.npz'

@@ -10,6 +10,7 @@ Dimensions:
 
 import json
 import os
+import re
 import tarfile
 from typing import Any
 
@@ -128,10 +129,9 @@ def _values(where: str, texts: list[str]) -> list[int] | list[str]:
             f'{where}: {missing} of {len(texts)} images have no label: '
             'each needs KEY.cls, or KEY.json with the key "label"'
         )
-    try:
+    if all(re.fullmatch(r'-?[0-9]+', text.strip()) for text in texts):
         return [int(text) for text in texts]
-    except ValueError:
-        return texts
+    return texts
 
 
 class WebDataset:
@@ -241,7 +241,7 @@ class WebDataset:
             raise UserError(f'{where} cannot be read: {first_line(error)}') from None
         try:
             text = content.decode('utf-8-sig')
-            found: Any = json.loads(text) if is_json else text.splitlines()
+            found: Any = json.loads(text) if is_json else text.split('\n')
         except (ValueError, RecursionError) as error:
             raise BrokenCaptionError(
                 f'{where} has a caption that is no text: {first_line(error)}'

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphere_ar_jax.data import augment, imagenet
+from sphere_ar_jax.data.captions.captioned import Encode
 from sphere_ar_jax.data.sources import Images, spread
 from sphere_ar_jax.evaluation import classifiers, small_images
 from sphere_ar_jax.evaluation.fidelity import statistics
@@ -105,10 +106,13 @@ def shrunk(images: np.ndarray) -> np.ndarray:
     return blocks.mean((-4, -2), dtype=np.float32) / np.float32(255)
 
 
-def _read(source: Images, numbers: Sequence[int], size: int, channels: int) -> Sample:
+def _read(
+    source: Images, numbers: Sequence[int], size: int, channels: int, encode: Encode | None
+) -> Sample:
     """Reads images, cropped at the centre and shrunk, without those that cannot be trained on.
 
-    These are images that cannot be decoded and, among images with captions, those without one.
+    These are images that cannot be decoded and, among images with captions, those without one and
+    those whose first caption `encode` refuses.
     """
     as_stored = imagenet.are_synsets(source.class_names)
 
@@ -118,6 +122,8 @@ def _read(source: Images, numbers: Sequence[int], size: int, channels: int) -> S
             captions = record.get('captions')
             if captions == ():
                 return None
+            if captions and encode is not None:
+                encode(captions[0])
             image = augment.decode(record['image'], as_stored=as_stored)
             crop = augment.with_channels(augment.center_crop(image, size), channels)
         except (augment.BrokenImageError, UserError, MemoryError):
@@ -136,7 +142,13 @@ def _read(source: Images, numbers: Sequence[int], size: int, channels: int) -> S
     )
 
 
-def read(source: Images, heldout: Images | None, size: int, channels: int) -> Real:
+def read(
+    source: Images,
+    heldout: Images | None,
+    size: int,
+    channels: int,
+    encode: Encode | None = None,
+) -> Real:
     """Reads the real images of a data set, at most 10,000 of each part, spread evenly.
 
     Args:
@@ -145,6 +157,7 @@ def read(source: Images, heldout: Images | None, size: int, channels: int) -> Re
         kept from the classifier, which the run was trained on all the same.
       size: S, of the crops.
       channels: c, of the model.
+      encode: turns a caption into a label of the model; None for a model that reads classes.
 
     Raises:
       UserError: there are fewer than two classes, or too few images.
@@ -155,14 +168,17 @@ def read(source: Images, heldout: Images | None, size: int, channels: int) -> Re
             '--reference and --inception'
         )
     if heldout is not None:
-        judged = _read(heldout, spread(len(heldout), _MOST), size, channels)
-        return Real(_read(source, spread(len(source), _MOST), size, channels), judged, True)
+        judged = _read(heldout, spread(len(heldout), _MOST), size, channels, encode)
+        train = _read(source, spread(len(source), _MOST), size, channels, encode)
+        return Real(train, judged, True)
     if len(source) < 2 * _EVERY:
         raise UserError(f'{len(source)} images are too few to train a classifier and to judge it')
     kept = range(0, len(source), _EVERY)
     others = [i for i in range(len(source)) if i % _EVERY]
-    judged = _read(source, [kept[i] for i in spread(len(kept), _MOST)], size, channels)
-    train = _read(source, [others[i] for i in spread(len(others), _MOST)], size, channels)
+    kept_ones = [kept[i] for i in spread(len(kept), _MOST)]
+    other_ones = [others[i] for i in spread(len(others), _MOST)]
+    judged = _read(source, kept_ones, size, channels, encode)
+    train = _read(source, other_ones, size, channels, encode)
     return Real(train, judged, False)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphere_ar_jax.data import augment, imagenet
-from sphere_ar_jax.data.sources import Images
+from sphere_ar_jax.data.sources import Images, spread
 from sphere_ar_jax.evaluation.fidelity import image_sets, protocol, statistics
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError, first_line
@@ -155,8 +155,7 @@ def write(
         arrays |= {'mu': found.pool.mu, 'sigma': found.pool.sigma}
         arrays |= {'mu_s': found.spatial.mu, 'sigma_s': found.spatial.sigma}
         arrays[protocol.COUNT] = np.asarray(found.n)
-    chosen = np.unique(np.linspace(0, count - 1, min(kept, count)).round().astype(int))
-    parts = list(crops.read(chosen.tolist()))
+    parts = list(crops.read(spread(count, kept)))
     if not parts:
         raise UserError(f'no image can be decoded; the first: {min(crops.broken.items())[1]}')
     arrays[image_sets.IMAGES] = np.concatenate(parts)

@@ -344,8 +344,9 @@ def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts
                 predicted = report.mean(mine, 'predicted')[position + 1 :]
                 x = np.arange(1, len(change) + 1)
                 label = f'{direction}, ε = {size:g}'
-                axis.plot(x, change, color=f'C{i}', alpha=0.3 + size * 6, label=label)
-                axis.plot(x, predicted, ':', color=f'C{i}', alpha=0.3 + size * 6)
+                alpha = min(1, 0.3 + size * 6)
+                axis.plot(x, change, color=f'C{i}', alpha=alpha, label=label)
+                axis.plot(x, predicted, ':', color=f'C{i}', alpha=alpha)
         axis.set_yscale('log')
         axis.set_title(row)
         axis.set_xlabel('tokens after the disturbed one')
