@@ -1,12 +1,12 @@
 r"""SphereAR on scikit-learn's 1,797 handwritten digits: the whole method in minutes on a laptop.
 
 Command:   python -m sphere_ar_jax.main --config=configs/digits.py --workdir=/tmp/digits
-Hardware:  2 CPU cores, 1.6 GB; 4 minutes, all compilation included. Nothing is downloaded.
+Hardware:  2 CPU cores, 1.6 GB; 3 to 13 minutes, all compilation included. Nothing is downloaded.
 Result:    samples/accuracy 0.994, samples/frechet 0.128, mean of three seeds (docs/evaluation.md)
 
 Words after the colon, separated by commas:
 
-smoke      The same path in under a minute, to see that everything runs. Its pictures show no
+smoke      The same path in about a minute, to see that everything runs. Its pictures show no
            digits yet.
 
            python -m sphere_ar_jax.main --config=configs/digits.py:smoke --workdir=/tmp/digits_smoke

@@ -13,8 +13,8 @@ classes by `config.own.decide`. The start of a training prints each value with i
 
 Words after the colon, separated by commas:
 
-data=…         KIND:PATH of folder, array_records, webdataset, parquet, idx, hf (hf:NAME), tfds
-               (tfds:NAME) or latents, or the path of a tar like ImageNet's. It must be given.
+data=…         KIND:PATH of folder, array_records, webdataset, parquet, idx, emoji, hf (hf:NAME),
+               tfds (tfds:NAME) or latents, or the path of a tar like ImageNet's. It must be given.
 size=N         Pixels along a side: 64 (the default), 128 or 256.
 epochs=N       The AR model sees each image so often. The tokenizer trains three quarters of its
                steps in any case.

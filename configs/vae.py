@@ -31,7 +31,7 @@ tpu, gpu   The setting for slices of TPUs, and for GPUs: bfloat16.
 cnn, vit   Another backbone with as many parameters, within 2%, in place of the hybrid
            (docs/method.md, "Backbone"). These are not published models, and nothing was trained.
 smoke      20 steps of a shallow S-VAE on 64×64 pixels, to see that everything runs. It takes about
-           a minute on a CPU:
+           two minutes on a CPU:
 
            python -m sphere_ar_jax.data.stand_in /tmp/stand_in
            python -m sphere_ar_jax.main --workdir=/tmp/vae_smoke \

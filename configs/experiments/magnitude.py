@@ -3,7 +3,8 @@ r"""Check 1 at small size: does the norm of a token carry anything that images n
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/magnitude.py
 Result:    Five seeds: a direction and a length draw worse than a sphere, and worse than Gaussian
-           tokens; all keep the brightness of images (docs/experiments/README.md).
+           tokens. In the brightness of samples no difference was found
+           (docs/experiments/magnitude/page.md).
 
 Tokens on a sphere, Gaussian tokens, and Gaussian tokens drawn as a direction and a length
 (docs/method.md, "Direction and magnitude") are compared on two variants of the data: as they are,

@@ -7,7 +7,7 @@ Result:    Not measured yet (docs/experiments/README.md).
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
 accuracy are taken on the 8×8 pixels of the scans for all of them. There are three seeds, since the
-longest rows take three quarters of an hour on one core. Rows of 256 tokens have batches of 16
+longest rows take an hour on one core. Rows of 256 tokens have batches of 16
 images in place of 64. Their AR models have as many images in all, in four times as many steps, and
 one noisy copy of a token in place of two. The rows of 64 tokens share their models with
 configs/experiments/collapse.py.

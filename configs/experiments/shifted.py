@@ -2,9 +2,9 @@ r"""Shifted data at small size: how fast do tokens leave the training set (check
 
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/shifted.py
-Result:    On the digits the norms of tokens on the sphere move less, but these tokens do not stay
-           nearer to the training set (docs/experiments/shifted/page.md). Fashion-MNIST is not
-           measured yet.
+Result:    On the digits the norms of tokens on the sphere move less. Whether these tokens stay
+           nearer to the training set is undecided against two Gaussian families and contradicted
+           against sigma_vae (docs/experiments/shifted/page.md). Fashion-MNIST is not measured.
 
 The first quarter or half of inverted, rotated, noisy and thickened images goes through the
 tokenizer of each row, and the row's model draws the other tokens (docs/shifted.md).

@@ -338,6 +338,12 @@ def _images(n: int, epochs: float, wishes: Wishes) -> list[Decision]:
     ]
 
 
+def _blocks(size: int) -> Decision:
+    """How images of IDX files, which have 32×32 pixels here, come to the model's size."""
+    reason = 'images of IDX files are filled up to 32×32 pixels, and each of these becomes a block.'
+    return Decision({'data.enlarge': size // 32}, reason)
+
+
 def _held_out(n: int, smoke: bool) -> Decision:
     """The share of the images that is held out."""
     if smoke:
@@ -420,8 +426,8 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
     """
     n = found.images
     smoke = wishes.smoke
-    holds_out = n >= _HELD_OUT_FROM and not found.grey and not smoke
-    trained = round(n * (1 - _HELD_OUT)) if holds_out else n
+    held_out = 0.0 if found.grey else _held_out(n, smoke).values['data.holdout_files']
+    trained = round(n * (1 - held_out))
     size = wishes.size
     batch = 8 if smoke else _batch(n, size)
     steps, why = _length(trained, batch, wishes)
@@ -444,7 +450,7 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
         model,
         *_training(batch, steps, why, rate),
         losses,
-        *([] if found.grey else _images(n, steps * batch / trained, wishes)),
+        *([_blocks(size)] if found.grey else _images(n, steps * batch / trained, wishes)),
         *_texts(wishes.captions, wishes.features),
         *_sampling(_LOOKED_AT if wishes.captions else found.classes, tokens, smoke),
     )

@@ -14,6 +14,7 @@ from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import workdir
+from tests.data.test_idx import write as write_idx
 
 COUNTS = (50, 500, 2000, 50_000, 1_000_000)
 
@@ -125,6 +126,15 @@ def test_images_without_a_caption_do_not_count(tmp_path):
     assert own.count('folder', images, str(tmp_path / 'a.tsv')).images == 2
     config = packaged.load(f'own:data=folder:{images},captions={tmp_path}/a.tsv')
     assert 'from 2 images' in config.reasons[0]
+
+
+@pytest.mark.parametrize('size', own.SIZES)
+def test_idx_files_are_enlarged_to_the_models_size(size, tmp_path):
+    write_idx(tmp_path, shape=(28, 28))
+    config = checks.check(packaged.load(f'own:data=idx:{tmp_path},size={size}'))
+    data = build.open_data_set(config)
+    assert data.train.image_shape == build.build_vae(config).image_shape == (size, size, 1)
+    assert any(line.startswith('data.enlarge=') for line in config.reasons)
 
 
 def test_epochs_and_steps_are_asked_for():
