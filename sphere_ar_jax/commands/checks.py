@@ -279,7 +279,8 @@ def check_workdir(workdir: str, needed: int = 0) -> Check:
 def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
     """Whether a training finds what it reads besides images.
 
-    That is a tokenizer or a teacher, and LPIPS' files.
+    That is a tokenizer, a teacher, the run that it is fine-tuned from, features of texts, and the
+    files of LPIPS.
 
     Args:
       cfg: a checked config.
@@ -348,8 +349,8 @@ def check_data(
     Args:
       kind: a key of `schema.DATA`.
       path: the path of the images, see `sources.open_source`; None where it is not given.
-      split: the split of tfds.
-      data_dir: the directory of tfds, None for its default.
+      split: the split of tfds or hf.
+      data_dir: the directory of tfds or hf, None for its default.
       needs_labels: see `sources.open_source`.
 
     Returns:

@@ -174,8 +174,8 @@ def write_reference(
       output: the npz.
       inception: the weights of the Inception network (.pb or .pth); None writes images alone.
       num_images: images to keep in the file.
-      split: the split of tfds.
-      data_dir: the directory of tfds, None for its default.
+      split: the split of tfds or hf.
+      data_dir: the directory of tfds or hf, None for its default.
 
     Raises:
       UserError: the images are a small data set or cannot be read, or the file cannot be written.

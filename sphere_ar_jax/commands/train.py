@@ -45,7 +45,7 @@ from sphere_ar_jax.training.run import (
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.tuning import transfer, tuned
-from sphere_ar_jax.training.workdir import claim, has, other_model
+from sphere_ar_jax.training.workdir import claim, is_converted, other_model
 
 _T = TypeVar('_T')
 
@@ -95,8 +95,7 @@ def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) 
 
 def _check_finished(key: str, workdir: str) -> None:
     """Raises UserError unless the run in a workdir is finished, or a converted one."""
-    published = has(workdir, 'weights') and not has(workdir, 'checkpoints')
-    if not published and not epath.Path(workdir, 'metrics.json').exists():
+    if not is_converted(workdir) and not epath.Path(workdir, 'metrics.json').exists():
         raise UserError(f'{key}: {workdir} is not finished: run its own command to the end first')
 
 
@@ -191,8 +190,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
       UserError: there is no finished run, its model is not cfg's own, or it is distilled itself.
     """
     teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
-    published = has(cfg.init_from, 'weights') and not has(cfg.init_from, 'checkpoints')
-    if published:
+    if is_converted(cfg.init_from):
         # A converted run's config does not tell its data and seed, so only the models are compared.
         changed = other_model(teacher.config, cfg)
     else:
@@ -469,7 +467,8 @@ def _with_lpips(cfg: ConfigDict) -> bool:
 def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
     """Checks that a training finds what it reads besides images.
 
-    That is a tokenizer or a teacher, features of texts, and LPIPS' files.
+    That is a tokenizer, a teacher, the run that it is fine-tuned from, features of texts, and the
+    files of LPIPS.
 
     Args:
       cfg: a checked config.

@@ -89,7 +89,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return check(config)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
@@ -105,40 +105,40 @@ def _check_values(config: ConfigDict) -> None:
     for name, value in schema.leaves(config.to_dict()).items():
         if name in _WORDS:
             known, otherwise = _WORDS[name]
-            _require(value in known, f'{name} is {value!r}{otherwise}')
+            require(value in known, f'{name} is {value!r}{otherwise}')
         if type(value) in (int, float):
             _check_number(name, value)
         for number in value if isinstance(value, tuple) else (value,):
             is_finite = not isinstance(number, float) or math.isfinite(number)
-            _require(is_finite, f'{name} is {value}, but must be finite')
+            require(is_finite, f'{name} is {value}, but must be finite')
 
 
 def _check_number(name: str, value: float) -> None:
     """Checks a number by all rules of `_NUMBERS` whose pattern matches its key."""
     for keys, rule, holds in _NUMBERS:
         if re.fullmatch(keys, name):
-            _require(holds(value), f'{name} is {value}, but must {rule}')
+            require(holds(value), f'{name} is {value}, but must {rule}')
 
 
 def _check_training(name: str, training: ConfigDict) -> None:
     """Checks the section of one training."""
     rates = tuple(training.more_ema_decays)
     are_rates = all(isinstance(rate, float) and 0 < rate < 1 for rate in rates)
-    _require(
+    require(
         are_rates and bool(training.ema_decay or not rates),
         f'{name}.more_ema_decays is {rates}, but must be numbers between 0 and 1, '
         'beside an ema_decay',
     )
-    _require(
+    require(
         bool(training.ema_decay) or not training.ema_ramp,
         f'{name}.ema_ramp: there is no average to ramp up; give an ema_decay too',
     )
-    _require(
+    require(
         training.batch_size % training.accumulate == 0,
         f'{name}.accumulate is {training.accumulate}, '
         f'but must divide the batch size {training.batch_size}',
     )
-    _require(
+    require(
         training.warmup_steps <= training.steps or not training.steps,
         f'{name}.warmup_steps is {training.warmup_steps}, more than its {training.steps} steps',
     )
@@ -148,7 +148,7 @@ def _check_restarts(name: str, training: ConfigDict) -> None:
     """Checks that the learning rate of a training can rise and fall between its restarts."""
     ends = (0, *training.restarts, training.steps)
     lengths = [after - before for before, after in itertools.pairwise(ends)]
-    _require(
+    require(
         not training.restarts or (_are_whole(ends) and min(lengths) > training.warmup_steps),
         f'{name}.restarts is {tuple(training.restarts)}, but must be ascending steps below '
         f'{training.steps}, further apart than the warm-up of {training.warmup_steps}',
@@ -159,11 +159,11 @@ def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) ->
     """Checks that the tokenizer's losses can judge images (H, W, c)."""
     if training.perceptual_weight:
         key = 'tokenizer_training.perceptual_weight'
-        _require(
+        require(
             image_shape[-1] == 3,
             f'{key}: LPIPS is for 3 channels, not {image_shape[-1]}; set it to 0',
         )
-        _require(
+        require(
             min(image_shape[:2]) >= 16,
             f'{key}: LPIPS is for 16×16 pixels or more, not {image_shape[:2]}; set it to 0',
         )
@@ -172,7 +172,7 @@ def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) ->
             discriminators.build(training.discriminator, image_shape)
         except UserError as error:
             raise UserError(f'tokenizer_training.disc_weight: {error}; set it to 0') from None
-        _require(
+        require(
             training.accumulate == 1,
             'tokenizer_training.accumulate: a discriminator needs its whole batch at once, '
             'for its statistics',
@@ -181,7 +181,7 @@ def _check_tokenizer(training: ConfigDict, image_shape: tuple[int, int, int]) ->
 
 def _check_fused(cfg: ConfigDict) -> None:
     """Checks that the sampler's own kernels get whole heads."""
-    _require(
+    require(
         not cfg.ar.fused or cfg.mesh.tensor == 1,
         f'ar.fused: its kernels take whole heads, but mesh.tensor {cfg.mesh.tensor} splits them; '
         'set one of the two back',
@@ -200,7 +200,7 @@ def _check_backbone(v: ConfigDict, fields: Collection[str]) -> None:
     """Checks the keys of the section `vae` (v) that are fields of its backbone."""
     for channels in (v.stem, *v.channels) if 'channels' in fields else ():
         groups = min(32, channels // 4)
-        _require(
+        require(
             groups >= 1 and channels % groups == 0,
             f'vae: {channels} channels cannot be normalised in {groups} groups: '
             'use a multiple of 4 up to 128 or of 32',
@@ -215,20 +215,20 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     fields are the names of the backbone's fields.
     """
     for key in ('grid', 'channels'):
-        _require(_are_whole(v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
-    _require(
+        require(_are_whole(v[key]), f'vae.{key} is {tuple(v[key])}, but must be whole numbers')
+    require(
         len(v.grid) == 2 and min(v.grid) >= 1,
         f'vae.grid is {tuple(v.grid)}, but must be two sizes of at least 1',
     )
-    _require(
+    require(
         len(v.channels) >= 2, f'vae.channels is {tuple(v.channels)}, but needs at least two stages'
     )
-    _require(
+    require(
         min(v.channels) >= 1, f'vae.channels is {tuple(v.channels)}, but must be at least 1 each'
     )
     _check_backbone(v, fields)
     _check_heads('ar', a.width, a.heads)
-    _require(
+    require(
         a.head_depth % a.head_groups == 0,
         f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}',
     )
@@ -240,18 +240,18 @@ def _check_captions(config: ConfigDict) -> None:
     own = kind in schema.CAPTIONED
     given = config.data.captions is not None
     in_files = kind not in small.KINDS and kind != 'latents'
-    _require(not given or in_files, f'data.captions is for images in files, not for data {kind}')
+    require(not given or in_files, f'data.captions is for images in files, not for data {kind}')
     if build.has_captions(config):
         way = "image files, or use ar.condition 'classes'"
         if in_files:
             way = '--config.data.captions=FILE.jsonl, or beside'
-        _require(
+        require(
             own or given,
             f'ar.condition {config.ar.condition!r} reads captions, which data {kind} has not: '
             f'give {way}',
         )
     else:
-        _require(
+        require(
             not own and not given,
             f"ar.condition is {config.ar.condition}, but data {kind} has captions: use 'text'",
         )
@@ -261,17 +261,17 @@ def _check_texts(config: ConfigDict) -> None:
     """Checks the keys of the condition 'text', and that no other condition has them."""
     if config.ar.condition == 'text':
         build.open_vocabulary(config)
-        _require(
+        require(
             not (config.ar.text_encoder_depth and build.writes_texts(config)),
             'an encoder sees a whole text, which a model that writes it may not: leave out '
             'ar.text_encoder_depth or ar.text_weight',
         )
     else:
-        _require(
+        require(
             config.ar.text_weight is None,
             "ar.text_weight is for models of texts: use ar.condition 'text', or leave it out",
         )
-        _require(
+        require(
             not config.ar.text_encoder_depth,
             "ar.text_encoder_depth is for models of texts: use ar.condition 'text', or set it to 0",
         )
@@ -287,14 +287,14 @@ def _check_features(config: ConfigDict) -> None:
         if config.ar.feature_shape is None:
             config.ar.feature_shape = build.open_features(config).shape
         shape = tuple(config.ar.feature_shape)
-        _require(
+        require(
             len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape),
             f'ar.feature_shape is {shape}, but must be two numbers: the places of a text, and '
             'features',
         )
     else:
         for key in ('features', 'feature_shape'):
-            _require(
+            require(
                 config.ar[key] is None,
                 f"ar.{key} is for ar.condition 'features': use that, or leave it out",
             )
@@ -303,7 +303,7 @@ def _check_features(config: ConfigDict) -> None:
 def _check_sphere(config: ConfigDict) -> None:
     """Checks that a radius has a use, and that the head can have what is asked of it."""
     radius = config.vae.radius
-    _require(
+    require(
         radius is None or build.reads_radius(config),
         f'vae.radius is {radius}, but latents of vae.posterior {config.vae.posterior} lie on no '
         'sphere, and neither vae.decoder_input nor ar.token_space is projected: leave it out',
@@ -320,13 +320,13 @@ def _check_geodesics(config: ConfigDict) -> None:
     """Checks that a head of geodesics gets tokens on the sphere, and no option without a use."""
     if config.ar.head != 'riemannian':
         return
-    _require(
+    require(
         build.on_a_sphere(config),
         f'ar.head riemannian needs tokens on the sphere, but those of vae.posterior '
         f'{config.vae.posterior} with ar.token_space {config.ar.token_space} have any length: '
         'use ar.token_space projected',
     )
-    _require(
+    require(
         config.sampling.temperature == 1,
         f'sampling.temperature is {config.sampling.temperature}, but the noise of ar.head '
         'riemannian has no length to change: leave it at 1',
@@ -336,19 +336,19 @@ def _check_geodesics(config: ConfigDict) -> None:
 def _check_polar(config: ConfigDict) -> None:
     """Checks that directions and lengths have their head, and latents that differ in length."""
     a = config.ar
-    _require(
+    require(
         a.head != 'direction_magnitude' or a.token_space == 'polar',
         'ar.head direction_magnitude draws a direction and a length, but ar.token_space is '
         f'{a.token_space}: use polar',
     )
     if a.token_space != 'polar':
         return
-    _require(
+    require(
         a.head == 'direction_magnitude',
         f'ar.token_space polar is a direction and a length, but ar.head is {a.head}: '
         'use direction_magnitude',
     )
-    _require(
+    require(
         not build.latents_on_a_sphere(config),
         f'ar.token_space polar keeps the length of tokens, but those of vae.posterior '
         f'{config.vae.posterior} have all the same: use another posterior, as gaussian',
@@ -359,12 +359,12 @@ def _check_teacher(teacher: str, head: str) -> None:
     """Checks that a head is distilled from the head that the AR model has."""
     known = pick(HEADS, 'ar.head', teacher)
     fitting = [word for word, found in HEADS.items() if getattr(found, 'TEACHER', None) is known]
-    _require(
+    require(
         len(fitting) > 0,
         f'no head can be distilled from ar.head {teacher}: take a run whose ar.head is flow or '
         'riemannian',
     )
-    _require(
+    require(
         head in fitting,
         f'distillation_training.head is {head}, but ar.head is {teacher}: '
         f'use {" or ".join(fitting)}',
@@ -392,7 +392,7 @@ def check_image_shape(
     Raises:
       UserError: the shapes differ.
     """
-    _require(
+    require(
         want in (None, image_shape),
         f'vae makes images of {image_shape} (grid · 2^stages), but data {name} has {want}',
     )
@@ -407,55 +407,55 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
         if want is not None:
             want = (d.enlarge * want[0], d.enlarge * want[1], want[2])
         check_image_shape(d.name, want, image_shape)
-        _require(
+        require(
             channels == 1,
             f'vae.image_channels is {channels}, but data {d.name} is grey: set it to 1',
         )
-        _require(
+        require(
             not d.holdout_files,
             f'data.holdout_files is for image files: data {d.name} has a held-out part of its own',
         )
-    _require(
+    require(
         d.enlarge == 1 or d.name in _VIEWED,
         f'data.enlarge is for {" and ".join(_VIEWED)}: images of data {d.name} are resized to '
         "the tokenizer's size",
     )
     chosen = list(d.classes)
-    _require(
+    require(
         not chosen or d.name in _VIEWED,
         f'data.classes is for {" and ".join(_VIEWED)}: of data {d.name} take the classes by a '
         'folder of links to their folders',
     )
-    _require(
+    require(
         _are_whole(chosen) and chosen == sorted(set(chosen)) and min(chosen, default=0) >= 0,
         f'data.classes is {tuple(chosen)}, but must be ascending whole numbers from 0',
     )
     ends = tuple(d.brightness)
-    _require(
+    require(
         not ends or d.name in _VIEWED,
         f'data.brightness is for {" and ".join(_VIEWED)}, not for {d.name}',
     )
     are_ends = all(isinstance(end, int | float) for end in ends) and len(ends) == 2
-    _require(
+    require(
         not ends or (are_ends and 0 <= ends[0] < ends[1] <= 1),
         f'data.brightness is {ends}, but must be two numbers in order between 0 and 1',
     )
     is_central = not d.flip and tuple(d.crop_until) == (0, 0)
-    _require(
+    require(
         d.name != 'latents' or is_central,
         'latents are of centre crops that are not flipped: give --config.data.flip=False '
         "--config.data.crop_until='(0, 0)'",
     )
-    _require(
+    require(
         channels in (1, 3),
         f'vae.image_channels is {channels}, but must be 3 for colour or 1 for grey',
     )
-    _require(
+    require(
         height == width,
         f'vae.grid makes images of {height} × {width} pixels (grid · 2^stages), but images of '
         f'data {d.name} are cropped to squares: give two equal sizes',
     )
-    _require(
+    require(
         len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
         f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
     )
@@ -466,21 +466,21 @@ def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> 
 
     init_from is the workdir of the teacher, None where nothing is distilled.
     """
-    _require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
+    require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     are_divisors = all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels)
-    _require(
+    require(
         len(t.levels) > 0 and are_divisors,
         f'distillation_training.levels is {tuple(t.levels)}, '
         f'but must be divisors of teacher_steps {t.teacher_steps}',
     )
     if init_from is None:
         return
-    _require(
+    require(
         s.guidance is None and s.solver == 'euler' and s.annealing is None,
         'a distilled head has its guidance within and takes plain steps: '
         'use sampling.solver euler without guidance',
     )
-    _require(
+    require(
         s.num_steps in t.levels and s.shift is None,
         f'sampling.num_steps is {s.num_steps}, '
         f'but the distilled head knows equal steps of {tuple(t.levels)}',
@@ -491,17 +491,17 @@ def _check_fine_tuning(config: ConfigDict) -> None:
     """Checks the section `fine_tuning` beside what is trained."""
     tuning = fine_tuning.read(config.fine_tuning)
     init_from = config.fine_tuning.init_from
-    _require(init_from != '', 'give --config.fine_tuning.init_from=DIR, a finished workdir')
-    _require(
+    require(init_from != '', 'give --config.fine_tuning.init_from=DIR, a finished workdir')
+    require(
         init_from is not None or tuning == fine_tuning.Tuning(),
         'fine_tuning has wishes, but nothing to begin with: give '
         '--config.fine_tuning.init_from=DIR, a finished workdir',
     )
-    _require(
+    require(
         init_from is None or config.init_from is None,
         'init_from distils a head and fine_tuning.init_from trains a model on: give one of them',
     )
-    _require(
+    require(
         init_from is None or config.ar_training.steps > 0,
         'ar_training.steps is 0, but fine_tuning.init_from trains an AR model on',
     )
@@ -511,35 +511,35 @@ def _check_sampling(config: ConfigDict) -> None:
     """Checks the section `sampling` beside the training and the data."""
     s = config.sampling
     t = config.ar_training
-    _require(
+    require(
         s.guidance is None or t.label_dropout > 0,
         'ar_training.label_dropout is 0: '
         'the null class, which guidance needs, would never be trained',
     )
-    _require(
+    require(
         (s.guidance is None) == (s.guidance_scale is None),
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
     kind = small.KINDS.get(config.data.name)
     least = 1 if kind is None else len(config.data.classes) or kind.num_classes
     if config.data.name == 'composed':
-        _require(
+        require(
             s.num_images >= 3,
             f'sampling.num_images is {s.num_images}, but must be at least one for each of three '
             'kinds of captions: pairs trained on, pairs held out, and rows',
         )
     classes = schema.num_classes(config)
-    _require(
+    require(
         classes is None or classes >= least,
         f'data.num_classes is {classes}, but {config.data.name} has {least} classes',
     )
-    _require(
+    require(
         s.num_images >= least,
         f'sampling.num_images is {s.num_images}, '
         f'but must be at least one for each of {least} classes',
     )
     rates = [rate for rate in (t.ema_decay, *t.more_ema_decays) if rate]
-    _require(
+    require(
         s.ema_decay in (None, 0.0, *rates),
         f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}, '
         'and 0 takes the weights themselves',
@@ -553,11 +553,11 @@ def _check_sampling(config: ConfigDict) -> None:
 def _check_watch(w: ConfigDict, channels: int) -> None:
     """Checks the section `watch` beside the number of channels of the images."""
     has_files = w.inception is not None and w.reference is not None
-    _require(
+    require(
         not w.fid_images or has_files,
         'watch.fid_images needs watch.inception=FILE and watch.reference=FILE too',
     )
-    _require(
+    require(
         not w.fid_images or channels == 3,
         f'watch.fid_images: FID is for 3 channels, not {channels}; set it to 0',
     )
@@ -639,7 +639,7 @@ def check(config: ConfigDict) -> ConfigDict:
     """
     _check_values(config)
     words = tuple(config.logging)
-    _require(
+    require(
         set(words) <= set(schema.LOGGING) and len(set(words)) == len(words),
         f'logging is {words}, but must be any of {", ".join(schema.LOGGING)}',
     )
@@ -652,7 +652,7 @@ def check(config: ConfigDict) -> ConfigDict:
         _check_restarts(name, config[name])
     _check_tokenizer(config.tokenizer_training, image_shape)
     given = config.tokenizer is not None or config.init_from is not None
-    _require(
+    require(
         config.data.name != 'latents' or given or not config.tokenizer_training.steps,
         'a tokenizer cannot be trained on latents: give --config.tokenizer=DIR, the run whose '
         'tokenizer has made them',

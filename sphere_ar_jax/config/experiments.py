@@ -155,17 +155,11 @@ def row(config: ConfigDict, name: str, seed: int) -> ConfigDict:
     return checks.check(cfg)
 
 
-def _require(condition: bool, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
 def _check_comparison(config: ConfigDict, words: str) -> None:
     """Checks one of the comparisons."""
     parts = words.split()
     known = len(parts) == 3 and all(name in config.rows for name in parts[:2])
-    _require(
+    checks.require(
         known and parts[2] in SCORES,
         f'comparisons: {words!r} is not BETTER WORSE SCORE, with two of the rows '
         f'({", ".join(config.rows)}) and one of {", ".join(SCORES)}',
@@ -181,39 +175,39 @@ def check(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: a value is impossible; one line.
     """
-    _require(config.kind in KINDS, f'kind is {config.kind!r}: use {" or ".join(KINDS)}')
+    checks.require(config.kind in KINDS, f'kind is {config.kind!r}: use {" or ".join(KINDS)}')
     seeds = tuple(config.seeds)
-    _require(
+    checks.require(
         len(seeds) > 0 and len(set(seeds)) == len(seeds),
         f'seeds are {seeds}, but must be one or more different numbers',
     )
-    _require(len(config.rows) > 0, 'rows: give at least one')
+    checks.require(len(config.rows) > 0, 'rows: give at least one')
     scales = tuple(config.guidance_scales)
-    _require(
+    checks.require(
         len(scales) > 0 and config.common_guidance in scales,
         f'guidance_scales are {scales}, but must have common_guidance {config.common_guidance}',
     )
     for text in config.shifts:
         corruptions.parse(text)
-    _require(
+    checks.require(
         len(config.shifts) > 0 and all(0 < share < 0.9 for share in config.prefixes),
         f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9, of one or '
         'more shifts',
     )
-    _require(
+    checks.require(
         not config.variants or config.kind == 'comparison',
         f'variants are for kind comparison, not for {config.kind}: leave them out',
     )
     for name, others in config.variants.items():
         for other in (name, *others):
-            _require(other in config.rows, f'variants: there is no row {other}')
+            checks.require(other in config.rows, f'variants: there is no row {other}')
     for name, others in config.curves.items():
-        _require(
+        checks.require(
             len(others) == len(config.curves_at) and all(other in config.rows for other in others),
             f'curves: {name} needs a row for each of curves_at, {tuple(config.curves_at)}',
         )
     for words in config.map:
-        _require(
+        checks.require(
             len(words.split()) == 2 and all(name in config.rows for name in words.split()),
             f'map: {words!r} is not BETTER WORSE, two of the rows ({", ".join(config.rows)})',
         )
@@ -224,12 +218,12 @@ def check(config: ConfigDict) -> ConfigDict:
             cfg = row(config, name, seeds[0])
         except UserError as error:
             raise UserError(f'the row {name}: {error}') from None
-        _require(
+        checks.require(
             (config.kind == 'captions') == (cfg.data.name == 'composed'),
             f'the row {name}: kind {config.kind} does not go with data {cfg.data.name}: captions '
             'are scored on composed digits alone, and these by nothing else',
         )
-        _require(
+        checks.require(
             config.kind in ('comparison', 'captions') or cfg.ar.token_space != 'polar',
             f'the row {name}: {config.kind} needs tokens with a norm, which those of '
             'ar.token_space polar have not',

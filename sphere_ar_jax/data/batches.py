@@ -1,4 +1,4 @@
-"""Data sources and the Grain pipeline.
+"""Shuffled batches of a source of images, by Grain.
 
 A source (`Source`) is a random-access sequence of records {'image', 'label': int32 ()}. It has the
 attribute `num_classes` and, if its images can be broken, a method `name(index)` for messages. An

@@ -151,7 +151,7 @@ _MOST_HELD_OUT = 10_000
 
 
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
-    """The first n images of which reconstructions are shown.
+    """At most n images of which reconstructions are shown, spread evenly where they are files.
 
     Returns:
       (n, H, W, c): held-out images, or training images where none are held out. Images of files

@@ -44,6 +44,23 @@ def torch_init(transposed: bool = False) -> Callable[..., jax.Array]:
     return init
 
 
+def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
+    """Makes PyTorch's default initializer of biases: uniform ±1/√fan_in.
+
+    Args:
+      fan_in: inputs of each output, those of a kernel's pixels together.
+
+    Returns:
+      An initializer (key, shape, dtype) → array, as Flax takes it.
+    """
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 def conv3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """Convolves with a kernel of 3 × 3 and a padding of 1.
 
@@ -121,7 +138,7 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, stride: int) -> jax.Array:
     return total.reshape(channels, 3, 3, features).transpose(1, 2, 3, 0)
 
 
-def patchify(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv2(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves with a kernel of 2 × 2 and a stride of 2, as one product.
 
     Args:
@@ -217,7 +234,7 @@ _conv_transpose = kernels.fast(_interleaved, _conv_transpose_backward)
 
 
 class Conv(nn.Module):
-    """Convolution with its kernel as a parameter: `patchify` for a kernel of 2, else `conv3`.
+    """Convolution with its kernel as a parameter: `conv2` for a kernel of 2, else `conv3`.
 
     Attributes:
       channels: output channels.
@@ -237,7 +254,7 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param('kernel', torch_init(), shape)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        return patchify(x, kernel) if self.kernel == 2 else conv3(x, kernel, self.stride)
+        return conv2(x, kernel) if self.kernel == 2 else conv3(x, kernel, self.stride)
 
 
 class ConvTranspose(nn.Module):

@@ -12,7 +12,7 @@ Images are float (B, H·p, W·p, c) in [−1, 1].
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from sphere_ar_jax.models.backbones import Backbone, Hybrid
-from sphere_ar_jax.models.convolutions import torch_init
+from sphere_ar_jax.models.convolutions import torch_bias_init, torch_init
 from sphere_ar_jax.models.posteriors import (
     Distribution,
     Draws,
@@ -71,7 +71,7 @@ class VAE(nn.Module):
       decoder_input: one of `DECODER_INPUTS`.
       token_space: one of `TOKEN_SPACES`, see `to_tokens`.
       radius: R of the sphere of all tokens and projections; None stands for √d. A posterior on a
-        sphere has the same.
+        sphere has the same. The directions of the token space 'polar' have √d in any case.
       dtype: dtype of the two projections; parameters are float32. `computing_in` sets it and the
         backbone's dtype.
 
@@ -101,14 +101,12 @@ class VAE(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)  # its parameters stand beside the projections
         width = self.backbone.width
-        bound = width**-0.5  # fan_in = D also bounds the bias, as in PyTorch
-
-        def bias_init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
         outputs = self.posterior.outputs(self.latent_dim)
         self.quant_proj = nn.Dense(
-            outputs, kernel_init=torch_init(), bias_init=bias_init, dtype=self.dtype
+            outputs,
+            kernel_init=torch_init(),
+            bias_init=torch_bias_init(width),
+            dtype=self.dtype,
         )
         self.post_quant_proj = nn.Dense(
             width, use_bias=False, kernel_init=torch_init(), dtype=self.dtype

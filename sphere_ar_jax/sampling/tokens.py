@@ -193,7 +193,7 @@ def go_on(
     return carry, jax.tree.map(lambda a: a.swapaxes(0, 1), drawn)
 
 
-class _Tokens(NamedTuple):
+class _PerToken(NamedTuple):
     """What differs from token to token; every array has a leading axis of tokens.
 
     Attributes:
@@ -213,11 +213,11 @@ class _Tokens(NamedTuple):
     given: jax.Array | None = None
 
 
-def _tokens(options: Options, guidance_scale: jax.Array | float | None, L: int) -> _Tokens:
+def _tokens(options: Options, guidance_scale: jax.Array | float | None, L: int) -> _PerToken:
     """All tokens of images, without explicit draws and without a prefix."""
     scales = _scales(options, guidance_scale, L)
     which = jnp.asarray(options.plan(L).which)
-    return _Tokens(jnp.arange(L), which, scales, _apart(options, scales))
+    return _PerToken(jnp.arange(L), which, scales, _apart(options, scales))
 
 
 def _step(
@@ -228,7 +228,7 @@ def _step(
     temperature: jax.Array | float,
     project: Callable[[jax.Array], jax.Array],
     length: ArrayLike | None,
-) -> Callable[[Carry, _Tokens], tuple[Carry, Drawn]]:
+) -> Callable[[Carry, _PerToken], tuple[Carry, Drawn]]:
     """Makes the function that draws one token of every image, for a scan over the tokens.
 
     The arguments are those of `draw`, and `length` is that of the prefix.
@@ -238,7 +238,7 @@ def _step(
     guided = options.guidance is not None
     prepared = ar.head.prepare(params['head'], options.plan(L))
 
-    def step(carry: Carry, token: _Tokens) -> tuple[Carry, Drawn]:
+    def step(carry: Carry, token: _PerToken) -> tuple[Carry, Drawn]:
         """Draws token k and feeds it: the carry of token k → that of token k + 1."""
         draws = token.draws
         if draws is None:

@@ -298,25 +298,13 @@ def _options(module: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found))  # Tuples become lists.
 
 
-def _differing(module: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def _differing(module: Any) -> dict[str, Any]:
     """The options of a module that differ from its defaults.
 
-    Only these are noted and compared, so that old runs stay valid when the module gets a new field.
-
-    Args:
-      module: the module.
-      options: options that an older version of the module noted, some of which may be gone; None
-        stands for the module's own.
+    Only these are noted, so that old runs stay valid when the module gets a new field.
     """
     defaults = _options(type(module)())
-    mine = _options(module)
-    if options is None:
-        options = mine
-    return {
-        name: value
-        for name, value in options.items()
-        if name in mine and value != defaults.get(name)
-    }
+    return {name: value for name, value in _options(module).items() if value != defaults.get(name)}
 
 
 def check_frozen(
@@ -343,7 +331,10 @@ def check_frozen(
     new: dict[str, Any] = {}
     if stage.model is not None:
         defaults = _options(type(stage.model)())
-        old = defaults | _differing(stage.model, trained_on.get('model', {}))
+        known = _options(stage.model)
+        noted = trained_on.get('model', {})
+        # An older version of the model may have noted options that are gone.
+        old = defaults | {name: value for name, value in noted.items() if name in known}
         new = defaults | here['model']
     changed = [
         f'{name} {old.get(name)} → {new.get(name)}'

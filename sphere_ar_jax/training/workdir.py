@@ -18,6 +18,11 @@ def has(workdir: str | os.PathLike[str], what: str) -> bool:
     return any(epath.Path(workdir, stage, what).is_dir() for stage in ('tokenizer', 'ar'))
 
 
+def is_converted(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a workdir has converted weights, and no training was begun in it."""
+    return has(workdir, 'weights') and not has(workdir, 'checkpoints')
+
+
 def other_model(old: ConfigDict, new: ConfigDict, tokenizer_only: bool = False) -> list[str]:
     """The differences of two configs' models, or of their tokenizers alone, as 'KEY OLD → NEW'."""
     parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
@@ -175,7 +180,7 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """
     path = epath.Path(workdir, 'config.json')
     mine = schema.as_dict(cfg)
-    converted = has(workdir, 'weights') and not has(workdir, 'checkpoints')
+    converted = is_converted(workdir)
     if path.exists():
         # It is read through the schema, so that a key that is newer than the run has its default.
         before = run.load_config(workdir)

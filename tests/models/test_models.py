@@ -226,7 +226,7 @@ def test_gradients_of_a_convolution_are_xlas(channels, stride, piece, large, mon
         np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
 
 
-def test_patchify_is_a_convolution():
+def test_a_product_of_patches_is_a_convolution():
     rng = np.random.default_rng(0)
     x, kernel = (
         rng.normal(size=shape).astype(np.float32) for shape in ((2, 4, 6, 3), (2, 2, 3, 5))
@@ -234,7 +234,7 @@ def test_patchify_is_a_convolution():
     truth = jax.lax.conv_general_dilated(
         x, kernel, (2, 2), 'VALID', dimension_numbers=convolutions.NHWC
     )
-    found = jax.jit(convolutions.patchify)(x, kernel)
+    found = jax.jit(convolutions.conv2)(x, kernel)
     np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
 
 

@@ -1,1 +1,1 @@
-"""How files of images are found: what counts as one, and where a tar has them."""
+"""Readers of files of images, a module for each format, and how files are listed."""

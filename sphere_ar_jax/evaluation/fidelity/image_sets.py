@@ -18,7 +18,7 @@ IMAGES = 'arr_0'  # the array of images in an npz, as np.savez names it
 
 
 @contextlib.contextmanager
-def open_images(
+def open_npz(
     path: str | os.PathLike[str],
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """Context of the images in an npz.
@@ -78,11 +78,11 @@ def count_images(path: str | os.PathLike[str]) -> int:
 
     Raises:
       OSError: there is no such file.
-      UserError: see `open_images` and `list_images`.
+      UserError: see `open_npz` and `list_images`.
     """
     if os.path.isdir(path):
         return len(list_images(path))
-    with open_images(path) as (_, shape):
+    with open_npz(path) as (_, shape):
         return shape[0]
 
 
@@ -135,7 +135,7 @@ def read_images(path: str | os.PathLike[str], batch_size: int = 64) -> Iterator[
     if os.path.isdir(path):
         yield from _read_directory(path, batch_size)
         return
-    with open_images(path) as (f, shape):
+    with open_npz(path) as (f, shape):
         for start in range(0, shape[0], batch_size):
             wanted = (min(batch_size, shape[0] - start), *shape[1:])
             content = f.read(math.prod(wanted))

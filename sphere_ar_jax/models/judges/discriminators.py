@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sphere_ar_jax.models.convolutions import torch_init
+from sphere_ar_jax.models.convolutions import torch_bias_init, torch_init
 from sphere_ar_jax.runtime.console import UserError, pick
 
 EPS = 1e-5  # PyTorch's default for BatchNorm
@@ -28,16 +28,6 @@ _NORMAL_INIT = nn.initializers.normal(0.02)
 def leaky(x: jax.Array) -> jax.Array:
     """Applies the leaky ReLU of slope 0.2."""
     return nn.leaky_relu(x, negative_slope=SLOPE)
-
-
-def _bias_init(fan_in: int) -> Callable[..., jax.Array]:
-    """Makes PyTorch's default initializer of biases: uniform ±1/√fan_in."""
-    bound = fan_in**-0.5
-
-    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def _conv(
@@ -62,7 +52,7 @@ def _conv(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
-        bias_init=_bias_init(kernel**2 * x.shape[-1]),
+        bias_init=torch_bias_init(kernel**2 * x.shape[-1]),
         name=name,
     )
     return layer(x)
@@ -74,7 +64,7 @@ def _dense(x: jax.Array, features: int, dtype: DTypeLike, name: str) -> jax.Arra
         features,
         dtype=dtype,
         kernel_init=_TORCH_INIT,
-        bias_init=_bias_init(x.shape[-1]),
+        bias_init=torch_bias_init(x.shape[-1]),
         name=name,
     )
     return layer(x)
