@@ -93,8 +93,10 @@ class _Named:
         return f'{self._kind} [{i}]'
 
 
-def _open_images(run: Run, kind: str, path: str | None, *options: Any) -> sources.Images:
-    """Opens the training images to encode; `options` are further arguments of `open_images`.
+def _open_images(
+    run: Run, kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
+) -> sources.Images:
+    """Opens the training images to encode; see `encode`.
 
     Small images of the run's own kind are those of the run's classes, in its brightness.
 
@@ -111,7 +113,7 @@ def _open_images(run: Run, kind: str, path: str | None, *options: Any) -> source
     if path is None:
         raise UserError('give --data=KIND:PATH: the config of this run names no images')
     bar = console.bar(None, 'reading the tar', 'byte')
-    return sources.open_images(kind, path, *options, bar)
+    return sources.open_images(kind, path, split, data_dir, bar)
 
 
 def _reader(run: Run, kind: str, source: sources.Images) -> _Read:

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.commands import open_run
 from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.data import small, sources
-from sphere_ar_jax.data.captions import table
 from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import (
     image_sets,
@@ -70,30 +69,23 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     cfg = run.config
     if like is not None:
         cfg = schema.changed(cfg, {'data.classifier_steps': like.data.classifier_steps})
+    if like is not None and like.data.name == cfg.data.name:  # the files may have moved
+        given = {f'data.{key}': like.data[key] for key in ('path', 'captions')}
+        cfg = schema.changed(cfg, {key: at for key, at in given.items() if at is not None})
     d = cfg.data
-    path = d.path
-    captions = d.captions
-    if like is not None and like.data.name == d.name:  # the files may have moved
-        path = path if like.data.path is None else like.data.path
-        captions = captions if like.data.captions is None else like.data.captions
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
-        data = build.open_data_set(cfg, path)
+        data = build.open_data_set(cfg)
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
-    elif path is None:
+    elif d.path is None:
         raise UserError(
             'give --samples, --reference and --inception, or --images; or, for scores by a '
             f'classifier, --config.data.path of the {d.name} data'
         )
     else:
-        bar = console.bar(None, 'reading the tar', 'byte')
-        options = (d.split, d.data_dir, bar)
-        needs_labels = not build.has_captions(cfg)
-        source = sources.open_images(d.name, path, *options, needs_labels=needs_labels)
-        build.check_classes(cfg, source, path)
-        if captions is not None:
-            source = table.with_captions(source, captions)
+        sources.require_images(d.name, d.path)
+        source = build.open_files(cfg, console.bar(None, 'reading the tar', 'byte'))
         training, heldout = sources.split(source, d.holdout_files)
         setting = setting._replace(source=training, heldout=heldout)
         scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks, fine_tuning, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
-from sphere_ar_jax.data.captions import captioned, table, vocabulary
+from sphere_ar_jax.data.captions import captioned, vocabulary
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -257,17 +257,11 @@ def _open_images(cfg: ConfigDict) -> _Data:
         return _Data(data.train, data, data.heldout, {})
     if d.path is None:
         raise UserError(f'give --config.data.path, of the {d.name} data')
-    bar = console.bar(None, 'reading the tar', 'byte')
-    needs_labels = not build.has_captions(cfg)
-    options = (d.split, d.data_dir, bar)
-    source = sources.open_source(d.name, d.path, *options, needs_labels=needs_labels)
-    build.count_classes(cfg, source)
+    source = build.open_files(cfg, console.bar(None, 'reading the tar', 'byte'))
     if isinstance(source, sources.Latents):
         training, heldout = sources.split(source, d.holdout_files)
         reading = dict(workers=d.workers, threads=d.threads)
         return _Data(training, None, heldout, reading, source.tokenizer)
-    if d.captions is not None:
-        source = table.with_captions(source, d.captions)
     size, _, channels = build.build_vae(cfg).image_shape
     decay_from, decay_to = d.crop_until
     # The exact recipe of ImageNet knows neither EXIF nor transparency.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import Transform
-from sphere_ar_jax.data.captions import captioned, features, vocabulary
+from sphere_ar_jax.data.captions import captioned, features, table, vocabulary
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.backbones import BACKBONES
@@ -22,6 +22,7 @@ from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.models.posteriors import POSTERIORS
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError, pick
+from sphere_ar_jax.runtime.types import Progress
 
 # Keys of the section `vae` that are not fields of a backbone.
 _TOKENIZER_KEYS = (
@@ -49,22 +50,6 @@ def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
     return small.enlarged(data, d.enlarge)
 
 
-def check_classes(cfg: ConfigDict, source: sources.Images | small.Split, path: str) -> None:
-    """Checks that images have no more classes than the model, where it is known how many it has.
-
-    Args:
-      cfg: a config.
-      source: images.
-      path: where they lie, for the message.
-
-    Raises:
-      UserError: they have more classes.
-    """
-    known = schema.num_classes(cfg)
-    if known is not None and source.num_classes > known:
-        raise UserError(f'{path} has {source.num_classes} classes, but the model {known}')
-
-
 def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None:
     """Sets cfg.data.num_classes where neither the config nor the kind of data says it.
 
@@ -75,9 +60,35 @@ def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None
     Raises:
       UserError: the images have more classes than the model.
     """
-    if schema.num_classes(cfg) is None:
+    known = schema.num_classes(cfg)
+    if known is None:
         cfg.data.num_classes = source.num_classes
-    check_classes(cfg, source, cfg.data.path or f'data {cfg.data.name}')
+    elif source.num_classes > known:
+        where = cfg.data.path or f'data {cfg.data.name}'
+        raise UserError(f'{where} has {source.num_classes} classes, but the model {known}')
+
+
+def open_files(config: ConfigDict, progress: Progress = lambda done, total: None) -> Any:
+    """Opens the images of a run that are no small data set, or latents in their place.
+
+    Where neither the config nor the kind of data says how many classes there are, this sets
+    config.data.num_classes to the number found.
+
+    Args:
+      config: the run's config, with the path of the data.
+      progress: called while a tar is read for the first time, see `sources.open_source`.
+
+    Returns:
+      The source, with the captions that the config names.
+
+    Raises:
+      UserError: there are no images or no captions, or the images have more classes than the model.
+    """
+    d = config.data
+    needs_labels = not has_captions(config)
+    source = sources.open_source(d.name, d.path, d.split, d.data_dir, progress, needs_labels)
+    count_classes(config, source)
+    return source if d.captions is None else table.with_captions(source, d.captions)
 
 
 class Sampler(NamedTuple):

@@ -637,17 +637,29 @@ def open_source(
     return KINDS[kind](path)
 
 
-def open_images(kind: str, path: str, *arguments: Any, **options: Any) -> Images:
-    """Opens a source as `open_source`, which gives all arguments, and refuses latents.
-
-    Raises:
-      UserError: see `open_source`; or the source has no images.
-    """
+def require_images(kind: str, path: str) -> None:
+    """Raises UserError where a kind of data has latents in place of images."""
     if kind == 'latents':
         raise UserError(
             f'{path} holds latents, not images: only a training of the AR model reads them'
         )
-    return open_source(kind, path, *arguments, **options)
+
+
+def open_images(
+    kind: str,
+    path: str,
+    split: str = 'train',
+    data_dir: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda done, total: None,
+    needs_labels: bool = True,
+) -> Images:
+    """Opens a source as `open_source`, which explains the arguments, and refuses latents.
+
+    Raises:
+      UserError: see `open_source`; or the source has no images.
+    """
+    require_images(kind, path)
+    return open_source(kind, path, split, data_dir, progress, needs_labels)
 
 
 KINDS: dict[str, Callable[..., Images]] = {

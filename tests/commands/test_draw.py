@@ -192,7 +192,7 @@ def test_what_convert_refuses(converted, tmp_path, capsys):
             [golden, '--heads=2', '--config=tests/tiny_config.py'],
             'holds another model than --config (vae.image_channels 1 → 3; vae.stem 4 → 64',
         ),
-        ([golden, '--labels=uniform'], '--labels is for --mode=sample, not for convert'),
+        ([golden, '--labels=uniform'], '--labels is for --mode=sample or pack, not for convert'),
     ):
         assert message in _refused(capsys, *arguments, *more)
         assert not (tmp_path / 'w' / 'config.json').exists()
