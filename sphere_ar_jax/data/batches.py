@@ -19,14 +19,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import grain
 import numpy as np
 from absl import flags
 
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.runtime.console import UserError, first_line
+
+if TYPE_CHECKING:
+    import grain
 
 _ENDLESS = 2**60  # rows, more than any run sees
 _ATTEMPTS = 8  # images that are tried in turn for one row
@@ -73,6 +75,9 @@ class _Loader:
         self.first_step = first_step
         self.rows = rows
         self.batch_size = batch_size
+        # Imported here, because it takes a while, and only trainings need it.
+        import grain
+
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def name(self, index: int) -> str:
@@ -154,7 +159,7 @@ class Batches:
         self,
         loader: _Loader,
         first_step: int,
-        dataset: grain.IterDataset,
+        dataset: 'grain.IterDataset',
         max_broken: float,
     ):
         self._loader = loader
@@ -302,6 +307,8 @@ def batches(
     Raises:
       UserError: there are no images.
     """
+    import grain
+
     if not len(source):
         raise UserError('there are no images to train on')
     if rows is None:

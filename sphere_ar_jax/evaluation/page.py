@@ -5,17 +5,18 @@ import html
 import os
 import platform
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from etils import epath
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from sphere_ar_jax import __version__
-from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.evaluation.pictures import save_figure, subplots
 from sphere_ar_jax.models.posteriors import Posterior
 from sphere_ar_jax.runtime import files, metric_writer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class _Curve(NamedTuple):
@@ -66,7 +67,7 @@ def _has(line: Mapping[str, Any], curve: _Curve) -> bool:
     return isinstance(line.get(curve.name), int | float)
 
 
-def _plot(axis: Axes, curve: _Curve, lines: list[dict[str, float]]) -> None:
+def _plot(axis: 'Axes', curve: _Curve, lines: list[dict[str, float]]) -> None:
     """Plots a curve from the lines of its stage's metrics.jsonl, and that of held-out images."""
     points = [(line['step'], line[curve.name]) for line in lines if _has(line, curve)]
     axis.plot(*zip(*points, strict=True))
@@ -107,7 +108,7 @@ def save_curves(path: str | os.PathLike[str], workdir: str, posterior: Posterior
         return
     columns = _columns(len(curves))
     rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.75 * columns, 3 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, (3.75 * columns, 3 * rows))
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     for axis, curve in zip(axes.flat, curves, strict=False):

@@ -7,20 +7,19 @@ import io
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from etils import epath
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from sphere_ar_jax.data.pixels import to_uint8
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import printable
 
-matplotlib.use('Agg')
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 110  # dots per inch of all pictures
 
@@ -67,7 +66,28 @@ def read_all(directory: str, names: Iterable[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+def subplots(
+    rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> 'tuple[Figure, np.ndarray]':
+    """Makes a figure with a grid of axes, which needs no screen.
+
+    Args:
+      rows: rows of axes.
+      columns: columns of axes.
+      size: width and height of the figure in inches.
+      options: further ones of `Figure.subplots`.
+
+    Returns:
+      (the figure, its axes (rows, columns)).
+    """
+    # Imported here, because it takes half a second, and most starts make no figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def legend_below(figure: 'Figure', axis: 'Axes', columns: int) -> None:
     """Puts the legend of one axis below the figure, for all of its axes."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
@@ -75,11 +95,10 @@ def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     )
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG, whole or not at all, and closes it."""
+def save_figure(figure: 'Figure', path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
-    plt.close(figure)
     files.write_bytes(path, buffer.getvalue())
 
 
@@ -94,9 +113,10 @@ def _save_grid(
 ) -> None:
     """Writes a grid of images with a label at each row."""
     grid = tile(images, columns, scale)
-    figure = plt.figure(figsize=(grid.shape[1] / DPI, grid.shape[0] / DPI))
+    figure, axes = subplots(1, 1, (grid.shape[1] / DPI, grid.shape[0] / DPI))
+    axis = axes[0, 0]
     # The axes have a dot for each pixel. Labels stand outside of them, inside the tight box.
-    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_position((0, 0, 1, 1))
     # Grey images become RGB, because a colour map would round them.
     axis.imshow(np.broadcast_to(grid, (*grid.shape[:2], 3)), interpolation='none')
     height = grid.shape[0] / len(row_labels)
@@ -176,7 +196,7 @@ def save_captioned(
       rows: rows, at most.
     """
     rows = min(rows, -(-len(images) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, (2 * columns, 2.3 * rows))
     for axis in axes.flat:
         axis.set_axis_off()
     shown = images[: rows * columns]

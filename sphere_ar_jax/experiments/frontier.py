@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from absl import flags
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
@@ -271,7 +270,7 @@ def save_frontier(path: str, summary: _Summary) -> None:
       path: the PNG.
       summary: from `summarize`. The mean ± standard deviation of `REFERENCE` is drawn as a band.
     """
-    figure, axes = plt.subplots(2, len(SCORES), figsize=(4.6 * len(SCORES), 9))
+    figure, axes = pictures.subplots(2, len(SCORES), (4.6 * len(SCORES), 9))
     for score, above, below in zip(SCORES, *axes, strict=True):
         _Panels(summary, score, above, below).draw()
     for axis in axes[:, 0]:

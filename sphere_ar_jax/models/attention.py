@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import AxisType, PartitionSpec
 
 from sphere_ar_jax.models import kernels
@@ -78,6 +77,9 @@ def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, interpret: bool = False
 ) -> jax.Array:
     """Runs splash attention. K must be a power of four, so that q/√K rounds nothing."""
+    # Imported here, because it takes a while, and other platforms do without.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     T, N, K = q.shape[1:]
     S = -(-T // LANES) * LANES
     block = max(b for b in range(LANES, LONG + 1, LANES) if S % b == 0)

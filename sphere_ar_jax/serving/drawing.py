@@ -7,21 +7,24 @@ Dimensions:
 """
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import class_names
+from sphere_ar_jax.evaluation.pictures import subplots
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.sampling import inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model, sphere_radius
 from sphere_ar_jax.sampling.tokens import Prefix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COUNTS = (1, 2, 4, 8, 16)  # numbers of images; each has a program of its own
 MOST_STEPS = 200
@@ -286,14 +289,15 @@ def with_line(model: Model, picture: inputs.Picture, kept: int) -> np.ndarray:
 # ---- the plot
 
 
-def plot_norms(drawing: Drawing) -> Figure:
+def plot_norms(drawing: Drawing) -> 'Figure':
     """Plots the norms of the tokens before projection by their position.
 
     There is a line for each image, and one for their mean. Kept tokens lie on a grey ground. A
     dashed line shows R, where tokens lie on a sphere.
     """
-    figure = Figure(figsize=(7, 2.8), dpi=110, layout='constrained')
-    axis = figure.add_subplot()
+    figure, axes = subplots(1, 1, (7, 2.8))
+    figure.set_layout_engine('constrained')
+    axis = axes[0, 0]
     norms = drawing.norms
     position = np.arange(norms.shape[1])
     axis.plot(position, norms.T, color='tab:blue', alpha=0.35, linewidth=0.8)

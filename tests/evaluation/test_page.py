@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from sphere_ar_jax.evaluation import page, pictures
@@ -119,7 +118,6 @@ def test_a_posterior_has_one_curve_for_each_label(tmp_path, word, monkeypatch):
     monkeypatch.setattr(page, 'save_figure', lambda figure, path: figures.append(figure))
     page.save_curves(tmp_path / 'curves.png', str(tmp_path), posterior)
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_title()]
-    plt.close(figures[0])
     expected = [f'tokenizer: {label}' for label in posterior.labels.values()]
     assert titles == ['tokenizer: PSNR of the batch, dB', *expected]
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
@@ -14,7 +13,7 @@ from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.captioned.composed_digits import GROUPS
-from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.experiments import report, runs
 from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.sampling import on_mesh
@@ -98,7 +97,8 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
 def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict[str, str]:
     """Plots the shares over the guidance scale, one line for each row, and those of real images."""
     del config
-    figure, axes = plt.subplots(1, len(GROUPS), figsize=(4.2 * len(GROUPS), 3.6), sharey=True)
+    figure, grid = subplots(1, len(GROUPS), (4.2 * len(GROUPS), 3.6), sharey=True)
+    axes = grid[0]
     for axis, group in zip(axes, GROUPS, strict=True):
         for row in found['rows']:
             scales, intervals = comparison.curves(found['measured'], row, group)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
@@ -20,7 +19,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.small import Split
 from sphere_ar_jax.evaluation import tokenizer
-from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.models.vae import draw_tokens
@@ -300,7 +299,8 @@ def _plot_guidance(
     path: str, config: ConfigDict, rows: Sequence[str], measured: report.MeasuredParts
 ) -> None:
     """Plots scores of samples against the guidance scale, one line for each row."""
-    figure, axes = plt.subplots(1, len(_GUIDED), figsize=(4.2 * len(_GUIDED), 3.6))
+    figure, grid = subplots(1, len(_GUIDED), (4.2 * len(_GUIDED), 3.6))
+    axes = grid[0]
     styles = _styles(config)
     for axis, (name, label) in zip(axes, _GUIDED.items(), strict=True):
         for row in rows:
@@ -323,7 +323,8 @@ def _plot_rows(path: str, config: ConfigDict, scores: Mapping[str, Any]) -> None
 
     `scores` are the rows of results.json.
     """
-    figure, axis = plt.subplots(figsize=(5.6, 3.8))
+    figure, grid = subplots(1, 1, (5.6, 3.8))
+    axis = grid[0, 0]
     for line, rows in config.curves.items():
         shown = [(x, row) for x, row in zip(config.curves_at, rows, strict=True) if row in scores]
         found = [report.interval(scores[row]['frechet_best']) for _, row in shown]
@@ -371,7 +372,8 @@ def _plot_map(path: str, pairs: Sequence[str], measured: report.MeasuredParts) -
     lines = {pair: leads for pair, leads in lines.items() if leads}
     scales = sorted({scale for leads in lines.values() for scale in leads})
     colours = np.full((len(lines), len(scales)), np.nan)
-    figure, axis = plt.subplots(figsize=(2.8 + 1.4 * len(scales), 1.2 + 0.75 * len(lines)))
+    figure, grid = subplots(1, 1, (2.8 + 1.4 * len(scales), 1.2 + 0.75 * len(lines)))
+    axis = grid[0, 0]
     for y, leads in enumerate(lines.values()):
         for x, scale in enumerate(scales):
             lead = leads.get(scale)

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
-from sphere_ar_jax.evaluation.pictures import legend_below, save_figure
+from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.models.ar import unstacked
@@ -305,7 +304,7 @@ def _behind(changes: Sequence[float], position: int) -> float:
 
 def _plot_norms(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
     """Plots the norms of tokens before projection against their position."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
+    figure, axes = subplots(1, len(rows), (4.2 * len(rows), 3.6))
     for axis, row in zip(axes[0], rows, strict=True):
         lines = report.of_part(measured, row, 'norms')
         modes = dict.fromkeys(line['mode'] for line in lines)
@@ -327,7 +326,7 @@ def _plot_norms(path: str, rows: Sequence[str], measured: report.MeasuredParts) 
 
 def _plot_changes(path: str, rows: Sequence[str], measured: report.MeasuredParts) -> None:
     """Plots changes of later tokens against their distance from the disturbed one."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False)
+    figure, axes = subplots(1, len(rows), (4.2 * len(rows), 3.6))
     for axis, row in zip(axes[0], rows, strict=True):
         lines = report.of_part(measured, row, 'disturbance')
         position = min(line['position'] for line in lines)

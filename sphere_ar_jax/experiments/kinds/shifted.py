@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build
 from sphere_ar_jax.data import small
 from sphere_ar_jax.data.shifted import corruptions
-from sphere_ar_jax.evaluation.pictures import save_figure
+from sphere_ar_jax.evaluation.pictures import save_figure, subplots
 from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.sampling import inputs, on_mesh
@@ -190,7 +189,7 @@ def _plots(config: ConfigDict, found: Mapping[str, Any], directory: str) -> dict
     del config
     rows = list(found['rows'])
     size = (4.2 * len(rows), 6.4)
-    figure, axes = plt.subplots(2, len(rows), figsize=size, sharey='row', squeeze=False)
+    figure, axes = subplots(2, len(rows), size, sharey='row')
     for column, row in zip(axes.T, rows, strict=True):
         lines = report.of_part(found['measured'], row, 'shifted')
         kept = min(line['kept'] for line in lines)

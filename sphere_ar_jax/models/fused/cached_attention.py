@@ -14,7 +14,6 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from sphere_ar_jax.models import kernels
 from sphere_ar_jax.models.attention import apply_rope
@@ -82,6 +81,9 @@ def _run(
     interpret: bool = False,
 ) -> Result:
     """`attend_cached` by the kernel."""
+    # Imported here, because it takes a while, and few runs have this kernel.
+    from jax.experimental.pallas import triton
+
     B, N, _, K = keys.shape
     cos = jnp.repeat(jnp.cos(angles), 2)
     sin = jnp.repeat(jnp.sin(angles), 2) * jnp.where(jnp.arange(K) % 2 == 1, 1.0, -1.0)
@@ -133,6 +135,8 @@ def _kernel(
     The old entries and the new ones are the same memory. The position's own entry is not read from
     it, since other threads of the kernel may not have written it yet.
     """
+    from jax.experimental.pallas import triton
+
     b = pl.program_id(0)
     n = pl.program_id(1)
     K = qkv.shape[-1]

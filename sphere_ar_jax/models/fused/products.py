@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
@@ -218,6 +217,9 @@ def _on_gpus_if_tiled(
     """
     if tile is None:
         return plain
+    # Imported here, because it takes a while, and few runs have these kernels.
+    from jax.experimental.pallas import triton
+
     R, F = result.shape
     fused = pl.pallas_call(
         functools.partial(run, tile=tile),
