@@ -90,7 +90,8 @@ class RowsLast(NamedTuple):
 
     def attended(self, q: jax.Array, start: jax.Array | int) -> jax.Array:
         """See `Cache.attended`."""
-        B, _, N, K = q.shape
+        B, T, N, K = q.shape
+        assert T == 1, 'this layout takes one position at a time'
         rows = _rows_last(q.swapaxes(1, 2))[0]
         logits = jnp.einsum('kr,skr->sr', rows, self.keys, preferred_element_type=jnp.float32)
         visible = jnp.arange(len(self.keys))[:, None] <= start
