@@ -153,6 +153,7 @@ def _examine_data(
 ) -> 'sources.Images | small.Split | None':
     """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
     from sphere_ar_jax.config import build, recipes
+    from sphere_ar_jax.config import checks as config_checks
     from sphere_ar_jax.data import small
 
     if data is None and cfg is None:
@@ -165,6 +166,7 @@ def _examine_data(
         assert cfg is not None  # by the lines above
         d = cfg.data
         if d.name in small.KINDS:
+            config_checks.check(cfg)
             return checks.check_small(d.name, d.path, build.open_data_set(cfg).train)
         needs_labels = not build.has_captions(cfg)
         return checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)

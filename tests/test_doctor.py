@@ -139,6 +139,12 @@ def test_a_config_that_cannot_be(capsys):
     )
 
 
+def test_an_impossible_brightness_is_one_line(capsys):
+    code, lines = _examined(capsys, TINY, '--config.data.brightness=(0.2,)')
+    said = ' '.join(lines)
+    assert code == 1 and 'not enough values' not in said and 'data.brightness' in said
+
+
 def test_some_classes_of_a_small_data_set(capsys):
     """The data are those of the config, and not all that there are."""
     _, lines = _examined(capsys, TINY, '--config.data.classes=(0,1)')

@@ -156,5 +156,12 @@ def test_drawing_imports_only_what_it_needs():
         "late = ('matplotlib', 'grain', 'sklearn', 'scipy.stats', 'jax._src.pallas.triton'); "
         'print([name for name in late if name in sys.modules])'
     )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
     assert done.stdout.strip() == '[]'

@@ -547,9 +547,6 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
     return network, reference.pool
 
 
-# Images whose captions are read before a training.
-_LOOKED_AT = 100
-
 # Keys that processes on different machines may set each in its own way.
 _OF_MACHINES = (
     'reasons', 'data.path', 'data.data_dir', 'data.captions', 'data.threads', 'data.workers',
@@ -567,11 +564,13 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
     # A single class has the name of its directory, which may lie elsewhere on another machine.
     names = getattr(source, 'class_names', None) or ()
     values['the names of classes'] = names if len(names) > 1 else ()
+    read: Any = None
     if hosts.count() > 1 and build.has_captions(cfg):
         encode = build.caption_encoder(cfg)
-        looked = captioned.look(source, _LOOKED_AT, encode)
-        read = [encode(text).tobytes() for text in looked.texts]
-        values['what the model reads of captions'] = (read, looked.broken)
+        looked = captioned.look(source, captioned.LOOKED_AT, encode)
+        read = ([encode(text).tobytes() for text in looked.texts], looked.broken)
+    # All processes must have as many values, also where one of them has another kind of model.
+    values['what the model reads of captions'] = read
     sums = [zlib.crc32(repr(value).encode()) for value in values.values()]
     keys = list(values)
     differing = sorted(keys[i] for i in hosts.differing(sums))
@@ -637,7 +636,7 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     """
     first = captioned.first_caption(source, f'data {cfg.data.name}')
     said = [f"captions, the first one: '{console.printable(first, 80)}'"]
-    looked = captioned.look(source, _LOOKED_AT, build.caption_encoder(cfg))
+    looked = captioned.look(source, captioned.LOOKED_AT, build.caption_encoder(cfg))
     most = cfg.data.max_broken
     # Three standard deviations more may be chance.
     if looked.broken > most + 3 * (most / looked.images) ** 0.5:

@@ -34,19 +34,17 @@ _FROM_CHANNELS = {'patch_size', 'width'}
 _HEAD_KEYS = ('magnitude_weight', 'fused')
 
 
-def open_data_set(config: ConfigDict, path: str | None = None) -> small.DataSet:
+def open_data_set(config: ConfigDict) -> small.DataSet:
     """Opens the small data set of a run.
 
     Args:
       config: the run's config; its kind of data must be one of `small.KINDS`.
-      path: where its files are now; None takes the config's own path.
 
     Raises:
       UserError: see `small.open_data_set`.
     """
     d = config.data
-    place = d.path if path is None else path
-    data = small.open_data_set(d.name, place, config.seed, d.holdout, d.classes, d.brightness)
+    data = small.open_data_set(d.name, d.path, config.seed, d.holdout, d.classes, d.brightness)
     return small.enlarged(data, d.enlarge)
 
 
@@ -58,12 +56,12 @@ def count_classes(cfg: ConfigDict, source: sources.Images | small.Split) -> None
       source: its images.
 
     Raises:
-      UserError: the images have more classes than the model.
+      UserError: the images have more classes than the model, and it does not read texts.
     """
     known = schema.num_classes(cfg)
     if known is None:
         cfg.data.num_classes = source.num_classes
-    elif source.num_classes > known:
+    elif source.num_classes > known and not has_captions(cfg):
         where = cfg.data.path or f'data {cfg.data.name}'
         raise UserError(f'{where} has {source.num_classes} classes, but the model {known}')
 

@@ -35,12 +35,14 @@ class Counted(NamedTuple):
       classes: the number of classes, at least 1.
       how: how this is known, a clause that follows 'n images in so many classes'.
       grey: whether its images are grey, and are neither cropped nor flipped.
+      side: where they are grey, the side of the images that they are filled up to.
     """
 
     images: int
     classes: int
     how: str
     grey: bool = False
+    side: int = 32
 
 
 class Wishes(NamedTuple):
@@ -107,9 +109,12 @@ def _opened(kind: str, path: str, captions: str | None) -> Counted:
         from sphere_ar_jax.data import idx
 
         training, _ = idx.splits(path)
-        return Counted(len(training), training.num_classes, 'as its files say', grey=True)
+        how = 'as its files say'
+        side = training.image_shape[0]
+        return Counted(len(training), training.num_classes, how, grey=True, side=side)
     source = sources.open_source(kind, path, needs_labels=captions is None)
-    if captions is not None:
+    # Each name of an ArrayRecord is a read of a record with its image.
+    if captions is not None and kind != 'array_records':
         # Imported here, because JAX comes with it.
         from sphere_ar_jax.data.captions import table
 
@@ -338,10 +343,10 @@ def _images(n: int, epochs: float, wishes: Wishes) -> list[Decision]:
     ]
 
 
-def _blocks(size: int) -> Decision:
-    """How images of IDX files, which have 32×32 pixels here, come to the model's size."""
-    reason = 'images of IDX files are filled up to 32×32 pixels, and each of these becomes a block.'
-    return Decision({'data.enlarge': size // 32}, reason)
+def _blocks(size: int, side: int) -> Decision:
+    """How images of IDX files, of side × side pixels, come to the model's size."""
+    reason = f'images of these files have {side}×{side} pixels here, and each becomes a block.'
+    return Decision({'data.enlarge': max(size // side, 1)}, reason)
 
 
 def _held_out(n: int, smoke: bool) -> Decision:
@@ -444,13 +449,16 @@ def decide(found: Counted, wishes: Wishes) -> tuple[Decision, ...]:
         'absolute and squared error need no files; LPIPS would give sharper images, see '
         'docs/own_images.md.',
     )
+    images = [_blocks(size, found.side)]
+    if not found.grey:
+        images = _images(n, steps * batch / trained, wishes)
     return (
         _facts(found, size),
         tokenizer,
         model,
         *_training(batch, steps, why, rate),
         losses,
-        *([_blocks(size)] if found.grey else _images(n, steps * batch / trained, wishes)),
+        *images,
         *_texts(wishes.captions, wishes.features),
         *_sampling(_LOOKED_AT if wishes.captions else found.classes, tokens, smoke),
     )

@@ -331,7 +331,8 @@ _FREE = re.compile(
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences of two configs that a run cannot go on across.
 
-    Options of the distillation count only where one of the two configs distils a head.
+    Options of the distillation count only where one of the two configs distils a head. The number
+    of classes does not count where both models read texts.
 
     Args:
       old: the config that the run was begun with, as `as_dict` gives it.
@@ -343,9 +344,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before = leaves(old)
     after = leaves(new)
     distilled = before.get('init_from') is not None or after.get('init_from') is not None
+    read_texts = all(v.get('ar.condition') in ('text', 'features') for v in (before, after))
     found = []
     for name in {**before, **after}:
         if _FREE.fullmatch(name):
+            continue
+        if name == 'data.num_classes' and read_texts:
             continue
         if name.startswith('distillation_training.') and not distilled:
             continue

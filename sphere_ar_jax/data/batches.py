@@ -307,6 +307,7 @@ def batches(
     Raises:
       UserError: there are no images.
     """
+    # See `_Loader`.
     import grain
 
     if not len(source):

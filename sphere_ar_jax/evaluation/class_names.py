@@ -60,7 +60,7 @@ def keep(workdir: str | os.PathLike[str], names: Sequence[str] | None) -> None:
     except ValueError:
         print(f'{workdir}/{_FILE} is damaged: it is written anew', file=sys.stderr)
         before = None
-    if len(names) == 1 and before is not None:
+    if before is not None and len(before) == len(names) == 1:
         return  # A single class has the name of its directory, which may have been moved.
     for k, (old, new) in enumerate(zip(before or (), names, strict=False)):
         if old != new:

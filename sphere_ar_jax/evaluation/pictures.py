@@ -83,7 +83,7 @@ def subplots(
     # Imported here, because it takes half a second, and most starts make no figure.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=size, dpi=DPI)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 

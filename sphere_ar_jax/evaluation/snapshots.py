@@ -353,27 +353,24 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
     return statistics.frechet_distance(*statistics.statistics(features.pool), *reference)
 
 
-# Images that are tried for captions, at least, before others are.
-_TRIED = 100
-
-
 def _captions(setting: Setting, count: int) -> list[str]:
     """First captions of at most `count` images, spread evenly over the held-out ones.
 
-    Images whose captions cannot be encoded are passed over. Where so many of the held-out images
-    are, or none is held out, the captions are those of training images.
+    Images whose captions cannot be encoded are passed over. Where no held-out image has one that
+    can be, or none is held out, the captions are those of training images.
 
     Raises:
-      UserError: none of 100 training images has a caption that can be encoded.
+      UserError: none of the training images that are tried has a caption that can be encoded.
     """
     encode = build.caption_encoder(setting.cfg)
-    tried = [(setting.source, count), (setting.source, max(count, _TRIED))]
+    pools = [setting.source]
     if setting.heldout is not None:
-        heldout = setting.heldout.source
-        tried = [(heldout, count), (heldout, max(count, _TRIED)), *tried]
-    for source, most in tried:
-        looked = captioned.look(source, most, encode)
-        if len(looked.texts) >= min(count, len(source)):
+        pools.insert(0, setting.heldout.source)
+    for source in pools:
+        looked = captioned.look(source, count, encode)
+        if len(looked.texts) < min(count, len(source)) and count < captioned.LOOKED_AT:
+            looked = captioned.look(source, captioned.LOOKED_AT, encode)
+        if looked.texts:
             break
     if not looked.texts:
         raise UserError(looked.reasons[0])

@@ -2,7 +2,7 @@
 
 clu's own writers import TensorFlow; tensorboardX writes the same event files without it. The
 JSON-lines file and the console are always there; the config's `logging` names the others. See
-`docs/sharing.md`, "TensorBoard and Weights & Biases".
+`docs/sharing.md`, "TensorBoard and wandb".
 """
 
 import contextlib

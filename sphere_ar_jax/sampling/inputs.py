@@ -173,13 +173,13 @@ def labels(value: Any, find: Callable[[str], Any] | None = None) -> Any:
 
     if isinstance(value, dict) or (isinstance(value, tuple) and any(map(np.ndim, value))):
         return value  # a tree, of a condition of its own
-    if isinstance(value, list | tuple):
-        if not value:
-            raise UserError('there are no labels: give one for each image')
+    if isinstance(value, list | tuple) and value:
         return _alike([number(label) for label in value])
     if isinstance(value, str):
         return [number(value)]
     array = np.asarray(value)
+    if not array.size:
+        raise UserError('there are no labels: give one for each image')
     texts = array.dtype.kind in 'UT'
     # A column of a table holds its texts as objects.
     if texts or (array.dtype.kind == 'O' and all(isinstance(a, str) for a in array.flat)):

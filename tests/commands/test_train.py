@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 
 import chex
 import jax
@@ -350,18 +351,22 @@ def test_captions_that_are_refused_leave_the_workdir_free(tmp_path):
     assert len(setting.source) == 2
 
 
-def test_a_head_is_distilled_with_the_vocabulary_of_its_teacher(tmp_path):
+def test_a_head_is_distilled_with_the_vocabulary_of_its_teacher(tmp_path, monkeypatch):
     """Another list of as many words would give all captions other numbers."""
     for name, text in (('a', 'cat\ndog\n'), ('b', 'dog\ncat\n'), ('c', 'cat\ndog\n')):
         (tmp_path / f'{name}.txt').write_text(text)
     cfgs = []
     for name in 'abc':
         cfg = schema.default()
+        cfg.init_from = 'RUN'
         cfg.ar.update(condition='text', vocabulary=str(tmp_path / f'{name}.txt'))
         cfgs.append(cfg)
+    teacher = types.SimpleNamespace(config=cfgs[0])
+    monkeypatch.setattr(train, 'load_teacher', lambda workdir, mesh: teacher)
+    monkeypatch.setattr(train, '_check_finished', lambda key, workdir: None)
     with pytest.raises(UserError, match='init_from: RUN has another vocabulary: give --config'):
-        train._check_vocabulary('init_from', 'RUN', cfgs[0], cfgs[1])
-    train._check_vocabulary('init_from', 'RUN', cfgs[0], cfgs[2])
+        train._teacher(cfgs[1], None)
+    assert train._teacher(cfgs[2], None) is teacher
 
 
 def test_processes_read_the_same_captions(tmp_path, monkeypatch):
@@ -396,6 +401,11 @@ def test_processes_read_the_same_captions(tmp_path, monkeypatch):
             continue
         with pytest.raises(UserError, match='differ in what the model reads of captions: start'):
             train._check_same(cfg, source)
+    # A process whose model reads no texts compares as many values.
+    classes = _config('', **{'data.name': 'folder', 'data.path': images})
+    with pytest.raises(UserError, match=r'differ in ar\.condition'):
+        train._check_same(classes, train._open_data(classes).source)
+    assert len({len(numbers) for numbers in compared}) == 1
 
 
 def test_grey_models_are_trained_on_image_files(tmp_path):

@@ -129,8 +129,9 @@ def test_images_without_a_caption_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize('size', own.SIZES)
-def test_idx_files_are_enlarged_to_the_models_size(size, tmp_path):
-    write_idx(tmp_path, shape=(28, 28))
+@pytest.mark.parametrize('side', [16, 28, 40, 64])
+def test_idx_files_are_enlarged_to_the_models_size(size, side, tmp_path):
+    write_idx(tmp_path, shape=(side, side))
     config = checks.check(packaged.load(f'own:data=idx:{tmp_path},size={size}'))
     data = build.open_data_set(config)
     assert data.train.image_shape == build.build_vae(config).image_shape == (size, size, 1)

@@ -509,6 +509,11 @@ def test_a_table_cannot_name_two_images_alike(tmp_path):
     assert len(source) == 2
     with pytest.raises(UserError, match=r'two images have the name 0\.tar/cat, so that a table'):
         table.with_captions(source, str(tmp_path / 'a.tsv'))
+    with tarfile.open(tmp_path / 'one' / '0.tar', 'a') as archive:
+        archive.addfile(tarfile.TarInfo('dog.jpg'), io.BytesIO())
+    (tmp_path / 'b.tsv').write_text('0.tar/dog\ta dog\n')
+    found = table.with_captions(WebDataset(f'{tmp_path}/*/0.tar'), str(tmp_path / 'b.tsv'))
+    assert len(found) == 1 and found[0]['captions'] == ('a dog',)
 
 
 @pytest.mark.parametrize('line', ['a bird\u2028on a branch', 'a bird\x0con a\x85branch'])
@@ -518,6 +523,23 @@ def test_only_newlines_part_captions(line, tmp_path):
     (tmp_path / '1.txt').write_text(f'{line}\r\na second\n', newline='')
     source = sources.ImageFolder(tmp_path)
     assert source.captions(0) == (line, 'a second')
+    with tarfile.open(tmp_path / '0.tar', 'w') as archive:
+        for name in ('1.png', '1.txt'):
+            archive.add(tmp_path / name, name)
+    assert WebDataset(tmp_path / '0.tar').captions(0) == (line, 'a second')
+
+
+def test_folders_of_any_kind_may_have_captions(tmp_path):
+    """Their labels are not read: train beside val, and images beside directories."""
+    for place, *names in (('parts', 'train/1.png', 'val/2.png'), ('beside', '1.png', 'more/2.png')):
+        for i, name in enumerate(names):
+            _picture(tmp_path / place / name, i)
+        source = sources.open_source('folder', str(tmp_path / place), needs_labels=False)
+        assert [source.name(i) for i in range(2)] == names
+        assert source.num_classes == 1 and source.left_out == ''
+        assert [int(source[i]['label']) for i in range(2)] == [0, 0]
+    with pytest.raises(UserError, match='parts of a data set and not classes'):
+        sources.open_source('folder', str(tmp_path / 'parts'))
 
 
 @pytest.mark.parametrize(

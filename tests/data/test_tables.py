@@ -76,7 +76,7 @@ def test_what_parquet_files_lack_is_said(write, tmp_path):
     assert 'b.parquet cannot be read' in _refusal(Parquet, tmp_path)
 
 
-def test_labels_that_are_not_needed_never_refuse_parquet_files(write):
+def test_labels_that_are_not_needed_never_refuse_parquet_files(write, tmp_path):
     """A model that reads captions needs none: only a column named label counts, where it is one."""
     for columns, classes in (
         ({'image': FILES, 'w': range(6), 'h': range(6)}, 1),
@@ -89,6 +89,16 @@ def test_labels_that_are_not_needed_never_refuse_parquet_files(write):
         assert [source[i]['image'] for i in range(6)] == FILES
         assert source.num_classes == classes
         assert {int(source[i]['label']) for i in range(6)} == set(range(classes))
+    # Where the file notes names of classes, as `datasets` does, the column counts.
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    noted = {'info': {'features': {'kind': {'names': ['a', 'b'], '_type': 'ClassLabel'}}}}
+    columns = pa.table({'image': FILES, 'w': range(6), 'kind': [0, 1] * 3})
+    path = tmp_path / 'noted.parquet'
+    parquet.write_table(columns.replace_schema_metadata({'huggingface': json.dumps(noted)}), path)
+    source = Parquet(path, needs_labels=False)
+    assert source.class_names == ('a', 'b') and int(source[1]['label']) == 1
     both = write(a=FILES, b=FILES)
     assert 'hold images, a, b' in _refusal(lambda: Parquet(both, needs_labels=False))
 

@@ -103,6 +103,10 @@ def test_images_of_one_class_may_be_moved(tmp_path):
     class_names.keep(tmp_path, ('birds',))
     class_names.keep(tmp_path, ('moved_birds',))
     assert class_names.of_run(tmp_path, _config('folder', 1)) == ('birds',)
+    (tmp_path / 'two').mkdir()
+    class_names.keep(tmp_path / 'two', ('cat', 'dog'))
+    with pytest.raises(UserError, match='class 0 was cat, the data now have fish'):
+        class_names.keep(tmp_path / 'two', ('fish',))
 
 
 @pytest.mark.parametrize('content', ['', '["cat"', '{}', '[1]', '[' * 100_000, '\x00\udc80'])

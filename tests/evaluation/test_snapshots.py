@@ -136,6 +136,10 @@ def test_captions_that_cannot_be_read_are_passed_over(tmp_path):
     assert snapshots._captions(some, 2) == ['dog', 'dog']
     none = _of_captions(['cat'] * 9, ['owl'], tmp_path)
     assert snapshots._captions(none, 1) == ['cat']
+    # The others of the held-out images stay where one of them cannot be read.
+    most = _of_captions(['cat'] * 9, ['dog'] * 7 + ['owl'], tmp_path)
+    assert snapshots._captions(most, 8) == ['dog'] * 7
+    assert snapshots._captions(most, 2000) == ['dog'] * 7
     few = _of_captions(['owl', 'cat', 'owl', 'dog'], None, tmp_path)
     assert snapshots._captions(few, 2) == ['cat', 'dog']
     with pytest.raises(UserError, match="'owl' has 'owl', which the vocabulary does not know"):

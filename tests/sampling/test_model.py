@@ -340,8 +340,9 @@ def test_names_of_classes():
     assert inputs.labels(np.array(['wren', 'owl']), numbers.__getitem__) == [4, 3]
     column = np.array(['wren', 'owl'], object)  # as a table of pandas has them
     assert inputs.labels(column, numbers.__getitem__) == [4, 3]
-    with pytest.raises(UserError, match='there are no labels: give one for each image'):
-        inputs.labels([])
+    for nothing in ([], (), np.array([], object), np.zeros(0, np.int32)):
+        with pytest.raises(UserError, match='there are no labels: give one for each image'):
+            inputs.labels(nothing)
     with pytest.raises(UserError, match="'owl' is a name, but this model knows"):
         inputs.labels('owl')
     tree = (np.zeros(3), np.ones(3))  # of a condition with other labels than classes

@@ -12,6 +12,9 @@ from sphere_ar_jax.runtime.console import UserError
 
 Encode: TypeAlias = Callable[[str], np.ndarray]  # what turns a caption into a label
 
+# Images that are looked at for captions.
+LOOKED_AT = 100
+
 
 class Captioning:
     """A transform that makes a record's label of one of its captions.
@@ -133,10 +136,6 @@ def _why_not(caption: str, encode: Encode) -> str:
     return ''
 
 
-# Images that are looked at for a caption.
-_LOOKED_AT = 100
-
-
 def first_caption(source: Source, where: str) -> str:
     """The first caption of a source, which must have captions.
 
@@ -148,7 +147,7 @@ def first_caption(source: Source, where: str) -> str:
       UserError: its records have no captions, or the first 100 images have none that is a text.
     """
     reason = f'{where} has no captions, which the AR model reads'
-    for i in range(min(len(source), _LOOKED_AT)):
+    for i in range(min(len(source), LOOKED_AT)):
         try:
             record = source[i]
         except BrokenCaptionError as error:

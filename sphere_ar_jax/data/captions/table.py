@@ -156,12 +156,12 @@ class Captioned:
             self._source = source
             return
         names = [source.name(i) for i in range(len(source))]
-        if len(set(names)) < len(names):
-            twice = next(name for name, count in Counter(names).items() if count > 1)
-            raise UserError(
-                f'two images have the name {printable(twice, 80)}, so that a table cannot tell '
-                'them apart: give the files different names'
-            )
+        for name, count in Counter(names).items():
+            if count > 1 and name in table:
+                raise UserError(
+                    f'two images have the name {printable(name, 80)}, so that a table cannot tell '
+                    'them apart: give the files different names'
+                )
         found = [table.get(name, ()) for name in names]
         has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():

@@ -43,11 +43,20 @@ def _is_image(pa: Any, kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _holds_labels(pa: Any, schema: Any, field: Any, needs_labels: bool) -> bool:
+    """Whether a column may hold labels.
+
+    One that is named 'label' does, whatever its type. Integers of another name are labels where the
+    file notes names of classes, or where labels are needed: else they may be widths or numbers.
+    """
+    if field.name == 'label':
+        return True
+    named = _names(schema, field.name) is not None
+    return pa.types.is_integer(field.type) and (needs_labels or named)
+
+
 def _columns(pa: Any, schema: Any, where: str, needs_labels: bool) -> tuple[str, str | None]:
     """The names of the columns of the images and of the labels, None without labels.
-
-    A column that is named 'label' holds labels, whatever its type. Integers of another name are
-    labels only where labels are needed, since they may be widths or numbers.
 
     Raises:
       UserError: there is no column of images, or several for one of the two that is needed.
@@ -62,8 +71,7 @@ def _columns(pa: Any, schema: Any, where: str, needs_labels: bool) -> tuple[str,
     labels = [
         field.name
         for field in schema
-        if field.name != image
-        and (field.name == 'label' or (needs_labels and pa.types.is_integer(field.type)))
+        if field.name != image and _holds_labels(pa, schema, field, needs_labels)
     ]
     return image, columns.choose(where, 'labels', labels, 'label', needs_labels)
 
