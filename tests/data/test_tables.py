@@ -1,5 +1,6 @@
 """Parquet files and Hugging Face's data sets: columns by their types, and what is refused."""
 
+import json
 import sys
 
 import numpy as np
