@@ -151,11 +151,6 @@ class ImageNetTar:
 # ---- directories
 
 
-def _are_parts(directories: list[str]) -> bool:
-    """Whether directories are the parts of a data set, as train and val, by their names."""
-    return bool(directories) and all(name.lower() in SPLITS for name in directories)
-
-
 def _check_classes(path: str, classes: list[str]) -> None:
     """Checks that the directories of a directory can be classes.
 
@@ -171,7 +166,7 @@ def _check_classes(path: str, classes: list[str]) -> None:
         if os.path.exists(os.path.join(path, array_records.IMAGES.metadata)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
-    if _are_parts(classes):
+    if all(name.lower() in SPLITS for name in classes):
         training = [name for name in classes if name.lower().startswith('train')]
         part = (training or classes)[0]
         raise UserError(
@@ -185,7 +180,7 @@ class ImageFolder:
     """A directory with a directory for each class, as PATH/CLASS/…/NAME.jpg.
 
     A directory of images without any directory in it is a single class, which has its name. Where
-    no labels are needed, so are images beside directories, and the parts of a data set.
+    no labels are needed, so are all images where some lie beside directories.
 
     Images are in sorted order, class by class. A label is the index of a class among the sorted
     classes. Images are recognised by their suffix, in upper or lower case. Hidden files and those
@@ -205,8 +200,8 @@ class ImageFolder:
 
         Args:
           path: the directory.
-          needs_labels: whether directories that cannot be classes are an error. If not, all images
-            below the directory are then a single class.
+          needs_labels: whether images beside the directories of classes are left out. If not, all
+            images below the directory are then a single class.
 
         Raises:
           UserError: there are no classes, no class has images, the classes are parts of a data set
@@ -219,7 +214,7 @@ class ImageFolder:
             classes = self._classes(left)
             is_one_class = not classes and left.outside > 0
             if not needs_labels:
-                is_one_class = left.outside > 0 or _are_parts(classes)
+                is_one_class = left.outside > 0
             if is_one_class:
                 left = LeftOut()  # They do not lie beside classes, but are the class.
                 classes = ['']
@@ -621,8 +616,8 @@ def open_source(
       split: the split of the data set, for tfds and hf only.
       data_dir: where data sets are kept, for tfds and hf only.
       progress: called while an index is made, for imagenet and webdataset; see `ImageNetTar`.
-      needs_labels: whether images of a folder, hf, webdataset and parquet are refused where their
-        labels cannot be told. If not, all are then a single class.
+      needs_labels: whether images of hf, webdataset and parquet are refused, and some of a folder
+        left out, where their labels cannot be told. If not, all are then a single class.
 
     Returns:
       The source.

@@ -529,17 +529,19 @@ def test_only_newlines_part_captions(line, tmp_path):
     assert WebDataset(tmp_path / '0.tar').captions(0) == (line, 'a second')
 
 
-def test_folders_of_any_kind_may_have_captions(tmp_path):
-    """Their labels are not read: train beside val, and images beside directories."""
-    for place, *names in (('parts', 'train/1.png', 'val/2.png'), ('beside', '1.png', 'more/2.png')):
-        for i, name in enumerate(names):
-            _picture(tmp_path / place / name, i)
-        source = sources.open_source('folder', str(tmp_path / place), needs_labels=False)
-        assert [source.name(i) for i in range(2)] == names
-        assert source.num_classes == 1 and source.left_out == ''
-        assert [int(source[i]['label']) for i in range(2)] == [0, 0]
+def test_images_beside_directories_may_have_captions(tmp_path):
+    """Their labels are not read. Parts of a data set are not mixed all the same."""
+    names = ['1.png', 'more/2.png']
+    for i, name in enumerate(names):
+        _picture(tmp_path / 'beside' / name, i)
+    source = sources.open_source('folder', str(tmp_path / 'beside'), needs_labels=False)
+    assert [source.name(i) for i in range(2)] == names
+    assert source.num_classes == 1 and source.left_out == ''
+    assert [int(source[i]['label']) for i in range(2)] == [0, 0]
+    for name in ('train', 'val'):
+        _picture(tmp_path / 'parts' / name / '1.png', 0)
     with pytest.raises(UserError, match='parts of a data set and not classes'):
-        sources.open_source('folder', str(tmp_path / 'parts'))
+        sources.open_source('folder', str(tmp_path / 'parts'), needs_labels=False)
 
 
 @pytest.mark.parametrize(
