@@ -182,7 +182,9 @@ def write_reference(
         raise UserError(f'--output is {output}, but must end in .npz')
     weights = None if inception is None else inception_weights.load(inception)
     bar = console.bar(None, 'reading the tar', 'byte')
-    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=False)
+    # Statistics need no labels. Those of a folder decide which images a training takes.
+    needs_labels = kind == 'folder'
+    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=needs_labels)
     print(f'{len(source)} images of {class_names.describe(source.num_classes, source.class_names)}')
     if source.left_out:
         print(f'left out: {source.left_out}')

@@ -1,5 +1,7 @@
 """References: directories as sets of images, statistics in parts, and the command."""
 
+import pathlib
+
 import chex
 import numpy as np
 import pytest
@@ -120,6 +122,27 @@ def test_the_number_of_images_is_read_and_said(tmp_path):
     np.savez(tmp_path / 'r.npz', n=np.arange(2), **arrays)
     with pytest.raises(UserError, match='n must be a whole number, but is int64'):
         protocol.summarize(tmp_path / 'r.npz', None)
+
+
+def test_statistics_need_no_labels(tmp_path, capsys):
+    """Columns of widths and heights do not matter, and images beside classes are not taken."""
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    directory = _fill(tmp_path / 'data', _pixels(5, 20, 30))
+    source = sources.ImageFolder(directory)
+    files = [pathlib.Path(source.file(i)) for i in range(len(source))]
+    columns = {'image': [file.read_bytes() for file in files]}
+    columns |= {'width': [20] * len(files), 'height': [30] * len(files)}
+    parquet.write_table(pa.table(columns), tmp_path / 'a.parquet')
+    (directory / 'stray.png').write_bytes(files[0].read_bytes())
+    for data, left_out in (
+        (f'parquet:{tmp_path}/a.parquet', ''),
+        (f'folder:{directory}', 'beside'),
+    ):
+        evaluate.write_reference(data, 8, str(tmp_path / 'r.npz'))
+        assert left_out in capsys.readouterr().out
+        assert np.load(tmp_path / 'r.npz')['arr_0'].shape == (len(files), 8, 8, 3)
 
 
 def test_the_command_writes_images_alone_without_weights(tmp_path, capsys):
