@@ -15,8 +15,8 @@ data=idx:DIR   Another directory of IDX files, as those of MNIST, KMNIST or EMNI
 fast           The sampler of the fewest evaluations that lost nothing on the digits
                (BUILD_NOTES.md, "Fewer evaluations"). The experiments on Fashion-MNIST draw with
                it. It was not compared with the default sampler.
-smoke          The same path in few steps, to see that everything runs. Its pictures show no clothes
-               yet, and its classifier is weak.
+smoke          The same path in few steps, to see that everything runs, in two minutes on one core.
+               Its pictures show no clothes yet, and its classifier is weak.
 
 Images are filled up to 32×32 pixels: 8×8 tokens of d = 16 on a sphere of radius 4. These are the
 differences from configs/digits.py:
