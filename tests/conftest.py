@@ -1,10 +1,12 @@
 """Shared by all tests: strict promotion rules and the tiny golden model (goldens/README.md)."""
 
+import atexit
 import functools
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import tarfile
 import tempfile
@@ -32,8 +34,10 @@ if QUICK not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
 # Programs that several tests compile alike are compiled once; the processes that tests start share
-# them too.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', tempfile.mkdtemp(prefix='sphere_ar_jax_tests'))
+# them too. The process that makes the directory removes it.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='sphere_ar_jax_tests')
+    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
