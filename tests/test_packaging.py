@@ -106,12 +106,8 @@ def test_what_needs_no_jax_does_not_import_it(words):
         assert done.stdout == f'sphere_ar_jax {sphere_ar_jax.__version__}\n'
 
 
-def test_the_package_imports_nothing():
-    """`import sphere_ar_jax` is quick: nothing but the standard library's importlib and types comes
-    with it.
-    """
-    code = 'import importlib, types, sys; before = set(sys.modules); import sphere_ar_jax; '
-    code += 'print(*set(sys.modules) - before)'
+def _printed(code: str) -> str:
+    """What Python prints for some code, in a process of its own."""
     done = subprocess.run(
         [sys.executable, '-c', code],
         cwd=ROOT,
@@ -120,7 +116,16 @@ def test_the_package_imports_nothing():
         check=True,
         timeout=100,
     )
-    assert done.stdout.split() == ['sphere_ar_jax']
+    return done.stdout
+
+
+def test_the_package_imports_nothing():
+    """`import sphere_ar_jax` is quick: nothing but the standard library's importlib and types comes
+    with it.
+    """
+    code = 'import importlib, types, sys; before = set(sys.modules); import sphere_ar_jax; '
+    code += 'print(*set(sys.modules) - before)'
+    assert _printed(code).split() == ['sphere_ar_jax']
 
 
 def test_what_the_package_shows_is_imported_when_it_is_asked_for():
@@ -156,12 +161,4 @@ def test_drawing_imports_only_what_it_needs():
         "late = ('matplotlib', 'grain', 'sklearn', 'scipy.stats', 'jax._src.pallas.triton'); "
         'print([name for name in late if name in sys.modules])'
     )
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=100,
-    )
-    assert done.stdout.strip() == '[]'
+    assert _printed(code).strip() == '[]'

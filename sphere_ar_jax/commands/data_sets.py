@@ -63,8 +63,8 @@ def pack(
     bar = console.bar(None, 'reading the tar', 'byte')
     if labels not in (None, 'none'):
         raise UserError(f"--labels is {labels}: --mode=pack takes 'none' alone")
-    needs_labels = labels is None
-    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=needs_labels)
+    sources.require_images(kind, path)
+    source = sources.open_source(kind, path, split, data_dir, bar, needs_labels=labels is None)
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))
     classes = class_names.describe(source.num_classes, source.class_names)
     print(f'{output}: {len(source)} images of {classes}')
@@ -113,7 +113,8 @@ def _open_images(
     if path is None:
         raise UserError('give --data=KIND:PATH: the config of this run names no images')
     bar = console.bar(None, 'reading the tar', 'byte')
-    return sources.open_images(kind, path, split, data_dir, bar)
+    sources.require_images(kind, path)
+    return sources.open_source(kind, path, split, data_dir, bar)
 
 
 def _reader(run: Run, kind: str, source: sources.Images) -> _Read:

@@ -184,7 +184,8 @@ def write_reference(
     bar = console.bar(None, 'reading the tar', 'byte')
     # Statistics need no labels. Those of a folder decide which images a training takes.
     needs_labels = kind == 'folder'
-    source = sources.open_images(kind, path, split, data_dir, bar, needs_labels=needs_labels)
+    sources.require_images(kind, path)
+    source = sources.open_source(kind, path, split, data_dir, bar, needs_labels)
     print(f'{len(source)} images of {class_names.describe(source.num_classes, source.class_names)}')
     if source.left_out:
         print(f'left out: {source.left_out}')

@@ -652,23 +652,6 @@ def require_images(kind: str, path: str) -> None:
         )
 
 
-def open_images(
-    kind: str,
-    path: str,
-    split: str = 'train',
-    data_dir: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda done, total: None,
-    needs_labels: bool = True,
-) -> Images:
-    """Opens a source as `open_source`, which explains the arguments, and refuses latents.
-
-    Raises:
-      UserError: see `open_source`; or the source has no images.
-    """
-    require_images(kind, path)
-    return open_source(kind, path, split, data_dir, progress, needs_labels)
-
-
 KINDS: dict[str, Callable[..., Images]] = {
     'imagenet': ImageNetTar,
     'folder': ImageFolder,

@@ -130,6 +130,10 @@ class HuggingFace:
         """
         self._name = os.fspath(name)
         self._split = split
+        place = os.path.expanduser(self._name)
+        # A directory may be moved, or its path be written in another way.
+        is_here = os.path.isdir(place)
+        self._shown_name = os.path.basename(os.path.abspath(place)) if is_here else self._name
         cache = None if data_dir is None else os.fspath(data_dir)
         found = _load(self._name, split, cache)
         where = f'{self._name} {split}'
@@ -188,7 +192,4 @@ class HuggingFace:
 
         A directory goes by its own name, without the path to it.
         """
-        name = self._name
-        if os.path.isdir(os.path.expanduser(name)):
-            name = os.path.basename(os.path.abspath(name))
-        return escaped(f'{name} {self._split} [{range(len(self))[i]}]')
+        return escaped(f'{self._shown_name} {self._split} [{range(len(self))[i]}]')
