@@ -460,7 +460,7 @@ def _reconstruct(
 
     `options` are further ones of `pictures.save_reconstructions`.
     """
-    key = jax.random.key(setting.cfg.seed + 1)
+    key = on_mesh.sampling_key(setting.cfg.seed)
     recon, found = on_mesh.reconstruct(
         setting.vae, vae_params, images, key, batch_size, setting.mesh
     )

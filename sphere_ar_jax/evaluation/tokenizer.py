@@ -71,7 +71,7 @@ def _compare(
     image_psnr, ssim = likeness(rounded, images)
     pairs = {'image_psnr': image_psnr, 'ssim': ssim}
     if lpips is not None:
-        pairs['lpips'] = _lpips(lpips, rounded.astype(np.float32) / 127.5 - 1, real)
+        pairs['lpips'] = _lpips(lpips, pixels.to_float(rounded), real)
     return {name: float(np.mean(value)) for name, value in pairs.items()}
 
 
@@ -117,7 +117,7 @@ def score_tokenizer(
     for images in batches:
         if images.shape[1:] != size:
             raise UserError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
-        real = images.astype(np.float32) / 127.5 - 1
+        real = pixels.to_float(images)
         decoded, found = on_mesh.reconstruct(
             run.vae, vae_params, real, key, len(images), mesh, count
         )

@@ -272,6 +272,19 @@ def s_vae(
     return VAE(tuple(grid), latent_dim, Hybrid(**backbone, dtype=dtype), PowerSpherical(), dtype)
 
 
+def image_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Makes the key of each image, `fold_in(key, index)` (`docs/method.md`, "Random numbers").
+
+    Args:
+      key: one PRNG key for all images, (), or one for each, (B,).
+      index: the images' numbers, (B,).
+
+    Returns:
+      PRNG keys (B,).
+    """
+    return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)
+
+
 def draw_latents(
     vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, Distribution]:

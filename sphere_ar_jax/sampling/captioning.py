@@ -121,7 +121,7 @@ def write(
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
     program = captioner(ar, models.vae, writing)
-    data = np.asarray(jax.random.key_data(on_mesh.image_keys(seed, len(images))))
+    data = np.asarray(jax.random.key_data(on_mesh.reading_keys(seed, len(images))))
     params = (models.vae_params, ar_params)
     return on_mesh.in_batches(program, params, (images, data), batch_size, mesh)
 

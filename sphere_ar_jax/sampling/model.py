@@ -498,7 +498,7 @@ class Model:
             program = on_mesh.encoder(self.vae)
             return self._in_batches(program, checked)
         seeds = inputs.seeds(seed, len(checked))
-        data = np.asarray(jax.random.key_data(on_mesh.image_keys(seeds, len(checked))))
+        data = np.asarray(jax.random.key_data(on_mesh.reading_keys(seeds, len(checked))))
         return self._in_batches(on_mesh.drawing_encoder(self.vae), (checked, data))
 
     def decode(self, tokens: ArrayLike) -> np.ndarray:

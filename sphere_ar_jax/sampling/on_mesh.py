@@ -24,7 +24,7 @@ from sphere_ar_jax.config.build import Sampler
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Condition, Labels
-from sphere_ar_jax.models.vae import VAE, draw_latents
+from sphere_ar_jax.models.vae import VAE, draw_latents, image_keys
 from sphere_ar_jax.models.vae import draw_tokens as draw_posterior_tokens
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -172,7 +172,7 @@ def autoencoder(vae: VAE) -> Callable[..., tuple[jax.Array, PyTree]]:
     def run(frozen, rows):
         params, key = frozen
         images, index = rows
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key), index)
+        keys = image_keys(jax.random.wrap_key_data(key), index)
         z, q = draw_latents(vae, params, images, keys)
         return vae.apply({'params': params}, z, method='decode'), q
 
@@ -211,18 +211,10 @@ def reconstruct(
     """
     # The key goes as numbers, since keys cannot be put on other processes' devices.
     key_data = np.asarray(jax.random.key_data(key))
-    frozen = jax.device_put((params, key_data), sharding.whole(mesh))  # Once for all batches.
-    n = len(images)
+    index = first + np.arange(len(images))
     size = sharding.whole_rows(mesh, batch_size)
-    index = first + np.arange(n)
-    parts = []
-    for start in range(0, n, size):
-        rows = _rows_of_process(start, size, n, mesh)
-        batch = sharding.place_batch(mesh, (images[rows], index[rows]))
-        results = sharding.on_each_device(autoencoder(vae), mesh, frozen, batch)
-        require_finite_images(results[0], n - start, first + start)
-        parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
-    recon, q = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    recon, q = _in_batches(autoencoder(vae), (params, key_data), (images, index), size, mesh)
+    require_finite(np.isfinite(recon).all((1, 2, 3)), first)
     return recon, {name: float(value) for name, value in q.statistics().items()}
 
 
@@ -271,6 +263,25 @@ def decoder(vae: VAE) -> jax.stages.Wrapped:
     return jax.jit(decode)
 
 
+def _in_batches(
+    function: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    rows: PyTree,
+    size: int,
+    mesh: Mesh,
+) -> PyTree:
+    """`in_batches` with batches of `size` rows, a multiple of the mesh's devices."""
+    params = jax.device_put(params, sharding.whole(mesh))  # Once for all batches.
+    n = _count(rows)
+    parts = []
+    for start in range(0, n, size):
+        taken = _rows_of_process(start, size, n, mesh)
+        batch = sharding.place_batch(mesh, jax.tree.map(lambda a, taken=taken: a[taken], rows))
+        results = sharding.on_each_device(function, mesh, params, batch)
+        parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
 def in_batches(
     function: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,
@@ -293,16 +304,8 @@ def in_batches(
     Returns:
       The results (n, …) as NumPy arrays. Every process gets all of them.
     """
-    params = jax.device_put(params, sharding.whole(mesh))  # Once for all batches.
-    n = _count(rows)
-    size = sharding.whole_rows(mesh, min(batch_size, n))
-    parts = []
-    for start in range(0, n, size):
-        taken = _rows_of_process(start, size, n, mesh)
-        batch = sharding.place_batch(mesh, jax.tree.map(lambda a, taken=taken: a[taken], rows))
-        results = sharding.on_each_device(function, mesh, params, batch)
-        parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    size = sharding.whole_rows(mesh, min(batch_size, _count(rows)))
+    return _in_batches(function, params, rows, size, mesh)
 
 
 def _split_rows(function: Callable[..., PyTree], mesh: Mesh, specs: tuple) -> Callable[..., PyTree]:
@@ -329,12 +332,7 @@ def _spec(values: ArrayLike | None) -> sharding.PartitionSpec:
     return sharding.BATCH if values is not None and jnp.ndim(values) else sharding.P()
 
 
-def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """The keys (b,) of images from their key, () or (b,), and their numbers (b,)."""
-    return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)
-
-
-def image_keys(seed: int | np.ndarray, count: int) -> jax.Array:
+def reading_keys(seed: int | np.ndarray, count: int) -> jax.Array:
     """Makes the keys (n,) of n images that are read, see `model.Model.encode`.
 
     Args:
@@ -343,8 +341,8 @@ def image_keys(seed: int | np.ndarray, count: int) -> jax.Array:
       count: n.
     """
     if isinstance(seed, int):
-        return _keys(jax.random.key(seed), jnp.arange(count))
-    return _keys(jax.vmap(jax.random.key)(seed), jnp.zeros(count, jnp.int32))
+        return image_keys(jax.random.key(seed), jnp.arange(count))
+    return image_keys(jax.vmap(jax.random.key)(seed), jnp.zeros(count, jnp.int32))
 
 
 def sampling_programs(
@@ -372,7 +370,7 @@ def sampling_programs(
             ar,
             ar_params,
             labels,
-            _keys(key, index),
+            image_keys(key, index),
             options,
             guidance_scale,
             temperature,
@@ -463,7 +461,7 @@ def row_programs(
                 carry,
                 first,
                 ar.grid[1],
-                _keys(key, index),
+                image_keys(key, index),
                 options,
                 guidance_scale,
                 temperature,

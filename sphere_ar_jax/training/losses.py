@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sphere_ar_jax.models.posteriors import Distribution
+from sphere_ar_jax.models.vae import image_keys
 
 
 def sample_keys(key: jax.Array, step: jax.Array | int, batch: int) -> jax.Array:
@@ -25,8 +26,7 @@ def sample_keys(key: jax.Array, step: jax.Array | int, batch: int) -> jax.Array:
     Returns:
       Keys (B,), one for each image.
     """
-    of_step = jax.random.fold_in(key, step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(batch))
+    return image_keys(jax.random.fold_in(key, step), jnp.arange(batch))
 
 
 def reconstruction_loss(

@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.models.vae import VAE, batch_posterior
+from sphere_ar_jax.models.vae import VAE, batch_posterior, image_keys
 from sphere_ar_jax.runtime import checkpoint, files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
@@ -44,9 +44,8 @@ def _latents(vae: VAE) -> Callable[..., jax.Array]:
     """The compiled function (params, batch of B images, index (B,), key) → numbers (B, L, d)."""
 
     def draw(params, batch, index, key):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         q = batch_posterior(vae, params, batch)
-        return vae.measured(q.sample(q.draws(keys)))
+        return vae.measured(q.sample(q.draws(image_keys(key, index))))
 
     return jax.jit(draw)
 

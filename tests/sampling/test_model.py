@@ -356,7 +356,7 @@ def test_the_largest_seeds():
         alone = jax.random.key_data(on_mesh.sampling_key(inputs.seeds(seed, 1)))
         own = jax.vmap(on_mesh.sampling_key)(inputs.seeds([seed], 1))
         np.testing.assert_array_equal(jax.random.key_data(own)[0], alone)
-        keys = [on_mesh.image_keys(inputs.seeds(given, 1), 1) for given in (seed, [seed])]
+        keys = [on_mesh.reading_keys(inputs.seeds(given, 1), 1) for given in (seed, [seed])]
         np.testing.assert_array_equal(*map(jax.random.key_data, keys))
     for seed in (2**32 - 1, [0, 2**32]):
         with pytest.raises(UserError, match='seed must be a whole number from 0 to 4294967294'):

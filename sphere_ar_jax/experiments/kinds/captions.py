@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -38,7 +37,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     data = build.open_data_set(cfg)
     reader = runs.reader(cfg, cache)
     heldout = small.first_images(data.heldout, config.num_images)
-    key = jax.random.key(cfg.seed + 1)
+    key = on_mesh.sampling_key(cfg.seed)
     batch_size = cfg.sampling.batch_size
     recon, found = on_mesh.reconstruct(run.vae, run.vae_params, heldout, key, batch_size, mesh)
     real = composed_digits.real_images(data)

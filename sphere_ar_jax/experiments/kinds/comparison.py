@@ -22,9 +22,8 @@ from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import report, runs, statistics
-from sphere_ar_jax.models.vae import draw_tokens
-from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.model import Model
 from sphere_ar_jax.training.run import Run
 
 # The most images of a split whose latents or reconstructions are looked at.
@@ -41,18 +40,6 @@ def _latents(run: Run, tokens: jax.Array | np.ndarray) -> np.ndarray:
 def _norms(latents: np.ndarray) -> np.ndarray:
     """The norms (n, L) of latents."""
     return np.linalg.norm(latents, axis=-1)
-
-
-def _encoded(run: Run, images: np.ndarray, seed: int) -> np.ndarray:
-    """The latents (n, L, d) of training images, as the AR model reads them."""
-
-    @jax.jit
-    def encode(params: PyTree, images: jax.Array, index: jax.Array) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed + 2), index)
-        tokens = draw_tokens(run.vae, params, images, keys)
-        return run.vae.apply({'params': params}, tokens, method='from_tokens')
-
-    return np.asarray(encode(run.vae_params, images, np.arange(len(images))))
 
 
 def collapsed_share(samples: np.ndarray, real: np.ndarray) -> float:
@@ -103,7 +90,7 @@ def sample_scores(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[
 def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[str, float]:
     """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL."""
     cfg = run.config
-    key = jax.random.key(cfg.seed + 1)
+    key = on_mesh.sampling_key(cfg.seed)
     images = small.first_images(heldout, MOST_IMAGES)
     recon, found = on_mesh.reconstruct(
         run.vae, run.vae_params, images, key, cfg.sampling.batch_size, mesh
@@ -135,7 +122,8 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     judge = runs.judge(cfg, cache)
     real = small.first_images(train, MOST_IMAGES)
     bright = heldout.pixels
-    norms = _norms(_encoded(run, real, cfg.seed))
+    tokens = Model(run, mesh=mesh).encode(real, seed=cfg.seed + 2)
+    norms = _norms(_latents(run, tokens))
     low, high = np.quantile(norms, RANGE)
     first: dict[str, Any] = {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
     first['norm_low'] = float(low)

@@ -22,6 +22,7 @@ from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplot
 from sphere_ar_jax.experiments import report, runs, statistics
 from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.models.ar import unstacked
+from sphere_ar_jax.models.vae import image_keys
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, draw
 from sphere_ar_jax.training.run import Run
@@ -100,9 +101,7 @@ class Sequences:
         """
         sampler = build.build_sampler(run.config)
         ar, params = unstacked(run.ar, run.ar_params)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            on_mesh.sampling_key(run.config.seed), jnp.arange(len(labels))
-        )
+        keys = image_keys(on_mesh.sampling_key(run.config.seed), jnp.arange(len(labels)))
 
         def continued(tokens: jax.Array, count: jax.Array) -> Drawn:
             prefix = Prefix(tokens, count)
