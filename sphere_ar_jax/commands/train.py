@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, checks, fine_tuning, own, schema
 from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.data.captions import captioned, vocabulary
+from sphere_ar_jax.data.captions import table as captions_table
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
@@ -582,6 +583,29 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
         )
 
 
+# Keys that may hold a path.
+_PATHS = (
+    'init_from', 'tokenizer', 'fine_tuning.init_from', 'ar.features',
+    'data.path', 'data.data_dir', 'data.captions',
+    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
+)  # fmt: skip
+
+
+def _with_absolute_paths(cfg: ConfigDict) -> ConfigDict:
+    """A copy of a config with paths from the root, which hold in any directory.
+
+    The names of data sets that are no paths stay as they are.
+    """
+    values = schema.leaves(schema.as_dict(cfg))
+    named = set()
+    if sources.is_name(cfg.data.name, cfg.data.path):
+        named.add('data.path')
+    if cfg.data.captions == captions_table.BESIDE:
+        named.add('data.captions')
+    paths = {key: absolute(values[key]) for key in _PATHS if values[key] and key not in named}
+    return schema.changed(cfg, paths)
+
+
 def _set_up(
     cfg: ConfigDict, workdir: str
 ) -> tuple[snapshots.Setting, Callable[[snapshots.Setting], _Trained]]:
@@ -590,14 +614,8 @@ def _set_up(
     Returns:
       (what the parts of the run share, a function of it that runs the trainings).
     """
-    for name in ('init_from', 'tokenizer'):
-        if cfg[name] is not None:
-            cfg[name] = absolute(cfg[name])
     require(cfg.logging)
-    if cfg.fine_tuning.init_from is not None:
-        cfg.fine_tuning.init_from = absolute(cfg.fine_tuning.init_from)
-    if cfg.ar.features is not None:
-        cfg.ar.features = absolute(cfg.ar.features)
+    cfg = _with_absolute_paths(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading, encoded_by = _open_data(cfg)
     _check_parts(cfg, workdir, mesh)
@@ -709,6 +727,7 @@ def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) ->
     except (OSError, ValueError) as error:
         raise UserError(console.said(error)) from None
     _introduce(setting)
+    cfg = setting.cfg
     for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
         print(line, flush=True)
     with Logs.opened(cfg.logging, workdir, schema.as_dict(cfg)) as logs:

@@ -137,10 +137,9 @@ def count(kind: str, path: str, captions: str | None = None) -> Counted:
         how = 'which is assumed: a tar is counted only when it is opened'
         return Counted(recipes.IMAGENET, 1000, how)
     why = 'a TFDS data set is counted only when it is opened'
-    of_hub = kind == 'hf' and not os.path.isdir(os.path.expanduser(path))
-    if of_hub:
+    if kind == 'hf':
         why = 'a data set of a hub is counted only when it is opened'
-    if kind != 'tfds' and not of_hub:
+    if not sources.is_name(kind, path):
         try:
             return _opened(kind, path, captions)
         except (OSError, UserError):

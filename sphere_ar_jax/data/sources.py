@@ -644,6 +644,13 @@ def open_source(
     return KINDS[kind](path)
 
 
+def is_name(kind: str, path: str | None) -> bool:
+    """Tells whether the path of a kind of data is the name of a data set of TFDS or of a hub."""
+    if kind == 'hf':
+        return path is None or not os.path.isdir(os.path.expanduser(path))
+    return kind == 'tfds'
+
+
 def require_images(kind: str, path: str) -> None:
     """Raises UserError where a kind of data has latents in place of images."""
     if kind == 'latents':

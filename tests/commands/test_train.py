@@ -646,6 +646,25 @@ def _idx(directory, **options):
     return checks.check(cfg)
 
 
+def test_a_run_finds_its_data_from_any_directory(tmp_path, monkeypatch):
+    """Its config has paths from the root, and names of data sets as they are."""
+    monkeypatch.chdir(tmp_path)
+    cfg = _idx(tmp_path / 'data', **{'data.path': 'data'})
+    train._set_up(cfg, str(tmp_path / 'w'))
+    kept = load_config(str(tmp_path / 'w'))
+    assert kept.data.path == f'{tmp_path}/data' and kept.data.captions is None
+    (tmp_path / 'pets').mkdir()
+    for name, path, found in (
+        ('hf', 'pets', f'{tmp_path}/pets'),
+        ('hf', 'owner/pets', 'owner/pets'),
+        ('tfds', 'pets', 'pets'),
+        ('folder', 'gs://bucket/pets', 'gs://bucket/pets'),
+    ):
+        options = {'data.name': name, 'data.path': path, 'data.captions': 'beside'}
+        changed = train._with_absolute_paths(schema.changed(cfg, options))
+        assert (changed.data.path, changed.data.captions) == (found, 'beside')
+
+
 def test_idx_files_are_opened_with_their_classes(tmp_path):
     """Training and doctor open them; a model of another size and too few samples are refused."""
     cfg = _idx(tmp_path / 'data')
