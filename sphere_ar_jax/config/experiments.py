@@ -19,38 +19,50 @@ from sphere_ar_jax.runtime.console import UserError
 # `captions` reads back what was asked for.
 KINDS = ('comparison', 'propagation', 'shifted', 'captions')
 
-# The scores of a row and seed that a claim may be about, see `summarize` of each kind, and whether
-# more of it is better.
-SCORES: dict[str, bool] = {
-    'frechet_best': False,
-    'frechet_common': False,
-    'frechet_degradation': False,
-    'accuracy_best': True,
-    'accuracy_common': True,
-    'accuracy_degradation': False,
-    'collapsed_degradation': False,
-    'brightness_distance': False,
-    'norm_drift': False,
-    'seconds_per_image': False,
-    'psnr': True,
-    'rfrechet': False,
-    'tokenizer_steps_per_second': True,
-    'radial_growth': False,
-    'tangential_growth': False,
-    'shifted_distance': False,
-    'shifted_slope': False,
-    'shifted_norm': False,
-    'shifted_collapsed': False,
-    'seen_best': True,
-    'seen_common': True,
-    'held_out_best': True,
-    'held_out_common': True,
-    'rows_best': True,
-    'rows_common': True,
-    'captions_seen': True,
-    'captions_held_out': True,
-    'captions_rows': True,
-    'captions_nats': False,
+
+class Score(NamedTuple):
+    """A score of a row and seed that a claim may be about.
+
+    Attributes:
+      title: what the table of verdicts calls it.
+      more_is_better: whether more of it is better.
+    """
+
+    title: str
+    more_is_better: bool
+
+
+# The scores by the names that `summarize` of each kind gives them.
+SCORES = {
+    'frechet_best': Score('Fréchet distance, best guidance', False),
+    'frechet_common': Score('Fréchet distance, common guidance', False),
+    'frechet_degradation': Score('Fréchet distance lost at the largest guidance', False),
+    'accuracy_best': Score('accuracy, best guidance', True),
+    'accuracy_common': Score('accuracy, common guidance', True),
+    'accuracy_degradation': Score('accuracy lost at the largest guidance', False),
+    'collapsed_degradation': Score('collapsed samples at the largest guidance', False),
+    'brightness_distance': Score('distance of the brightness, best guidance', False),
+    'norm_drift': Score('drift of the norm before projection', False),
+    'seconds_per_image': Score('seconds per image', False),
+    'psnr': Score('PSNR, dB', True),
+    'rfrechet': Score('Fréchet distance of reconstructions', False),
+    'tokenizer_steps_per_second': Score('steps/s of the tokenizer', True),
+    'radial_growth': Score('growth of radial errors', False),
+    'tangential_growth': Score('growth of tangential errors', False),
+    'shifted_distance': Score('distance behind corrupted prefixes', False),
+    'shifted_slope': Score('distance gained per token', False),
+    'shifted_norm': Score('change of the norm behind corrupted prefixes', False),
+    'shifted_collapsed': Score('collapsed samples behind corrupted prefixes', False),
+    'seen_best': Score('pairs trained on, best guidance', True),
+    'seen_common': Score('pairs trained on, common guidance', True),
+    'held_out_best': Score('held-out pairs, best guidance', True),
+    'held_out_common': Score('held-out pairs, common guidance', True),
+    'rows_best': Score('two rows, best guidance', True),
+    'rows_common': Score('two rows, common guidance', True),
+    'captions_seen': Score('right captions, pairs trained on', True),
+    'captions_held_out': Score('right captions, held-out pairs', True),
+    'captions_rows': Score('right captions, two rows', True),
+    'captions_nats': Score('−log p of a caption, nats', False),
 }
 
 # The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").

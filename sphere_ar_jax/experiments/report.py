@@ -117,39 +117,6 @@ _TABLES = {
     },
 }
 
-# What the table of verdicts calls the scores.
-_SCORES = {
-    'frechet_best': 'Fréchet distance, best guidance',
-    'frechet_common': 'Fréchet distance, common guidance',
-    'frechet_degradation': 'Fréchet distance lost at the largest guidance',
-    'accuracy_best': 'accuracy, best guidance',
-    'accuracy_common': 'accuracy, common guidance',
-    'accuracy_degradation': 'accuracy lost at the largest guidance',
-    'collapsed_degradation': 'collapsed samples at the largest guidance',
-    'brightness_distance': 'distance of the brightness, best guidance',
-    'norm_drift': 'drift of the norm before projection',
-    'seconds_per_image': 'seconds per image',
-    'psnr': 'PSNR, dB',
-    'rfrechet': 'Fréchet distance of reconstructions',
-    'tokenizer_steps_per_second': 'steps/s of the tokenizer',
-    'radial_growth': 'growth of radial errors',
-    'tangential_growth': 'growth of tangential errors',
-    'shifted_distance': 'distance behind corrupted prefixes',
-    'shifted_slope': 'distance gained per token',
-    'shifted_norm': 'change of the norm behind corrupted prefixes',
-    'shifted_collapsed': 'collapsed samples behind corrupted prefixes',
-    'seen_best': 'pairs trained on, best guidance',
-    'seen_common': 'pairs trained on, common guidance',
-    'held_out_best': 'held-out pairs, best guidance',
-    'held_out_common': 'held-out pairs, common guidance',
-    'rows_best': 'two rows, best guidance',
-    'rows_common': 'two rows, common guidance',
-    'captions_seen': 'right captions, pairs trained on',
-    'captions_held_out': 'right captions, held-out pairs',
-    'captions_rows': 'right captions, two rows',
-    'captions_nats': '−log p of a caption, nats',
-}
-
 
 def best_of_variants(config: ConfigDict, summaries: _Summaries) -> dict[str, str]:
     """{row: the name of its variant with the least mean Fréchet distance at its best guidance}.
@@ -225,7 +192,7 @@ def verdicts(config: ConfigDict, summaries: _Summaries) -> list[dict[str, Any]]:
         seeds = [seed for seed in first if seed in second]
         if not seeds:
             continue
-        sign = 1 if experiments.SCORES[score] else -1
+        sign = 1 if experiments.SCORES[score].more_is_better else -1
         advantage = statistics.paired(
             [sign * first[seed][score] for seed in seeds],
             [sign * second[seed][score] for seed in seeds],
@@ -297,7 +264,7 @@ def _verdict_table(found: Mapping[str, Any]) -> Table:
         cells.append(
             [
                 f'{better} before {worse}',
-                _SCORES[verdict['score']],
+                experiments.SCORES[verdict['score']].title,
                 str(lead),
                 str(lead.seeds),
                 verdict['verdict'],
