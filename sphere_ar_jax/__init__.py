@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sphere_ar_jax.loading import load as load
     from sphere_ar_jax.sampling.model import Model as Model
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 __all__ = ['Model', 'load']
 
 # What the package shows and imports when it is asked for.
