@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sphere_ar_jax.commands import checkpoints, open_run
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation import class_names
-from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling.model import Model
 from sphere_ar_jax.training.run import load_run, with_ar
@@ -53,7 +53,8 @@ def load(
     elif given.startswith('hf://'):
         workdir = checkpoints.converted_once(given)
     else:
-        workdir = os.path.expanduser(given)
+        # The AR model is read later, when the current directory may be another one.
+        workdir = files.absolute(given)
         if epath.Path(workdir).is_file():
             raise UserError(
                 f'{given} is a file, not the workdir of a run: convert it by sphere-ar '

@@ -118,9 +118,23 @@ class _Option(NamedTuple):
     modes: tuple[str, ...]
 
 
+class _PathParser(flags.ArgumentParser[str]):
+    """Reads a path; ~ is the user's own directory, which shells leave as it is behind a flag."""
+
+    def parse(self, argument: str) -> str:
+        """Gives the path without ~."""
+        return os.path.expanduser(argument)
+
+
 def _text(name: str, modes: tuple[str, ...], help: str) -> _Option:
     """A flag that takes a text."""
     return _Option(flags.DEFINE_string(name, None, help), modes)
+
+
+def _path(name: str, modes: tuple[str, ...], help: str) -> _Option:
+    """A flag that takes a path, or a word in its place."""
+    holder = flags.DEFINE(_PathParser(), name, None, help, serializer=flags.ArgumentSerializer())
+    return _Option(holder, modes)
 
 
 def _count(name: str, modes: tuple[str, ...], help: str) -> _Option:
@@ -156,30 +170,30 @@ _WRITING = (
 )
 _OF_DATA = ('pack', 'encode', 'reference')
 _OPTIONS = (
-    _text('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
+    _path('checkpoint', ('convert',), 'PyTorch file, or hf://OWNER/REPOSITORY/FILE.'),
     _switch('no-ema', ('convert',), 'Take `model`, not `ema`, of a checkpoint.'),
     _count('heads', ('convert',), 'Attention heads of an AR model that was not published.'),
-    _text('output', _WRITING, 'File or directory to write.'),
+    _path('output', _WRITING, 'File or directory to write.'),
     _text('push', ('export',), 'Repository of Hugging Face to upload to, USER/NAME.'),
     _text('data', _OF_DATA, 'A tar of ImageNet, or KIND:PATH of another data set.'),
     _count('shards', ('pack', 'encode'), 'Files to write, 128 if not given.'),
     _text('split', _OF_DATA, 'Split of tfds or hf; train if not given.'),
-    _text('data_dir', _OF_DATA, 'Directory of tfds or hf, if not its default.'),
+    _path('data_dir', _OF_DATA, 'Directory of tfds or hf, if not its default.'),
     _count(
         'num_images',
         ('sample', 'complete', 'caption', 'reference'),
         'Images to draw, complete, caption or keep.',
     ),
     _count('size', ('reference',), 'Side of the crops in pixels.'),
-    _text(
+    _path(
         'labels',
         ('sample', 'pack'),
         'uniform, balanced, or a file of whole numbers; to pack: none.',
     ),
-    _text('png', ('sample',), 'Directory for a PNG file of every image, too.'),
+    _path('png', ('sample',), 'Directory for a PNG file of every image, too.'),
     _text('classes', ('grid', 'complete'), 'Names, synsets or numbers, separated by semicolons.'),
     _texts('prompt', ('sample', 'grid', 'complete'), 'Text to draw; may be given several times.'),
-    _text(
+    _path(
         'prompts',
         ('sample', 'grid', 'complete'),
         'File of texts to draw, one in each line; or npz of features.',
@@ -187,13 +201,13 @@ _OPTIONS = (
     _count('columns', ('grid', 'complete'), 'Images of each class or completion, 4 if not given.'),
     _text('keep', ('complete',), 'Tokens to keep, rows as 4rows, or a share; 0.5 if not given.'),
     _text('corruption', ('complete',), 'Corruption of the images with its severity, as noisy:3.'),
-    _text('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
-    _text('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
-    _text('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
-    _text('images', ('evaluate', 'complete', 'caption'), 'Real images: npz or directory; picture.'),
+    _path('samples', ('evaluate',), 'npz of samples (arr_0), or a directory of images.'),
+    _path('reference', ('evaluate',), 'npz of images or statistics, or a directory of images.'),
+    _path('inception', ('evaluate', 'reference'), 'Weights of the Inception network, .pb or .pth.'),
+    _path('images', ('evaluate', 'complete', 'caption'), 'Real images: npz or directory; picture.'),
     _text('top_p', ('caption',), 'Share of the probability that tokens are drawn from.'),
-    _text('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
-    _text('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
+    _path('lpips', ('evaluate',), "LPIPS' linear weights (vgg.pth)."),
+    _path('vgg', ('evaluate',), "torchvision's VGG16 (vgg16-397923af.pth), for --lpips."),
     _text('topology', ('compile',), 'TPUs or GPUs, as v6e-256, v6e:16x16 or h100-8, by commas.'),
     _words('parts', ('compile',), 'Any of train, sample and evaluate; all if not given.'),
     _words('seeds', ('experiment',), "Seeds, in place of the config's."),
@@ -372,8 +386,8 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         raise UserError('give --workdir=DIR')
     if mode == 'grid' and not there & {'classes', 'prompt', 'prompts'}:
         raise UserError("give --classes='golden retriever; 388', or --prompt='a text'")
-    if mode == 'sample' and 'output' in given:
-        _check_samples_file(given['output'])
+    if mode == 'sample':
+        _check_samples_files(_WORKDIR.value or '', given.get('output'), given.get('png'))
     if mode == 'evaluate':
         has_lpips = 'lpips' in given
         alone = has_lpips and 'images' not in given
@@ -381,14 +395,24 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
             raise UserError('give --lpips, --vgg and --images together')
 
 
-def _check_samples_file(path: str) -> None:
-    """Raises UserError unless samples can be written to a path."""
-    if not path.endswith('.npz'):
-        raise UserError(f'--output is {path}, but must end in .npz')
-    if '://' in path:
+def _check_samples_files(workdir: str, output: str | None, png: str | None) -> None:
+    """Raises UserError unless samples can be written where they shall be.
+
+    Args:
+      workdir: of the run, which gets the samples without an `output`.
+      output: the value of --output.
+      png: the value of --png.
+    """
+    if output is not None and not output.endswith('.npz'):
+        raise UserError(f'--output is {output}, but must end in .npz')
+    if '://' in (output or workdir):
+        name = '--workdir' if output is None else '--output'
         raise UserError(
-            f'--output is {path}: samples are put together on a local disk, give --output=FILE.npz'
+            f'{name} is {output or workdir}: samples are put together on a local disk, give '
+            '--output=FILE.npz'
         )
+    if png is not None and '://' in png:
+        raise UserError(f'--png is {png}: pictures are written to a local disk, give --png=DIR')
 
 
 def main(argv: list[str]) -> None:

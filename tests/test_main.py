@@ -74,6 +74,13 @@ WRONG = {
     (TINY, '--workdir=W', "--config.distillation_training.levels=(float('inf'),)"): 'levels',
     ('--workdir=W', '--config.seed=1'): 'give --config=configs/NAME.py: --config.seed=1 changes',
     ('--mode=sample', '--workdir=W', '--config.seed=1'): 'there is no run in',
+    ('--mode=sample', '--workdir=gs://bucket/run'): '--workdir is gs://bucket/run: samples are put',
+    (
+        '--mode=sample',
+        '--workdir=RUN',
+        '--png=gs://bucket/png',
+    ): '--png is gs://bucket/png: pictures are written to a local disk',
+    ('--mode=sample', '--workdir=~/RUN', '--labels=~/x'): 'has no run: train one',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.scale=1'): 'no key sampling.scale',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.num_steps=0'): 'num_steps',
     (
@@ -156,6 +163,22 @@ def test_an_override_changes_the_runs_own_config(environment, run_directory):
     words = ['--mode=sample', f'--workdir={run_directory}', '--config.sampling.guidance_scale=3']
     out, err = _config_says(environment, words, 'c.sampling.guidance_scale, c.ar.width')
     assert out == '3.0 16\n', err
+
+
+def test_the_users_own_directory_in_flags(environment, run_directory):
+    """Shells leave ~ as it is behind a flag: --workdir, --config.… with it, and other paths."""
+    home = environment | {'HOME': str(run_directory.parent)}
+    words = [
+        '--mode=sample',
+        f'--workdir=~/{run_directory.name}',
+        '--output=~/a.npz',
+        '--labels=uniform',
+        '--prompt=~',
+        '--config.seed=3',
+    ]
+    out, err = _config_says(home, words, 'c.ar.width, c.seed, main._given()')
+    given = {'output': f'{run_directory.parent}/a.npz', 'labels': 'uniform', 'prompt': ['~']}
+    assert out == f'16 3 {given}\n', err
 
 
 @pytest.mark.parametrize(('text', 'value'), [('False', 'False'), ('True', 'True')])

@@ -1,6 +1,7 @@
 """--mode=sample, --mode=grid, --mode=complete and --mode=caption: images and texts of a run."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -116,6 +117,17 @@ def _asked(
     return _Asked(np.asarray(numbers), titles)
 
 
+def _require_no_pngs(directory: str, n: int) -> None:
+    """Refuses a directory with a picture that is none of n samples, as one of more samples has."""
+    for name in os.listdir(directory) if os.path.isdir(directory) else ():
+        found = re.fullmatch(r'(\d{6,})\.png', name)
+        if found and int(found[1]) >= n:
+            raise UserError(
+                f'--png={directory} has pictures of other samples, as {name}: give another '
+                'directory, or remove them'
+            )
+
+
 def _save_pngs(path: str, directory: str, n: int) -> None:
     """Writes each of the n images of an npz as DIRECTORY/NUMBER.png."""
     os.makedirs(directory, exist_ok=True)
@@ -158,6 +170,8 @@ def sample(
     s = run.config.sampling
     seed = run.config.seed
     n = num_images or s.num_images
+    if png is not None:
+        _require_no_pngs(png, n)
     numbers = None
     if prompt or prompts is not None or build.has_captions(run.config):
         if labels is not None:
@@ -464,7 +478,7 @@ def caption(
         raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
     model = Model(run, mesh=mesh)
-    show = console.bar(len(chosen), 'texts')
+    show = console.bar(len(chosen), 'texts', lines=sys.stderr)
     texts: dict[str, str] = {}
     # Each image has the seed of its place among all, so that it does not matter with which others
     # it is read.

@@ -148,7 +148,8 @@ def find(text: str, names: Sequence[str] | None, known: int) -> int:
         if own is not None and own < known:
             return own
     if text.isdecimal():
-        if int(text) < known:
+        # Python reads no number of thousands of digits.
+        if len(text) < 20 and int(text) < known:
             return int(text)
         raise _unknown(text, names, known)
     if names is None or not imagenet.are_synsets(names):

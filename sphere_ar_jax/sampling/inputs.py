@@ -149,13 +149,14 @@ def tokens(value: ArrayLike, count: int, latent_dim: int) -> np.ndarray:
     return floats
 
 
-def labels(value: Any, find: Callable[[str], Any] | None = None) -> Any:
+def labels(value: Any, find: Callable[[str], Any] | None = None, *, is_tree: bool = False) -> Any:
     """Makes a list of one label; texts become numbers. What the model knows is not checked here.
 
     Args:
-      value: `Labels`; labels of another kind stay as they are.
+      value: `Labels`.
       find: gives the number of the class that has a name, or the numbers of a text to draw; None
         knows no names.
+      is_tree: whether the condition's labels are a tree of several arrays, which stays as it is.
 
     Returns:
       The labels, as `conditions` has them.
@@ -171,8 +172,8 @@ def labels(value: Any, find: Callable[[str], Any] | None = None) -> Any:
             raise UserError(f'{label!r} is a name, but this model knows classes by numbers alone')
         return find(label)
 
-    if isinstance(value, dict) or (isinstance(value, tuple) and any(map(np.ndim, value))):
-        return value  # a tree, of a condition of its own
+    if is_tree:
+        return value
     if isinstance(value, list | tuple) and value:
         return _alike([number(label) for label in value])
     if isinstance(value, str):
@@ -253,7 +254,7 @@ def kept(value: float | str, grid: tuple[int, int]) -> int:
     """
     height, width = grid
     count = height * width
-    rows = re.fullmatch(r'(\d+)rows', value) if isinstance(value, str) else None
+    rows = re.fullmatch(r'(\d{1,9})rows', value) if isinstance(value, str) else None
     if rows is not None and int(rows[1]) <= height:
         return int(rows[1]) * width
     is_number = isinstance(value, int | float | np.integer | np.floating)

@@ -77,7 +77,9 @@ def _choose(logits: jax.Array, keys: jax.Array, writing: Writing) -> jax.Array:
     """Chooses a number for each row of logits (B, V), (B,) int32."""
     if writing.top_p is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    kept = keep_top(logits / writing.temperature, writing.top_p)
+    # The largest becomes 0, so that no small temperature makes a number infinite that counts.
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    kept = keep_top(shifted / writing.temperature, writing.top_p)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 

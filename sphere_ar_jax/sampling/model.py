@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from sphere_ar_jax.config import build, checks, schema
@@ -68,6 +69,27 @@ class _Request:
 def _clipped(images: np.ndarray) -> np.ndarray:
     """Images in [−1, 1]; the decoder leaves the range by a little."""
     return np.clip(images, -1, 1)
+
+
+def other_sampler(config: ConfigDict, solver: str, steps: int) -> build.Sampler:
+    """Makes a run's sampler with another solver or number of steps.
+
+    Options that go with the run's own solver or number of steps alone are left out.
+
+    Args:
+      config: the run's config.
+      solver: one of `solvers.SOLVERS`.
+      steps: the solver's steps for a token.
+
+    Raises:
+      UserError: the run has no such sampler.
+    """
+    values = {'sampling.solver': solver, 'sampling.num_steps': steps}
+    if solver != config.sampling.solver:
+        values |= {'sampling.last_step': None, 'sampling.noise_scale': None}
+    if steps != config.sampling.num_steps:
+        values |= {'sampling.final_steps': None, 'sampling.annealing': None}
+    return build.build_sampler(checks.check(schema.changed(config, values)))
 
 
 class Model:
@@ -204,8 +226,7 @@ class Model:
         if steps is None:
             return build.build_sampler(self.config)
         number = inputs.number('steps', steps, 1)
-        changed = schema.changed(self.config, {'sampling.num_steps': number})
-        return build.build_sampler(checks.check(changed))
+        return other_sampler(self.config, self.config.sampling.solver, number)
 
     def _request(
         self,
@@ -227,7 +248,10 @@ class Model:
         Raises:
           UserError: an argument is none that the model can take.
         """
-        arrays = on_mesh.checked_labels(self.ar.condition, inputs.labels(labels, self._find))
+        condition = self.ar.condition
+        is_tree = not isinstance(condition.example(), jax.Array | np.ndarray)
+        found_labels = inputs.labels(labels, self._find, is_tree=is_tree)
+        arrays = on_mesh.checked_labels(condition, found_labels)
         found = len(jax.tree.leaves(arrays)[0])
         if count is not None and found == 1:
             arrays = jax.tree.map(lambda a: np.repeat(a, count, axis=0), arrays)
@@ -320,7 +344,7 @@ class Model:
         )
         for count, decoded, _ in parts:
             images = _clipped(decoded)
-            on_token(count, images)
+            on_token(count, images.copy())
         return images
 
     def sample_tokens(

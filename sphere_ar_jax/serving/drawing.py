@@ -13,14 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.evaluation.pictures import subplots
 from sphere_ar_jax.flow import solvers
 from sphere_ar_jax.runtime.console import UserError, printable
 from sphere_ar_jax.sampling import inputs, on_mesh
-from sphere_ar_jax.sampling.model import Model, sphere_radius
+from sphere_ar_jax.sampling.model import Model, other_sampler, sphere_radius
 from sphere_ar_jax.sampling.tokens import Prefix
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Wish(NamedTuple):
       seed: image i has the noise of image i of `--mode=sample` with this seed.
       guidance: the guidance scale, None where the run has no guidance.
       solver: one of `Controls.solvers`.
-      steps: the solver's steps for a token, at most `MOST_STEPS`.
+      steps: the solver's steps for a token, at most `most_steps`.
       picture: what is completed, None to draw whole images.
       kept: rows of tokens that are kept of the picture, below `Controls.rows`.
     """
@@ -98,26 +98,10 @@ class Drawing(NamedTuple):
     words: str
 
 
-def _sampler(config: ConfigDict, solver: str, steps: int) -> build.Sampler:
-    """The run's sampler with another solver or number of steps.
-
-    Options that only the run's own solver or steps have are left out.
-
-    Raises:
-      UserError: the run has no such sampler.
-    """
-    values = {'sampling.solver': solver, 'sampling.num_steps': steps}
-    if solver != config.sampling.solver:
-        values |= {'sampling.last_step': None, 'sampling.noise_scale': None}
-    if steps != config.sampling.num_steps:
-        values |= {'sampling.final_steps': None, 'sampling.annealing': None}
-    return build.build_sampler(checks.check(schema.changed(config, values)))
-
-
 def _takes(config: ConfigDict, solver: str) -> bool:
     """Whether the run can be sampled by a solver."""
     try:
-        _sampler(config, solver, config.sampling.num_steps)
+        other_sampler(config, solver, config.sampling.num_steps)
     except ValueError:
         return False
     return True
@@ -159,12 +143,17 @@ def warm_up(model: Model) -> None:
     _draw(model, wish, np.asarray(model.ar.condition.example()[0]))
 
 
-def _check(wish: Wish, rows: int) -> None:
-    """Raises UserError for numbers beyond the page's limits."""
+def most_steps(own: int) -> int:
+    """The most steps that may be asked for, of a run that takes `own` steps itself."""
+    return max(MOST_STEPS, own)
+
+
+def _check(wish: Wish, rows: int, most: int) -> None:
+    """Raises UserError for numbers beyond the page's limits; `most` is that of the steps."""
     if wish.n not in COUNTS:
         raise UserError(f'images must be one of {", ".join(map(str, COUNTS))}, not {wish.n}')
-    if not 1 <= wish.steps <= MOST_STEPS:
-        raise UserError(f'steps must lie between 1 and {MOST_STEPS}, not {wish.steps}')
+    if not 1 <= wish.steps <= most:
+        raise UserError(f'steps must lie between 1 and {most}, not {wish.steps}')
     if wish.picture is not None and not 0 <= wish.kept < rows:
         raise UserError(f'kept rows must lie between 0 and {rows - 1}, not {wish.kept}')
 
@@ -191,9 +180,9 @@ def draw(model: Model, wish: Wish) -> Drawing:
 def _draw(model: Model, wish: Wish, label: np.ndarray) -> Drawing:
     """Draws what `draw` says for the label () of all images, or their text's (T,) or (T, F)."""
     height, width = model.vae.grid
-    _check(wish, height)
+    _check(wish, height, most_steps(model.config.sampling.num_steps))
     started = time.perf_counter()
-    sampler = _sampler(model.config, wish.solver, wish.steps)
+    sampler = other_sampler(model.config, wish.solver, wish.steps)
     if sampler.options.guidance is not None and wish.guidance is not None:
         scale = inputs.scales(wish.guidance, wish.n)
         sampler = sampler._replace(guidance_scale=scale)

@@ -55,10 +55,10 @@ def _require_free(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else 'that is no name of a host'
         raise UserError(
-            f'port {port} of {host} cannot be used ({error.strerror}): '
-            'give another --port, or --host'
+            f'port {port} of {host} cannot be used ({why}): give another --port, or --host'
         ) from None
 
 
@@ -147,7 +147,7 @@ def _add_controls(model: Model) -> list[Any]:
             0, most, c.guidance, step=0.1, label='Guidance scale', visible=c.guidance is not None
         ),
         gr.Dropdown(list(c.solvers), value=c.solver, label='Solver'),
-        gr.Slider(1, drawing.MOST_STEPS, c.steps, step=1, label='Steps for a token'),
+        gr.Slider(1, drawing.most_steps(c.steps), c.steps, step=1, label='Steps for a token'),
     ]
 
 

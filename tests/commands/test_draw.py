@@ -464,6 +464,15 @@ def test_digits_are_scored_again(tuned, capsys):
     assert 'samples/frechet' in capsys.readouterr().out
 
 
+def test_pictures_of_other_samples_are_not_mixed_in(tmp_path):
+    for name in ('000000.png', '000003.png', 'grid.png'):
+        (tmp_path / name).touch()
+    commands_draw._require_no_pngs(str(tmp_path), 4)
+    commands_draw._require_no_pngs(str(tmp_path / 'new'), 1)
+    with pytest.raises(UserError, match=r'has pictures of other samples, as 000003\.png: give'):
+        commands_draw._require_no_pngs(str(tmp_path), 3)
+
+
 @pytest.mark.slow
 def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     workdir = digits_run

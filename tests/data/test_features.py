@@ -1,6 +1,8 @@
 """Files of texts and of their features."""
 
+import io
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -55,9 +57,35 @@ def test_other_files_are_refused(tmp_path, arrays, message):
     assert '\n' not in str(error.value)
 
 
+def _npy(array, claimed):
+    """An array's npy whose header claims another shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {'descr': array.dtype.str, 'fortran_order': False, 'shape': claimed}
+    )
+    return file.getvalue() + array.tobytes()
+
+
 def test_a_file_that_is_no_npz_is_refused(tmp_path):
-    (tmp_path / 'f.npz').write_bytes(b'nothing')
+    path = tmp_path / 'f.npz'
+    path.write_bytes(b'nothing')
     with pytest.raises(UserError, match='is no npz with texts and their features'):
-        features.TextFeatures(tmp_path / 'f.npz')
+        features.TextFeatures(path)
+    # More numbers than any memory holds.
+    values = np.ones((1, 2), np.float32)
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('texts.npy', _npy(np.array(['a']), (1,)))
+        archive.writestr('features.npy', _npy(values, (10**6, 10**6, 2)))
+    with pytest.raises(UserError, match='is no npz with texts and their features'):
+        features.TextFeatures(path)
+    # A member that says it is encrypted, in both places where a zip does.
+    np.savez(path, texts=np.array(['a']), features=values)
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+        start = content.find(mark)
+        content[start + flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='encrypted'):
+        features.TextFeatures(path)
     with pytest.raises(UserError, match=r'no file .*absent.npz with .* give --config\.ar\.f'):
         features.TextFeatures(tmp_path / 'absent.npz')

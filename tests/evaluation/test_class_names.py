@@ -32,6 +32,8 @@ def test_own_names_go_before_numbers():
     # Numbers that are no names are labels.
     assert class_names.find('2', PETS, 4) == 2
     assert class_names.find('2', None, 4) == 2
+    with pytest.raises(UserError, match='no class'):
+        class_names.find('9' * 5000, None, 4)
 
 
 def test_own_names_are_found_exactly_or_but_for_their_case():

@@ -49,6 +49,14 @@ def test_the_likeliest_numbers_are_kept(top_p):
         assert set(np.flatnonzero(row)) == set(np.argsort(p)[-fewest:])
 
 
+@pytest.mark.parametrize('temperature', [1e-37, 1e-10, 1e-9, 1e-6])
+def test_a_small_temperature_takes_the_likeliest_number(temperature):
+    logits = 5 * jax.random.normal(jax.random.key(3), (64, 50))
+    keys = jax.random.split(jax.random.key(4), 64)
+    choose = jax.jit(lambda a: interleaved._choose(a, keys, Writing(0.9, temperature)))
+    np.testing.assert_array_equal(choose(logits), logits.argmax(-1))
+
+
 def test_an_image_for_a_text_is_that_of_the_sampler(params):
     segments = [Segment('text', LABELS), Segment('image')]
     texts, drawn = interleave(MODEL, params, segments, KEYS, OPTIONS, 2.0)

@@ -127,6 +127,7 @@ def test_images_are_shown_row_by_row(lively):
     images = lively.sample([3, 5], on_token=lambda k, images: shown.append((k, images)))
     assert [k for k, _ in shown] == [4, 8, 12, 16]
     np.testing.assert_array_equal(shown[-1][1], images)
+    assert not np.shares_memory(shown[-1][1], images)
     np.testing.assert_allclose(images, lively.sample([3, 5]), atol=ROUNDING)
     tokens = lively.sample_tokens([3, 5]).z
     tokens[:, 8:] = 0
@@ -252,7 +253,10 @@ def test_only_the_weights_that_are_needed_are_read(workdir, run, monkeypatch):
         return found
 
     monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
-    fresh = sphere_ar_jax.load(workdir)
+    where = pathlib.Path(workdir)
+    monkeypatch.chdir(where.parent)
+    fresh = sphere_ar_jax.load(where.name)
+    monkeypatch.chdir('/')
 
     def size(params):
         return sum(a.nbytes for a in jax.tree.leaves(params)) + 4  # with the step
@@ -330,6 +334,12 @@ def test_steps_are_those_of_the_config(run):
     assert run._sampler(None) == build.build_sampler(run.config)
     assert run._sampler(7).options.num_steps == 7
     assert run.config.sampling.num_steps == 2
+    fewer = {'sampling.num_steps': 12, 'sampling.final_steps': 4, 'sampling.annealing': 'linear'}
+    annealed = schema.changed(run.config, fewer)
+    assert model.other_sampler(annealed, annealed.sampling.solver, 12).options.final_steps == 4
+    # The number that was asked for is that of every token.
+    options = model.other_sampler(annealed, annealed.sampling.solver, 5).options
+    assert (options.num_steps, options.final_steps, options.annealing) == (5, None, None)
 
 
 def test_names_of_classes():
@@ -346,7 +356,8 @@ def test_names_of_classes():
     with pytest.raises(UserError, match="'owl' is a name, but this model knows"):
         inputs.labels('owl')
     tree = (np.zeros(3), np.ones(3))  # of a condition with other labels than classes
-    assert inputs.labels(tree) is tree
+    assert inputs.labels(tree, is_tree=True) is tree
+    chex.assert_trees_all_equal(inputs.labels(tree), list(tree))  # encoded texts, one by one
     assert inputs.labels((4, 'owl'), numbers.__getitem__) == [4, 3]
 
 

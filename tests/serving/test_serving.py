@@ -20,7 +20,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from sphere_ar_jax import main
-from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import pixels
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling.model import Model
@@ -144,6 +144,16 @@ def test_a_page_that_cannot_be_served_says_why(capsys, monkeypatch, old_runs, tm
             page._require_free('127.0.0.1', taken)
     with pytest.raises(UserError, match='give a number from 1 to 65535'):
         page._require_free('127.0.0.1', 65536)
+    with pytest.raises(UserError, match=r'of a\.\.b cannot be used \(that is no name of a host'):
+        page._require_free('a..b', 7860)
+
+
+def test_a_run_of_many_steps_is_drawn_as_it_is():
+    cfg = schema.changed(tiny_config.get_config(), {'sampling.num_steps': 250})
+    wish = drawing.first_wish(Model(tiny_config.random_run(cfg)))
+    drawing._check(wish, 4, drawing.most_steps(250))
+    with pytest.raises(UserError, match='steps must lie between 1 and 250, not 251'):
+        drawing._check(wish._replace(steps=251), 4, drawing.most_steps(250))
 
 
 # ---- in a browser

@@ -22,7 +22,17 @@ import numpy as np
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 # What NumPy and zipfile raise at files that are not whole, or not theirs.
-_BAD = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+_BAD = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class TextFeatures:
