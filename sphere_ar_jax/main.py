@@ -54,6 +54,7 @@ Train, sample, grid and evaluate may be started as several processes, which then
 
 import difflib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -415,6 +416,31 @@ def _check_samples_files(workdir: str, output: str | None, png: str | None) -> N
         raise UserError(f'--png is {png}: pictures are written to a local disk, give --png=DIR')
 
 
+# Keys of the data that a command for a run may change: where its images are, and how they are read.
+_OF_PLACES = (
+    'name', 'path', 'captions', 'data_dir', 'classifier_steps', 'num_classes',
+    'workers', 'threads', 'max_broken',
+)  # fmt: skip
+
+
+def _with_given_data(cfg: ConfigDict) -> ConfigDict:
+    """A config for a mode of `_OF_A_RUN`, which names images only where the command line does.
+
+    The images that a config file names by itself need not be those of the run.
+
+    Raises:
+      UserError: an override would take other images than the run has.
+    """
+    given = config_flags.get_override_values(flags.FLAGS['config'])
+    for key in given:
+        if key.startswith('data.') and key.removeprefix('data.') not in _OF_PLACES:
+            raise UserError(f'{key} is that of the run: leave --config.{key} out')
+    if re.search(r'\bdata=', _value(sys.argv, 'config') or ''):
+        return cfg
+    places = ('data.path', 'data.captions', 'data.data_dir')
+    return schema.changed(cfg, {key: None for key in places if key not in given})
+
+
 def main(argv: list[str]) -> None:
     """Runs the command that the flags name.
 
@@ -448,6 +474,8 @@ def main(argv: list[str]) -> None:
         if 'comparisons' in cfg:
             raise UserError('this is the config of an experiment: give --mode=experiment')
         cfg = checks.check(cfg)
+        if mode in _OF_A_RUN:
+            cfg = _with_given_data(cfg)
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')

@@ -412,6 +412,16 @@ def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     assert fits or '--config.ar_training.batch_size' in check.text
 
 
+def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch):
+    home = tmp_path / 'home'
+    home.write_text('')
+    monkeypatch.setenv('HOME', str(home))
+    assert commands_checks.check_workdir('~/new').status == 'FAIL'  # It lies in a file.
+    cfg = schema.changed(tiny_config.get_config(), {'tokenizer': '~/none'})
+    with pytest.raises(UserError, match=f'there is no run in {home}/none'):
+        commands_checks.check_inputs(cfg, '~/new')
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     assert commands_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
     check = commands_checks.check_workdir(str(tmp_path), 2**60)

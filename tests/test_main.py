@@ -165,6 +165,26 @@ def test_an_override_changes_the_runs_own_config(environment, run_directory):
     assert out == '3.0 16\n', err
 
 
+def test_a_command_for_a_run_takes_no_images_of_a_config_file(environment, run_directory):
+    """Those that a config names by itself need not be the run's. Those of the command line are."""
+    mode = '--mode=evaluate'
+    for words, path in (
+        (['--config=fashion'], None),
+        (['--config=fashion', '--config.data.path=/new'], '/new'),
+        (['--config=fashion:data=idx:/other'], '/other'),
+    ):
+        out, err = _config_says(
+            environment, [mode, '--workdir=W', *words], 'main._with_given_data(c).data.path'
+        )
+        assert out == f'{path}\n', err
+    out, err = _config_says(
+        environment,
+        [mode, f'--workdir={run_directory}', '--config.data.holdout=0.5'],
+        'main._with_given_data(c)',
+    )
+    assert 'data.holdout is that of the run: leave --config.data.holdout out' in err
+
+
 def test_the_users_own_directory_in_flags(environment, run_directory):
     """Shells leave ~ as it is behind a flag: --workdir, --config.… with it, and other paths."""
     home = environment | {'HOME': str(run_directory.parent)}

@@ -254,8 +254,9 @@ def _check_place(path: str) -> None:
 def _write_directory(workdir: str, run: Run, path: str, source: str | None) -> None:
     """Writes a directory to share, see `shared`. A model card that is there stays."""
     _check_place(path)
+    config = schema.as_dict(shared.config(run.config))
     _write_file(run, os.path.join(path, shared.WEIGHTS))
-    files.write_json(os.path.join(path, shared.CONFIG), schema.as_dict(shared.config(run.config)))
+    files.write_json(os.path.join(path, shared.CONFIG), config)
     names = class_names.of_run(workdir, run.config)
     classes = os.path.join(path, shared.CLASSES)
     if names is not None:

@@ -246,8 +246,10 @@ def check_workdir(workdir: str, needed: int = 0) -> Check:
     """
     from etils import epath
 
+    from sphere_ar_jax.runtime.files import absolute
+
     remote = '://' in workdir
-    place = epath.Path(workdir if remote else os.path.abspath(workdir))
+    place = epath.Path(absolute(workdir))
     while not remote and not os.path.lexists(place):
         place = place.parent
     file = place / f'.doctor-{uuid.uuid4().hex}'
@@ -287,8 +289,10 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
       workdir: the directory of the run, None where not known.
     """
     from sphere_ar_jax.commands import train
+    from sphere_ar_jax.runtime.files import absolute
 
-    found = train.check_inputs(cfg, workdir)
+    place = None if workdir is None else absolute(workdir)
+    found = train.check_inputs(train.with_absolute_paths(cfg), place)
     return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
 
 

@@ -24,6 +24,7 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training.run import Run
+from sphere_ar_jax.training.workdir import is_trained
 
 _BATCH = 64  # images that are encoded at a time
 
@@ -94,7 +95,12 @@ class _Named:
 
 
 def _open_images(
-    run: Run, kind: str, path: str | None, split: str = 'train', data_dir: str | None = None
+    cfg: ConfigDict,
+    vae: VAE,
+    kind: str,
+    path: str | None,
+    split: str = 'train',
+    data_dir: str | None = None,
 ) -> sources.Images:
     """Opens the training images to encode; see `encode`.
 
@@ -104,11 +110,10 @@ def _open_images(
       UserError: they cannot be opened, or small images are not of the tokenizer's size.
     """
     if kind in small.KINDS:
-        cfg = run.config
         own = (cfg.data.classes, cfg.data.brightness) if kind == cfg.data.name else ()
         data = small.open_data_set(kind, path, cfg.seed, cfg.data.holdout, *own)
         data = small.enlarged(data, cfg.data.enlarge)
-        checks.check_image_shape(kind, data.train.image_shape, run.vae.image_shape)
+        checks.check_image_shape(kind, data.train.image_shape, vae.image_shape)
         return _Named(kind, data.train)
     if path is None:
         raise UserError('give --data=KIND:PATH: the config of this run names no images')
@@ -208,17 +213,21 @@ def encode(
       shards: the number of files.
       split: the split of tfds or hf; None takes that of the run's config.
       data_dir: the directory of tfds or hf; None takes that of the run's config.
-      like: a config whose dtype and mesh are taken, see `open_run.open_run`.
+      like: a config whose dtype and mesh are taken, see `open_run.open_run`, and that may say where
+        the run's images are now, see `open_run.data_config`.
 
     Raises:
-      UserError: there is no trained tokenizer, the images cannot be read, or the directory exists
-        or cannot be written.
+      UserError: there is no tokenizer that is trained to its end, the images cannot be read, or the
+        directory exists or cannot be written.
     """
     array_records.require_new(output)
     run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
-    d = run.config.data
+    if not is_trained(run.config.tokenizer or workdir, 'tokenizer'):
+        raise UserError(f'the tokenizer of {workdir} is not trained to its end')
+    own = open_run.data_config(workdir, like)
+    d = own.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)
-    source = _open_images(run, kind, path, split or d.split, data_dir or d.data_dir)
+    source = _open_images(own, run.vae, kind, path, split or d.split, data_dir or d.data_dir)
     n = len(source)
     about = {
         'num_classes': source.num_classes,

@@ -66,16 +66,15 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     A run on a small data set is scored by the protocol of such sets, all others by a classifier.
     """
     run, mesh = open_run.open_run(workdir, like)
-    cfg = run.config
+    own = open_run.data_config(workdir, like)
     if like is not None:
-        cfg = schema.changed(cfg, {'data.classifier_steps': like.data.classifier_steps})
-    if like is not None and like.data.name == cfg.data.name:  # the files may have moved
-        given = {f'data.{key}': like.data[key] for key in ('path', 'captions')}
-        cfg = schema.changed(cfg, {key: at for key, at in given.items() if at is not None})
-    d = cfg.data
+        own = schema.changed(own, {'data.classifier_steps': like.data.classifier_steps})
+    d = own.data
+    cfg = schema.changed(run.config, {f'data.{key}': value for key, value in d.items()})
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)
     if d.name in small.KINDS:
-        data = build.open_data_set(cfg)
+        data = build.open_data_set(own)
+        class_names.require(workdir, cfg, getattr(data.train, 'class_names', None))
         setting = setting._replace(source=data.train, data=data)
         scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
     elif d.path is None:
@@ -85,7 +84,9 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         )
     else:
         sources.require_images(d.name, d.path)
-        source = build.open_files(cfg, console.bar(None, 'reading the tar', 'byte'))
+        source = build.open_files(own, console.bar(None, 'reading the tar', 'byte'))
+        if not build.has_captions(cfg):
+            class_names.require(workdir, cfg, source.class_names)
         training, heldout = sources.split(source, d.holdout_files)
         setting = setting._replace(source=training, heldout=heldout)
         scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)

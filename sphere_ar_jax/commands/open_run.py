@@ -4,7 +4,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import checks, schema
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import Run, load_config, load_run
@@ -20,6 +20,26 @@ def config_of(workdir: str) -> ConfigDict:
     if not epath.Path(workdir, 'config.json').exists():
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     return load_config(workdir)
+
+
+def data_config(workdir: str, like: ConfigDict | None = None) -> ConfigDict:
+    """The config of a run for opening the images that it was trained on.
+
+    Its seed is the run's own, which decides what is held out, whatever seed draws.
+
+    Args:
+      workdir: the directory of the run.
+      like: a config that may say where the images are now. It counts where its kind of data is that
+        of the run.
+
+    Raises:
+      UserError: there is no run, or its config is damaged.
+    """
+    cfg = config_of(workdir)
+    if like is None or like.data.name != cfg.data.name:
+        return cfg
+    places = {f'data.{key}': like.data[key] for key in ('path', 'captions', 'data_dir')}
+    return schema.changed(cfg, {key: place for key, place in places.items() if place is not None})
 
 
 def open_run(

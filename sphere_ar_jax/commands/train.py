@@ -41,12 +41,13 @@ from sphere_ar_jax.training.run import (
     load_run,
     load_teacher,
     load_tokenizer,
+    of_rate,
     with_ar,
 )
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.tuning import transfer, tuned
-from sphere_ar_jax.training.workdir import claim, is_converted, other_model
+from sphere_ar_jax.training.workdir import claim, is_converted, is_trained, other_model
 
 _T = TypeVar('_T')
 
@@ -96,7 +97,11 @@ def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) 
 
 def _check_finished(key: str, workdir: str) -> None:
     """Raises UserError unless the run in a workdir is finished, or a converted one."""
-    if not is_converted(workdir) and not epath.Path(workdir, 'metrics.json').exists():
+    if is_converted(workdir):
+        return
+    has_ended = epath.Path(workdir, 'metrics.json').exists()
+    # A run that is prolonged has ended before.
+    if not has_ended or not all(is_trained(workdir, stage) for stage in ('tokenizer', 'ar')):
         raise UserError(f'{key}: {workdir} is not finished: run its own command to the end first')
 
 
@@ -299,21 +304,25 @@ def _run(
     reading: dict[str, Any],
     stage: Stage,
     look: Callable[[int, PyTree, MetricWriter], None],
-) -> tuple[TrainState, float]:
-    """Runs one stage by `loop.train`. Returns (its state at the end, wall time in seconds).
+    rate: float | None = None,
+) -> tuple[PyTree, float]:
+    """Runs one stage by `loop.train`. Returns (its parameters at the end, wall time in seconds).
 
-    `reading` comes from `_open_data`. `look` is called every `cfg.watch.every` steps, see
-    `loop.Watch`, and then the held-out images are looked at.
+    `reading` comes from `_open_data`. `look` is called every `cfg.watch.every` steps with the step,
+    the parameters and a writer, and then the held-out images are looked at. `rate` is that of the
+    EMA whose parameters are taken, see `run.of_rate`.
     """
+    taken = of_rate(stage.options, rate)
     every = setting.cfg.watch.every
     held = snapshots.held_out(setting, stage) if every else None
 
-    def look_at_all(step: int, params: PyTree, writer: MetricWriter) -> None:
+    def look_at_all(step: int, state: TrainState, writer: MetricWriter) -> None:
+        params = taken(state)
         look(step, params, writer)
         if held is not None:
             snapshots.look_at_heldout(held, params, step, writer)
 
-    return loop.train(
+    state, seconds = loop.train(
         stage,
         setting.source,
         f'{setting.workdir}/{stage.name}',
@@ -323,6 +332,7 @@ def _run(
         watch=loop.Watch(every, look_at_all) if every else None,
         logs=setting.logs,
     )
+    return taken(state), seconds
 
 
 def _distil(
@@ -351,8 +361,8 @@ def _distil(
             setting, teacher.vae_params, with_head(head), directory, step, writer
         )
 
-    state, seconds = _run(setting, reading, stage, look)
-    return _Trained(teacher.vae_params, with_head(state.eval_params), {'distillation': seconds})
+    head, seconds = _run(setting, reading, stage, look)
+    return _Trained(teacher.vae_params, with_head(head), {'distillation': seconds})
 
 
 def _train_tokenizer(
@@ -369,8 +379,7 @@ def _train_tokenizer(
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_reconstructions(setting, params, images, step, writer)
 
-    state, seconds = _run(setting, reading, stage, look)
-    return state.eval_params, seconds
+    return _run(setting, reading, stage, look)
 
 
 def _train(
@@ -422,8 +431,9 @@ def _train(
         ar_params = stage.to_model(params)
         snapshots.look_at_samples(setting, vae_params, ar_params, directory, step, writer)
 
-    state, seconds['ar'] = _run(setting, reading, stage, look)
-    return _Trained(vae_params, stage.to_model(state.eval_params), seconds)
+    rate = setting.cfg.sampling.ema_decay
+    params, seconds['ar'] = _run(setting, reading, stage, look, rate)
+    return _Trained(vae_params, stage.to_model(params), seconds)
 
 
 def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
@@ -521,7 +531,13 @@ def _tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
     """
     if cfg.tokenizer is None:
         return None
-    return _opened('tokenizer', load_tokenizer, cfg, mesh)
+    params = _opened('tokenizer', load_tokenizer, cfg, mesh)
+    if not is_trained(cfg.tokenizer, 'tokenizer'):
+        raise UserError(
+            f'tokenizer: that in {cfg.tokenizer} is not trained to its end: run its own command '
+            'first'
+        )
+    return params
 
 
 def _lpips(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
@@ -548,12 +564,14 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
     return network, reference.pool
 
 
-# Keys that processes on different machines may set each in its own way.
-_OF_MACHINES = (
-    'reasons', 'data.path', 'data.data_dir', 'data.captions', 'data.threads', 'data.workers',
-    'ar.vocabulary', 'ar.features', 'tokenizer', 'init_from', 'fine_tuning.init_from',
+# Keys that may hold a path, which may be another one on another machine.
+_PATHS = (
+    'init_from', 'tokenizer', 'fine_tuning.init_from', 'ar.features',
+    'data.path', 'data.data_dir', 'data.captions',
     'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
 )  # fmt: skip
+# Further keys that processes on different machines may set each in its own way.
+_OF_MACHINES = ('reasons', 'data.threads', 'data.workers', 'ar.vocabulary')
 
 
 def _check_same(cfg: ConfigDict, source: Any) -> None:
@@ -561,6 +579,8 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
     values = schema.leaves(schema.as_dict(cfg))
     for key in _OF_MACHINES:
         values.pop(key, None)
+    for key in _PATHS:
+        values[key] = values[key] is not None
     values['the number of images'] = len(source)
     # A single class has the name of its directory, which may lie elsewhere on another machine.
     names = getattr(source, 'class_names', None) or ()
@@ -583,15 +603,7 @@ def _check_same(cfg: ConfigDict, source: Any) -> None:
         )
 
 
-# Keys that may hold a path.
-_PATHS = (
-    'init_from', 'tokenizer', 'fine_tuning.init_from', 'ar.features',
-    'data.path', 'data.data_dir', 'data.captions',
-    'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
-)  # fmt: skip
-
-
-def _with_absolute_paths(cfg: ConfigDict) -> ConfigDict:
+def with_absolute_paths(cfg: ConfigDict) -> ConfigDict:
     """A copy of a config with paths from the root, which hold in any directory.
 
     The names of data sets that are no paths stay as they are.
@@ -615,9 +627,11 @@ def _set_up(
       (what the parts of the run share, a function of it that runs the trainings).
     """
     require(cfg.logging)
-    cfg = _with_absolute_paths(cfg)
+    cfg = with_absolute_paths(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading, encoded_by = _open_data(cfg)
+    # Processes that read other weights would wait for each other without end.
+    _check_same(cfg, source)
     _check_parts(cfg, workdir, mesh)
     stages: Callable[[snapshots.Setting], _Trained]
     if cfg.init_from is None:
@@ -631,7 +645,6 @@ def _set_up(
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
     base = _base(cfg, workdir, source, mesh)
-    _check_same(cfg, source)
     if build.has_captions(cfg):
         print('\n'.join(describe_captions(cfg, source)), flush=True)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)

@@ -147,9 +147,12 @@ def _check_training(name: str, training: ConfigDict) -> None:
 def _check_restarts(name: str, training: ConfigDict) -> None:
     """Checks that the learning rate of a training can rise and fall between its restarts."""
     ends = (0, *training.restarts, training.steps)
-    lengths = [after - before for before, after in itertools.pairwise(ends)]
+    fit = _are_whole(ends)
+    if fit:
+        lengths = [after - before for before, after in itertools.pairwise(ends)]
+        fit = min(lengths) > training.warmup_steps
     require(
-        not training.restarts or (_are_whole(ends) and min(lengths) > training.warmup_steps),
+        not training.restarts or fit,
         f'{name}.restarts is {tuple(training.restarts)}, but must be ascending steps below '
         f'{training.steps}, further apart than the warm-up of {training.warmup_steps}',
     )

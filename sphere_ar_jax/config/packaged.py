@@ -17,14 +17,20 @@ def find(word: str) -> str:
     and 'experiments/guidance' becomes 'PATH/experiments/guidance.py'.
     """
     name, colon, arg = word.partition(':')
-    if not re.fullmatch(r'\w+(/\w+)?', name) or os.path.exists(name):
-        return word
+    file = None if os.path.isfile(name) else _file(name)
+    return word if file is None else f'{file}{colon}{arg}'
+
+
+def _file(name: str) -> str | None:
+    """The file of a packaged config, None where there is none of that name."""
+    if not re.fullmatch(r'\w+(/\w+)?', name):
+        return None
     package = pathlib.Path(__file__).parents[1]
     # An installed wheel has its configs in the first place, a checkout in the second.
     for place in (package / 'configs', package.parent / 'configs'):
         if (place / f'{name}.py').exists():
-            return f'{place / name}.py{colon}{arg}'
-    return word
+            return f'{place / name}.py'
+    return None
 
 
 def load(word: str) -> Any:
@@ -33,10 +39,12 @@ def load(word: str) -> Any:
     Raises:
       FileNotFoundError: there is no such config.
     """
-    file, _, arg = find(word).partition(':')
-    spec = importlib.util.spec_from_file_location('packaged_config', file)
-    if spec is None or spec.loader is None or not os.path.exists(file):
+    name, _, arg = word.partition(':')
+    file = _file(name)
+    if file is None:
         raise FileNotFoundError(f'there is no packaged config {word}')
+    spec = importlib.util.spec_from_file_location('packaged_config', file)
+    assert spec is not None and spec.loader is not None  # since it ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)

@@ -126,11 +126,16 @@ def data_set(text: str) -> tuple[str, str]:
       (the kind, a key of `schema.DATA`; the path, '' for the digits).
 
     Raises:
-      UserError: the text is the path of a directory, or begins with an unknown kind.
+      UserError: the text is empty or the path of a directory, it begins with an unknown kind, or
+        its kind has no path.
     """
     kind, colon, path = text.partition(':')
+    if kind in schema.DATA and not path and kind not in schema.WITHOUT_PATH:
+        raise UserError(f'data={text} names no place: write data={kind}:PATH')
     if kind in schema.DATA:
         return kind, path
+    if not text:
+        raise UserError('data= names no place: write data=KIND:PATH')
     place = os.path.expanduser(text)
     if os.path.isdir(place):
         raise UserError(f'{text} is a directory: write data={_kind_of(place)}:{text}')

@@ -40,6 +40,39 @@ def _read(workdir: str | os.PathLike[str]) -> tuple[str, ...] | None:
     return tuple(names)
 
 
+def _difference(before: Sequence[str] | None, names: Sequence[str] | None) -> str:
+    """Says which class has another name than before; '' where none has."""
+    if before is None or names is None:
+        return ''
+    if len(before) == len(names) == 1:
+        return ''  # A single class has the name of its directory, which may have been moved.
+    for k, (old, new) in enumerate(zip(before, names, strict=False)):
+        if old != new:
+            return f'class {k} was {shown(old)}, the data now have {shown(new)}'
+    return ''
+
+
+def require(
+    workdir: str | os.PathLike[str], config: ConfigDict, names: Sequence[str] | None
+) -> None:
+    """Refuses images whose classes have other names than those that a run was trained on.
+
+    Args:
+      workdir: the directory of the run.
+      config: its config.
+      names: the names of the images' classes, None where they have none.
+
+    Raises:
+      UserError: a class has another name, or the names that the workdir keeps are damaged.
+    """
+    difference = _difference(of_run(workdir, config), names)
+    if difference:
+        raise UserError(
+            f'{workdir} was trained on other classes ({difference}): give images of its own '
+            'classes, in directories of the same names'
+        )
+
+
 def keep(workdir: str | os.PathLike[str], names: Sequence[str] | None) -> None:
     """Writes the names of a run's classes to WORKDIR/classes.json.
 
@@ -60,15 +93,13 @@ def keep(workdir: str | os.PathLike[str], names: Sequence[str] | None) -> None:
     except ValueError:
         print(f'{workdir}/{_FILE} is damaged: it is written anew', file=sys.stderr)
         before = None
-    if before is not None and len(before) == len(names) == 1:
-        return  # A single class has the name of its directory, which may have been moved.
-    for k, (old, new) in enumerate(zip(before or (), names, strict=False)):
-        if old != new:
-            raise UserError(
-                f'{workdir} was begun with other classes (class {k} was {shown(old)}, '
-                f'the data now have {shown(new)}): give the names back to the directories, '
-                f'or use another --workdir; where only names changed, remove {workdir}/{_FILE}'
-            )
+    difference = _difference(before, names)
+    if difference:
+        raise UserError(
+            f'{workdir} was begun with other classes ({difference}): give the names back to the '
+            f'directories, or use another --workdir; where only names changed, remove '
+            f'{workdir}/{_FILE}'
+        )
     if before is None or len(before) < len(names):
         files.write_json(f'{workdir}/{_FILE}', list(names))
 

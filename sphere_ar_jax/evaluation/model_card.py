@@ -212,6 +212,8 @@ def _training(run: Run, names: Sequence[str] | None, done: Mapping[str, int | No
     for stage, training in stages.items():
         steps = done[stage]
         said = 'converted from published weights'
+        if cfg.fine_tuning.init_from is not None:
+            said = 'the weights of another run'
         if steps is not None:
             said = f'{steps:,} steps of {training.batch_size} images'
         lines.append(f'- {"AR model" if stage == "ar" else stage}: {said}')

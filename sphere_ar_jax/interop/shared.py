@@ -133,7 +133,10 @@ def config(cfg: ConfigDict) -> ConfigDict:
       cfg: the run's config.
     """
     default = schema.leaves(schema.default().to_dict())
-    return checks.check(schema.changed(cfg, {key: default[key] for key in _OF_MACHINES}))
+    values = {key: default[key] for key in _OF_MACHINES}
+    if cfg.tokenizer is not None:  # Another run trained it.
+        values |= {'tokenizer_training.steps': 0, 'tokenizer_training.warmup_steps': 0}
+    return checks.check(schema.changed(cfg, values))
 
 
 def read(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:

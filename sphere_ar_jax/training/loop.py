@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from sphere_ar_jax.data import batches as data_batches
 from sphere_ar_jax.runtime import checkpoint, console, hosts, metric_writer, sharding
 from sphere_ar_jax.runtime.console import Preempted, UserError
-from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import state as training_state
 
 
@@ -70,11 +69,11 @@ class Watch(NamedTuple):
 
     Attributes:
       every: the number of steps between looks.
-      look: called as look(step, eval_params, `metric_writer.MetricWriter`).
+      look: called as look(step, state, `metric_writer.MetricWriter`).
     """
 
     every: int
-    look: Callable[[int, PyTree, metric_writer.MetricWriter], Any]
+    look: Callable[[int, training_state.TrainState, metric_writer.MetricWriter], Any]
 
 
 def _check_finite(
@@ -348,7 +347,7 @@ def train(
                 if step % options.log_every == 0 or last:
                     log.write(step)
                 if watch is not None and step % watch.every == 0:
-                    watch.look(step, state.eval_params, writer)
+                    watch.look(step, state, writer)
                     log.restart_clock(step)
                 arrived = signals.agreed()
                 if step % options.checkpoint_every == 0 or last or arrived:

@@ -71,8 +71,8 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         ) from None
 
 
-def _of_rate(training: ConfigDict, rate: float | None) -> Callable[[state.TrainState], PyTree]:
-    """Gives the function that takes the parameters to sample with out of a state.
+def of_rate(training: ConfigDict, rate: float | None) -> Callable[[state.TrainState], PyTree]:
+    """Makes the function that takes the parameters to sample with out of a state.
 
     Args:
       training: the section of the config that trained the stage.
@@ -223,7 +223,7 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
     stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, cfg.seed)
     tuning = fine_tuning.read(cfg.fine_tuning)
     stage = tuned.of_workdir(stage, tuning, os.path.join(workdir, 'ar'), mesh, cfg.seed)
-    part = _of_rate(cfg.ar_training, cfg.sampling.ema_decay)
+    part = of_rate(cfg.ar_training, cfg.sampling.ema_decay)
     return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
 
 

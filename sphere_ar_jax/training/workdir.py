@@ -88,6 +88,17 @@ def _done(workdir: str | os.PathLike[str], stage: str) -> int:
     return max(checkpoint.Checkpoints(place, read_only=True).steps(), default=0)
 
 
+def is_trained(workdir: str | os.PathLike[str], stage: str) -> bool:
+    """Tells whether a stage in a workdir is trained to the last step of its config.
+
+    Weights that were converted are, and so is a stage that the workdir does not hold.
+    """
+    if not epath.Path(workdir, stage, 'checkpoints').is_dir():
+        return True
+    training = run.load_config(workdir)[f'{stage}_training']
+    return _done(workdir, stage) >= training.steps
+
+
 def _prolonged(
     before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]
 ) -> dict[str, str]:

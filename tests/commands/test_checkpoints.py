@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 import sphere_ar_jax
 from sphere_ar_jax.commands import checkpoints, open_run
+from sphere_ar_jax.config import schema
+from sphere_ar_jax.evaluation import model_card
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
@@ -118,6 +120,17 @@ def test_the_model_card_says_what_the_run_says(run_with_paths, directory):
     }
     assert '- AR model: 6 steps of 16 images' in body and '`nought, a|bc, 0, ' in body
     assert "sphere_ar_jax.load('hf://USER/NAME')" in body and 'run.sample(' in body
+
+
+def test_the_card_of_a_fine_tuned_run_names_no_published_weights(run_with_paths):
+    run, _ = open_run.open_run(str(run_with_paths))
+    done = {'tokenizer': None, 'ar': 6}
+    said = model_card._training(run, None, done)
+    assert '- tokenizer: converted from published weights' in said
+    tuned = schema.changed(run.config, {'fine_tuning.init_from': '/w'})
+    said = model_card._training(run._replace(config=tuned), None, done)
+    assert '- tokenizer: the weights of another run' in said
+    assert '- AR model: 6 steps of 16 images' in said
 
 
 def test_only_scores_of_the_very_weights_are_on_a_card(run_with_paths, tmp_path):

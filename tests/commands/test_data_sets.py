@@ -9,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax.commands import data_sets, train
+from sphere_ar_jax.commands import data_sets, open_run, train
 from sphere_ar_jax.config import checks, packaged, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.models.vae import batch_posterior
-from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.losses import sample_keys
 from sphere_ar_jax.training.run import load_config, load_run
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import quickly_compiled
+from sphere_ar_jax.training.workdir import is_trained
 from tests.conftest import libraries_promote
 from tests.fake_images import encode, picture
 
@@ -131,11 +132,53 @@ def test_small_images_are_those_of_the_runs_classes_and_brightness(old_runs):
     run = load_run(old_runs / 'digits', tokenizer_only=True)
     changes = {'data.classes': (1, 3), 'data.brightness': (0.0, 0.5)}
     run = run._replace(config=schema.changed(run.config, changes))
-    source = data_sets._open_images(run, 'digits', None)
+    source = data_sets._open_images(run.config, run.vae, 'digits', None)
     everything = small.open_data_set('digits', None, run.config.seed, run.config.data.holdout)
     assert source.num_classes == 2
     assert len(source) == np.isin(everything.train.labels, (1, 3)).sum() > 0
     assert max(source[i]['image'].max() for i in range(len(source))) < 0
+
+
+def test_what_is_held_out_follows_from_the_runs_own_seed(old_runs, tmp_path):
+    """Another seed draws other images. It may not change which images the run was trained on."""
+    workdir = str(old_runs / 'digits')
+    like = schema.changed(load_config(workdir), {'seed': 5})
+    run, _ = open_run.open_run(workdir, like)
+    assert run.config.seed == 5 and open_run.data_config(workdir, like).seed == 0
+    data_sets.encode(workdir, str(tmp_path / 'out'), like=like)
+    train = small.open_data_set('digits', None, 0, run.config.data.holdout).train
+    other = small.open_data_set('digits', None, 5, run.config.data.holdout).train
+    written = Latents(tmp_path / 'out')
+    labels = [int(written[i]['label']) for i in range(len(written))]
+    np.testing.assert_array_equal(labels, train.labels)
+    assert not np.array_equal(labels, other.labels)
+
+
+def test_the_images_of_a_run_may_have_moved(old_runs):
+    workdir = str(old_runs / 'digits')
+    own = load_config(workdir)
+    moved = {'data.path': '/new', 'data.captions': '/new/texts.tsv', 'data.data_dir': '/sets'}
+    found = open_run.data_config(workdir, schema.changed(own, moved | {'data.holdout': 0.5})).data
+    assert (found.path, found.captions, found.data_dir) == tuple(moved.values())
+    assert found.holdout == own.data.holdout
+    other = schema.changed(own, moved | {'data.name': 'idx'})
+    assert open_run.data_config(workdir, other).data == own.data
+
+
+def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
+    shutil.copytree(old_runs / 'digits', tmp_path / 'w')
+    cfg = load_config(tmp_path / 'w').copy_and_resolve_references()
+    assert is_trained(tmp_path / 'w', 'tokenizer') and is_trained(tmp_path / 'w', 'ar')
+    cfg.tokenizer_training.steps += 1
+    files.write_json(tmp_path / 'w' / 'config.json', schema.as_dict(cfg))
+    assert not is_trained(tmp_path / 'w', 'tokenizer')
+    with pytest.raises(UserError, match='is not trained to its end'):
+        data_sets.encode(str(tmp_path / 'w'), str(tmp_path / 'out'))
+    mine = schema.changed(_config(old_runs), {'tokenizer': str(tmp_path / 'w')})
+    with pytest.raises(UserError, match=r'tokenizer: that in .*/w is not trained to its end: run'):
+        train._tokenizer(mine, sharding.make_mesh())
+    with pytest.raises(UserError, match=r'init_from: .*/w is not finished'):
+        train._check_finished('init_from', str(tmp_path / 'w'))
 
 
 def _refusal(call, *arguments, **options):

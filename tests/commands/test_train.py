@@ -35,6 +35,8 @@ from sphere_ar_jax.runtime import checkpoint, console, files, metric_writer, sha
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, loop, state
 from sphere_ar_jax.training.run import load_config, load_run
+from sphere_ar_jax.training.stages import ar_stage
+from sphere_ar_jax.training.state import TrainState
 from sphere_ar_jax.training.workdir import claim
 from tests import tiny_config
 from tests.conftest import libraries_promote, noted_fingerprint
@@ -408,6 +410,48 @@ def test_processes_read_the_same_captions(tmp_path, monkeypatch):
     assert len({len(numbers) for numbers in compared}) == 1
 
 
+def test_processes_are_compared_before_they_read_weights(tmp_path, monkeypatch):
+    """Where one alone has a tokenizer, the others would wait for it without end."""
+    cfg = _idx(tmp_path / 'data')
+    compared = []
+    monkeypatch.setattr(train.hosts, 'differing', lambda numbers: compared.append(numbers) or [])
+    source = train._open_data(cfg).source
+    for changes in ({}, {'tokenizer': '/a'}, {'tokenizer': '/b'}, {'data.path': '/b'}):
+        train._check_same(schema.changed(cfg, changes), source)
+    assert compared[0] != compared[1] == compared[2] and compared[3] == compared[0]
+
+    def refuse(cfg, source):
+        raise UserError('the processes differ')
+
+    monkeypatch.setattr(train, '_check_same', refuse)
+    monkeypatch.setattr(train, 'load_tokenizer', lambda *_: pytest.fail('weights are read'))
+    with pytest.raises(UserError, match='the processes differ'):
+        train._set_up(schema.changed(cfg, {'tokenizer': '/a'}), str(tmp_path / 'w'))
+
+
+def test_a_training_ends_with_the_parameters_that_are_sampled(tmp_path, monkeypatch):
+    """`sampling.ema_decay` decides, for the looks and at the end, as where the run is read."""
+    cfg = _idx(tmp_path / 'data', **{'watch.every': 1, 'watch.classes': 1})
+    setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
+    stage = ar_stage(setting.ar, setting.vae, {}, cfg.ar_training, 0)
+    state = TrainState(params='weights', opt_state=None, ema=('mean',), step=0)
+    seen = []
+
+    def trained(*arguments, watch, **options):
+        watch.look(1, state, None)
+        return state, 2.0
+
+    monkeypatch.setattr(train.loop, 'train', trained)
+    monkeypatch.setattr(train.snapshots, 'held_out', lambda *_: None)
+
+    def look(step, params, writer):
+        seen.append(params)
+
+    for rate, expected in ((None, 'mean'), (0.9, 'mean'), (0, 'weights')):
+        assert train._run(setting, {}, stage, look, rate) == (expected, 2.0)
+        assert seen.pop() == expected
+
+
 def test_grey_models_are_trained_on_image_files(tmp_path):
     images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images, 'vae.image_channels': 1})
@@ -661,7 +705,7 @@ def test_a_run_finds_its_data_from_any_directory(tmp_path, monkeypatch):
         ('folder', 'gs://bucket/pets', 'gs://bucket/pets'),
     ):
         options = {'data.name': name, 'data.path': path, 'data.captions': 'beside'}
-        changed = train._with_absolute_paths(schema.changed(cfg, options))
+        changed = train.with_absolute_paths(schema.changed(cfg, options))
         assert (changed.data.path, changed.data.captions) == (found, 'beside')
 
 

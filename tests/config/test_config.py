@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax.config import build, checks, recipes, schema
+from sphere_ar_jax.config import build, checks, packaged, recipes, schema
 from sphere_ar_jax.data import batches, digits
 from sphere_ar_jax.models.conditions import Text
 from sphere_ar_jax.models.heads import HEADS
@@ -378,6 +378,7 @@ WRONG = {
     'tokenizer_training.ema_ramp': (True, 'no average to ramp up; give an ema_decay'),
     'ar_training.restarts': ((5,), 'further apart than the warm-up of 2'),
     'ar_training.restarts ': ((9,), 'ascending steps below 6'),
+    'ar_training.restarts  ': (('5',), 'ascending steps below 6'),
     'ar_training.encoder_dtype': ('float16', 'use float32, bfloat16'),
     'sampling.ema_decay': (0.5, r'ar_training keeps \[0.9\]'),
     'watch.every': (-1, 'not be negative'),
@@ -425,6 +426,25 @@ def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
         recipes.data_set('~/birds')
     with pytest.raises(UserError, match=r"no kind of data 'foldr': .* array_records, tfds, hf"):
         recipes.data_set('foldr:/data/birds')
+    for text, message in (
+        ('folder:', 'data=folder: names no place: write data=folder:PATH'),
+        ('', 'data= names no place: write data=KIND:PATH'),
+    ):
+        with pytest.raises(UserError, match=f'^{message}$'):
+            recipes.data_set(text)
+
+
+def test_packaged_configs_do_not_depend_on_the_directory(tmp_path, monkeypatch):
+    """A workdir may have the name of a config; a file of that name is a config of the user's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'digits').mkdir()
+    assert packaged.find('digits:smoke').endswith('/configs/digits.py:smoke')
+    assert packaged.load('digits').data.name == 'digits'
+    (tmp_path / 'fashion').write_text('')
+    assert packaged.find('fashion') == 'fashion'
+    assert packaged.load('fashion').data.name == 'idx'
+    with pytest.raises(FileNotFoundError, match='there is no packaged config nothing'):
+        packaged.load('nothing')
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_tars_are_named_by_directories_ranges_and_patterns(tmp_path):
         (tmp_path / 'train-{000..000}{8..9}.tar', 0),
         (tmp_path / 'train-00?.tar', 10),
         (tmp_path / 'train-004.tar', 1),
+        (tmp_path / 'train-0*', 12),  # beside them lie their indices now
     ):
         if count:
             source = WebDataset(path)
@@ -75,6 +76,8 @@ def test_tars_are_named_by_directories_ranges_and_patterns(tmp_path):
             assert len(source) == count
         else:
             assert 'there is no' in _refusal(WebDataset, path)
+    assert (tmp_path / 'train-004.tar.index.npz').exists()
+    assert 'a range goes upwards' in _refusal(WebDataset, tmp_path / 'train-{010..008}.tar')
     assert WebDataset(tmp_path).class_names == ('a', 'b')
     training, heldout = sources.split(WebDataset(tmp_path), 0.3)
     for i in range(12):

@@ -43,6 +43,19 @@ def test_own_names_are_found_exactly_or_but_for_their_case():
         class_names.find('CAT', PETS, 4)
 
 
+def test_images_of_other_classes_are_refused(tmp_path):
+    cfg = _config('folder', 2)
+    class_names.keep(tmp_path, ('cat', 'dog'))
+    for names in (('cat', 'dog'), ('cat', 'dog', 'owl'), None):
+        class_names.require(tmp_path, cfg, names)
+    message = (
+        r'was trained on other classes \(class 0 was cat, the data now have dog\): give images'
+    )
+    with pytest.raises(UserError, match=message):
+        class_names.require(tmp_path, cfg, ('dog', 'cat'))
+    class_names.require(tmp_path / 'new', cfg, ('dog', 'cat'))  # whose classes are not known
+
+
 def test_what_is_no_class_is_answered_with_the_runs_own():
     names = ('house cat', 'dog', 'owl')
     for text, message in (

@@ -138,3 +138,8 @@ def test_the_shared_config_builds_the_same_models(model):
     assert found.mesh.data == -1 and found.sampling == cfg.sampling
     assert build.build_ar(found) == build.build_ar(cfg)
     assert build.build_vae(found) == build.build_vae(cfg)
+    # Latents have no images to train a tokenizer on, which another run did.
+    on_latents = {'data.name': 'latents', 'tokenizer': '/w', 'data.flip': False}
+    on_latents |= {'data.crop_until': (0, 0)}
+    found = shared.config(schema.changed(cfg, on_latents))
+    assert found.tokenizer is None and found.tokenizer_training.steps == 0

@@ -376,8 +376,8 @@ def test_a_look_at_the_model_changes_nothing(tmp_path):
     mesh = sharding.make_mesh()
     plain, _ = loop.train(stage, source, str(tmp_path / 'plain'), seed=0, mesh=mesh)
 
-    def look(step, params, writer):
-        calls.append((step, jax.device_get(params)))
+    def look(step, state, writer):
+        calls.append((step, jax.device_get(state.eval_params)))
         writer.write(step, {'seen': 1.0}, ('seen',))
 
     watch = loop.Watch(3, look)

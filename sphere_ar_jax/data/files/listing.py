@@ -171,8 +171,13 @@ def data_files(path: str, suffix: str, kind: str) -> list[str]:
         return [os.path.join(path, name) for name in names]
     found = []
     for name in _names_of_ranges(path):
-        matches = [name] if os.path.isfile(name) else glob.glob(name)
+        matches = [name]
+        if not os.path.isfile(name):
+            # Beside tars lie their indices.
+            matches = [match for match in glob.glob(name) if match.endswith(suffix)]
         if not matches:
             raise UserError(f'there is no {shown(name)}: give files *{suffix}, or their directory')
         found += matches
+    if not found:
+        raise UserError(f'{shown(path)} names no files: a range goes upwards, as {{0..9}}')
     return sorted(set(found))
