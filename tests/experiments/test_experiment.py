@@ -307,6 +307,7 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'propagation',
         'riemannian',
         'riemannian:fashion',
+        'sequences',
         'shifted',
         'magnitude',
         'radius',
