@@ -22,7 +22,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, console, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import batching
 from sphere_ar_jax.training.run import Run
 from sphere_ar_jax.training.workdir import is_trained
 
@@ -178,7 +178,7 @@ def _entries(
         for row, record in enumerate(records):
             if record is not None:
                 images[row] = record['image']
-        found = on_mesh.in_batches(_encoder(run.vae), params, images, size, mesh)
+        found = batching.in_batches(_encoder(run.vae), params, images, size, mesh)
         for row, record in enumerate(records):
             if record is None:
                 yield None

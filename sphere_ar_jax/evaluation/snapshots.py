@@ -26,7 +26,7 @@ from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.metric_writer import DEFAULT, Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
 from sphere_ar_jax.training.run import Run
 from sphere_ar_jax.training.state import Batch, Stage
 
@@ -174,7 +174,7 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
     return found
 
 
-def _report_no_picture(step: int, error: on_mesh.NonFiniteSamples) -> None:
+def _report_no_picture(step: int, error: batching.NonFiniteSamples) -> None:
     """Says in one line on stderr why there is no picture of a step; training goes on."""
     if hosts.is_first():
         print(f'step {step}: no picture, {error}', file=sys.stderr, flush=True)
@@ -201,10 +201,10 @@ def look_at_reconstructions(
       writer: the stage's metrics.
     """
     try:
-        recon, _ = on_mesh.reconstruct(
+        recon, _ = autoencoding.reconstruct(
             setting.vae, vae_params, images, jax.random.key(0), _at_once(images), setting.mesh
         )
-    except on_mesh.NonFiniteSamples as error:
+    except batching.NonFiniteSamples as error:
         _report_no_picture(step, error)
         return
     path = f'{setting.workdir}/tokenizer/reconstructions_{step:07d}.png'
@@ -237,7 +237,7 @@ def _drawn(
     n = len(labels)
     options = _drawing(setting, vae_params, ar_params)
     for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
-        on_mesh.require_finite_images(images, n - first, first)
+        batching.require_finite_images(images, n - first, first)
         found = np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
         progress(first + len(found))
         yield found
@@ -449,7 +449,7 @@ def look_at_samples(
             n = setting.cfg.watch.fid_images
             found = {'fid': _fid(setting, vae_params, ar_params), 'fid_images': n}
             writer.write(step, found, found)
-    except on_mesh.NonFiniteSamples as error:
+    except batching.NonFiniteSamples as error:
         _report_no_picture(step, error)
 
 
@@ -461,7 +461,7 @@ def _reconstruct(
     `options` are further ones of `pictures.save_reconstructions`.
     """
     key = on_mesh.sampling_key(setting.cfg.seed)
-    recon, found = on_mesh.reconstruct(
+    recon, found = autoencoding.reconstruct(
         setting.vae, vae_params, images, key, batch_size, setting.mesh
     )
     path = f'{setting.workdir}/reconstructions.png'

@@ -16,7 +16,7 @@ from sphere_ar_jax.models.judges.lpips import LPIPS
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding
 from sphere_ar_jax.training.run import Run
 
 
@@ -118,7 +118,7 @@ def score_tokenizer(
         if images.shape[1:] != size:
             raise UserError(f'images of {images.shape[1:]}, but the tokenizer takes {size}')
         real = pixels.to_float(images)
-        decoded, found = on_mesh.reconstruct(
+        decoded, found = autoencoding.reconstruct(
             run.vae, vae_params, real, key, len(images), mesh, count
         )
         rounded = np.asarray(pixels.to_uint8(decoded))

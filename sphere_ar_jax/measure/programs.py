@@ -31,7 +31,7 @@ from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import adversarial
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
@@ -328,7 +328,7 @@ def _reconstruct_work(mesh: Mesh, images: int, vae: VAE) -> Work:
     pixels = jax.ShapeDtypeStruct((images, *vae.image_shape), jnp.float32)
     index = jax.ShapeDtypeStruct((images,), jnp.int32)
     frozen, rows = _on_one(mesh, ((_shapes(vae), key), (pixels, index)))
-    reconstruct = on_mesh.autoencoder(vae)
+    reconstruct = autoencoding.autoencoder(vae)
     flops = costs.flops(reconstruct, frozen, rows)
     return Work(
         name='reconstruct',

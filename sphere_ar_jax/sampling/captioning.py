@@ -19,7 +19,7 @@ from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
 from sphere_ar_jax.sampling.interleaved import LIKELIEST, Segment, Writing, interleave
 
 
@@ -62,7 +62,7 @@ def captioner(ar: Joint, vae: VAE, writing: Writing) -> Callable[..., jax.Array]
       function of ((vae_params, ar_params), (images (b, H, W, c), key data (b, 2) of each image)) →
         captions (b, T) int32.
     """
-    encode = on_mesh.encoder(vae)
+    encode = autoencoding.encoder(vae)
 
     def run(params, rows):
         vae_params, ar_params = params
@@ -82,7 +82,7 @@ def reader(ar: Joint, vae: VAE) -> Callable[..., tuple[jax.Array, jax.Array]]:
       function of ((vae_params, ar_params), (images (b, H, W, c), captions (b, T))) → −log p(text |
         image) and −log p(text), both (b,).
     """
-    encode = on_mesh.encoder(vae)
+    encode = autoencoding.encoder(vae)
 
     def run(params, rows):
         vae_params, ar_params = params
@@ -121,9 +121,9 @@ def write(
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
     program = captioner(ar, models.vae, writing)
-    data = np.asarray(jax.random.key_data(on_mesh.reading_keys(seed, len(images))))
+    data = np.asarray(jax.random.key_data(autoencoding.reading_keys(seed, len(images))))
     params = (models.vae_params, ar_params)
-    return on_mesh.in_batches(program, params, (images, data), batch_size, mesh)
+    return batching.in_batches(program, params, (images, data), batch_size, mesh)
 
 
 def nats(
@@ -146,4 +146,4 @@ def nats(
     """
     program = reader(writer(models.ar), models.vae)
     params = (models.vae_params, models.ar_params)
-    return on_mesh.in_batches(program, params, (images, labels), batch_size, mesh)
+    return batching.in_batches(program, params, (images, labels), batch_size, mesh)

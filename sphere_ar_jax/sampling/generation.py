@@ -40,7 +40,7 @@ from sphere_ar_jax.models.conditions import check_labels
 from sphere_ar_jax.runtime import checkpoint, hosts
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 from sphere_ar_jax.runtime.files import owned, read_json, replace, write_bytes, write_json
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import batching, on_mesh
 
 _MOST_LABEL_BYTES = 2**30
 
@@ -371,13 +371,13 @@ def _draw_gap(
 
     def write(batch: jax.Array, finite: jax.Array, first: int) -> None:
         kept = hosts.gather(finite)[: stop - first]
-        on_mesh.require_finite(kept, first, '; those before them are kept')
+        batching.require_finite(kept, first, '; those before them are kept')
         add(first, hosts.gather(batch)[: stop - first])
 
     batches = on_mesh.draw_batches(run, sampler, labels, start=start, stop=stop, **drawing)
     for first, drawn, _ in batches:
         batch = pixels.to_uint8(drawn)
-        finite = on_mesh.are_finite(drawn)
+        finite = batching.are_finite(drawn)
         if running is not None:
             write(*running)
         # Waiting here leaves at most one unfinished batch for a kill to take.

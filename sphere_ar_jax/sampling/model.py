@@ -27,7 +27,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
-from sphere_ar_jax.sampling import captioning, inputs, on_mesh
+from sphere_ar_jax.sampling import autoencoding, batching, captioning, inputs, on_mesh
 from sphere_ar_jax.sampling.generation import Run
 from sphere_ar_jax.sampling.tokens import Prefix
 from sphere_ar_jax.sphere import geometry
@@ -519,11 +519,11 @@ class Model:
         """
         checked = inputs.images(images, self.image_shape)
         if seed is None:
-            program = on_mesh.encoder(self.vae)
+            program = autoencoding.encoder(self.vae)
             return self._in_batches(program, checked)
         seeds = inputs.seeds(seed, len(checked))
-        data = np.asarray(jax.random.key_data(on_mesh.reading_keys(seeds, len(checked))))
-        return self._in_batches(on_mesh.drawing_encoder(self.vae), (checked, data))
+        data = np.asarray(jax.random.key_data(autoencoding.reading_keys(seeds, len(checked))))
+        return self._in_batches(autoencoding.drawing_encoder(self.vae), (checked, data))
 
     def decode(self, tokens: ArrayLike) -> np.ndarray:
         """Turns tokens into images.
@@ -544,8 +544,8 @@ class Model:
           UserError: the model cannot take the tokens, or an image is not finite.
         """
         checked = inputs.tokens(tokens, self.num_tokens, self.vae.token_dim)
-        images = self._in_batches(on_mesh.decoder(self.vae), checked)
-        on_mesh.require_finite(np.isfinite(images).all((1, 2, 3)), 0)
+        images = self._in_batches(autoencoding.decoder(self.vae), checked)
+        batching.require_finite(np.isfinite(images).all((1, 2, 3)), 0)
         return _clipped(images)
 
     def reconstruct(self, images: inputs.Images, *, seed: ArrayLike | None = None) -> np.ndarray:
@@ -609,7 +609,7 @@ class Model:
 
     def _in_batches(self, function: Callable[[PyTree, PyTree], PyTree], rows: PyTree) -> np.ndarray:
         """What a program of the tokenizer makes of many rows."""
-        return on_mesh.in_batches(function, self.vae_params, rows, self._batch_size, self.mesh)
+        return batching.in_batches(function, self.vae_params, rows, self._batch_size, self.mesh)
 
 
 def sphere_radius(vae: VAE) -> float | None:

@@ -1,4 +1,4 @@
-"""Sampling and autoencoding on all devices of a mesh.
+"""Sampling on all devices of a mesh.
 
 Dimensions:
   n  images in all
@@ -11,7 +11,7 @@ Dimensions:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -24,11 +24,11 @@ from sphere_ar_jax.config.build import Sampler
 from sphere_ar_jax.flow.plan import Options
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.conditions import Condition, Labels
-from sphere_ar_jax.models.vae import VAE, draw_latents, image_keys
-from sphere_ar_jax.models.vae import draw_tokens as draw_posterior_tokens
+from sphere_ar_jax.models.vae import VAE, image_keys
 from sphere_ar_jax.runtime import hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
+from sphere_ar_jax.sampling import autoencoding, batching
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, begin, go_on
 from sphere_ar_jax.sampling.tokens import draw as draw_tokens
 
@@ -55,65 +55,6 @@ class Models(Protocol):
 
 def _nothing(done: int) -> None:
     """Reports progress to nobody."""
-
-
-class NonFiniteSamples(UserError):
-    """Images hold numbers that are not finite, so that there is nothing to show of them.
-
-    Attributes:
-      indices: the numbers of these images.
-    """
-
-    def __init__(self, indices: Sequence[int], first: int, stop: int, kept: str = '') -> None:
-        """Makes the error and its message.
-
-        Args:
-          indices: the numbers of these images.
-          first: number of the first image of their batch.
-          stop: number after the last image of their batch.
-          kept: a further clause of the message.
-        """
-        named = ', '.join(str(i) for i in indices[:10])
-        more = ', …' if len(indices) > 10 else ''
-        super().__init__(
-            f'{len(indices)} of the images {first} to {stop - 1} are not finite '
-            f'(numbers {named}{more}), so that none of these is written{kept}; the weights, '
-            'guidance_scale or temperature may be too large, or dtype too small'
-        )
-        self.indices = list(indices)
-
-
-@jax.jit
-def are_finite(images: jax.Array) -> jax.Array:
-    """Tells which images (B, …) hold finite numbers alone, (B,) bool."""
-    return jnp.isfinite(images).all(tuple(range(1, images.ndim)))
-
-
-def require_finite(finite: np.ndarray, first: int, kept: str = '') -> None:
-    """Refuses a batch in which an image is not finite.
-
-    Args:
-      finite: (B,) bool, from `are_finite`.
-      first: number of the first image of the batch.
-      kept: a further clause of the message.
-
-    Raises:
-      NonFiniteSamples: an image is not finite.
-    """
-    if not finite.all():
-        indices = (first + np.flatnonzero(~finite)).tolist()
-        raise NonFiniteSamples(indices, first, first + len(finite), kept)
-
-
-def require_finite_images(images: jax.Array, count: int, first: int) -> None:
-    """Refuses a batch (B, …) in which one of the first `count` images is not finite.
-
-    All processes must call it.
-
-    Raises:
-      NonFiniteSamples: as `require_finite`, which says what `first` is.
-    """
-    require_finite(hosts.gather(are_finite(images))[:count], first)
 
 
 def checked_labels(condition: Condition, labels: PyTree) -> PyTree:
@@ -147,167 +88,6 @@ def _noise_numbers(index: ArrayLike | None, n: int) -> np.ndarray:
     return numbers.astype(np.int32)
 
 
-def _count(labels: PyTree) -> int:
-    """The number of images that labels are for."""
-    return len(jax.tree.leaves(labels)[0])
-
-
-def _rows_of_process(start: int, size: int, n: int, mesh: Mesh) -> np.ndarray:
-    """Numbers of those images of a batch that this process loads.
-
-    The last batch is filled up with the first images, so that one compilation serves all batches.
-    """
-    return (start + sharding.local_rows(mesh, size)) % n
-
-
-@functools.cache
-def autoencoder(vae: VAE) -> Callable[..., tuple[jax.Array, PyTree]]:
-    """The compiled program of `reconstruct` for one device.
-
-    Returns:
-      function of ((params, key's data), (images (b, H, W, c), index (b,))) → (reconstructions
-        (b, H, W, c), the posterior).
-    """
-
-    def run(frozen, rows):
-        params, key = frozen
-        images, index = rows
-        keys = image_keys(jax.random.wrap_key_data(key), index)
-        z, q = draw_latents(vae, params, images, keys)
-        return vae.apply({'params': params}, z, method='decode'), q
-
-    return jax.jit(run)
-
-
-def reconstruct(
-    vae: VAE,
-    params: PyTree,
-    images: np.ndarray,
-    key: jax.Array,
-    batch_size: int,
-    mesh: Mesh,
-    first: int = 0,
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Autoencodes images by samples of the posterior; image i has the key folded by first + i.
-
-    Every device takes its own rows in a program of its own, since libtpu 0.0.52 aborts on the
-    decoder with rows split by `sharding.BATCH`. All processes call it with the same images.
-
-    Args:
-      vae: the tokenizer.
-      params: its parameters.
-      images: (n, H, W, c), in [−1, 1].
-      key: PRNG key of all images.
-      batch_size: B, rounded up to a multiple of the mesh's devices.
-      mesh: devices to use.
-      first: number of the first image.
-
-    Returns:
-      (reconstructions (n, H, W, c), the posterior's statistics over all images). Every process gets
-        all of them.
-
-    Raises:
-      NonFiniteSamples: a reconstruction is not finite.
-    """
-    # The key goes as numbers, since keys cannot be put on other processes' devices.
-    key_data = np.asarray(jax.random.key_data(key))
-    index = first + np.arange(len(images))
-    size = sharding.whole_rows(mesh, batch_size)
-    recon, q = _in_batches(autoencoder(vae), (params, key_data), (images, index), size, mesh)
-    require_finite(np.isfinite(recon).all((1, 2, 3)), first)
-    return recon, {name: float(value) for name, value in q.statistics().items()}
-
-
-@functools.cache
-def encoder(vae: VAE) -> Callable[..., jax.Array]:
-    """The compiled program that turns images into the most probable tokens, for one device.
-
-    Returns:
-      function of (params, images (b, H, W, c)) → tokens (b, L, d), as the AR model reads them.
-    """
-
-    def run(params, images):
-        q = vae.apply({'params': params}, images, method='encode')
-        return vae.apply({'params': params}, q.mode(), method='to_tokens')
-
-    return jax.jit(run)
-
-
-@functools.cache
-def drawing_encoder(vae: VAE) -> Callable[..., jax.Array]:
-    """The compiled program that draws tokens from the posterior of images, for one device.
-
-    Returns:
-      function of (params, (images (b, H, W, c), key data (b, 2) of each image)) → tokens (b, L, d),
-        as the AR model reads them.
-    """
-
-    def run(params, rows):
-        images, key_data = rows
-        return draw_posterior_tokens(vae, params, images, jax.random.wrap_key_data(key_data))
-
-    return jax.jit(run)
-
-
-@functools.cache
-def decoder(vae: VAE) -> jax.stages.Wrapped:
-    """The jitted program that decodes tokens, for one device.
-
-    Returns:
-      function of (params, tokens (b, L, d)) → images (b, H, W, c).
-    """
-
-    def decode(params, tokens):
-        return vae.apply({'params': params}, tokens, method='decode_tokens')
-
-    return jax.jit(decode)
-
-
-def _in_batches(
-    function: Callable[[PyTree, PyTree], PyTree],
-    params: PyTree,
-    rows: PyTree,
-    size: int,
-    mesh: Mesh,
-) -> PyTree:
-    """`in_batches` with batches of `size` rows, a multiple of the mesh's devices."""
-    params = jax.device_put(params, sharding.whole(mesh))  # Once for all batches.
-    n = _count(rows)
-    parts = []
-    for start in range(0, n, size):
-        taken = _rows_of_process(start, size, n, mesh)
-        batch = sharding.place_batch(mesh, jax.tree.map(lambda a, taken=taken: a[taken], rows))
-        results = sharding.on_each_device(function, mesh, params, batch)
-        parts.append(jax.tree.map(lambda a, start=start: hosts.gather(a)[: n - start], results))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def in_batches(
-    function: Callable[[PyTree, PyTree], PyTree],
-    params: PyTree,
-    rows: PyTree,
-    batch_size: int,
-    mesh: Mesh,
-) -> PyTree:
-    """Computes function(params, rows) for many rows, batch by batch, each device for its own rows.
-
-    All processes call it with the same arguments.
-
-    Args:
-      function: jitted, with rows (b, …) → results (b, …), see `sharding.on_each_device`.
-      params: a tree of arrays.
-      rows: a tree of NumPy arrays (n, …).
-      batch_size: B. It is lowered to n if it is larger, then rounded up to a multiple of the mesh's
-        devices.
-      mesh: devices to use.
-
-    Returns:
-      The results (n, …) as NumPy arrays. Every process gets all of them.
-    """
-    size = sharding.whole_rows(mesh, min(batch_size, _count(rows)))
-    return _in_batches(function, params, rows, size, mesh)
-
-
 def _split_rows(function: Callable[..., PyTree], mesh: Mesh, specs: tuple) -> Callable[..., PyTree]:
     """A function on a mesh whose devices have rows of their own.
 
@@ -330,19 +110,6 @@ def _split_rows(function: Callable[..., PyTree], mesh: Mesh, specs: tuple) -> Ca
 def _spec(values: ArrayLike | None) -> sharding.PartitionSpec:
     """How a value for all images, () or None, or one for each, (B,), is laid out."""
     return sharding.BATCH if values is not None and jnp.ndim(values) else sharding.P()
-
-
-def reading_keys(seed: int | np.ndarray, count: int) -> jax.Array:
-    """Makes the keys (n,) of n images that are read, see `model.Model.encode`.
-
-    Args:
-      seed: one for all images, of which image i has the key folded by i, or (n,), of which each
-        image has its own folded by 0.
-      count: n.
-    """
-    if isinstance(seed, int):
-        return image_keys(jax.random.key(seed), jnp.arange(count))
-    return image_keys(jax.vmap(jax.random.key)(seed), jnp.zeros(count, jnp.int32))
 
 
 def sampling_programs(
@@ -387,7 +154,7 @@ def sampling_programs(
         draw = _split_rows(rows, mesh, specs)
         return draw(ar_params, labels, index, key, guidance_scale, temperature, prefix)
 
-    return jax.jit(tokens), decoder(vae)
+    return jax.jit(tokens), autoencoding.decoder(vae)
 
 
 @functools.cache
@@ -530,7 +297,7 @@ def _settings(
       ValueError: the model does not know the labels, or an array has no row for each image.
     """
     labels = checked_labels(models.ar.condition, labels)
-    n = _count(labels)
+    n = batching.count(labels)
     numbers = _noise_numbers(index, n)
     key = None
     key_data = None
@@ -592,7 +359,7 @@ def draw_row_by_row(
     ar, ar_params = unstacked(models.ar, models.ar_params)
     start, advance = row_programs(ar, models.vae, sampler.options, mesh)
     n = len(settings.index)
-    rows = _rows_of_process(0, sharding.whole_rows(mesh, n), n, mesh)
+    rows = batching.rows_of_process(0, sharding.whole_rows(mesh, n), n, mesh)
     placed, index, key, scale, _ = settings.batch(mesh, rows)
     carry = start(ar_params, placed)
     parts: list[Drawn] = []
@@ -603,8 +370,10 @@ def draw_row_by_row(
         so_far = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
         missing = ar.num_tokens - so_far.z.shape[1]
         tokens = np.pad(so_far.z, ((0, 0), (0, missing), (0, 0)))
-        images = in_batches(decoder(models.vae), models.vae_params, tokens, n, mesh)
-        require_finite(np.isfinite(images).all((1, 2, 3)), 0)
+        images = batching.in_batches(
+            autoencoding.decoder(models.vae), models.vae_params, tokens, n, mesh
+        )
+        batching.require_finite(np.isfinite(images).all((1, 2, 3)), 0)
         yield so_far.z.shape[1], images, so_far
 
 
@@ -658,7 +427,7 @@ def draw_batches(
     n = len(settings.index)
     size = sharding.whole_rows(mesh, min(batch_size, n))
     for first in range(start, n if stop is None else stop, size):
-        rows = _rows_of_process(first, size, n, mesh)
+        rows = batching.rows_of_process(first, size, n, mesh)
         *batch, given = settings.batch(mesh, rows)
         images, drawn = draw(ar_params, vae_params, *batch, sampler.temperature, given)
         yield first, images, drawn
@@ -698,7 +467,7 @@ def draw_images(
       NonFiniteSamples: an image is not finite.
     """
     labels = checked_labels(models.ar.condition, labels)
-    n = _count(labels)
+    n = batching.count(labels)
     batches = draw_batches(
         models,
         sampler,
@@ -711,7 +480,7 @@ def draw_images(
     )
     parts = []
     for first, images, drawn in batches:
-        require_finite_images(images, n - first, first)
+        batching.require_finite_images(images, n - first, first)
         parts.append(jax.tree.map(lambda a: hosts.gather(a)[: n - first], (images, drawn)))
         progress(min(first + len(images), n))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

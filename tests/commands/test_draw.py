@@ -36,7 +36,7 @@ from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.models import vae
 from sphere_ar_jax.runtime import checkpoint, console, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import generation, on_mesh
+from sphere_ar_jax.sampling import autoencoding, generation, on_mesh
 from sphere_ar_jax.sampling.tokens import sample_tokens
 from sphere_ar_jax.training import losses, stages
 from sphere_ar_jax.training.run import load_config, load_run
@@ -302,7 +302,7 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
         evaluate.evaluate(str(workdir), images=f'{tmp_path}/real.npz', lpips=f'{tmp_path}/vae.pt')
     real = images.astype(np.float32) / 127.5 - 1
     key = jax.random.key(0)
-    decoded, found = on_mesh.reconstruct(
+    decoded, found = autoencoding.reconstruct(
         run.vae, run.vae_params, real, key, 3, sharding.make_mesh()
     )
     scores = written['tokenizer']

@@ -170,6 +170,7 @@ def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, mon
     cfg.data.update(holdout_files=0.3, classifier_steps=2)
     run = tiny_config.random_run(cfg, num_images=24)
     monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
+    monkeypatch.setattr(open_run, 'config_of', lambda _: cfg)
     asked = []
 
     def drawn(setting, vae_params, ar_params, labels, progress):

@@ -14,7 +14,7 @@ from sphere_ar_jax.data.captions import captioned
 from sphere_ar_jax.evaluation import heldout, snapshots
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, batching
 from sphere_ar_jax.training import state
 from tests import tiny_config
 
@@ -78,7 +78,7 @@ def test_held_out_images_are_shown_and_looked_at(tmp_path):
 
 @pytest.fixture
 def not_finite():
-    return on_mesh.NonFiniteSamples([0, 1], 0, 2)
+    return batching.NonFiniteSamples([0, 1], 0, 2)
 
 
 def _said(capsys):
@@ -104,7 +104,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(
 def test_reconstructions_that_are_not_finite_do_not_end_the_training(
     tmp_path, capsys, monkeypatch, not_finite
 ):
-    monkeypatch.setattr(on_mesh, 'reconstruct', mock.Mock(side_effect=not_finite))
+    monkeypatch.setattr(autoencoding, 'reconstruct', mock.Mock(side_effect=not_finite))
     writer = mock.Mock()
     setting = mock.Mock(workdir=str(tmp_path))
     images = np.zeros((2, 4, 4, 1), np.float32)

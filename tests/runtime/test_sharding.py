@@ -17,7 +17,7 @@ from sphere_ar_jax.commands import train
 from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.models import ar, transformer
 from sphere_ar_jax.runtime import console, sharding
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, on_mesh
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 from sphere_ar_jax.training.state import abstract_state
 from tests import tiny_config
@@ -262,7 +262,7 @@ def _run(sizes, word):
     found['tokens'] = drawn.z
     key = jax.random.key(5)
     images = batch['image']
-    recon, statistics = on_mesh.reconstruct(run.vae, vae_params, images, key, 16, mesh)
+    recon, statistics = autoencoding.reconstruct(run.vae, vae_params, images, key, 16, mesh)
     found |= {'reconstructions': recon, **statistics}
     return {name: np.asarray(value) for name, value in found.items()}
 

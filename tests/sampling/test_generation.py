@@ -20,7 +20,7 @@ from sphere_ar_jax.config import build
 from sphere_ar_jax.models import ar
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import generation, on_mesh
+from sphere_ar_jax.sampling import autoencoding, batching, generation, on_mesh
 from tests import tiny_config
 from tests.conftest import forced_devices
 
@@ -294,7 +294,7 @@ def test_images_that_are_not_finite_are_never_written(run, tmp_path):
     for begun in (0, 8):  # the second start goes on from what is finite
         calls = []
         with pytest.raises(
-            on_mesh.NonFiniteSamples,
+            batching.NonFiniteSamples,
             match=r'^2 of the images 8 to 11 are not finite \(numbers 9, 11\).*are kept;',
         ) as error:
             _generate(broken, labels, path, progress=calls.append)
@@ -308,7 +308,7 @@ def test_images_that_are_not_finite_are_never_written(run, tmp_path):
 
 def test_sampled_arrays_that_are_not_finite_are_refused(run):
     broken = _with_a_broken_class(run, 7)
-    with pytest.raises(on_mesh.NonFiniteSamples, match='2 of the images 4 to 6') as error:
+    with pytest.raises(batching.NonFiniteSamples, match='2 of the images 4 to 6') as error:
         on_mesh.sample_images(
             broken, build.build_sampler(run.config), [1, 2, 3, 4, 7, 1, 7], seed=0, batch_size=4,
             mesh=sharding.make_mesh(1),
@@ -318,12 +318,12 @@ def test_sampled_arrays_that_are_not_finite_are_refused(run):
 
 def test_ten_images_that_are_not_finite_are_named():
     finite = np.arange(16) >= 12
-    with pytest.raises(on_mesh.NonFiniteSamples) as error:
-        on_mesh.require_finite(finite, 100)
+    with pytest.raises(batching.NonFiniteSamples) as error:
+        batching.require_finite(finite, 100)
     assert error.value.indices == list(range(100, 112))
     assert '12 of the images 100 to 115' in str(error.value)
     assert '(numbers 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, …)' in str(error.value)
-    on_mesh.require_finite(finite[12:], 100)
+    batching.require_finite(finite[12:], 100)
 
 
 def test_reconstructions_that_are_not_finite_are_refused():
@@ -334,8 +334,8 @@ def test_reconstructions_that_are_not_finite_are_refused():
     params = tiny_config.random_params(vae)
     images = np.zeros((4, 16, 16, 1), np.float32)
     images[2] = np.inf
-    with pytest.raises(on_mesh.NonFiniteSamples, match='1 of the images 10 to 13') as error:
-        on_mesh.reconstruct(
+    with pytest.raises(batching.NonFiniteSamples, match='1 of the images 10 to 13') as error:
+        autoencoding.reconstruct(
             vae, params, images, jax.random.key(0), 4, sharding.make_mesh(1), first=10
         )
     assert error.value.indices == [12]

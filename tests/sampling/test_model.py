@@ -22,7 +22,7 @@ from sphere_ar_jax.evaluation import pictures
 from sphere_ar_jax.interop import torch_file, torch_names, torch_sizes
 from sphere_ar_jax.runtime import checkpoint
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.sampling import inputs, model, on_mesh
+from sphere_ar_jax.sampling import autoencoding, inputs, model, on_mesh
 from tests import tiny_config
 from tests.conftest import GOLDENS, libraries_promote
 
@@ -161,7 +161,7 @@ def test_tokens_of_images(lively):
     """The most probable ones, and those that an evaluation of the tokenizer draws."""
     images = lively.sample([3, 5], seed=1)
     frozen = (lively.vae_params, jax.random.key_data(jax.random.key(7)))
-    decoded, q = on_mesh.autoencoder(lively.vae)(frozen, (images, np.arange(2)))
+    decoded, q = autoencoding.autoencoder(lively.vae)(frozen, (images, np.arange(2)))
     np.testing.assert_allclose(lively.encode(images), 8**0.5 * np.asarray(q.mu), atol=1e-5)
     again = lively.reconstruct(images, seed=7)
     np.testing.assert_allclose(again, np.clip(decoded, -1, 1), atol=ROUNDING)
@@ -367,7 +367,7 @@ def test_the_largest_seeds():
         alone = jax.random.key_data(on_mesh.sampling_key(inputs.seeds(seed, 1)))
         own = jax.vmap(on_mesh.sampling_key)(inputs.seeds([seed], 1))
         np.testing.assert_array_equal(jax.random.key_data(own)[0], alone)
-        keys = [on_mesh.reading_keys(inputs.seeds(given, 1), 1) for given in (seed, [seed])]
+        keys = [autoencoding.reading_keys(inputs.seeds(given, 1), 1) for given in (seed, [seed])]
         np.testing.assert_array_equal(*map(jax.random.key_data, keys))
     for seed in (2**32 - 1, [0, 2**32]):
         with pytest.raises(UserError, match='seed must be a whole number from 0 to 4294967294'):

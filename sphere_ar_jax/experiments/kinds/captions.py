@@ -15,7 +15,7 @@ from sphere_ar_jax.evaluation.captioned.composed_digits import GROUPS
 from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.experiments import report, runs
 from sphere_ar_jax.experiments.kinds import comparison
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, on_mesh
 
 
 def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list[Any]:
@@ -39,7 +39,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     heldout = small.first_images(data.heldout, config.num_images)
     key = on_mesh.sampling_key(cfg.seed)
     batch_size = cfg.sampling.batch_size
-    recon, found = on_mesh.reconstruct(run.vae, run.vae_params, heldout, key, batch_size, mesh)
+    recon, found = autoencoding.reconstruct(run.vae, run.vae_params, heldout, key, batch_size, mesh)
     real = composed_digits.real_images(data)
     lines: list[dict[str, Any]] = [
         {

@@ -22,7 +22,7 @@ from sphere_ar_jax.evaluation import tokenizer
 from sphere_ar_jax.evaluation.pictures import legend_below, save_figure, subplots
 from sphere_ar_jax.evaluation.small_images import Judge
 from sphere_ar_jax.experiments import report, runs, statistics
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import autoencoding, on_mesh
 from sphere_ar_jax.sampling.model import Model
 from sphere_ar_jax.training.run import Run
 
@@ -92,7 +92,7 @@ def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[
     cfg = run.config
     key = on_mesh.sampling_key(cfg.seed)
     images = small.first_images(heldout, MOST_IMAGES)
-    recon, found = on_mesh.reconstruct(
+    recon, found = autoencoding.reconstruct(
         run.vae, run.vae_params, images, key, cfg.sampling.batch_size, mesh
     )
     scores = sample_scores(judge, recon, heldout.labels[: len(images)])
