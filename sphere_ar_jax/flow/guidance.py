@@ -6,6 +6,7 @@ Dimensions:
   B  images     L  tokens of an image     d  latent dimension
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 SCHEDULES = ('linear', 'constant')
+_CLOSE = 1e-5  # A solver's time this near to an end of an interval is that end.
 
 
 def guide(v_cond: jax.Array, v_null: jax.Array, scale: jax.Array | float) -> jax.Array:
@@ -40,6 +42,18 @@ class Guidance(NamedTuple):
     scale: jax.Array
     apart: jax.Array
     interval: tuple[float, float] | None = None
+
+    def guides_at(self, t: jax.Array) -> jax.Array:
+        """Tells which times t are guided, bool of the shape of t.
+
+        A solver's times are running float32 sums, which leave its grid by less than 1e-6.
+        """
+        if self.interval is None:
+            return jnp.ones_like(t, bool)
+        low, high = self.interval
+        # An interval up to 1 includes Heun's last evaluation, which is at t = 1.
+        end = high if high < 1 else math.inf
+        return (low - _CLOSE <= t) & (t < end - _CLOSE)
 
     def combine(self, v: jax.Array) -> jax.Array:
         """Returns the velocities (2B, d) that the rows follow at a guided time.

@@ -81,6 +81,8 @@ def tokenizer_stage(
     Returns:
       The stage.
     """
+    # The statistics of pieces of a batch may look like faults that the batch has not.
+    checked = {} if options.accumulate > 1 else {'warn': vae.posterior.faults}
     return state.make_stage(
         'tokenizer',
         options,
@@ -90,7 +92,7 @@ def tokenizer_stage(
         frozen=lpips_params,
         shown=('loss', 'psnr', *vae.posterior.shown),
         about='LPIPS network',
-        warn=vae.posterior.faults,
+        **checked,
     )
 
 

@@ -1,4 +1,6 @@
+import fractions
 import functools
+import itertools
 
 import chex
 import jax
@@ -486,6 +488,18 @@ def test_annealing_is_another_solver_for_every_token(golden, tiny_ar, solver):
             model, params, alone, k, 1.5, conditions[:, k], jnp.asarray(draws), jnp.asarray(False)
         )
         np.testing.assert_allclose(z[:3], tokens[:, k], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('num_steps', [10, 25, 50, 100])
+def test_the_ends_of_a_guidance_interval_lie_on_the_grid(num_steps):
+    """low ≤ t < high in exact fractions. The times themselves are sums in float32."""
+    t = Options('euler', num_steps).plan(1).tables.t[0]
+    grid = [fractions.Fraction(i, num_steps) for i in range(num_steps)]
+    for low, high in itertools.combinations(range(0, 21), 2):
+        ends = (fractions.Fraction(low, 20), fractions.Fraction(high, 20))
+        guide = guidance.Guidance(jnp.float32(3), jnp.bool_(False), tuple(map(float, ends)))
+        expected = [ends[0] <= x < ends[1] for x in grid]
+        np.testing.assert_array_equal(guide.guides_at(jnp.asarray(t)), expected)
 
 
 @pytest.mark.slow

@@ -494,19 +494,13 @@ class FlowHead(nn.Module):
         path = self.path()
         E = len(solver.t)
         c_emb = self.apply(variables, c, method='embed_condition')
-        interval = (0.0, 1.0)
-        if guidance is not None and guidance.interval is not None:
-            interval = guidance.interval
-        low, high = interval
-        # An interval up to 1 includes Heun's last evaluation, which is at t = 1.
-        end = high if high < 1 else math.inf
-
         modulate, take_modulation, evaluate = self.evaluator(params, c_emb)
 
         def prepare(index: jax.Array) -> tuple[PyTree, jax.Array]:
-            """Modulations of the evaluations, and whether their times lie in the interval."""
+            """Modulations of the evaluations, and whether they are guided."""
             index = jnp.minimum(index, E - 1)
-            inside = (low <= solver.t[index]) & (solver.t[index] < end)
+            t = solver.t[index]
+            inside = jnp.zeros_like(t, bool) if guidance is None else guidance.guides_at(t)
             return modulate(solver.t_emb[index]), inside
 
         def take(prepared: tuple[PyTree, jax.Array], i: jax.Array) -> tuple[PyTree, jax.Array]:
