@@ -793,6 +793,12 @@ def test_the_dockerfile_holds_together():
     entry = json.loads(' '.join(next(words for name, words in found if name == 'ENTRYPOINT')))
     assert entry == ['python', '-m', 'sphere_ar_jax.main']
     assert ('USER', ['${user}']) in found and ('ARG', ['user=sphere']) in found
+    # What the build of the package takes in is there before pip runs.
+    whole = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    included = whole['tool']['hatch']['build']['targets']['wheel']['force-include']
+    pip = next(i for i, (name, words) in enumerate(found) if name == 'RUN' and 'pip' in words)
+    before = [word for _, words in found[: pip + 1] for word in words]
+    assert list(included) == ['configs'] and 'configs' in before[: before.index('pip')]
 
 
 def test_hadolint_finds_nothing():

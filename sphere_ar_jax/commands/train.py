@@ -28,6 +28,7 @@ from sphere_ar_jax.data.captions import table as captions_table
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
+from sphere_ar_jax.interop import shared
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import checkpoint, console, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -99,6 +100,11 @@ def _check_finished(key: str, workdir: str) -> None:
     """Raises UserError unless the run in a workdir is finished, or a converted one."""
     if is_converted(workdir):
         return
+    if shared.is_shared(workdir):
+        raise UserError(
+            f'{key}: {workdir} holds shared weights: convert them into a workdir first, by '
+            f'--mode=convert --checkpoint={workdir}/{shared.WEIGHTS}'
+        )
     has_ended = epath.Path(workdir, 'metrics.json').exists()
     # A run that is prolonged has ended before.
     if not has_ended or not all(is_trained(workdir, stage) for stage in ('tokenizer', 'ar')):

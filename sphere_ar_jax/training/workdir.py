@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data.captions import vocabulary
+from sphere_ar_jax.interop import shared
 from sphere_ar_jax.runtime import checkpoint, files, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run
@@ -114,6 +115,7 @@ def _prolonged(
             line = f'{section}: prolonged from {old.steps} to {new.steps} steps'
             if len(new.restarts) > len(old.restarts):
                 line += f'; the learning rate rises and falls anew from step {old.steps} on'
+            line += '. What other workdirs were trained on its former weights no longer works'
             found[section] = line
     return found
 
@@ -187,8 +189,14 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
       workdir: the workdir.
 
     Raises:
-      UserError: the workdir was begun with another model, data or training.
+      UserError: the workdir was begun with another model, data or training, or it holds shared
+        weights.
     """
+    if shared.is_shared(workdir):
+        raise UserError(
+            f'{workdir} holds shared weights, which no training goes on from: convert them into '
+            f'another --workdir by --mode=convert --checkpoint={workdir}/{shared.WEIGHTS}'
+        )
     path = epath.Path(workdir, 'config.json')
     mine = schema.as_dict(cfg)
     converted = is_converted(workdir)

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import sphere_ar_jax
-from sphere_ar_jax.commands import checkpoints, open_run
+from sphere_ar_jax.commands import checkpoints, open_run, train
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.evaluation import model_card
 from sphere_ar_jax.interop import shared
@@ -26,6 +26,7 @@ from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import generation
 from sphere_ar_jax.training.run import load_config, load_run
+from sphere_ar_jax.training.workdir import claim
 from tests.conftest import GOLDENS
 
 
@@ -105,6 +106,16 @@ def test_a_directory_to_share_is_the_run(run_with_paths, directory):
     assert ours.vae == theirs.vae and ours.ar == theirs.ar
     assert ours.config.sampling == theirs.config.sampling
     assert 'secret' not in ''.join((directory / name).read_text() for name in shared.FILES[1:])
+
+
+def test_a_shared_directory_is_no_workdir_to_train_in(directory):
+    """A training would begin anew there, and its stages would hide the shared weights."""
+    advice = f'--mode=convert --checkpoint={directory}/model.safetensors'
+    with pytest.raises(UserError, match=f'holds shared weights, .*{advice}'):
+        claim(load_config(directory), str(directory))
+    with pytest.raises(UserError, match=f'init_from: .* holds shared weights: .*{advice}'):
+        train._check_finished('init_from', str(directory))
+    assert sorted(os.listdir(directory)) == sorted(shared.FILES)
 
 
 def test_the_model_card_says_what_the_run_says(run_with_paths, directory):
