@@ -174,15 +174,17 @@ def test_a_command_for_a_run_takes_no_images_of_a_config_file(environment, run_d
         (['--config=fashion:data=idx:/other'], '/other'),
     ):
         out, err = _config_says(
-            environment, [mode, '--workdir=W', *words], 'main._with_given_data(c).data.path'
+            environment, [mode, '--workdir=W', *words], 'main._with_given_data(c, None).data.path'
         )
         assert out == f'{path}\n', err
-    out, err = _config_says(
-        environment,
-        [mode, f'--workdir={run_directory}', '--config.data.holdout=0.5'],
-        'main._with_given_data(c)',
-    )
-    assert 'data.holdout is that of the run: leave --config.data.holdout out' in err
+    load = f'__import__("sphere_ar_jax.training.run").training.run.load_config("{run_directory}")'
+    words = [mode, f'--workdir={run_directory}', '--config.data.holdout=']
+    words[-1] += '0.5'
+    out, err = _config_says(environment, words, f'main._with_given_data(c, {load})')
+    assert 'data.holdout is that of the run, 0.2: leave --config.data.holdout out' in err
+    words[-1] = '--config.data.holdout=0.2'
+    out, err = _config_says(environment, words, f'main._with_given_data(c, {load}).data.holdout')
+    assert out == '0.2\n', err
 
 
 def test_the_users_own_directory_in_flags(environment, run_directory):

@@ -224,7 +224,7 @@ def encode(
     run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
     if not is_trained(run.config.tokenizer or workdir, 'tokenizer'):
         raise UserError(f'the tokenizer of {workdir} is not trained to its end')
-    own = open_run.data_config(workdir, like)
+    own = open_run.data_config(workdir, like if data is None else None)
     d = own.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)
     source = _open_images(own, run.vae, kind, path, split or d.split, data_dir or d.data_dir)

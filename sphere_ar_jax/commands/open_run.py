@@ -11,13 +11,18 @@ from sphere_ar_jax.training.run import Run, load_config, load_run
 from sphere_ar_jax.training.workdir import other_model
 
 
+def has_run(workdir: str) -> bool:
+    """Whether there is a run in a workdir."""
+    return epath.Path(workdir, 'config.json').exists()
+
+
 def config_of(workdir: str) -> ConfigDict:
     """The config of the run in a workdir.
 
     Raises:
       UserError: there is no run, or its config is damaged.
     """
-    if not epath.Path(workdir, 'config.json').exists():
+    if not has_run(workdir):
         raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     return load_config(workdir)
 
@@ -29,14 +34,20 @@ def data_config(workdir: str, like: ConfigDict | None = None) -> ConfigDict:
 
     Args:
       workdir: the directory of the run.
-      like: a config that may say where the images are now. It counts where its kind of data is that
-        of the run.
+      like: a config that may say where the images are now.
 
     Raises:
-      UserError: there is no run, or its config is damaged.
+      UserError: there is no run, its config is damaged, or `like` names images of another kind.
     """
     cfg = config_of(workdir)
-    if like is None or like.data.name != cfg.data.name:
+    if like is None:
+        return cfg
+    if like.data.name != cfg.data.name:
+        if like.data.path is not None:
+            raise UserError(
+                f'{workdir} was trained on data {cfg.data.name}, but --config names data '
+                f'{like.data.name}: give images of the same kind'
+            )
         return cfg
     places = {f'data.{key}': like.data[key] for key in ('path', 'captions', 'data_dir')}
     return schema.changed(cfg, {key: place for key, place in places.items() if place is not None})

@@ -503,9 +503,17 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
     if workdir is None or not transfer.is_done(workdir):
         places['fine_tuning.init_from'] = cfg.fine_tuning.init_from
     for name, directory in places.items():
-        if directory is not None:
-            _opened(name, load_config, directory)
-            found.append(directory)
+        if directory is None:
+            continue
+        _opened(name, load_config, directory)
+        if name != 'tokenizer':
+            _check_finished(name, directory)
+        elif not is_trained(directory, 'tokenizer'):
+            raise UserError(
+                f'tokenizer: that in {directory} is not trained to its end: run its own command '
+                'first'
+            )
+        found.append(directory)
     if build.reads_features(cfg):
         build.open_features(cfg)
         found.append(cfg.ar.features)
@@ -526,6 +534,11 @@ def _check_parts(cfg: ConfigDict, workdir: str, mesh: Mesh) -> None:
         why = sharding.misfit(mesh, options.batch_size, options.accumulate)
         if why:
             raise UserError(f'{name}.batch_size: {why}')
+        if name == 'ar_training' and build.writes_texts(cfg) and options.accumulate > 1:
+            raise UserError(
+                'ar_training.accumulate: the loss of texts is a mean over the captions of a whole '
+                'batch: set it to 1 with ar.text_weight; ar.remat=True saves memory, too'
+            )
     check_inputs(cfg, workdir)
 
 
@@ -537,13 +550,7 @@ def _tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
     """
     if cfg.tokenizer is None:
         return None
-    params = _opened('tokenizer', load_tokenizer, cfg, mesh)
-    if not is_trained(cfg.tokenizer, 'tokenizer'):
-        raise UserError(
-            f'tokenizer: that in {cfg.tokenizer} is not trained to its end: run its own command '
-            'first'
-        )
-    return params
+    return _opened('tokenizer', load_tokenizer, cfg, mesh)
 
 
 def _lpips(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:

@@ -269,11 +269,6 @@ def _check_texts(config: ConfigDict) -> None:
             'an encoder sees a whole text, which a model that writes it may not: leave out '
             'ar.text_encoder_depth or ar.text_weight',
         )
-        require(
-            not build.writes_texts(config) or config.ar_training.accumulate == 1,
-            'ar_training.accumulate: the loss of texts is a mean over the captions of a whole '
-            'batch: set it to 1 with ar.text_weight; ar.remat=True saves memory, too',
-        )
     else:
         require(
             config.ar.text_weight is None,

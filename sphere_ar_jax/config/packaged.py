@@ -18,7 +18,7 @@ def find(word: str) -> str:
     """
     name, colon, arg = word.partition(':')
     file = None if os.path.isfile(name) else _file(name)
-    return word if file is None else f'{file}{colon}{arg}'
+    return f'{file or os.path.expanduser(name)}{colon}{arg}'
 
 
 def _file(name: str) -> str | None:

@@ -69,7 +69,7 @@ def require(
     if difference:
         raise UserError(
             f'{workdir} was trained on other classes ({difference}): give images of its own '
-            'classes, in directories of the same names'
+            f'classes; where only names changed, remove {workdir}/{_FILE}'
         )
 
 

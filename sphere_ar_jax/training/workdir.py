@@ -92,12 +92,24 @@ def _done(workdir: str | os.PathLike[str], stage: str) -> int:
 def is_trained(workdir: str | os.PathLike[str], stage: str) -> bool:
     """Tells whether a stage in a workdir is trained to the last step of its config.
 
-    Weights that were converted are, and so is a stage that the workdir does not hold.
+    Weights that were converted are, and so is a stage that the workdir does not hold. The tokenizer
+    of another workdir is looked at there.
     """
-    if not epath.Path(workdir, stage, 'checkpoints').is_dir():
+    if epath.Path(workdir, stage, 'checkpoints').is_dir():
+        training = run.load_config(workdir)[f'{stage}_training']
+        return _done(workdir, stage) >= training.steps
+    if stage != 'tokenizer' or not epath.Path(workdir, 'config.json').exists():
         return True
-    training = run.load_config(workdir)[f'{stage}_training']
-    return _done(workdir, stage) >= training.steps
+    cfg = run.load_config(workdir)
+    other = cfg.init_from or cfg.tokenizer
+    return other is None or is_trained(other, stage)
+
+
+# What other workdirs lose where a stage is prolonged, since they need its former weights.
+_LOST = {
+    'tokenizer': '. AR models and latents of this tokenizer in other workdirs must be made again',
+    'ar': '. Heads that were distilled from it must be distilled again',
+}
 
 
 def _prolonged(
@@ -115,7 +127,7 @@ def _prolonged(
             line = f'{section}: prolonged from {old.steps} to {new.steps} steps'
             if len(new.restarts) > len(old.restarts):
                 line += f'; the learning rate rises and falls anew from step {old.steps} on'
-            line += '. What other workdirs were trained on its former weights no longer works'
+            line += _LOST.get(stage, '')
             found[section] = line
     return found
 

@@ -15,7 +15,7 @@ from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.files.latents import Latents
 from sphere_ar_jax.models.vae import batch_posterior
-from sphere_ar_jax.runtime import files, sharding
+from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.losses import sample_keys
 from sphere_ar_jax.training.run import load_config, load_run
@@ -162,7 +162,10 @@ def test_the_images_of_a_run_may_have_moved(old_runs):
     assert (found.path, found.captions, found.data_dir) == tuple(moved.values())
     assert found.holdout == own.data.holdout
     other = schema.changed(own, moved | {'data.name': 'idx'})
-    assert open_run.data_config(workdir, other).data == own.data
+    with pytest.raises(UserError, match='was trained on data digits, but --config names data idx'):
+        open_run.data_config(workdir, other)
+    nowhere = schema.changed(other, {'data.path': None})
+    assert open_run.data_config(workdir, nowhere).data == own.data
 
 
 def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
@@ -176,7 +179,12 @@ def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
         data_sets.encode(str(tmp_path / 'w'), str(tmp_path / 'out'))
     mine = schema.changed(_config(old_runs), {'tokenizer': str(tmp_path / 'w')})
     with pytest.raises(UserError, match=r'tokenizer: that in .*/w is not trained to its end: run'):
-        train._tokenizer(mine, sharding.make_mesh())
+        train.check_inputs(mine, None)
+    # Also where it is that of a workdir between.
+    between = schema.changed(mine, {'tokenizer_training.steps': 0})
+    (tmp_path / 'between').mkdir()
+    files.write_json(tmp_path / 'between' / 'config.json', schema.as_dict(between))
+    assert not is_trained(tmp_path / 'between', 'tokenizer')
     with pytest.raises(UserError, match=r'init_from: .*/w is not finished'):
         train._check_finished('init_from', str(tmp_path / 'w'))
 

@@ -410,6 +410,14 @@ def test_processes_read_the_same_captions(tmp_path, monkeypatch):
     assert len({len(numbers) for numbers in compared}) == 1
 
 
+def test_texts_are_not_accumulated():
+    """Their loss is no mean over images. Runs that were trained so are opened all the same."""
+    values = {'ar.text_weight': 0.2, 'ar_training.accumulate': 2}
+    cfg = checks.check(schema.changed(packaged.load('composed:smoke'), values))
+    with pytest.raises(UserError, match=r'ar_training.accumulate: the loss of texts is a mean'):
+        train._check_parts(cfg, '/none', sharding.make_mesh())
+
+
 def test_processes_are_compared_before_they_read_weights(tmp_path, monkeypatch):
     """Where one alone has a tokenizer, the others would wait for it without end."""
     cfg = _idx(tmp_path / 'data')

@@ -442,6 +442,8 @@ def test_packaged_configs_do_not_depend_on_the_directory(tmp_path, monkeypatch):
     assert packaged.load('digits').data.name == 'digits'
     (tmp_path / 'fashion').write_text('')
     assert packaged.find('fashion') == 'fashion'
+    monkeypatch.setenv('HOME', '/home/me')
+    assert packaged.find('~/my.py:word') == '/home/me/my.py:word'
     assert packaged.load('fashion').data.name == 'idx'
     with pytest.raises(FileNotFoundError, match='there is no packaged config nothing'):
         packaged.load('nothing')

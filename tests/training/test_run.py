@@ -113,7 +113,7 @@ def test_a_run_is_prolonged(tmp_path, capsys, steps, options, more):
     said = capsys.readouterr().out
     assert said.startswith('ar_training: prolonged from 8 to 20 steps')
     assert ('rises and falls anew from step 8 on' in said) == bool(more)
-    assert 'other workdirs were trained on its former weights no longer works' in said
+    assert 'Heads that were distilled from it must be distilled again' in said
     assert run.load_config(tmp_path).ar_training.steps == 20
     with libraries_promote():
         before, _ = state.build_optimizer(cfg.ar_training)
