@@ -1,7 +1,7 @@
 r"""SphereAR on scikit-learn's 1,797 handwritten digits: the whole method in minutes on a laptop.
 
 Command:   python -m sphere_ar_jax.main --config=configs/digits.py --workdir=/tmp/digits
-Hardware:  2 CPU cores, 1.6 GB; 3 to 13 minutes, all compilation included. Nothing is downloaded.
+Hardware:  2 CPU cores, 1.6 GB; 3 to 17 minutes, all compilation included. Nothing is downloaded.
 Result:    samples/accuracy 0.992, samples/frechet 0.125, mean of three seeds (docs/evaluation.md)
 
 Words after the colon, separated by commas:

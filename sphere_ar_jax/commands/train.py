@@ -103,7 +103,7 @@ def _check_finished(key: str, workdir: str) -> None:
     if shared.is_shared(workdir):
         raise UserError(
             f'{key}: {workdir} holds shared weights: convert them into a workdir first, by '
-            f'--mode=convert --checkpoint={workdir}/{shared.WEIGHTS}'
+            f'{shared.how_to_convert(workdir)}'
         )
     has_ended = epath.Path(workdir, 'metrics.json').exists()
     # A run that is prolonged has ended before.
@@ -126,7 +126,7 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
     """Checks that the run in cfg.fine_tuning.init_from can be trained on.
 
     Raises:
-      UserError: it is not finished, its head is distilled, or its models are others than cfg's.
+      UserError: its head is distilled, or its models are others than cfg's.
     """
     key = 'fine_tuning.init_from'
     origin = cfg.fine_tuning.init_from
@@ -142,7 +142,6 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
             f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
         )
     _check_vocabulary(key, origin, theirs, cfg)
-    _check_finished(key, origin)
 
 
 class _Base(NamedTuple):
@@ -199,7 +198,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     """The run in cfg.init_from, which a head is distilled from.
 
     Raises:
-      UserError: there is no finished run, its model is not cfg's own, or it is distilled itself.
+      UserError: there is no run, its model is not cfg's own, or it is distilled itself.
     """
     teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
     if is_converted(cfg.init_from):
@@ -214,7 +213,6 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
             'a head is distilled from its own'
         )
     _check_vocabulary('init_from', cfg.init_from, teacher.config, cfg)
-    _check_finished('init_from', cfg.init_from)
     return teacher
 
 

@@ -111,6 +111,11 @@ def is_shared(directory: str | os.PathLike[str]) -> bool:
     return (place / WEIGHTS).exists() and (place / CONFIG).exists() and not has_stages
 
 
+def how_to_convert(directory: str | os.PathLike[str]) -> str:
+    """The flags that make a workdir, which a training can go on from, of shared weights."""
+    return f'--mode=convert --checkpoint={os.fspath(directory)}/{WEIGHTS}'
+
+
 def has_ar(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds the shared weights of an AR model.
 

@@ -82,7 +82,7 @@ def tokenizer_stage(
       The stage.
     """
     # The statistics of pieces of a batch may look like faults that the batch has not.
-    checked = {} if options.accumulate > 1 else {'warn': vae.posterior.faults}
+    warn = vae.posterior.faults if options.accumulate == 1 else state.no_warning
     return state.make_stage(
         'tokenizer',
         options,
@@ -92,7 +92,7 @@ def tokenizer_stage(
         frozen=lpips_params,
         shown=('loss', 'psnr', *vae.posterior.shown),
         about='LPIPS network',
-        **checked,
+        warn=warn,
     )
 
 

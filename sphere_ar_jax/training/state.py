@@ -57,7 +57,7 @@ def _same(params: PyTree) -> PyTree:
     return params
 
 
-def _no_warning(scalars: dict[str, float]) -> str | None:
+def no_warning(scalars: dict[str, float]) -> str | None:
     """Finds nothing wrong in the logged scalars."""
     del scalars
     return None
@@ -93,7 +93,7 @@ class Stage(NamedTuple):
     frozen: PyTree
     shown: tuple[str, ...]
     about: str = ''
-    warn: Callable[[dict[str, float]], str | None] = _no_warning
+    warn: Callable[[dict[str, float]], str | None] = no_warning
     model: Any = None
     loss: Loss | None = None
     begin: Callable[[PyTree], PyTree] | None = None

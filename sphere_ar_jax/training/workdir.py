@@ -207,7 +207,7 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     if shared.is_shared(workdir):
         raise UserError(
             f'{workdir} holds shared weights, which no training goes on from: convert them into '
-            f'another --workdir by --mode=convert --checkpoint={workdir}/{shared.WEIGHTS}'
+            f'another --workdir by {shared.how_to_convert(workdir)}'
         )
     path = epath.Path(workdir, 'config.json')
     mine = schema.as_dict(cfg)
