@@ -416,34 +416,19 @@ def _check_samples_files(workdir: str, output: str | None, png: str | None) -> N
         raise UserError(f'--png is {png}: pictures are written to a local disk, give --png=DIR')
 
 
-# Keys of the data that a command for a run may change: where its images are, what judges them, and
-# the number of classes of a config file whose own is another.
-_OF_PLACES = ('name', 'path', 'captions', 'data_dir', 'classifier_steps', 'num_classes')
-
-
-def _with_given_data(cfg: ConfigDict, own: ConfigDict | None) -> ConfigDict:
-    """A config for a mode of `_OF_A_RUN`, which names images only where the command line does.
-
-    The images that a config file names by itself need not be those of the run.
-
-    Args:
-      cfg: the config of the command line.
-      own: that of the run, None where there is none.
+def _of_a_run(cfg: ConfigDict, workdir: str) -> ConfigDict:
+    """The config of the command line for a mode of `_OF_A_RUN`, see `beside`.
 
     Raises:
       UserError: an override would take other images than the run has.
     """
-    given = config_flags.get_override_values(flags.FLAGS['config'])
-    asked = schema.leaves(schema.as_dict(cfg))
-    there = asked if own is None else schema.leaves(schema.as_dict(own))
-    for key in given:
-        is_fixed = key.startswith('data.') and key.removeprefix('data.') not in _OF_PLACES
-        if is_fixed and asked[key] != there[key]:
-            raise UserError(f'{key} is that of the run, {there[key]}: leave --config.{key} out')
-    if re.search(r'\bdata=', _value(sys.argv, 'config') or ''):
-        return cfg
-    places = ('data.path', 'data.captions', 'data.data_dir')
-    return schema.changed(cfg, {key: None for key in places if key not in given})
+    from sphere_ar_jax.commands import open_run
+    from sphere_ar_jax.config import beside
+
+    own = open_run.config_of(workdir) if open_run.has_run(workdir) else None
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    names_images = re.search(r'\bdata=', _value(sys.argv, 'config') or '') is not None
+    return beside.without_other_images(cfg, own, overrides, names_images)
 
 
 def main(argv: list[str]) -> None:
@@ -483,10 +468,7 @@ def main(argv: list[str]) -> None:
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
     if cfg is not None and workdir is not None and mode in _OF_A_RUN:
-        from sphere_ar_jax.commands import open_run
-
-        own = open_run.config_of(workdir) if open_run.has_run(workdir) else None
-        cfg = _with_given_data(cfg, own)
+        cfg = _of_a_run(cfg, workdir)
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.config import checks, recipes
+from sphere_ar_jax.config import beside, checks, recipes
 from sphere_ar_jax.data import augment, imagenet, small, sources
 from sphere_ar_jax.data.files import array_records, latents
 from sphere_ar_jax.evaluation import class_names
@@ -213,8 +213,8 @@ def encode(
       shards: the number of files.
       split: the split of tfds or hf; None takes that of the run's config.
       data_dir: the directory of tfds or hf; None takes that of the run's config.
-      like: a config whose dtype and mesh are taken, see `open_run.open_run`, and that may say where
-        the run's images are now, see `open_run.data_config`.
+      like: a config whose dtype and mesh are taken, and that may say where the run's images are
+        now, see `config.beside`.
 
     Raises:
       UserError: there is no tokenizer that is trained to its end, the images cannot be read, or the
@@ -224,7 +224,7 @@ def encode(
     run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
     if not is_trained(run.config.tokenizer or workdir, 'tokenizer'):
         raise UserError(f'the tokenizer of {workdir} is not trained to its end')
-    own = open_run.data_config(workdir, like if data is None else None)
+    own = beside.for_the_images(open_run.config_of(workdir), like if data is None else None)
     d = own.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)
     source = _open_images(own, run.vae, kind, path, split or d.split, data_dir or d.data_dir)

@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands import open_run
-from sphere_ar_jax.config import build, recipes, schema
+from sphere_ar_jax.config import beside, build, recipes, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.evaluation import class_names, snapshots, tokenizer
 from sphere_ar_jax.evaluation.fidelity import (
@@ -66,9 +66,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
     A run on a small data set is scored by the protocol of such sets, all others by a classifier.
     """
     run, mesh = open_run.open_run(workdir, like)
-    own = open_run.data_config(workdir, like)
-    if like is not None:
-        own = schema.changed(own, {'data.classifier_steps': like.data.classifier_steps})
+    own = beside.for_the_images(open_run.config_of(workdir), like)
     d = own.data
     cfg = schema.changed(run.config, {f'data.{key}': value for key, value in d.items()})
     setting = snapshots.Setting(cfg, workdir, mesh, run.vae, run.ar, None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.commands import data_sets, open_run, train
-from sphere_ar_jax.config import checks, packaged, schema
+from sphere_ar_jax.config import beside, checks, packaged, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import batches
 from sphere_ar_jax.data.files.latents import Latents
@@ -144,7 +144,7 @@ def test_what_is_held_out_follows_from_the_runs_own_seed(old_runs, tmp_path):
     workdir = str(old_runs / 'digits')
     like = schema.changed(load_config(workdir), {'seed': 5})
     run, _ = open_run.open_run(workdir, like)
-    assert run.config.seed == 5 and open_run.data_config(workdir, like).seed == 0
+    assert run.config.seed == 5 and beside.for_the_images(load_config(workdir), like).seed == 0
     data_sets.encode(workdir, str(tmp_path / 'out'), like=like)
     train = small.open_data_set('digits', None, 0, run.config.data.holdout).train
     other = small.open_data_set('digits', None, 5, run.config.data.holdout).train
@@ -152,20 +152,6 @@ def test_what_is_held_out_follows_from_the_runs_own_seed(old_runs, tmp_path):
     labels = [int(written[i]['label']) for i in range(len(written))]
     np.testing.assert_array_equal(labels, train.labels)
     assert not np.array_equal(labels, other.labels)
-
-
-def test_the_images_of_a_run_may_have_moved(old_runs):
-    workdir = str(old_runs / 'digits')
-    own = load_config(workdir)
-    moved = {'data.path': '/new', 'data.captions': '/new/texts.tsv', 'data.data_dir': '/sets'}
-    found = open_run.data_config(workdir, schema.changed(own, moved | {'data.holdout': 0.5})).data
-    assert (found.path, found.captions, found.data_dir) == tuple(moved.values())
-    assert found.holdout == own.data.holdout
-    other = schema.changed(own, moved | {'data.name': 'idx'})
-    with pytest.raises(UserError, match='was trained on data digits, but --config names data idx'):
-        open_run.data_config(workdir, other)
-    nowhere = schema.changed(other, {'data.path': None})
-    assert open_run.data_config(workdir, nowhere).data == own.data
 
 
 def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
