@@ -45,7 +45,7 @@ def examine(
 
     Args:
       cfg: a config that has not been checked yet, or None.
-      workdir: the value of --workdir, or None.
+      workdir: the directory of the run, an absolute path or gs://…; None where not known.
       data: the value of --data, or None.
       examination: runs the checks and prints them.
       trains: whether to check what a training needs.
@@ -234,6 +234,7 @@ def main(argv: list[str]) -> int:
         import sphere_ar_jax.commands.train  # noqa: F401, it imports all that a run needs
         from sphere_ar_jax.config import packaged
         from sphere_ar_jax.runtime.console import one_line
+        from sphere_ar_jax.runtime.files import absolute
 
         values, rest = _flags(packaged.with_paths(argv))
         cfg = values.config
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> int:
     if not trains:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
         examination.say(checks.Check('flags', 'ok', text))
-    examine(cfg, values.workdir, values.data, examination, trains)
+    workdir = None if values.workdir is None else absolute(values.workdir)
+    examine(cfg, workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')
     sys.stdout.flush()

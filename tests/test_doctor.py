@@ -412,14 +412,16 @@ def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     assert fits or '--config.ar_training.batch_size' in check.text
 
 
-def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch):
+def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
     home = tmp_path / 'home'
     home.write_text('')
     monkeypatch.setenv('HOME', str(home))
-    assert commands_checks.check_workdir('~/new').status == 'FAIL'  # It lies in a file.
+    code, lines = _examined(capsys, '--workdir=~/new')
+    # It lies in a file.
+    assert code == 1 and f'{home}/new cannot be written' in _line(lines, 'workdir')
     cfg = schema.changed(tiny_config.get_config(), {'tokenizer': '~/none'})
     with pytest.raises(UserError, match=f'there is no run in {home}/none'):
-        commands_checks.check_inputs(cfg, '~/new')
+        commands_checks.check_inputs(cfg, str(tmp_path))
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

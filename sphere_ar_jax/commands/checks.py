@@ -241,15 +241,13 @@ def check_workdir(workdir: str, needed: int = 0) -> Check:
     not exist yet, the nearest directory above it is tried.
 
     Args:
-      workdir: a path, or gs://…
+      workdir: an absolute path, or gs://…
       needed: bytes that checkpoints will take, 0 where not known.
     """
     from etils import epath
 
-    from sphere_ar_jax.runtime.files import absolute
-
     remote = '://' in workdir
-    place = epath.Path(absolute(workdir))
+    place = epath.Path(workdir)
     while not remote and not os.path.lexists(place):
         place = place.parent
     file = place / f'.doctor-{uuid.uuid4().hex}'
@@ -286,13 +284,11 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
 
     Args:
       cfg: a checked config.
-      workdir: the directory of the run, None where not known.
+      workdir: the directory of the run, an absolute path; None where not known.
     """
     from sphere_ar_jax.commands import train
-    from sphere_ar_jax.runtime.files import absolute
 
-    place = None if workdir is None else absolute(workdir)
-    found = train.check_inputs(train.with_absolute_paths(cfg), place)
+    found = train.check_inputs(train.with_absolute_paths(cfg), workdir)
     return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
 
 

@@ -625,23 +625,17 @@ def open_source(
     Raises:
       UserError: the images cannot be opened, see the classes.
     """
-    place = None if data_dir is None else os.path.expanduser(data_dir)
-    if kind == 'tfds':
-        return TFDS(path, split, place)
-    if kind == 'hf':
-        return HuggingFace(path, split, place, needs_labels)
-    path = os.path.expanduser(path)
-    if kind == 'imagenet':
-        return ImageNetTar(path, progress=progress)
-    if kind == 'webdataset':
-        return WebDataset(path, progress, needs_labels)
-    if kind == 'parquet':
-        return Parquet(path, needs_labels)
-    if kind == 'folder':
-        return ImageFolder(path, needs_labels)
     if kind == 'latents':
-        return Latents(path)
-    return KINDS[kind](path)
+        return Latents(os.path.expanduser(path))
+    known = {
+        'split': split,
+        'data_dir': None if data_dir is None else os.path.expanduser(data_dir),
+        'progress': progress,
+        'needs_labels': needs_labels,
+    }
+    options = {name: known[name] for name in _OPTIONS.get(kind, ())}
+    place = path if kind in _NAMED else os.path.expanduser(path)
+    return KINDS[kind](place, **options)
 
 
 def is_name(kind: str, path: str | None) -> bool:
@@ -669,3 +663,14 @@ KINDS: dict[str, Callable[..., Images]] = {
     'parquet': Parquet,
     'emoji': Emoji,
 }
+# The arguments of `open_source` that sources take besides a path.
+_OPTIONS = {
+    'imagenet': ('progress',),
+    'folder': ('needs_labels',),
+    'tfds': ('split', 'data_dir'),
+    'hf': ('split', 'data_dir', 'needs_labels'),
+    'webdataset': ('progress', 'needs_labels'),
+    'parquet': ('needs_labels',),
+}
+# Sources whose path may be the name of a data set.
+_NAMED = ('tfds', 'hf')
