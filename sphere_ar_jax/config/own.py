@@ -13,8 +13,10 @@ Dimensions:
   B  images of a step
 """
 
+import json
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -90,9 +92,27 @@ class Decision(NamedTuple):
         return f'{pairs}: {self.reason}'
 
 
+# A pair of `Decision.line`, and what follows it.
+_PAIR = re.compile(r'(?P<key>[\w.]+)=(?P<value>"(?:[^"\\]|\\.)*"|[^\s"]+?)(?P<end>:? )')
+
+
 def _shown(value: Any) -> str:
-    """A value as text without spaces."""
+    """A value as text without spaces; a text that has some itself is in quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False) if re.search(r'[\s"]', value) else value
     return str(value).replace(' ', '')
+
+
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """The keys and shown values of a line of `Decision.line`."""
+    found = []
+    start = 0
+    while match := _PAIR.match(line, start):
+        found.append((match['key'], match['value']))
+        start = match.end()
+        if match['end'] == ': ':
+            break
+    return found
 
 
 # ---- counting
@@ -482,11 +502,9 @@ def lines(config: ConfigDict) -> list[str]:
     values = schema.leaves(config.to_dict())
     found = []
     for reason in config.reasons:
-        head, _, _ = reason.partition(': ')
-        pairs = [pair.partition('=') for pair in head.split(' ')]
         other = [
             f'{key}={_shown(values[key])}'
-            for key, _, value in pairs
+            for key, value in _pairs(reason)
             if key in values and _shown(values[key]) != value
         ]
         overridden = f' Overridden: {" ".join(other)}.' if other else ''

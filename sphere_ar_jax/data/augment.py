@@ -266,6 +266,24 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).convert('L'))[..., None]
 
 
+def central(encoded: bytes, size: int, channels: int = 3, as_stored: bool = False) -> np.ndarray:
+    """Decodes an image for an evaluation and cuts out its middle.
+
+    Args:
+      encoded: a file's content.
+      size: S.
+      channels: c, see `with_channels`.
+      as_stored: see `decode`.
+
+    Returns:
+      (S, S, c) uint8.
+
+    Raises:
+      BrokenImageError: see `decode` and `crop`.
+    """
+    return with_channels(center_crop(decode(encoded, as_stored=as_stored), size), channels)
+
+
 def draw_shorter_side(size: int, draw: Draw) -> int:
     """Draws s of a random crop, uniform from S to ⌈S/0.8⌉."""
     return draw(size, math.ceil(size / SMALLEST_SHARE) + 1)

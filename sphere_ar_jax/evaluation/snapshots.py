@@ -95,11 +95,10 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
             break
         try:
             record = source[i]
-            image = augment.decode(record['image'], as_stored=as_stored)
-            crop = augment.center_crop(image, size)
+            crop = augment.central(record['image'], size, channels, as_stored)
         except (augment.BrokenImageError, UserError, MemoryError):
             continue
-        images.append(pixels.to_float(augment.with_channels(crop, channels)))
+        images.append(pixels.to_float(crop))
         labels.append(record['label'])
     return {
         'image': np.stack(images) if images else [],
@@ -385,9 +384,9 @@ def _rows(setting: Setting) -> tuple[list[str], np.ndarray]:
         titles = [console.printable(caption, 80) for caption in captions]
         return titles, build.encode_captions(setting.cfg, captions)
     classes = min(schema.num_classes(setting.cfg), setting.source.num_classes)
-    numbers = np.linspace(0, classes - 1, min(watch.classes, classes)).round().astype(int)
+    numbers = sources.spread(classes, watch.classes)
     names = getattr(setting.source, 'class_names', None)
-    return class_names.titles(numbers.tolist(), names), numbers
+    return class_names.titles(numbers, names), np.asarray(numbers)
 
 
 def _grid(setting: Setting) -> _Grid:
@@ -548,9 +547,9 @@ def score(
     sampling = setting.cfg.sampling
     seconds = {}
     started = time.perf_counter()
-    heldout = small.first_images(data.heldout, _MOST_HELD_OUT)
-    columns = min(16, len(heldout))
-    metrics = _reconstruct(setting, vae_params, heldout, sampling.batch_size, columns=columns)
+    images = small.first_images(data.heldout, _MOST_HELD_OUT)
+    columns = min(16, len(images))
+    metrics = _reconstruct(setting, vae_params, images, sampling.batch_size, columns=columns)
     seconds['reconstruction'] = time.perf_counter() - started
     if ar_params is None:
         return metrics, seconds
@@ -566,15 +565,15 @@ def score(
         way = _of_captions(setting, data, drawing['models'])
     else:
         way = _of_classes(setting, data)
-    images, _ = on_mesh.sample_images(
+    samples, _ = on_mesh.sample_images(
         labels=way.labels, progress=console.bar(sampling.num_images, 'samples'), **drawing
     )
-    way.save(f'{setting.workdir}/samples.png', images)
+    way.save(f'{setting.workdir}/samples.png', samples)
     seconds['sampling'] = time.perf_counter() - started
 
     started = time.perf_counter()
     print('scoring', flush=True)
-    metrics |= way.score(images)
+    metrics |= way.score(samples)
     seconds['scoring'] = time.perf_counter() - started
     return metrics, seconds
 

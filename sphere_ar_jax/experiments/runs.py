@@ -69,18 +69,19 @@ def ar_directory(cache: str, cfg: ConfigDict) -> str:
     return f'{cache}/ar-{cfg.vae.posterior}-{cfg.seed}-{_of_sections(cfg, _OF_AR)}'
 
 
-# What judges samples, by a key of the data set and the seed of its split.
-_judges: dict[str, Any] = {}
+# The last judge that was made, by the name of what makes it and the key of its data. Experiments go
+# from seed to seed, and need no earlier one again.
+_last_judge: dict[tuple[str, str], Any] = {}
 
 
 def _once(cfg: ConfigDict, make: Callable[[small.DataSet], _T]) -> _T:
     """What `make` makes of a run's data set, made once for the data set and its seed."""
     values = schema.as_dict(cfg)
-    name = key([values['data'], values['seed']])
-    if name not in _judges:
-        _judges.clear()  # One at a time is in use.
-        _judges[name] = make(build.open_data_set(cfg))
-    return _judges[name]
+    name = (make.__qualname__, key([values['data'], values['seed']]))
+    if name not in _last_judge:
+        _last_judge.clear()
+        _last_judge[name] = make(build.open_data_set(cfg))
+    return _last_judge[name]
 
 
 def judge(cfg: ConfigDict, cache: str) -> small_images.Judge:

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
 
+from sphere_ar_jax.flow.guidance import Guidance
+from sphere_ar_jax.flow.plan import Options, Plan
+from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.runtime.types import PyTree
 
 
@@ -55,8 +58,8 @@ def _inner(equation: JaxprEqn) -> list[Jaxpr]:
     return found
 
 
-def _count(jaxpr: Jaxpr, lengths: tuple[float, ...]) -> float:
-    """Operations of a jaxpr; `lengths` as in `flops`."""
+def _count(jaxpr: Jaxpr, lengths: tuple[float, ...], taken: float) -> float:
+    """Operations of a jaxpr; `lengths` and `taken` as in `flops`."""
     total: float = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -66,9 +69,9 @@ def _count(jaxpr: Jaxpr, lengths: tuple[float, ...]) -> float:
         elif name == 'conv_general_dilated':
             total += _conv(equation)
         elif name == 'scan':
-            total += p['length'] * _count(p['jaxpr'].jaxpr, lengths)
+            total += p['length'] * _count(p['jaxpr'].jaxpr, lengths, taken)
         elif name == 'while':
-            once = _count(p['body_jaxpr'].jaxpr, lengths[1:])
+            once = _count(p['body_jaxpr'].jaxpr, lengths[1:], taken)
             if once and not lengths:
                 raise ValueError(
                     'products inside a loop of unknown length cannot be counted: give its length'
@@ -79,10 +82,10 @@ def _count(jaxpr: Jaxpr, lengths: tuple[float, ...]) -> float:
             if name == 'cond' and p.get('branches_platforms'):
                 # The branches are kernels for the same; the last one is the plain one.
                 inside = inside[-1:]
-            counts = [_count(inner, lengths) for inner in inside]
-            if name == 'cond':
-                # The branches read the cache to different lengths.
-                counts = [sum(counts) / len(counts)]
+            counts = [_count(inner, lengths, taken) for inner in inside]
+            if name == 'cond' and len(counts) > 1:
+                *others, last = counts
+                counts = [taken * last, (1 - taken) * sum(others) / len(others)]
             total += sum(counts)
     return total
 
@@ -107,34 +110,64 @@ def shapes(function: Callable[..., Any], *arguments: PyTree) -> set[tuple[int, .
 
 
 def flops(
-    function: Callable[..., Any], *arguments: PyTree, lengths: tuple[float, ...] = ()
+    function: Callable[..., Any],
+    *arguments: PyTree,
+    lengths: tuple[float, ...] = (),
+    taken: float = 0.5,
 ) -> float:
     """Floating-point operations of a function in products and convolutions.
 
-    A conditional counts as the mean of its branches. Where the branches are kernels for several
-    platforms, the plain one counts.
+    A conditional counts as the weighted mean of its branches. Where the branches are kernels for
+    several platforms, the plain one counts.
 
     Args:
       function: traceable by JAX.
       *arguments: its arguments, abstract or not.
       lengths: how often loops of products run whose length is data, the outermost first.
+      taken: the share of the runs of a conditional that take its last branch, which is that of True
+        in `jax.lax.cond`. The others are taken equally often.
 
     Raises:
       ValueError: the length of such a loop is not given.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, lengths, taken)
 
 
-def head_loops(evaluations: float, chunk: float) -> tuple[float, float]:
+def head_loops(
+    plan: Plan, rows: int, fused: bool, evaluations: float | None = None
+) -> tuple[float, float]:
     """`lengths` of the two loops of `solvers.integrate`.
 
     The outer one runs over chunks of evaluations, the inner one over those within a chunk.
 
     Args:
-      evaluations: of the head for a token.
-      chunk: evaluations of one chunk.
+      plan: what the solver does.
+      rows: rows of the sampler on a device.
+      fused: see `FlowHead`.
+      evaluations: those of one token, None for the mean over all tokens.
     """
-    return evaluations / chunk, chunk
+    count = plan.evaluations if evaluations is None else evaluations
+    most = plan.tables.t.shape[1]
+    chunks = math.ceil(count / chunk_size(most, rows, fused))
+    return chunks, count / chunks
+
+
+def guided_evaluations(options: Options, num_tokens: int) -> np.ndarray:
+    """How many of each token's evaluations read null rows, (L,) int.
+
+    Args:
+      options: of a sampler with guidance.
+      num_tokens: L.
+    """
+    plan = options.plan(num_tokens)
+    guidance = Guidance(jnp.float32(1), jnp.asarray(False), options.guidance_interval)
+    inside = np.asarray(guidance.guides_at(jnp.asarray(plan.tables.t)))
+    is_evaluated = np.arange(inside.shape[1]) < plan.count[:, None]
+    guided = (inside & is_evaluated).sum(1)[plan.which]
+    if options.guidance == 'linear' and options.first_token_apart is not False:
+        # The null rows of token 0 go apart, at all times.
+        guided[0] = plan.count[plan.which[0]]
+    return guided
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -23,7 +23,6 @@ from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import costs
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR
-from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.models.vae import VAE, draw_latents
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
@@ -42,7 +41,7 @@ PARTS = {
     'encode': 'tokens of B images, drawn from the posterior, and its KL',
     'train_tokenizer': 'one optimizer step of the S-VAE, without adversarial and perceptual terms',
     'train_ar': 'one optimizer step of the AR model, encoding included',
-    'sample': 'B images, whole, in one program',
+    'sample': 'B images, whole: their tokens, then their pixels',
 }
 
 # These parts are starts, which are not repeated.
@@ -64,8 +63,8 @@ def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
 
     Returns:
       `images` (B, H, W, c) in [−1, 1], `labels` (B,), captions (B, T) or features (B, T, F),
-        tokens `z` (B, L, d) on the sphere, and `condition` (2B, D). Labels and captions are int32,
-        all else is float32.
+        tokens `z` (B, L, d) as the sampler feeds them back, and `condition` (2B, D). Labels and
+        captions are int32, all else is float32.
     """
     rng = np.random.default_rng(0)
     example = ar.condition.example()
@@ -79,7 +78,7 @@ def inputs(ar: AR, vae: VAE, batch: int) -> dict[str, np.ndarray]:
     return {
         'images': rng.uniform(-1, 1, (batch, *vae.image_shape)).astype(np.float32),
         'labels': labels,
-        'z': z / np.linalg.norm(z, axis=-1, keepdims=True) * ar.latent_dim**0.5,
+        'z': np.asarray(vae.project(jnp.asarray(z))),
         'condition': rng.normal(size=(2 * batch, ar.width)).astype(np.float32),
     }
 
@@ -182,10 +181,13 @@ class Part:
         function: Callable[..., Any],
         *arguments: PyTree,
         weights: PyTree = (),
-        lengths: tuple[float, ...] = (),
+        **counting: Any,
     ) -> None:
-        """Adds a function's operations, and the bytes of the weights that it reads."""
-        self.flops += costs.flops(function, *arguments, lengths=lengths)
+        """Adds a function's operations, and the bytes of the weights that it reads.
+
+        `counting` are `lengths` and `taken` of `costs.flops`.
+        """
+        self.flops += costs.flops(function, *arguments, **counting)
         self.bytes += costs.tree_bytes(weights)
 
     def _compiled(
@@ -273,7 +275,6 @@ class Part:
             return self.vae.project(head.draw_token(params, c, noise, solver, guidance))
 
         evaluations = int(plan.count[plan.which[1]])
-        chunk = chunk_size(plan.tables.t.shape[1], self._rows, ar.fused)
         # Each evaluation reads the residual blocks; a chunk of evaluations shares the modulations.
         blocks = {
             name: {module: weights for module, weights in group.items() if module != 'ada'}
@@ -281,9 +282,11 @@ class Part:
             if 'res_groups' in name
         }
         self.bytes += evaluations * costs.tree_bytes(blocks)
-        lengths = costs.head_loops(evaluations, chunk)
+        lengths = costs.head_loops(plan, self._rows, ar.fused, evaluations)
+        guided = costs.guided_evaluations(self.options, ar.num_tokens)
+        taken = int(guided[1]) / evaluations
         key = jax.random.key(0)
-        compiled = self._compiled(run, params, c, key, jnp.int32(1), lengths=lengths)
+        compiled = self._compiled(run, params, c, key, jnp.int32(1), lengths=lengths, taken=taken)
         return lambda: np.asarray(compiled())
 
     def _decode(self) -> Callable[[], np.ndarray]:

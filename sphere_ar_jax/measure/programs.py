@@ -26,7 +26,6 @@ from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.conditions import Condition
 from sphere_ar_jax.models.heads import MeanVelocity
-from sphere_ar_jax.models.heads.flow import chunk_size
 from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import sharding
@@ -240,11 +239,12 @@ def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     dtype, shape = _label(ar.condition)
     labels = jax.ShapeDtypeStruct((batch, *shape), dtype)
-    plan = options.plan(ar.num_tokens)
     rows = 2 * batch if options.guidance else batch
-    chunk = chunk_size(plan.tables.t.shape[1], rows, ar.fused)
-    lengths = costs.head_loops(plan.evaluations, chunk)
-    return costs.flops(sample, params, labels, jax.random.key(0), lengths=lengths)
+    plan = options.plan(ar.num_tokens)
+    lengths = costs.head_loops(plan, rows, ar.fused)
+    guided = costs.guided_evaluations(options, ar.num_tokens)
+    taken = float(guided.mean()) / plan.evaluations
+    return costs.flops(sample, params, labels, jax.random.key(0), lengths=lengths, taken=taken)
 
 
 def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
@@ -270,10 +270,8 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     flops = _tokens_flops(ar, params, images, options)
     # The loops run over tokens, over chunks of evaluations and within one chunk, as `sample_tokens`
     # and `solvers.integrate` make them.
-    plan = options.plan(ar.num_tokens)
-    evaluations = plan.evaluations
     rows = images // sharding.batch_parts(mesh) * (2 if options.guidance else 1)
-    rounds = -(-evaluations // chunk_size(plan.tables.t.shape[1], rows, ar.fused))
+    loops = costs.head_loops(options.plan(ar.num_tokens), rows, ar.fused)
     tokens_work = Work(
         name='tokens',
         function=tokens,
@@ -282,7 +280,7 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
         images=images,
         flops=flops,
         computed=flops,
-        lengths=(ar.num_tokens, rounds, evaluations / rounds),
+        lengths=(ar.num_tokens, *loops),
         devices=mesh.size,
     )
 

@@ -1,4 +1,7 @@
-"""Sizes of the published models (paper, table 5), without JAX so that configs read quickly."""
+"""Constants of the published models (paper, table 5), without JAX so that configs read quickly."""
+
+# Added to the variance in RMSNorm and LayerNorm.
+EPS = 1e-6
 
 # Arguments of `ar.sphere_ar`; those that are not here keep their defaults.
 VARIANTS: dict[str, dict[str, int]] = {

@@ -31,7 +31,7 @@ from sphere_ar_jax.models import kernels
 from sphere_ar_jax.models.attention import apply_rope, attend
 from sphere_ar_jax.models.cache import Cache, HeadsFirst
 from sphere_ar_jax.models.fused.blocks import transformer_block
-from sphere_ar_jax.models.fused.products import EPS
+from sphere_ar_jax.models.sizes import EPS
 
 INIT = nn.initializers.normal(0.02)
 

@@ -89,7 +89,7 @@ def _noise_numbers(index: ArrayLike | None, n: int) -> np.ndarray:
 
 
 def _split_rows(function: Callable[..., PyTree], mesh: Mesh, specs: tuple) -> Callable[..., PyTree]:
-    """A function on a mesh whose devices have rows of their own.
+    """Makes a function run on every device of a mesh, each on its own rows of the batch.
 
     Args:
       function: the function of one device's rows; its results have the rows in front.
@@ -178,10 +178,10 @@ def program(
       mesh: devices that draw.
 
     Returns:
-      function of (ar_params, vae_params, labels (B,) int32, index (B,) int32, key, guidance_scale,
-        temperature, prefix=None) → (images (B, H, W, c) float32, `Drawn` of (B, L, d)). Key and
-        guidance scale are those of all images, (), or of each, (B,). What has rows of images is
-        laid out by `sharding.place_batch`.
+      function of (ar_params, vae_params, labels, index (B,) int32, key, guidance_scale,
+        temperature, prefix=None) → (images (B, H, W, c) float32, `Drawn` of (B, L, d)). Labels are
+        a tree of (B, …), see `conditions`. Key and guidance scale are those of all images, (), or
+        of each, (B,). What has rows of images is laid out by `sharding.place_batch`.
     """
     tokens, decode = sampling_programs(ar, vae, options, mesh)
 
@@ -209,7 +209,8 @@ def row_programs(
     Returns:
       (start, advance). The program `start` is (ar_params, labels) → carry. The program `advance` is
         (ar_params, carry, first, index, key, guidance_scale, temperature) → (carry, `Drawn` of (B,
-        W, d)), where `first` is the number of the row's first token. It takes the carry's memory.
+        W, d)), where `first` is the number of the row's first token. The carry that it is given
+        is donated.
     """
     whole = sharding.P()
     split = sharding.BATCH

@@ -88,6 +88,24 @@ def test_an_hour_on_a_small_gpu():
     assert operations / 5e12 < 40 * 60
 
 
+def test_values_with_spaces_are_shown_as_they_are():
+    config = schema.default()
+    values = {
+        'data.path': '/my birds: new/"a"=b',
+        'data.captions': 'texts.tsv',
+        'vae.grid': (8, 8),
+        'ar_training.steps': 7,
+    }
+    own.apply(config, (own.Decision(values, 'it is so: see vae.grid=(9,9) there.'),))
+    line = (
+        'data.path="/my birds: new/\\"a\\"=b" data.captions=texts.tsv vae.grid=(8,8) '
+        'ar_training.steps=7: it is so: see vae.grid=(9,9) there.'
+    )
+    assert own.lines(config) == [line]
+    config.data.path = '/mybirds:new/"a"=b'
+    assert own.lines(config) == [f'{line} Overridden: data.path="/mybirds:new/\\"a\\"=b".']
+
+
 def test_each_value_has_one_reason_and_each_reason_is_said():
     decisions = own.decide(own.Counted(2000, 3, 'as counted there'), own.Wishes(size=128))
     keys = [key for decision in decisions for key in decision.values]

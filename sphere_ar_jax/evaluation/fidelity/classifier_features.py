@@ -124,8 +124,7 @@ def _read(
                 return None
             if captions and encode is not None:
                 encode(captions[0])
-            image = augment.decode(record['image'], as_stored=as_stored)
-            crop = augment.with_channels(augment.center_crop(image, size), channels)
+            crop = augment.central(record['image'], size, channels, as_stored)
         except (augment.BrokenImageError, UserError, MemoryError):
             return None
         return shrunk(crop), record['label'], (captions or ())[:1]

@@ -49,8 +49,8 @@ class Crops:
     def _crop(self, i: int) -> np.ndarray | None:
         """The crop (S, S, 3) of an image, None where it cannot be decoded."""
         try:
-            image = augment.decode(self._source[i]['image'], as_stored=self._as_stored)
-            return augment.center_crop(image, self.size)
+            encoded = self._source[i]['image']
+            return augment.central(encoded, self.size, as_stored=self._as_stored)
         except augment.BrokenImageError as error:
             self.broken[i] = f'{self._source.name(i)}: {first_line(error)}'
             return None

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.convolutions import Conv, ConvTranspose, torch_init
+from sphere_ar_jax.models.sizes import EPS
 
 
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     center = mean(x)
     gain = scale[None, None, None]
     variance = mean(jnp.square(x - center))
-    a = gain * jax.lax.rsqrt(variance + transformer.EPS)
+    a = gain * jax.lax.rsqrt(variance + EPS)
     return a * (x - center) + bias[None, None, None]
 
 

@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import kernels
+from sphere_ar_jax.models.sizes import EPS
 
-EPS = 1e-6
 # Sides of the tiles that a kernel works on, the best first. Triton's products take 16 and more.
 SIDES = (64, 32, 16)
 # Multiprocessors of an H100 or H200, among which the tiles of a result are shared out.

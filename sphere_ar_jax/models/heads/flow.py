@@ -31,7 +31,8 @@ from sphere_ar_jax.flow.guidance import Guidance
 from sphere_ar_jax.flow.plan import Plan
 from sphere_ar_jax.models import transformer
 from sphere_ar_jax.models.fused import flow_head
-from sphere_ar_jax.models.fused.products import EPS, Modulations
+from sphere_ar_jax.models.fused.products import Modulations
+from sphere_ar_jax.models.sizes import EPS
 from sphere_ar_jax.models.transformer import INIT
 from sphere_ar_jax.runtime.types import PyTree
 
