@@ -106,21 +106,16 @@ class _Results:
     """The lines of measured.jsonl."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        lines = metric_writer.read_scalars(path, ('key', 'lines', 'seconds'))
+        self._file = metric_writer.JsonLines(path, ('key', 'lines', 'seconds'))
         self._measured = {
             line['key']: Measured(line['lines'], line['seconds'], line.get('trained', {}))
-            for line in lines
+            for line in self._file.lines
         }
-        # The file is written again without a line that was cut off.
-        files.write_bytes(path, ''.join(json.dumps(line) + '\n' for line in lines).encode())
 
     def add(self, key: str, what: str, measured: Measured) -> None:
         """Adds what was measured; `what` is for readers."""
         self._measured[key] = measured
-        line = {'what': what, 'key': key, **measured._asdict()}
-        with files.naming(self._path), open(self._path, 'a') as f:
-            f.write(json.dumps(line) + '\n')
+        self._file.add({'what': what, 'key': key, **measured._asdict()})
 
     def has(self, key: str | None) -> bool:
         """Whether this was measured."""

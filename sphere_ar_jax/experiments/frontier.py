@@ -1,16 +1,15 @@
-r"""Quality against evaluations of the flow head, for trained runs of the digits.
+r"""Quality against evaluations of the flow head, for trained runs of one small data set.
 
     python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 \
         --output=/tmp/frontier
 
-Every setting of `settings` samples --num_images digits from every run and scores them by the
-digits' protocol. The results are a table and a plot; `docs/evaluation.md`, "Quality against
+Every setting of `settings` samples --num_images images from every run and scores them by the
+protocol of its data set. The results are a table and a plot; `docs/evaluation.md`, "Quality against
 evaluations", shows them. Each score is added to OUTPUT/scores.jsonl at once, so that the command
 goes on where it stopped when it is started again. Where the head of a run is distilled, the
 settings are the numbers of steps that it was distilled for.
 """
 
-import json
 import os
 import sys
 import time
@@ -22,8 +21,9 @@ from absl import flags
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation import pictures, small_images
+from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.flow import plan, solvers
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import on_mesh
@@ -126,15 +126,20 @@ def settings(levels: Iterable[int] | None = None) -> _Settings:
 
 
 def _measure(
-    run: Run, options: plan.Options, scale: float | None, num_images: int, batch_size: int
+    run: Run,
+    judge: small_images.Judge,
+    options: plan.Options,
+    scale: float | None,
+    num_images: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Scores of one setting on one run, with its mean evaluations per token."""
     cfg = run.config
-    data = build.open_data_set(cfg)
-    labels = np.arange(num_images) % data.train.num_classes
+    num_classes = schema.num_classes(cfg)
+    assert num_classes is not None  # a run knows it
+    labels = np.arange(num_images) % num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
-    judge = small_images.Judge(data, small_images.classifier(data, cfg.data.classifier_steps))
     scores = judge.scores(images, labels)
     found = {name: float(scores[name]) for name in SCORES}
     found['evaluations'] = options.plan(run.ar.num_tokens).evaluations
@@ -288,9 +293,9 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
     """Measures what is not measured yet, and writes the table and the plot.
 
     Args:
-      workdirs: finished runs on the digits.
+      workdirs: finished runs on one small data set.
       output: directory for scores.jsonl, frontier.json, frontier.md and frontier.png.
-      num_images: digits drawn for each setting and run.
+      num_images: images drawn for each setting and run.
       batch_size: images drawn at a time.
 
     Returns:
@@ -298,29 +303,28 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
     """
     os.makedirs(output, exist_ok=True)
     workdirs = [os.path.abspath(workdir) for workdir in workdirs]
-    path = os.path.join(output, 'scores.jsonl')
-    rows = metric_writer.read_scalars(path, _ROW)
-    # The file is written again without lines that are damaged or cut off.
-    with open(path, 'w') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
+    scores = metric_writer.JsonLines(os.path.join(output, 'scores.jsonl'), _ROW)
+    rows = list(scores.lines)
     done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
-    runs = {workdir: load_run(workdir) for workdir in workdirs}
+    opened = {workdir: load_run(workdir) for workdir in workdirs}
     todo = []
     for workdir in workdirs:
-        for name, (options, scale) in settings(_levels(runs[workdir])).items():
+        for name, (options, scale) in settings(_levels(opened[workdir])).items():
             if (workdir, name, num_images) not in done:
                 todo.append((name, options, scale, workdir))
     watched = sys.stderr.isatty()
     for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not watched):
         started = time.perf_counter()
-        row = _measure(runs[workdir], plan.Options(**options), scale, num_images, batch_size)
+        judge = runs.judge(opened[workdir].config, output)
+        row = _measure(
+            opened[workdir], judge, plan.Options(**options), scale, num_images, batch_size
+        )
         row['setting'] = name
         row['workdir'] = workdir
         row['num_images'] = num_images
         row['seconds'] = time.perf_counter() - started
         rows.append(row)
-        with open(path, 'a') as f:
-            f.write(json.dumps(row) + '\n')
+        scores.add(row)
     summary = summarize(
         [row for row in rows if row['workdir'] in workdirs and row['num_images'] == num_images]
     )
@@ -340,7 +344,7 @@ _OUTPUT = flags.DEFINE_string(
     'output', None, 'Directory for scores.jsonl, frontier.json, .md and .png.', flag_values=_FLAGS
 )
 _NUM_IMAGES = flags.DEFINE_integer(
-    'num_images', 2000, 'Digits drawn for each setting and run.', 1, flag_values=_FLAGS
+    'num_images', 2000, 'Images drawn for each setting and run.', 1, flag_values=_FLAGS
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 500, 'Images drawn at a time.', 1, flag_values=_FLAGS

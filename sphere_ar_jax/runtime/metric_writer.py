@@ -393,3 +393,26 @@ def read_scalars(
         )
     end = _scalars(last, needed)
     return whole if end is None else [*whole, end]
+
+
+class JsonLines:
+    """A file to which one dictionary after the other is added, and which a kill leaves readable.
+
+    Attributes:
+      lines: the dictionaries that were there when it was opened, see `read_scalars`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], needed: Collection[str]) -> None:
+        """Reads the file; `needed` are names that every line must have.
+
+        The file is written again without lines that are damaged or cut off.
+        """
+        self._path = path
+        self.lines = read_scalars(path, needed)
+        content = ''.join(json.dumps(line) + '\n' for line in self.lines)
+        files.write_bytes(path, content.encode())
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds a line to the file."""
+        with files.naming(self._path), open(self._path, 'a') as f:
+            f.write(json.dumps(line) + '\n')

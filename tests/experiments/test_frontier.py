@@ -1,9 +1,10 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from sphere_ar_jax.experiments import frontier
+from sphere_ar_jax.experiments import frontier, runs
 from sphere_ar_jax.flow import plan, solvers
 
 
@@ -57,3 +58,43 @@ def test_summary_and_table(tmp_path):
     frontier.save_frontier(str(tmp_path / 'f.png'), json.loads(json.dumps(summary)))
     picture = np.asarray(Image.open(tmp_path / 'f.png').convert('L'))
     assert picture.shape[0] > 500 and picture.std() > 10
+
+
+def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
+    """A setting that was measured is not measured again, and a line that was cut off is."""
+    asked = []
+    judges = []
+
+    def measure(run, judge, options, scale, num_images, batch_size):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append((options.num_steps, num_images))
+        return {'evaluations': options.num_steps} | dict.fromkeys(frontier.SCORES, 0.5)
+
+    def judge(config, cache):
+        judges.append(cache)
+        return runs
+
+    monkeypatch.setattr(frontier, '_measure', measure)
+    monkeypatch.setattr(runs, 'judge', judge)
+    # Its head is distilled for 1 and 2 steps.
+    workdir = str(old_runs / 'distilled')
+    output = str(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        frontier.run([workdir], output, 20, 10)
+    scores = tmp_path / 'scores.jsonl'
+    first = scores.read_text()
+    assert json.loads(first)['setting'] == 'distilled 1'
+    scores.write_text(first + first[:20])
+    asked.clear()
+    summary = frontier.run([workdir], output, 20, 10)
+    assert asked == [(2, 20)]
+    assert list(summary) == ['distilled 1', 'distilled 2']
+    lines = scores.read_text().splitlines()
+    assert [json.loads(line)['setting'] for line in lines] == ['distilled 1', 'distilled 2']
+    assert set(judges) == {output}
+    asked.clear()
+    # Scores of more images are others.
+    with pytest.raises(KeyboardInterrupt):
+        frontier.run([workdir], output, 30, 10)
+    assert asked == [(1, 30)]
