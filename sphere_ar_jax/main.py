@@ -27,7 +27,8 @@ goes on where it stopped. The other modes are:
   --mode=complete  --workdir=DIR --images=FILE|DIR [--classes='golden retriever'] [--keep=0.5]
                    [--corruption=noisy:3] [--num_images=N] [--columns=N] [--output=FILE.png]
                    (keeps the first tokens of images and draws the others; a DIR without --classes
-                   has a directory for each class, as ImageNet-R has)
+                   has a directory for each class, as ImageNet-R has; runs of texts take --prompt
+                   or --prompts in place of --classes)
   --mode=caption   --workdir=DIR --images=FILE|DIR [--top_p=0.9] [--num_images=N]
                    [--output=FILE.tsv]
                    (writes a text for each image, by runs with ar.text_weight)
@@ -80,6 +81,64 @@ _T = TypeVar('_T')
 _STARTED = time.perf_counter()
 _PATIENCE = 5  # seconds that a process which has failed waits for its threads
 
+
+class _Mode(NamedTuple):
+    """What a value of --mode needs.
+
+    Attributes:
+      needed: flags without which it cannot run.
+      message: what is said where one of them is missing.
+      has_workdir: whether it needs --workdir, which is then said on its own.
+      opens_run: whether it draws with a trained run, scores or encodes. It then takes the run's own
+        config unless another is given.
+      alone: whether several processes cannot share it.
+    """
+
+    needed: tuple[str, ...] = ()
+    message: str = ''
+    has_workdir: bool = True
+    opens_run: bool = False
+    alone: bool = True
+
+
+_MODES = {
+    'train': _Mode(
+        ('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR', alone=False
+    ),
+    'convert': _Mode(('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
+    'export': _Mode(),
+    'pack': _Mode(('data', 'output'), 'give --data=KIND:PATH and --output=DIR', has_workdir=False),
+    'encode': _Mode(
+        ('workdir', 'output'),
+        'give --workdir=DIR, a trained run, and --output=DIR',
+        opens_run=True,
+    ),
+    'sample': _Mode(opens_run=True, alone=False),
+    'grid': _Mode(opens_run=True, alone=False),
+    'complete': _Mode(
+        ('images',),
+        "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each, "
+        'or none for a DIR with a directory for each class',
+        opens_run=True,
+    ),
+    'caption': _Mode(('images',), 'give --images=FILE or DIR', opens_run=True),
+    'evaluate': _Mode(opens_run=True, alone=False),
+    'reference': _Mode(
+        ('data', 'size', 'output'),
+        'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
+        has_workdir=False,
+    ),
+    'compile': _Mode(
+        ('topology', 'config'),
+        'give --config=configs/NAME.py and --topology=v6e-256',
+        has_workdir=False,
+    ),
+    'experiment': _Mode(
+        ('config', 'workdir'), 'give --config=configs/experiments/NAME.py and --workdir=DIR'
+    ),
+    'serve': _Mode(opens_run=True),
+}
+
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.'
 )
@@ -87,22 +146,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory for checkpoints, numb
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    [
-        'train',
-        'convert',
-        'export',
-        'pack',
-        'encode',
-        'sample',
-        'grid',
-        'complete',
-        'caption',
-        'evaluate',
-        'reference',
-        'compile',
-        'experiment',
-        'serve',
-    ],
+    list(_MODES),
     'What to do, see above.',
 )
 
@@ -217,46 +261,6 @@ _OPTIONS = (
     _switch('audit', ('compile',), 'Compile steps once more, to find what is replicated.'),
 )
 
-# The flags that a mode needs, and the message where one of them is missing.
-_NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
-    'train': (('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR'),
-    'convert': (('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
-    'pack': (('data', 'output'), 'give --data=KIND:PATH and --output=DIR'),
-    'encode': (('workdir', 'output'), 'give --workdir=DIR, a trained run, and --output=DIR'),
-    'reference': (
-        ('data', 'size', 'output'),
-        'give --data=KIND:PATH, --size=256 and --output=FILE.npz',
-    ),
-    'complete': (
-        ('images',),
-        "give --images=FILE or DIR, and --classes='golden retriever', one for all or one for each, "
-        'or none for a DIR with a directory for each class',
-    ),
-    'caption': (('images',), 'give --images=FILE or DIR'),
-    'experiment': (
-        ('config', 'workdir'),
-        'give --config=configs/experiments/NAME.py and --workdir=DIR',
-    ),
-    'compile': (('topology', 'config'), 'give --config=configs/NAME.py and --topology=v6e-256'),
-}
-# Modes that draw or score what a run has trained, by its own config unless another is given.
-_OF_A_RUN = ('sample', 'grid', 'complete', 'caption', 'evaluate', 'encode', 'serve')
-# Modes that several processes cannot share.
-_ALONE = (
-    'caption',
-    'compile',
-    'complete',
-    'convert',
-    'encode',
-    'experiment',
-    'export',
-    'pack',
-    'reference',
-    'serve',
-)
-# Modes that need no workdir.
-_WITHOUT_WORKDIR = ('pack', 'reference', 'compile')
-
 
 def _value(argv: list[str], name: str) -> str | None:
     """The value that a command line gives a flag, None where it gives none."""
@@ -290,9 +294,10 @@ def _with_own_config(argv: list[str]) -> list[str]:
     workdir = _value(argv, 'workdir')
     if not overrides or not workdir or _value(argv, 'config') is not None:
         return argv
-    if _value(argv, 'mode') not in _OF_A_RUN:
+    mode = _MODES.get(_value(argv, 'mode') or '')
+    if mode is None or not mode.opens_run:
         return argv
-    # absl takes an override only after the file that it is of.
+    # absl accepts an override only after the --config that it changes.
     return [argv[0], f'--config={packaged.OF_RUN}:{workdir}', *argv[1:]]
 
 
@@ -380,10 +385,10 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         if name in given and mode not in option.modes:
             raise UserError(f'--{name} is for --mode={" or ".join(option.modes)}, not for {mode}')
     there = {*given, *(flag.name for flag in (_CONFIG, _WORKDIR) if flag.value is not None)}
-    needed, message = _NEEDED.get(mode, ((), ''))
-    if not there.issuperset(needed):
-        raise UserError(message)
-    if mode not in _WITHOUT_WORKDIR and 'workdir' not in there:
+    needs = _MODES[mode]
+    if not there.issuperset(needs.needed):
+        raise UserError(needs.message)
+    if needs.has_workdir and 'workdir' not in there:
         raise UserError('give --workdir=DIR')
     if mode == 'grid' and not there & {'classes', 'prompt', 'prompts'}:
         raise UserError("give --classes='golden retriever; 388', or --prompt='a text'")
@@ -417,7 +422,7 @@ def _check_samples_files(workdir: str, output: str | None, png: str | None) -> N
 
 
 def _of_a_run(cfg: ConfigDict, workdir: str) -> ConfigDict:
-    """The config of the command line for a mode of `_OF_A_RUN`, see `beside`.
+    """The config of the command line for a mode that opens a run, see `beside`.
 
     Raises:
       UserError: an override would take other images than the run has.
@@ -457,7 +462,7 @@ def main(argv: list[str]) -> None:
     joining.join()
     if not hosts.is_first():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
-    elif mode in _ALONE and hosts.count() > 1:
+    elif _MODES[mode].alone and hosts.count() > 1:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     cfg = _CONFIG.value
     if cfg is not None and mode != 'experiment':
@@ -467,13 +472,13 @@ def main(argv: list[str]) -> None:
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
-    if cfg is not None and workdir is not None and mode in _OF_A_RUN:
+    if cfg is not None and workdir is not None and _MODES[mode].opens_run:
         cfg = _of_a_run(cfg, workdir)
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
 def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
-    """Calls the command of a mode of `_WITHOUT_WORKDIR`; see `_run`."""
+    """Calls the command of a mode that has no workdir; see `_run`."""
     if mode == 'pack':
         from sphere_ar_jax.commands import data_sets
 
@@ -490,7 +495,7 @@ def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any
 
 
 def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
-    """Calls the command of a mode of `_OF_A_RUN`, see `_run`."""
+    """Calls the command of a mode that opens a run, see `_run`."""
     if mode == 'encode':
         from sphere_ar_jax.commands import data_sets
 
@@ -520,11 +525,11 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
 
     Args:
       mode: the value of --mode.
-      workdir: an absolute path; only for modes of `_WITHOUT_WORKDIR` it may be None.
+      workdir: an absolute path, None for modes that have no workdir.
       cfg: the checked config, None where none was given; train and compile always have one.
       given: the values of the flags of `_OPTIONS` that were given.
     """
-    if mode in _WITHOUT_WORKDIR:
+    if not _MODES[mode].has_workdir:
         _run_without_workdir(mode, cfg, given)
         return
     assert workdir is not None  # by `_check_usage`
