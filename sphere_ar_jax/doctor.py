@@ -135,12 +135,13 @@ def _trainings(
       UserError: the config is impossible, or knows fewer classes than there are.
     """
     from sphere_ar_jax.config import build, schema
-    from sphere_ar_jax.config.checks import check
+    from sphere_ar_jax.config.checks import check, check_training
     from sphere_ar_jax.measure import programs
 
     check(cfg)
     if not trains:
         return None
+    check_training(cfg)
     if source is not None:
         build.count_classes(cfg, source)
     if schema.num_classes(cfg) is None:
@@ -232,7 +233,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, it imports all that a run needs
-        from sphere_ar_jax.config import packaged
+        from sphere_ar_jax.config import beside, packaged
         from sphere_ar_jax.runtime.console import one_line
         from sphere_ar_jax.runtime.files import absolute
 
@@ -257,6 +258,8 @@ def main(argv: list[str]) -> int:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
         examination.say(checks.Check('flags', 'ok', text))
     workdir = None if values.workdir is None else absolute(values.workdir)
+    if cfg is not None and workdir is not None:
+        cfg = beside.with_kept_vocabulary(cfg, workdir)
     examine(cfg, workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')

@@ -449,7 +449,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     import jax
 
-    from sphere_ar_jax.config import checks
+    from sphere_ar_jax.config import beside, checks
     from sphere_ar_jax.runtime import files, hosts, joining
 
     cache = files.compilation_cache(os.environ)
@@ -464,14 +464,16 @@ def main(argv: list[str]) -> None:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     elif _MODES[mode].alone and hosts.count() > 1:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
+    workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
+    if workdir is not None and os.path.isfile(workdir):
+        raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
     cfg = _CONFIG.value
     if cfg is not None and mode != 'experiment':
         if 'comparisons' in cfg:
             raise UserError('this is the config of an experiment: give --mode=experiment')
+        if workdir is not None:
+            cfg = beside.with_kept_vocabulary(cfg, workdir)
         cfg = checks.check(cfg)
-    workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
-    if workdir is not None and os.path.isfile(workdir):
-        raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
     if cfg is not None and workdir is not None and _MODES[mode].opens_run:
         cfg = _of_a_run(cfg, workdir)
     _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})

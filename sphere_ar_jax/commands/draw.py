@@ -162,7 +162,8 @@ def sample(
       prompts: a file with more of them, one in each line. An npz has the features of its texts, for
         runs that read those; see `features.TextFeatures`.
       png: a directory in which every image becomes a PNG file, too; None writes none.
-      num_images: number of images, that of the config if None.
+      num_images: number of images. None stands for that of the config, or for one of each text
+        where there are more texts.
       like: a config whose sampler is taken, see `open_run.open_run`.
     """
     path = output or f'{workdir}/samples.npz'
@@ -170,8 +171,6 @@ def sample(
     s = run.config.sampling
     seed = run.config.seed
     n = num_images or s.num_images
-    if png is not None:
-        _require_no_pngs(png, n)
     numbers = None
     if prompt or prompts is not None or build.has_captions(run.config):
         if labels is not None:
@@ -179,12 +178,18 @@ def sample(
                 '--labels are classes: leave them out where --prompt or --prompts says what to draw'
             )
         texts = _asked(workdir, run.config, None, prompt or [], prompts).labels
+        if num_images is None:
+            n = max(n, len(texts))
+        elif n < len(texts):
+            print(f'--num_images={n} draws for the first {n} of {len(texts)} texts', flush=True)
         rows = np.arange(n) % len(texts)
         asked = texts[rows]
         if build.reads_features(run.config):
             numbers = rows.astype(np.int32)
     else:
         asked = generation.draw_labels(labels or 'uniform', n, _num_classes(run.config), seed)
+    if png is not None:
+        _require_no_pngs(png, n)
     guided = 'no guidance' if s.guidance is None else f'{s.guidance} guidance {s.guidance_scale}'
     print(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True

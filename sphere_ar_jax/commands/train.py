@@ -524,6 +524,7 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
 
 def _check_parts(cfg: ConfigDict, workdir: str, mesh: Mesh) -> None:
     """Checks that these devices can run the trainings, and their inputs as `check_inputs` does."""
+    checks.check_training(cfg)
     names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
     for name in names:
         options = cfg[name]
@@ -532,11 +533,6 @@ def _check_parts(cfg: ConfigDict, workdir: str, mesh: Mesh) -> None:
         why = sharding.misfit(mesh, options.batch_size, options.accumulate)
         if why:
             raise UserError(f'{name}.batch_size: {why}')
-        if name == 'ar_training' and build.writes_texts(cfg) and options.accumulate > 1:
-            raise UserError(
-                'ar_training.accumulate: the loss of texts is a mean over the captions of a whole '
-                'batch: set it to 1 with ar.text_weight; ar.remat=True saves memory, too'
-            )
     check_inputs(cfg, workdir)
 
 
@@ -689,7 +685,9 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     if looked.reasons:
         said.append(f'other images take the place of broken captions, as: {looked.reasons[0]}')
     if not build.reads_features(cfg):
-        cut = vocabulary.describe_cut(looked.texts, build.open_vocabulary(cfg), cfg.ar.text_tokens)
+        cut = vocabulary.describe_cut(
+            looked.all_texts, build.open_vocabulary(cfg), cfg.ar.text_tokens
+        )
         said += [cut] if cut else []
     return said
 

@@ -8,9 +8,11 @@ own config decides the others.
 from collections.abc import Collection
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 
@@ -36,6 +38,19 @@ def _values(config: ConfigDict, names: Collection[str]) -> dict[str, Any]:
 def _given(config: ConfigDict, names: Collection[str]) -> dict[str, Any]:
     """The values of keys that are not None."""
     return {key: value for key, value in _values(config, names).items() if value is not None}
+
+
+def with_kept_vocabulary(cfg: ConfigDict, workdir: str) -> ConfigDict:
+    """A config with the vocabulary that a workdir keeps, where the file that it names is gone.
+
+    Args:
+      cfg: a config of the command line, which need not be checked.
+      workdir: the directory of a run, which need not be there.
+    """
+    word = cfg.ar.vocabulary
+    if cfg.ar.condition != 'text' or epath.Path(word).expanduser().exists():
+        return cfg
+    return schema.changed(cfg, {'ar.vocabulary': vocabulary.of_run(word, workdir)})
 
 
 def without_other_images(

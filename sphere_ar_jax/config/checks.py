@@ -631,6 +631,27 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
     return lines
 
 
+def check_training(config: ConfigDict) -> ConfigDict:
+    """Checks what only a training needs. A run that was trained otherwise is opened all the same.
+
+    Args:
+      config: a checked config.
+
+    Returns:
+      The same config.
+
+    Raises:
+      UserError: it cannot be trained; one line.
+    """
+    is_trained = config.ar_training.steps > 0 and config.init_from is None
+    require(
+        not is_trained or config.ar_training.accumulate == 1 or not build.writes_texts(config),
+        'ar_training.accumulate: the loss of texts is a mean over the captions of a whole batch: '
+        'set it to 1 with ar.text_weight; ar.remat=True saves memory, too',
+    )
+    return config
+
+
 def check(config: ConfigDict) -> ConfigDict:
     """Checks the values of a config.
 

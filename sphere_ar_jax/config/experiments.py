@@ -164,7 +164,7 @@ def row(config: ConfigDict, name: str, seed: int) -> ConfigDict:
     values.update(changes, seed=seed)
     cfg = schema.default()
     cfg.update_from_flattened_dict(values)
-    return checks.check(cfg)
+    return checks.check_training(checks.check(cfg))
 
 
 def _check_comparison(config: ConfigDict, words: str) -> None:

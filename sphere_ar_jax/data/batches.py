@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from sphere_ar_jax.data import augment
+from sphere_ar_jax.data.files.listing import BrokenCaptionError
 from sphere_ar_jax.runtime.console import UserError, first_line
 
 if TYPE_CHECKING:
@@ -99,21 +100,25 @@ class _Loader:
     def __call__(self, i: int) -> Record:
         """Loads record i, or a replacement if its image is broken.
 
-        The record has a further entry 'broken' (attempts,): the index of the image for each attempt
-        that failed, and −1 for the others.
+        The record has two further entries (attempts,). 'broken' is the index of the image for each
+        attempt that failed, and −1 for the others. 'lacks_caption' says whether it failed because
+        there was no caption that can be read.
         """
         step, row = divmod(i, len(self.rows))
         position = (self.first_step + step) * self.batch_size + int(self.rows[row])
         index = int(self.order[position])
         broken = np.full(_ATTEMPTS, -1)
+        lacks_caption = np.zeros(_ATTEMPTS, bool)
         for attempt in range(_ATTEMPTS):
             rng = np.random.default_rng((self.seed, position, attempt))
             if attempt:
                 index = int(rng.integers(len(self.source)))
             try:
-                return self._load(index, position // len(self.source), rng) | {'broken': broken}
+                record = self._load(index, position // len(self.source), rng)
+                return record | {'broken': broken, 'lacks_caption': lacks_caption}
             except augment.BrokenImageError as error:
                 broken[attempt] = index
+                lacks_caption[attempt] = isinstance(error, BrokenCaptionError)
                 reason = error
         raise UserError(
             f'{_ATTEMPTS} images in turn are broken, the last one {self.name(index)}: {reason}'
@@ -152,7 +157,7 @@ class Batches:
 
     Attributes:
       seen: number of images that this process has tried to decode since its start.
-      broken: how many of them it could not decode.
+      broken: how many of them it could not decode, or had no caption that can be read.
     """
 
     def __init__(
@@ -171,6 +176,7 @@ class Batches:
         self._named: set[int] = set()
         self.seen = 0
         self.broken = 0
+        self._lack_caption = 0
 
     def __iter__(self) -> 'Batches':
         return self
@@ -194,27 +200,34 @@ class Batches:
             raise UserError(first_line(error, 2000)) from error
         except Exception as error:  # Grain raises it where a worker died
             raise UserError(f'reading images stopped: {_one_line(error)}') from error
-        self._count(batch.pop('broken'))
+        self._count(batch.pop('broken'), batch.pop('lacks_caption'))
         self._step += 1
         return batch
 
-    def _count(self, broken: np.ndarray) -> None:
+    def _count(self, broken: np.ndarray, lacks_caption: np.ndarray) -> None:
         """Counts and names the broken images of a batch; raises UserError if they are too many.
 
         Args:
           broken: (b, attempts), indices of broken images, −1 where there is none.
+          lacks_caption: (b, attempts) bool, which of them have no caption that can be read.
         """
         found = broken[broken >= 0].tolist()
+        lacking = lacks_caption[broken >= 0].tolist()
         self.seen += len(broken) + len(found)
         self.broken += len(found)
-        for index in found:
+        self._lack_caption += sum(lacking)
+        for index, lacks in zip(found, lacking, strict=True):
             if index not in self._named:
                 self._named.add(index)
+                what = 'has no caption that can be read' if lacks else 'is broken'
                 name = self._loader.name(index)
-                print(f'{name} is broken: another image takes its place', file=sys.stderr)
+                print(f'{name} {what}: another image takes its place', file=sys.stderr)
         if self.seen >= _JUDGED_FROM and self.broken > self._max_broken * self.seen:
+            texts = ''
+            if self._lack_caption:
+                texts = f' ({self._lack_caption} of them have no caption that can be read)'
             raise UserError(
-                f'{self.broken} of {self.seen} images are broken, '
+                f'{self.broken} of {self.seen} images are broken{texts}, '
                 f'more than the share max_broken = {self._max_broken}; '
                 f'the last one is {self._loader.name(found[-1])}'
             )

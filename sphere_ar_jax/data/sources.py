@@ -15,7 +15,9 @@ Dimensions:
   H, W  height and width of an image
 """
 
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -321,11 +323,15 @@ class ImageFolder:
 # ---- ArrayRecord
 
 
+_NAMES = 'names.json'
+
+
 class ArrayRecords:
     """A directory that `pack` wrote: ArrayRecord files, and images.json.
 
     A record is {'image': bytes, 'label': int, 'name': str}. Damage to a record is noticed when it
-    is read.
+    is read. The names stand in names.json once more, so that a table of captions finds its images
+    without a pass over all of them.
 
     Attributes:
       num_classes: number of classes.
@@ -356,9 +362,27 @@ class ArrayRecords:
         record = self._records[i]
         return {'image': record['image'], 'label': np.int32(record['label'])}
 
+    @functools.cached_property
+    def _names(self) -> list[str] | None:
+        """The names of all entries, None in a directory without names.json."""
+        path = os.path.join(self._records.path, _NAMES)
+        if not os.path.exists(path):
+            return None
+        try:
+            with open(path) as f:
+                names = json.load(f)
+        except (OSError, ValueError, RecursionError):
+            names = None
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not are_names or len(names) != len(self):
+            raise UserError(f'{path} is damaged: remove it, and names are read with the images')
+        return names
+
     def name(self, i: int) -> str:
         """Gives the name that the packed source had for entry i."""
-        return self._records[i]['name']
+        if self._names is None:
+            return self._records[i]['name']
+        return self._names[i]
 
 
 def pack(
@@ -380,12 +404,16 @@ def pack(
       UserError: see `array_records.write`; or the source raises it.
     """
     n = len(source)
+    names = []
 
     def record(i: int) -> dict[str, Any]:
         entry = source[i]
-        return {'image': entry['image'], 'label': int(entry['label']), 'name': source.name(i)}
+        names.append(source.name(i))
+        return {'image': entry['image'], 'label': int(entry['label']), 'name': names[-1]}
 
     def about(directory: str) -> dict[str, Any]:
+        with open(os.path.join(directory, _NAMES), 'w') as f:
+            json.dump(names, f)
         return {'num_classes': source.num_classes, 'class_names': source.class_names}
 
     records = map(record, range(n))

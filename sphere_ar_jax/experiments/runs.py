@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data import small
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.evaluation import small_images
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.runtime import files
@@ -176,6 +177,8 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     vae = build.build_vae(own)
     with _logged(directory):
         workdir.claim(own, directory)
+        if own.ar.condition == 'text':
+            vocabulary.keep(own.ar.vocabulary, directory)
         params = standardisation.add(
             vae,
             tokenizer.vae_params,

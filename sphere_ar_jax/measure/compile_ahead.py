@@ -281,10 +281,12 @@ def _remedies(cfg: ConfigDict, name: str, mesh: Mesh) -> list[Change]:
         if mesh.size % n == 0 and n > cfg.mesh.fsdp >= 1 and cfg.mesh.tensor == 1:
             splits.append({'mesh.data': -1, 'mesh.fsdp': n})
     divisors = [n for n in (2, 4, 8, 16) if options.batch_size % (mesh.size * n) == 0]
-    # A discriminator needs its whole batch at once, so that the batch can only become smaller.
+    # A discriminator and the loss of texts need the whole batch at once, so that it can only become
+    # smaller.
     pieces: list[int] = []
     fractions: list[int] = []
-    if name == 'tokenizer' and options.disc_weight:
+    is_whole = options.disc_weight if name == 'tokenizer' else build.writes_texts(cfg)
+    if is_whole:
         fractions = divisors
     else:
         pieces = [n for n in divisors if n > options.accumulate]

@@ -9,6 +9,7 @@ Dimensions:
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -37,18 +38,29 @@ def writer(ar: AR) -> Joint:
     return ar
 
 
+# The least number above 0 that float32 has with all its digits.
+_COLDEST = float(np.finfo(np.float32).tiny)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python or NumPy."""
+    return isinstance(value, numbers.Real)
+
+
 def checked_writing(top_p: float | None, temperature: float) -> Writing:
     """How numbers are chosen, from values that a caller gives.
 
     Raises:
       UserError: they are not possible.
     """
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f'top_p is {top_p}, but must lie in (0, 1]')
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+        raise UserError(f'top_p is {top_p!r}, but must be a number in (0, 1]')
     if top_p is None and temperature != 1:
         raise UserError('temperature is for texts that are drawn: give top_p, as 1.0, too')
-    if not 0 < temperature < math.inf:
-        raise UserError(f'temperature is {temperature}, but must be above 0')
+    if not (_is_number(temperature) and _COLDEST <= temperature < math.inf):
+        raise UserError(
+            f'temperature is {temperature!r}, but must be a number of at least {_COLDEST:.2g}'
+        )
     return Writing(top_p, temperature)
 
 

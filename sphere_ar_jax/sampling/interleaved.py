@@ -70,7 +70,8 @@ def keep_top(logits: jax.Array, top_p: float) -> jax.Array:
     ordered = jnp.take_along_axis(p, order, axis=-1)
     before = jnp.cumsum(ordered, axis=-1) - ordered
     ranks = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(before, ranks, axis=-1) < top_p, logits, -jnp.inf)
+    is_kept = (jnp.take_along_axis(before, ranks, axis=-1) < top_p) | (ranks == 0)
+    return jnp.where(is_kept, logits, -jnp.inf)
 
 
 def _choose(logits: jax.Array, keys: jax.Array, writing: Writing) -> jax.Array:

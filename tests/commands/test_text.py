@@ -102,6 +102,13 @@ def test_prompts_of_the_command_line(run, tmp_path, capsys):
     words = vocabulary.open_vocabulary(str(run / 'vocabulary.json'))
     assert words.decode(labels[3]) == 'an eight left of a small three'
     np.testing.assert_array_equal(labels[0], labels[4])
+    capsys.readouterr()
+    draw.sample(str(run), prompts=str(prompts), num_images=1, output=str(tmp_path / 'one.npz'))
+    assert '--num_images=1 draws for the first 1 of 2 texts' in capsys.readouterr().out
+    # The config says 12 images.
+    many = tmp_path / 'many.npz'
+    draw.sample(str(run), prompt=['a six'] * 13, output=str(many))
+    chex.assert_shape(np.load(many)['arr_1'], (13, 16))
     both = tmp_path / 'both.npz'
     asked = ['a nine below a six', 'a six']
     draw.sample(str(run), prompt=asked, prompts=str(prompts), num_images=4, output=str(both))

@@ -416,6 +416,7 @@ def test_texts_are_not_accumulated():
     cfg = checks.check(schema.changed(packaged.load('composed:smoke'), values))
     with pytest.raises(UserError, match=r'ar_training.accumulate: the loss of texts is a mean'):
         train._check_parts(cfg, '/none', sharding.make_mesh())
+    checks.check_training(schema.changed(cfg, {'ar_training.steps': 0}))
 
 
 def test_processes_are_compared_before_they_read_weights(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 
 from sphere_ar_jax.config import beside, packaged, schema
+from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError
 
@@ -22,6 +23,22 @@ def test_what_computes_a_run_is_taken_and_the_model_stays():
     found = beside.for_the_model(own, like)
     expected = schema.changed(own, other | {'ar.fused': True})
     assert found.to_json_best_effort() == expected.to_json_best_effort()
+
+
+def test_the_vocabulary_that_a_run_keeps_stands_in_for_a_file_that_is_gone(tmp_path):
+    words = tmp_path / 'words.txt'
+    words.write_text('left\nright\n')
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    vocabulary.keep(str(words), str(workdir))
+    cfg = _config(**{'ar.condition': 'text', 'ar.vocabulary': str(words)})
+    assert beside.with_kept_vocabulary(cfg, str(workdir)) is cfg
+    words.unlink()
+    found = beside.with_kept_vocabulary(cfg, str(workdir))
+    assert found.ar.vocabulary == str(workdir / 'vocabulary.txt')
+    # A workdir that keeps none leaves the path for the message of the checks.
+    missing = beside.with_kept_vocabulary(cfg, str(tmp_path / 'other'))
+    assert missing.ar.vocabulary == str(words)
 
 
 def test_files_that_have_moved_are_taken_from_the_root():

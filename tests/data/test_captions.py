@@ -156,6 +156,17 @@ def test_captions_that_are_cut_off_are_counted():
     assert vocabulary.describe_cut(texts, BYTES, 15) == ''
 
 
+@pytest.mark.parametrize('form', ['NFC', 'NFD'])
+def test_words_are_compared_in_one_form_of_unicode(form, tmp_path):
+    """An accented letter is one character or two."""
+    path = tmp_path / 'words.txt'
+    path.write_text(unicodedata.normalize(form, 'café\n\ntür\n'))
+    words = vocabulary.Words(str(path))
+    for other in ('NFC', 'NFD'):
+        numbers = words.encode(unicodedata.normalize(other, 'tür café'))
+        assert numbers == [2, 1] and words.decode(numbers) == 'tür café'
+
+
 def test_a_list_of_words_is_a_vocabulary(tmp_path):
     path = tmp_path / 'words.txt'
     path.write_text('left\nof\n\n  rot\nthree\n')
@@ -400,19 +411,53 @@ def test_other_images_take_the_place_of_broken_captions(capfd):
         texts = [text for _ in range(6) for text in _texts(next(found))]
     assert len(texts) == 60 and set(texts) == set('013456789')
     said = capfd.readouterr().err
-    assert 'image 1 is broken: another image takes its place' in said
-    assert 'image 2 is broken: another image takes its place' in said
+    for number in (1, 2):
+        lacks = f'image {number} has no caption that can be read: another image takes its place'
+        assert lacks in said
+
+
+def test_missing_captions_are_not_called_broken_images():
+    captioning = captioned.Captioning(ENCODE)
+    with (
+        batches(Spoilt(), batch_size=100, seed=0, transform=captioning, max_broken=0.01) as found,
+        pytest.raises(UserError, match=r'images are broken \(\d+ of them have no caption that can'),
+    ):
+        next(found)
 
 
 def test_captions_are_looked_at():
     """All captions of an image are encoded, and the first ones are given."""
-    texts, reasons, broken, images = captioned.look(Spoilt(), 10, ENCODE)
-    assert texts == list('013456789') and images == 10
+    texts, all_texts, reasons, broken, images = captioned.look(Spoilt(), 10, ENCODE)
+    assert texts == all_texts == list('013456789') and images == 10
     assert np.isclose(broken, (1 / 2 + 1) / 10)  # one of two captions, and one image
     assert 'half of a surrogate' in reasons[0] and reasons[1] == '2.txt is no text in UTF-8'
 
 
+class Late:
+    """A thousand images. Only those from 500 on have captions, the second of which is long."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return {'captions': ('short', 'l' * 99) if index >= 500 else ()}
+
+
+def test_the_whole_of_the_data_is_looked_at_for_captions():
+    assert captioned.first_caption(Late(), 'these') == 'short'
+    looked = captioned.look(Late(), 100, ENCODE)
+    assert looked.texts == ['short'] * 50 and np.isclose(looked.broken, 0.5)
+    said = vocabulary.describe_cut(looked.all_texts, BYTES, 9)
+    assert said.startswith('50 of 100 captions that were looked at are cut off behind 9 tokens')
+
+
 def test_data_without_captions_are_refused():
+    class Without(Late):
+        def __getitem__(self, index):
+            return {'captions': ()}
+
+    with pytest.raises(UserError, match='these: none of the 100 images that were looked at has a'):
+        captioned.first_caption(Without(), 'these')
     with pytest.raises(UserError, match=r'data digits has no captions, which the AR model reads'):
         captioned.first_caption(Digits('train', 0), 'data digits')
     assert captioned.first_caption(Captioned(), 'these') == '0a'
@@ -459,7 +504,7 @@ def test_a_text_that_is_none_is_named(folder, tmp_path):
 ENTRIES = (
     {'file_name': 'cats/1.png', 'text': 'a grey cat'},
     {'path': 'cats/2 ü.png', 'captions': ['one', ' ', 'two']},
-    {'image': 'cats/1.png', 'text': None, 'caption': 'A CAT'},
+    {'image': 'cats/1.png', 'text': ' ', 'caption': 'A CAT'},
     {'image': 'cats/9.png', 'text': 'of no image'},
 )
 TABLES = {
@@ -483,6 +528,24 @@ def test_tables_of_captions(name, folder, tmp_path):
         'images without a caption: 1, dogs/1.png the first; '
         'captions without an image: 1, cats/9.png the first'
     )
+
+
+@pytest.mark.parametrize(('of_file', 'of_table'), [('NFC', 'NFD'), ('NFD', 'NFC')])
+def test_a_path_may_be_in_another_form_of_unicode(of_file, of_table, tmp_path):
+    """Archives and file systems differ in it."""
+    names = [unicodedata.normalize(of_file, 'cafés/1.png'), 'dogs/1.png']
+    for i, name in enumerate(names):
+        _picture(tmp_path / 'images' / name, i)
+    path = tmp_path / 'a.tsv'
+    path.write_text(unicodedata.normalize(of_table, 'cafés/1.png\ta cup\ndogs/1.png\ta dog\n'))
+    source = table.with_captions(sources.ImageFolder(tmp_path / 'images'), str(path))
+    assert [source[i]['captions'] for i in range(2)] == [('a cup',), ('a dog',)]
+    assert source.left_out == ''
+    # Where there are files of both forms, each has its own path alone.
+    other = unicodedata.normalize(of_table, 'cafés/1.png')
+    _picture(tmp_path / 'images' / other, 2)
+    source = table.with_captions(sources.ImageFolder(tmp_path / 'images'), str(path))
+    assert len(source) == 2 and source.left_out.startswith('images without a caption: 1, caf')
 
 
 def test_a_text_of_a_table_that_is_none_breaks_its_image_alone(folder, tmp_path):
@@ -590,6 +653,9 @@ def test_texts_in_tars(tmp_path):
         '1.txt': b'',
         '0.cls': b'2',
         '3.cls': b'0',
+        '4.png': content.getvalue(),
+        '4.cls': b'1',
+        '4.txt': b'x' * (2**20 + 1),
     }
     with tarfile.open(path, 'w') as archive:
         for name, data in members.items():
@@ -599,6 +665,8 @@ def test_texts_in_tars(tmp_path):
     source = table.with_captions(WebDataset(path), 'beside')
     found = [source[i]['captions'] for i in range(4)]
     assert found == [('erster', 'zweiter'), ('of json',), (), ('of txt',)]
+    with pytest.raises(BrokenCaptionError, match=r'/4 has a caption of 1,048,577 bytes'):
+        source[4]
     # The index is kept, and has them too.
     assert table.with_captions(WebDataset(path), 'beside')[1]['captions'] == ('of json',)
 
@@ -606,12 +674,14 @@ def test_texts_in_tars(tmp_path):
 def test_texts_in_a_column(tmp_path):
     datasets = pytest.importorskip('datasets')
     images = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(2)]
-    columns = {'image': images, 'text': ['a cat', None]}
+    images.append(images[0])
+    columns = {'image': images, 'text': ['a cat', None, ' '], 'caption': ['b', None, 'a dog']}
     datasets.Dataset.from_dict(columns).cast_column('image', datasets.Image()).save_to_disk(
         str(tmp_path / 'set')
     )
     source = table.with_captions(HuggingFace(tmp_path / 'set'), 'beside')
-    assert [source[i]['captions'] for i in range(2)] == [('a cat',), ()]
+    assert [source[i]['captions'] for i in range(3)] == [('a cat',), (), ('a dog',)]
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
     plain = datasets.Dataset.from_dict({'image': images}).cast_column('image', datasets.Image())
     plain.save_to_disk(str(tmp_path / 'plain'))
     with pytest.raises(UserError, match='has no column text, caption, captions'):

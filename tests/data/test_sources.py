@@ -942,11 +942,30 @@ def test_packed_is_the_same(stand_in_tar, packed):
     assert len(files) == 5 and sorted(os.listdir(packed)) == [
         *(f.name for f in files),
         'images.json',
+        'names.json',
     ]
     readers = [array_record_module.ArrayRecordReader(str(file)) for file in files]
     assert [reader.num_records() for reader in readers] == [4, 5, 5, 5, 5]
     # With larger groups every read would take a whole group.
     assert all('group_size:1,' in reader.writer_options_string() for reader in readers)
+
+
+def test_names_of_packed_images_need_no_record(packed, tmp_path, monkeypatch):
+    """A table of captions asks for all of them. Directories of earlier versions have no file."""
+    directory = tmp_path / 'packed'
+    shutil.copytree(packed, directory)
+    source = sources.ArrayRecords(directory)
+    names = [source.name(i) for i in range(len(source))]
+    assert pickle.loads(pickle.dumps(source)).name(3) == names[3]
+    source = sources.ArrayRecords(directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(source._records), '__getitem__', None)
+        assert [source.name(i) for i in range(len(source))] == names
+    (directory / 'names.json').write_text('["a"]')
+    assert 'names.json is damaged: remove it' in _refusal(sources.ArrayRecords(directory).name, 0)
+    (directory / 'names.json').unlink()
+    old = sources.ArrayRecords(directory)
+    assert [old.name(i) for i in range(len(old))] == names
 
 
 def test_packing_tells_how_far_it_is(tmp_path):
@@ -971,7 +990,7 @@ def test_packing_starts_again_after_an_end(tmp_path):
             sources.ArrayRecords, tmp_path / directory
         )
     sources.pack(Files(), tmp_path / 'out', shards=3)
-    assert os.listdir(tmp_path) == ['out'] and len(os.listdir(tmp_path / 'out')) == 4
+    assert os.listdir(tmp_path) == ['out'] and len(os.listdir(tmp_path / 'out')) == 5
     assert len(sources.ArrayRecords(tmp_path / 'out')) == 10
     assert 'out exists' in _refusal(sources.pack, Files(), tmp_path / 'out')
 

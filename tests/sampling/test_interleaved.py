@@ -40,7 +40,7 @@ def z():
     return jax.random.normal(jax.random.key(1), (2, 6, 4))
 
 
-@pytest.mark.parametrize('top_p', [1e-6, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize('top_p', [1e-50, 1e-6, 0.3, 0.5, 0.9, 1.0])
 def test_the_likeliest_numbers_are_kept(top_p):
     logits = 2 * jax.random.normal(jax.random.key(0), (50, 9))
     kept = np.isfinite(interleaved.keep_top(logits, top_p))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from sphere_ar_jax.data.batches import Record, Source, Transform
-from sphere_ar_jax.data.files.listing import BrokenCaptionError, BrokenImageError
+from sphere_ar_jax.data.files.listing import BrokenCaptionError
 from sphere_ar_jax.data.sources import spread
 from sphere_ar_jax.runtime.console import UserError
 
@@ -38,12 +38,12 @@ class Captioning:
         The image's own draws come first. Then one of several captions is drawn.
 
         Raises:
-          BrokenImageError: the record has no caption, or the image cannot be decoded.
-          BrokenCaptionError: the caption cannot be encoded.
+          BrokenImageError: the image cannot be decoded.
+          BrokenCaptionError: the record has no caption, or one that cannot be encoded.
         """
         captions = record['captions']
         if not captions:
-            raise BrokenImageError('it has no caption')
+            raise BrokenCaptionError('it has no caption')
         found = record if self._image is None else self._image(record, epoch, rng)
         chosen = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
         try:
@@ -85,6 +85,7 @@ class Looked(NamedTuple):
 
     Attributes:
       texts: the first captions of images, where they can be encoded.
+      all_texts: all captions that can be encoded.
       reasons: what is wrong with the others, in one line each.
       broken: the share of images, of 1, that a training would find broken: an image with several
         captions counts by the share of those that cannot be encoded.
@@ -92,6 +93,7 @@ class Looked(NamedTuple):
     """
 
     texts: list[str]
+    all_texts: list[str]
     reasons: list[str]
     broken: float
     images: int
@@ -106,6 +108,7 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
       encode: that of `Captioning`.
     """
     texts = []
+    all_texts = []
     reasons = []
     broken = 0.0
     numbers = spread(len(source), most)
@@ -122,9 +125,11 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
         wrong = [reason for reason in found if reason]
         reasons += wrong
         broken += len(wrong) / len(captions)
-        if not found[0]:
+        right = [text for text, reason in zip(captions, found, strict=True) if not reason]
+        all_texts += right
+        if right and not found[0]:
             texts.append(captions[0])
-    return Looked(texts, reasons, broken / len(numbers), len(numbers))
+    return Looked(texts, all_texts, reasons, broken / len(numbers), len(numbers))
 
 
 def _why_not(caption: str, encode: Encode) -> str:
@@ -144,10 +149,12 @@ def first_caption(source: Source, where: str) -> str:
       where: what they are, for the message.
 
     Raises:
-      UserError: its records have no captions, or the first 100 images have none that is a text.
+      UserError: its records have no captions, or none of 100 images, spread evenly over the source,
+        has one that is a text.
     """
     reason = f'{where} has no captions, which the AR model reads'
-    for i in range(min(len(source), LOOKED_AT)):
+    numbers = spread(len(source), LOOKED_AT)
+    for i in numbers:
         try:
             record = source[i]
         except BrokenCaptionError as error:
@@ -157,4 +164,5 @@ def first_caption(source: Source, where: str) -> str:
             break
         if record['captions']:
             return record['captions'][0]
+        reason = f'{where}: none of the {len(numbers)} images that were looked at has a caption'
     raise UserError(reason)

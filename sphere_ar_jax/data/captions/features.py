@@ -13,6 +13,7 @@ Dimensions:
 
 import functools
 import os
+import unicodedata
 import zipfile
 import zlib
 from typing import Any
@@ -33,6 +34,11 @@ _BAD = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def _form(text: str) -> str:
+    """A text without spaces around it, in Unicode's form NFC, by which texts are compared."""
+    return unicodedata.normalize('NFC', text.strip())
 
 
 class TextFeatures:
@@ -79,7 +85,7 @@ class TextFeatures:
         self._features = features
         self.texts: tuple[str, ...] = tuple(texts.tolist())
         self.shape: tuple[int, int] = features.shape[1:]
-        self._numbers = {text.strip(): i for i, text in enumerate(self.texts)}
+        self._numbers = {_form(text): i for i, text in enumerate(self.texts)}
         if len(self._numbers) < len(self.texts):
             raise UserError(f'{self._path} has a text twice: leave each of them there once')
 
@@ -93,7 +99,7 @@ class TextFeatures:
         Raises:
           UserError: the file has no such text, or its features are not finite or all 0.
         """
-        number = self._numbers.get(text.strip())
+        number = self._numbers.get(_form(text))
         if number is None:
             raise UserError(
                 f"{self._path} has no features of the text '{printable(text, 60)}': add them"

@@ -16,8 +16,9 @@ Several objects or lines of one image are several captions.
 
 import json
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -122,6 +123,26 @@ def read_table(path: str) -> dict[str, Texts]:
     return found
 
 
+def _keys(names: Sequence[str], table: Mapping[str, Texts]) -> list[str]:
+    """The path under which a table has each image, its own name where it has none.
+
+    An accented letter may be one character or two (Unicode's forms NFC and NFD), and file systems
+    and archives differ in it. A path without an image is that of an image with the same letters,
+    where no other path has them.
+    """
+    forms: dict[str, list[str]] = {}
+    for key in set(table).difference(names):
+        forms.setdefault(unicodedata.normalize('NFC', key), []).append(key)
+
+    def find(name: str) -> str:
+        if name in table:
+            return name
+        alike = forms.get(unicodedata.normalize('NFC', name), ())
+        return alike[0] if len(alike) == 1 else name
+
+    return [find(name) for name in names]
+
+
 class Captioned:
     """A source of images whose records have captions besides; else it is like the source.
 
@@ -156,13 +177,14 @@ class Captioned:
             self._source = source
             return
         names = [source.name(i) for i in range(len(source))]
-        for name, count in Counter(names).items():
-            if count > 1 and name in table:
+        keys = _keys(names, table)
+        for key, count in Counter(keys).items():
+            if count > 1 and key in table:
                 raise UserError(
-                    f'two images have the name {printable(name, 80)}, so that a table cannot tell '
+                    f'two images have the name {printable(key, 80)}, so that a table cannot tell '
                     'them apart: give the files different names'
                 )
-        found = [table.get(name, ()) for name in names]
+        found = [table.get(key, ()) for key in keys]
         has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():
             raise UserError(
@@ -176,7 +198,7 @@ class Captioned:
         if missing:
             first = names[int(np.argmin(has_caption))]
             said.append(f'images without a caption: {missing}, {printable(first, 80)} the first')
-        strange = [name for name in set(table).difference(names) if table[name]]
+        strange = [name for name in set(table).difference(keys) if table[name]]
         if strange:
             said.append(
                 f'captions without an image: {len(strange)}, {printable(strange[0], 80)} the first'

@@ -89,7 +89,8 @@ class Bytes:
 class Words:
     """The words of a list; word i of the list, from 0 on, has the number i + 1.
 
-    A text is split at its spaces, and comes back with one space between words.
+    A text is split at its spaces, and comes back with one space between words, in Unicode's form
+    NFC.
     """
 
     def __init__(self, path: str):
@@ -101,7 +102,8 @@ class Words:
         if not epath.Path(path).is_file():
             raise UserError(f'ar.vocabulary is {path}, but there is no such file')
         self._path = path
-        self._words = [line.strip() for _, line in texts.lines(path)]
+        lines = texts.lines(path)
+        self._words = [unicodedata.normalize('NFC', line.strip()) for _, line in lines]
         for word in self._words:
             if len(word.split()) != 1:
                 raise UserError(f'{path} has {_shown(word)}: write one word in each line')
@@ -112,7 +114,7 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         """Turns a text into the numbers of its words; see `Vocabulary`."""
-        words = text.split()
+        words = unicodedata.normalize('NFC', text).split()
         for word in words:
             if word not in self._numbers:
                 raise UserError(

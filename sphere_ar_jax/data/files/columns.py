@@ -19,9 +19,18 @@ CAPTIONS = ('text', 'caption', 'captions')
 def first_of(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """The value under the first of some keys that an object has, None where it has none.
 
-    Values that are null or empty do not count.
+    Values that are null or empty do not count, nor do texts of spaces alone.
     """
-    return next((entry[key] for key in keys if entry.get(key) not in (None, '', [])), None)
+    return next((entry[key] for key in keys if not _is_empty(entry.get(key))), None)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value of an object says nothing: null, spaces, or a list of such values."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None
 
 
 def captions_of(where: str, value: object) -> tuple[str, ...]:

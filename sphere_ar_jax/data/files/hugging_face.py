@@ -140,11 +140,11 @@ class HuggingFace:
         image, label = _columns(found.features, where, needs_labels)
         if not len(found):
             raise UserError(f'{where} has no images')
-        texts = [name for name in columns.CAPTIONS if name in found.features]
-        self._text_column = texts[0] if texts else None
-        undecoded = found.select_columns([image, *texts[:1]])
+        undecoded = found.select_columns([image])
         self._data = undecoded.cast_column(image, _library().Image(decode=False))
         self._column = image
+        texts = [name for name in columns.CAPTIONS if name in found.features]
+        self._texts = found.select_columns(texts) if texts else None
 
         def read() -> columns.Labels | None:
             if label is None:
@@ -173,19 +173,19 @@ class HuggingFace:
         return {'image': content, 'label': np.int32(label)}
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """Reads the captions of row i, of the column text, caption or captions.
+        """Reads the captions of row i, of the first column of `columns.CAPTIONS` that has some.
 
         Raises:
           UserError: there is no such column.
           BrokenCaptionError: the row has something else than a text.
         """
-        if self._text_column is None:
+        if self._texts is None:
             raise UserError(
                 f'{self._name} {self._split} has no column {", ".join(columns.CAPTIONS)}: '
                 'dataset.rename_column(NAME, "text") names the one to take'
             )
-        row = self._data.select_columns([self._text_column])[range(len(self))[i]]
-        return columns.captions_of(self.name(i), row[self._text_column])
+        row = self._texts[range(len(self))[i]]
+        return columns.captions_of(self.name(i), columns.first_of(row, columns.CAPTIONS))
 
     def name(self, i: int) -> str:
         """Names row i by the data set, the split and its number, as 'uoft-cs/cifar10 train [17]'.

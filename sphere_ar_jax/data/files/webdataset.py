@@ -93,7 +93,7 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
                 found = None
                 if extension in ('cls', 'json'):
                     found = _read_label(fd, member, extension)
-                is_text = extension in ('txt', 'json') and 0 < member.size <= _MOST_READ
+                is_text = extension in ('txt', 'json') and member.size > 0
                 if is_text and (extension == 'txt' or key not in texts):
                     texts[key] = (member.offset_data, member.size, extension == 'json')
                 if found is None:
@@ -234,6 +234,10 @@ class WebDataset:
         if not offset:
             return ()
         where = self.name(i)
+        if size > _MOST_READ:
+            raise BrokenCaptionError(
+                f'{where} has a caption of {size:,} bytes, of which {_MOST_READ:,} are the most'
+            )
         try:
             with open(self._paths[self._tars[i]], 'rb', buffering=0) as file:
                 content = os.pread(file.fileno(), size, offset)
