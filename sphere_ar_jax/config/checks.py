@@ -2,9 +2,8 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -26,36 +25,69 @@ def _at_least(least: float) -> Callable[[float], bool]:
     return lambda n: n >= least
 
 
-# What numbers must be: (pattern of keys, the rule in words, the rule as a function).
-_NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    (r'vae\.latent_dim', 'be at least 2', _at_least(2)),
-    (
-        r'vae\.(sigma|radius|kappa_scale)|ar\.(prior_scale|magnitude_weight|text_weight)',
-        'be above 0',
-        lambda n: n > 0,
-    ),
-    (
-        r'(vae|ar)\.(?!sigma|radius|kappa_scale|prior_scale|text_encoder_depth|\w+_weight)\w+',
+class _Rule(NamedTuple):
+    """What some numbers must be.
+
+    Attributes:
+      words: the rule in words.
+      holds: the rule as a function.
+      keys: the keys of the numbers. A section * stands for all trainings.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+    keys: tuple[str, ...]
+
+
+_NUMBERS = (
+    _Rule('be at least 2', _at_least(2), ('vae.latent_dim',)),
+    _Rule(
         'be at least 1',
         _at_least(1),
+        (
+            'vae.image_channels', 'vae.stem', 'vae.encoder_depth', 'vae.decoder_depth',
+            'vae.heads', 'vae.unroll', 'ar.depth', 'ar.heads', 'ar.width', 'ar.class_tokens',
+            'ar.text_tokens', 'ar.head_depth', 'ar.head_width', 'ar.head_groups', 'ar.unroll',
+            '*.batch_size', '*.accumulate', '*.log_every', '*.checkpoint_every', '*.keep',
+            'ar_training.copies', 'distillation_training.steps',
+            'distillation_training.teacher_steps', 'data.threads', 'data.classifier_steps',
+            'data.enlarge', 'sampling.batch_size', 'watch.classes', 'watch.columns',
+        ),
     ),
-    (r'distillation_training\.steps', 'be at least 1', _at_least(1)),
-    (r'data\.(threads|classifier_steps|enlarge)', 'be at least 1', _at_least(1)),
-    (r'.*\.(batch_size|log_every|checkpoint_every|keep|accumulate)', 'be at least 1', _at_least(1)),
-    (r'.*\.(copies|teacher_steps|classes|columns)', 'be at least 1', _at_least(1)),
-    (r'ar\.text_encoder_depth', 'be at least 0', _at_least(0)),
     # A stage of 0 steps is not trained.
-    (r'(tokenizer|ar)_training\.steps|data\.workers', 'be at least 0', _at_least(0)),
-    (r'.*\.(learning_rate|final_learning_rate|clip_norm)', 'be above 0', lambda n: n > 0),
-    (r'.*\.(warmup_steps|keep_every|\w+_weight)', 'not be negative', _at_least(0)),
-    (r'.*\.(weight_decay|disc_start)', 'not be negative', _at_least(0)),
-    (r'watch\.(every|fid_images)|sampling\.temperature', 'not be negative', _at_least(0)),
-    (r'\w+_training\.(b1|b2|ema_decay|label_dropout)', 'lie in [0, 1)', lambda n: 0 <= n < 1),
-    (r'data\.max_broken', 'lie in (0, 1]', lambda n: 0 < n <= 1),
-    (r'data\.holdout', 'lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9),
-    (r'data\.holdout_files', 'lie between 0 and 0.9', lambda n: 0 <= n <= 0.9),
-    (r'seed', 'lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31),
-)
+    _Rule(
+        'be at least 0',
+        _at_least(0),
+        ('tokenizer_training.steps', 'ar_training.steps', 'ar.text_encoder_depth', 'data.workers'),
+    ),
+    _Rule(
+        'not be negative',
+        _at_least(0),
+        (
+            '*.warmup_steps', '*.keep_every', '*.weight_decay', 'tokenizer_training.kl_weight',
+            'tokenizer_training.l2_weight', 'tokenizer_training.perceptual_weight',
+            'tokenizer_training.disc_weight', 'tokenizer_training.disc_start', 'watch.every',
+            'watch.fid_images', 'sampling.temperature',
+        ),
+    ),
+    _Rule(
+        'be above 0',
+        lambda n: n > 0,
+        (
+            'vae.sigma', 'vae.radius', 'vae.kappa_scale', 'ar.prior_scale', 'ar.magnitude_weight',
+            'ar.text_weight', '*.learning_rate', '*.final_learning_rate', '*.clip_norm',
+        ),
+    ),
+    _Rule(
+        'lie in [0, 1)',
+        lambda n: 0 <= n < 1,
+        ('*.b1', '*.b2', '*.ema_decay', 'ar_training.label_dropout'),
+    ),
+    _Rule('lie in (0, 1]', lambda n: 0 < n <= 1, ('data.max_broken',)),
+    _Rule('lie between 0.01 and 0.9', lambda n: 0.01 <= n <= 0.9, ('data.holdout',)),
+    _Rule('lie between 0 and 0.9', lambda n: 0 <= n <= 0.9, ('data.holdout_files',)),
+    _Rule('lie between 0 and 2³¹ − 1', lambda n: 0 <= n < 2**31, ('seed',)),
+)  # fmt: skip
 
 
 def _use(words: Collection[str]) -> str:
@@ -114,10 +146,12 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    """Checks a number by all rules of `_NUMBERS` whose pattern matches its key."""
-    for keys, rule, holds in _NUMBERS:
-        if re.fullmatch(keys, name):
-            require(holds(value), f'{name} is {value}, but must {rule}')
+    """Checks a number by the rule of `_NUMBERS` that has its key, if there is one."""
+    section, _, key = name.rpartition('.')
+    names = {name, f'*.{key}'} if section.endswith('_training') else {name}
+    for rule in _NUMBERS:
+        if names.intersection(rule.keys):
+            require(rule.holds(value), f'{name} is {value}, but must {rule.words}')
 
 
 def _check_training(name: str, training: ConfigDict) -> None:

@@ -479,6 +479,30 @@ def test_the_samplers_own_kernels_take_whole_heads():
         checks.check(cfg)
 
 
+def test_each_number_has_one_rule():
+    """The rules name keys that there are. Numbers without a rule are checked elsewhere."""
+    values = schema.leaves(schema.default().to_dict())
+    trainings = ('tokenizer_training', 'ar_training', 'distillation_training')
+    with_rule = []
+    for rule in checks._NUMBERS:
+        for key in rule.keys:
+            name = key.removeprefix('*.')
+            found = [f'{training}.{name}' for training in trainings] if name != key else [key]
+            assert set(found) <= set(values), key
+            with_rule += found
+    assert len(with_rule) == len(set(with_rule))
+    numbers = {key for key, value in values.items() if type(value) in (int, float)}
+    assert numbers - set(with_rule) == {
+        'distillation_training.guidance_scale',
+        'fine_tuning.lora_rank',
+        'mesh.data',
+        'mesh.fsdp',
+        'mesh.tensor',
+        'sampling.num_images',
+        'sampling.num_steps',
+    }
+
+
 @pytest.mark.parametrize(('key', 'value', 'message'), WRONG)
 def test_impossible_values_are_one_line(key, value, message):
     cfg = get_config()
