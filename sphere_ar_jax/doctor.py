@@ -76,7 +76,8 @@ def examine(
         own = data is None or schema.num_classes(cfg) is None
         trainings = e.run('config', lambda: _trainings(cfg, source if own else None, trains))
     if cfg is not None and trainings is not None:
-        disk = _examine_run(cfg, source if data is None else None, trainings, limit, e)
+        images = source if data is None else None
+        disk = _examine_run(cfg, images, trainings, limit, workdir, e)
     slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
         e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=slow)
@@ -90,6 +91,7 @@ def _examine_run(
     source: 'sources.Images | small.Split | None',
     trainings: 'dict[str, tuple[Stage, PyTree]]',
     limit: int | None,
+    workdir: str | None,
     examination: checks.Examination,
 ) -> int:
     """Checks the captions of a config's images, its mesh and its memory.
@@ -99,16 +101,17 @@ def _examine_run(
       source: its images, None where they are not known.
       trainings: see `_trainings`.
       limit: bytes of a device, None where not known.
+      workdir: the directory of the run, None where not known.
       examination: runs the checks and prints them.
 
     Returns:
-      The bytes that checkpoints will take.
+      The bytes that checkpoints will take, besides those that are there.
     """
     from sphere_ar_jax.config import build
 
     if source is not None and build.has_captions(cfg):
         examination.check('captions', lambda: checks.check_captions(cfg, source))
-    found = examination.run('mesh', lambda: checks.run_checks(cfg, trainings, limit))
+    found = examination.run('mesh', lambda: checks.run_checks(cfg, trainings, limit, workdir))
     if found is None:
         return 0
     of_run, disk = found

@@ -297,6 +297,9 @@ def _with_own_config(argv: list[str]) -> list[str]:
     mode = _MODES.get(_value(argv, 'mode') or '')
     if mode is None or not mode.opens_run:
         return argv
+    place = os.path.expanduser(workdir)
+    if '://' not in place and not os.path.exists(os.path.join(place, 'config.json')):
+        raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
     # absl accepts an override only after the --config that it changes.
     return [argv[0], f'--config={packaged.OF_RUN}:{workdir}', *argv[1:]]
 

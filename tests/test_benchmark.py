@@ -47,7 +47,9 @@ def test_every_part_runs_and_is_counted():
         part = our_parts.Part(cfg, name, batch)
         first = part.run()
         second = part.run()
-        assert first.shape == shape and np.isfinite(first).all() and np.isfinite(second).all(), name
+        assert first.shape == shape, name
+        assert np.isfinite(first).all(), name
+        assert np.isfinite(second).all(), name
         if name.startswith('train'):
             assert first != second
         elif name != 'transformer':  # whose cache goes on
@@ -70,7 +72,8 @@ def test_parts_of_models_of_texts(tmp_path, text_weight):
         for name, shape in (('prefill', (rows, 16)), ('transformer', (rows, 8, 16))):
             part = our_parts.Part(checked, name, 4)
             found = part.run()
-            assert found.shape == shape and np.isfinite(found).all(), name
+            assert found.shape == shape, name
+            assert np.isfinite(found).all(), name
     part = our_parts.Part(checked, 'train_ar', 4)
     assert part.run() != part.run()
     (tmp_path / 'SphereAR').mkdir()
@@ -156,21 +159,21 @@ def test_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / 'benchmark.json').read_text())
     head = results['parts']['head']['ours']
-    assert (
-        head['repeats'] == 2
-        and 0 < head['seconds'] < head['start_seconds']
-        and head['peak_bytes'] > 2**27
-    )
+    assert head['repeats'] == 2
+    assert 0 < head['seconds'] < head['start_seconds']
+    assert head['peak_bytes'] > 2**27
     assert compare.floor_seconds(head, results['parts']['head']['machine']) > 0
     table = (tmp_path / 'benchmark.md').read_text()
-    assert '| head | ours |' in table and table in result.stdout
+    assert '| head | ours |' in table
+    assert table in result.stdout
     assert head['compile_seconds'] > 0
     sums = compare.sampling_seconds(
         {'prefill': 1.0, 'transformer': 0.1, 'head': 0.01, 'decode': 2.0}, 16
     )
     np.testing.assert_allclose(sums, 1 + 15 * 0.1 + 16 * 0.01 + 2)
     refused = _run('--config=tests/tiny_config.py', '--no_such_flag')
-    assert refused.returncode != 0 and 'error: Unknown command line flag' in refused.stderr
+    assert refused.returncode != 0
+    assert 'error: Unknown command line flag' in refused.stderr
     assert 'Traceback' not in refused.stderr
 
 

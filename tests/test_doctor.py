@@ -60,8 +60,10 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
     code, lines = _examined(
         capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3'
     )
-    assert code == 0 and lines[-1].startswith('0 failed')
-    assert max(map(len, lines)) <= commands_checks.WIDTH and len(lines) <= 24  # a screen
+    assert code == 0
+    assert lines[-1].startswith('0 failed')
+    assert max(map(len, lines)) <= commands_checks.WIDTH
+    assert len(lines) <= 24
     assert (
         _line(lines, 'processes')
         == f'ok processes process 0 of 1, with {jax.device_count()} device(s)'
@@ -78,7 +80,8 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
 
 def test_a_run_that_cannot_be(capsys):
     code, lines = _examined(capsys, TINY, '--workdir=/dev/null/x', '--data=folder:/nowhere')
-    assert code == 1 and lines[-1].startswith('2 failed')
+    assert code == 1
+    assert lines[-1].startswith('2 failed')
     assert _line(lines, 'workdir') == 'FAIL workdir /dev/null/x cannot be written: Not a directory'
     assert 'FAIL data /nowhere cannot be read: No such file or directory' in _line(lines, 'data')
 
@@ -92,11 +95,13 @@ def test_what_else_a_training_reads(capsys, tmp_path):
         ((f'--config.tokenizer={tmp_path}',), f'tokenizer: there is no run in {tmp_path}'),
     ]:
         code, lines = _examined(capsys, TINY, *words)
-        assert code == 1 and _line(lines, 'inputs').startswith('FAIL')
+        assert code == 1
+        assert _line(lines, 'inputs').startswith('FAIL')
         assert said.replace(' ', '') in _line(lines, 'inputs').replace(' ', '')
     write_json(f'{tmp_path}/config.json', schema.as_dict(tiny_config.get_config()))
     code, lines = _examined(capsys, TINY, f'--config.tokenizer={tmp_path}')
-    assert code == 0 and _line(lines, 'inputs').replace(' ', '') == f'okinputs{tmp_path}'
+    assert code == 0
+    assert _line(lines, 'inputs').replace(' ', '') == f'okinputs{tmp_path}'
     with pytest.raises(
         ValueError,
         match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16",
@@ -106,12 +111,14 @@ def test_what_else_a_training_reads(capsys, tmp_path):
 
 def test_of_other_modes_no_training_is_looked_at(capsys):
     code, lines = _examined(capsys, '--config=configs/ar_l.py', '--mode=sample')
-    assert code == 0 and 'of --mode=sample only the machine and the workdir are looked at' in _line(
+    assert code == 0
+    assert 'of --mode=sample only the machine and the workdir are looked at' in _line(
         lines, 'flags'
     )
     assert not any(line[6:].startswith(('data', 'inputs', 'memory', 'mesh')) for line in lines)
     code, lines = _examined(capsys, '--config=configs/ar_l.py')
-    assert code == 1 and all(_line(lines, name).startswith('FAIL') for name in ('data', 'inputs'))
+    assert code == 1
+    assert all(_line(lines, name).startswith('FAIL') for name in ('data', 'inputs'))
 
 
 def test_what_the_mesh_does_not_split(capsys):
@@ -119,30 +126,30 @@ def test_what_the_mesh_does_not_split(capsys):
         capsys, TINY, '--config.ar.heads=1', '--config.mesh.tensor=2', '--config.mesh.data=1'
     )
     if jax.device_count() > 1:
-        assert (
-            code == 0
-            and 'WARN mesh ar: not split by mesh.tensor, which does not divide: '
-            in ' '.join(' '.join(lines).split())
+        assert code == 0
+        assert 'WARN mesh ar: not split by mesh.tensor, which does not divide: ' in ' '.join(
+            ' '.join(lines).split()
         )
     else:
-        assert code == 1 and 'not possible with 1 device(s)' in _line(lines, 'mesh')
+        assert code == 1
+        assert 'not possible with 1 device(s)' in _line(lines, 'mesh')
 
 
 def test_a_config_that_cannot_be(capsys):
     code, lines = _examined(capsys, TINY, '--config.ar.heads=3')
-    assert (
-        code == 1 and _line(lines, 'config') == 'FAIL config ar: 3 heads do not divide the width 16'
-    )
+    assert code == 1
+    assert _line(lines, 'config') == 'FAIL config ar: 3 heads do not divide the width 16'
     code, lines = _examined(capsys, TINY, '--config.mesh.data=999')
-    assert code == 1 and 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible' in _line(
-        lines, 'mesh'
-    )
+    assert code == 1
+    assert 'mesh.data 999, mesh.fsdp 1, mesh.tensor 1: not possible' in _line(lines, 'mesh')
 
 
 def test_an_impossible_brightness_is_one_line(capsys):
     code, lines = _examined(capsys, TINY, '--config.data.brightness=(0.2,)')
     said = ' '.join(lines)
-    assert code == 1 and 'not enough values' not in said and 'data.brightness' in said
+    assert code == 1
+    assert 'not enough values' not in said
+    assert 'data.brightness' in said
 
 
 def test_some_classes_of_a_small_data_set(capsys):
@@ -166,13 +173,17 @@ def test_some_classes_of_a_small_data_set(capsys):
 def test_wrong_flags_are_said_in_one_line(capsys, words, said):
     assert doctor.main(['doctor', *words]) == 2
     out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: ') and err.count('\n') == 1 and said in err
+    assert out == ''
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert said in err
 
 
 def test_long_texts_are_wrapped():
     check = commands_checks.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
     found = commands_checks.lines(check)
-    assert max(map(len, found)) <= 100 and found[-1].split() == ['last']
+    assert max(map(len, found)) <= 100
+    assert found[-1].split() == ['last']
     assert ''.join(''.join(found).split()) == 'WARNdata' + 'word' * 60 + 'x' * 250 + 'last'
 
 
@@ -199,7 +210,8 @@ def test_what_does_not_answer_is_given_up():
     examination = commands_checks.Examination(0.05, said.append)
     assert examination.run('data', gate.wait, slow='wait for it') is None
     gate.set()
-    assert examination.failed == 1 and examination.stuck
+    assert examination.failed == 1
+    assert examination.stuck
     assert said == ['FAIL  data        no answer in 0.05 s: wait for it']
 
 
@@ -211,10 +223,8 @@ def test_what_breaks_is_said_and_the_rest_goes_on():
     examination.check('three', lambda: commands_checks.Check('three', 'WARN', 'well'))
     assert (examination.failed, examination.warned, examination.stuck) == (2, 1, False)
     assert said[0] == 'FAIL  one         list index out of range'
-    assert (
-        said[1].startswith('FAIL  two         AttributeError: ')
-        and said[2] == 'WARN  three       well'
-    )
+    assert said[1].startswith('FAIL  two         AttributeError: ')
+    assert said[2] == 'WARN  three       well'
 
 
 # ---- the machine
@@ -227,8 +237,11 @@ def test_missing_packages():
         return '1.2'
 
     check = commands_checks.check_versions(version)
-    assert check.status == 'FAIL' and 'not installed: flax; pip install' in check.text
-    assert 'flax –' in check.text and 'libtpu –' in check.text and 'grain 1.2' in check.text
+    assert check.status == 'FAIL'
+    assert 'not installed: flax; pip install' in check.text
+    assert 'flax –' in check.text
+    assert 'libtpu –' in check.text
+    assert 'grain 1.2' in check.text
     assert commands_checks.check_versions(lambda name: '1.2').status == 'ok'
 
 
@@ -241,10 +254,10 @@ def test_a_package_that_is_missing_is_no_traceback():
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
-    assert done.returncode == 1 and done.stderr == ''
-    assert (
-        done.stdout.startswith('FAIL  package     cannot be imported: ') and 'optax' in done.stdout
-    )
+    assert done.returncode == 1
+    assert done.stderr == ''
+    assert done.stdout.startswith('FAIL  package     cannot be imported: ')
+    assert 'optax' in done.stdout
 
 
 def _device(platform, kind, stats=None):
@@ -274,7 +287,8 @@ def test_an_accelerator_that_is_not_used():
         check = commands_checks.check_devices(
             cpu, cpu, 2**30, commands_checks.device_files({file}.__contains__)
         )
-        assert check.status == 'WARN' and extra in check.text
+        assert check.status == 'WARN'
+        assert extra in check.text
     assert commands_checks.device_files(lambda path: False) is None
 
 
@@ -347,16 +361,14 @@ def test_memory_of_the_published_model():
     ((name, (stage, frozen)),) = programs.stages(cfg).items()
     parts = programs.state_bytes(stage, frozen, MESH)
     n = 4 * 204_499_216
-    assert (
-        name == 'ar' and parts['params'] == parts['ema'] == n and parts['frozen'] == 4 * 75_393_297
-    )
+    assert name == 'ar'
+    assert parts['params'] == parts['ema'] == n
+    assert parts['frozen'] == 4 * 75_393_297
     assert 0 <= parts['opt_state'] - 2 * n < 64  # and its counters
     check = commands_checks.check_memory(name, parts, 80 * 2**30)
-    assert (
-        check.status == 'ok'
-        and '4.1 GiB on each device' in check.text
-        and 'optimizer 1.5 GiB' in check.text
-    )
+    assert check.status == 'ok'
+    assert '4.1 GiB on each device' in check.text
+    assert 'optimizer 1.5 GiB' in check.text
     assert commands_checks.check_memory(name, parts, 5 * 2**30).status == 'WARN'
     assert commands_checks.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
     assert commands_checks.check_memory(name, parts, None).status == 'ok'
@@ -372,7 +384,8 @@ def test_memory_of_a_distilled_head():
     teacher = _bytes(ar.clone(head=ar.head.teacher()).init_params) + _bytes(
         build.build_vae(cfg).init_params
     )
-    assert name == 'distillation' and parts['params'] == head
+    assert name == 'distillation'
+    assert parts['params'] == head
     assert parts['frozen'] == teacher
 
 
@@ -406,9 +419,8 @@ def test_what_is_split_counts_once():
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
     check = commands_checks.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
-    assert check.status == ('ok' if fits else 'FAIL') and check.text.startswith(
-        f'data {data}, fsdp {fsdp}'
-    )
+    assert check.status == ('ok' if fits else 'FAIL')
+    assert check.text.startswith(f'data {data}, fsdp {fsdp}')
     assert fits or '--config.ar_training.batch_size' in check.text
 
 
@@ -418,7 +430,8 @@ def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HOME', str(home))
     code, lines = _examined(capsys, '--workdir=~/new')
     # It lies in a file.
-    assert code == 1 and f'{home}/new cannot be written' in _line(lines, 'workdir')
+    assert code == 1
+    assert f'{home}/new cannot be written' in _line(lines, 'workdir')
     cfg = schema.changed(tiny_config.get_config(), {'tokenizer': '~/none'})
     with pytest.raises(UserError, match=f'there is no run in {home}/none'):
         commands_checks.check_inputs(cfg, str(tmp_path))
@@ -427,12 +440,11 @@ def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
 def test_checkpoints_that_do_not_fit(tmp_path):
     assert commands_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
     check = commands_checks.check_workdir(str(tmp_path), 2**60)
-    assert check.status == 'FAIL' and 'checkpoints will take 1048576.0 TiB but only' in ' '.join(
-        check.text.split()
-    )
+    assert check.status == 'FAIL'
+    assert 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
 
 
-def test_disk_that_checkpoints_take():
+def test_disk_that_checkpoints_take(tmp_path):
     cfg = tiny_config.get_config()
     cfg.mesh.data = 1
     cfg.ar_training.update(steps=100, keep=2, keep_every=10)
@@ -441,6 +453,15 @@ def test_disk_that_checkpoints_take():
     sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
     checks, disk = commands_checks.run_checks(cfg, found, None)
     assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
+    # What is there already needs no further room, but the next one does.
+    for place in ('ar/checkpoints/30', 'ar/checkpoints/40', 'tokenizer/checkpoints/6'):
+        (tmp_path / place).mkdir(parents=True)
+    _, disk = commands_checks.run_checks(cfg, found, None, str(tmp_path))
+    assert disk == sizes['ar'] * 11
+    for step in range(50, 200, 10):
+        (tmp_path / 'ar' / 'checkpoints' / str(step + 1)).mkdir()
+    _, disk = commands_checks.run_checks(cfg, found, None, str(tmp_path))
+    assert disk == sizes['ar']
     assert [(check.name, check.status) for check in checks] == [
         ('mesh', 'ok'),
         ('memory', 'ok'),
@@ -496,18 +517,17 @@ def test_buckets(monkeypatch, store, status, said):
 
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
     check = commands_checks.check_workdir('gs://bucket/run', 2**30)
-    assert (
-        (check.name, check.status) == ('workdir', status)
-        and said in check.text
-        and '\n' not in check.text
-    )
+    assert (check.name, check.status) == ('workdir', status)
+    assert said in check.text
+    assert '\n' not in check.text
     assert store.store == {} or status == 'FAIL'
 
 
 def test_buckets_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'gcsfs', None)  # no such module
     check = commands_checks.check_workdir('gs://bucket/run')
-    assert check.status == 'FAIL' and check.text.endswith("pip install -e '.[gcs]'")
+    assert check.status == 'FAIL'
+    assert check.text.endswith("pip install -e '.[gcs]'")
 
 
 def test_data(tmp_path):
@@ -517,7 +537,8 @@ def test_data(tmp_path):
             Image.new('RGB', (9, 7)).save(tmp_path / label / f'{i}.png')
     check, source = commands_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
     text = f'folder {tmp_path}: 5 images, 2 classes: cat, dog'
-    assert check == commands_checks.Check('data', 'ok', text) and len(source) == 5
+    assert check == commands_checks.Check('data', 'ok', text)
+    assert len(source) == 5
     (tmp_path / 'top.png').write_bytes(b'')
     check, _ = commands_checks.check_data('folder', str(tmp_path))
     assert check.text == f'{text}\nleft out: 1 image(s) beside the directories of the classes'
@@ -563,15 +584,19 @@ def test_classes_are_counted_as_a_training_does(tmp_path, capsys):
         Image.new('RGB', (9, 7)).save(tmp_path / label / '1.png')
     words = (TINY, '--config.data.name=folder', f'--config.data.path={tmp_path}')
     code, lines = _examined(capsys, *words)
-    assert code == 0 and lines[-1].startswith('0 failed'), lines
+    assert code == 0, lines
+    assert lines[-1].startswith('0 failed'), lines
     assert _line(lines, 'data').endswith('3 images, 3 classes: cat, dog, owl')
     assert any(line[6:].startswith('memory') for line in lines)  # the models were built
     code, lines = _examined(capsys, *words, '--config.data.num_classes=2')
-    assert code == 1 and 'has 3 classes, but the model 2' in _line(lines, 'config')
+    assert code == 1
+    assert 'has 3 classes, but the model 2' in _line(lines, 'config')
     # Where there are no images, one check fails, not two.
     words = (TINY, '--config.data.name=folder', f'--config.data.path={tmp_path}/none')
     code, lines = _examined(capsys, *words)
-    assert code == 1 and lines[-1].startswith('1 failed') and 'FAIL  data' in '\n'.join(lines)
+    assert code == 1
+    assert lines[-1].startswith('1 failed')
+    assert 'FAIL  data' in '\n'.join(lines)
     # Other modes open no images.
     code, lines = _examined(capsys, *words, '--mode=sample')
     assert code == 0, lines
@@ -580,7 +605,8 @@ def test_classes_are_counted_as_a_training_does(tmp_path, capsys):
 def test_a_directory_without_its_kind_is_one_line(tmp_path, capsys):
     code, lines = _examined(capsys, f'--data={tmp_path}')
     said = _line(lines, 'data').replace(' ', '')
-    assert code == 1 and f'write data=folder:{tmp_path}'.replace(' ', '') in said
+    assert code == 1
+    assert f'write data=folder:{tmp_path}'.replace(' ', '') in said
 
 
 # ---- several processes
@@ -695,7 +721,8 @@ def test_a_process_that_comes_alone_says_so_and_ends(index):
         f'waiting for the other processes of this run at localhost:{port}: '
         'was each of them started, once?'
     )
-    assert done.returncode == -signal.SIGABRT and done.stderr.startswith(f'{said}\n'), done.stderr
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert done.stderr.startswith(f'{said}\n'), done.stderr
 
 
 def test_processes_that_do_not_come_are_not_waited_for():
@@ -705,8 +732,6 @@ def test_processes_that_do_not_come_are_not_waited_for():
         'JAX_PROCESS_ID': '1',
     }
     ((code, output),) = _processes([environ], '-m', 'sphere_ar_jax.doctor', '--timeout=1', TINY)
-    assert (
-        code == 1
-        and 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
-    )
+    assert code == 1
+    assert 'FAIL  processes   no answer in 1 s: have the other processes been started?' in output
     assert 'devices' not in output

@@ -47,7 +47,8 @@ def test_a_wrong_command_is_named(tmp_path):
         out = subprocess.run(
             [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
-        assert out.returncode == 1 and message in out.stderr.splitlines()[-1]
+        assert out.returncode == 1
+        assert message in out.stderr.splitlines()[-1]
 
 
 def _run(words, place, tmp_path, changes=()):
@@ -75,13 +76,15 @@ def test_a_small_imagenet_from_the_tar_to_samples(tmp_path):
     """The commands of docs/imagenet.md, as they stand there."""
     done = _run('stand_in /tmp', '/tmp/', tmp_path)
     assert done.returncode == 0, done.stderr
-    assert 'are broken' not in done.stdout and '5 classes: n01' in done.stdout
+    assert 'are broken' not in done.stdout
+    assert '5 classes: n01' in done.stdout
     for name in ('vae_smoke', 'ar_smoke'):
         assert (tmp_path / name / 'report.html').exists()
     samples = np.load(tmp_path / 'ar_smoke' / 'samples.npz')
     chex.assert_shape(samples['arr_0'], (16, 64, 64, 3))
     chex.assert_shape(samples['arr_1'], (16,))
-    assert samples['arr_0'].dtype == np.uint8 and samples['arr_0'].std() > 1
+    assert samples['arr_0'].dtype == np.uint8
+    assert samples['arr_0'].std() > 1
 
 
 @pytest.mark.slow
@@ -94,7 +97,8 @@ def test_images_of_ones_own_are_packed(tmp_path):
     done = _run('--mode=pack', '/data/', tmp_path)
     assert done.returncode == 0, done.stderr
     packed = sources.open_source('array_records', str(tmp_path / 'birds_packed'))
-    assert list(packed.class_names) == list(colours) and len(packed) == 2
+    assert list(packed.class_names) == list(colours)
+    assert len(packed) == 2
     for i in range(2):
         record = packed[i]
         image = Image.open(io.BytesIO(record['image']))

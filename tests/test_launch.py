@@ -161,7 +161,8 @@ def test_flags_in_two_words_are_joined(stubs, script):
     """--config FILE --workdir DIR, as absl takes them too."""
     together = stubs.run(script, *PLAIN, '--dry-run')
     apart = stubs.run(script, '--dry-run', *[part for word in PLAIN for part in word.split('=')])
-    assert together.stdout and apart.stdout == together.stdout
+    assert together.stdout
+    assert apart.stdout == together.stdout
 
 
 @pytest.mark.parametrize('words', [PLAIN, NASTY], ids=['plain', 'nasty'])
@@ -181,7 +182,8 @@ def test_slurm_submits_the_job(stubs, words):
 
 def test_slurm_with_one_process_for_all_gpus_of_a_node(stubs):
     ((call, environ),) = _printed(stubs, 'slurm', PLAIN, GPUS_PER_NODE='4', PROCESSES_PER_NODE='1')
-    assert '--ntasks-per-node=1' in call and '--gpus-per-node=4' in call
+    assert '--ntasks-per-node=1' in call
+    assert '--gpus-per-node=4' in call
     assert environ['JAX_LOCAL_DEVICE_IDS'] == '0,1,2,3'  # or JAX takes GPU 0 alone
 
 
@@ -189,7 +191,8 @@ def test_slurm_without_gpus(stubs):
     ((call, environ),) = _printed(
         stubs, 'slurm', PLAIN, GPUS_PER_NODE='0', JAX_COMPILATION_CACHE_DIR='/my cache'
     )
-    assert '--ntasks-per-node=1' in call and not [word for word in call if 'gpus' in word]
+    assert '--ntasks-per-node=1' in call
+    assert not [word for word in call if 'gpus' in word]
     assert environ['JAX_COMPILATION_CACHE_DIR'] == '/my cache'
 
 
@@ -255,9 +258,8 @@ def test_xpk_builds_pushes_and_creates(stubs, words):
 
 def test_xpk_without_building_and_deleting(stubs):
     calls = [call for call, _ in _printed(stubs, 'xpk', PLAIN, BUILD='0', DOCTOR='0')]
-    assert [call[:3] for call in calls] == [
-        ['xpk', 'workload', 'create']
-    ] and 'doctor' not in calls[0][-1]
+    assert [call[:3] for call in calls] == [['xpk', 'workload', 'create']]
+    assert 'doctor' not in calls[0][-1]
     assert stubs.run('xpk', '--delete', PROJECT='p').returncode == 0
     expected = [
         'xpk',
@@ -317,9 +319,8 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
     assert copy == [*tpus, 'scp', archive, 'l:sphere_ar.tgz', *place, *everywhere]
     assert delete == [*tpus, 'delete', 'l', *place, '--force', '--quiet']
     for call in on_hosts:
-        assert call[:-1] == [*tpus, 'ssh', 'l', *place, *everywhere] and call[-1].startswith(
-            '--command='
-        )
+        assert call[:-1] == [*tpus, 'ssh', 'l', *place, *everywhere]
+        assert call[-1].startswith('--command=')
     # The commands on the hosts, as the hosts' own shell reads them.
     host = tmp_path / 'host'
     (host / 'sphere_ar' / 'launch').mkdir(parents=True)
@@ -339,24 +340,24 @@ def test_tpu_asks_installs_runs_and_deletes(stubs, words, tmp_path):
 def test_both_names_of_v5e(stubs, script, flag):
     for name in 'v5e-16', 'v5litepod-16':
         said = stubs.run(script, *PLAIN, '--dry-run', TPU_TYPE=name)
-        assert said.returncode == 0 and f'{flag}=v5litepod-16 ' in said.stdout
+        assert said.returncode == 0
+        assert f'{flag}=v5litepod-16 ' in said.stdout
         assert script == 'xpk' or '--runtime-version=v2-alpha-tpuv5-lite ' in said.stdout
 
 
 def test_tpu_with_several_slices(stubs):
     calls = [call for call, _ in _printed(stubs, 'tpu', PLAIN, SLICES='3', DOCTOR='0', KEEP='1')]
-    assert (
-        '--node-count=3' in calls[0]
-        and '--node-prefix=l' in calls[0]
-        and '--node-id=l' not in calls[0]
-    )
+    assert '--node-count=3' in calls[0]
+    assert '--node-prefix=l' in calls[0]
+    assert '--node-id=l' not in calls[0]
     assert not [call for call in calls if 'delete' in call or 'doctor' in call[-1]]
 
 
 def test_tpu_stops_and_deletes(stubs):
     for verb, expected in (('--stop', 'ssh'), ('--delete', 'delete')):
         done = stubs.run('tpu', verb, '--dry-run')
-        assert shlex.split(done.stdout)[4] == expected and stubs.calls() == []
+        assert shlex.split(done.stdout)[4] == expected
+        assert stubs.calls() == []
         assert stubs.run('tpu', verb, TPU_TYPE='').returncode == 0
         assert stubs.words()[-1] == shlex.split(done.stdout)
         stubs.log.unlink()
@@ -379,7 +380,8 @@ def test_the_worker_prints_what_it_runs(stubs):
     assert show('doctor', *PLAIN) == [['.venv/bin/python', '-m', 'sphere_ar_jax.doctor', *PLAIN]]
     assert show('start', *PLAIN) == [['.venv/bin/python', '-u', '-m', 'sphere_ar_jax.main', *PLAIN]]
     assert show('wait') == [['flock', f'{stubs.environ["HOME"]}/sphere_ar.lock', 'true']]
-    assert show('stop') and stubs.calls() == []
+    assert show('stop')
+    assert stubs.calls() == []
 
 
 # ---- what is wrong is said in one line
@@ -433,8 +435,10 @@ def test_what_is_wrong_is_said_in_one_line(stubs, typed):
     done = stubs.run(
         script, *[word for word in words if not re.match('[A-Z_]+=', word)], **variables
     )
-    assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.count('\n') == 1 and WRONG[typed] in done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.count('\n') == 1
+    assert WRONG[typed] in done.stderr
     assert stubs.calls() == []
 
 
@@ -472,7 +476,8 @@ def _mains(stubs):
 def test_local_goes_on_after_sigterm(stubs):
     stubs.will_end('python', 0, 143, 143, 0)  # the doctor, and three starts
     done = stubs.run('local', *NASTY, RESTART_SECONDS='0')
-    assert done.returncode == 0 and done.stderr.count('restart') == 2
+    assert done.returncode == 0
+    assert done.stderr.count('restart') == 2
     assert stubs.words() == [_program('doctor', NASTY)] + 3 * [_program('main', NASTY)]
 
 
@@ -486,17 +491,16 @@ def test_local_restarts_after_nothing_else(stubs, code):
 def test_local_does_not_restart_for_ever(stubs):
     stubs.will_end('python', 143)
     done = stubs.run('local', *PLAIN, RESTART_SECONDS='0', DOCTOR='0', MAX_RESTARTS='4')
-    assert done.returncode == 143 and len(stubs.calls()) == 5
+    assert done.returncode == 143
+    assert len(stubs.calls()) == 5
 
 
 def test_local_starts_nothing_that_the_doctor_refuses(stubs):
     stubs.will_end('python', 1)
     done = stubs.run('local', *PLAIN)
-    assert (
-        done.returncode == 1
-        and stubs.words() == [_program('doctor', PLAIN)]
-        and 'DOCTOR=0' in done.stderr
-    )
+    assert done.returncode == 1
+    assert stubs.words() == [_program('doctor', PLAIN)]
+    assert 'DOCTOR=0' in done.stderr
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -507,10 +511,10 @@ def test_local_passes_signals_on_and_ends(stubs, number):
     process = subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     _wait_for((stubs.codes / 'ready').exists)
     process.send_signal(number)
-    assert (
-        'restart' not in process.communicate(timeout=30)[1] and process.returncode == 128 + number
-    )
-    assert (stubs.codes / 'saved').read_text() == f'{int(number)} ' and len(stubs.calls()) == 1
+    assert 'restart' not in process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert (stubs.codes / 'saved').read_text() == f'{int(number)} '
+    assert len(stubs.calls()) == 1
 
 
 @pytest.mark.slow
@@ -524,7 +528,8 @@ def test_local_goes_on_when_only_the_program_was_told_to_end(stubs):
     os.kill(first, signal.SIGTERM)
     _wait_for(lambda: ready.read_text() not in ('', str(first)))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143 and len(stubs.calls()) == 2
+    assert process.wait(timeout=30) == 143
+    assert len(stubs.calls()) == 2
 
 
 @pytest.mark.parametrize(
@@ -642,7 +647,8 @@ def test_a_tpu_run_goes_on_after_sigterm(cloud):
     ]
     environ = cloud.calls('python')[-1][2]
     assert environ['JAX_COMPILATION_CACHE_DIR'] == 'gs://bucket/compilation_cache'
-    assert (cloud.host / 'sphere_ar.log').exists() and not (cloud.host / 'state').exists()
+    assert (cloud.host / 'sphere_ar.log').exists()
+    assert not (cloud.host / 'state').exists()
 
 
 def test_a_tpu_that_is_taken_away_is_asked_for_again(cloud):
@@ -658,16 +664,19 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again(cloud):
 def test_a_tpu_run_that_fails_does_not_go_on_for_ever(cloud, code, starts):
     cloud.will_end('python', code)
     done = cloud.run('tpu', *PLAIN, DOCTOR='0', RETRIES='2')
-    assert done.returncode == code and len(_mains(cloud)) == starts
-    assert (
-        'delete' not in _verbs(cloud) and 'cost money' in done.stderr and '--delete' in done.stderr
-    )
+    assert done.returncode == code
+    assert len(_mains(cloud)) == starts
+    assert 'delete' not in _verbs(cloud)
+    assert 'cost money' in done.stderr
+    assert '--delete' in done.stderr
 
 
 def test_a_tpu_run_does_not_start_what_the_doctor_refuses(cloud):
     cloud.will_end('python', 1)
     done = cloud.run('tpu', *PLAIN)
-    assert done.returncode == 1 and _mains(cloud) == [] and 'not started' in done.stderr
+    assert done.returncode == 1
+    assert _mains(cloud) == []
+    assert 'not started' in done.stderr
 
 
 @pytest.fixture
@@ -700,12 +709,14 @@ def test_a_tpu_run_outlives_its_connection(cloud, on_host):
     assert 'runs already' in _ended(on_host('start', *PLAIN))[1]
     assert 'runs already' in _ended(on_host('doctor', *PLAIN))[1]
     code, said = _ended(on_host('start', *NASTY))
-    assert code == 2 and 'another command is running' in said
+    assert code == 2
+    assert 'another command is running' in said
     waiting = on_host('wait')
     time.sleep(1.5)
     assert waiting.poll() is None
     assert _ended(on_host('stop'))[0] == 0
-    assert _ended(waiting)[0] == 143 and (cloud.codes / 'saved').read_text() == '15 '
+    assert _ended(waiting)[0] == 143
+    assert (cloud.codes / 'saved').read_text() == '15 '
     assert _ended(on_host('stop'))[0] == 0  # nothing to stop
 
 
@@ -742,7 +753,8 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_every_head_comment_says_what_it_needs(stubs, script):
     done = stubs.run(script, '--help')
-    assert done.returncode == 0 and stubs.calls() == []
+    assert done.returncode == 0
+    assert stubs.calls() == []
     for part in ('Type: ', 'Needs: ', 'Costs: ', '--dry-run', 'never run on a real cluster'):
         assert part in done.stdout
     # Every variable that it takes from its user is named.
@@ -751,7 +763,8 @@ def test_every_head_comment_says_what_it_needs(stubs, script):
     )
     known = {'TMPDIR', 'SLURM_JOB_ID', 'SLURM_RESTART_COUNT', 'SLURM_CPUS_PER_TASK'}
     taken = {name for pair in taken for name in pair if name}
-    assert len(taken) >= 2 and not [name for name in taken - known if name not in done.stdout]
+    assert len(taken) >= 2
+    assert not [name for name in taken - known if name not in done.stdout]
 
 
 def _instructions(text):
@@ -777,7 +790,8 @@ def test_the_dockerfile_holds_together():
     ignore = (ROOT / '.dockerignore').read_text()
     copied = [word for name, words in found if name == 'COPY' for word in words[:-1]]
     for path in copied:
-        assert (ROOT / path).exists() and f'!{path.split("/")[0]}\n' in ignore
+        assert (ROOT / path).exists()
+        assert f'!{path.split("/")[0]}\n' in ignore
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     assert {'cuda12', 'cuda13', 'tpu', 'gcs'} <= set(project['optional-dependencies'])
     for path in (
@@ -792,13 +806,15 @@ def test_the_dockerfile_holds_together():
     assert python.startswith('python:3.12')  # >=3.11, as the package asks for
     entry = json.loads(' '.join(next(words for name, words in found if name == 'ENTRYPOINT')))
     assert entry == ['python', '-m', 'sphere_ar_jax.main']
-    assert ('USER', ['${user}']) in found and ('ARG', ['user=sphere']) in found
+    assert ('USER', ['${user}']) in found
+    assert ('ARG', ['user=sphere']) in found
     # What the build of the package takes in is there before pip runs.
     whole = tomllib.loads((ROOT / 'pyproject.toml').read_text())
     included = whole['tool']['hatch']['build']['targets']['wheel']['force-include']
     pip = next(i for i, (name, words) in enumerate(found) if name == 'RUN' and 'pip' in words)
     before = [word for _, words in found[: pip + 1] for word in words]
-    assert list(included) == ['configs'] and 'configs' in before[: before.index('pip')]
+    assert list(included) == ['configs']
+    assert 'configs' in before[: before.index('pip')]
 
 
 def test_hadolint_finds_nothing():

@@ -141,8 +141,10 @@ def test_bad_input_is_one_line(answers, arguments):
     code, out, err = answers[arguments]
     assert code == 2, err
     lines = [line for line in err.splitlines() if line]
-    assert lines[-1].startswith('error: ') and WRONG[arguments] in lines[-1]
-    assert 'Traceback' not in err and out == ''
+    assert lines[-1].startswith('error: ')
+    assert WRONG[arguments] in lines[-1]
+    assert 'Traceback' not in err
+    assert out == ''
 
 
 def _config_says(environment, words, expression):
@@ -215,13 +217,15 @@ def test_help_of_every_program(environment, door):
     command = [sys.executable, '-m', f'sphere_ar_jax.{door}', '--help']
     ascii_only = environment | {'PYTHONIOENCODING': 'ascii'}
     said = subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=300)
-    assert said.returncode == 0 and not said.stderr
+    assert said.returncode == 0
+    assert not said.stderr
     assert f'sphere_ar_jax.{door}' in said.stdout
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, 'wb') as unread:
         unheard = subprocess.run(command, env=environment, stdout=unread, stderr=subprocess.PIPE)
-    assert unheard.returncode == 128 + signal.SIGPIPE and not unheard.stderr
+    assert unheard.returncode == 128 + signal.SIGPIPE
+    assert not unheard.stderr
 
 
 @pytest.fixture(scope='module')
@@ -246,10 +250,15 @@ def test_the_whole_job(finished):
     assert metrics['classifier/accuracy'] > 0.97
     for name in ('samples', 'reconstructions', 'curves'):
         picture = np.asarray(Image.open(workdir / f'{name}.png').convert('L'))
-        assert picture.shape[0] > 100 and picture.shape[1] > 100 and picture.std() > 10
+        assert picture.shape[0] > 100
+        assert picture.shape[1] > 100
+        assert picture.std() > 10
     page = (workdir / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 3 and 'src="http' not in page
-    assert 'tests/tiny_config.py' in page and 'samples/frechet' in page and 'latent_dim: 8' in page
+    assert page.count('data:image/png;base64,') == 3
+    assert 'src="http' not in page
+    assert 'tests/tiny_config.py' in page
+    assert 'samples/frechet' in page
+    assert 'latent_dim: 8' in page
 
     # The README's lines, as they stand there.
     snippet = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL).group(
@@ -276,9 +285,8 @@ def test_the_job_again_distilled_and_with_another_config(environment, finished, 
     distil = (f'{TINY}:distilled', f'--workdir={tmp_path}/distilled')
     result = _run(environment, *distil, f'--config.init_from={workdir}')
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / 'distilled' / 'samples.png').exists() and not (
-        tmp_path / 'distilled' / 'ar'
-    ).exists()
+    assert (tmp_path / 'distilled' / 'samples.png').exists()
+    assert not (tmp_path / 'distilled' / 'ar').exists()
     run = load_run(str(tmp_path / 'distilled'))
     teacher = load_run(str(workdir))
     assert isinstance(run.ar.head, HEADS['mean_velocity'])
@@ -299,7 +307,8 @@ def test_the_job_again_distilled_and_with_another_config(environment, finished, 
         assert not (tmp_path / 'other' / 'config.json').exists()  # the workdir is still free
 
     other = _run(environment, TINY, f'--workdir={workdir}', '--config.ar.width=32')
-    assert other.returncode == 2 and 'ar.width 16 → 32' in other.stderr
+    assert other.returncode == 2
+    assert 'ar.width 16 → 32' in other.stderr
     assert json.loads((workdir / 'metrics.json').read_text()) == second
 
 
@@ -328,7 +337,8 @@ def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
         time.sleep(0.3)
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number and 'Traceback' not in errors
+    assert process.returncode == 128 + number
+    assert 'Traceback' not in errors
     step = int(errors.split('saved at step ')[1].split()[0])
     assert (tmp_path / 'tokenizer' / 'checkpoints' / str(step)).is_dir()
     assert 'the same command goes on' in errors
@@ -355,6 +365,8 @@ def test_digits_quality(optimised, tmp_path):
     result = _run(optimised, '--config=configs/digits.py', f'--workdir={tmp_path}', timeout=1800)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
-    assert metrics['samples/accuracy'] >= 0.98 and metrics['samples/frechet'] <= 0.25
-    assert metrics['samples/classes_drawn'] == 10 and metrics['vae/psnr'] > 26
+    assert metrics['samples/accuracy'] >= 0.98
+    assert metrics['samples/frechet'] <= 0.25
+    assert metrics['samples/classes_drawn'] == 10
+    assert metrics['vae/psnr'] > 26
     assert metrics['peak_rss_mb'] < 4096

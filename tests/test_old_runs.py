@@ -123,7 +123,9 @@ def test_a_run_that_lacks_new_keys_and_fields_goes_on(runs, tmp_path):
         del values[section][key]
     (directory / 'config.json').write_text(json.dumps(values))
     config = load_config(str(directory))
-    assert config.ar.unroll == 1 and config.sampling.temperature == 1.0 and config.ar.head == 'flow'
+    assert config.ar.unroll == 1
+    assert config.sampling.temperature == 1.0
+    assert config.ar.head == 'flow'
     assert (
         schema.differences(
             schema.as_dict(load_config(str(runs / 'digits'))), schema.as_dict(config)

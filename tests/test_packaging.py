@@ -151,7 +151,8 @@ def test_config_files_of_version_0_1_are_read(tmp_path):
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
-    assert done.returncode == 2 and 'the config has no key nope' in done.stderr
+    assert done.returncode == 2
+    assert 'the config has no key nope' in done.stderr
 
 
 def test_drawing_imports_only_what_it_needs():

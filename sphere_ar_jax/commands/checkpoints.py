@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 from typing import Any
 
 import jax
@@ -183,7 +182,7 @@ def _convert(
         models['ar'] = build.build_ar(cfg)
     # What is there comes from a conversion that broke off, perhaps of another file.
     for stage in ('tokenizer', 'ar'):
-        shutil.rmtree(f'{workdir}/{stage}/weights', ignore_errors=True)
+        epath.Path(workdir, stage, 'weights').rmtree(missing_ok=True)
     for stage, model in models.items():
         _write_weights(workdir, stage, model, tensors)
     beside = os.path.dirname(local)

@@ -197,7 +197,10 @@ def check_mesh(mesh: 'Mesh', batch_sizes: dict[str, tuple[int, int]]) -> Check:
 
 
 def run_checks(
-    cfg: 'ConfigDict', found: 'dict[str, tuple[Stage, PyTree]]', limit: int | None
+    cfg: 'ConfigDict',
+    found: 'dict[str, tuple[Stage, PyTree]]',
+    limit: int | None,
+    workdir: str | None = None,
 ) -> tuple[list[Check], int]:
     """Checks the mesh and the memory that the trainings take.
 
@@ -205,9 +208,10 @@ def run_checks(
       cfg: a checked config.
       found: its trainings, see `programs.stages`.
       limit: bytes that a device may use, None where not known.
+      workdir: the directory of the run, None where not known.
 
     Returns:
-      (checks, bytes that checkpoints will take on disk).
+      (checks, bytes that checkpoints will take on disk besides those that are there).
     """
     from sphere_ar_jax.measure import costs, programs
     from sphere_ar_jax.runtime import sharding
@@ -226,12 +230,25 @@ def run_checks(
         if said:
             checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))
-        once = costs.tree_bytes(state)
-        # A new checkpoint is written before the oldest is removed, hence one more.
-        disk += once * (stage.options.keep + 1)
-        if stage.options.keep_every:
-            disk += once * (stage.options.steps // stage.options.keep_every)
+        disk += costs.tree_bytes(state) * _checkpoints_to_come(name, stage.options, workdir)
     return checks, disk
+
+
+def _checkpoints_to_come(name: str, options: 'ConfigDict', workdir: str | None) -> int:
+    """The number of checkpoints of a stage that there must be room for besides those there are."""
+    from sphere_ar_jax.runtime import checkpoint
+
+    there = []
+    if workdir is not None:
+        place = f'{workdir}/{name}/checkpoints'
+        there = checkpoint.Checkpoints(place, read_only=True).steps()
+    if options.steps in there:
+        return 0
+    # A new checkpoint is written before the oldest is removed, hence one more.
+    most = options.keep + 1
+    if options.keep_every:
+        most += options.steps // options.keep_every
+    return max(1, most - len(there))
 
 
 def check_workdir(workdir: str, needed: int = 0) -> Check:

@@ -13,7 +13,7 @@ import functools
 import resource
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -30,14 +30,14 @@ from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.interop.lpips import check_paths, read
-from sphere_ar_jax.runtime import checkpoint, console, hosts, sharding
+from sphere_ar_jax.runtime import checkpoint, console, files, hosts, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
-from sphere_ar_jax.runtime.files import absolute, owned, write_json
-from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter, require
+from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, loop, standardisation
 from sphere_ar_jax.training.run import (
     Run,
+    check_origin,
     load_config,
     load_run,
     load_teacher,
@@ -122,7 +122,7 @@ def _check_vocabulary(key: str, origin: str, theirs: ConfigDict, cfg: ConfigDict
         )
 
 
-def _check_base(cfg: ConfigDict, workdir: str) -> None:
+def _check_base(cfg: ConfigDict) -> None:
     """Checks that the run in cfg.fine_tuning.init_from can be trained on.
 
     Raises:
@@ -130,8 +130,6 @@ def _check_base(cfg: ConfigDict, workdir: str) -> None:
     """
     key = 'fine_tuning.init_from'
     origin = cfg.fine_tuning.init_from
-    if origin == workdir:
-        raise UserError(f'{key}: {origin} is this --workdir: give another --workdir')
     theirs = _opened(key, load_config, origin)
     if theirs.init_from is not None:
         raise UserError(f'{key}: {origin} has a distilled head: take the run that trained it')
@@ -169,7 +167,7 @@ def _base(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh) -> _Base | Non
     origin = cfg.fine_tuning.init_from
     if origin is None or transfer.is_done(workdir):
         return None
-    _check_base(cfg, workdir)
+    _check_base(cfg)
     shapes = jax.eval_shape(build.build_ar(cfg).init_params, jax.random.key(0))
     tuned.select(shapes, fine_tuning.read(cfg.fine_tuning))
     tokenizer = _opened('fine_tuning.init_from', load_run, origin, mesh, tokenizer_only=True)
@@ -182,7 +180,8 @@ def _base(cfg: ConfigDict, workdir: str, source: Any, mesh: Mesh) -> _Base | Non
     new = getattr(source, 'class_names', None)
     known = schema.num_classes(whole.config)
     count = schema.num_classes(cfg)
-    assert known is not None and count is not None  # the models were built with them
+    assert known is not None
+    assert count is not None
     return _Base(run, transfer.origins(old, new, known, count))
 
 
@@ -200,7 +199,7 @@ def _teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
     Raises:
       UserError: there is no run, its model is not cfg's own, or it is distilled itself.
     """
-    teacher = _opened('init_from', load_teacher, cfg.init_from, mesh)
+    teacher = _opened('init_from', load_teacher, cfg, mesh)
     if is_converted(cfg.init_from):
         # A converted run's config does not tell its data and seed, so only the models are compared.
         changed = other_model(teacher.config, cfg)
@@ -339,6 +338,14 @@ def _run(
     return taken(state), seconds
 
 
+def _distillation(setting: snapshots.Setting, teacher: Run) -> Stage:
+    """The training of a head that is distilled from a teacher."""
+    cfg = setting.cfg
+    parameters = (teacher.vae_params, teacher.ar_params)
+    options = cfg.distillation_training
+    return distillation_stage(setting.ar, setting.vae, *parameters, options, cfg.seed)
+
+
 def _distil(
     setting: snapshots.Setting, reading: dict[str, Any], encoded_by: str | None, teacher: Run
 ) -> _Trained:
@@ -347,14 +354,7 @@ def _distil(
     The arguments are those of `_train`.
     """
     _check_latents(setting.cfg, encoded_by, teacher.vae_params)
-    stage = distillation_stage(
-        setting.ar,
-        setting.vae,
-        teacher.vae_params,
-        teacher.ar_params,
-        setting.cfg.distillation_training,
-        setting.cfg.seed,
-    )
+    stage = _distillation(setting, teacher)
     directory = f'{setting.workdir}/distillation'
 
     def with_head(head: PyTree) -> PyTree:
@@ -384,6 +384,15 @@ def _train_tokenizer(
         snapshots.look_at_reconstructions(setting, params, images, step, writer)
 
     return _run(setting, reading, stage, look)
+
+
+def _ar_stage(setting: snapshots.Setting, vae_params: PyTree) -> Stage:
+    """The training of the AR model, of all of it or as a fine-tuning asks."""
+    cfg = setting.cfg
+    choose_remat = cfg.ar.remat is None
+    stage = ar_stage(setting.ar, setting.vae, vae_params, cfg.ar_training, cfg.seed, choose_remat)
+    tuning = fine_tuning.read(cfg.fine_tuning)
+    return tuned.of_workdir(stage, tuning, f'{setting.workdir}/ar', setting.mesh, cfg.seed)
 
 
 def _train(
@@ -419,17 +428,8 @@ def _train(
         mesh=setting.mesh,
         reading=reading,
     )
-    stage = ar_stage(
-        setting.ar,
-        setting.vae,
-        vae_params,
-        setting.cfg.ar_training,
-        setting.cfg.seed,
-        choose_remat=setting.cfg.ar.remat is None,
-    )
+    stage = _ar_stage(setting, vae_params)
     directory = f'{setting.workdir}/ar'
-    tuning = fine_tuning.read(setting.cfg.fine_tuning)
-    stage = tuned.of_workdir(stage, tuning, directory, setting.mesh, setting.cfg.seed)
 
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         ar_params = stage.to_model(params)
@@ -473,6 +473,25 @@ def _with_lpips(cfg: ConfigDict) -> bool:
     return bool(t.steps and t.perceptual_weight and cfg.tokenizer is None and cfg.init_from is None)
 
 
+def _check_origin(key: str, directory: str, workdir: str | None) -> None:
+    """Checks that a run that the config names can be read, and is trained to its end.
+
+    Args:
+      key: the key that names it.
+      directory: its workdir.
+      workdir: that of the training, None where not known.
+    """
+    if workdir is not None and files.is_same(directory, workdir):
+        raise UserError(f'{key}: {directory} is this --workdir: give another --workdir')
+    _opened(key, load_config, directory)
+    if key != 'tokenizer':
+        _check_finished(key, directory)
+    elif not is_trained(directory, 'tokenizer'):
+        raise UserError(
+            f'tokenizer: that in {directory} is not trained to its end: run its own command first'
+        )
+
+
 def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
     """Checks that a training finds what it reads besides images.
 
@@ -489,47 +508,37 @@ def check_inputs(cfg: ConfigDict, workdir: str | None) -> list[str]:
     Raises:
       UserError: something is missing or cannot be used.
     """
-    here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
-    given = cfg.init_from or cfg.fine_tuning.init_from or cfg.tokenizer
-    if not (given or cfg.tokenizer_training.steps or here):
+    is_taken = workdir is not None and transfer.is_done(workdir)
+    places = {
+        'tokenizer': cfg.tokenizer,
+        'init_from': cfg.init_from,
+        'fine_tuning.init_from': None if is_taken else cfg.fine_tuning.init_from,
+    }
+    is_here = workdir is not None and epath.Path(workdir, 'tokenizer', 'weights').is_dir()
+    if not (any(places.values()) or cfg.tokenizer_training.steps or is_here):
         raise UserError(
             'tokenizer_training.steps is 0, but no tokenizer was converted into the workdir: give '
             '--config.tokenizer=DIR, the workdir of a trained or converted one'
         )
-    found = []
-    places = {name: cfg[name] for name in ('tokenizer', 'init_from')}
-    if workdir is None or not transfer.is_done(workdir):
-        places['fine_tuning.init_from'] = cfg.fine_tuning.init_from
+    found = [directory for directory in places.values() if directory is not None]
     for name, directory in places.items():
-        if directory is None:
-            continue
-        _opened(name, load_config, directory)
-        if name != 'tokenizer':
-            _check_finished(name, directory)
-        elif not is_trained(directory, 'tokenizer'):
-            raise UserError(
-                f'tokenizer: that in {directory} is not trained to its end: run its own command '
-                'first'
-            )
-        found.append(directory)
+        if directory is not None:
+            _check_origin(name, directory, workdir)
     if build.reads_features(cfg):
         build.open_features(cfg)
         found.append(cfg.ar.features)
     if _with_lpips(cfg):
-        files = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg)
-        check_paths(*files)
-        found += files
+        weights = (cfg.tokenizer_training.lpips, cfg.tokenizer_training.vgg)
+        check_paths(*weights)
+        found += weights
     return found
 
 
 def _check_parts(cfg: ConfigDict, workdir: str, mesh: Mesh) -> None:
     """Checks that these devices can run the trainings, and their inputs as `check_inputs` does."""
     checks.check_training(cfg)
-    names = ('distillation_training',) if cfg.init_from else ('tokenizer_training', 'ar_training')
-    for name in names:
+    for name in checks.trainings(cfg):
         options = cfg[name]
-        if not options.steps:
-            continue
         why = sharding.misfit(mesh, options.batch_size, options.accumulate)
         if why:
             raise UserError(f'{name}.batch_size: {why}')
@@ -621,7 +630,7 @@ def with_absolute_paths(cfg: ConfigDict) -> ConfigDict:
         named.add('data.path')
     if cfg.data.captions == captions_table.BESIDE:
         named.add('data.captions')
-    paths = {key: absolute(values[key]) for key in _PATHS if values[key] and key not in named}
+    paths = {key: files.absolute(values[key]) for key in _PATHS if values[key] and key not in named}
     return schema.changed(cfg, paths)
 
 
@@ -633,14 +642,14 @@ def _set_up(
     Returns:
       (what the parts of the run share, a function of it that runs the trainings).
     """
-    require(cfg.logging)
+    metric_writer.require(cfg.logging)
     cfg = with_absolute_paths(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
     source, data, heldout, reading, encoded_by = _open_data(cfg)
     # Processes that read other weights would wait for each other without end.
     _check_same(cfg, source)
     _check_parts(cfg, workdir, mesh)
-    stages: Callable[[snapshots.Setting], _Trained]
+    stages: functools.partial[_Trained]
     if cfg.init_from is None:
         tokenizer = _tokenizer(cfg, mesh)
         lpips = _lpips(cfg, mesh)
@@ -652,6 +661,8 @@ def _set_up(
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
     base = _base(cfg, workdir, source, mesh)
+    if epath.Path(workdir, 'config.json').exists():
+        _check_moved(setting, load_config(workdir), stages.keywords)
     if build.has_captions(cfg):
         print('\n'.join(describe_captions(cfg, source)), flush=True)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -660,6 +671,33 @@ def _set_up(
     if base is not None:
         _take(cfg, workdir, source, mesh, base)
     return setting, stages
+
+
+def _check_moved(
+    setting: snapshots.Setting, before: ConfigDict, given: Mapping[str, PyTree]
+) -> None:
+    """Checks that a tokenizer or a teacher of another path is the one that a run was begun on.
+
+    This comes before config.json names the new path.
+
+    Args:
+      setting: what the parts of the run share.
+      before: the run's own config.
+      given: the parameters of the `tokenizer` and the run of the `teacher`, where there are some.
+
+    Raises:
+      UserError: it is another one.
+    """
+    cfg = setting.cfg
+    if (before.tokenizer, before.init_from) == (cfg.tokenizer, cfg.init_from):
+        return
+    teacher = given.get('teacher')
+    tokenizer = given.get('tokenizer')
+    if teacher is not None:
+        check_origin(_distillation(setting, teacher), setting.workdir, setting.mesh)
+    elif tokenizer is not None and epath.Path(setting.workdir, 'ar', 'checkpoints').is_dir():
+        vae_params = standardisation.read(setting.vae, tokenizer, setting.workdir)
+        check_origin(_ar_stage(setting, vae_params), setting.workdir, setting.mesh)
 
 
 def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
@@ -738,7 +776,7 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
       UserError: something that the user can put right, as another run in the workdir; one line.
       OSError: likewise.
     """
-    with owned(workdir, 'a training'):
+    with files.owned(workdir, 'a training'):
         return _train_alone(cfg, workdir, command, started)
 
 
@@ -778,7 +816,7 @@ def _run_all(
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    write_json(f'{workdir}/metrics.json', metrics)
+    files.write_json(f'{workdir}/metrics.json', metrics)
     final = pictures.read_all(workdir, ('samples', 'reconstructions'))
     setting.logs.conclude(workdir, metrics, _as_text(cfg), final)
     summary = _summary(setting, metrics)

@@ -18,8 +18,8 @@ from sphere_ar_jax.runtime.console import UserError
 
 # Sections and keys that say how a run is computed.
 _COMPUTED = ('sampling', 'mesh', 'seed', 'dtype', 'ar.fused')
-# Files that may have moved since the training; None leaves the run's own.
-_MOVED = ('tokenizer', 'ar.features')
+# Runs and files that may have moved since the training; None leaves the run's own.
+_MOVED = ('tokenizer', 'init_from', 'ar.features')
 # Where images are now; None leaves the run's own.
 _PLACES = ('data.path', 'data.captions', 'data.data_dir')
 # The other keys of the data that may be given. They say of which kind the images are, what judges
@@ -88,6 +88,8 @@ def for_the_model(own: ConfigDict, like: ConfigDict) -> ConfigDict:
       like: a config of the same model.
     """
     moved = {key: files.absolute(path) for key, path in _given(like, _MOVED).items()}
+    if own.init_from is None:
+        moved.pop('init_from', None)  # A run that is no distillation has no teacher to move.
     return schema.changed(own, _values(like, _COMPUTED) | moved)
 
 

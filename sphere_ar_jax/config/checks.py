@@ -634,17 +634,12 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
       config: a checked config.
       num_images: the number of training images.
     """
-    names = ['tokenizer_training', 'ar_training']
-    if config.init_from is not None:
-        names = ['distillation_training']
     lines = []
     unread = build.unread_keys(config)
     if unread:
         lines.append(f'vae: the backbone {config.vae.backbone} does not read {", ".join(unread)}')
-    for name in names:
+    for name in trainings(config):
         t = config[name]
-        if not t.steps or (name == 'tokenizer_training' and config.tokenizer is not None):
-            continue
         epochs = t.steps * t.batch_size / num_images
         line = f'{name}: {t.steps} steps of {t.batch_size} images are {epochs:,.1f} epochs'
         if config.data.name not in (*small.KINDS, 'latents'):
@@ -665,6 +660,16 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
     return lines
 
 
+def trainings(config: ConfigDict) -> list[str]:
+    """The sections of the trainings that a config asks for."""
+    if config.init_from is not None:
+        return ['distillation_training']
+    names = (
+        ['ar_training'] if config.tokenizer is not None else ['tokenizer_training', 'ar_training']
+    )
+    return [name for name in names if config[name].steps]
+
+
 def check_training(config: ConfigDict) -> ConfigDict:
     """Checks what only a training needs. A run that was trained otherwise is opened all the same.
 
@@ -677,7 +682,14 @@ def check_training(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: it cannot be trained; one line.
     """
-    is_trained = config.ar_training.steps > 0 and config.init_from is None
+    for name in trainings(config):
+        training = config[name]
+        require(
+            training.final_learning_rate <= training.learning_rate,
+            f'{name}.final_learning_rate is {training.final_learning_rate}, above its '
+            f'learning_rate {training.learning_rate}, so that the rate would rise: lower it, too',
+        )
+    is_trained = 'ar_training' in trainings(config)
     require(
         not is_trained or config.ar_training.accumulate == 1 or not build.writes_texts(config),
         'ar_training.accumulate: the loss of texts is a mean over the captions of a whole batch: '

@@ -44,7 +44,8 @@ def load(word: str) -> Any:
     if file is None:
         raise FileNotFoundError(f'there is no packaged config {word}')
     spec = importlib.util.spec_from_file_location('packaged_config', file)
-    assert spec is not None and spec.loader is not None  # since it ends in .py
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)

@@ -331,8 +331,9 @@ _FREE = re.compile(
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences of two configs that a run cannot go on across.
 
-    Options of the distillation count only where one of the two configs distils a head. The number
-    of classes does not count where both models read texts.
+    Options of the distillation count only where one of the two configs distils a head, and the
+    place of its teacher only where the other one has none. The number of classes does not count
+    where both models read texts.
 
     Args:
       old: the config that the run was begun with, as `as_dict` gives it.
@@ -351,6 +352,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             continue
         if name == 'data.num_classes' and read_texts:
             continue
+        if name == 'init_from' and None not in (before.get(name), after.get(name)):
+            continue  # The teacher was moved. Its weights are compared.
         if name.startswith('distillation_training.') and not distilled:
             continue
         if before.get(name) != after.get(name):

@@ -108,7 +108,8 @@ def read(lin_path: OptionalPath, vgg_path: OptionalPath) -> PyTree:
         tensors.
     """
     check_paths(lin_path, vgg_path)
-    assert lin_path is not None and vgg_path is not None  # by `check_paths`
+    assert lin_path is not None
+    assert vgg_path is not None
     paths = (lin_path, vgg_path)
     contents = [torch_file.open_file(path) for path in paths]
     for path, tensors in zip(paths, contents, strict=True):

@@ -82,7 +82,8 @@ def product(
     n = len(dimensions[0][0])
     contracted = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     assert dimensions == (contracted, ((), ())), dimensions
-    assert precision is None and preferred_element_type is None
+    assert precision is None
+    assert preferred_element_type is None
     rows = x.shape[: x.ndim - n]
     y = _product(n)(x.reshape(math.prod(rows), *x.shape[x.ndim - n :]), kernel)
     return y.reshape(*rows, *y.shape[1:])

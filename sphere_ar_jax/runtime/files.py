@@ -27,6 +27,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return text if '://' in text else os.path.abspath(os.path.expanduser(text))
 
 
+def is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one place; those of gs://… do where they are equal."""
+    paths = [os.fspath(path) for path in (one, other)]
+    if any('://' in path for path in paths):
+        return paths[0].rstrip('/') == paths[1].rstrip('/')
+    return os.path.realpath(paths[0]) == os.path.realpath(paths[1])
+
+
 def user_cache(environ: Mapping[str, str]) -> str:
     """The directory in the user's cache that belongs to this program.
 

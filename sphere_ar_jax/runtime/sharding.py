@@ -136,6 +136,10 @@ def make_mesh(
     total = math.prod(sizes)
     if not 0 < total <= len(devices):
         raise UserError(f'{text}: not possible with {len(devices)} device(s)')
+    if total < len(devices) and -1 in (data, fsdp, tensor):
+        raise UserError(
+            f'{text}: -1 stands for all devices, but {len(devices)} are no multiple of {known}'
+        )
     left_out = _processes(devices) - _processes(devices[:total])
     if left_out:
         raise UserError(

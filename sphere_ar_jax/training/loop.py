@@ -92,15 +92,23 @@ def _check_finite(
     """
     if all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
         return
-    checkpoints.set_aside([s for s in checkpoints.steps() if s == step - 1])
+    failed = [s for s in checkpoints.steps() if s == step - 1]
+    checkpoints.set_aside(failed)
     steps = checkpoints.steps()
-    last = 'there is no checkpoint yet'
+    last = 'there is no checkpoint to go on from'
     if steps:
         last = f'the last good checkpoint, step {steps[-1]}, was not touched'
+    if failed:
+        last += (
+            f' (that of step {step - 1} has the weights that failed, and is now damaged-{step - 1})'
+        )
+    section = f'{stage.name}_training'
+    remedy = f'a lower --config.{section}.learning_rate'
+    if stage.options.final_learning_rate > 0.5 * stage.options.learning_rate:
+        remedy += f', and a --config.{section}.final_learning_rate that is not above it'
     raise NonFiniteError(
         f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} '
-        f'at step {step}; {last}. '
-        f'Try the same command with a lower --config.{stage.name}_training.learning_rate'
+        f'at step {step}; {last}. Try the same command with {remedy}'
     )
 
 
@@ -346,9 +354,6 @@ def train(
                 last = step == options.steps
                 if step % options.log_every == 0 or last:
                     log.write(step)
-                if watch is not None and step % watch.every == 0:
-                    watch.look(step, state, writer)
-                    log.restart_clock(step)
                 arrived = signals.agreed()
                 if step % options.checkpoint_every == 0 or last or arrived:
                     # Nothing that is not finite is ever saved.
@@ -361,6 +366,10 @@ def train(
                     checkpoints.save(step, state, noted, time.perf_counter() - started)
                 if arrived:
                     raise Preempted(arrived, step, options.steps)
+                # After the save, so that a look that fails loses no steps.
+                if watch is not None and step % watch.every == 0:
+                    watch.look(step, state, writer)
+                    log.restart_clock(step)
             checkpoints.wait()
             # A signal may have arrived at the last step, or while its state was saved.
             arrived = signals.agreed(now=True)

@@ -14,7 +14,7 @@ from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
-from sphere_ar_jax.runtime import checkpoint, sharding
+from sphere_ar_jax.runtime import checkpoint, files, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import adversarial, stages, standardisation, state
@@ -123,6 +123,24 @@ def _restore(
     return weights
 
 
+def check_origin(stage: state.Stage, workdir: str | os.PathLike[str], mesh: Mesh) -> None:
+    """Checks that a stage's checkpoints were trained on its frozen parameters.
+
+    Nothing of the checkpoints is read but what they note.
+
+    Raises:
+      UserError: they were trained on others.
+    """
+    directory = os.path.join(workdir, stage.name)
+    checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
+    like = state.abstract_state(stage, mesh)
+    restored = checkpoints.restore(like, lambda whole: whole.step)
+    checkpoints.close()
+    if restored is not None:
+        _, data_state, _ = restored
+        state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
+
+
 def load_tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree:
     """Reads the parameters of the tokenizer in the workdir that `cfg.tokenizer` names.
 
@@ -173,9 +191,13 @@ def load_run(
     if mesh is None:
         mesh = sharding.make_mesh()
     if cfg.init_from is not None:
-        if os.path.realpath(cfg.init_from) == os.path.realpath(workdir):
+        if files.is_same(cfg.init_from, workdir):
             raise UserError(f'{workdir} is distilled from itself')
-        vae_params = load_teacher(cfg.init_from, mesh, tokenizer_only=True).vae_params
+        vae_params = load_teacher(cfg, mesh, tokenizer_only=True).vae_params
+    elif cfg.tokenizer is not None and files.is_same(cfg.tokenizer, workdir):
+        raise UserError(
+            f'{workdir} names itself as the run that has its tokenizer: give --config.tokenizer=DIR'
+        )
     elif cfg.tokenizer is None:
         tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
         vae_params = _restore(tokenizer, workdir, mesh)
@@ -204,7 +226,7 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
     if mesh is None:
         mesh = sharding.make_mesh()
     if cfg.init_from is not None:
-        theirs = _teacher_config(cfg.init_from)
+        theirs = _teacher_config(cfg)
         vae = build.build_vae(theirs)
         teacher = Run(theirs, vae, run.vae_params, build.build_ar(theirs), None)
         teacher = with_ar(teacher, cfg.init_from, mesh)
@@ -227,26 +249,24 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
     return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
 
 
-def _teacher_config(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """Reads the config of a run to distil from.
+def _teacher_config(cfg: ConfigDict) -> ConfigDict:
+    """Reads the config of the run in cfg.init_from; arguments and errors as of `load_teacher`."""
+    teacher = load_config(cfg.init_from)
+    if teacher.init_from is not None:
+        raise UserError(
+            f'{cfg.init_from} has a distilled head: distil from the run that trained it'
+        )
+    if teacher.tokenizer is not None and cfg.tokenizer is not None:
+        return schema.changed(teacher, {'tokenizer': cfg.tokenizer})
+    return teacher
 
-    Raises:
-      OSError: there is no run.
-      UserError: its head is a distilled one itself.
-    """
-    cfg = load_config(workdir)
-    if cfg.init_from is not None:
-        raise UserError(f'{workdir} has a distilled head: distil from the run that trained it')
-    return cfg
 
-
-def load_teacher(
-    workdir: str | os.PathLike[str], mesh: Mesh | None = None, tokenizer_only: bool = False
-) -> Run:
-    """Reads a run to distil from, as `load_run` does.
+def load_teacher(cfg: ConfigDict, mesh: Mesh | None = None, tokenizer_only: bool = False) -> Run:
+    """Reads the run to distil from, in cfg.init_from, as `load_run` does.
 
     Args:
-      workdir: the run's workdir.
+      cfg: the config of the distillation. Its `tokenizer` says where that of the teacher is now, if
+        it lies in a workdir of its own.
       mesh: where the parameters go, all devices if None.
       tokenizer_only: leave the AR model's parameters None.
 
@@ -257,4 +277,4 @@ def load_teacher(
       OSError: as `load_run`.
       UserError: as `load_run`, or the run's head is a distilled one itself.
     """
-    return load_run(workdir, mesh, tokenizer_only, _teacher_config(workdir))
+    return load_run(cfg.init_from, mesh, tokenizer_only, _teacher_config(cfg))

@@ -189,6 +189,25 @@ def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool
     return f'to train another AR model on this tokenizer, give {on_it}'
 
 
+def _check_places(before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Raises UserError where a run had a tokenizer of another workdir and has none now, or has one.
+
+    Such a tokenizer may be moved, which only changes its path.
+    """
+    if (before.tokenizer is None) == (now.tokenizer is None) or now.init_from is not None:
+        return
+    if now.tokenizer is None:
+        raise UserError(
+            f'{workdir} was begun on the tokenizer of {before.tokenizer}: give '
+            '--config.tokenizer=DIR, where it is now, or use another --workdir'
+        )
+    if _done(workdir, 'ar'):
+        raise UserError(
+            f'the AR model in {workdir} was begun on a tokenizer of its own: leave '
+            '--config.tokenizer out, or use another --workdir'
+        )
+
+
 def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
 
@@ -201,8 +220,8 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
       workdir: the workdir.
 
     Raises:
-      UserError: the workdir was begun with another model, data or training, or it holds shared
-        weights.
+      UserError: the workdir was begun with another model, data, tokenizer or training, or it holds
+        shared weights.
     """
     if shared.is_shared(workdir):
         raise UserError(
@@ -220,6 +239,7 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
             changed = other_model(before, cfg, alone)
         else:
+            _check_places(before, cfg, workdir)
             changed, longer = _changes(before, cfg, workdir)
             if longer and not changed:
                 print('\n'.join(longer), flush=True)

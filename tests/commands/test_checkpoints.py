@@ -58,10 +58,13 @@ def test_without_room_a_conversion_and_an_export_are_one_line_each(tmp_path):
     before = sorted(os.listdir(workdir))
     with _files_up_to(5000), pytest.raises((UserError, OSError), match='too large') as caught:
         checkpoints.export_checkpoint(str(workdir))
-    assert str(exported) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    assert sorted(os.listdir(workdir)) == before and exported.read_text() == 'an older one'
+    assert str(exported) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(os.listdir(workdir)) == before
+    assert exported.read_text() == 'an older one'
     checkpoints.export_checkpoint(str(workdir))
-    assert exported.stat().st_size > 5000 and sorted(os.listdir(workdir)) == before
+    assert exported.stat().st_size > 5000
+    assert sorted(os.listdir(workdir)) == before
 
 
 def test_a_workdir_that_is_in_use_is_not_converted_into(tmp_path):
@@ -103,7 +106,8 @@ def test_a_directory_to_share_is_the_run(run_with_paths, directory):
     theirs = load_run(str(directory))
     chex.assert_trees_all_equal(ours.vae_params, theirs.vae_params)
     chex.assert_trees_all_equal(ours.ar_params, theirs.ar_params)
-    assert ours.vae == theirs.vae and ours.ar == theirs.ar
+    assert ours.vae == theirs.vae
+    assert ours.ar == theirs.ar
     assert ours.config.sampling == theirs.config.sampling
     assert 'secret' not in ''.join((directory / name).read_text() for name in shared.FILES[1:])
 
@@ -121,7 +125,9 @@ def test_a_shared_directory_is_no_workdir_to_train_in(directory):
 def test_the_model_card_says_what_the_run_says(run_with_paths, directory):
     card = (directory / 'README.md').read_text()
     head, yaml, body = card.split('---\n', 2)
-    assert head == '' and 'library_name: sphere_ar_jax\n' in yaml and '\nlicense:' not in yaml
+    assert head == ''
+    assert 'library_name: sphere_ar_jax\n' in yaml
+    assert '\nlicense:' not in yaml
     metrics = json.loads((run_with_paths / 'metrics.json').read_text())
     found = dict(re.findall(r'^\| `([\w/]+)` \| (\S+) \|', body, re.MULTILINE))
     assert found == {
@@ -129,8 +135,10 @@ def test_the_model_card_says_what_the_run_says(run_with_paths, directory):
         for name, value in metrics.items()
         if not name.startswith(('wall_s', 'peak_rss_mb'))
     }
-    assert '- AR model: 6 steps of 16 images' in body and '`nought, a|bc, 0, ' in body
-    assert "sphere_ar_jax.load('hf://USER/NAME')" in body and 'run.sample(' in body
+    assert '- AR model: 6 steps of 16 images' in body
+    assert '`nought, a|bc, 0, ' in body
+    assert "sphere_ar_jax.load('hf://USER/NAME')" in body
+    assert 'run.sample(' in body
 
 
 def test_the_card_of_a_fine_tuned_run_names_no_published_weights(run_with_paths):
@@ -158,14 +166,17 @@ def test_only_scores_of_the_very_weights_are_on_a_card(run_with_paths, tmp_path)
         card = checkpoints._card(str(workdir), run, None)
         assert dict(re.findall(r'^\| (`fid`) \| (\S+) \|', card, re.MULTILINE)) == expected
         assert ('40 samples against `birds.npz` of 7 images' in card) == (parameters == crc)
-        assert ('`samples/accuracy`' in card) != (parameters == crc) and 'secret' not in card
+        assert ('`samples/accuracy`' in card) != (parameters == crc)
+        assert 'secret' not in card
     shutil.rmtree(workdir / 'ar' / 'checkpoints' / '6')  # as if it had been killed before
     card = checkpoints._card(str(workdir), run, None)
-    assert 'No scores of these weights are known' in card and '4 steps of 16' in card
+    assert 'No scores of these weights are known' in card
+    assert '4 steps of 16' in card
     assert 'fine-tuned' not in card
     run.config.fine_tuning.update(init_from='/secret/base', lora_rank=3)
     card = checkpoints._card(str(workdir), run, None)
-    assert 'another run, by factors of rank 3' in card and 'secret' not in card
+    assert 'another run, by factors of rank 3' in card
+    assert 'secret' not in card
 
 
 @pytest.mark.slow
@@ -189,7 +200,8 @@ def test_a_shared_file_is_converted(directory, tmp_path, capsys):
     shutil.copy(source, tmp_path / 'a.safetensors')
     checkpoints.convert_checkpoint(str(tmp_path / 'a.safetensors'), str(tmp_path / 'v'), heads=2)
     cfg = load_config(str(tmp_path / 'v'))
-    assert cfg.ar.depth == 1 and cfg.data.num_classes == 10
+    assert cfg.ar.depth == 1
+    assert cfg.data.num_classes == 10
 
 
 def test_where_a_directory_may_be_written(run_with_paths, directory, tmp_path):
@@ -276,10 +288,12 @@ def test_push_and_load_from_the_hub(run_with_paths, directory, tmp_path, monkeyp
     shutil.copytree(run_with_paths, tmp_path / 'w')
     checkpoints.export_checkpoint(str(tmp_path / 'w'), push='me/my-digits')
     card = (hub / 'me' / 'my-digits' / 'README.md').read_text()
-    assert '# my-digits\n' in card and "load('hf://me/my-digits')\n" in card
+    assert '# my-digits\n' in card
+    assert "load('hf://me/my-digits')\n" in card
     assert sorted(os.listdir(hub / 'me' / 'my-digits')) == sorted(shared.FILES)
     run = sphere_ar_jax.load('hf://me/my-digits')
-    assert run.class_names[0] == 'nought' and run.num_tokens == 16
+    assert run.class_names[0] == 'nought'
+    assert run.num_tokens == 16
     fetched = hub / 'me' / 'my-digits' / 'model.safetensors'
     assert fetched.read_bytes() == (directory / 'model.safetensors').read_bytes()
     assert checkpoints._local('hf://me/my-digits/model.safetensors') == str(fetched)

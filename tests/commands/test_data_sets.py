@@ -73,7 +73,9 @@ def test_what_is_written(old_runs, folder, encoded):
     np.testing.assert_allclose(np.linalg.norm(source[3]['mu'], axis=-1), 1, rtol=1e-5)
     assert source[3]['mu'].dtype == source[3]['kappa'].dtype == np.float32
     assert source[3]['kappa'].min() >= 1
-    assert len(source) == 40 and source.class_names == ('cat', 'dog') and source.num_classes == 2
+    assert len(source) == 40
+    assert source.class_names == ('cat', 'dog')
+    assert source.num_classes == 2
     assert [source.name(i) for i in (0, 39)] == ['cat/0.jpg', 'dog/9.jpg']
     assert [int(source[i]['label']) for i in (0, 39)] == [0, 1]
     assert any('cat/cut.jpg is broken' in line for line in said)
@@ -82,7 +84,8 @@ def test_what_is_written(old_runs, folder, encoded):
     # The same images are held out as of the folder.
     sides = [sources.split(one, 0.3)[1] for one in (source, sources.ImageFolder(folder))]
     names = [{side.name(i) for i in range(len(side))} for side in sides]
-    assert names[0] == names[1] - {'cat/cut.jpg'} and len(names[0]) > 3
+    assert names[0] == names[1] - {'cat/cut.jpg'}
+    assert len(names[0]) > 3
 
 
 @pytest.mark.slow
@@ -107,7 +110,8 @@ def test_gradients_are_those_of_images(old_runs, folder, encoded, tmp_path):
         found.append((batch['label'], compute(run.ar_params, run.vae_params, batch, keys)))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     (loss, _), gradients = found[0][1]
-    assert np.isfinite(loss) and max(map(np.max, jax.tree.leaves(gradients))) > 1e-3
+    assert np.isfinite(loss)
+    assert max(map(np.max, jax.tree.leaves(gradients))) > 1e-3
     chex.assert_trees_all_close(found[0][1], found[1][1], rtol=2e-4, atol=1e-6)
 
 
@@ -144,7 +148,8 @@ def test_what_is_held_out_follows_from_the_runs_own_seed(old_runs, tmp_path):
     workdir = str(old_runs / 'digits')
     like = schema.changed(load_config(workdir), {'seed': 5})
     run, _ = open_run.open_run(workdir, like)
-    assert run.config.seed == 5 and beside.for_the_images(load_config(workdir), like).seed == 0
+    assert run.config.seed == 5
+    assert beside.for_the_images(load_config(workdir), like).seed == 0
     data_sets.encode(workdir, str(tmp_path / 'out'), like=like)
     train = small.open_data_set('digits', None, 0, run.config.data.holdout).train
     other = small.open_data_set('digits', None, 5, run.config.data.holdout).train
@@ -157,7 +162,8 @@ def test_what_is_held_out_follows_from_the_runs_own_seed(old_runs, tmp_path):
 def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
     shutil.copytree(old_runs / 'digits', tmp_path / 'w')
     cfg = load_config(tmp_path / 'w').copy_and_resolve_references()
-    assert is_trained(tmp_path / 'w', 'tokenizer') and is_trained(tmp_path / 'w', 'ar')
+    assert is_trained(tmp_path / 'w', 'tokenizer')
+    assert is_trained(tmp_path / 'w', 'ar')
     cfg.tokenizer_training.steps += 1
     files.write_json(tmp_path / 'w' / 'config.json', schema.as_dict(cfg))
     assert not is_trained(tmp_path / 'w', 'tokenizer')
@@ -205,7 +211,8 @@ def test_configs_of_latents(old_runs, encoded):
     for word in ('own', 'ar_b'):
         cfg = packaged.load(f'{word}:data=latents:{encoded[0]}')
         checks.check(schema.changed(cfg, given))
-        assert cfg.data.flip is False and cfg.data.crop_until == (0, 0)
+        assert cfg.data.flip is False
+        assert cfg.data.crop_until == (0, 0)
     cfg = packaged.load(f'own:data=latents:{encoded[0]}')
     assert 'from 40 images in 2 classes, as counted there' in cfg.reasons[0]
 

@@ -61,7 +61,9 @@ def _refused(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         _main(*arguments)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), lines
+    assert end.value.code == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith('error: '), lines
     return lines[0].removeprefix('error: ')
 
 
@@ -115,7 +117,8 @@ def test_a_killed_conversion_leaves_no_run_and_can_be_repeated(tmp_path, capsys)
     workdir = tmp_path / 'w'
     killed = _processes(_KILLED, GOLDENS / 'tiny.pt', workdir)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (workdir / 'tokenizer' / 'weights').is_dir() and not (workdir / 'config.json').exists()
+    assert (workdir / 'tokenizer' / 'weights').is_dir()
+    assert not (workdir / 'config.json').exists()
     for mode in (['sample'], ['export'], ['grid', '--classes=1'], ['evaluate']):
         line = _refused(capsys, f'--workdir={workdir}', f'--mode={mode[0]}', *mode[1:])
         assert line == f'{workdir} has no run: train one, or --mode=convert a checkpoint'
@@ -263,10 +266,10 @@ def test_a_checkpoint_from_the_hub(converted, tmp_path):
     )
     missing = convert('other.pt')
     server.shutdown()
-    assert missing.returncode == 2 and missing.stderr.startswith(
-        'error: hf://guolinke/SphereAR/other.pt: '
-    )
-    assert '404' in missing.stderr and len(missing.stderr.splitlines()) == 1
+    assert missing.returncode == 2
+    assert missing.stderr.startswith('error: hf://guolinke/SphereAR/other.pt: ')
+    assert '404' in missing.stderr
+    assert len(missing.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -278,7 +281,8 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     # A broken conversion of a whole model leaves this.
     shutil.copytree(converted / 'ar', workdir / 'ar')
     _main('--mode=convert', f'--checkpoint={tmp_path}/vae.pt', f'--workdir={workdir}')
-    assert 'a tokenizer, ' in capsys.readouterr().out and not (workdir / 'ar' / 'weights').exists()
+    assert 'a tokenizer, ' in capsys.readouterr().out
+    assert not (workdir / 'ar' / 'weights').exists()
     run = load_run(str(workdir), tokenizer_only=True)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -295,9 +299,8 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     written = json.loads((workdir / 'evaluation.json').read_text())
     expected = tokenizer.score_tokenizer(run, [images[:2], images[2:]])
     assert written['tokenizer'].pop('parameters') == generation.parameters_crc(run)
-    assert set(written) == {'tokenizer'} and written['tokenizer'] == pytest.approx(
-        expected, rel=1e-5, abs=1e-6
-    )
+    assert set(written) == {'tokenizer'}
+    assert written['tokenizer'] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     with pytest.raises(UserError, match="no path to torchvision's vgg16"):
         evaluate.evaluate(str(workdir), images=f'{tmp_path}/real.npz', lpips=f'{tmp_path}/vae.pt')
     real = images.astype(np.float32) / 127.5 - 1
@@ -395,11 +398,9 @@ def test_training_goes_on_from_converted_weights(tuned):
     expected = loss(before.ar_params, before.vae_params, batch['image'], batch['label'])
     np.testing.assert_allclose(lines[0]['loss'], expected, rtol=1e-5)
     run = load_run(str(workdir))
-    assert (
-        stage.name == 'ar'
-        and run.ar.clone(remat=True, head=run.ar.head.clone(remat=True)) == before.ar
-        and run.ar.condition.num_classes == CLASSES
-    )
+    assert stage.name == 'ar'
+    assert run.ar.clone(remat=True, head=run.ar.head.clone(remat=True)) == before.ar
+    assert run.ar.condition.num_classes == CLASSES
     jax.tree.map(np.testing.assert_array_equal, run.vae_params, before.vae_params)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ar_params, before.ar_params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # six steps of 1e-3
@@ -483,7 +484,8 @@ def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     with np.load(tmp_path / 's' / 'a.npz') as file:
         images = file['arr_0']
         labels = file['arr_1']
-    assert labels.tolist() == [*range(12), 0, 1] and images.shape == (14, 16, 16, 1)
+    assert labels.tolist() == [*range(12), 0, 1]
+    assert images.shape == (14, 16, 16, 1)
     assert sorted(os.listdir(tmp_path / 'png')) == [f'{i:06d}.png' for i in range(14)]
     for i, image in enumerate(images):
         np.testing.assert_array_equal(
@@ -536,7 +538,8 @@ def test_grid(digits_run, tmp_path, capsys):
     )
     images = np.asarray(pixels.to_uint8(images))[..., 0]
     np.testing.assert_array_equal(images[:2], images[4:])
-    assert (images[0] != images[1]).any() and (images[0] != images[2]).any()
+    assert (images[0] != images[1]).any()
+    assert (images[0] != images[2]).any()
     enlarged = images.repeat(8, 1).repeat(8, 2)  # 128 pixels
     picture = np.asarray(Image.open(tmp_path / 'new' / 'grid.png').convert('L'))
     top, left = _place(picture, enlarged[0])
@@ -545,7 +548,8 @@ def test_grid(digits_run, tmp_path, capsys):
         x = left + i % 2 * 132
         np.testing.assert_array_equal(picture[y : y + 128, x : x + 128], image, err_msg=str(i))
     # The picture has no more of them.
-    assert (picture[:, left + 268 :] >= 96).all() and (picture[top + 400 :] == 255).all()
+    assert (picture[:, left + 268 :] >= 96).all()
+    assert (picture[top + 400 :] == 255).all()
     for more, message in (
         ([], "give --classes='golden retriever; 388'"),
         (['--classes=;'], "give --classes='golden retriever; 388; n02099601'"),
@@ -624,7 +628,8 @@ def test_originals_of_a_folder_of_synsets(tmp_path, monkeypatch):
     (folder / 'n99999999').mkdir()  # It has no images.
     draw = functools.partial(commands_draw.complete, str(tmp_path), output=f'{tmp_path}/a.png')
     draw(images=str(folder), columns=1)
-    assert seen['labels'] == [1, 1, 207, 207, 988, 988] and seen['keep'] == 8
+    assert seen['labels'] == [1, 1, 207, 207, 988, 988]
+    assert seen['keep'] == 8
     assert seen['titles'][::2] == ['1 goldfish', '207 golden retriever', '988 acorn']
     chex.assert_shape(seen['images'], (6, 16, 16, 1))
     np.testing.assert_allclose(seen['images'][:, 0, 0, 0] * 127.5 + 127.5, [59, 59, 9, 9, 109, 109])
@@ -670,14 +675,10 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
         classes='Golden_Retriever; 388;n01440764',
         columns=2,
     )
-    assert (
-        seen['labels'].tolist() == [207, 207, 388, 388, 0, 0]
-        and seen['index'].tolist() == [0, 1] * 3
-    )
-    assert (
-        seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench']
-        and seen['columns'] == 2
-    )
+    assert seen['labels'].tolist() == [207, 207, 388, 388, 0, 0]
+    assert seen['index'].tolist() == [0, 1] * 3
+    assert seen['titles'] == ['207 golden retriever', '388 giant panda', '0 tench']
+    assert seen['columns'] == 2
     with pytest.raises(console.UserError, match="'1000' is no class"):
         commands_draw.grid(str(tmp_path), output=f'{tmp_path}/a.png', classes='1000')
     for wrong in ('retriever', 'n00000000'):
@@ -820,8 +821,11 @@ def test_sampler_seed_and_mesh_are_those_of_the_config_given(converted):
     with libraries_promote():
         run, mesh = open_run.open_run(str(converted), like)
     assert (run.config.sampling.num_steps, run.config.seed, run.config.data.holdout) == (7, 3, 0.2)
-    assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16 and mesh.size == 1
-    assert run.ar.fused and run.ar.head.fused and not load_run(str(converted)).ar.fused
+    assert run.vae.dtype == run.ar.dtype == jax.numpy.bfloat16
+    assert mesh.size == 1
+    assert run.ar.fused
+    assert run.ar.head.fused
+    assert not load_run(str(converted)).ar.fused
     assert checkpoint.fingerprint(run.ar_params) == checkpoint.fingerprint(
         load_run(str(converted)).ar_params
     )

@@ -67,7 +67,8 @@ def test_features_of_another_model_stand_in_place_of_tokens(tmp_path, capsys):
     draw.sample(workdir, prompts=str(tmp_path / 'other.npz'), num_images=5)
     with np.load(tmp_path / 'run/samples.npz') as file:
         assert file['arr_0'].shape == (5, 32, 32, 1)
-        assert file['arr_1'].tolist() == [0, 1, 0, 1, 0] and file['arr_1'].dtype == np.int32
+        assert file['arr_1'].tolist() == [0, 1, 0, 1, 0]
+        assert file['arr_1'].dtype == np.int32
     (tmp_path / 'two').mkdir()
     for name in ('black', 'grey'):
         Image.new('L', (32, 32), 100 * (name == 'grey')).save(tmp_path / f'two/{name}.png')

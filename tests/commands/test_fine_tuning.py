@@ -132,14 +132,16 @@ def test_some_classes_of_the_digits():
     whole = small.open_data_set('digits', None, 0, 0.2)
     some = small.open_data_set('digits', None, 0, 0.2, (3, 8))
     labels = whole.train.labels
-    assert len(some.train) == np.isin(labels, (3, 8)).sum() and some.train.num_classes == 2
+    assert len(some.train) == np.isin(labels, (3, 8)).sum()
+    assert some.train.num_classes == 2
     assert some.train.class_names == ('3', '8')
     numbers = np.flatnonzero(labels == 8)
     of_eight = np.flatnonzero(some.train.labels == 1)
     chex.assert_trees_all_equal(some.train.pixels[of_eight], whole.train.pixels[numbers])
     record = some.train[int(of_eight[0])]
     np.testing.assert_array_equal(record['image'], whole.train[int(numbers[0])]['image'])
-    assert record['label'] == 1 and record['label'].dtype == np.int32
+    assert record['label'] == 1
+    assert record['label'].dtype == np.int32
     with pytest.raises(UserError, match=r'data\.classes has 10'):
         small.open_data_set('digits', None, 0, 0.2, (3, 10))
     for wrong in ((3, 3), (8, 3), (-1,), (0.5,)):

@@ -176,7 +176,8 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     assert 'writes the right caption' in (workdir / 'report.html').read_text()
     lines = (workdir / 'ar/metrics.jsonl').read_text().splitlines()
     losses = [found['text_loss'] for found in map(json.loads, lines) if 'text_loss' in found]
-    assert losses and all(0 < loss < np.log(257) + 1 for loss in losses)
+    assert losses
+    assert all(0 < loss < np.log(257) + 1 for loss in losses)
     assert any('heldout_text_loss' in line for line in lines)
 
     model = sphere_ar_jax.load(workdir)
@@ -187,7 +188,8 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     for i, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(folder / f'{i}.png')
     texts = model.caption(images)
-    assert len(texts) == 3 and all(isinstance(text, str) for text in texts)
+    assert len(texts) == 3
+    assert all(isinstance(text, str) for text in texts)
     assert model.caption(images[1:]) == texts[1:]
     drawn = model.caption(images, top_p=1.0, seed=[5, 6, 7])
     assert drawn != texts
@@ -205,7 +207,8 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     # An image is read by the same draws, however many others there are.
     draw.caption(str(workdir), images=str(folder), top_p='0.9', output=str(table))
     every = table.read_text().splitlines()
-    assert len(every) == 3 and set(some) <= set(every)
+    assert len(every) == 3
+    assert set(some) <= set(every)
     (folder / 'a\tb.png').write_bytes((folder / '0.png').read_bytes())
     with pytest.raises(UserError, match=r'a table cannot name a\\tb.png: rename the file'):
         draw.caption(str(workdir), images=str(folder), output=str(table))
@@ -213,7 +216,8 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     (folder / '1.png').write_bytes(b'broken')
     draw.caption(str(workdir), images=str(folder))
     out, err = capsys.readouterr()
-    assert out.splitlines()[-2:] == [shown[-3], shown[-1]] and '1.png is left out: ' in err
+    assert out.splitlines()[-2:] == [shown[-3], shown[-1]]
+    assert '1.png is left out: ' in err
     with pytest.raises(UserError, match=r'none of 1 images in .*1\.png can be read'):
         draw.caption(str(workdir), images=str(folder / '1.png'))
     # It draws, too.
@@ -278,7 +282,8 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert '00.png is broken: another image takes its place' in said.err
     metrics = json.loads((workdir / 'metrics.json').read_text())
     assert metrics['vae/psnr'] > 0
-    assert (workdir / 'samples.png').exists() and (workdir / 'ar/samples_0000004.png').exists()
+    assert (workdir / 'samples.png').exists()
+    assert (workdir / 'ar/samples_0000004.png').exists()
     images = sphere_ar_jax.load(workdir).sample('number 7')
     chex.assert_shape(images, (1, 32, 32, 1))
     assert 'Scores: --mode=sample --prompts=FILE, then --mode=evaluate' in said.out

@@ -123,10 +123,12 @@ def test_a_tokenizer_alone(tokenizer):
     assert lines[0]['disc_grad_norm'] > 0  # the mean over steps 1, where its weight is 0, and 2
     assert 0 < metrics['vae/psnr'] < 40
     page = (workdir / 'report.html').read_text()
-    assert page.count('<img') == 2 and 'Samples' not in page
+    assert page.count('<img') == 2
+    assert 'Samples' not in page
     for step in (2, 4):
         width, height = _size(workdir / 'tokenizer' / f'reconstructions_{step:07d}.png')
-        assert width > 8 * 32 and height > 4 * 32
+        assert width > 8 * 32
+        assert height > 4 * 32
     assert not (workdir / 'ar').exists()
 
 
@@ -143,7 +145,8 @@ def test_an_ar_model_on_it(tar, tokenizer, trained):
     first, last = (
         np.asarray(Image.open(workdir / 'ar' / f'samples_{step:07d}.png')) for step in (2, 4)
     )
-    assert first.shape == last.shape and min(first.shape[:2]) > 2 * 128
+    assert first.shape == last.shape
+    assert min(first.shape[:2]) > 2 * 128
     assert not np.array_equal(first, last)
     assert list((workdir / 'ar').glob('events.out.tfevents.*'))
 
@@ -187,6 +190,55 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     options = {'tokenizer_training.steps': 0, 'tokenizer': str(other), 'ar_training.log_every': 1}
     with pytest.raises(UserError, match='was trained on another tokenizer'):
         _train(_config(tar, **options), workdir)
+    # A finished run is left as it was.
+    finished = trained[0] / 'config.json'
+    before = finished.read_text()
+    with pytest.raises(UserError, match='was trained on another tokenizer'):
+        _train(_config(tar, **options), trained[0])
+    for changes, message in (
+        ({'tokenizer': None, 'tokenizer_training.steps': 2}, 'give --config.tokenizer=DIR, where'),
+        ({'tokenizer': str(trained[0])}, 'is this --workdir: give another --workdir'),
+    ):
+        with pytest.raises(UserError, match=message):
+            _train(_config(tar, **options | changes), trained[0])
+    assert finished.read_text() == before
+    assert not (trained[0] / 'tokenizer').exists()
+    moved = tmp_path / 'moved'
+    shutil.copytree(tokenizer[0], moved)
+    _train(_config(tar, **options | {'tokenizer': str(moved)}), trained[0])
+    assert load_config(str(trained[0])).tokenizer == str(moved)
+
+
+@pytest.mark.slow
+def test_a_model_on_a_tokenizer_of_its_own_keeps_it(tar, tokenizer, tmp_path):
+    workdir = tmp_path / 'w'
+    options = {'watch.every': 0, 'ar_training.steps': 2, 'tokenizer_training.steps': 2}
+    _train(_config(tar, **options), workdir)
+    before = (workdir / 'config.json').read_text()
+    with pytest.raises(UserError, match=r'begun on a tokenizer of its own: leave --config\.tokeni'):
+        _train(_config(tar, **options, tokenizer=str(tokenizer[0])), workdir)
+    assert (workdir / 'config.json').read_text() == before
+
+
+def test_only_what_is_trained_must_split(tmp_path):
+    """A tokenizer that is given has no batches."""
+    cfg = checks.check(_config('', **{'tokenizer_training.batch_size': 7}))
+    mesh = sharding.make_mesh(devices=[jax.devices()[0]] * 2)
+    with pytest.raises(UserError, match=r'tokenizer_training\.batch_size: 7 images'):
+        train._check_parts(cfg, str(tmp_path), mesh)
+    with pytest.raises(UserError, match='tokenizer: there is no run in /none'):
+        train._check_parts(schema.changed(cfg, {'tokenizer': '/none'}), str(tmp_path), mesh)
+
+
+def test_weights_that_were_taken_are_no_tokenizer(tmp_path, monkeypatch):
+    """A fine-tuning on a tokenizer elsewhere takes none, and none is made up in its place."""
+    changes = {'fine_tuning.init_from': '/gone', 'tokenizer_training.steps': 0}
+    cfg = checks.check(_config('', **changes))
+    monkeypatch.setattr(train.transfer, 'is_done', lambda workdir: True)
+    with pytest.raises(UserError, match=r'give --config\.tokenizer=DIR, the workdir of a trained'):
+        train.check_inputs(cfg, str(tmp_path))
+    (tmp_path / 'tokenizer' / 'weights').mkdir(parents=True)
+    assert train.check_inputs(cfg, str(tmp_path)) == []
 
 
 @pytest.mark.slow
@@ -215,9 +267,8 @@ def test_fid_while_training(tar, tokenizer, tmp_path, monkeypatch):
         for line in metric_writer.read_scalars(f'{tmp_path}/w/ar/metrics.jsonl')
         if 'fid' in line
     ]
-    assert [line['step'] for line in lines] == [2, 4] and [images.shape for images in seen] == [
-        (20, 32, 32, 3)
-    ] * 2
+    assert [line['step'] for line in lines] == [2, 4]
+    assert [images.shape for images in seen] == [(20, 32, 32, 3)] * 2
     of_last = statistics.statistics(seen[1][:, ::16, ::16].reshape(20, -1).astype(np.float32))
     np.testing.assert_allclose(
         lines[1]['fid'], statistics.frechet_distance(*of_last, *reference), rtol=1e-6
@@ -248,7 +299,8 @@ def test_one_line_and_the_workdir_stays_free(tar, tmp_path, name):
         cfg.update_from_flattened_dict(options)
     with pytest.raises(console.UserError, match=message) as error:
         _train(cfg, tmp_path / 'w')
-    assert '\n' not in str(error.value) and not (tmp_path / 'w' / 'config.json').exists()
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'w' / 'config.json').exists()
 
 
 def test_the_classes_of_a_folder(tmp_path):
@@ -261,7 +313,8 @@ def test_the_classes_of_a_folder(tmp_path):
         Image.new('RGB', (40, 50), colour).save(tmp_path / 'images' / name / '1.png')
     cfg = _config('', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images')})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    assert setting.ar.condition.num_classes == 2 and len(setting.source) == 2
+    assert setting.ar.condition.num_classes == 2
+    assert len(setting.source) == 2
     assert load_config(str(tmp_path / 'w')).data.num_classes == 2
     images = snapshots.examples(setting)
     np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
@@ -427,7 +480,8 @@ def test_processes_are_compared_before_they_read_weights(tmp_path, monkeypatch):
     source = train._open_data(cfg).source
     for changes in ({}, {'tokenizer': '/a'}, {'tokenizer': '/b'}, {'data.path': '/b'}):
         train._check_same(schema.changed(cfg, changes), source)
-    assert compared[0] != compared[1] == compared[2] and compared[3] == compared[0]
+    assert compared[0] != compared[1] == compared[2]
+    assert compared[3] == compared[0]
 
     def refuse(cfg, source):
         raise UserError('the processes differ')
@@ -551,7 +605,8 @@ def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_pa
 
     of_ar = ('--config=configs/ar_b.py:smoke', f'{another}={tmp_path / "ar"}')
     asked = _accepted(monkeypatch, *of_ar, f'{with_this}={directory}')
-    assert asked.tokenizer == str(directory) and asked.ar_training.steps > 0
+    assert asked.tokenizer == str(directory)
+    assert asked.ar_training.steps > 0
     # The same config, with the AR model's steps again and with or without the tokenizer's own.
     for steps in (0, 4):
         key = with_this.removeprefix('--config.')
@@ -624,7 +679,8 @@ def test_killed_and_resumed(tar, tokenizer, tmp_path):
         assert found.steps()[-1] == 4
         states.append(noted_fingerprint(workdir / 'tokenizer', 4))
         found.close()
-    assert states[0] == states[1] and len(states[0]) > 100
+    assert states[0] == states[1]
+    assert len(states[0]) > 100
 
 
 @pytest.mark.slow
@@ -643,7 +699,8 @@ def test_a_model_of_both_directions_is_killed_and_resumed(tmp_path):
         assert found.steps()[-1] == 4
         states.append(noted_fingerprint(workdir / 'ar', 4))
         found.close()
-    assert states[0] == states[1] and len(states[0]) > 100
+    assert states[0] == states[1]
+    assert len(states[0]) > 100
 
 
 def test_a_workdir_in_which_another_training_runs_is_refused(tar, tmp_path):
@@ -681,10 +738,12 @@ def test_the_config_of_ones_own_images(tmp_path, capsys):
     assert 5 < metrics['vae/psnr'] < 40
     for stage, name in (('tokenizer', 'heldout_psnr'), ('ar', 'heldout_loss')):
         lines = metric_writer.read_scalars(f'{tmp_path}/w/{stage}/metrics.jsonl', (name,))
-        assert lines and all(line['step'] % 10 == 0 for line in lines)
+        assert lines
+        assert all(line['step'] % 10 == 0 for line in lines)
     page = (tmp_path / 'w' / 'report.html').read_text()
     assert 'gives held-out images back' in page
-    assert page.count('<img') == 3 and own.lines(cfg)[0] in page
+    assert page.count('<img') == 3
+    assert own.lines(cfg)[0] in page
     assert (tmp_path / 'w' / 'ar' / 'samples_0000020.png').exists()
     assert load_run(str(tmp_path / 'w')).ar.condition.num_classes == 2
 
@@ -705,7 +764,8 @@ def test_a_run_finds_its_data_from_any_directory(tmp_path, monkeypatch):
     cfg = _idx(tmp_path / 'data', **{'data.path': 'data'})
     train._set_up(cfg, str(tmp_path / 'w'))
     kept = load_config(str(tmp_path / 'w'))
-    assert kept.data.path == f'{tmp_path}/data' and kept.data.captions is None
+    assert kept.data.path == f'{tmp_path}/data'
+    assert kept.data.captions is None
     (tmp_path / 'pets').mkdir()
     for name, path, found in (
         ('hf', 'pets', f'{tmp_path}/pets'),
@@ -722,8 +782,10 @@ def test_idx_files_are_opened_with_their_classes(tmp_path):
     """Training and doctor open them; a model of another size and too few samples are refused."""
     cfg = _idx(tmp_path / 'data')
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    assert setting.ar.condition.num_classes == 3 and len(setting.source) == 12
-    assert len(setting.data.heldout) == 6 and snapshots.examples(setting).shape == (6, 16, 16, 1)
+    assert setting.ar.condition.num_classes == 3
+    assert len(setting.source) == 12
+    assert len(setting.data.heldout) == 6
+    assert snapshots.examples(setting).shape == (6, 16, 16, 1)
     assert load_config(str(tmp_path / 'w')).data.num_classes == 3
     found, _ = commands_checks.check_data('idx', str(tmp_path / 'data'))
     assert found.text.endswith('12 images to train on, 3 classes: bag, boot, coat')
@@ -745,7 +807,8 @@ def test_a_run_on_idx_files(tmp_path):
     """It is trained, scored and reported; --mode=evaluate repeats the scores from kept weights."""
     metrics = _train(_idx(tmp_path / 'data'), tmp_path / 'w')
     page = (tmp_path / 'w' / 'report.html').read_text()
-    assert '40 images, drawn class by class' in page and 'samples/feature_frechet' in page
+    assert '40 images, drawn class by class' in page
+    assert 'samples/feature_frechet' in page
     assert json.loads((tmp_path / 'w' / 'classes.json').read_text()) == ['bag', 'boot', 'coat']
     kept = (tmp_path / 'w' / 'classifier.npz').stat().st_mtime_ns
     (tmp_path / 'data').rename(tmp_path / 'moved')

@@ -51,6 +51,13 @@ def test_files_that_have_moved_are_taken_from_the_root():
     assert (moved.tokenizer, moved.ar.features) == (files.absolute('new'), 'gs://b/f.npz')
 
 
+def test_the_teacher_of_a_distilled_run_may_have_moved():
+    like = _config(init_from='new')
+    assert beside.for_the_model(_config(init_from='/old'), like).init_from == files.absolute('new')
+    assert beside.for_the_model(_config(init_from='/old'), _config()).init_from == '/old'
+    assert beside.for_the_model(_config(), like).init_from is None
+
+
 def test_the_images_of_a_run_may_have_moved():
     own = _config()
     found = beside.for_the_images(own, _config(**MOVED, **{'data.holdout': 0.5, 'seed': 5}))

@@ -39,7 +39,8 @@ def test_the_digits_are_built_and_traced():
     assert (cfg.vae, cfg.ar) == (
         smoke.vae,
         smoke.ar,
-    ) and smoke.ar_training.steps < cfg.ar_training.steps
+    )
+    assert smoke.ar_training.steps < cfg.ar_training.steps
     # Both stages run on 8 devices.
     assert cfg.tokenizer_training.batch_size % 8 == cfg.ar_training.batch_size % 8 == 0
     vae = build.build_vae(cfg)
@@ -139,7 +140,8 @@ def test_the_published_configs(name, argument):
     counts = {'ar_b': 204_499_216, 'ar_l': 476_380_176, 'ar_h': 943_854_096}
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == counts[name]
     evaluations = {'': 101, 'fast': 10}[argument]
-    assert sampler.plan(256).evaluations == evaluations and sampler.guidance == 'linear'
+    assert sampler.plan(256).evaluations == evaluations
+    assert sampler.guidance == 'linear'
     assert cfg.sampling.guidance_scale == (4.6 if name == 'ar_l' else 4.5)
     assert cfg.ar_training.steps == 400 * (1_281_167 // 512)
     again = checks.from_dict(json.loads(cfg.to_json_best_effort()))
@@ -173,7 +175,8 @@ def test_arguments_of_the_published_configs(name):
     section, epochs = ('tokenizer_training', 100) if name == 'vae' else ('ar_training', 400)
     cfg = checks.check(_load(name, 'batch=64,data=folder:/some/images,dtype=bfloat16,512'))
     assert (cfg.data.name, cfg.data.path, cfg.dtype) == ('folder', '/some/images', 'bfloat16')
-    assert cfg[section].batch_size == 64 and cfg[section].steps == epochs * (1_281_167 // 64)
+    assert cfg[section].batch_size == 64
+    assert cfg[section].steps == epochs * (1_281_167 // 64)
     assert build.build_vae(cfg).image_shape == (512, 512, 3)
     if name != 'vae':
         with pytest.raises(UserError, match='say how many classes'):
@@ -181,7 +184,8 @@ def test_arguments_of_the_published_configs(name):
         cfg.data.num_classes = 7
         model = build.build_ar(cfg)
         shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-        assert model.num_tokens == 1024 and shapes['pos_for_diff'].shape[0] == 1024
+        assert model.num_tokens == 1024
+        assert shapes['pos_for_diff'].shape[0] == 1024
         assert shapes['cls_embedding'].shape[0] == 8
     assert checks.check(_load(name, 'data=/a:b/x.tar')).data.path == '/a:b/x.tar'
     assert checks.check(_load(name, 'data=tfds:imagenet2012')).data.name == 'tfds'
@@ -203,7 +207,8 @@ def test_what_slices_of_tpus_want(name):
     assert (plain.dtype, tpu.dtype, smoke.dtype) == ('float32', 'bfloat16', 'float32')
     assert (plain.mesh.fsdp, tpu.mesh.fsdp) == (1, 1 if name == 'vae' else 4)
     assert (plain.ar.remat, tpu.ar.remat) == ((None, True) if name != 'vae' else (False, False))
-    assert build.recomputes(plain.ar) == (name != 'vae') and not smoke.ar.remat
+    assert build.recomputes(plain.ar) == (name != 'vae')
+    assert not smoke.ar.remat
 
 
 @pytest.mark.parametrize('name', ['vae', 'ar_b', 'ar_l', 'ar_h'])
@@ -211,7 +216,8 @@ def test_what_gpus_want(name):
     """Bfloat16, and the sampler's own kernels, as docs/speed.md has it."""
     plain, gpu = (checks.check(_load(name, argument)) for argument in ('', 'gpu'))
     assert (plain.dtype, gpu.dtype) == ('float32', 'bfloat16')
-    assert not plain.ar.fused and gpu.ar.fused == (name != 'vae')
+    assert not plain.ar.fused
+    assert gpu.ar.fused == (name != 'vae')
     assert build.build_head(gpu).fused == gpu.ar.fused
 
 
@@ -220,7 +226,8 @@ def test_smoke_is_small(name):
     """20 steps; less than 10 GB of parameters, gradients, moments and EMA, for a laptop."""
     cfg = checks.check(_load(name, 'smoke'))
     section = cfg.tokenizer_training if name == 'vae' else cfg.ar_training
-    assert section.steps == 20 and section.batch_size == 8
+    assert section.steps == 20
+    assert section.batch_size == 8
     model = build.build_vae(cfg) if name == 'vae' else build.build_ar(cfg)
     shapes = jax.eval_shape(model.init_params, jax.random.key(0))
     assert sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) * 5 < 10e9
@@ -269,10 +276,13 @@ def test_variants_of_the_digits():
 def test_the_config_of_fashion(arg):
     """8×8 tokens of 32×32 grey pixels; the words are joined as those of the published configs."""
     cfg = checks.check(_load('fashion', arg))
-    assert build.build_vae(cfg).image_shape == (32, 32, 1) and tuple(cfg.vae.grid) == (8, 8)
-    assert cfg.data.name == 'idx' and cfg.vae.latent_dim in (8, 16)
+    assert build.build_vae(cfg).image_shape == (32, 32, 1)
+    assert tuple(cfg.vae.grid) == (8, 8)
+    assert cfg.data.name == 'idx'
+    assert cfg.vae.latent_dim in (8, 16)
     assert (cfg.data.path == '/elsewhere') == ('elsewhere' in arg)
-    assert cfg.sampling.solver == 'ab2' and cfg.vae.backbone == 'vit'
+    assert cfg.sampling.solver == 'ab2'
+    assert cfg.vae.backbone == 'vit'
     assert cfg.sampling.num_steps == (10 if arg else 20)
     with pytest.raises(ValueError, match="no variant 'huge'"):
         _load('fashion', 'huge')
@@ -479,8 +489,17 @@ def test_the_samplers_own_kernels_take_whole_heads():
         checks.check(cfg)
 
 
+def test_a_learning_rate_does_not_rise_to_its_end():
+    """A run that was trained so is opened all the same."""
+    values = {'ar_training.learning_rate': 1e-4, 'ar_training.final_learning_rate': 2e-4}
+    cfg = checks.check(schema.changed(get_config(), values))
+    with pytest.raises(UserError, match=r'final_learning_rate is 0\.0002, above its learning_rate'):
+        checks.check_training(cfg)
+    checks.check_training(schema.changed(cfg, {'ar_training.steps': 0}))
+
+
 def test_each_number_has_one_rule():
-    """The rules name keys that there are. Numbers without a rule are checked elsewhere."""
+    """The rules name keys that there are. Other numbers have none, or are checked elsewhere."""
     values = schema.leaves(schema.default().to_dict())
     trainings = ('tokenizer_training', 'ar_training', 'distillation_training')
     with_rule = []
@@ -524,7 +543,8 @@ def test_euler_takes_no_last_step():
 def test_json_round_trip():
     cfg = get_config()
     again = checks.from_dict(json.loads(cfg.to_json_best_effort()))
-    assert again.to_dict() == cfg.to_dict() and build.build_vae(again) == build.build_vae(cfg)
+    assert again.to_dict() == cfg.to_dict()
+    assert build.build_vae(again) == build.build_vae(cfg)
 
 
 def test_differences():

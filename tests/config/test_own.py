@@ -46,14 +46,17 @@ def test_every_derived_config_is_possible(images, classes, size):
     assert build.build_vae(config).image_shape == (size, size, 3)
     t = config.ar_training
     epochs = t.steps * t.batch_size / (images * (1 - config.data.holdout_files))
-    assert 2000 <= t.steps < 1_000_800 and epochs > 10
-    assert t.warmup_steps <= t.steps / 10 and config.tokenizer_training.steps < t.steps
+    assert 2000 <= t.steps < 1_000_800
+    assert epochs > 10
+    assert t.warmup_steps <= t.steps / 10
+    assert config.tokenizer_training.steps < t.steps
     # The average looks back over a part of the training, and forgets how it began.
     assert 1 / (1 - t.ema_decay) <= t.steps / 10
     assert checks.share_of_start(t.ema_decay, t.steps, t.ema_ramp) < 1e-3
     assert not any('still' in line for line in checks.advice(config, images))
     first, last = config.data.crop_until
-    assert epochs * 0.8 <= first + 1 and last <= epochs
+    assert epochs * 0.8 <= first + 1
+    assert last <= epochs
     assert (config.sampling.guidance is None) == (t.label_dropout == 0) == (classes == 1)
     assert 0 < config.watch.every <= t.steps / 4
     assert config.data.holdout_files == (0.0 if images < 200 else 0.05)
@@ -69,7 +72,8 @@ def test_more_images_are_seen_more_often_together_and_less_often_each():
     # Four times as many images: twice as many are seen.
     assert np.isclose(seen[3] / seen[2], math.sqrt(25), rtol=0.05)
     widths = [c.ar.width for c in runs]
-    assert widths == sorted(widths) and len(set(widths)) == 4
+    assert widths == sorted(widths)
+    assert len(set(widths)) == 4
     # 300 epochs of 2,000 images, but for those held out; the words of the line count 1,900.
     assert np.isclose(each[2], 300 * 0.95**0.5, rtol=0.01)
     (line,) = (line for line in runs[2].reasons if line.startswith('ar_training.steps='))
@@ -158,22 +162,29 @@ def test_idx_files_are_enlarged_to_the_models_size(size, side, tmp_path):
 
 def test_epochs_and_steps_are_asked_for():
     by_epochs = _config(160, 10, epochs=200).ar_training
-    assert by_epochs.steps == 2000 and by_epochs.warmup_steps == 100
+    assert by_epochs.steps == 2000
+    assert by_epochs.warmup_steps == 100
     config = _config(2000, 10, steps=100)
-    assert config.ar_training.steps == 100 and config.tokenizer_training.steps == 75
-    assert config.ar_training.warmup_steps == 5 and config.ar_training.ema_decay == 0.9
+    assert config.ar_training.steps == 100
+    assert config.tokenizer_training.steps == 75
+    assert config.ar_training.warmup_steps == 5
+    assert config.ar_training.ema_decay == 0.9
 
 
 def test_the_words_of_the_config(tmp_path):
     data = f'data=folder:{_folder(tmp_path / "images", 6)}'
     plain = checks.check(packaged.load(f'own:{data}'))
-    assert plain.data.flip and plain.data.crop_until[1] > 0 and plain.vae.image_channels == 3
+    assert plain.data.flip
+    assert plain.data.crop_until[1] > 0
+    assert plain.vae.image_channels == 3
     assert '6 images in 2 classes, as counted there' in plain.reasons[0]
     other = checks.check(packaged.load(f'own:{data},size=256,no_flip,whole,grey,epochs=3'))
     assert build.build_vae(other).image_shape == (256, 256, 1)
-    assert not other.data.flip and tuple(other.data.crop_until) == (0, 0)
+    assert not other.data.flip
+    assert tuple(other.data.crop_until) == (0, 0)
     smoke = checks.check(packaged.load(f'own:{data},smoke'))
-    assert smoke.ar_training.steps == 20 and smoke.vae.grid == plain.vae.grid
+    assert smoke.ar_training.steps == 20
+    assert smoke.vae.grid == plain.vae.grid
     for words, message in (
         ('size=64', 'say which images: data=folder:DIR'),
         (f'{data},size=96', 'size=96: use one of 64, 128, 256'),
@@ -209,7 +220,8 @@ def test_images_of_one_directory_are_unconditional(tmp_path):
     place = _folder(tmp_path, 3, ('all',)) / 'all'
     config = checks.check(packaged.load(f'own:data=folder:{place}'))
     assert '3 images in 1 class,' in config.reasons[0]
-    assert config.sampling.guidance is None and config.ar_training.label_dropout == 0
+    assert config.sampling.guidance is None
+    assert config.ar_training.label_dropout == 0
     config.data.num_classes = 1
     assert build.build_ar(config).condition.num_classes == 1
     assert build.build_sampler(config).options.guidance is None
@@ -220,9 +232,12 @@ def test_images_with_captions_are_drawn_for_texts(tmp_path):
     Image.new('RGB', (20, 24)).save(tmp_path / '1.png')
     config = packaged.load(f'own:data=folder:{tmp_path},captions=beside')
     checks.check(config)
-    assert config.ar.condition == 'text' and config.data.captions == 'beside'
-    assert config.sampling.guidance == 'constant' and config.sampling.guidance_scale == 1.5
-    assert config.sampling.num_images == 1000 and config.watch.classes == 8
+    assert config.ar.condition == 'text'
+    assert config.data.captions == 'beside'
+    assert config.sampling.guidance == 'constant'
+    assert config.sampling.guidance_scale == 1.5
+    assert config.sampling.num_images == 1000
+    assert config.watch.classes == 8
     assert config.ar_training.label_dropout == 0.1
     assert any('reads captions in place of classes' in line for line in own.lines(config))
 
@@ -234,7 +249,8 @@ def test_images_with_captions_are_drawn_for_features_of_the_texts(tmp_path):
     config = packaged.load(f'{words},captions=beside')
     checks.check(config)
     assert (config.ar.condition, config.data.captions) == ('features', 'beside')
-    assert config.ar.features == f'{tmp_path}/f.npz' and config.ar.feature_shape == (3, 4)
+    assert config.ar.features == f'{tmp_path}/f.npz'
+    assert config.ar.feature_shape == (3, 4)
     assert any('reads the features of captions' in line for line in own.lines(config))
     with pytest.raises(ValueError, match='features= are those of captions: give captions=, too'):
         packaged.load(words)
@@ -270,9 +286,11 @@ def test_a_folder_that_has_grown_is_named(tmp_path):
     with pytest.raises(UserError, match='begun with another config') as error:
         workdir.claim(checks.check(packaged.load(word)), tmp_path)
     message = str(error.value)
-    assert 'from 20 images in 2 classes' in message and 'from 40 images in 2 classes' in message
+    assert 'from 20 images in 2 classes' in message
+    assert 'from 40 images in 2 classes' in message
     assert 'put the folder back as it was, or use another --workdir' in message
-    assert 'ar_training.steps 10 → 20' in message and '\n' not in message
+    assert 'ar_training.steps 10 → 20' in message
+    assert '\n' not in message
 
 
 def test_reading_the_config_needs_no_jax(tmp_path):

@@ -40,7 +40,8 @@ def test_a_value_is_taken_or_refused_in_one_line(override):
     try:
         checks.check(config)
     except UserError as error:
-        assert '\n' not in str(error) and len(str(error)) > 10
+        assert '\n' not in str(error)
+        assert len(str(error)) > 10
         return
     values = json.loads(json.dumps(schema.as_dict(config)))
     again = checks.from_dict(values)

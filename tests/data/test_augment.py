@@ -113,7 +113,9 @@ def test_aug_ratio_is_the_golden_schedule():
 def test_to_float_rounds_as_published():
     x = np.arange(256, dtype=np.uint8)
     y = to_float(x)
-    assert y.dtype == np.float32 and y[0] == -1 and y[255] == 1
+    assert y.dtype == np.float32
+    assert y[0] == -1
+    assert y[255] == 1
     np.testing.assert_array_equal(y, (x.astype(np.float32) / 255.0 - 0.5) * 2.0)
     assert np.any(y != (x / 127.5 - 1).astype(np.float32))  # which would not be the same
 
@@ -152,7 +154,8 @@ def test_every_jpeg_becomes_rgb():
     for image in (rgb, rgb.convert('L'), rgb.convert('CMYK')):
         for options in ({}, {'progressive': True}, {'subsampling': 0}):
             ours = augment.decode(encode(image, 'JPEG', quality=95, **options))
-            assert ours.mode == 'RGB' and ours.size == (64, 64)
+            assert ours.mode == 'RGB'
+            assert ours.size == (64, 64)
             error = np.abs(np.asarray(ours).astype(int) - np.asarray(image.convert('RGB')))
             assert error.mean() < 6, (image.mode, options)
 
@@ -190,7 +193,8 @@ def test_every_case_has_its_test():
     """What `expected.json` says of each file is asked for in this file, by its name."""
     known = json.loads((CASES / 'images' / 'expected.json').read_text())
     text = pathlib.Path(__file__).read_text()
-    assert len(known) == 11 and all(name in text for name in known)
+    assert len(known) == 11
+    assert all(name in text for name in known)
 
 
 def test_transparent_entries_of_a_palette_lie_on_white():
@@ -211,7 +215,8 @@ def test_grey_of_16_bits_keeps_its_shades(name, as_stored):
     content = (CASES / 'images' / name).read_bytes()
     values = np.asarray(Image.open(io.BytesIO(content)), float)
     ours = np.asarray(augment.decode(content, as_stored=as_stored))
-    assert values.max() > 65_000 and len(np.unique(ours)) > 60
+    assert values.max() > 65_000
+    assert len(np.unique(ours)) > 60
     for channel in range(3):
         np.testing.assert_array_equal(ours[..., channel], np.round(values / 257))
 
@@ -269,7 +274,9 @@ def test_images_without_an_agreed_range_are_refused_by_name(content, message):
 
 def test_photographs_are_turned_but_not_those_of_imagenet():
     size, upper, lower = _halves('orientation6.jpg')
-    assert size == (40, 64) and upper[0] > 240 > 15 > upper[2] and lower[2] > 240 > 15 > lower[0]
+    assert size == (40, 64)
+    assert upper[0] > 240 > 15 > upper[2]
+    assert lower[2] > 240 > 15 > lower[0]
     size, *_ = _halves('orientation6.jpg', as_stored=True)
     assert size == (64, 40)
     content = (CASES / 'images' / 'orientation6.jpg').read_bytes()
@@ -363,10 +370,12 @@ BROKEN = {
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 @pytest.mark.parametrize('content', BROKEN.values(), ids=list(BROKEN))
 def test_broken_images_are_told(content):
-    assert len(encode(picture(0))) > 900 and not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert len(encode(picture(0))) > 900
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
     with pytest.raises(augment.BrokenImageError) as error:
         augment.decode(content)
-    assert str(error.value) and '\n' not in str(error.value)
+    assert str(error.value)
+    assert '\n' not in str(error.value)
     assert ' at 0x' not in str(error.value)  # no addresses of objects
 
 
@@ -439,11 +448,9 @@ def test_augmentation_is_a_function_of_its_rng(epoch, ratio):
         ours = transform(
             {'image': content, 'label': np.int32(7)}, epoch, np.random.default_rng(seed)
         )
-        assert (
-            ours['image'].shape == (32, 32, 3)
-            and ours['image'].dtype == np.float32
-            and ours['label'] == 7
-        )
+        assert ours['image'].shape == (32, 32, 3)
+        assert ours['image'].dtype == np.float32
+        assert ours['label'] == 7
         np.testing.assert_array_equal(ours['image'], _by_hand(image, ratio, seed))
         results.append(ours['image'].tobytes())
     # centre crops differ by their flip alone

@@ -63,8 +63,10 @@ def test_digit_items():
     source = digits.Digits('train', seed=0)
     item = source[5]
     chex.assert_shape(item['image'], source.image_shape)
-    assert item['image'].dtype == np.float32 and item['label'].dtype == np.int32
-    assert item['image'].min() >= -1 and item['image'].max() <= 1
+    assert item['image'].dtype == np.float32
+    assert item['label'].dtype == np.int32
+    assert item['image'].min() >= -1
+    assert item['image'].max() <= 1
     np.testing.assert_allclose(
         digits.shrink((item['image'] + 1) / 2)[..., 0], source.pixels[5], atol=1e-7
     )
@@ -84,7 +86,8 @@ def test_every_epoch_has_every_image_once_in_its_own_order():
     )
     for epoch in order:
         assert sorted(epoch) == list(range(48))
-    assert not np.array_equal(order[0], order[1]) and not np.array_equal(order[1], order[2])
+    assert not np.array_equal(order[0], order[1])
+    assert not np.array_equal(order[1], order[2])
 
 
 def test_a_function_of_the_seed_alone():
@@ -166,7 +169,8 @@ def test_a_resume_with_other_processes_goes_on_bit_for_bit():
     labels = np.concatenate([batch['label'] for batch in pieces])
     for epoch in range(4):
         assert sorted(labels[50 * epoch : 50 * epoch + 50]) == list(range(50))
-    assert whole[0]['image'].shape == (16, 32, 32, 3) and whole[0]['image'].dtype == np.float32
+    assert whole[0]['image'].shape == (16, 32, 32, 3)
+    assert whole[0]['image'].dtype == np.float32
     assert whole[0]['label'].dtype == np.int32
 
 
@@ -238,7 +242,8 @@ def test_broken_images_are_replaced(capfd):
             expected.append(label)
         labels = np.concatenate([batch['label'] for batch in ours])
         np.testing.assert_array_equal(labels, expected)
-        assert (iterator.seen, iterator.broken) == (tried, tried - 112) and 6 <= tried - 112 <= 12
+        assert (iterator.seen, iterator.broken) == (tried, tried - 112)
+        assert 6 <= tried - 112 <= 12
     same = ~np.isin(np.concatenate([batch['label'] for batch in good]), BROKEN)
     np.testing.assert_array_equal(
         np.concatenate([b['image'] for b in ours])[same],
@@ -255,7 +260,8 @@ def test_too_many_broken_images_stop_the_run(capfd):
     options = dict(batch_size=16, seed=3, transform=augment.Augmentation(32))
     with data_batches.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
         _take(iterator, 5)  # 80 images and their replacements, fewer than 100
-        assert iterator.seen < 100 and iterator.broken > 0.05 * iterator.seen
+        assert iterator.seen < 100
+        assert iterator.broken > 0.05 * iterator.seen
         with pytest.raises(
             UserError,
             match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; ',
@@ -420,7 +426,8 @@ def test_nothing_hangs(driver, tmp_path, what):
             while any(map(_alive, workers)) and time.monotonic() < end:
                 time.sleep(0.1)
             errors = (tmp_path / 'errors').read_text()
-            assert not any(map(_alive, workers)) and not too_long.finished.is_set(), errors
+            assert not any(map(_alive, workers)), errors
+            assert not too_long.finished.is_set(), errors
         finally:
             too_long.cancel()
             with contextlib.suppress(ProcessLookupError):
@@ -431,9 +438,10 @@ def test_nothing_hangs(driver, tmp_path, what):
             r'reading images stopped: .*terminated unexpectedly with exit code -9.*\n', output
         ), output
     elif what.startswith('Ctrl-C'):
-        assert process.returncode == -signal.SIGINT and errors.rstrip().endswith(
-            'KeyboardInterrupt'
-        ), errors
+        assert process.returncode == -signal.SIGINT, errors
+        assert errors.rstrip().endswith('KeyboardInterrupt'), errors
         assert errors.count('Traceback') == 1, errors  # that of the main process
     elif what in ('end', 'SIGTERM'):
-        assert process.returncode == 0 and output == 'the end\n' and not errors, errors
+        assert process.returncode == 0, errors
+        assert output == 'the end\n', errors
+        assert not errors, errors

@@ -142,7 +142,8 @@ def test_unknown_pieces_of_unigrams_and_special_tokens_are_refused(tmp_path):
     for text in ('😀', 'a שלום', 'A CAT', 'x' * 10_000):
         with pytest.raises(UserError, match='which the tokenizer does not know') as raised:
             words.encode(text)
-        assert '\n' not in str(raised.value) and len(str(raised.value)) < 300
+        assert '\n' not in str(raised.value)
+        assert len(str(raised.value)) < 300
     for text in ('a</s>', '<|end|> a cat'):
         with pytest.raises(UserError, match=r"has '<.*>', which is a special token"):
             words.encode(text)
@@ -164,7 +165,8 @@ def test_words_are_compared_in_one_form_of_unicode(form, tmp_path):
     words = vocabulary.Words(str(path))
     for other in ('NFC', 'NFD'):
         numbers = words.encode(unicodedata.normalize(other, 'tür café'))
-        assert numbers == [2, 1] and words.decode(numbers) == 'tür café'
+        assert numbers == [2, 1]
+        assert words.decode(numbers) == 'tür café'
 
 
 def test_a_list_of_words_is_a_vocabulary(tmp_path):
@@ -217,7 +219,8 @@ def test_a_run_keeps_its_tokenizer_file(tokenizer_file, tmp_path):
     assert vocabulary.are_same(kept, tokenizer_file)
     other = tmp_path / 'other.json'
     other.write_text('{}')
-    assert not vocabulary.are_same(kept, str(other)) and not vocabulary.are_same('bytes', kept)
+    assert not vocabulary.are_same(kept, str(other))
+    assert not vocabulary.are_same('bytes', kept)
 
 
 def test_a_vocabulary_is_read_from_a_bucket(tokenizer_file, tmp_path, monkeypatch):
@@ -239,7 +242,8 @@ def test_the_size_of_a_tokenizer_is_above_its_largest_number(tmp_path):
     words = tokenizers.models.WordLevel({'a': 0, 'b': 7}, unk_token='a')
     tokenizers.Tokenizer(words).save(str(tmp_path / 't.json'))
     found = vocabulary.TokenizerFile(str(tmp_path / 't.json'))
-    assert found.encode('b') == [8] and found.size == 9
+    assert found.encode('b') == [8]
+    assert found.size == 9
 
 
 def test_captions_change_no_image_that_is_held_out(tmp_path):
@@ -286,7 +290,8 @@ def test_the_home_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / 'run').mkdir()
     vocabulary.keep(word, str(tmp_path / 'run'))
     kept = vocabulary.of_run(word, tmp_path / 'run')
-    assert kept == str(tmp_path / 'run' / 'vocabulary.txt') and vocabulary.are_same(word, kept)
+    assert kept == str(tmp_path / 'run' / 'vocabulary.txt')
+    assert vocabulary.are_same(word, kept)
 
 
 def test_prompts_are_filled_up_and_captions_are_cut():
@@ -312,7 +317,8 @@ def test_prompts_that_no_model_reads_are_one_line(prompt, message):
     with pytest.raises(UserError, match=message) as raised:
         vocabulary.encode_prompt(prompt, BYTES, 48)
     text = str(raised.value)
-    assert len(text) < 250 and text.isprintable()
+    assert len(text) < 250
+    assert text.isprintable()
 
 
 @pytest.mark.parametrize('prompt', ['😀', 'אבג right to left', '\u202eשלום', 'a\x00b\x1b[31m'])
@@ -409,7 +415,8 @@ def test_other_images_take_the_place_of_broken_captions(capfd):
     captioning = captioned.Captioning(ENCODE)
     with batches(Spoilt(), batch_size=10, seed=0, transform=captioning, max_broken=1.0) as found:
         texts = [text for _ in range(6) for text in _texts(next(found))]
-    assert len(texts) == 60 and set(texts) == set('013456789')
+    assert len(texts) == 60
+    assert set(texts) == set('013456789')
     said = capfd.readouterr().err
     for number in (1, 2):
         lacks = f'image {number} has no caption that can be read: another image takes its place'
@@ -428,9 +435,11 @@ def test_missing_captions_are_not_called_broken_images():
 def test_captions_are_looked_at():
     """All captions of an image are encoded, and the first ones are given."""
     texts, all_texts, reasons, broken, images = captioned.look(Spoilt(), 10, ENCODE)
-    assert texts == all_texts == list('013456789') and images == 10
+    assert texts == all_texts == list('013456789')
+    assert images == 10
     assert np.isclose(broken, (1 / 2 + 1) / 10)  # one of two captions, and one image
-    assert 'half of a surrogate' in reasons[0] and reasons[1] == '2.txt is no text in UTF-8'
+    assert 'half of a surrogate' in reasons[0]
+    assert reasons[1] == '2.txt is no text in UTF-8'
 
 
 class Late:
@@ -446,7 +455,8 @@ class Late:
 def test_the_whole_of_the_data_is_looked_at_for_captions():
     assert captioned.first_caption(Late(), 'these') == 'short'
     looked = captioned.look(Late(), 100, ENCODE)
-    assert looked.texts == ['short'] * 50 and np.isclose(looked.broken, 0.5)
+    assert looked.texts == ['short'] * 50
+    assert np.isclose(looked.broken, 0.5)
     said = vocabulary.describe_cut(looked.all_texts, BYTES, 9)
     assert said.startswith('50 of 100 captions that were looked at are cut off behind 9 tokens')
 
@@ -490,7 +500,8 @@ def test_texts_beside_images(folder):
         '2 file(s) that are no images (.txt 2); texts beside images among them are read as captions'
     )
     again = pickle.loads(pickle.dumps(source))
-    assert again[0] == source[0] and again.name(0) == 'cats/1.png'
+    assert again[0] == source[0]
+    assert again.name(0) == 'cats/1.png'
 
 
 def test_a_text_that_is_none_is_named(folder, tmp_path):
@@ -520,7 +531,8 @@ def test_tables_of_captions(name, folder, tmp_path):
     path = tmp_path / name
     path.write_text(TABLES[name])
     source = table.with_captions(sources.ImageFolder(folder), str(path))
-    assert len(source) == 2 and source.num_classes == 2
+    assert len(source) == 2
+    assert source.num_classes == 2
     assert source[0]['captions'] == ('a grey cat', 'A CAT')
     assert source[1]['captions'] == ('one', 'two')
     assert source.name(1) == 'cats/2 ü.png'
@@ -545,7 +557,8 @@ def test_a_path_may_be_in_another_form_of_unicode(of_file, of_table, tmp_path):
     other = unicodedata.normalize(of_table, 'cafés/1.png')
     _picture(tmp_path / 'images' / other, 2)
     source = table.with_captions(sources.ImageFolder(tmp_path / 'images'), str(path))
-    assert len(source) == 2 and source.left_out.startswith('images without a caption: 1, caf')
+    assert len(source) == 2
+    assert source.left_out.startswith('images without a caption: 1, caf')
 
 
 def test_a_text_of_a_table_that_is_none_breaks_its_image_alone(folder, tmp_path):
@@ -556,7 +569,8 @@ def test_a_text_of_a_table_that_is_none_breaks_its_image_alone(folder, tmp_path)
     entries = [(first, 'a cat'), (first, ['x', None]), (first, 'more'), (second, 'a dog')]
     path.write_text('\n'.join(json.dumps({'path': p, 'text': text}) for p, text in entries))
     source = table.with_captions(images, str(path))
-    assert len(source) == 2 and source[1]['captions'] == ('a dog',)
+    assert len(source) == 2
+    assert source[1]['captions'] == ('a dog',)
     for _ in range(2):
         with pytest.raises(BrokenCaptionError, match=r'a\.jsonl, line 2 has a caption that is no'):
             source[0]
@@ -576,7 +590,8 @@ def test_a_table_cannot_name_two_images_alike(tmp_path):
         archive.addfile(tarfile.TarInfo('dog.jpg'), io.BytesIO())
     (tmp_path / 'b.tsv').write_text('0.tar/dog\ta dog\n')
     found = table.with_captions(WebDataset(f'{tmp_path}/*/0.tar'), str(tmp_path / 'b.tsv'))
-    assert len(found) == 1 and found[0]['captions'] == ('a dog',)
+    assert len(found) == 1
+    assert found[0]['captions'] == ('a dog',)
 
 
 @pytest.mark.parametrize('line', ['a bird\u2028on a branch', 'a bird\x0con a\x85branch'])
@@ -599,7 +614,8 @@ def test_images_beside_directories_may_have_captions(tmp_path):
         _picture(tmp_path / 'beside' / name, i)
     source = sources.open_source('folder', str(tmp_path / 'beside'), needs_labels=False)
     assert [source.name(i) for i in range(2)] == names
-    assert source.num_classes == 1 and source.left_out == ''
+    assert source.num_classes == 1
+    assert source.left_out == ''
     assert [int(source[i]['label']) for i in range(2)] == [0, 0]
     for name in ('train', 'val'):
         _picture(tmp_path / 'parts' / name / '1.png', 0)
@@ -741,7 +757,8 @@ def test_training_images_have_no_held_out_pair(images):
         counts = np.bincount([pair[place] for pair in held_out], minlength=10)
         np.testing.assert_array_equal(counts, 2)
     seen = set().union(*(train.composition(i).pairs() for i in range(3000)))
-    assert seen.isdisjoint(held_out) and len(seen) == 80
+    assert seen.isdisjoint(held_out)
+    assert len(seen) == 80
     assert set().union(*(heldout.composition(i).pairs() for i in range(500))) == held_out
     assert composed.held_out_pairs(1) != held_out
 
@@ -766,7 +783,8 @@ def test_digits_lie_in_their_places(images):
     for i in range(200):
         composition = train.composition(i)
         pixels = train.to_pixels(train[i]['image'][None])[0]
-        assert pixels.min() == 0 and pixels.max() <= 1
+        assert pixels.min() == 0
+        assert pixels.max() <= 1
         upper, lower = pixels[:16], pixels[16:]
         if len(composition.things) == 4:
             parts = [half[:, side] for half in (upper, lower) for side in np.s_[:16, 16:]]
@@ -790,4 +808,5 @@ def test_things_are_painted_from_scans():
     )
     chex.assert_shape(composed.paint(composed.Thing(0, small=True), scan), (10, 10))
     thick = composed.paint(composed.Thing(0, thick=True), scan)
-    assert thick.sum() > 1.25 * plain.sum() and thick.max() <= 1
+    assert thick.sum() > 1.25 * plain.sum()
+    assert thick.max() <= 1

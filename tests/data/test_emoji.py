@@ -57,7 +57,8 @@ def test_names_tones_and_categories(package):
         ('grinning face', 'grinning'),
         ('two words',),
     ]
-    assert found.class_names == ('A', 'Food', 'People & Body') and found.num_classes == 3
+    assert found.class_names == ('A', 'Food', 'People & Body')
+    assert found.num_classes == 3
     np.testing.assert_array_equal(found.labels, [2, 2, 2, 0, 1])
     assert found.left_out == '1 emoji without a picture (banana.png)'
     assert found.name(3) == 'A/1f600.png'
@@ -76,7 +77,8 @@ def test_the_captions_are_those_that_the_images_have(package):
     found = table.with_captions(sources.open_source('emoji', str(package)), cfg.data.captions)
     record = found[1]
     assert record['captions'] == ('waving hand sign, medium skin tone', 'wave, medium skin tone')
-    assert record['label'] == 2 and found.left_out == '1 emoji without a picture (banana.png)'
+    assert record['label'] == 2
+    assert found.left_out == '1 emoji without a picture (banana.png)'
 
 
 def test_features_of_the_captions_stand_in_place_of_their_bytes(package, tmp_path):

@@ -21,7 +21,8 @@ def test_enlarged_digits_are_scored_on_the_pixels_of_the_scans():
     for part, of in ((data.train, plain.train), (data.heldout, plain.heldout)):
         record = part[7]
         chex.assert_shape(record['image'], (48, 48, 1))
-        assert record['image'].dtype == np.float32 and record['label'] == of.labels[7]
+        assert record['image'].dtype == np.float32
+        assert record['label'] == of.labels[7]
         np.testing.assert_array_equal(record['image'], np.kron(of[7]['image'], np.ones((3, 3, 1))))
         images = small.first_images(part, 4)
         np.testing.assert_allclose(part.to_pixels(images), of.pixels[:4], atol=1e-6)

@@ -19,7 +19,8 @@ def test_features_are_found_by_their_text(tmp_path):
     values[2, 1] = np.inf
     np.savez(tmp_path / 'f.npz', texts=TEXTS, features=values)
     found = features.open_features(str(tmp_path / 'f.npz'))
-    assert found.shape == (4, 6) and found.texts == tuple(TEXTS)
+    assert found.shape == (4, 6)
+    assert found.texts == tuple(TEXTS)
     for text in ('a two', ' a two'):
         label = found(text)
         assert label.dtype == np.float32

@@ -45,13 +45,16 @@ def test_a_data_set(tmp_path, packed, test):
     """28×28 pixels lie in the middle of 32×32, on the ground, in [−1, 1]."""
     arrays = write(tmp_path, test=test, packed=packed)
     train, heldout = idx.splits(tmp_path)
-    assert (len(train), len(heldout)) == (12, 6) and train.image_shape == (32, 32, 1)
-    assert train.num_classes == heldout.num_classes == 3 and train.class_names is None
+    assert (len(train), len(heldout)) == (12, 6)
+    assert train.image_shape == (32, 32, 1)
+    assert train.num_classes == heldout.num_classes == 3
+    assert train.class_names is None
     for split, name in ((train, 'train'), (heldout, test)):
         scans = arrays[f'{name}-images-idx3-ubyte']
         np.testing.assert_array_equal(split.labels, arrays[f'{name}-labels-idx1-ubyte'])
         images = np.stack([split[i]['image'] for i in range(len(split))])
-        assert images.dtype == np.float32 and split[1]['label'] == 1
+        assert images.dtype == np.float32
+        assert split[1]['label'] == 1
         expected = np.pad(scans / 127.5 - 1, ((0, 0), (2, 2), (2, 2)), constant_values=-1)
         np.testing.assert_allclose(images[..., 0], expected, atol=1e-6)
         np.testing.assert_allclose(split.pixels, scans / 255, atol=1e-7)
@@ -59,7 +62,8 @@ def test_a_data_set(tmp_path, packed, test):
     assert heldout.name(-1) == f'{tmp_path} test [5]'
     with batches.batches(train, batch_size=4, seed=0) as found:
         batch = next(found)
-    assert batch['image'].shape == (4, 32, 32, 1) and batch['label'].dtype == np.int32
+    assert batch['image'].shape == (4, 32, 32, 1)
+    assert batch['label'].dtype == np.int32
 
 
 def test_images_that_are_not_square_and_samples_out_of_range(tmp_path):
@@ -76,7 +80,8 @@ def test_emnist_is_turned_upright_and_its_letters_count_from_one(tmp_path):
     train, _ = idx.splits(tmp_path)
     turned = arrays['emnist-letters-train-images-idx3-ubyte'].transpose(0, 2, 1)
     np.testing.assert_allclose(train.pixels, turned / 255, atol=1e-7)
-    assert train.num_classes == 3 and set(train.labels) == {0, 1, 2}
+    assert train.num_classes == 3
+    assert set(train.labels) == {0, 1, 2}
     write(tmp_path, prefix='emnist-balanced-', test='test')
     with pytest.raises(UserError, match=r'several data sets \(emnist-balanced, emnist-letters\)'):
         idx.splits(tmp_path)
@@ -123,7 +128,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, fault):
     (tmp_path / 'train-images-idx3-ubyte.gz').write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         idx.splits(tmp_path)
-    assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
+    assert '\n' not in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @given(st.binary(max_size=60), st.booleans())
@@ -133,7 +139,8 @@ def test_any_bytes_are_an_array_or_one_line(tmp_path_factory, content, packed):
     try:
         assert encoded(idx.read(path, 1)) == content
     except UserError as error:
-        assert '\n' not in str(error) and str(path) in str(error)
+        assert '\n' not in str(error)
+        assert str(path) in str(error)
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -30,9 +30,12 @@ def _error(text):
 
 def test_classes():
     synsets = [synset for synset, _ in imagenet.classes()]
-    assert len(synsets) == len(set(synsets)) == 1000 and synsets == sorted(synsets)
+    assert len(synsets) == len(set(synsets)) == 1000
+    assert synsets == sorted(synsets)
     for k, (synset, names) in enumerate(imagenet.classes()):
-        assert len(synset) == 9 and synset[0] == 'n' and synset[1:].isdecimal()
+        assert len(synset) == 9
+        assert synset[0] == 'n'
+        assert synset[1:].isdecimal()
         assert all(name and name == name.strip() and name.isascii() for name in _names(k)), names
         assert len(set(_names(k))) == len(_names(k))
 
@@ -55,7 +58,8 @@ def test_against_other_lists():
 
 def test_known_classes():
     for k, (synset, name) in ANCHORS.items():
-        assert imagenet.classes()[k][0] == synset and _names(k)[0] == name
+        assert imagenet.classes()[k][0] == synset
+        assert _names(k)[0] == name
 
 
 def test_find_by_id_synset_and_every_name():
@@ -65,7 +69,8 @@ def test_find_by_id_synset_and_every_name():
         for name in names.split(', '):
             owners.setdefault(name.casefold(), []).append(k)
     shared = {name: ks for name, ks in owners.items() if len(ks) > 1}
-    assert len(shared) == 19 and {'crane', 'maillot', 'cardigan', 'panda', 'missile'} <= set(shared)
+    assert len(shared) == 19
+    assert {'crane', 'maillot', 'cardigan', 'panda', 'missile'} <= set(shared)
     for name, ks in owners.items():
         if name not in shared:
             assert imagenet.find(name) == ks[0]
@@ -81,9 +86,8 @@ def test_find_is_lenient_in_spelling_only():
         == imagenet.find('N02099601')
         == 207
     )
-    assert (
-        imagenet.find('maillot, tank suit') == 639 and imagenet.find('Cardigan Welsh corgi') == 264
-    )
+    assert imagenet.find('maillot, tank suit') == 639
+    assert imagenet.find('Cardigan Welsh corgi') == 264
     assert 'golden retriever' in _error('golden retreiver')
     for text in ('retrie', '1000', '-1', 'n02099602', '', 'a\nb', '9' * 5000, 'xyzzy'):
         assert repr(text) in _error(text)

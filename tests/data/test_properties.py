@@ -28,7 +28,8 @@ def test_a_crop_is_a_part_of_the_resized_image(width, height, size, seed):
         return drawn[-1]
 
     crop = augment.crop(image, size, augment.draw_shorter_side(size, draw), draw)
-    assert crop.shape == (size, size, 3) and crop.dtype == np.uint8
+    assert crop.shape == (size, size, 3)
+    assert crop.dtype == np.uint8
     shorter, y, x = drawn
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

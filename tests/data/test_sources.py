@@ -137,9 +137,8 @@ def test_the_stand_in_by_its_command(tmp_path):
     words = ['--synsets=4', '--images=2', '--seed=3', '--broken=1']
     stand_in.main(['stand_in', str(tmp_path / 'new'), *words])
     source = sources.ImageNetTar(tmp_path / 'new' / 'ILSVRC2012_img_train.tar')
-    assert len(source) == 8 and set(source.class_names) < {
-        synset for synset, _ in imagenet.classes()
-    }
+    assert len(source) == 8
+    assert set(source.class_names) < {synset for synset, _ in imagenet.classes()}
     for wrong, message in (
         ('--synsets=1001', 'in the range'),
         ('--images=0', '--images=0'),
@@ -156,12 +155,14 @@ def test_the_stand_in_by_its_command(tmp_path):
 def test_every_byte_is_what_tarfile_extracts(stand_in_tar):
     source = sources.ImageNetTar(stand_in_tar)
     truth = _truth(stand_in_tar)
-    assert source.class_names == tuple(sorted(SYNSETS)) and source.num_classes == 3
+    assert source.class_names == tuple(sorted(SYNSETS))
+    assert source.num_classes == 3
     rank = {synset: k for k, synset in enumerate(sorted(SYNSETS))}
     assert _contents(source) == [
         (content, rank[synset], f'{synset}/{name}') for synset, name, content in truth
     ]
-    assert len(source) == 24 and source[5]['label'].dtype == np.int32
+    assert len(source) == 24
+    assert source[5]['label'].dtype == np.int32
 
 
 @pytest.mark.parametrize('format', FORMATS)
@@ -230,13 +231,13 @@ def test_the_index_is_made_once(path):
     told = []
     before = _contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))
     size = path.stat().st_size
-    assert told == sorted(told) and len(told) == 3 and told[-1] == (size, size)
+    assert told == sorted(told)
+    assert len(told) == 3
+    assert told[-1] == (size, size)
     assert sorted(os.listdir(path.parent)) == ['train.tar', 'train.tar.index.npz']
     again = []
-    assert (
-        _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
-        and not again
-    )
+    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+    assert not again
 
     index = pathlib.Path(f'{path}.index.npz')
     whole = index.read_bytes()
@@ -250,16 +251,12 @@ def test_the_index_is_made_once(path):
     for wrong in (whole[:300], flipped, shorter, b'', b'no', pickle.dumps([1])):
         index.write_bytes(wrong)
         again.clear()
-        assert (
-            _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
-            and again
-        )
+        assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+        assert again
     np.savez(index, **kept | {'version': 0})
     again.clear()
-    assert (
-        _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
-        and again
-    )
+    assert _contents(sources.ImageNetTar(path, progress=lambda *x: again.append(x))) == before
+    assert again
 
 
 def test_no_flipped_bit_of_an_index_is_believed(path):
@@ -450,7 +447,9 @@ def test_headers_of_absurd_size_are_refused_in_one_line(path, kind, size):
     for content in (inner, _tar({'n01.tar': inner}), inner[512:], _tar({'n01.tar': inner[512:]})):
         path.write_bytes(content)
         line = _refusal(sources.ImageNetTar, path)
-        assert str(path) in line and line.isprintable() and len(line) < 500
+        assert str(path) in line
+        assert line.isprintable()
+        assert len(line) < 500
 
 
 def test_names_are_shown_printable_and_cut(path):
@@ -463,11 +462,13 @@ def test_names_are_shown_printable_and_cut(path):
     ):
         path.write_bytes(content)
         line = _refusal(sources.ImageNetTar, path)
-        assert line.isprintable() and len(line) < 700
+        assert line.isprintable()
+        assert len(line) < 700
     inner = _tar({'a.JPEG': b'1', f'b.{hostile}': b'2', f'{long_name}.c': b'3'}, tarfile.GNU_FORMAT)
     path.write_bytes(_tar({'n01.tar': inner}))
     left_out = sources.ImageNetTar(path).left_out
-    assert left_out.startswith('2 file(s) that are no images') and left_out.isprintable()
+    assert left_out.startswith('2 file(s) that are no images')
+    assert left_out.isprintable()
     assert len(left_out) < 200
 
 
@@ -498,7 +499,8 @@ def test_names_are_shown_printable_and_cut(path):
 def test_what_is_no_tar_of_tars_is_refused(path, content, message):
     path.write_bytes(content)
     line = _refusal(sources.ImageNetTar, path)
-    assert re.search(message, line) and str(path) in line
+    assert re.search(message, line)
+    assert str(path) in line
     assert os.listdir(path.parent) == ['train.tar']
 
 
@@ -509,7 +511,8 @@ def test_what_is_not_there_is_refused(tmp_path):
         (sources.ArrayRecords, 'has no images.json'),
     ):
         line = _refusal(make, tmp_path / 'nowhere')
-        assert message in line and 'nowhere' in line
+        assert message in line
+        assert 'nowhere' in line
     assert 'Is a directory' in _refusal(sources.ImageNetTar, tmp_path)
 
 
@@ -591,10 +594,8 @@ def test_processes_may_build_the_index_at_once(path, spawned):
     left = {name for name in os.listdir(path.parent) if not re.fullmatch(r'train\.tar\.\d', name)}
     assert left == {'train.tar', 'train.tar.index.npz'}
     told = []
-    assert (
-        results == [_contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))] * 3
-        and not told
-    )
+    assert results == [_contents(sources.ImageNetTar(path, progress=lambda *x: told.append(x)))] * 3
+    assert not told
 
 
 @pytest.fixture(scope='module')
@@ -731,8 +732,10 @@ def test_every_source_is_one(source, stand_in_tar):
         {(b'', truth[b''])} if isinstance(source, sources.TFDS | sources.HuggingFace) else set()
     )
     assert len({name for *_, name in contents}) == len(source) == len(contents)
-    assert source.num_classes == 3 and source.class_names == tuple(sorted(SYNSETS))
-    assert source[0]['label'].dtype == np.int32 and source[0]['label'].shape == ()
+    assert source.num_classes == 3
+    assert source.class_names == tuple(sorted(SYNSETS))
+    assert source[0]['label'].dtype == np.int32
+    assert source[0]['label'].shape == ()
     assert source[np.int64(3)]['image'] == source[3]['image'] == source[3 - len(source)]['image']
     for i in (len(source), -len(source) - 1):
         with pytest.raises(IndexError):
@@ -768,7 +771,8 @@ def test_folders_are_read_in_order(tmp_path):
     images = [image.decode() for image, _, _ in _contents(source)]
     assert images == [*expected, 'a/x.Jpeg', 'a/é\n.bmp']
     assert [label for _, label, _ in _contents(source)] == [0, 0, 1, 1, 1, 2, 2]
-    assert source.class_names == ('a', 'b', 'c') and source.name(1) == 'a/é\\n.bmp'
+    assert source.class_names == ('a', 'b', 'c')
+    assert source.name(1) == 'a/é\\n.bmp'
     (tmp_path / 'b/2.png').unlink()
     assert 'b/2.png cannot be read: No such file' in _refusal(lambda: source[3])
 
@@ -791,7 +795,8 @@ def test_what_a_folder_leaves_out_is_counted(tmp_path):
     source = sources.ImageFolder(tmp_path)
     assert [image for image, *_ in _contents(source)] == [b'cat/1.png', b'dog/2.png']
     # A class without images keeps the labels of the others where they are.
-    assert source.class_names == ('cat', 'dog', 'owl') and source.num_classes == 3
+    assert source.class_names == ('cat', 'dog', 'owl')
+    assert source.num_classes == 3
     assert source.left_out == (
         '2 image(s) beside the directories of the classes; '
         '3 file(s) that are no images (no suffix 1, .heic 1, .txt 1); '
@@ -852,7 +857,8 @@ def test_a_folder_without_directories_is_one_class(tmp_path):
     _fill(birds, 'b.png', 'a.JPG', 'notes.txt', '.DS_Store', '.git/1.png')
     source = sources.ImageFolder(birds)
     assert _contents(source) == [(b'a.JPG', 0, 'a.JPG'), (b'b.png', 0, 'b.png')]
-    assert source.class_names == ('birds',) and source.num_classes == 1
+    assert source.class_names == ('birds',)
+    assert source.num_classes == 1
     assert source.left_out == '1 file(s) that are no images (.txt 1); 2 hidden file(s)'
     _fill(birds, 'owl/1.png')  # beside a directory they are no class
     assert sources.ImageFolder(birds).class_names == ('owl',)
@@ -869,17 +875,20 @@ def test_an_image_stays_on_its_side_when_others_come(tmp_path):
         return [{part.name(i) for i in range(len(part))} for part in parts]
 
     train, out = sides(tmp_path / 'old')
-    assert train | out == set(names[::2]) and not train & out
+    assert train | out == set(names[::2])
+    assert not train & out
     assert 15 <= len(out) <= 45  # 30 expected, ± 3 standard deviations
     more_train, more_out = sides(tmp_path / 'new')
-    assert train <= more_train and out <= more_out
+    assert train <= more_train
+    assert out <= more_out
     for name in out:
         # The rule itself: the first 8 bytes of BLAKE2b, as a share of 2⁶⁴.
         digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         assert int(digest, 16) / 16**16 < 0.2
     _, part = sources.split(sources.ImageFolder(tmp_path / 'old'), 0.2)
     again = pickle.loads(pickle.dumps(part))
-    assert _contents(again) == _contents(part) and again.class_names == ('cat', 'dog')
+    assert _contents(again) == _contents(part)
+    assert again.class_names == ('cat', 'dog')
     assert all(image.decode() == name for image, _, name in _contents(part))
 
 
@@ -897,7 +906,8 @@ def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'notes.txt').write_text('')
     line = _refusal(sources.ImageFolder, tmp_path)
-    assert 'holds no images (1 image(s) beside the directories' in line and '.txt 1' in line
+    assert 'holds no images (1 image(s) beside the directories' in line
+    assert '.txt 1' in line
     assert 'Not a directory; a tar like' in _refusal(sources.ImageFolder, tmp_path / 'top.jpg')
 
 
@@ -939,7 +949,8 @@ def test_packed_is_the_same(stand_in_tar, packed):
 
     assert _contents(sources.ArrayRecords(packed)) == _contents(sources.ImageNetTar(stand_in_tar))
     files = sorted(packed.glob('*.array_record'))
-    assert len(files) == 5 and sorted(os.listdir(packed)) == [
+    assert len(files) == 5
+    assert sorted(os.listdir(packed)) == [
         *(f.name for f in files),
         'images.json',
         'names.json',
@@ -972,7 +983,9 @@ def test_packing_tells_how_far_it_is(tmp_path):
     told = []
     sources.pack(Files(), tmp_path / 'out', shards=100, progress=lambda *x: told.append(x))
     source = sources.ArrayRecords(tmp_path / 'out')
-    assert len(source) == 10 and source.num_classes == 7 and source.class_names is None
+    assert len(source) == 10
+    assert source.num_classes == 7
+    assert source.class_names is None
     assert told == [(i + 1, 10) for i in range(10)]
     assert _contents(source) == _contents(Files())
 
@@ -990,7 +1003,8 @@ def test_packing_starts_again_after_an_end(tmp_path):
             sources.ArrayRecords, tmp_path / directory
         )
     sources.pack(Files(), tmp_path / 'out', shards=3)
-    assert os.listdir(tmp_path) == ['out'] and len(os.listdir(tmp_path / 'out')) == 5
+    assert os.listdir(tmp_path) == ['out']
+    assert len(os.listdir(tmp_path / 'out')) == 5
     assert len(sources.ArrayRecords(tmp_path / 'out')) == 10
     assert 'out exists' in _refusal(sources.pack, Files(), tmp_path / 'out')
 
@@ -1048,7 +1062,8 @@ def test_tfds_gives_the_bytes_that_went_in(tfds_dir, stand_in_tar):
         c for *_, c in _truth(stand_in_tar) if c
     )
     half = sources.TFDS('stand_in:1.0.0', 'train[:50%]', str(tfds_dir))
-    assert len(half) == round(len(source) / 2) and half[1]['image'] == source[1]['image']
+    assert len(half) == round(len(source) / 2)
+    assert half[1]['image'] == source[1]['image']
 
 
 def test_tfds_takes_the_supervised_keys_and_wants_labels(tmp_path):
@@ -1073,7 +1088,8 @@ def test_tfds_tells_damage(tfds_dir, tmp_path):
             source[i]
         except UserError as error:
             lines.append(str(error))
-    assert len(lines) == 1 and re.match(r'stand_in train \[\d+\] is damaged: ', lines[0])
+    assert len(lines) == 1
+    assert re.match(r'stand_in train \[\d+\] is damaged: ', lines[0])
 
 
 def _changed(tfds_dir, to, changes):

@@ -47,11 +47,14 @@ def test_columns_of_parquet_files(write, tmp_path):
         source = Parquet(write(**columns))
         assert [source[i]['image'] for i in range(6)] == FILES
         assert [int(source[i]['label']) for i in range(6)] == labels
-        assert source.class_names == names and source[-1]['label'].dtype == np.int32
+        assert source.class_names == names
+        assert source[-1]['label'].dtype == np.int32
     write('b.parquet', image=FILES[:1], label=[1])
     source = Parquet(tmp_path)
-    assert source.name(6) == 'b.parquet [0]' and source.name(5) == 'a.parquet [5]'
-    assert source[6]['image'] == FILES[0] and len(source) == 7
+    assert source.name(6) == 'b.parquet [0]'
+    assert source.name(5) == 'a.parquet [5]'
+    assert source[6]['image'] == FILES[0]
+    assert len(source) == 7
 
 
 def test_what_parquet_files_lack_is_said(write, tmp_path):
@@ -99,7 +102,8 @@ def test_labels_that_are_not_needed_never_refuse_parquet_files(write, tmp_path):
     path = tmp_path / 'noted.parquet'
     parquet.write_table(columns.replace_schema_metadata({'huggingface': json.dumps(noted)}), path)
     source = Parquet(path, needs_labels=False)
-    assert source.class_names == ('a', 'b') and int(source[1]['label']) == 1
+    assert source.class_names == ('a', 'b')
+    assert int(source[1]['label']) == 1
     both = write(a=FILES, b=FILES)
     assert 'hold images, a, b' in _refusal(lambda: Parquet(both, needs_labels=False))
 
@@ -216,12 +220,14 @@ def test_a_moved_data_set_holds_out_the_same_images(datasets, tmp_path, monkeypa
         _, heldout = sources.split(source, 0.3)
         held_out.add(tuple(heldout.name(i) for i in range(len(heldout))))
     assert names == {'birds train [7]'}
-    assert len(held_out) == 1 and 20 < len(held_out.pop()) < 55
+    assert len(held_out) == 1
+    assert 20 < len(held_out.pop()) < 55
 
 
 def test_names_of_the_hub_that_are_not_there(datasets, tmp_path):
     said = _refusal(sources.HuggingFace, 'nobody/nothing:plain', 'train', str(tmp_path))
-    assert 'cannot be opened by datasets' in said and '--config.data.split' in said
+    assert 'cannot be opened by datasets' in said
+    assert '--config.data.split' in said
 
 
 def test_files_of_images_as_datasets_reads_them(datasets, tmp_path):

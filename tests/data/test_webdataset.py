@@ -42,9 +42,11 @@ def test_samples_are_files_of_one_key(tmp_path):
     source = WebDataset(path)
     with tarfile.open(path) as archive:
         truth = [archive.extractfile(name).read() for name in ('b/2.jpg', 'a/1.WebP', 'a/3.png')]
-    assert [source[i]['image'] for i in range(3)] == truth and len(source) == 3
+    assert [source[i]['image'] for i in range(3)] == truth
+    assert len(source) == 3
     assert [int(source[i]['label']) for i in range(3)] == [5, 2, 0]  # .cls goes before .json
-    assert source.num_classes == 6 and source.class_names is None
+    assert source.num_classes == 6
+    assert source.class_names is None
     assert [source.name(i) for i in range(3)] == ['00.tar/b/2', '00.tar/a/1', '00.tar/a/3']
     assert source.left_out == '2 file(s) that are no images (.seg.png 1, .txt 1); 1 hidden file(s)'
     assert sorted(os.listdir(tmp_path)) == ['00.tar', '00.tar.index.npz']
@@ -107,7 +109,8 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
     # A model that reads captions needs no labels.
     _write(path, {'1.jpg': b'x', '2.jpg': b'y', '1.cls': '0'})
     source = sources.open_source('webdataset', str(path), needs_labels=False)
-    assert source.num_classes == 1 and [int(source[i]['label']) for i in range(2)] == [0, 0]
+    assert source.num_classes == 1
+    assert [int(source[i]['label']) for i in range(2)] == [0, 0]
     # What only Python takes for a number is a name, and numbers may be too large.
     source = WebDataset(_write(path, {'1.jpg': b'', '2.jpg': b'', '1.cls': '1_0', '2.cls': '10'}))
     assert source.class_names == ('10', '1_0')
@@ -115,7 +118,8 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
     assert 'to 123456789012345678901, but they must' in _refusal(WebDataset, _write(path, large))
     _write(path, {'1.jpg': b'x', '2.jpg': b'y', '2.txt': 'text'})
     source = WebDataset(path)
-    assert source.class_names == ('a.tar',) and source[1]['label'] == np.int32(0)
+    assert source.class_names == ('a.tar',)
+    assert source[1]['label'] == np.int32(0)
     whole = path.read_bytes()
     path.write_bytes(whole[:1100])
     assert 'cut off' in _refusal(WebDataset, path)

@@ -27,7 +27,8 @@ def test_own_names_go_before_numbers():
     assert NUMBERED[:4] == ('0', '1', '10', '11')
     for name in NUMBERED:
         k = class_names.find(name, NUMBERED, 12)
-        assert NUMBERED[k] == name and class_names.titles([k], NUMBERED) == [name]
+        assert NUMBERED[k] == name
+        assert class_names.titles([k], NUMBERED) == [name]
     assert class_names.find('2', NUMBERED, 12) == 4
     # Numbers that are no names are labels.
     assert class_names.find('2', PETS, 4) == 2
@@ -65,7 +66,8 @@ def test_what_is_no_class_is_answered_with_the_runs_own():
     ):
         with pytest.raises(UserError) as caught:
             class_names.find(text, names, 3)
-        assert str(caught.value).startswith(message) and '\n' not in str(caught.value)
+        assert str(caught.value).startswith(message)
+        assert '\n' not in str(caught.value)
     with pytest.raises(UserError, match="'cat' is no class: this model knows the numbers 0 to 6"):
         class_names.find('cat', None, 7)
 
@@ -143,4 +145,5 @@ def test_how_classes_are_described():
     )
     assert class_names.describe(7, None) == '7 classes'
     line = class_names.describe(2, ('\x1b[31m', 'n' * 10_000))
-    assert line.isprintable() and len(line) < 300
+    assert line.isprintable()
+    assert len(line) < 300

@@ -50,7 +50,8 @@ def real(folder):
 def test_images_are_averaged_to_at_most_64_pixels_a_side(side, small):
     images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
     found = classifier_features.shrunk(images)
-    assert found.shape == (2, small, small, 3) and found.dtype == np.float32
+    assert found.shape == (2, small, small, 3)
+    assert found.dtype == np.float32
     block = side // small
     corner = images[1, -block:, :block].astype(np.float64).mean((0, 1)) / 255
     np.testing.assert_allclose(found[1, -1, 0], corner, rtol=1e-5)
@@ -71,14 +72,16 @@ def test_images_whose_caption_the_model_cannot_read_are_left_out(folder, tmp_pat
 
     captioned = table.with_captions(source, str(tmp_path / 'a.tsv'))
     found = classifier_features.read(captioned, None, 16, 3, encode)
-    assert len(found.captions) == 58 and set(found.captions) == {'a cat'}
+    assert len(found.captions) == 58
+    assert set(found.captions) == {'a cat'}
 
 
 def test_every_fifth_image_is_kept_from_the_classifier(real):
     """Broken ones are left out; samples get the classes in the proportions of the real images."""
     assert (len(real.train), len(real.heldout), real.of_run) == (47, 12, False)
     wanted = classifier_features.asked(real, 30)
-    assert wanted.labels.shape == (30,) and np.bincount(wanted.labels).tolist() == [20, 10]
+    assert wanted.labels.shape == (30,)
+    assert np.bincount(wanted.labels).tolist() == [20, 10]
     np.testing.assert_array_equal(real.labels[wanted.images], wanted.labels)
     assert wanted.captions == ()
 
@@ -95,7 +98,8 @@ def test_real_images_are_near_and_noise_is_far(real, tmp_path):
         scores, nearest = classifier_features.score(
             batches, wanted, of_run, ['row', 'column'], STEPS, str(tmp_path)
         )
-        assert nearest.shape == (12,) and nearest.max() < len(real.train)
+        assert nearest.shape == (12,)
+        assert nearest.max() < len(real.train)
         return scores
 
     scores = score([heldout[:5], heldout[5:]])
@@ -105,7 +109,8 @@ def test_real_images_are_near_and_noise_is_far(real, tmp_path):
         'samples': 12, 'train': 47, 'heldout': 12, 'heldout_from': 'the run',
         'side': 16, 'classifier_steps': STEPS,
     }  # fmt: skip
-    assert 'it is not FID' in scores['note'] and not any(name == 'fid' for name in scores)
+    assert 'it is not FID' in scores['note']
+    assert not any(name == 'fid' for name in scores)
     kept = (tmp_path / 'classifier.npz').read_bytes()
     assert scores['memorisation/samples_to_train'] == scores['memorisation/heldout_to_train'] > 0
     noise = np.random.default_rng(3).integers(0, 256, heldout.shape, np.uint8)
@@ -180,13 +185,17 @@ def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, mon
 
     monkeypatch.setattr(snapshots, '_drawn', drawn)
     scores = evaluate.evaluate(str(tmp_path))
-    assert len(asked[0]) == 24 and set(asked[0]) == {0, 1}
+    assert len(asked[0]) == 24
+    assert set(asked[0]) == {0, 1}
     compared = scores['compared']
-    assert compared['heldout_from'] == 'the run' and compared['train'] + compared['heldout'] == 59
-    assert np.isfinite(scores['classifier_frechet']) and 'seed' in scores
+    assert compared['heldout_from'] == 'the run'
+    assert compared['train'] + compared['heldout'] == 59
+    assert np.isfinite(scores['classifier_frechet'])
+    assert 'seed' in scores
     assert 'memorisation/own_nearest' not in scores  # without captions
     with Image.open(tmp_path / 'nearest.png') as picture:
-        assert picture.width > 12 * 48 and picture.height > 2 * 48
+        assert picture.width > 12 * 48
+        assert picture.height > 2 * 48
     assert json.loads((tmp_path / 'evaluation.json').read_text())['note'] == scores['note']
 
 

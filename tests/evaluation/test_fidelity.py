@@ -225,7 +225,8 @@ def test_precision_recall_in_the_evaluators_float16():
     found = precision_recall.precision_recall(real, fake, block=100)
     assert found == half_precision_recall(real, fake, 3, 100)
     assert found != precision_recall.precision_recall(real, fake, dtype=np.float64)
-    assert 0 < found[0] < 1 and 0 < found[1] < 1
+    assert 0 < found[0] < 1
+    assert 0 < found[1] < 1
 
 
 def test_a_block_that_overflows_float16_is_done_in_float32():
@@ -287,7 +288,8 @@ def test_files_that_hold_no_images(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:
             list(image_sets.read_images(path))
-        assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert '\n' not in str(caught.value)
     with pytest.raises(OSError):
         list(image_sets.read_images(tmp_path / 'nowhere.npz'))
 
@@ -358,7 +360,8 @@ def test_statistics_of_a_file_come_before_those_of_its_images(tmp_path, inceptio
     for found in (both, alone):
         np.testing.assert_array_equal(found.pool.sigma, arrays['sigma'])
         np.testing.assert_array_equal(found.spatial.mu, arrays['mu_s'])
-    assert alone.features is None and seen == [(2, 2)]
+    assert alone.features is None
+    assert seen == [(2, 2)]
     np.savez(path, arr_0=images)
     computed = protocol.summarize(path, inception_params, batch_size=2)
     for a, b in zip(both.features, computed.features, strict=True):
@@ -407,13 +410,10 @@ def test_evaluate_puts_the_scores_together():
     assert (said['samples'], said['reference']) == ({'images': 60}, {'images': 80})
     assert said['settings']['batch_size'] == 64
     assert said['note'].startswith('FID of 60 images is biased upwards')
-    assert (
-        set(seconds) == {'fid', 'sfid', 'inception_score', 'precision_recall'}
-        and min(seconds.values()) >= 0
-    )
-    assert (
-        found == pytest.approx(expected, rel=1e-9) and expected['precision'] != expected['recall']
-    )
+    assert set(seconds) == {'fid', 'sfid', 'inception_score', 'precision_recall'}
+    assert min(seconds.values()) >= 0
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert expected['precision'] != expected['recall']
     assert parts[-1] == ('precision_recall', 3, 3)
     without = protocol.evaluate(samples, reference._replace(features=None), None)
     assert without['reference'] == {'images': None}
@@ -510,9 +510,7 @@ def test_the_command_scores_two_files(tmp_path, capsys):
     assert shown.err.splitlines()[-1].startswith('FID of 5 images is biased upwards')
     scores = json.loads(shown.out)
     assert scores['samples']['images'] == 5
-    assert scores['fid'] == pytest.approx(0, abs=1e-6) and scores['sfid'] == pytest.approx(
-        0, abs=1e-6
-    )
-    assert scores['precision'] == scores['recall'] == 1 and scores[
-        'inception_score'
-    ] == pytest.approx(1, abs=1e-3)
+    assert scores['fid'] == pytest.approx(0, abs=1e-6)
+    assert scores['sfid'] == pytest.approx(0, abs=1e-6)
+    assert scores['precision'] == scores['recall'] == 1
+    assert scores['inception_score'] == pytest.approx(1, abs=1e-3)

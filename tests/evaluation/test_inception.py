@@ -101,7 +101,8 @@ def tf1_resize(image, size):
 def test_resize_against_tensorflows_rule(height, width, size):
     a = image(3, height, width)
     found = inception.resize(a[None], size)
-    assert found.shape == (1, size, size, 3) and found.dtype == np.float32
+    assert found.shape == (1, size, size, 3)
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found[0], tf1_resize(a.astype(float), size), atol=1e-4)
 
 
@@ -203,9 +204,8 @@ def test_all_faults_of_a_graph_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         inception_weights.load_graph_def(write(tmp_path, graph))
     message = str(caught.value)
-    assert (
-        '2 missing: mixed_6/conv/batchnorm/beta, softmax/weights' in message and '\n' not in message
-    )
+    assert '2 missing: mixed_6/conv/batchnorm/beta, softmax/weights' in message
+    assert '\n' not in message
     assert (
         '1 misshapen: conv_1/conv2d_params of shape (3, 3, 32, 33) instead of (3, 3, 32, 32)'
         in message
@@ -220,10 +220,8 @@ def test_all_faults_of_torch_tensors_are_named_at_once():
     with pytest.raises(UserError) as caught:
         inception_weights.from_torch(tensors)
     message = str(caught.value)
-    assert (
-        'missing: Conv2d_2b_3x3.bn.running_var' in message
-        and 'unexpected: AuxLogits.fc.bias' in message
-    )
+    assert 'missing: Conv2d_2b_3x3.bn.running_var' in message
+    assert 'unexpected: AuxLogits.fc.bias' in message
     assert (
         'Mixed_7b.branch3x3_2a.conv.weight of shape (384, 384, 3, 1) instead of (384, 384, 1, 3)'
         in message
@@ -252,7 +250,8 @@ def test_files_that_are_no_graph(tmp_path):
             inception_weights.load_graph_def(path)
         except UserError as error:
             refused += 1
-            assert '\n' not in str(error) and len(str(error)) < 3000
+            assert '\n' not in str(error)
+            assert len(str(error)) < 3000
     assert refused > 100
     tensor = graph_pb2.GraphDef()
     value = tensor.node.add(name='conv/conv2d_params', op='Const').attr['value'].tensor
@@ -301,7 +300,8 @@ def test_a_record_is_written_once_and_then_compared(tmp_path, monkeypatch, capsy
     drawn = {'scale': 1.0}
 
     def features(params, images):
-        assert images.shape == (1, 64, 64, 3) and images.dtype == np.uint8
+        assert images.shape == (1, 64, 64, 3)
+        assert images.dtype == np.uint8
         values = drawn['scale'] * images.astype(np.float32).reshape(1, -1) + params['a']
         return inception.Features(values[:, 5:9], values[:, 10:12], values[:, 20:23])
 
@@ -312,7 +312,8 @@ def test_a_record_is_written_once_and_then_compared(tmp_path, monkeypatch, capsy
     argv = ['', str(tmp_path / 'w.pb'), str(tmp_path / 'r.json')]
     inception_record.main(argv)
     record = json.loads((tmp_path / 'r.json').read_text())
-    assert record['file'].startswith('ba7816bf') and len(record['activations']) == 3
+    assert record['file'].startswith('ba7816bf')
+    assert len(record['activations']) == 3
     inception_record.main(argv)
     assert 'the same tensors and activations' in capsys.readouterr().out
     drawn['scale'] = 1.01

@@ -41,13 +41,15 @@ def test_only_small_pictures_keep_their_pixels(html):
 def test_narrow_screens(html):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     wide = re.findall(r'<div class="wide"><(\w+)', html)
-    assert wide == ['img', 'img', 'table', 'img'] and '.wide { overflow-x: auto; }' in html
+    assert wide == ['img', 'img', 'table', 'img']
+    assert '.wide { overflow-x: auto; }' in html
 
 
 def test_nothing_comes_from_outside(html):
     """Pictures are in the page itself, and nothing in it asks for another file."""
     sources = re.findall(r'\b(?:src|href)\s*=\s*"([^"]*)"', html)
-    assert len(sources) == 3 and all(s.startswith('data:image/png;base64,') for s in sources)
+    assert len(sources) == 3
+    assert all(s.startswith('data:image/png;base64,') for s in sources)
     assert not re.search(r'https?:|//\w|@import|url\(|<(?:script|link|iframe)\b', html)
 
 
@@ -86,8 +88,10 @@ def test_light_and_dark_have_colours_of_their_own(html):
 
 
 def test_texts_are_escaped(html):
-    assert 'a &lt;b&gt; &amp; c' in html and 'run &lt;it&gt;' in html
-    assert '<b>' not in html and '{' + '{' not in html
+    assert 'a &lt;b&gt; &amp; c' in html
+    assert 'run &lt;it&gt;' in html
+    assert '<b>' not in html
+    assert '{' + '{' not in html
 
 
 def test_no_curves_are_no_picture(tmp_path):

@@ -98,7 +98,8 @@ def test_statistics_of_a_source_in_parts(tmp_path, monkeypatch):
     found = reference.write(
         tmp_path / 'r.npz', crops, {}, kept=4, progress=lambda *a: done.append(a)
     )
-    assert found == {'kept': 4, 'images': 9} and done[-1] == (9, 10)
+    assert found == {'kept': 4, 'images': 9}
+    assert done[-1] == (9, 10)
     assert list(crops.broken.values()) == [
         'a/broken.png: it is no whole image of a format that is read: '
         'JPEG, PNG, WEBP, BMP, PPM, TIFF, GIF'
@@ -118,7 +119,8 @@ def test_the_number_of_images_is_read_and_said(tmp_path):
     arrays = reference_arrays(0)
     np.savez(tmp_path / 'r.npz', n=1234, **arrays)
     found = protocol.summarize(tmp_path / 'r.npz', None)
-    assert found.images == 1234 and found.describe()['images'] == 1234
+    assert found.images == 1234
+    assert found.describe()['images'] == 1234
     np.savez(tmp_path / 'r.npz', n=np.arange(2), **arrays)
     with pytest.raises(UserError, match='n must be a whole number, but is int64'):
         protocol.summarize(tmp_path / 'r.npz', None)
@@ -151,13 +153,15 @@ def test_the_command_writes_images_alone_without_weights(tmp_path, capsys):
     path = tmp_path / 'r.npz'
     evaluate.write_reference(f'folder:{directory}', 8, str(path))
     said = capsys.readouterr().out
-    assert '6 images of 2 classes' in said and 'left out: 1 image(s) that cannot' in said
+    assert '6 images of 2 classes' in said
+    assert 'left out: 1 image(s) that cannot' in said
     assert said.endswith(
         '5 images of 8×8 pixels, without statistics, since there is no --inception\n'
     )
     first = Image.open(directory / 'a' / '000.PNG')
     with np.load(path) as written:
-        assert set(written.files) == {'arr_0'} and written['arr_0'].shape == (5, 8, 8, 3)
+        assert set(written.files) == {'arr_0'}
+        assert written['arr_0'].shape == (5, 8, 8, 3)
         np.testing.assert_array_equal(written['arr_0'][0], augment.center_crop(first, 8))
     for data, output, message in (
         ('digits:x', path, 'digits'),

@@ -65,7 +65,8 @@ def test_lpips_of_pixels_without_features(measure, params, pair):
     others = measure(params | {'lin4': np.zeros(512, np.float32)}, *pair[:2])
     np.testing.assert_allclose(distances, others[0], rtol=1e-6)
     np.testing.assert_allclose(gradient, others[1], rtol=1e-5, atol=1e-12)
-    assert np.any(distances < pair[2]) and np.any(gradient)
+    assert np.any(distances < pair[2])
+    assert np.any(gradient)
     slope = jax.grad(lambda x: jnp.sum(_unit(x) * jnp.arange(4.0)))
     for x in (0.0, 1e-30):  # the square of the second is 0 too
         np.testing.assert_allclose(slope(jnp.full(4, x)), 1e10 * np.arange(4), rtol=1e-6)
@@ -75,7 +76,8 @@ def test_lpips_of_pixels_without_features(measure, params, pair):
 def test_lpips_in_bfloat16(params, pair):
     """Only the convolutions are rounded, to 3 digits; the distance remains float32."""
     distances = jax.jit(LPIPS(jnp.bfloat16).apply)({'params': params}, *pair[:2])
-    assert distances.dtype == jnp.float32 and np.all(distances != pair[2])
+    assert distances.dtype == jnp.float32
+    assert np.all(distances != pair[2])
     np.testing.assert_allclose(distances, pair[2], rtol=5e-3)
 
 
@@ -103,7 +105,8 @@ def test_load_lists_all_faults_at_once(lpips_files):
         'features.28.weight has shape (), not (512, 512, 3, 3);',
     ):  # fmt: skip
         assert fault in message, fault
-    assert '\n' not in message and 'classifier' not in message
+    assert '\n' not in message
+    assert 'classifier' not in message
     with pytest.raises(
         UserError, match=r'\bvgg\.pth lacks lin0.*has unexpected .*features\.0\.weight'
     ):

@@ -56,12 +56,14 @@ def test_digit_scores_of_real_digits_and_of_nonsense():
     assert list(scores) == NAMES
     assert scores['samples/accuracy'] == scores['classifier/accuracy'] > 0.97
     assert scores['samples/classes_drawn'] == 10
-    assert scores['samples/frechet'] < 0.1 and scores['samples/precision'] > 0.95
+    assert scores['samples/frechet'] < 0.1
+    assert scores['samples/precision'] > 0.95
     np.testing.assert_allclose(scores['samples/frechet_heldout'], 0, atol=1e-6)
     assert abs(scores['memorisation/nearer_than_5pct_of_heldout'] - 0.05) < 0.01
     noise = np.random.default_rng(0).uniform(-1, 1, size=(500, 8, 8, 1))
     scores = judge.scores(digits.enlarge(noise), np.arange(500) % 10)
-    assert scores['samples/accuracy'] < 0.3 and scores['samples/frechet'] > 1
+    assert scores['samples/accuracy'] < 0.3
+    assert scores['samples/frechet'] > 1
     assert scores['samples/precision'] < 0.01
 
 
@@ -69,7 +71,8 @@ def test_digit_scores_of_real_digits_and_of_nonsense():
 def test_digit_pixels_are_clipped(low, high):
     images = np.random.default_rng(0).uniform(low, high, size=(2, 16, 16, 1))
     pixels = digits.Digits('train', 0).to_pixels(images)
-    assert pixels.shape == (2, 8, 8) and set(np.unique(pixels)) <= {0.0, 1.0}
+    assert pixels.shape == (2, 8, 8)
+    assert set(np.unique(pixels)) <= {0.0, 1.0}
 
 
 def test_the_digits_numbers_are_those_of_their_first_protocol():
@@ -175,7 +178,8 @@ def test_idx_images_are_scored_in_features_too(bars):
     noise = np.random.default_rng(0).uniform(-1, 1, images.shape)
     assert judge.scores(noise, labels)['samples/frechet'] > 3 * floor['real/frechet']
     text = small_images.summary('images', 120, floor | scores)
-    assert '120 images' in text and "In the classifier's features" in text
+    assert '120 images' in text
+    assert "In the classifier's features" in text
     assert 'held-out images have' not in text
     fewer = judge.floor(40) | judge.scores(images[:40], labels[:40])
     assert fewer['real/feature_frechet_as_many'] > scores['samples/feature_frechet']

@@ -30,9 +30,11 @@ def test_the_best_guidance_is_that_of_both_kinds_of_pairs():
     scores = captions.summarize(c, _lines('gaussian', 0))
     assert scores['best_guidance_read'] == 3.5
     assert (scores['seen_best'], scores['held_out_best'], scores['rows_best']) == (0.7, 0.4, 0.5)
-    assert scores['held_out_common'] == 0.4 and scores['held_out_real'] == 0.95
+    assert scores['held_out_common'] == 0.4
+    assert scores['held_out_real'] == 0.95
     of_joint = captions.summarize(c, _lines('joint_gaussian', 0))
-    assert of_joint['captions_held_out'] == 0.9 and of_joint['captions_nats_alone'] == 12.5
+    assert of_joint['captions_held_out'] == 0.9
+    assert of_joint['captions_nats_alone'] == 12.5
     assert set(of_joint) >= {words.split()[2] for words in c.comparisons}
 
 
@@ -63,7 +65,9 @@ def test_the_page_of_captions(tmp_path):
     assert '| row | best guidance | pairs trained on | of real images | held-out pairs |' in page
     assert 'held-out pairs, best guidance' in page
     table = page[page.index('Texts written for real images') :]
-    assert '| joint_gaussian | 0.9' in table and '| gaussian |' not in table.split('\n\n')[1]
-    assert '1.5' in table and '12.5' in table
+    assert '| joint_gaussian | 0.9' in table
+    assert '| gaussian |' not in table.split('\n\n')[1]
+    assert '1.5' in table
+    assert '12.5' in table
     with Image.open(tmp_path / 'captions.png') as picture:
         assert picture.size[0] > 800

@@ -58,7 +58,9 @@ def test_packaged_experiments_are_whole(name):
             if 'smoke' not in words:
                 share = checks.share_of_start(t.ema_decay, t.steps)
                 assert share < 0.05, f'{word}, {row}: the average is {share:.0%} initialisation'
-        assert c.comparisons and c.claim and c.method
+        assert c.comparisons
+        assert c.claim
+        assert c.method
     with pytest.raises(ValueError, match='has no variant'):
         packaged.load(f'experiments/{name}:quick')
 
@@ -367,7 +369,8 @@ def test_speeds_are_measured_in_turns_once_a_seed(tmp_path, faked, monkeypatch):
     found = experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     assert [unit for unit in faked if unit[0] == 'speed'] == [('speed', 0), ('speed', 1)]
     lead = found['verdicts'][0]['advantage']
-    assert lead['mean'] == 1.5 and lead['seeds'] == 2
+    assert lead['mean'] == 1.5
+    assert lead['seeds'] == 2
     assert found['measured'][0]['lines'][-1] == {'tokenizer_steps_per_second': 3.0}
     faked.clear()
     assert experiment.run(c, 'two', str(tmp_path), 'COMMAND')['rows'] == found['rows']
@@ -409,7 +412,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
     np.testing.assert_allclose(row['norm_drift']['mean'], 2.75 / 1.5 - 1)
     np.testing.assert_allclose(row['seconds_per_image']['mean'], 0.1 + 1 + 1.5)
-    assert found['version'] and found['config']['seeds'] == [0, 1, 2]
+    assert found['version']
+    assert found['config']['seeds'] == [0, 1, 2]
     directory = tmp_path / 'two'
     assert (directory / 'guidance.png').stat().st_size > 5000
     page = (directory / 'page.html').read_text()
@@ -561,9 +565,11 @@ def test_rows_are_drawn_as_curves_over_a_number(tmp_path, faked, monkeypatch):
     )
     experiment.run(c, 'two', str(tmp_path), 'COMMAND')
     # The first row of the first seed alone, and in the end both rows with both seeds.
-    assert drawn[0][0] == [1] and drawn[0][1][0].seeds == 1
+    assert drawn[0][0] == [1]
+    assert drawn[0][1][0].seeds == 1
     x, found = drawn[-1]
-    assert x == [1, 4] and [interval.seeds for interval in found] == [2, 2]
+    assert x == [1, 4]
+    assert [interval.seeds for interval in found] == [2, 2]
     np.testing.assert_allclose([interval.mean for interval in found], [1.5 * 1.005, 2.5 * 1.005])
     assert (tmp_path / 'two' / 'curves.png').stat().st_size > 5000
     assert not (tmp_path / 'two' / 'guidance.png').exists()
@@ -615,7 +621,8 @@ def test_every_kind_runs_on_idx_files(shared_idx, name):
     c.num_images = 18
     _on_idx_files(c, shared_idx / 'data')
     found = experiment.run(c, name, str(shared_idx / 'w'), 'COMMAND')
-    assert set(found['rows']) == set(c.rows) and len(c.rows) == 2
+    assert set(found['rows']) == set(c.rows)
+    assert len(c.rows) == 2
     for scores in found['rows'].values():
         assert all(np.isfinite(score['mean']) for score in scores.values())
 
@@ -632,7 +639,8 @@ def test_every_experiment_runs(shared, name, monkeypatch):
     c = experiments.check(packaged.load(f'experiments/{name}:smoke'))
     c.seeds = (0,)
     found = experiment.run(c, name, str(shared), 'COMMAND')
-    assert set(found['rows']) == set(c.rows) and len(c.rows) == 2
+    assert set(found['rows']) == set(c.rows)
+    assert len(c.rows) == 2
     for scores in found['rows'].values():
         assert all(np.isfinite(score['mean']) for score in scores.values())
     assert {v['verdict'] for v in found['verdicts']} == {'undecided'}  # of one seed
@@ -644,10 +652,12 @@ def test_every_experiment_runs(shared, name, monkeypatch):
         assert page.count('| after each token |') == 1  # of the spherical row
     if c.kind == 'shifted':
         page = (shared / name / 'page.md').read_text()
-        assert '| power_spherical | noisy 5 | 8 |' in page and '(shifted.png)' in page
+        assert '| power_spherical | noisy 5 | 8 |' in page
+        assert '(shifted.png)' in page
     if c.kind == 'captions':
         page = (shared / name / 'page.md').read_text()
-        assert '## Share of images read back right' in page and '(captions.png)' in page
+        assert '## Share of images read back right' in page
+        assert '(captions.png)' in page
     assert (shared / name / 'page.html').exists()
 
 
@@ -667,13 +677,15 @@ def test_an_experiment_goes_on_after_kill_9(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 300
         while not (measured.exists() and measured.read_bytes().endswith(b'\n')):
-            assert process.poll() is None and time.monotonic() < until
+            assert process.poll() is None
+            assert time.monotonic() < until
             time.sleep(0.1)
         process.kill()
     before = measured.read_bytes()
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert re.search(r'guidance-smoke: [1-9]\d* of 6 parts are done', finished.stdout)
     after = measured.read_bytes()
-    assert after.startswith(before) and after.count(b'\n') == 2
+    assert after.startswith(before)
+    assert after.count(b'\n') == 2
     results = json.loads(next(tmp_path.glob('guidance*/results.json')).read_text())
     assert len(results['rows']) == 2

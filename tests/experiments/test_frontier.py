@@ -19,10 +19,8 @@ def test_settings_cover_every_solver_and_can_be_built():
     plans = {
         name: plan.Options(**options).plan(16).evaluations for name, (options, _) in found.items()
     }
-    assert (
-        plans[frontier.REFERENCE] == 101
-        and plans['heun 5, guidance 1.5'] == plans['ab2 10, guidance 1.5'] == 10
-    )
+    assert plans[frontier.REFERENCE] == 101
+    assert plans['heun 5, guidance 1.5'] == plans['ab2 10, guidance 1.5'] == 10
     distilled = frontier.settings((1, 2))
     assert [plan.Options(**options).plan(16).evaluations for options, _ in distilled.values()] == [
         1,
@@ -45,7 +43,8 @@ def test_summary_and_table(tmp_path):
     summary = frontier.summarize(rows)
     values = [row['samples/frechet'] for row in rows[:3]]
     reference = summary[frontier.REFERENCE]
-    assert reference['runs'] == 3 and reference['evaluations'] == 101
+    assert reference['runs'] == 3
+    assert reference['evaluations'] == 101
     np.testing.assert_allclose(reference['samples/frechet']['mean'], sum(values) / 3)
     np.testing.assert_allclose(reference['samples/frechet']['std'], np.std(values, ddof=1))
     lines = frontier.markdown(summary).splitlines()
@@ -57,7 +56,8 @@ def test_summary_and_table(tmp_path):
     assert f'{sum(values) / 3:.4f}' in lines[4]
     frontier.save_frontier(str(tmp_path / 'f.png'), json.loads(json.dumps(summary)))
     picture = np.asarray(Image.open(tmp_path / 'f.png').convert('L'))
-    assert picture.shape[0] > 500 and picture.std() > 10
+    assert picture.shape[0] > 500
+    assert picture.std() > 10
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):

@@ -37,7 +37,8 @@ def test_lines_are_of_drawn_tokens_and_pixels(monkeypatch):
     prefixes = []
 
     def draw_images(models, sampler, labels, *, seed, prefix, batch_size, mesh):
-        assert models is run and sampler.guidance_scale == 2.5
+        assert models is run
+        assert sampler.guidance_scale == 2.5
         prefixes.append(prefix.tokens)
         z = prefix.tokens.copy()
         z[:, prefix.length :] = 0

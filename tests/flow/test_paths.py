@@ -83,7 +83,8 @@ def _gaussian_velocity(mean, std):
 def test_guidance():
     v_cond = jnp.asarray([[2.0]])
     v_null = jnp.asarray([[1.0]])
-    assert guidance.guide(v_cond, v_null, 1.0) == 2 and guidance.guide(v_cond, v_null, 0.0) == 1
+    assert guidance.guide(v_cond, v_null, 1.0) == 2
+    assert guidance.guide(v_cond, v_null, 0.0) == 1
     assert guidance.guide(v_cond, v_null, 4.5) == 5.5
     linear = guidance.guidance_scales(4.5, 16, 'linear')
     chex.assert_shape(linear, (16,))

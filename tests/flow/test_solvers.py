@@ -275,14 +275,17 @@ def test_published_euler_maruyama():
         table.weights[60, 0] @ [x, 0 * x, v, eps], expected, rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(table.weights[100, 0] @ [x, 0 * x, v, eps], x + 0.04 * v, rtol=1e-6)
-    assert solvers.is_stochastic(table) and not solvers.is_stochastic(solvers.table('heun', 3))
+    assert solvers.is_stochastic(table)
+    assert not solvers.is_stochastic(solvers.table('heun', 3))
 
 
 def test_grids():
     np.testing.assert_allclose(solvers.grid(8), np.arange(9) / 8)
     for shift in (0.5, 3.0):
         times = solvers.grid(8, shift)
-        assert times[0] == 0 and times[-1] == 1 and (np.diff(times) > 0).all()
+        assert times[0] == 0
+        assert times[-1] == 1
+        assert (np.diff(times) > 0).all()
         np.testing.assert_allclose(times[4], 1 / (1 + shift))
         # This is the same warp as written for a noise level: s·σ/(1 + (s − 1)·σ).
         noise = 1 - solvers.grid(8)

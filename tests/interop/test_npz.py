@@ -68,7 +68,8 @@ def _refused(path):
         list(image_sets.read_images(path))
     assert str(path) in str(error.value)
     line = str(error.value)
-    assert line.isprintable() and len(line) < len(str(path)) + 400, line
+    assert line.isprintable(), line
+    assert len(line) < len(str(path)) + 400, line
     return line
 
 
@@ -118,7 +119,8 @@ def test_hostile_statistics(tmp_path):
         path.write_bytes(_zip(members | {'sigma.npy': _npy(header), 'sigma_s.npy': b''}))
         with pytest.raises(UserError) as error:
             protocol.summarize(path, None)
-        assert str(error.value).isprintable() and len(str(error.value)) < len(str(path)) + 400
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < len(str(path)) + 400
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])

@@ -108,7 +108,8 @@ def test_tensors_of_another_model(model, directory, name, value, message):
     save_file(tensors | {name: value}, directory / shared.WEIGHTS)
     with pytest.raises(UserError, match=message) as error:
         shared.read(directory, _like(model[1]))
-    assert 'model.safetensors' in str(error.value) and str(error.value).isprintable()
+    assert 'model.safetensors' in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_half_precision_is_read_and_a_tokenizer_alone_has_no_ar_model(model, directory):
@@ -122,7 +123,8 @@ def test_half_precision_is_read_and_a_tokenizer_alone_has_no_ar_model(model, dir
         np.testing.assert_allclose(tensor, tensors[name], rtol=1e-2)
     assert shared.has_ar(directory)
     save_file({n: t for n, t in tensors.items() if n.startswith('vae.')}, path)
-    assert not shared.has_ar(directory) and shared.read(directory, _like(model[1])) is None
+    assert not shared.has_ar(directory)
+    assert shared.read(directory, _like(model[1])) is None
     os.mkdir(directory / 'ar')  # a run of its own
     assert not shared.is_shared(directory)
     with pytest.raises(FileNotFoundError):
@@ -135,11 +137,13 @@ def test_the_shared_config_builds_the_same_models(model):
     )
     found = shared.config(cfg)
     assert (found.data.path, found.tokenizer, found.watch.inception) == (None, None, None)
-    assert found.mesh.data == -1 and found.sampling == cfg.sampling
+    assert found.mesh.data == -1
+    assert found.sampling == cfg.sampling
     assert build.build_ar(found) == build.build_ar(cfg)
     assert build.build_vae(found) == build.build_vae(cfg)
     # Latents have no images to train a tokenizer on, which another run did.
     on_latents = {'data.name': 'latents', 'tokenizer': '/w', 'data.flip': False}
     on_latents |= {'data.crop_until': (0, 0)}
     found = shared.config(schema.changed(cfg, on_latents))
-    assert found.tokenizer is None and found.tokenizer_training.steps == 0
+    assert found.tokenizer is None
+    assert found.tokenizer_training.steps == 0

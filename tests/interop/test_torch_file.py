@@ -30,7 +30,8 @@ def _open(tmp_path, data):
 def _refused(tmp_path, data, message):
     with pytest.raises(UserError, match=message) as error:
         _open(tmp_path, data)
-    assert '\n' not in str(error.value) and len(str(error.value)) < 400
+    assert '\n' not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -46,7 +47,8 @@ def test_files_of_pytorch_read_as_pytorch_reads_them(name):
     flat |= {
         f'optimizer/{i}/{key}': value for i, slots in state.items() for key, value in slots.items()
     }
-    assert set(flat) == set(truth) and len(truth) == 12 + 10 + 9 + 1 + 6 * 3
+    assert set(flat) == set(truth)
+    assert len(truth) == 12 + 10 + 9 + 1 + 6 * 3
     for key, tensor in flat.items():
         want = truth[key].astype(ml_dtypes.bfloat16) if key == 'bfloat16' else truth[key]
         got = np.asarray(tensor)
@@ -56,13 +58,16 @@ def test_files_of_pytorch_read_as_pytorch_reads_them(name):
             want.shape,
             want.shape,
         )
-        assert got.flags.c_contiguous and got.flags.writeable
+        assert got.flags.c_contiguous
+        assert got.flags.writeable
         np.testing.assert_array_equal(got, want, err_msg=key)
         assert np.asarray(tensor, np.complex64).dtype == np.complex64
-    assert tree['epoch'] == 3 and tree['optimizer']['param_groups'][0]['betas'] == (0.9, 0.999)
+    assert tree['epoch'] == 3
+    assert tree['optimizer']['param_groups'][0]['betas'] == (0.9, 0.999)
     plain = tree['plain']
     assert plain['args'] == argparse.Namespace(model='x', lr=3e-4, sizes=[1, (2, None)], wide=True)
-    assert plain['args'].sizes[1] == (2, None) and plain['args'].wide is True
+    assert plain['args'].sizes[1] == (2, None)
+    assert plain['args'].wide is True
     del plain['args']
     assert plain == {
         'size': (2, 3), 'device': 'cuda:1', 'dtype': np.dtype(ml_dtypes.bfloat16), 'set': {1, 2},
@@ -70,7 +75,8 @@ def test_files_of_pytorch_read_as_pytorch_reads_them(name):
         'big': 2**100, 'numpy': 0.1, 'numpy_int': -7,
         'key': {1: 'a', 2.5: 'b', None: 'c', 'ü': 'd'},
     }  # fmt: skip
-    assert type(plain['frozen']) is frozenset and type(plain['numpy_int']) is int
+    assert type(plain['frozen']) is frozenset
+    assert type(plain['numpy_int']) is int
 
 
 def test_opening_reads_no_tensor(tmp_path, monkeypatch):

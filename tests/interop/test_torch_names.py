@@ -63,7 +63,8 @@ def test_sizes_of_the_golden_model(torch_tensors, tiny_ar, tiny_vae):
     shared = dict(
         grid=sizes.vae['grid'], latent_dim=sizes.vae['latent_dim'], num_classes=sizes.num_classes
     )
-    assert ar.sphere_ar(**sizes.ar, **shared) == tiny_ar[0] and sizes.name is None
+    assert ar.sphere_ar(**sizes.ar, **shared) == tiny_ar[0]
+    assert sizes.name is None
     assert torch_sizes.sizes(torch_tensors).ar['heads'] == 1  # 64 wide
 
 
@@ -153,12 +154,14 @@ def test_names_of_a_file_are_printed_short_and_without_escapes(torch_tensors, ti
     a = np.zeros(1)
     with pytest.raises(UserError) as error:
         torch_sizes.sizes({bad: a})
-    assert str(error.value).isprintable() and len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
     names = {f'vae.{i}{bad[:100_000]}': a for i in range(30)}
     with pytest.raises(UserError) as error:
         torch_names.from_torch(dict(torch_tensors) | names, tiny_vae[1])
     lines = str(error.value).split('\n')
-    assert '30 unexpected' in lines[0] and len(lines) == 1 + torch_names.MOST_NAMED
+    assert '30 unexpected' in lines[0]
+    assert len(lines) == 1 + torch_names.MOST_NAMED
     assert all(line.isprintable() and len(line) < 300 for line in lines)
 
 
@@ -353,7 +356,8 @@ def test_reading_the_largest_model_takes_its_parameters_and_little_more(tmp_path
         path.unlink(missing_ok=True)
     peak, params, last, name = out.stdout.split()
     print(f'peak {int(peak) / 1e9:.2f} GB, parameters {int(params) / 1e9:.2f} GB')
-    assert name == 'H' and int(params) == 4 * (943_854_096 + 75_393_297)
+    assert name == 'H'
+    assert int(params) == 4 * (943_854_096 + 75_393_297)
     # The number is that of `ema`; (out, in) = (1280, 3584), and ours is transposed.
     assert float(last) == noise[1 + 3 * 3584 + 7]
     assert int(peak) < int(params) + 1e9

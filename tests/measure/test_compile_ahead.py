@@ -132,7 +132,8 @@ def test_collectives_by_hand():
     of its result.
     """
     program = hlo.Program(HLO)
-    assert program.devices == 8 and program.open_loops == 0
+    assert program.devices == 8
+    assert program.open_loops == 0
     assert program.collectives() == {
         'all-reduce': (5, 5 * 2 * 3 / 4 * 512),
         'all-gather': (2, 7 / 8 * (4096 + 2048)),
@@ -347,8 +348,10 @@ def test_gpus_are_described_as_their_compiler_asks():
     assert [chip.name for chip in chips] == ['a100', 'h100', 'h200', 'b200']
     assert len({tuple(chip.target) for chip in chips}) == 1
     text = devices.target_config(devices.CHIPS['h100'])
-    assert 'core_count: 132 ' in text and 'cuda_compute_capability { major: 9 }' in text
-    assert 'device_memory_size: 84942979072 ' in text and ' major: 9 ' not in text.split('cuda_')[0]
+    assert 'core_count: 132 ' in text
+    assert 'cuda_compute_capability { major: 9 }' in text
+    assert 'device_memory_size: 84942979072 ' in text
+    assert ' major: 9 ' not in text.split('cuda_')[0]
     assert text.count('{') == text.count('}') == 3
 
 
@@ -367,7 +370,8 @@ def test_what_a_gpu_cannot_hold_does_not_fit(monkeypatch):
     with pytest.raises(compile_ahead.OutOfMemoryError, match=r'80\.0 GiB needed, 79\.1 GiB there'):
         compile_ahead.measure(work, devices.CHIPS['h100'])
     found = compile_ahead.measure(work, devices.CHIPS['h200'])
-    assert found['device_bytes'] == 151397597184 and found['kernels']['Triton'] == 5
+    assert found['device_bytes'] == 151397597184
+    assert found['kernels']['Triton'] == 5
 
 
 def test_what_does_not_fit_is_read():
@@ -462,24 +466,21 @@ def test_the_job_on_this_machine(monkeypatch, tmp_path, capsys):
     )
     assert whole <= ar['total_bytes'] <= whole + analysis.output_size_in_bytes
     n = costs.tree_bytes(jax.eval_shape(build.build_ar(cfg).init_params, jax.random.key(0)))
-    assert (
-        ar['memory']['params'] == ar['memory']['ema'] == n
-        and 2 * n <= ar['memory']['opt_state'] < 2 * n + 64
-    )
-    assert ar['flops_computed'] > ar['flops'] and decode['flops_computed'] == decode['flops']
+    assert ar['memory']['params'] == ar['memory']['ema'] == n
+    assert 2 * n <= ar['memory']['opt_state'] < 2 * n + 64
+    assert ar['flops_computed'] > ar['flops']
+    assert decode['flops_computed'] == decode['flops']
     s = ar['seconds']
-    assert (
-        s['compute'] == ar['flops_computed'] / 918e12
-        and s['hbm'] == ar['hbm_bytes'] / 1640e9
-        and s['links'] == 0
-    )
-    assert ar['least_seconds'] == max(s.values()) and ar['days'] == ar['least_seconds'] * 6 / 86400
+    assert s['compute'] == ar['flops_computed'] / 918e12
+    assert s['hbm'] == ar['hbm_bytes'] / 1640e9
+    assert s['links'] == 0
+    assert ar['least_seconds'] == max(s.values())
+    assert ar['days'] == ar['least_seconds'] * 6 / 86400
     out = capsys.readouterr().out
-    assert (
-        'ar step, v6e-1 (1 device), 16 images, float32' in out
-        and '| ar step | v6e-1 | 16 | yes |' in out
-    )
-    assert 'more, recomputed' in out and "no device has anything of another one's images" in out
+    assert 'ar step, v6e-1 (1 device), 16 images, float32' in out
+    assert '| ar step | v6e-1 | 16 | yes |' in out
+    assert 'more, recomputed' in out
+    assert "no device has anything of another one's images" in out
     assert 'images a second and device at most' in out
 
 
@@ -506,7 +507,9 @@ def test_programs_are_compiled_anew_each_time(tmp_path):
         kept = cached()
         assert kept
         texts = [compile_ahead.compile_work(work)[1] for _ in range(2)]
-        assert 'f32[5,5]' in texts[0] and texts[0] == texts[1] and cached() == kept
+        assert 'f32[5,5]' in texts[0]
+        assert texts[0] == texts[1]
+        assert cached() == kept
         jax.jit(lambda x: x + 6)(jnp.ones(7)).block_until_ready()
         assert len(cached()) > len(kept)
     finally:
@@ -539,7 +542,8 @@ def test_a_remedy_is_tried(monkeypatch, capsys):
     cfg = tiny_config.get_config()
     cfg.tokenizer = '/somewhere'
     (result,) = compile_ahead.run(cfg, 'v6e-1', ('train',))
-    assert not result['fits'] and result['needed_bytes'] == 40 * 2**30
+    assert not result['fits']
+    assert result['needed_bytes'] == 40 * 2**30
     flags = '--config.ar.remat=True --config.ar_training.accumulate=2'
     assert result['remedy'] == f'fits with {flags} (3.0 GiB)'
     assert (
@@ -653,7 +657,8 @@ def test_no_device_has_images_of_another(stage, axes):
 def test_images_of_another_device_are_seen():
     """Where nothing says that rows stay split, they do not."""
     ((replicated, _),) = _spawn([('ar', 'fsdp')], broken=True).values()
-    assert len(replicated) > 10 and any('all-reduce' in opcode for _, _, opcode, _ in replicated)
+    assert len(replicated) > 10
+    assert any('all-reduce' in opcode for _, _, opcode, _ in replicated)
 
 
 @pytest.mark.slow
@@ -681,7 +686,8 @@ def test_inception_looks_at_colours_only():
     grey = tiny_config.get_config()
     colours = tiny_config.get_config()
     colours.vae.image_channels = 3
-    assert names(grey) == ['reconstruct'] and names(colours) == ['features', 'reconstruct']
+    assert names(grey) == ['reconstruct']
+    assert names(colours) == ['features', 'reconstruct']
 
 
 @pytest.mark.slow
@@ -725,7 +731,8 @@ def test_memory_traffic_on_tpus():
 def test_the_job_for_tpus(tmp_path):
     cfg = tiny_config.get_config()
     results = compile_ahead.run(cfg, 'v6e-4', output=str(tmp_path / 'all.json'))
-    assert len(results) == 5 and all(r['fits'] for r in results)
+    assert len(results) == 5
+    assert all(r['fits'] for r in results)
     assert all(not r['replicated'] for r in results if r['steps'])
 
 
@@ -769,8 +776,10 @@ def test_other_heads_and_texts_compile_for_tpus(words):
     found = compile_ahead.run(cfg, 'v6e-4', ('train', 'sample'))
     assert [r['part'] for r in found] == ['ar step', 'tokens', 'decode']
     for r in found:
-        assert r['fits'] and r['flops'] > 0
-        assert not r['replicated'] and not r['not_split']
+        assert r['fits']
+        assert r['flops'] > 0
+        assert not r['replicated']
+        assert not r['not_split']
 
 
 @pytest.mark.slow
@@ -783,7 +792,8 @@ def test_the_job_for_gpus(words, tmp_path):
     found = compile_ahead.run(_two_layers(f'ar_b:{words}'), 'h100-8', ('train', 'sample'), output)
     assert [r['part'] for r in found] == ['ar step', 'tokens', 'decode']
     assert all(r['fits'] and r['kernels']['cuDNN'] > 0 for r in found)
-    assert found[0]['replicated'] == [] and set(found[0]['collectives']) == {'all-reduce'}
+    assert found[0]['replicated'] == []
+    assert set(found[0]['collectives']) == {'all-reduce'}
     assert found[1]['collectives'] == {}
     assert json.loads((tmp_path / 'all.json').read_text()) == found
 
@@ -799,7 +809,8 @@ def test_cudnn_computes_the_attention_of_gpus(words, card):
     mesh = sharding.make_mesh(devices=compile_ahead.devices_of(devices.find_slice(card)))
     work = compile_ahead._step(cfg, 'ar', mesh)
     _, text = compile_ahead.compile_work(work)
-    assert '"__cudnn$fmhaSoftmax"' in text and '"__cudnn$fmhaSoftmaxBackward"' in text
+    assert '"__cudnn$fmhaSoftmax"' in text
+    assert '"__cudnn$fmhaSoftmaxBackward"' in text
     ar = build.build_ar(cfg)
     length = ar.num_tokens + ar.condition.length - 1
     assert not re.search(rf'\[[\d,]*\b{length},{length}\b[\d,]*\]', text)
@@ -853,8 +864,11 @@ def test_all_programs_compile_for_gpus(words, cards):
     audit = words != 'composed:joint'
     found = compile_ahead.run(cfg, cards, ('train', 'sample', 'evaluate'), audit=audit)
     parts = [r['part'] for r in found]
-    assert parts[-1] == 'reconstruct' and 'decode' in parts
+    assert parts[-1] == 'reconstruct'
+    assert 'decode' in parts
     assert any(r['steps'] for r in found)
     for r in found:
-        assert r['fits'] and sum(r['kernels'].values()) > 0
-        assert not r['replicated'] and not r['not_split']
+        assert r['fits']
+        assert sum(r['kernels'].values()) > 0
+        assert not r['replicated']
+        assert not r['not_split']

@@ -256,7 +256,8 @@ def test_what_is_split_already_is_not_split_again():
         jax.eval_shape(whole, jax.ShapeDtypeStruct((16,), jnp.float32))
     (heads, odd), nothing_left = seen
     assert heads == (frozenset({'tensor'}), sharding.P(None, None, ('tensor',), None))
-    assert odd is None and nothing_left == (None, None)
+    assert odd is None
+    assert nothing_left == (None, None)
 
 
 @libraries_promote()
@@ -339,4 +340,5 @@ def test_compiled_for_16_tpus(causal, T):
     sizes = {int(n) for n in re.findall(rf'\w+\[(?:\d+,)*(\d+),{T},', text)} | {
         int(n) for n in re.findall(rf'\w+\[(\d+),(?:\d+,)*{T}[,\]]', text)
     }
-    assert 6 in sizes and not sizes & {48, 24, 12}
+    assert 6 in sizes
+    assert not sizes & {48, 24, 12}

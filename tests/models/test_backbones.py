@@ -92,7 +92,8 @@ def test_defaults_are_the_matched_sizes():
 
 def test_words_of_the_configs():
     smoke = checks.check(_load('digits', 'cnn,smoke'))
-    assert smoke.vae.backbone == 'cnn' and smoke.tokenizer_training.steps == 12
+    assert smoke.vae.backbone == 'cnn'
+    assert smoke.tokenizer_training.steps == 12
     assert checks.check(_load('ar_b', 'vit,tpu')).vae == _load('vae', 'vit').vae
     for name in ('digits', 'vae', 'ar_b'):
         with pytest.raises(ValueError, match='has one backbone: use one of cnn, vit'):
@@ -355,7 +356,8 @@ def test_the_public_format_has_the_hybrid_alone(word, tmp_path):
     name = type(model.backbone).__name__
     with pytest.raises(UserError, match=f'the vae.backbone Hybrid alone, not {name}:') as caught:
         torch_names.export(tmp_path / 'model.safetensors', model, params)
-    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.iterdir())
     model, params = _tokenizer('hybrid')
     other = model.clone(posterior=_OtherPosterior())
     with pytest.raises(UserError, match='posterior PowerSpherical alone, not _OtherPosterior:'):

@@ -135,7 +135,8 @@ def test_initialisation():
             assert ('bias' in module) == (name in ('conv0', 'conv_out'))
         else:
             np.testing.assert_allclose(np.std(module['scale']), 0.02, rtol=0.2)
-            assert abs(np.mean(module['scale']) - 1) < 0.01 and not np.any(module['bias'])
+            assert abs(np.mean(module['scale']) - 1) < 0.01
+            assert not np.any(module['bias'])
     bias = np.abs(variables['params']['conv0']['bias'])
     assert 0.9 * 48**-0.5 < bias.max() <= 48**-0.5
     assert set(variables) == {'params'}  # no running statistics

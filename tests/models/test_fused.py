@@ -34,7 +34,8 @@ def _arrays(*shapes, dtype=jnp.float32):
 
 def _close(found, expected, dtype=jnp.float32):
     chex.assert_equal_shape((found, expected))
-    assert found.dtype == dtype and expected.dtype == dtype
+    assert found.dtype == dtype
+    assert expected.dtype == dtype
     chex.assert_tree_all_finite(found)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     largest = np.abs(np.asarray(expected, np.float32)).max()
@@ -187,7 +188,8 @@ def test_the_sampler_draws_the_same_tokens(head, sampling):
     for fused in (False, True):
         cfg = _tiny(head, fused, num_steps=4, **sampling)
         ar = build.build_ar(cfg)
-        assert ar.fused is fused and ar.head.fused is fused
+        assert ar.fused is fused
+        assert ar.head.fused is fused
         ar, params = unstacked(ar, tiny_config.random_params(ar))
         options = build.build_sampler(cfg).options
         scale = cfg.sampling.guidance_scale

@@ -84,7 +84,8 @@ def test_a_head_of_mean_velocities_on_the_sphere_begins_as_its_teacher():
     """One step of both gives the same token: the width of the step does not count yet."""
     head = HEADS['geodesic_mean_velocity'](4, 8, 2, 1, scan=False)
     teacher = head.teacher()
-    assert isinstance(teacher, HEADS['riemannian']) and teacher.scan is False
+    assert isinstance(teacher, HEADS['riemannian'])
+    assert teacher.scan is False
     rng = np.random.default_rng(1)
     c = rng.standard_normal((3, 6)).astype(np.float32)
     noise = rng.standard_normal((1, 3, 4)).astype(np.float32)

@@ -37,7 +37,8 @@ def test_parameter_counts(variant):
 
 def test_vae_parameter_count_and_shapes():
     assert _count(vae.VAE()) == 75_393_297
-    assert vae.VAE().backbone.patch_size == 16 and vae.VAE().image_shape == (256, 256, 3)
+    assert vae.VAE().backbone.patch_size == 16
+    assert vae.VAE().image_shape == (256, 256, 3)
 
 
 def test_rope_table(golden):
@@ -389,7 +390,8 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     assert _relative_error(cached, golden['ar_cond'][:, 1]) < 0.015
     arguments = golden['head_x'], golden['head_t'], golden['ar_cond'].reshape(48, -1)
     v = half.apply(variables, *arguments, method=lambda m, x, t, c: m.head.velocity(x, c, t))
-    assert v.dtype == np.float32 and 1e-5 < _relative_error(v, golden['head_v']) < 0.02
+    assert v.dtype == np.float32
+    assert 1e-5 < _relative_error(v, golden['head_v']) < 0.02
     example = golden['class_id'], golden['z'], golden['z'][None], jnp.full((1, 3, 16), 0.4)
 
     def run(m):
@@ -409,7 +411,8 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(golden, tiny_ar,
     np.testing.assert_allclose(jnp.linalg.norm(posterior.mu, axis=-1), 1, rtol=1e-5)
     assert _relative_error(posterior.mu, golden['mu']) < 0.03
     decoded = jax.jit(lambda z: half.apply({'params': params}, z, method='decode'))(golden['z'])
-    assert decoded.dtype == np.float32 and _relative_error(decoded, golden['decoded']) < 0.03
+    assert decoded.dtype == np.float32
+    assert _relative_error(decoded, golden['decoded']) < 0.03
 
 
 @libraries_promote()

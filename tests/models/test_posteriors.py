@@ -90,7 +90,8 @@ def test_protocol(word):
     again = from_parameters(family, D, parameters(q) | {'label': 0})
     assert type(again) is type(q)
     chex.assert_trees_all_equal(again, q)
-    assert family == POSTERIORS[word]() and hash(family) == hash(POSTERIORS[word]())
+    assert family == POSTERIORS[word]()
+    assert hash(family) == hash(POSTERIORS[word]())
 
 
 # What makes draws concentrate, in the place of the encoder's outputs beside the mean.

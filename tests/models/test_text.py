@@ -51,7 +51,8 @@ def test_an_encoder_reads_in_both_directions():
     other[:, 4] = 3
     embed = functools.partial(text.apply, {'params': params}, method='embed')
     change = np.abs(embed(LABELS) - embed(other)).max(-1)
-    assert change.shape == (3, 5) and change.min() > 1e-5
+    assert change.shape == (3, 5)
+    assert change.min() > 1e-5
     without = TEXT.apply({'params': params}, LABELS, method='embed')
     unchanged = TEXT.apply({'params': params}, other, method='embed')
     np.testing.assert_array_equal(without[:, :4], unchanged[:, :4])

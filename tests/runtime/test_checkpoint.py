@@ -72,7 +72,8 @@ def test_fingerprint_sees_every_bit():
         'c': np.arange(9).astype(jnp.bfloat16),
     }
     before = checkpoint.fingerprint(tree)
-    assert len(before) == 3 and checkpoint.fingerprint(tree) == before
+    assert len(before) == 3
+    assert checkpoint.fingerprint(tree) == before
     for bit in range(50 * 32):
         changed = tree['a'].copy()
         changed.view(np.uint32)[bit // 32] ^= np.uint32(1 << bit % 32)
@@ -85,9 +86,11 @@ def test_round_trip_and_what_is_kept(tmp_path, mesh):
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [3, 6, 7]
     state, data_state, seconds = _restored(tmp_path, mesh)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(_state(mesh, 7)), strict=True):
-        assert ours.dtype == theirs.dtype and ours.sharding == theirs.sharding
+        assert ours.dtype == theirs.dtype
+        assert ours.sharding == theirs.sharding
         np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
-    assert data_state == {'next_index': 7} and seconds == 10.5
+    assert data_state == {'next_index': 7}
+    assert seconds == 10.5
 
 
 def test_nothing_to_restore(tmp_path, mesh):
@@ -218,7 +221,8 @@ def test_a_fault_that_may_pass_is_no_damage(two_steps, mesh, monkeypatch, capfd,
     tried = _failing(monkeypatch, PASSING[name], 99)
     with pytest.raises(UserError, match=r'/2 cannot be read now .*: nothing was changed') as caught:
         _restored(two_steps, mesh)
-    assert tried == [2] * 4 and len(str(caught.value).splitlines()) == 1
+    assert tried == [2] * 4
+    assert len(str(caught.value).splitlines()) == 1
     assert capfd.readouterr().err.count('trying again in 0 s') == 3
     assert sorted(two_steps.rglob('*')) == before
 
@@ -229,12 +233,14 @@ def test_wrong_contents_are_damage(two_steps, tmp_path, mesh, monkeypatch, name)
     shutil.copytree(two_steps, directory)
     tried = _failing(monkeypatch, CONTENT[name], 99)
     assert int(_restored(directory, mesh)[0]['step']) == 1
-    assert tried == [2, 1] and (directory / 'damaged-2').is_dir()
+    assert tried == [2, 1]
+    assert (directory / 'damaged-2').is_dir()
 
 
 def test_a_fault_that_passes_costs_nothing(two_steps, mesh, monkeypatch, capfd):
     tried = _failing(monkeypatch, OSError(errno.ESTALE, 'Stale file handle'), 2)
-    assert int(_restored(two_steps, mesh)[0]['step']) == 2 and tried == [2] * 3
+    assert int(_restored(two_steps, mesh)[0]['step']) == 2
+    assert tried == [2] * 3
     assert capfd.readouterr().err.count('Stale file handle; trying again') == 2
 
 
@@ -243,7 +249,8 @@ def test_a_fault_of_another_process_is_retried_here_too(two_steps, mesh, monkeyp
     tried = _failing(monkeypatch, None, 0)
     others = iter([2, 2, 0])  # what the other process has met: a fault twice
     monkeypatch.setattr(checkpoint.hosts, 'largest', lambda mine: max(mine, next(others)))
-    assert int(_restored(two_steps, mesh)[0]['step']) == 2 and tried == [2] * 3
+    assert int(_restored(two_steps, mesh)[0]['step']) == 2
+    assert tried == [2] * 3
 
 
 def test_a_step_in_the_place_of_another_is_damage(tmp_path, mesh, capfd):
@@ -330,7 +337,8 @@ def test_only_the_part_that_is_wanted_is_read(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
     checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
     part, _, _ = checkpoints.restore(_like(_state(mesh, 0)), lambda state: {'x': state['half']})
-    assert list(part) == ['x'] and seen == [2 * 64 + 4]  # with the step
+    assert list(part) == ['x']
+    assert seen == [2 * 64 + 4]
     np.testing.assert_array_equal(np.asarray(part['x'], np.float32), np.arange(64))
 
 
@@ -354,7 +362,8 @@ def test_opening_and_reading_says_nothing(two_steps, mesh, caplog, capfd):
         checkpoints = checkpoint.Checkpoints(two_steps, read_only=True)
         assert checkpoints.restore(_like(_state(mesh, 0))) is not None
         checkpoints.close()
-    assert caplog.records == [] and capfd.readouterr().err == ''
+    assert caplog.records == []
+    assert capfd.readouterr().err == ''
 
 
 SAVE = """
@@ -397,13 +406,16 @@ def test_a_save_that_cannot_be_written_is_one_line(tmp_path):
         [sys.executable, '-c', SAVE, tmp_path, *reasons], cwd=pathlib.Path(__file__).parents[2],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == ''
+    assert done.returncode == 0
+    assert done.stderr == ''
     for line, (how, reason) in zip(done.stdout.splitlines(), reasons.items(), strict=True):
-        assert reason in line and str(tmp_path / how) in line
+        assert reason in line
+        assert str(tmp_path / how) in line
     for how in ('0', '20000'):
         directory = tmp_path / how
         whole = [name for name in os.listdir(directory) if name.isdigit()]
-        assert whole == ['1'] and len(os.listdir(directory)) == 2  # and half a step
+        assert whole == ['1']
+        assert len(os.listdir(directory)) == 2
         checkpoint.Checkpoints(directory, read_only=True)
         assert len(os.listdir(directory)) == 2
         checkpoint.Checkpoints(directory).close()
@@ -428,10 +440,12 @@ def test_a_damaged_newest_step_is_named_and_skipped(tmp_path, mesh, capfd, damag
     _save(tmp_path, mesh, [1, 2, 3], keep=10)
     damage(tmp_path / '3')
     state, data_state, _ = _restored(tmp_path, mesh)
-    assert int(state['step']) == 2 and data_state == {'next_index': 2}
+    assert int(state['step']) == 2
+    assert data_state == {'next_index': 2}
     assert f'{tmp_path}/3 cannot be read' in capfd.readouterr().err
     # The checkpoint is set aside, not deleted.
-    assert (tmp_path / 'damaged-3').is_dir() and not (tmp_path / '3').exists()
+    assert (tmp_path / 'damaged-3').is_dir()
+    assert not (tmp_path / '3').exists()
     _save(tmp_path, mesh, [3], keep=10)  # and out of the way of the next save of that step
     assert int(_restored(tmp_path, mesh)[0]['step']) == 3
 
@@ -469,12 +483,14 @@ def test_damage_is_said_in_a_line_each(tmp_path, mesh):
         [sys.executable, '-c', RESTORE, tmp_path], cwd=pathlib.Path(__file__).parents[2],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout == '7\n', done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == '7\n', done.stderr
     said = done.stderr.splitlines()
     assert [line.split(' cannot be read (')[0] for line in said] == [
         f'checkpoint {tmp_path}/{s}' for s in (4, 3, 2)
     ]
-    assert 'OUT_OF_RANGE' in said[2] and all(len(line) < len(str(tmp_path)) + 250 for line in said)
+    assert 'OUT_OF_RANGE' in said[2]
+    assert all(len(line) < len(str(tmp_path)) + 250 for line in said)
 
 
 def test_all_damaged_is_an_error_and_nothing_is_lost(tmp_path, mesh):

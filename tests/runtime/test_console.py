@@ -74,13 +74,15 @@ def test_ctrl_c_just_before_the_last_state_is_saved_says_nothing_of_a_compilatio
     )
     with _program(body, keeps=True) as process:
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
+        assert process.communicate(timeout=60) == ('', '')
+        assert process.returncode == 0
 
 
 def test_ctrl_c_that_python_hears_says_nothing_more():
     with _program('time.sleep(100)') as process:
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ('', '') and process.returncode == 130
+        assert process.communicate(timeout=60) == ('', '')
+        assert process.returncode == 130
 
 
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
@@ -99,7 +101,8 @@ def test_a_program_that_ignores_ctrl_c_goes_on_to_do_so():
         signal.signal(signal.SIGINT, before)
     with process:
         os.kill(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60) == ('', '') and process.returncode == 0
+        assert process.communicate(timeout=60) == ('', '')
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

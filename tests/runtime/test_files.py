@@ -28,7 +28,8 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, number):
     with pytest.raises(OSError, match=os.strerror(number)) as caught:
         files.replace(path, write)
     assert (caught.value.errno, caught.value.filename) == (number, str(path))
-    assert os.listdir(tmp_path) == ['a.json'] and json.loads(path.read_text()) == {'a': 1}
+    assert os.listdir(tmp_path) == ['a.json']
+    assert json.loads(path.read_text()) == {'a': 1}
 
 
 def test_an_interrupt_leaves_no_half_file(tmp_path):
@@ -55,7 +56,8 @@ def test_a_directory_has_one_owner(tmp_path):
     directory = tmp_path / 'new' / 'w'
     with files.owned(str(directory), 'a training'):
         note = json.loads((directory / 'lock.json').read_text())
-        assert note['pid'] == os.getpid() and note['command'] == sys.argv
+        assert note['pid'] == os.getpid()
+        assert note['command'] == sys.argv
         line = (
             f'{directory} is in use by a training, process {os.getpid()} on {note["host"]}, '
             f'since {note["since"]}: wait for its end, or stop it'
@@ -86,7 +88,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_the_lock_of_a_dead_owner_is_taken_over(tmp_path):
     done = subprocess.run([sys.executable, '-c', DIES, tmp_path], timeout=60)
-    assert done.returncode == -signal.SIGKILL and (tmp_path / 'lock.json').exists()
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / 'lock.json').exists()
     with files.owned(str(tmp_path), 'a sampling'):
         assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
 
@@ -106,7 +109,8 @@ def test_a_broken_note_of_the_owner_is_still_one_line(tmp_path, note):
         (tmp_path / 'lock.json').write_text(note)
         with pytest.raises(UserError, match='is in use by') as caught:
             _take(tmp_path)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < len(str(tmp_path)) + 400
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < len(str(tmp_path)) + 400
 
 
 def test_directories_in_buckets_are_not_locked():

@@ -25,7 +25,8 @@ def test_what_is_no_json(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match='is no JSON file: ') as error:
         files.read_json(path)
-    assert str(error.value).isprintable() and len(str(error.value)) < len(str(path)) + 250
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < len(str(path)) + 250
 
 
 def test_what_was_written_is_read(tmp_path):

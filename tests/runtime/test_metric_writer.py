@@ -109,7 +109,8 @@ def test_any_flipped_bit_of_the_file(tmp_path):
             flipped[at] ^= 1 << bit
             path.write_bytes(flipped)
             found = metric_writer.read_scalars(path)
-            assert len(found) >= 1 and all(isinstance(line['step'], int) for line in found)
+            assert len(found) >= 1
+            assert all(isinstance(line['step'], int) for line in found)
 
 
 def test_curves_of_a_damaged_file(tmp_path):
@@ -128,12 +129,10 @@ def test_a_terminal_sees_a_bar_with_time_left(tmp_path, capsys, monkeypatch):
     writer.write(4, {'loss': 1.5}, ('loss',))
     writer.close()
     shown = capsys.readouterr()
-    assert (
-        '4/4 steps' in shown.err
-        and 'left' in shown.err
-        and 'loss 1.5' in shown.err
-        and shown.out == ''
-    )
+    assert '4/4 steps' in shown.err
+    assert 'left' in shown.err
+    assert 'loss 1.5' in shown.err
+    assert shown.out == ''
 
 
 def test_no_file_is_no_lines(tmp_path):
@@ -168,7 +167,8 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
     writer.picture('samples', 1, np.zeros((2, 2, 1), np.uint8))
     writer.close()
     files.write_json(tmp_path / 'config.json', {})
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ''
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('bytes_left', [0, 400])
@@ -235,7 +235,8 @@ class _FakeWandb(types.ModuleType):
         return ('picture', pixels.shape)
 
     def login(self, prompt, verify):
-        assert not prompt and not verify
+        assert not prompt
+        assert not verify
         return self._has_key
 
     def init(self, **options):

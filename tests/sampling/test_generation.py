@@ -121,22 +121,23 @@ def test_the_file_holds_the_images_whatever_batches_and_devices(run, labels, tmp
     assert eight.dtype == np.float32
     np.testing.assert_array_equal(eight, one)
     tokens = _tokens(run, labels, sharding.make_mesh(1))
-    assert (
-        tokens.dtype == np.float32 and np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
-    )
+    assert tokens.dtype == np.float32
+    assert np.abs(tokens[1:] - tokens[:-1]).min(axis=(1, 2)).max() > 0
     np.testing.assert_array_equal(np.load(tmp_path / 'eight_tokens.npy'), tokens)
     assert (tmp_path / 'one.npz').stat().st_size == (tmp_path / 'eight.npz').stat().st_size
     with np.load(tmp_path / 'eight.npz') as file:
         np.testing.assert_array_equal(file['arr_0'], images)
         np.testing.assert_array_equal(file['arr_1'], labels)
 
-    assert images.dtype == np.uint8 and images.shape == (N, 16, 16, 1)
+    assert images.dtype == np.uint8
+    assert images.shape == (N, 16, 16, 1)
     np.testing.assert_array_equal(kept, labels)
     np.testing.assert_array_equal(
         images, np.clip(np.float32(127.5) * one + 128, 0, 255).astype(np.uint8)
     )
     # Otherwise the rest of the test would show nothing.
-    assert images.std() > 10 and (images[1:] != images[:-1]).any((1, 2, 3)).all()
+    assert images.std() > 10
+    assert (images[1:] != images[:-1]).any((1, 2, 3)).all()
     np.testing.assert_allclose(floats, one, atol=1e-5)
     assert np.abs(other.astype(int) - images).max() <= 1
     shorter, _ = _generate(run, labels[:5], tmp_path / 'five.npz', batch_size=1)
@@ -175,10 +176,12 @@ def test_goes_on_after_a_kill(run, labels, tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         said = [int(line) for line in process.stdout]
-    assert process.returncode == -signal.SIGKILL and not path.exists()
+    assert process.returncode == -signal.SIGKILL
+    assert not path.exists()
     before = {f: f.stat().st_mtime_ns for f in parts.glob('0*.npy')}
     kept = sum(len(np.load(f)) for f in before)
-    assert 4 <= kept < N and kept >= max(said, default=4)  # what was said to be done is there
+    assert 4 <= kept < N
+    assert kept >= max(said, default=4)
     calls = []
 
     def progress(done):
@@ -188,7 +191,8 @@ def test_goes_on_after_a_kill(run, labels, tmp_path):
 
     resumed = _generate(run, labels, path, progress=progress)
     assert calls == list(range(kept, N + 1, 4))
-    assert not parts.exists() and not list(tmp_path.glob('*.tmp'))
+    assert not parts.exists()
+    assert not list(tmp_path.glob('*.tmp'))
     _generate(run, labels, tmp_path / 'b.npz')
     assert path.read_bytes() == (tmp_path / 'b.npz').read_bytes()
     np.testing.assert_array_equal(resumed[1], labels)
@@ -198,7 +202,8 @@ def test_goes_on_after_a_kill(run, labels, tmp_path):
     generation.generate(
         run, labels, 5, str(path), batch_size=8, mesh=sharding.make_mesh(1), progress=calls.append
     )
-    assert calls == [N] and path.stat().st_mtime_ns == changed  # nothing is done twice
+    assert calls == [N]
+    assert path.stat().st_mtime_ns == changed
 
 
 class _Stop(Exception):
@@ -246,7 +251,9 @@ def test_a_damaged_part_alone_is_drawn_again(run, labels, whole, tmp_path, capsy
     images, _ = _generate(run, labels, path, progress=calls.append)
     assert calls == [8, 12, 16, 20]  # the parts before and after it are kept
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and '00000004.npy' in said[0] and 'drawn again' in said[0]
+    assert len(said) == 1
+    assert '00000004.npy' in said[0]
+    assert 'drawn again' in said[0]
     np.testing.assert_array_equal(images, whole)
 
 
@@ -298,7 +305,8 @@ def test_images_that_are_not_finite_are_never_written(run, tmp_path):
             match=r'^2 of the images 8 to 11 are not finite \(numbers 9, 11\).*are kept;',
         ) as error:
             _generate(broken, labels, path, progress=calls.append)
-        assert error.value.indices == [9, 11] and '\n' not in str(error.value)
+        assert error.value.indices == [9, 11]
+        assert '\n' not in str(error.value)
         assert isinstance(error.value, UserError)  # the exit code is 2
         assert calls == list(range(begun, 9, 4))
     parts = tmp_path / 'a.npz.parts'
@@ -353,7 +361,9 @@ def test_two_samplers_of_one_file(run, labels, whole, tmp_path):
             said.append(str(error.value))
 
     images, _ = _generate(run, labels, path, progress=second)
-    assert len(said) == 1 and f'process {os.getpid()} on ' in said[0] and '\n' not in said[0]
+    assert len(said) == 1
+    assert f'process {os.getpid()} on ' in said[0]
+    assert '\n' not in said[0]
     np.testing.assert_array_equal(images, whole)
     assert sorted(f.name for f in tmp_path.iterdir()) == ['a.npz', 'a.npz.json']
 
@@ -489,7 +499,9 @@ def test_uniform_labels():
     alone.
     """
     labels = generation.draw_labels('uniform', 20_000, 1000, 0)
-    assert labels.dtype == np.int32 and labels.min() == 0 and labels.max() == 999
+    assert labels.dtype == np.int32
+    assert labels.min() == 0
+    assert labels.max() == 999
     counts = np.bincount(labels, minlength=1000)
     assert np.sum((counts - 20.0) ** 2 / 20) < scipy.stats.chi2.ppf(0.999, 999)
     assert np.sum((counts - 20.0) ** 2 / 20) > scipy.stats.chi2.ppf(0.001, 999)  # drawn, not dealt
@@ -499,7 +511,8 @@ def test_uniform_labels():
 
 def test_balanced_labels():
     labels = generation.draw_labels('balanced', 25, 10, 3)
-    assert labels.dtype == np.int32 and labels.tolist() == [*range(10), *range(10), *range(5)]
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [*range(10), *range(10), *range(5)]
 
 
 def test_labels_of_a_file(tmp_path):
@@ -509,7 +522,8 @@ def test_labels_of_a_file(tmp_path):
     np.save(tmp_path / 'a.npy', np.array(expected, np.uint8))
     for name in ('a.txt', 'row.txt', 'a.npy'):
         labels = generation.draw_labels(str(tmp_path / name), 4, 10, 0)
-        assert labels.dtype == np.int32 and labels.tolist() == expected
+        assert labels.dtype == np.int32
+        assert labels.tolist() == expected
     (tmp_path / 'one.txt').write_text('7')
     assert generation.draw_labels(str(tmp_path / 'one.txt'), 1, 10, 0).tolist() == [7]
 
@@ -557,7 +571,8 @@ def test_each_bad_file_of_labels_is_named(tmp_path, name, content, message):
             )
     with pytest.raises(UserError, match=re.escape(message)) as error:
         generation.draw_labels(str(path), 4, 10, 0)
-    assert str(path) in str(error.value) and str(error.value).isprintable()
+    assert str(path) in str(error.value)
+    assert str(error.value).isprintable()
     assert len(str(error.value)) < len(str(path)) + 300
 
 
@@ -565,9 +580,8 @@ def test_what_a_file_says_of_itself(run, labels, tmp_path):
     """Beside the samples: the settings they were drawn with, for people too."""
     _generate(run, labels[:4], tmp_path / 'a.npz')
     about = json.loads((tmp_path / 'a.npz.json').read_text())
-    assert (
-        about['seed'] == 5
-        and about['dtype'] == 'float32'
-        and about['sampling']['guidance_scale'] == 1.5
-    )
-    assert about['sampling']['num_images'] == 4 and 'batch_size' not in about['sampling']
+    assert about['seed'] == 5
+    assert about['dtype'] == 'float32'
+    assert about['sampling']['guidance_scale'] == 1.5
+    assert about['sampling']['num_images'] == 4
+    assert 'batch_size' not in about['sampling']

@@ -77,7 +77,8 @@ def _events():
 
 def test_samples_are_those_of_the_version_that_trained_the_run(run, measured):
     images = run.sample(range(6), seed=0)
-    assert images.dtype == np.float32 and np.abs(images).max() <= 1
+    assert images.dtype == np.float32
+    assert np.abs(images).max() <= 1
     chex.assert_trees_all_close(images, measured['digits/images'].clip(-1, 1), atol=1e-5)
     drawn = run.sample_tokens(range(6))
     chex.assert_trees_all_close(drawn.z, measured['digits/z'], atol=1e-5)
@@ -178,7 +179,8 @@ def test_interpolation_begins_and_ends_at_the_images(lively):
     assert way.shape == (6, 16, 16, 1)
     np.testing.assert_allclose(way[[0, -1]], lively.reconstruct(images), atol=ROUNDING)
     steps = np.abs(np.diff(way, axis=0)).mean((1, 2, 3))
-    assert steps.min() > 0 and steps.max() < np.abs(way[-1] - way[0]).mean()
+    assert steps.min() > 0
+    assert steps.max() < np.abs(way[-1] - way[0]).mean()
 
 
 def test_tokens_in_the_plane_are_interpolated_in_straight_lines(monkeypatch):
@@ -312,7 +314,8 @@ def test_what_the_model_cannot_take_is_one_line(run, what):
     call, message = WRONG[what]
     with pytest.raises(UserError, match=message) as error:
         call(run)
-    assert isinstance(error.value, ValueError) and '\n' not in str(error.value)
+    assert isinstance(error.value, ValueError)
+    assert '\n' not in str(error.value)
 
 
 def test_more_images_than_a_batch_are_not_shown_row_by_row(random_run):
@@ -428,7 +431,8 @@ def test_a_checkpoint_of_hugging_face_is_converted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'convert_checkpoint', convert)
     first = checkpoints.converted_once('hf://a/b/x.pt')
     assert checkpoints.converted_once('hf://a/b/x.pt') == first
-    assert calls == [(fetched.format('r1'), first)] and first.startswith(f'{tmp_path}/cache/')
+    assert calls == [(fetched.format('r1'), first)]
+    assert first.startswith(f'{tmp_path}/cache/')
     revision = 'r2'
     assert checkpoints.converted_once('hf://a/b/x.pt') not in (first, None)
     assert len(calls) == 2
@@ -482,7 +486,8 @@ def test_the_examples_of_docstrings(workdir, owner):
             example.source = example.source.replace("'/tmp/digits'", repr(workdir))
         runner.run(case)
     done = runner.summarize()
-    assert done.failed == 0 and done.attempted >= 3
+    assert done.failed == 0
+    assert done.attempted >= 3
 
 
 @pytest.mark.slow

@@ -339,7 +339,8 @@ def test_one_compilation(tiny_ar, tiny_vae):
         chex.assert_shape([images, z], [(2, 64, 64, 3), (2, 16, 8)])
         chex.assert_tree_all_finite((images, z))
         seen.append(images)
-    assert np.abs(seen[0] - seen[1]).max() > 0.1 and np.abs(seen[1] - seen[2]).max() > 0.01
+    assert np.abs(seen[0] - seen[1]).max() > 0.1
+    assert np.abs(seen[1] - seen[2]).max() > 0.01
     assert on_mesh.program.cache_info().misses == before + 1
 
 
@@ -369,7 +370,8 @@ def test_what_is_computed_once_is_outside_the_loops(golden, apart):
     )(params)
     paths = list(_loops(traced.jaxpr))
     tokens = [path for path in paths if path[-1].params.get('length') == 16]  # L
-    assert len(tokens) == 1 and len(tokens[0]) == 1
+    assert len(tokens) == 1
+    assert len(tokens[0]) == 1
     M = model.head.width
 
     def shape(*kernel):
@@ -387,7 +389,8 @@ def test_what_is_computed_once_is_outside_the_loops(golden, apart):
     assert sorted(map(len, solver)) == [2, 3]
     for path in solver:
         text = body(path[-1])
-        assert ' cos ' not in text and ' sin ' not in text
+        assert ' cos ' not in text
+        assert ' sin ' not in text
         assert shape(model.width, M) not in text  # the kernel of cond_embed
         assert shape(256, M) not in text  # the first of the time embedding
         innermost = not any(path[-1] in other[:-1] for other in solver)
@@ -447,15 +450,14 @@ def test_annealed_steps():
     np.testing.assert_array_equal(annealed_steps(10, 2, 5, 'linear'), [10, 8, 6, 4, 2])
     np.testing.assert_array_equal(annealed_steps(9, 2, 4, 'two_stage'), [9, 9, 2, 2])
     cosine = annealed_steps(100, 20, 257, 'cosine')
-    assert (
-        cosine[0] == 100
-        and cosine[128] == 60
-        and cosine[256] == 20
-        and (np.diff(cosine) <= 0).all()
-    )
+    assert cosine[0] == 100
+    assert cosine[128] == 60
+    assert cosine[256] == 20
+    assert (np.diff(cosine) <= 0).all()
     assert 100 - cosine[64] < 64 - 40 < 100 - cosine[128]  # slower than linear at first
     plan = Options('heun', 10, final_steps=2, annealing='linear').plan(5)
-    assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4] and plan.evaluations == 12
+    assert plan.count[plan.which].tolist() == [20, 16, 12, 8, 4]
+    assert plan.evaluations == 12
 
 
 @pytest.mark.slow

@@ -41,16 +41,19 @@ def test_a_drawing_is_a_completion_by_the_model(model):
     """Beside `Model.complete`; other classes, seeds, scales and lines compile nothing."""
     picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     c = drawing.controls(model)
-    assert c.classes == tuple('0123456789') and (c.rows, c.guidance) == (4, 1.5)
+    assert c.classes == tuple('0123456789')
+    assert (c.rows, c.guidance) == (4, 1.5)
     assert {'euler_maruyama', 'heun', 'ab2'} <= set(c.solvers)
     wish = drawing.first_wish(model)._replace(n=2, label=3, seed=7, picture=picture, kept=2)
     drawn = drawing.draw(model, wish)
     expected = model.complete([picture] * 2, 3, keep=8, seed=7)
     chex.assert_shape(drawn.images, (2, 16, 16, 1))
     np.testing.assert_array_equal(drawn.images, pixels.to_uint8(expected))
-    assert drawn.kept == 8 and drawn.radius == pytest.approx(np.sqrt(8))
+    assert drawn.kept == 8
+    assert drawn.radius == pytest.approx(np.sqrt(8))
     chex.assert_shape(drawn.norms, (2, 16))
-    assert 'seed 7' in drawn.words and 'linear guidance 1.5' in drawn.words
+    assert 'seed 7' in drawn.words
+    assert 'linear guidance 1.5' in drawn.words
 
     compiled = []
 
@@ -64,7 +67,8 @@ def test_a_drawing_is_a_completion_by_the_model(model):
         whole = drawing.draw(model, other)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert compiled == [] and whole.kept == 0
+    assert compiled == []
+    assert whole.kept == 0
     assert not np.array_equal(whole.images, drawn.images)
     (axis,) = drawing.plot_norms(drawn).axes
     np.testing.assert_allclose(axis.lines[2].get_ydata(), drawn.norms.mean(0))
@@ -114,12 +118,18 @@ def test_a_drawing_for_a_text():
 
 def test_the_line_lies_between_rows_of_tokens(model):
     side = drawing.shown_side(model)
-    assert side == 320 and [drawing.row_at(y, side, 4) for y in (0, 39, 41, 161, 320)] == [
-        0, 0, 1, 2, 3,
-    ]  # fmt: skip
+    assert side == 320
+    assert [drawing.row_at(y, side, 4) for y in (0, 39, 41, 161, 320)] == [
+        0,
+        0,
+        1,
+        2,
+        3,
+    ]
     shown = drawing.with_line(model, Image.new('L', (30, 20), 255), 1)
     chex.assert_shape(shown, (320, 320, 3))
-    assert (shown[:78] == 255).all() and (shown[82:] < 180).all()
+    assert (shown[:78] == 255).all()
+    assert (shown[82:] < 180).all()
     assert (shown[78:82] == (230, 60, 40)).all()
 
 
@@ -129,7 +139,8 @@ def _refused(capsys, *arguments):
         rest = main._guarded(main._parse_flags)(['main', '--mode=serve', *map(str, arguments)])
         main._guarded(main.main)(rest)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert end.value.code == 2 and len(lines) == 1, lines
+    assert end.value.code == 2, lines
+    assert len(lines) == 1, lines
     return lines[0]
 
 
@@ -272,7 +283,9 @@ def test_the_page_in_a_browser(browser, served):
         if event['method'] == 'Network.requestWillBeSent'
     ]
     outside = [url for url in urls if url.startswith('http') and not url.startswith(address)]
-    assert len(urls) > 10 and outside == []
+    assert len(urls) > 10
+    assert outside == []
     assert [e for e in browser.get_log('browser') if e['level'] == 'SEVERE'] == []
     process.send_signal(signal.SIGINT)
-    assert process.stdout.read() == 'closed\n' and process.wait(timeout=30) == 0
+    assert process.stdout.read() == 'closed\n'
+    assert process.wait(timeout=30) == 0

@@ -251,7 +251,8 @@ def test_law_of_the_draws(d):
     draw = jax.jit(von_mises_fisher.draw, static_argnums=2)
     rows, normal = draw(jax.random.key(1), jnp.tile(jnp.asarray(kappas)[:, None], (1, n)), d)
     chex.assert_shape(normal, (len(kappas), n, d - 1))
-    assert rows.min() >= 0 and rows.max() <= 1
+    assert rows.min() >= 0
+    assert rows.max() <= 1
     for kappa, h in zip(kappas, np.asarray(rows, np.float64), strict=True):
         found = law(d, kappa)
         mean = found.mean(lambda a: np.sin(a / 2) ** 2)

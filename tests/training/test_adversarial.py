@@ -199,15 +199,18 @@ def test_stopped_and_started_again_bit_for_bit(small, whole, tmp_path):
     shutil.copytree(directory, tmp_path / 'again')
     shutil.rmtree(tmp_path / 'again/checkpoints/4')
     resumed = _train(small, tmp_path / 'again', sharding.make_mesh())
-    assert isinstance(resumed, adversarial.AdversarialState) and int(resumed.step) == 4
+    assert isinstance(resumed, adversarial.AdversarialState)
+    assert int(resumed.step) == 4
     assert checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
-    assert not resumed.ema and resumed.eval_params is resumed.params
+    assert not resumed.ema
+    assert resumed.eval_params is resumed.params
     lines = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
     names = (
         'loss l1 kl kappa psnr adversarial discriminator logits_real logits_fake grad_norm '
         'disc_grad_norm dead_share'
     )
-    assert [line['step'] for line in lines] == [2, 4] and set(names.split()) <= set(lines[0])
+    assert [line['step'] for line in lines] == [2, 4]
+    assert set(names.split()) <= set(lines[0])
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert lines[0]['disc_grad_norm'] == 0 < lines[1]['disc_grad_norm']
 
@@ -264,9 +267,8 @@ def test_every_choice_makes_a_step(disc_loss):
     batch = {'image': jnp.zeros((2, 16, 16, 3)), 'label': jnp.zeros(2, jnp.int32)}
     state, scalars = jax.eval_shape(stage.step, abstract, lpips_params, batch)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-    assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')} and not any(
-        s.shape for s in scalars.values()
-    )
+    assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')}
+    assert not any(s.shape for s in scalars.values())
 
 
 def test_an_old_state_with_running_statistics_goes_on(tmp_path, capsys):

@@ -58,7 +58,8 @@ def test_a_stage_trains_and_logs(tmp_path, which):
     # The head starts at zero.
     cfg.ar_training.update(steps=80, log_every=20, checkpoint_every=80, learning_rate=3e-2)
     state, seconds = _train(cfg, tmp_path, which)
-    assert int(state.step) == 80 and seconds > 0
+    assert int(state.step) == 80
+    assert seconds > 0
     chex.assert_tree_all_finite(state.params)
     assert len(state.ema) == which
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
@@ -130,7 +131,8 @@ def test_the_memory_decides_which_step_is_taken(monkeypatch, limit, expected):
     arguments = (abstract_state(stage, mesh), (), batch, np.uint32(0))
     monkeypatch.setattr(sharding, 'memory_limit', lambda device, count: limit)
     chosen = step_for_memory(stage, mesh, arguments)
-    assert chosen.text.startswith(expected) and (chosen.text == '') == (limit is None)
+    assert chosen.text.startswith(expected)
+    assert (chosen.text == '') == (limit is None)
     _, scalars = chosen.run(stage.init(jax.random.key(0)), *arguments[1:])
     assert ('without' in scalars) == chosen.without_remat == (limit == 2**40)
     # What a run began with stays.
@@ -153,8 +155,10 @@ def test_a_step_that_keeps_activations_gives_the_same_losses(tmp_path, monkeypat
     vae = build.build_vae(cfg)
     cfg.ar.remat = None
     ar = build.build_ar(cfg)
-    assert ar.remat and ar.head.remat
-    assert not (ar.keeping_activations().remat or ar.keeping_activations().head.remat)
+    assert ar.remat
+    assert ar.head.remat
+    assert not (ar.keeping_activations().remat)
+    assert not (ar.keeping_activations().head.remat)
     vae_params = random_params(vae)
     losses = []
     for limit, word in ((2**40, 'kept'), (1, 'again')):
@@ -184,7 +188,9 @@ def test_a_prolonged_run_is_one_that_restarted_from_the_beginning(tmp_path):
     chex.assert_trees_all_close(states[0], states[1], atol=1e-6)
     lines = (tmp_path / 'a' / 'metrics.jsonl').read_text().splitlines()
     rates = [json.loads(line)['learning_rate'] for line in lines]
-    assert len(rates) == 6 and rates[2] < rates[1] and rates[4] > rates[2]
+    assert len(rates) == 6
+    assert rates[2] < rates[1]
+    assert rates[4] > rates[2]
 
 
 @pytest.mark.parametrize('ramp', [False, True])
@@ -257,10 +263,8 @@ def test_a_step_is_the_recipe():
 
     params = updated(state.params, gradients)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), new.params, state.params)
-    assert (
-        moved['head']['final_linear']['kernel'] > 1e-3
-        and moved['stack']['blocks']['mlp']['w1']['kernel'] > 1e-5
-    )
+    assert moved['head']['final_linear']['kernel'] > 1e-3
+    assert moved['stack']['blocks']['mlp']['w1']['kernel'] > 1e-5
     # Adam divides by the gradient's own size: where it is nearly 0, its rounding shows
     chex.assert_trees_all_close(new.params, params, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(
@@ -360,7 +364,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match='; heads 2 → 1'):
         loop.train(other, source, str(tmp_path), seed=0, mesh=mesh)
     noted = json.loads((tmp_path / 'checkpoints' / '6' / 'data' / 'metadata').read_text())['frozen']
-    assert noted['model']['latent_dim'] == 8 and noted['model']['grid'] == [4, 4]
+    assert noted['model']['latent_dim'] == 8
+    assert noted['model']['grid'] == [4, 4]
 
 
 @pytest.mark.slow
@@ -394,6 +399,31 @@ def test_a_look_at_the_model_changes_nothing(tmp_path):
     assert [line['step'] for line in lines if 'seen' in line] == [3, 6]
 
 
+@pytest.mark.slow
+def test_a_look_that_fails_loses_no_steps(tmp_path):
+    cfg = get_config()
+    cfg.ar_training.checkpoint_every = 3
+    stage = stages(cfg)[1]
+    looked = []
+
+    def look(step, state, writer):
+        looked.append(step)
+        raise OSError('the disk is full')
+
+    def run():
+        mesh = sharding.make_mesh()
+        source = digits.Digits('train', 0)
+        watch = loop.Watch(3, look)
+        return loop.train(stage, source, str(tmp_path), seed=0, mesh=mesh, watch=watch)
+
+    for _ in range(2):
+        with pytest.raises(OSError, match='the disk is full'):
+            run()
+    assert looked == [3, 6]
+    state, _ = run()
+    assert int(state.step) == 6
+
+
 def test_the_same_on_many_devices(tmp_path):
     """Losses on all devices equal those on one, to rounding."""
     if jax.device_count() == 1:
@@ -421,7 +451,8 @@ def test_a_signal_while_the_last_state_is_saved_is_not_lost(tmp_path, monkeypatc
         Preempted, match=r'^SIGTERM: saved at step 6 of 6; the same command goes on$'
     ):
         _train(cfg, tmp_path, 1)
-    assert int(_train(cfg, tmp_path, 1)[0].step) == 6 and checkpoint.Checkpoints.wait is wait
+    assert int(_train(cfg, tmp_path, 1)[0].step) == 6
+    assert checkpoint.Checkpoints.wait is wait
 
 
 @pytest.mark.slow
@@ -453,7 +484,9 @@ def test_a_resume_starts_at_its_place_in_the_data(tmp_path):
     epochs.clear()
     before = files()
     again, stated = run()
-    assert files() == before and not epochs and 0 < stated <= seconds
+    assert files() == before
+    assert not epochs
+    assert 0 < stated <= seconds
     chex.assert_trees_all_equal(first.params, again.params)
     cfg.ar_training.update(steps=8)
     run()
@@ -485,6 +518,31 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     state, _ = _train(cfg, tmp_path, 1)
     assert int(state.step) == 12
     chex.assert_tree_all_finite(state.params)
+
+
+def test_the_message_about_a_loss_that_is_no_number(tmp_path):
+    """A rate that falls to nothing is lowered alone. One that is constant has two keys."""
+    stage = stages(get_config())[1]
+    scalars = {'loss': np.float32('nan'), 'grad_norm': np.float32(1)}
+    said = []
+    for rates in (
+        {'learning_rate': 1e-3, 'final_learning_rate': 0.0},
+        {'final_learning_rate': 1e-3},
+    ):
+        stage.options.update(rates)
+        checkpoints = checkpoint.Checkpoints(tmp_path)
+        checkpoints.save(4, {'a': jnp.ones(2)}, {}, 0.0)
+        checkpoints.wait()
+        with pytest.raises(loop.NonFiniteError) as caught:
+            loop._check_finite(scalars, 5, checkpoints, stage)
+        checkpoints.close()
+        said.append(str(caught.value))
+    lower = 'Try the same command with a lower --config.ar_training.learning_rate'
+    assert 'no checkpoint to go on from (that of step 4 has the weights that failed, and' in said[0]
+    assert said[0].endswith(lower)
+    assert said[1].endswith(
+        f'{lower}, and a --config.ar_training.final_learning_rate that is not above it'
+    )
 
 
 DRIVER = """
@@ -567,11 +625,12 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
     assert in_a_save >= 1
     last = _spawn(which, tmp_path / 'killed', cache)
     output, _ = last.communicate(timeout=300)
-    assert (
-        last.returncode == 0 and 'goes on from step' in output and 'cannot be read' not in output
-    ), output
+    assert last.returncode == 0, output
+    assert 'goes on from step' in output, output
+    assert 'cannot be read' not in output, output
     assert not list(checkpoints.glob('damaged-*'))  # every save was whole or not there
     killed, undisturbed = (noted_fingerprint(tmp_path / n, last_step) for n in ('killed', 'whole'))
     assert killed == undisturbed
     logs = [_logged(tmp_path / name) for name in ('whole', 'killed')]
-    assert len(logs[0]) == last_step and logs[0] == logs[1]
+    assert len(logs[0]) == last_step
+    assert logs[0] == logs[1]

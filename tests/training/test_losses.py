@@ -59,7 +59,8 @@ def test_flow_loss_and_gradients(golden, tiny_ar, autoencoded):
 
     (value, scalars), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(value, golden['train_loss'], rtol=1e-5)
-    assert scalars['token_norm'].shape == () and np.isfinite(scalars['token_norm'])
+    assert scalars['token_norm'].shape == ()
+    assert np.isfinite(scalars['token_norm'])
     _assert_gradients(gradients, golden, '', lambda _: 1e-4)
 
 
@@ -115,7 +116,8 @@ def test_latents_that_are_well():
     # The spread is at most 1, because the squares sum to d.
     assert 0.97 < scalars['spread_min'] < scalars['spread_mean'] < 1.0 + 1e-6
     np.testing.assert_allclose(scalars['spread_mean'], 1, atol=1e-3)
-    assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256) and scalars['dead_share'] == 0
+    assert scalars['mean_direction'] < 5 / np.sqrt(40 * 256)
+    assert scalars['dead_share'] == 0
     np.testing.assert_allclose(scalars['kappa'], 20, rtol=1e-6)
     np.testing.assert_allclose(scalars['kl'], np.mean(jax.jit(posterior.kl)()), rtol=1e-6)
     assert PowerSpherical().faults(scalars) is None
@@ -158,7 +160,8 @@ def test_latents_that_are_all_alike():
         ('kl', float('nan'), 'no numbers'),
     ):  # fmt: skip
         said = PowerSpherical().faults(well | {name: value})
-        assert part in said and ';' not in said
+        assert part in said
+        assert ';' not in said
 
 
 def test_adversarial_losses_in_closed_form():

@@ -37,7 +37,8 @@ def test_a_config_that_is_none_is_one_line(tmp_path, name):
     for read in (run.load_config, lambda path: workdir.claim(get_config(), path)):
         with pytest.raises(UserError) as caught:
             read(tmp_path)
-        assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 1000
 
 
 def _stage():

@@ -13,6 +13,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 A = 'lora_a'
 B = 'lora_b'
@@ -66,18 +67,35 @@ def _add(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return kernel + product
 
 
-def merged(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _add_whole(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Computes W + A·B as one device does, whatever the mesh, and lays it out as W is.
+
+    A product of split arrays may have other last bits.
+    """
+    layout = kernel.sharding
+    if not isinstance(layout, NamedSharding) or layout.mesh.size == 1:
+        return _add(kernel, a, b)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    gather = jax.jit(lambda *arrays: arrays, out_shardings=everywhere)
+    total = _add(*gather(kernel, a, b))
+    return jax.jit(lambda array: array, out_shardings=layout)(total)
+
+
+def merged(flat: dict[str, jax.Array], whole: bool = False) -> dict[str, jax.Array]:
     """Puts W + A·B in the place of every kernel W that has factors beside it.
 
     Args:
       flat: parameters and factors by their paths.
+      whole: gives the same bits on any mesh, for arrays that are no part of a larger program. What
+        is trained on such a model notes them.
 
     Returns:
       The parameters by their paths.
     """
+    add = _add_whole if whole else _add
     found = {path: leaf for path, leaf in flat.items() if not path.endswith((A, B))}
     for path in flat:
         if path.endswith(f'/{A}'):
             kernel = path.removesuffix(f'/{A}')
-            found[kernel] = _add(flat[kernel], flat[path], flat[f'{kernel}/{B}'])
+            found[kernel] = add(flat[kernel], flat[path], flat[f'{kernel}/{B}'])
     return found

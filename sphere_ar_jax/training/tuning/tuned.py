@@ -169,7 +169,7 @@ def tuned_stage(
         return stage.loss(whole(params, others), inner, batch, keys)
 
     def to_model(params: PyTree) -> PyTree:
-        return whole(params, rest)
+        return unflatten_dict(lora.merged(rest | _flat(params), whole=True), sep='/')
 
     without_remat = None
     if stage.without_remat is not None:
