@@ -101,9 +101,12 @@ def _opened(path: str, ema: bool, heads: int | None) -> tuple[dict[str, Any], Co
     Returns:
       (tensors by name, the config of their model, what they are in words).
     """
+    if re.search(r'-\d+-of-\d+\.safetensors$|\.index\.json$', path):
+        raise UserError(f'{path} is a part of several: join them into one safetensors file first')
     is_shared = path.endswith('.safetensors')
     if is_shared:
-        tensors = shared.open_file(path)
+        tensors = torch_sizes.plain(shared.open_file(path))
+        heads = shared.heads(path) if heads is None else heads
         args = None
         chosen = 'all of the file'
     else:
@@ -114,9 +117,21 @@ def _opened(path: str, ema: bool, heads: int | None) -> tuple[dict[str, Any], Co
     count = f'{len(tensors)} tensors ({chosen})'
     beside = os.path.join(os.path.dirname(path), shared.CONFIG)
     if is_shared and os.path.exists(beside):
-        cfg = shared.config(load_config(os.path.dirname(path)))
+        try:
+            cfg = shared.config(load_config(os.path.dirname(path)))
+        except UserError:
+            raise UserError(
+                f'{beside} is no config of sphere_ar_jax: move one of the two files away, and the '
+                'tensors alone tell the sizes'
+            ) from None
         return tensors, cfg, f'the model of its {shared.CONFIG}, {count}'
     sizes = torch_sizes.sizes(tensors, args, heads)
+    if sizes.ar is not None and sizes.name is None and heads is None:
+        print(
+            f'attention heads: {sizes.ar["heads"]}, the width over 64, since shapes do not tell; '
+            '--heads=N names another number',
+            flush=True,
+        )
     return tensors, checks.check(recipes.of_checkpoint(sizes)), f'{_kind(sizes)}, {count}'
 
 
@@ -282,7 +297,8 @@ def _write_file(run: Run, path: str) -> None:
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as temporary:
         try:
-            torch_names.export(temporary, run.vae, run.vae_params, run.ar_params)
+            heads = None if run.ar_params is None else run.ar.heads
+            torch_names.export(temporary, run.vae, run.vae_params, run.ar_params, heads)
         except safetensors.SafetensorError as error:
             raise UserError(f'{path} cannot be written ({first_line(error)})') from None
 

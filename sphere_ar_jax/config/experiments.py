@@ -26,10 +26,12 @@ class Score(NamedTuple):
     Attributes:
       title: what the table of verdicts calls it.
       more_is_better: whether more of it is better.
+      kind: which of `KINDS` gives it.
     """
 
     title: str
     more_is_better: bool
+    kind: str = 'comparison'
 
 
 # The scores by the names that `summarize` of each kind gives them.
@@ -47,22 +49,22 @@ SCORES = {
     'psnr': Score('PSNR, dB', True),
     'rfrechet': Score('Fréchet distance of reconstructions', False),
     'tokenizer_steps_per_second': Score('steps/s of the tokenizer', True),
-    'radial_growth': Score('growth of radial errors', False),
-    'tangential_growth': Score('growth of tangential errors', False),
-    'shifted_distance': Score('distance behind corrupted prefixes', False),
-    'shifted_slope': Score('distance gained per token', False),
-    'shifted_norm': Score('change of the norm behind corrupted prefixes', False),
-    'shifted_collapsed': Score('collapsed samples behind corrupted prefixes', False),
-    'seen_best': Score('pairs trained on, best guidance', True),
-    'seen_common': Score('pairs trained on, common guidance', True),
-    'held_out_best': Score('held-out pairs, best guidance', True),
-    'held_out_common': Score('held-out pairs, common guidance', True),
-    'rows_best': Score('two rows, best guidance', True),
-    'rows_common': Score('two rows, common guidance', True),
-    'captions_seen': Score('right captions, pairs trained on', True),
-    'captions_held_out': Score('right captions, held-out pairs', True),
-    'captions_rows': Score('right captions, two rows', True),
-    'captions_nats': Score('−log p of a caption, nats', False),
+    'radial_growth': Score('growth of radial errors', False, 'propagation'),
+    'tangential_growth': Score('growth of tangential errors', False, 'propagation'),
+    'shifted_distance': Score('distance behind corrupted prefixes', False, 'shifted'),
+    'shifted_slope': Score('distance gained per token', False, 'shifted'),
+    'shifted_norm': Score('change of the norm behind corrupted prefixes', False, 'shifted'),
+    'shifted_collapsed': Score('collapsed samples behind corrupted prefixes', False, 'shifted'),
+    'seen_best': Score('pairs trained on, best guidance', True, 'captions'),
+    'seen_common': Score('pairs trained on, common guidance', True, 'captions'),
+    'held_out_best': Score('held-out pairs, best guidance', True, 'captions'),
+    'held_out_common': Score('held-out pairs, common guidance', True, 'captions'),
+    'rows_best': Score('two rows, best guidance', True, 'captions'),
+    'rows_common': Score('two rows, common guidance', True, 'captions'),
+    'captions_seen': Score('right captions, pairs trained on', True, 'captions'),
+    'captions_held_out': Score('right captions, held-out pairs', True, 'captions'),
+    'captions_rows': Score('right captions, two rows', True, 'captions'),
+    'captions_nats': Score('−log p of a caption, nats', False, 'captions'),
 }
 
 # The paper's rows: changes of a run's config (docs/method.md, "Token spaces" and "Posterior").
@@ -170,11 +172,12 @@ def row(config: ConfigDict, name: str, seed: int) -> ConfigDict:
 def _check_comparison(config: ConfigDict, words: str) -> None:
     """Checks one of the comparisons."""
     parts = words.split()
+    scores = [name for name, score in SCORES.items() if score.kind == config.kind]
     known = len(parts) == 3 and all(name in config.rows for name in parts[:2])
     checks.require(
-        known and parts[2] in SCORES,
+        known and parts[2] in scores,
         f'comparisons: {words!r} is not BETTER WORSE SCORE, with two of the rows '
-        f'({", ".join(config.rows)}) and one of {", ".join(SCORES)}',
+        f'({", ".join(config.rows)}) and one of {", ".join(scores)}',
     )
 
 

@@ -158,7 +158,7 @@ def scores(workdir: str, run: Run, finished: bool) -> list[Scores]:
         rows = [row for row in _rows(metrics, meanings) if not row[0].startswith(_OF_MACHINES)]
         if rows:
             drawn = ''
-            if run.ar_params is not None:
+            if any(row[0].startswith('samples/') for row in rows):
                 about = {'seed': run.config.seed, 'sampling': run.config.sampling.to_dict()}
                 drawn = f' {_drawn(about)}'
             found.append(Scores(f'At the end of the training.{drawn}', rows))
@@ -168,10 +168,11 @@ def scores(workdir: str, run: Run, finished: bool) -> list[Scores]:
 def _drawn(evaluation: Mapping[str, Any]) -> str:
     """How the samples of an evaluation were drawn."""
     settings = evaluation.get('sampling', {})
+    scale = settings.get('guidance_scale')
+    guided = 'no guidance' if scale is None else f'guidance scale {scale}'
     return (
         f'{settings.get("num_images")} samples of seed {evaluation.get("seed")}, solver '
-        f'{settings.get("solver")} with {settings.get("num_steps")} steps, guidance scale '
-        f'{settings.get("guidance_scale")}.'
+        f'{settings.get("solver")} with {settings.get("num_steps")} steps, {guided}.'
     )
 
 

@@ -333,6 +333,13 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
     return scores
 
 
+def _all_classes(count: int, num_classes: int) -> np.ndarray:
+    """Labels (count,): each class equally often, and the rest spread evenly over them."""
+    whole = count - count % num_classes
+    rest = sources.spread(num_classes, count - whole)
+    return np.concatenate([np.arange(whole) % num_classes, np.asarray(rest, int)])
+
+
 def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
     """The FID of `watch.fid_images` samples, of classes or captions in turn, to the reference."""
     assert setting.judge is not None
@@ -342,7 +349,9 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
         captions = build.encode_captions(setting.cfg, _captions(setting, len(numbers)))
         labels = captions[numbers % len(captions)]
     else:
-        labels = numbers % schema.num_classes(setting.cfg)
+        num_classes = schema.num_classes(setting.cfg)
+        assert num_classes is not None  # the model was built with it
+        labels = _all_classes(len(numbers), num_classes)
     features = protocol.extract(
         _drawn(setting, vae_params, ar_params, labels),
         network,

@@ -95,11 +95,19 @@ class Measured(NamedTuple):
       lines: the scores.
       seconds: the wall time that it took.
       trained: {name of a workdir: the wall time of the training there} of what was measured.
+      made_with: the `version`, `jax` and `platform` that measured it; {} where they were not noted.
     """
 
     lines: list[Any]
     seconds: float
     trained: dict[str, float]
+    made_with: dict[str, str]
+
+
+def _made_with() -> dict[str, str]:
+    """What measures here and now, as `Measured` notes it."""
+    platform = jax.devices()[0].platform
+    return {'version': __version__, 'jax': jax.__version__, 'platform': platform}
 
 
 class _Results:
@@ -108,7 +116,12 @@ class _Results:
     def __init__(self, path: str) -> None:
         self._file = metric_writer.JsonLines(path, ('key', 'lines', 'seconds'))
         self._measured = {
-            line['key']: Measured(line['lines'], line['seconds'], line.get('trained', {}))
+            line['key']: Measured(
+                line['lines'],
+                line['seconds'],
+                line.get('trained', {}),
+                line.get('made_with', {}),
+            )
             for line in self._file.lines
         }
 
@@ -129,7 +142,9 @@ class _Results:
         timed = self._measured.get(part.speed_key)
         if timed is None:
             return None
-        return Measured(found.lines + timed.lines, found.seconds + timed.seconds, found.trained)
+        return found._replace(
+            lines=found.lines + timed.lines, seconds=found.seconds + timed.seconds
+        )
 
 
 def units(
@@ -167,7 +182,7 @@ def _speed_unit(
         for part in same_seed:
             line = {'tokenizer_steps_per_second': found[part.row]}
             what = f'{part.row}, seed {seed}: speed'
-            results.add(str(part.speed_key), what, Measured([line], seconds, {}))
+            results.add(str(part.speed_key), what, Measured([line], seconds, {}, _made_with()))
 
     return Unit(
         kind='speed',
@@ -192,7 +207,8 @@ def _units_of(
         trained = {
             os.path.basename(directory): runs.seconds(directory) for directory in (tokenizer, ar)
         }
-        results.add(key, f'{row}, seed {seed}: {config.kind}', Measured(lines, seconds, trained))
+        measured = Measured(lines, seconds, trained, _made_with())
+        results.add(key, f'{row}, seed {seed}: {config.kind}', measured)
 
     def is_trained(directory: str) -> bool:
         # What is measured needs no models.
@@ -325,13 +341,18 @@ def _write(
     for part in chosen:
         complete = results.complete(part)
         if complete is not None:
-            measured.append({'row': part.row, 'seed': part.seed, 'lines': complete.lines})
+            measured.append(
+                {
+                    'row': part.row,
+                    'seed': part.seed,
+                    'lines': complete.lines,
+                    'made_with': complete.made_with,
+                }
+            )
     found = {
         'experiment': name,
         'title': config.title,
-        'version': __version__,
-        'jax': jax.__version__,
-        'platform': jax.devices()[0].platform,
+        'written_with': _made_with(),
         'command': command,
         'seconds': _seconds(chosen, results),
         'config': json.loads(config.to_json_best_effort()),

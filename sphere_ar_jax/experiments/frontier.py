@@ -26,12 +26,13 @@ from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.flow import plan, solvers
 from sphere_ar_jax.runtime import console, files, metric_writer
-from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling import generation, on_mesh
 from sphere_ar_jax.training.run import Run, load_run
 
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
-_ROW = ('workdir', 'setting', 'num_images', 'evaluations', *SCORES)  # what scores.jsonl has
+# What each line of scores.jsonl has.
+_ROW = ('workdir', 'parameters', 'setting', 'num_images', 'evaluations', *SCORES)
 
 # Settings by name: (keyword arguments of `plan.Options`, guidance scale).
 _Settings: TypeAlias = dict[str, tuple[dict[str, Any], float | None]]
@@ -302,15 +303,21 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
       What `summarize` returns for these runs.
     """
     os.makedirs(output, exist_ok=True)
-    workdirs = [os.path.abspath(workdir) for workdir in workdirs]
+    workdirs = list(dict.fromkeys(os.path.abspath(workdir) for workdir in workdirs))
     scores = metric_writer.JsonLines(os.path.join(output, 'scores.jsonl'), _ROW)
-    rows = list(scores.lines)
-    done = {(row['workdir'], row['setting'], row['num_images']) for row in rows}
     opened = {workdir: load_run(workdir) for workdir in workdirs}
+    # A workdir may hold other weights than when its scores were measured.
+    weights = {workdir: generation.parameters_crc(run) for workdir, run in opened.items()}
+    rows = [
+        row
+        for row in scores.lines
+        if row['parameters'] == weights.get(row['workdir']) and row['num_images'] == num_images
+    ]
+    done = {(row['workdir'], row['setting']) for row in rows}
     todo = []
     for workdir in workdirs:
         for name, (options, scale) in settings(_levels(opened[workdir])).items():
-            if (workdir, name, num_images) not in done:
+            if (workdir, name) not in done:
                 todo.append((name, options, scale, workdir))
     watched = sys.stderr.isatty()
     for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not watched):
@@ -321,13 +328,12 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
         )
         row['setting'] = name
         row['workdir'] = workdir
+        row['parameters'] = weights[workdir]
         row['num_images'] = num_images
         row['seconds'] = time.perf_counter() - started
         rows.append(row)
         scores.add(row)
-    summary = summarize(
-        [row for row in rows if row['workdir'] in workdirs and row['num_images'] == num_images]
-    )
+    summary = summarize(rows)
     files.write_json(os.path.join(output, 'frontier.json'), summary)
     with open(os.path.join(output, 'frontier.md'), 'w') as f:
         f.write(markdown(summary))

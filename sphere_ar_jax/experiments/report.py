@@ -297,13 +297,29 @@ def _missing(config: ConfigDict, found: Mapping[str, Any]) -> str:
     return f'Not measured yet: {", ".join(rows + parts)}.'
 
 
+def _made_with(found: Mapping[str, Any]) -> str:
+    """The versions and devices that measured, in a sentence."""
+    units = [unit.get('made_with', {}) for unit in found['measured']]
+    noted = sorted(
+        {
+            f'sphere_ar_jax {made["version"]}, JAX {made["jax"]}, on a {made["platform"]}'
+            for made in units
+            if made
+        }
+    )
+    missing = sum(not made for made in units)
+    if missing:
+        noted.append(f'{missing} of {len(units)} rows and seeds without a note of the version')
+    return f'{"; ".join(noted)}. ' if noted else ''
+
+
 def _measured_by(found: Mapping[str, Any]) -> str:
-    """What the numbers were measured with and how long it took, in three sentences."""
+    """What the numbers were measured with and how long it took, in a few sentences."""
     seeds = sorted({unit['seed'] for unit in found['measured']})
     return (
         f'Measured with {len(seeds)} seed{"s" if len(seeds) != 1 else ""} '
-        f'({", ".join(map(str, seeds)) or "none yet"}), sphere_ar_jax {found["version"]}, '
-        f'JAX {found["jax"]}, on a {found["platform"]}. Brackets are 95% t-intervals of the mean. '
+        f'({", ".join(map(str, seeds)) or "none yet"}): {_made_with(found)}'
+        'Brackets are 95% t-intervals of the mean. '
         f'The trainings took {spoken(found["seconds"]["training"])}, one after the other, and the '
         f'measurements {spoken(found["seconds"]["measuring"])}.'
     )

@@ -69,15 +69,12 @@ class Tensor:
         self.shape = tuple(header.get_shape())
         self._file = file
         self._name = name
-        self._where = f'{path}: {printable(name, 100)}'
         if header.get_dtype() not in _FLOATS:
-            raise UserError(f'{self._where} holds {header.get_dtype()}, but must hold floats')
+            where = f'{path}: {printable(name, 100)}'
+            raise UserError(f'{where} holds {header.get_dtype()}, but must hold floats')
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        numbers = self._file.get_tensor(self._name).astype(dtype or np.float32)
-        if not np.isfinite(numbers).all():
-            raise UserError(f'{self._where} has numbers that are not finite')
-        return numbers
+        return self._file.get_tensor(self._name).astype(dtype or np.float32)
 
 
 def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -102,6 +99,27 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(
             f'{where} is no whole safetensors file: {printable(first_line(error))}'
         ) from None
+
+
+def heads(path: str | os.PathLike[str]) -> int | None:
+    """The AR model's attention heads that a safetensors file notes, None where it notes none.
+
+    Raises:
+      UserError: the file is damaged, or what it notes is no number.
+    """
+    where = os.fspath(path)
+    try:
+        with safetensors.safe_open(where, framework='numpy') as file:
+            noted = (file.metadata() or {}).get(torch_names.AR_HEADS)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f'{where} is no whole safetensors file: {printable(first_line(error))}'
+        ) from None
+    if noted is None:
+        return None
+    if not noted.isdecimal() or not 0 < int(noted) < 10**6:
+        raise UserError(f'{where} notes {printable(noted, 40)} as its number of heads')
+    return int(noted)
 
 
 def is_shared(directory: str | os.PathLike[str]) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import flax.traverse_util as traverse
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -230,6 +231,20 @@ def _empty(shape: Shape) -> np.ndarray:
     return room[start : start + size].view(np.float32).reshape(shape)
 
 
+def _numbers(name: str, tensors: Mapping[str, Any]) -> np.ndarray:
+    """The numbers of a tensor.
+
+    Raises:
+      UserError: they are no floats, or not all finite.
+    """
+    numbers = np.asarray(tensors[name])
+    if not jnp.issubdtype(numbers.dtype, jnp.floating):
+        raise UserError(f'{name} holds {numbers.dtype}, but must hold floats')
+    if not np.isfinite(numbers).all():
+        raise UserError(f'{name} has numbers that are not finite')
+    return numbers
+
+
 def from_torch(
     tensors: Mapping[str, Any],
     like: PyTree,
@@ -252,7 +267,7 @@ def from_torch(
 
     Raises:
       UserError: tensors are missing, unexpected or mis-shaped. The message counts them and names
-        the first; nothing has been read then.
+        the first; nothing has been read then. Or a tensor has no finite floats.
     """
     shapes = torch_shapes(like)
     of_vae = any(name.startswith('vae.') for name in shapes)
@@ -269,7 +284,8 @@ def from_torch(
         inner = leaf.shape[stacked:]
         params[path] = _empty(leaf.shape)
         for i, part in enumerate(params[path].reshape(-1, *inner)):
-            part[...] = _to_ours(np.asarray(chosen[name.format(i)]), path, kind).reshape(inner)
+            numbers = _numbers(name.format(i), chosen)
+            part[...] = _to_ours(numbers, path, kind).reshape(inner)
             done += 1
             progress(done)
     return traverse.unflatten_dict(params, sep='/')
@@ -325,21 +341,28 @@ def require_public(
         )
 
 
+# The key of a safetensors file's metadata for the attention heads of the AR model.
+AR_HEADS = 'ar_heads'
+
+
 def export(
     path: str | os.PathLike[str],
     model: vae.VAE,
     vae_params: PyTree,
     ar_params: PyTree | None = None,
+    heads: int | None = None,
 ) -> None:
     """Writes parameters under the public names to a safetensors file.
 
     As in the published files, all tensors are float32, and the S-VAE has its RoPE tables with it.
+    The number of the AR model's heads, which shapes do not tell, stands in the metadata.
 
     Args:
       path: the file to write.
       model: the S-VAE.
       vae_params: the parameters of the S-VAE.
       ar_params: the parameters of the AR model; None writes the S-VAE alone.
+      heads: the attention heads of the AR model, None where they are not known.
 
     Raises:
       UserError: the S-VAE has a part that the public code lacks, or a parameter has no PyTorch
@@ -356,4 +379,7 @@ def export(
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     for part in ('encoder', 'decoder'):
         tensors[f'vae.{part}.freqs_cis'] = table.copy()
-    save_file(tensors, path, metadata={'format': 'pt'})
+    metadata = {'format': 'pt'}
+    if heads is not None:
+        metadata[AR_HEADS] = str(heads)
+    save_file(tensors, path, metadata=metadata)

@@ -33,8 +33,9 @@ def state_dict(tree: Any, ema: bool = True) -> dict[str, Any]:
       ema: whether to prefer `ema`, where there is one, to `model`.
 
     Returns:
-      {name: tensor}, the names without leading `module.` and `_orig_mod.`. RoPE tables stay in it,
-      since `sizes` reads them.
+      {name: tensor}, the names without a leading `module.` and without `_orig_mod.`, as wrapped and
+      compiled models have them, and without the count that an average of weights has. RoPE tables
+      stay in it, since `sizes` reads them.
 
     Raises:
       UserError: `tree` is none of the above.
@@ -55,14 +56,25 @@ def state_dict(tree: Any, ema: bool = True) -> dict[str, Any]:
         if isinstance(entry, dict) and entry:
             found = 'has the keys ' + ', '.join(ascii(name)[:60] for name in list(entry)[:20])
         raise UserError(f'{where} {found}: expected {wanted}')
-    tensors = {
-        re.sub(r'^((module|_orig_mod)\.)+', '', name): tensor for name, tensor in entry.items()
+    return plain(entry)
+
+
+def plain(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the names that they have in the models themselves.
+
+    Raises:
+      UserError: two of them then have the same name.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if name != 'n_averaged'}
+    found = {
+        re.sub(r'^(module\.)+', '', name.replace('_orig_mod.', '')): tensor
+        for name, tensor in kept.items()
     }
-    if len(tensors) < len(entry):
+    if len(found) < len(kept):
         raise UserError(
             'the checkpoint has tensors of the same name with and without module. or _orig_mod.'
         )
-    return tensors
+    return found
 
 
 class Sizes(NamedTuple):

@@ -325,6 +325,10 @@ def _time_line(r: Result) -> str:
     return f'  at least {r["least_seconds"]:.3g} s ({times}), {whole}'
 
 
+# The share of a GPU's memory that JAX takes where no variable says more.
+_PREALLOCATED = 0.75
+
+
 def _lines(r: Result) -> Iterator[str]:
     """A program's result as lines for the console."""
     yield f'{r["part"]}, {r["slice"]} ({r["mesh"]}), {r["batch"]} images, {r["dtype"]}'
@@ -335,6 +339,11 @@ def _lines(r: Result) -> Iterator[str]:
         f'{NAMES.get(name, name)} {size(n)}' for name, n in r['memory'].items() if n >= 2**20
     )
     yield f'  fits: {size(r["total_bytes"])} of {size(r["device_bytes"])} on each device: {parts}'
+    if r['kernels'] is not None and r['total_bytes'] > _PREALLOCATED * r['device_bytes']:
+        yield (
+            f'  JAX gives a program {_PREALLOCATED:.0%} of a GPU, and this one needs more: set '
+            'XLA_CLIENT_MEM_FRACTION=.95'
+        )
     again = r['flops_computed'] / r['flops'] - 1
     yield f'  {r["flops"]:.3g} FLOPs' + (f' (and {again:.0%} more, recomputed)' if again else '')
     moved = f'{r["hbm_bytes"] / 1e9:.3g} GB'

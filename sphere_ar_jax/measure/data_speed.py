@@ -217,6 +217,9 @@ def main(argv: list[str]) -> None:
       UserError: a flag is wrong; the message is one line.
     """
     console.parse(argv, _FLAGS, __doc__)
+    wrong = [text for text in _WORKERS.value if not text.isdecimal()]
+    if wrong:
+        raise console.UserError(f'--workers: {wrong[0]} is no number of processes')
     usual = [photograph(i) for i in range(_IMAGES.value)]
     large = [photograph(i, 3) for i in range(max(1, _IMAGES.value // 8))]
     size = _SIZE.value

@@ -30,7 +30,7 @@ _POLICY = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:"
 )
 _HEIGHT = 340  # of the pictures that are completed, in pixels
-_LOCAL = ('127.0.0.1', 'localhost', '::1')
+_LOCAL = ('127.0.0.1', 'localhost')
 
 
 def _require_gradio() -> None:
@@ -287,6 +287,11 @@ def serve(
       UserError: gradio is missing, the port is taken, or there is no run.
     """
     open_run.config_of(workdir)  # Whether there is a run, before gradio is imported for seconds.
+    if ':' in host:
+        raise UserError(
+            f'--host={host}: the page cannot listen at an address of IPv6, give a name or an '
+            'address of IPv4'
+        )
     _require_gradio()
     import gradio as gr
     from starlette.middleware import Middleware

@@ -15,7 +15,7 @@ import types
 import chex
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import sphere_ar_jax
 from sphere_ar_jax.commands import checkpoints, open_run, train
@@ -177,6 +177,49 @@ def test_only_scores_of_the_very_weights_are_on_a_card(run_with_paths, tmp_path)
     card = checkpoints._card(str(workdir), run, None)
     assert 'another run, by factors of rank 3' in card
     assert 'secret' not in card
+
+
+def test_the_card_claims_no_samples_that_were_not_drawn(run_with_paths, tmp_path):
+    """A run on image files ends with numbers of its tokenizer alone."""
+    workdir = tmp_path / 'w'
+    shutil.copytree(run_with_paths, workdir)
+    metrics = json.loads((workdir / 'metrics.json').read_text())
+    of_tokenizer = {name: value for name, value in metrics.items() if name.startswith('vae/')}
+    (workdir / 'metrics.json').write_text(json.dumps(of_tokenizer))
+    run, _ = open_run.open_run(str(workdir))
+    card = checkpoints._card(str(workdir), run, None)
+    assert 'At the end of the training.\n' in card
+    assert 'samples of seed' not in card
+    sampling = {'num_images': 5, 'solver': 'euler', 'num_steps': 2, 'guidance_scale': None}
+    said = model_card._drawn({'seed': 1, 'sampling': sampling})
+    assert said == '5 samples of seed 1, solver euler with 2 steps, no guidance.'
+
+
+def test_the_heads_of_a_file_are_noted_or_said(directory, tmp_path, capsys):
+    """A file without a config beside it tells sizes by its tensors, which leave out the heads."""
+    alone = tmp_path / 'alone.safetensors'
+    shutil.copy(directory / 'model.safetensors', alone)
+    heads = load_config(directory).ar.heads
+    assert heads != 1
+    assert checkpoints._opened(str(alone), True, None)[1].ar.heads == heads
+    assert capsys.readouterr().out == ''
+    prefixed = {f'module.{name}': tensor for name, tensor in load_file(alone).items()}
+    save_file(prefixed, alone)
+    assert checkpoints._opened(str(alone), True, heads)[1].ar.heads == heads
+    assert capsys.readouterr().out == ''
+    assert checkpoints._opened(str(alone), True, None)[1].ar.heads == 1
+    said = 'attention heads: 1, the width over 64, since shapes do not tell; --heads=N'
+    assert said in capsys.readouterr().out
+
+
+def test_files_that_are_no_whole_model_are_one_line(directory, tmp_path):
+    for name in ('model-00001-of-00002.safetensors', 'model.safetensors.index.json'):
+        with pytest.raises(UserError, match=f'{name} is a part of several: join them'):
+            checkpoints._opened(str(tmp_path / name), True, None)
+    shutil.copy(directory / 'model.safetensors', tmp_path)
+    (tmp_path / 'config.json').write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r'config\.json is no config of sphere_ar_jax: move one of'):
+        checkpoints._opened(str(tmp_path / 'model.safetensors'), True, None)
 
 
 @pytest.mark.slow

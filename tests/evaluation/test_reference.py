@@ -50,6 +50,16 @@ def test_a_directory_is_a_set_of_images(tmp_path):
         assert image_sets.count_images(path) == 7
 
 
+def test_linked_directories_belong_to_a_set(tmp_path):
+    """Each once, also where links lead back, as in a training."""
+    elsewhere = _fill(tmp_path / 'elsewhere', _pixels(4))
+    directory = _fill(tmp_path / 'set', _pixels(3))
+    (directory / 'linked').symlink_to(elsewhere, target_is_directory=True)
+    (directory / 'again').symlink_to(elsewhere, target_is_directory=True)
+    (directory / 'b' / 'back').symlink_to(directory, target_is_directory=True)
+    assert image_sets.count_images(directory) == 7
+
+
 def test_directories_that_are_no_set(tmp_path):
     directory = _fill(tmp_path / 'set', _pixels(3))
     Image.fromarray(_pixels(1, 5, 5)[0]).save(directory / 'b' / 'z.png')

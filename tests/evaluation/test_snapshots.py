@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,16 @@ def _stage():
     options = tiny_config.get_config().ar_training
     options.batch_size = 4
     return state.make_stage('ar', options, 0, lambda key: {}, loss, np.float32(0), ())
+
+
+@pytest.mark.parametrize('count', [3, 10, 25, 30])
+def test_all_classes_are_drawn_for_fid(count):
+    labels = snapshots._all_classes(count, 10)
+    chex.assert_shape(labels, (count,))
+    times = np.bincount(labels, minlength=10)
+    assert set(times) <= {count // 10, -(-count // 10)}
+    # The odd ones lie evenly among the classes.
+    assert abs(labels.mean() - 4.5) < 0.5
 
 
 def test_the_loss_of_held_out_images():

@@ -55,9 +55,6 @@ def test_the_page_of_captions(tmp_path):
             for seed in c.seeds
         ],
         'seconds': {'training': 60.0, 'measuring': 5.0},
-        'version': '1',
-        'jax': '2',
-        'platform': 'cpu',
         'command': 'COMMAND',
     }
     report.write(captions.KIND, c, json.loads(json.dumps(found)), str(tmp_path))

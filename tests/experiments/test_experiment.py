@@ -104,6 +104,10 @@ def test_rows_are_the_papers():
         ({'guidance_scales': (1.0,)}, 'must have common_guidance 1.5'),
         ({'comparisons': ('power_spherical vmf frechet_best',)}, 'is not BETTER WORSE SCORE'),
         ({'comparisons': ('power_spherical gaussian_norm beauty',)}, 'is not BETTER WORSE SCORE'),
+        (
+            {'comparisons': ('power_spherical gaussian_norm radial_growth',)},
+            'is not BETTER WORSE SCORE',
+        ),
         ({'map': ('power_spherical vmf',)}, 'map: .* is not BETTER WORSE, two of the rows'),
         ({'shifts': ('noisy:9',)}, "'noisy:9' is no corruption: write WORD:SEVERITY"),
         ({'prefixes': (0.5, 1.0)}, r'prefixes are \(0.5, 1.0\), but must be shares'),
@@ -412,7 +416,8 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
     np.testing.assert_allclose(row['norm_drift']['mean'], 2.75 / 1.5 - 1)
     np.testing.assert_allclose(row['seconds_per_image']['mean'], 0.1 + 1 + 1.5)
-    assert found['version']
+    assert found['written_with']['version']
+    assert found['measured'][0]['made_with'] == found['written_with']
     assert found['config']['seeds'] == [0, 1, 2]
     directory = tmp_path / 'two'
     assert (directory / 'guidance.png').stat().st_size > 5000

@@ -69,6 +69,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
         if len(asked) == 1:
             raise KeyboardInterrupt
         asked.append((options.num_steps, num_images))
+        assert judge is runs
         return {'evaluations': options.num_steps} | dict.fromkeys(frontier.SCORES, 0.5)
 
     def judge(config, cache):
@@ -87,14 +88,22 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
     assert json.loads(first)['setting'] == 'distilled 1'
     scores.write_text(first + first[:20])
     asked.clear()
-    summary = frontier.run([workdir], output, 20, 10)
+    # A workdir that is named twice is one run.
+    summary = frontier.run([workdir, f'{workdir}/'], output, 20, 10)
     assert asked == [(2, 20)]
+    assert summary['distilled 1']['runs'] == 1
     assert list(summary) == ['distilled 1', 'distilled 2']
     lines = scores.read_text().splitlines()
     assert [json.loads(line)['setting'] for line in lines] == ['distilled 1', 'distilled 2']
     assert set(judges) == {output}
     asked.clear()
-    # Scores of more images are others.
+    # Scores of other weights at the same place are others, and so are those of more images.
+    with monkeypatch.context() as patched:
+        patched.setattr(frontier.generation, 'parameters_crc', lambda run: 1)
+        with pytest.raises(KeyboardInterrupt):
+            frontier.run([workdir], output, 20, 10)
+    assert asked == [(1, 20)]
+    asked.clear()
     with pytest.raises(KeyboardInterrupt):
         frontier.run([workdir], output, 30, 10)
     assert asked == [(1, 30)]

@@ -112,6 +112,18 @@ def test_tensors_of_another_model(model, directory, name, value, message):
     assert str(error.value).isprintable()
 
 
+def test_the_number_of_heads_is_noted(model, directory, tmp_path):
+    run = tiny_config.random_run(model[0])
+    path = tmp_path / 'noted.safetensors'
+    torch_names.export(path, run.vae, run.vae_params, run.ar_params, run.ar.heads)
+    assert shared.heads(path) == run.ar.heads
+    assert shared.heads(directory / shared.WEIGHTS) is None
+    save_file(load_file(path), path, metadata={torch_names.AR_HEADS: 'many\n'})
+    with pytest.raises(UserError, match=r'notes many.* as its number of heads') as error:
+        shared.heads(path)
+    assert str(error.value).isprintable()
+
+
 def test_half_precision_is_read_and_a_tokenizer_alone_has_no_ar_model(model, directory):
     path = directory / shared.WEIGHTS
     tensors = load_file(path)

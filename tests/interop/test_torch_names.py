@@ -173,6 +173,8 @@ def test_state_dict_picks_and_strips(torch_tensors):
     assert torch_sizes.state_dict(both, ema=False)['x'] is a
     assert torch_sizes.state_dict({'model': {'x': a}, 'ema': None})['x'] is a
     assert list(torch_sizes.state_dict({'module.x.module.y': a})) == ['x.module.y']
+    averaged = {'n_averaged': a, 'module.vae._orig_mod.x': b}
+    assert list(torch_sizes.state_dict({'ema': averaged})) == ['vae.x']
     for tree, message in (
         (
             {'weights': {'x': a}, 'epoch': 3},
@@ -201,6 +203,18 @@ def test_conversion_round_trip(torch_tensors, tiny_ar, tiny_vae):
         np.testing.assert_array_equal(
             tensor, np.asarray(torch_tensors[name], np.float32), err_msg=name
         )
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        (np.full(64, np.nan, np.float16), 'norm.weight has numbers that are not finite'),
+        (np.ones(64, np.int8), 'norm.weight holds int8, but must hold floats'),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(torch_tensors, tiny_ar, value, message):
+    with pytest.raises(UserError, match=message):
+        torch_names.from_torch(torch_tensors | {'norm.weight': value}, tiny_ar[1])
 
 
 def test_export_is_what_was_read(torch_tensors, tiny_ar, tiny_vae, tmp_path):

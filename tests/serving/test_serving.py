@@ -155,6 +155,8 @@ def test_a_page_that_cannot_be_served_says_why(capsys, monkeypatch, old_runs, tm
             page._require_free('127.0.0.1', taken)
     with pytest.raises(UserError, match='give a number from 1 to 65535'):
         page._require_free('127.0.0.1', 65536)
+    line = _refused(capsys, f'--workdir={old_runs / "digits"}', '--host=::1')
+    assert '--host=::1: the page cannot listen at an address of IPv6' in line
     with pytest.raises(UserError, match=r'of a\.\.b cannot be used \(that is no name of a host'):
         page._require_free('a..b', 7860)
 

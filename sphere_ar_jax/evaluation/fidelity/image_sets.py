@@ -51,6 +51,7 @@ def list_images(directory: str | os.PathLike[str]) -> list[str]:
     """The paths of the images in a directory and in all directories below it, sorted.
 
     Images are known by their suffix, see `listing.is_image`; what systems leave behind is ignored.
+    Linked directories are followed, each once, as in a training.
 
     Raises:
       OSError: the directory cannot be read.
@@ -61,8 +62,14 @@ def list_images(directory: str | os.PathLike[str]) -> list[str]:
         raise error
 
     found = []
-    for inside, directories, files in os.walk(directory, onerror=stop):
-        directories[:] = [name for name in directories if not listing.is_of_system(name)]
+    seen = set()
+    for inside, directories, files in os.walk(directory, onerror=stop, followlinks=True):
+        real = os.path.realpath(inside)
+        if real in seen:  # a link leads back, or a second one leads here
+            directories.clear()
+            continue
+        seen.add(real)
+        directories[:] = sorted(name for name in directories if not listing.is_of_system(name))
         found += [
             os.path.join(inside, name)
             for name in files
