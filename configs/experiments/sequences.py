@@ -26,10 +26,11 @@ ROWS = ('power_spherical', 'gaussian')
 
 def get_config(arg: str = '') -> ConfigDict:
     """The config of the experiment; arg: the words behind the colon."""
+    is_fashion = 'fashion' in arg.split(',')
     c = experiments.start(
         'sequences',
         arg,
-        'Longer sequences: 16, 64 and 256 tokens',
+        f'Longer sequences: {"64 and 256" if is_fashion else "16, 64 and 256"} tokens',
         'Rows of more tokens have tokens of fewer pixels. '
         'The drift of the norm is |mean over the last quarter of the positions / mean over the '
         'first quarter − 1|, before projection, at guidance 1.5. ',
@@ -44,7 +45,7 @@ def get_config(arg: str = '') -> ConfigDict:
             'ar_training': {'batch_size': 16, 'steps': 3000, 'copies': 1},
         },
     }
-    if 'fashion' in arg.split(','):
+    if is_fashion:
         sizes = {64: {}, 256: {'vae': {'grid': (16, 16), 'channels': (128, 128)}}}
     c.claim = (
         'The longer the sequence, the more scale errors add up: Gaussian tokens fall behind '

@@ -195,15 +195,8 @@ def sample(
         f'{n} images: {s.solver}, {s.num_steps} steps, {guided}, {mesh.size} device(s)', flush=True
     )
     started = time.perf_counter()
-    show = console.bar(n, 'samples')
-    counts = []  # images that are there, at the start and after each batch
-
-    def progress(done: int) -> None:
-        counts.append(done)
-        show(done)
-
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    generation.generate(
+    drawn = generation.generate(
         run,
         asked,
         seed,
@@ -211,10 +204,9 @@ def sample(
         numbers=numbers,
         batch_size=s.batch_size,
         mesh=mesh,
-        progress=progress,
+        progress=console.bar(n, 'samples'),
     )
     seconds = time.perf_counter() - started
-    drawn = n - counts[0]
     if drawn:
         rate = drawn / seconds
         print(f'{path}: {drawn} images in {seconds:.1f} s, {rate:.2f} images/s with compiling')

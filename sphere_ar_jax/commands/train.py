@@ -692,7 +692,7 @@ def _check_moved(
     if (before.tokenizer, before.init_from) == (cfg.tokenizer, cfg.init_from):
         return
     teacher = given.get('teacher')
-    tokenizer = given.get('tokenizer')
+    tokenizer = given.get('tokenizer') if before.tokenizer is not None else None
     if teacher is not None:
         check_origin(_distillation(setting, teacher), setting.workdir, setting.mesh)
     elif tokenizer is not None and epath.Path(setting.workdir, 'ar', 'checkpoints').is_dir():

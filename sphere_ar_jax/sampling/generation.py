@@ -396,7 +396,7 @@ def generate(
     batch_size: int,
     mesh: Mesh,
     progress: Callable[[int], None] = lambda done: None,
-) -> None:
+) -> int:
     """Draws an image for each label and writes them to an npz.
 
     The npz holds `arr_0`, uint8 (n, H, W, c), and `arr_1`, the labels or `numbers`. Batches lie in
@@ -415,6 +415,9 @@ def generate(
       mesh: devices that draw.
       progress: called with the number of images done, at first with those of earlier starts.
 
+    Returns:
+      The number of images that were drawn now.
+
     Raises:
       UserError: there are samples of other settings at the path, or another process draws there.
       NonFiniteSamples: an image is not finite; what was drawn before is kept.
@@ -427,7 +430,8 @@ def generate(
     with _owned(path):
         parts = _begin(path, identity, shape) if hosts.is_first() else None
         gaps = _tell_all(parts.gaps() if parts is not None else [])
-        done = n - sum(stop - start for start, stop in gaps)
+        missing = sum(stop - start for start, stop in gaps)
+        done = n - missing
         progress(done)
 
         def add(first: int, images: np.ndarray) -> None:
@@ -445,3 +449,4 @@ def generate(
     if parts is not None:
         # Not before the lock in it is released: NFS keeps a file that is open, and its directory.
         shutil.rmtree(parts.directory, ignore_errors=True)
+    return missing

@@ -506,7 +506,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     cfg.ar_training.update(steps=12, learning_rate=1e30, warmup_steps=0, checkpoint_every=1)
     with pytest.raises(
         loop.NonFiniteError,
-        match=r'at step \d+; the last good checkpoint, step 6, was not touched. .*learning_rate',
+        match=r'at step \d+; the last good checkpoint, step 6, was not touched .*learning_rate',
     ):
         _train(cfg, tmp_path, 1)
     cfg.ar_training.update(steps=6)

@@ -9,7 +9,7 @@ Dimensions:
 """
 
 import functools
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,22 @@ from sphere_ar_jax.models.fused.products import Refs
 ENTRIES = 64
 WARPS = 4
 
+# The output, and the keys and values with the new entry.
 Result: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class _Softmax(NamedTuple):
+    """A softmax over the entries that were read so far, which `attend_cached` ends by a division.
+
+    Attributes:
+      largest: () the largest logit.
+      total: () Σ exp(logit − largest).
+      weighted: (K,) Σ exp(logit − largest)·v.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    weighted: jax.Array
 
 
 def attend_cached(
@@ -152,9 +167,8 @@ def _kernel(
     keys[b, n, position, :] = k
     values[b, n, position, :] = v
 
-    def add(j: jax.Array, state: Result) -> Result:
-        """Adds some entries to (largest logit, sum of weights, weighted sum of values)."""
-        largest, total, weighted = state
+    def add(j: jax.Array, before: _Softmax) -> _Softmax:
+        """Adds some entries."""
         entries = j * ENTRIES + jnp.arange(ENTRIES)
         filled = entries < position
         part = (b, n, pl.ds(j * ENTRIES, ENTRIES), slice(None))
@@ -163,15 +177,15 @@ def _kernel(
         some_values = read(old_values.at[part]).astype(jnp.float32)
         logits = jnp.sum(some_keys * q[None], axis=-1) * K**-0.5
         logits = jnp.where(filled, logits, -jnp.inf)
-        top = jnp.maximum(largest, jnp.max(logits))
-        weights = jnp.exp(logits - top)
-        shrunk = jnp.exp(largest - top)
-        total = total * shrunk + jnp.sum(weights)
-        weighted = weighted * shrunk + jnp.sum(weights[:, None] * some_values, axis=0)
-        return top, total, weighted
+        largest = jnp.maximum(before.largest, jnp.max(logits))
+        weights = jnp.exp(logits - largest)
+        shrunk = jnp.exp(before.largest - largest)
+        total = before.total * shrunk + jnp.sum(weights)
+        weighted = before.weighted * shrunk + jnp.sum(weights[:, None] * some_values, axis=0)
+        return _Softmax(largest, total, weighted)
 
     first = jnp.sum(q * k.astype(jnp.float32)) * K**-0.5
-    state = (first, jnp.float32(1), v.astype(jnp.float32))
+    alone = _Softmax(first, jnp.float32(1), v.astype(jnp.float32))
     steps = (position + ENTRIES - 1) // ENTRIES
-    _, total, weighted = jax.lax.fori_loop(0, steps, add, state)
-    out[b, n, :] = (weighted / total).astype(out.dtype)
+    whole = jax.lax.fori_loop(0, steps, add, alone)
+    out[b, n, :] = (whole.weighted / whole.total).astype(out.dtype)

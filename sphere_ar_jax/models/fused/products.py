@@ -89,7 +89,7 @@ def choose_tile(R: int, D: int, F: int, reads: float, parts: int = 1) -> Tile | 
       R: rows of the result.
       D: features that come in.
       F: features that go out.
-      reads: how often a program reads a number of D features of its rows.
+      reads: what a program reads for one feature of one row, in numbers of the kernel's dtype.
       parts: P.
 
     Returns:
@@ -99,7 +99,7 @@ def choose_tile(R: int, D: int, F: int, reads: float, parts: int = 1) -> Tile | 
     def fitting(size: int) -> list[int]:
         return [side for side in SIDES if size % side == 0]
 
-    def reads_most(rows: int, columns: int) -> float:
+    def busiest_reads(rows: int, columns: int) -> float:
         """Numbers for each of D features that the busiest multiprocessor reads."""
         programs = (R // rows) * (F // columns)
         return -(-programs // MULTIPROCESSORS) * (reads * rows + parts * columns)
@@ -108,7 +108,7 @@ def choose_tile(R: int, D: int, F: int, reads: float, parts: int = 1) -> Tile | 
     sides = [(rows, columns) for rows in fitting(R) for columns in fitting(F)]
     if not (depths and sides):
         return None
-    rows, columns = min(sides, key=lambda side: reads_most(*side))
+    rows, columns = min(sides, key=lambda side: busiest_reads(*side))
     return Tile(rows, depths[0], columns)
 
 

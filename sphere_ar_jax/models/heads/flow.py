@@ -157,9 +157,12 @@ class Solver(NamedTuple):
 def chunk_size(evaluations: int, rows: int, fused: bool = False) -> int:
     """Number of evaluations of a token whose modulations are computed in one product.
 
+    It is ⌈E/P⌉ with P = ⌈E/max(1, ⌊least/R⌋)⌉: chunks of equal size, whose products have about
+    `least` rows each.
+
     Args:
       evaluations: E.
-      rows: rows of the sampler on a device.
+      rows: R, rows of the sampler on a device.
       fused: see `FlowHead`.
     """
     least = FUSED_PRODUCT_ROWS if fused else PRODUCT_ROWS
