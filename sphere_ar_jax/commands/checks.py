@@ -303,9 +303,9 @@ def check_inputs(cfg: 'ConfigDict', workdir: str | None) -> Check:
       cfg: a checked config.
       workdir: the directory of the run, an absolute path; None where not known.
     """
-    from sphere_ar_jax.commands import train
+    from sphere_ar_jax.commands.inputs import agreement, origins
 
-    found = train.check_inputs(train.with_absolute_paths(cfg), workdir)
+    found = origins.check_inputs(agreement.with_absolute_paths(cfg), workdir)
     return Check('inputs', 'ok', ', '.join(found) or 'nothing is read but images')
 
 
@@ -317,15 +317,15 @@ def check_captions(cfg: 'ConfigDict', source: 'sources.Images | small.Split') ->
       source: its images.
 
     Raises:
-      UserError: see `table.with_captions` and `train.describe_captions`.
+      UserError: see `table.with_captions` and `training_images.describe_captions`.
     """
-    from sphere_ar_jax.commands import train
+    from sphere_ar_jax.commands.inputs import training_images
     from sphere_ar_jax.data.captions import table
 
     if cfg.data.captions is not None:
         # The config's checks refuse a table for the small data sets.
         source = table.with_captions(cast('sources.Images', source), cfg.data.captions)
-    said = train.describe_captions(cfg, source)
+    said = training_images.describe_captions(cfg, source)
     left_out = getattr(source, 'left_out', '')
     if left_out:
         said.append(f'left out: {left_out}')

@@ -355,7 +355,8 @@ def export(
     """Writes parameters under the public names to a safetensors file.
 
     As in the published files, all tensors are float32, and the S-VAE has its RoPE tables with it.
-    The number of the AR model's heads, which shapes do not tell, stands in the metadata.
+    The metadata has the number of the AR model's heads, where it is not the width over 64 that
+    `torch_sizes.sizes` takes. It has one key, since safetensors writes several in any order.
 
     Args:
       path: the file to write.
@@ -380,6 +381,6 @@ def export(
     for part in ('encoder', 'decoder'):
         tensors[f'vae.{part}.freqs_cis'] = table.copy()
     metadata = {'format': 'pt'}
-    if heads is not None:
-        metadata[AR_HEADS] = str(heads)
+    if heads is not None and heads != len(tensors['proj_in.weight']) // 64:
+        metadata = {AR_HEADS: str(heads)}
     save_file(tensors, path, metadata=metadata)

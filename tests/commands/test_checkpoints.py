@@ -18,7 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sphere_ar_jax
-from sphere_ar_jax.commands import checkpoints, open_run, train
+from sphere_ar_jax.commands import checkpoints, open_run
+from sphere_ar_jax.commands.inputs import origins
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.evaluation import model_card
 from sphere_ar_jax.interop import shared
@@ -118,7 +119,7 @@ def test_a_shared_directory_is_no_workdir_to_train_in(directory):
     with pytest.raises(UserError, match=f'holds shared weights, .*{advice}'):
         claim(load_config(directory), str(directory))
     with pytest.raises(UserError, match=f'init_from: .* holds shared weights: .*{advice}'):
-        train._check_finished('init_from', str(directory))
+        origins.check_finished('init_from', str(directory))
     assert sorted(os.listdir(directory)) == sorted(shared.FILES)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.commands import data_sets, open_run, train
+from sphere_ar_jax.commands.inputs import origins, training_images
 from sphere_ar_jax.config import beside, checks, packaged, schema
 from sphere_ar_jax.data import small, sources
 from sphere_ar_jax.data.batches import batches
@@ -102,7 +103,7 @@ def test_gradients_are_those_of_images(old_runs, folder, encoded, tmp_path):
     compute = jax.jit(jax.value_and_grad(stage.loss, has_aux=True), **quickly_compiled())
     found = []
     for kind, path in (('folder', whole), ('latents', encoded[0])):
-        data = train._open_data(_on(old_runs, kind, path))
+        data = training_images.open_data(_on(old_runs, kind, path))
         with batches(data.source, batch_size=16, seed=5, **data.reading) as reading:
             batch = next(reading)
         assert ('image' in batch) == (kind == 'folder')
@@ -118,7 +119,7 @@ def test_gradients_are_those_of_images(old_runs, folder, encoded, tmp_path):
 def test_posteriors_are_those_of_images(old_runs, folder, encoded):
     """What latents give is what the tokenizer makes of the images, of the same type."""
     run = load_run(old_runs / 'digits', tokenizer_only=True)
-    transform = train._open_data(_on(old_runs, 'folder', folder)).reading['transform']
+    transform = training_images.open_data(_on(old_runs, 'folder', folder)).reading['transform']
     source = sources.ImageFolder(folder)
     kept = [i for i in range(len(source)) if source.name(i) != 'cat/cut.jpg'][:8]
     images = np.stack([transform(source[i], 0, np.random.default_rng(i))['image'] for i in kept])
@@ -171,14 +172,14 @@ def test_a_tokenizer_that_is_not_finished_is_not_used(old_runs, tmp_path):
         data_sets.encode(str(tmp_path / 'w'), str(tmp_path / 'out'))
     mine = schema.changed(_config(old_runs), {'tokenizer': str(tmp_path / 'w')})
     with pytest.raises(UserError, match=r'tokenizer: that in .*/w is not trained to its end: run'):
-        train.check_inputs(mine, None)
+        origins.check_inputs(mine, None)
     # Also where it is that of a workdir between.
     between = schema.changed(mine, {'tokenizer_training.steps': 0})
     (tmp_path / 'between').mkdir()
     files.write_json(tmp_path / 'between' / 'config.json', schema.as_dict(between))
     assert not is_trained(tmp_path / 'between', 'tokenizer')
     with pytest.raises(UserError, match=r'init_from: .*/w is not finished'):
-        train._check_finished('init_from', str(tmp_path / 'w'))
+        origins.check_finished('init_from', str(tmp_path / 'w'))
 
 
 def _refusal(call, *arguments, **options):

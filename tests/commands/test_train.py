@@ -25,6 +25,7 @@ from PIL import Image
 from sphere_ar_jax import main
 from sphere_ar_jax.commands import checks as commands_checks
 from sphere_ar_jax.commands import data_sets, evaluate, open_run, train
+from sphere_ar_jax.commands.inputs import agreement, origins, training_images
 from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment, sources, stand_in
 from sphere_ar_jax.data import batches as data_batches
@@ -234,11 +235,11 @@ def test_weights_that_were_taken_are_no_tokenizer(tmp_path, monkeypatch):
     """A fine-tuning on a tokenizer elsewhere takes none, and none is made up in its place."""
     changes = {'fine_tuning.init_from': '/gone', 'tokenizer_training.steps': 0}
     cfg = checks.check(_config('', **changes))
-    monkeypatch.setattr(train.transfer, 'is_done', lambda workdir: True)
+    monkeypatch.setattr(origins.transfer, 'is_done', lambda workdir: True)
     with pytest.raises(UserError, match=r'give --config\.tokenizer=DIR, the workdir of a trained'):
-        train.check_inputs(cfg, str(tmp_path))
+        origins.check_inputs(cfg, str(tmp_path))
     (tmp_path / 'tokenizer' / 'weights').mkdir(parents=True)
-    assert train.check_inputs(cfg, str(tmp_path)) == []
+    assert origins.check_inputs(cfg, str(tmp_path)) == []
 
 
 @pytest.mark.slow
@@ -373,7 +374,7 @@ def test_images_with_captions_need_no_labels(tmp_path):
     texts.write_text('a.parquet [0]\ta cat\na.parquet [1]\ta dog\n')
     cfg = packaged.load(f'own:data=parquet:{path},captions={texts},smoke')
     assert '2 images in 1 class' in ' '.join(cfg.reasons)
-    source = train._open_data(cfg).source
+    source = training_images.open_data(cfg).source
     assert [source[i]['captions'] for i in range(2)] == [('a cat',), ('a dog',)]
     check, _ = commands_checks.check_data('parquet', str(path), needs_labels=False)
     assert check.status == 'ok'
@@ -385,7 +386,7 @@ def test_images_with_captions_need_no_labels(tmp_path):
     with pytest.raises(UserError, match="--labels is uniform: --mode=pack takes 'none' alone"):
         data_sets.pack(f'parquet:{path}', packed, labels='uniform')
     with pytest.raises(UserError, match='several columns that may hold labels, width, height'):
-        train._open_data(packaged.load(f'own:data=parquet:{path},smoke'))
+        training_images.open_data(packaged.load(f'own:data=parquet:{path},smoke'))
 
 
 def test_captions_that_are_refused_leave_the_workdir_free(tmp_path):
@@ -417,11 +418,11 @@ def test_a_head_is_distilled_with_the_vocabulary_of_its_teacher(tmp_path, monkey
         cfg.ar.update(condition='text', vocabulary=str(tmp_path / f'{name}.txt'))
         cfgs.append(cfg)
     teacher = types.SimpleNamespace(config=cfgs[0])
-    monkeypatch.setattr(train, 'load_teacher', lambda workdir, mesh: teacher)
-    monkeypatch.setattr(train, '_check_finished', lambda key, workdir: None)
+    monkeypatch.setattr(origins, 'load_teacher', lambda workdir, mesh: teacher)
+    monkeypatch.setattr(origins, 'check_finished', lambda key, workdir: None)
     with pytest.raises(UserError, match='init_from: RUN has another vocabulary: give --config'):
-        train._teacher(cfgs[1], None)
-    assert train._teacher(cfgs[2], None) is teacher
+        origins.read_teacher(cfgs[1], None)
+    assert origins.read_teacher(cfgs[2], None) is teacher
 
 
 def test_processes_read_the_same_captions(tmp_path, monkeypatch):
@@ -433,8 +434,8 @@ def test_processes_read_the_same_captions(tmp_path, monkeypatch):
         compared.append(numbers)
         return [i for i, number in enumerate(numbers) if number != compared[0][i]]
 
-    monkeypatch.setattr(train.hosts, 'count', lambda: 2)
-    monkeypatch.setattr(train.hosts, 'differing', differing)
+    monkeypatch.setattr(agreement.hosts, 'count', lambda: 2)
+    monkeypatch.setattr(agreement.hosts, 'differing', differing)
     for number, (words, captions, same) in enumerate(
         (
             ('cat\ndog\n', 'a/1.png\tcat\nb/1.png\tdog\n', True),
@@ -450,16 +451,16 @@ def test_processes_read_the_same_captions(tmp_path, monkeypatch):
         options = {'data.captions': str(table), 'ar.vocabulary': str(vocabulary)}
         options |= {'data.name': 'folder', 'data.path': images}
         cfg = _config('', **options, **{'ar.condition': 'text', 'ar.text_tokens': 2})
-        source = train._open_data(cfg).source
+        source = training_images.open_data(cfg).source
         if same:
-            train._check_same(cfg, source)
+            agreement.check_same(cfg, source)
             continue
         with pytest.raises(UserError, match='differ in what the model reads of captions: start'):
-            train._check_same(cfg, source)
+            agreement.check_same(cfg, source)
     # A process whose model reads no texts compares as many values.
     classes = _config('', **{'data.name': 'folder', 'data.path': images})
     with pytest.raises(UserError, match=r'differ in ar\.condition'):
-        train._check_same(classes, train._open_data(classes).source)
+        agreement.check_same(classes, training_images.open_data(classes).source)
     assert len({len(numbers) for numbers in compared}) == 1
 
 
@@ -476,18 +477,20 @@ def test_processes_are_compared_before_they_read_weights(tmp_path, monkeypatch):
     """Where one alone has a tokenizer, the others would wait for it without end."""
     cfg = _idx(tmp_path / 'data')
     compared = []
-    monkeypatch.setattr(train.hosts, 'differing', lambda numbers: compared.append(numbers) or [])
-    source = train._open_data(cfg).source
+    monkeypatch.setattr(
+        agreement.hosts, 'differing', lambda numbers: compared.append(numbers) or []
+    )
+    source = training_images.open_data(cfg).source
     for changes in ({}, {'tokenizer': '/a'}, {'tokenizer': '/b'}, {'data.path': '/b'}):
-        train._check_same(schema.changed(cfg, changes), source)
+        agreement.check_same(schema.changed(cfg, changes), source)
     assert compared[0] != compared[1] == compared[2]
     assert compared[3] == compared[0]
 
     def refuse(cfg, source):
         raise UserError('the processes differ')
 
-    monkeypatch.setattr(train, '_check_same', refuse)
-    monkeypatch.setattr(train, 'load_tokenizer', lambda *_: pytest.fail('weights are read'))
+    monkeypatch.setattr(agreement, 'check_same', refuse)
+    monkeypatch.setattr(origins, 'load_tokenizer', lambda *_: pytest.fail('weights are read'))
     with pytest.raises(UserError, match='the processes differ'):
         train._set_up(schema.changed(cfg, {'tokenizer': '/a'}), str(tmp_path / 'w'))
 
@@ -519,7 +522,7 @@ def test_grey_models_are_trained_on_image_files(tmp_path):
     images = _folder(tmp_path / 'images', a=(40, 50), b=(50, 40))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images, 'vae.image_channels': 1})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    reading = train._open_data(cfg).reading
+    reading = training_images.open_data(cfg).reading
     with data_batches.batches(setting.source, batch_size=4, seed=0, **reading) as batches:
         assert next(batches)['image'].shape == (4, *setting.vae.image_shape) == (4, 32, 32, 1)
     shown = snapshots.examples(setting)
@@ -544,10 +547,10 @@ def test_what_cannot_be_shown_is_left_out_of_the_examples(tmp_path):
 
 
 def test_only_synsets_of_imagenet_are_read_as_stored(tar, tmp_path):
-    assert train._open_data(_config(tar)).reading['transform'].as_stored
+    assert training_images.open_data(_config(tar)).reading['transform'].as_stored
     images = _folder(tmp_path / 'images', n01440764=(9, 9), cat=(9, 9))
     cfg = _config('', **{'data.name': 'folder', 'data.path': images})
-    assert not train._open_data(cfg).reading['transform'].as_stored
+    assert not training_images.open_data(cfg).reading['transform'].as_stored
 
 
 @pytest.mark.slow
@@ -774,7 +777,7 @@ def test_a_run_finds_its_data_from_any_directory(tmp_path, monkeypatch):
         ('folder', 'gs://bucket/pets', 'gs://bucket/pets'),
     ):
         options = {'data.name': name, 'data.path': path, 'data.captions': 'beside'}
-        changed = train.with_absolute_paths(schema.changed(cfg, options))
+        changed = agreement.with_absolute_paths(schema.changed(cfg, options))
         assert (changed.data.path, changed.data.captions) == (found, 'beside')
 
 

@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from sphere_ar_jax.commands import checkpoints, train
+from sphere_ar_jax.commands import checkpoints
+from sphere_ar_jax.commands.inputs import origins
 from sphere_ar_jax.config import build, checks, recipes, schema
 from sphere_ar_jax.data import digits
 from sphere_ar_jax.interop import torch_names
@@ -299,10 +300,12 @@ def test_backbones_refuse_each_others_workdirs(tmp_path):
     mesh = sharding.make_mesh(1)
     with pytest.raises(UserError, match=refusal):
         run.load_tokenizer(cfg, mesh)
-    with pytest.raises(UserError, match=refusal):
+    with pytest.raises(UserError, match=f'^{old} names itself as the run that has its tokenizer'):
         run.load_run(old, mesh, tokenizer_only=True, cfg=cfg)
+    with pytest.raises(UserError, match=refusal):
+        run.load_run(tmp_path / 'other', mesh, tokenizer_only=True, cfg=cfg)
     with pytest.raises(UserError, match=f'^tokenizer: {refusal[1:]}'):
-        train._tokenizer(cfg, mesh)
+        origins.read_tokenizer(cfg, mesh)
 
 
 @pytest.mark.parametrize(

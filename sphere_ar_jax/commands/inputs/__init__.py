@@ -1,0 +1,1 @@
+"""What a training reads, and what is checked of it before anything is trained."""
