@@ -191,7 +191,7 @@ def measure(work: programs.Work, chip: Chip) -> Result:
       OutOfMemoryError: the program does not fit.
     """
     compiled, text = compile_work(work)
-    program = hlo.Program(text, work.lengths)
+    program = hlo.Program(text, work.lengths, work.taken)
     parts = memory(compiled, work.groups)
     sent = program.collectives()
     moved = program.memory_traffic()

@@ -1,7 +1,7 @@
 """Reads a compiled program: what devices send, what memory traffic there is, which arrays it holds.
 
 The text is XLA's after all optimizations, for one device: `compiled.as_text()`. An instruction of a
-loop's body counts as often as the loop runs; for a conditional the mean of its branches counts.
+loop's body counts as often as the loop runs, and a conditional's branch as often as it is taken.
 Bytes are those of the layout, with tiles filled up.
 
   program   computations, one of them the entry; each is a list of instructions
@@ -210,13 +210,15 @@ class Program:
         within a fusion.
     """
 
-    def __init__(self, text: str, lengths: tuple[float, ...] = ()):
+    def __init__(self, text: str, lengths: tuple[float, ...] = (), taken: float = 0.5):
         """Reads a program.
 
         Args:
           text: `compiled.as_text()`.
           lengths: how often the open loops run, by the number of loops that one is nested in. A
             loop counts as one round where nothing is given.
+          taken: the share of the runs of a conditional that take its last branch, see
+            `costs.flops`.
 
         Raises:
           ValueError: the text is not a program.
@@ -224,6 +226,7 @@ class Program:
         self.computations: dict[str, Computation] = {}
         self.open_loops = 0
         self._lengths = lengths
+        self._taken = taken
         partitions = re.search(r'num_partitions=(\d+)', text[:100_000])
         self.devices = int(partitions[1]) if partitions else 1
         entry = None
@@ -286,11 +289,13 @@ class Program:
             elif instruction.opcode == 'conditional':
                 branches = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
                 if branches:
-                    names = re.findall(r'[\w.\-]+', branches[1])
+                    *others, last = re.findall(r'[\w.\-]+', branches[1])
                 else:
-                    names = _called(instruction, '(?:true|false)_computation')
-                for branch in names:
-                    self._visit(branch, times / len(names), depth)
+                    others = _called(instruction, 'false_computation')
+                    (last,) = _called(instruction, 'true_computation')
+                self._visit(last, times * (self._taken if others else 1), depth)
+                for branch in others:
+                    self._visit(branch, times * (1 - self._taken) / len(others), depth)
             elif instruction.opcode in ('call', 'async-start'):
                 for inner in _called(instruction, 'to_apply') + _called(instruction, 'calls'):
                     self._visit(inner, times, depth)

@@ -61,6 +61,7 @@ class Work(NamedTuple):
       computed: operations that are computed, with what remat computes again.
       steps: how often the program runs in a whole training; None if it is not a training step.
       lengths: those of `hlo.Program`.
+      taken: that of `hlo.Program`.
       devices: how many run it together.
     """
 
@@ -73,6 +74,7 @@ class Work(NamedTuple):
     computed: float
     steps: int | None = None
     lengths: tuple[float, ...] = ()
+    taken: float = 0.5
     devices: int = 1
 
 
@@ -228,6 +230,12 @@ def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
     return found
 
 
+def _guided_share(options: Options, num_tokens: int) -> float:
+    """The share of the head's evaluations that read null rows."""
+    guided = costs.guided_evaluations(options, num_tokens)
+    return float(guided.mean()) / options.plan(num_tokens).evaluations
+
+
 def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float:
     """Operations of drawing the tokens of B = `batch` images, whatever the mesh."""
 
@@ -242,8 +250,7 @@ def _tokens_flops(ar: AR, params: PyTree, batch: int, options: Options) -> float
     rows = 2 * batch if options.guidance else batch
     plan = options.plan(ar.num_tokens)
     lengths = costs.head_loops(plan, rows, ar.fused)
-    guided = costs.guided_evaluations(options, ar.num_tokens)
-    taken = float(guided.mean()) / plan.evaluations
+    taken = _guided_share(options, ar.num_tokens)
     return costs.flops(sample, params, labels, jax.random.key(0), lengths=lengths, taken=taken)
 
 
@@ -281,6 +288,7 @@ def sampling_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
         flops=flops,
         computed=flops,
         lengths=(ar.num_tokens, *loops),
+        taken=_guided_share(options, ar.num_tokens),
         devices=mesh.size,
     )
 

@@ -233,6 +233,34 @@ def test_room_to_work_in_is_no_traffic():
     assert hlo.Program(KERNELS).memory_traffic() == loop + copy + attention + product + summed
 
 
+@pytest.mark.parametrize(
+    'which', ['branch_computations={%no, %yes}', 'true_computation=%yes, false_computation=%no']
+)
+def test_a_branch_runs_as_often_as_it_is_taken(which):
+    text = f"""
+HloModule hand
+
+%no (a: f32[4]) -> f32[4] {{
+  ROOT %a = f32[4]{{0}} parameter(0)
+}}
+
+%yes (b: f32[4]) -> f32[4] {{
+  %b = f32[4]{{0}} parameter(0)
+  ROOT %twice = f32[4]{{0}} add(%b, %b)
+}}
+
+ENTRY %main (p: pred[], x: f32[4]) -> f32[4] {{
+  %p = pred[] parameter(0)
+  %x = f32[4]{{0}} parameter(1)
+  ROOT %either = f32[4]{{0}} conditional(%p, %x, %x), {which}
+}}
+"""
+    found = hlo.Program(text, taken=0.25).instructions
+    times = {instruction.name: times for instruction, _, times in found}
+    assert times['twice'] == 0.25
+    assert times['a'] == 0.75
+
+
 def test_loops_of_open_length():
     text = HLO.replace('direction=LT', 'direction=NE')
     assert hlo.Program(text).open_loops == 1
