@@ -11,9 +11,9 @@ Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (
 with what to do. A check that has not answered after 60 s (--timeout), as storage and drivers may,
 has failed too. The exit code is 1 if anything failed, 2 for wrong flags.
 
-Every check is a function of plain arguments that returns a `Check`; they are in `commands.checks`.
-Sizes are in bytes. Functions do their own imports, so that the doctor can report a package that is
-missing or broken.
+Every check is a function of plain arguments that returns a `Check`, in `commands.host_checks`. Sizes
+are in bytes. Functions do their own imports, so that the doctor can report a package that is missing
+or broken.
 """
 
 import logging
@@ -23,7 +23,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from sphere_ar_jax.commands import checks
+from sphere_ar_jax.commands import host_checks
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -38,7 +38,7 @@ def examine(
     cfg: 'ConfigDict | None',
     workdir: str | None,
     data: str | None,
-    examination: checks.Examination,
+    examination: host_checks.Examination,
     trains: bool = True,
 ) -> None:
     """Runs all checks.
@@ -67,8 +67,8 @@ def examine(
     devices, local = seen
     limit = sharding.memory_limit(local[0], len(local))
     text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
-    e.say(checks.Check('processes', 'ok', text))
-    e.say(checks.check_devices(devices, local, limit, checks.device_files()))
+    e.say(host_checks.Check('processes', 'ok', text))
+    e.say(host_checks.check_devices(devices, local, limit, host_checks.device_files()))
     disk = 0
     source = _examine_data(cfg if trains else None, data, e)
     trainings = None
@@ -80,10 +80,10 @@ def examine(
         disk = _examine_run(cfg, images, trainings, limit, workdir, e)
     slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
-        e.check('workdir', lambda: checks.check_workdir(workdir, disk), slow=slow)
+        e.check('workdir', lambda: host_checks.check_workdir(workdir, disk), slow=slow)
     if cfg is not None and trainings is not None:
-        e.check('inputs', lambda: checks.check_inputs(cfg, workdir), slow=slow)
-    e.check('cache', lambda: checks.check_cache(os.environ))
+        e.check('inputs', lambda: host_checks.check_inputs(cfg, workdir), slow=slow)
+    e.check('cache', lambda: host_checks.check_cache(os.environ))
 
 
 def _examine_run(
@@ -92,7 +92,7 @@ def _examine_run(
     trainings: 'dict[str, tuple[Stage, PyTree]]',
     limit: int | None,
     workdir: str | None,
-    examination: checks.Examination,
+    examination: host_checks.Examination,
 ) -> int:
     """Checks the captions of a config's images, its mesh and its memory.
 
@@ -110,8 +110,8 @@ def _examine_run(
     from sphere_ar_jax.config import build
 
     if source is not None and build.has_captions(cfg):
-        examination.check('captions', lambda: checks.check_captions(cfg, source))
-    found = examination.run('mesh', lambda: checks.run_checks(cfg, trainings, limit, workdir))
+        examination.check('captions', lambda: host_checks.check_captions(cfg, source))
+    found = examination.run('mesh', lambda: host_checks.run_checks(cfg, trainings, limit, workdir))
     if found is None:
         return 0
     of_run, disk = found
@@ -153,27 +153,26 @@ def _trainings(
 
 
 def _examine_data(
-    cfg: 'ConfigDict | None', data: str | None, examination: checks.Examination
+    cfg: 'ConfigDict | None', data: str | None, examination: host_checks.Examination
 ) -> 'sources.Images | small.Split | None':
     """Checks the data of --data, or else of a config, or neither. Returns the images if found."""
-    from sphere_ar_jax.config import build, recipes
-    from sphere_ar_jax.config import checks as config_checks
+    from sphere_ar_jax.config import build, checks, recipes
     from sphere_ar_jax.data import small
 
     if data is None and cfg is None:
         return None
 
-    def opened() -> 'tuple[checks.Check, sources.Images | small.Split]':
+    def opened() -> 'tuple[host_checks.Check, sources.Images | small.Split]':
         if data is not None:
             needs_labels = cfg is None or not build.has_captions(cfg)
-            return checks.check_data(*recipes.data_set(data), needs_labels=needs_labels)
+            return host_checks.check_data(*recipes.data_set(data), needs_labels=needs_labels)
         assert cfg is not None  # by the lines above
         d = cfg.data
         if d.name in small.KINDS:
-            config_checks.check(cfg)
-            return checks.check_small(d.name, d.path, build.open_data_set(cfg).train)
+            checks.check(cfg)
+            return host_checks.check_small(d.name, d.path, build.open_data_set(cfg).train)
         needs_labels = not build.has_captions(cfg)
-        return checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)
+        return host_checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)
 
     slow = "a large tar's index takes minutes, once: --timeout=1800"
     found = examination.run('data', opened, slow=slow)
@@ -209,9 +208,9 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     return values, values(argv, known_only=True)[1:]
 
 
-def _ended(check: checks.Check) -> int:
+def _ended(check: host_checks.Check) -> int:
     """Prints the check after which nothing more can be looked at. Returns the exit code."""
-    print('\n'.join(checks.lines(check)))
+    print('\n'.join(host_checks.lines(check)))
     return 1
 
 
@@ -229,7 +228,7 @@ def main(argv: list[str]) -> int:
         print(__doc__.split('\n\nEvery check is')[0])
         return 0
     started = time.perf_counter()
-    versions = checks.check_versions()
+    versions = host_checks.check_versions()
     if versions.status == 'FAIL':
         return _ended(versions)
     # This package logs the tracebacks even of errors that it raises.
@@ -247,19 +246,19 @@ def main(argv: list[str]) -> int:
             dict(cfg.items())
     except ImportError as error:
         text = f'cannot be imported: {error}; pip install -e .'
-        return _ended(checks.Check('package', 'FAIL', text))
+        return _ended(host_checks.Check('package', 'FAIL', text))
     except Exception as error:  # a config file may raise anything
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 2
-    examination = checks.Examination(values.timeout)
+    examination = host_checks.Examination(values.timeout)
     print(f'{platform.node()}, {platform.platform(terse=True)}, {os.cpu_count()} CPUs')
     examination.say(versions)
     if rest:
-        examination.say(checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
+        examination.say(host_checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
     trains = values.mode == 'train'
     if not trains:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
-        examination.say(checks.Check('flags', 'ok', text))
+        examination.say(host_checks.Check('flags', 'ok', text))
     workdir = None if values.workdir is None else absolute(values.workdir)
     if cfg is not None and workdir is not None:
         cfg = beside.with_kept_vocabulary(cfg, workdir)

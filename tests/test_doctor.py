@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from sphere_ar_jax import doctor
-from sphere_ar_jax.commands import checks as commands_checks
+from sphere_ar_jax.commands import host_checks
 from sphere_ar_jax.config import build, recipes, schema
 from sphere_ar_jax.data import sources
 from sphere_ar_jax.measure import costs, programs
@@ -62,7 +62,7 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
     )
     assert code == 0
     assert lines[-1].startswith('0 failed')
-    assert max(map(len, lines)) <= commands_checks.WIDTH
+    assert max(map(len, lines)) <= host_checks.WIDTH
     assert len(lines) <= 24
     assert (
         _line(lines, 'processes')
@@ -106,7 +106,7 @@ def test_what_else_a_training_reads(capsys, tmp_path):
         ValueError,
         match=r"no path to taming-transformers' vgg.pth and no path to torchvision's vgg16",
     ):
-        commands_checks.check_inputs(recipes.published_vae(''), None)
+        host_checks.check_inputs(recipes.published_vae(''), None)
 
 
 def test_of_other_modes_no_training_is_looked_at(capsys):
@@ -180,8 +180,8 @@ def test_wrong_flags_are_said_in_one_line(capsys, words, said):
 
 
 def test_long_texts_are_wrapped():
-    check = commands_checks.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
-    found = commands_checks.lines(check)
+    check = host_checks.Check('data', 'WARN', 'word ' * 60 + '\n' + 'x' * 250 + '\nlast')
+    found = host_checks.lines(check)
     assert max(map(len, found)) <= 100
     assert found[-1].split() == ['last']
     assert ''.join(''.join(found).split()) == 'WARNdata' + 'word' * 60 + 'x' * 250 + 'last'
@@ -202,12 +202,12 @@ def test_sizes(count, text):
 
 
 def test_what_does_not_answer_is_given_up():
-    assert commands_checks.limited(lambda: 7, 5) == 7
+    assert host_checks.limited(lambda: 7, 5) == 7
     with pytest.raises(KeyError, match='gone'):
-        commands_checks.limited(lambda: {}['gone'], 5)
+        host_checks.limited(lambda: {}['gone'], 5)
     gate = threading.Event()
     said = []
-    examination = commands_checks.Examination(0.05, said.append)
+    examination = host_checks.Examination(0.05, said.append)
     assert examination.run('data', gate.wait, slow='wait for it') is None
     gate.set()
     assert examination.failed == 1
@@ -217,10 +217,10 @@ def test_what_does_not_answer_is_given_up():
 
 def test_what_breaks_is_said_and_the_rest_goes_on():
     said = []
-    examination = commands_checks.Examination(5, said.append)
+    examination = host_checks.Examination(5, said.append)
     examination.check('one', lambda: [][1])
     examination.check('two', lambda: None.shape)
-    examination.check('three', lambda: commands_checks.Check('three', 'WARN', 'well'))
+    examination.check('three', lambda: host_checks.Check('three', 'WARN', 'well'))
     assert (examination.failed, examination.warned, examination.stuck) == (2, 1, False)
     assert said[0] == 'FAIL  one         list index out of range'
     assert said[1].startswith('FAIL  two         AttributeError: ')
@@ -233,16 +233,16 @@ def test_what_breaks_is_said_and_the_rest_goes_on():
 def test_missing_packages():
     def version(name):
         if name in ('flax', 'libtpu'):
-            raise commands_checks.importlib.metadata.PackageNotFoundError(name)
+            raise host_checks.importlib.metadata.PackageNotFoundError(name)
         return '1.2'
 
-    check = commands_checks.check_versions(version)
+    check = host_checks.check_versions(version)
     assert check.status == 'FAIL'
     assert 'not installed: flax; pip install' in check.text
     assert 'flax –' in check.text
     assert 'libtpu –' in check.text
     assert 'grain 1.2' in check.text
-    assert commands_checks.check_versions(lambda name: '1.2').status == 'ok'
+    assert host_checks.check_versions(lambda name: '1.2').status == 'ok'
 
 
 def test_a_package_that_is_missing_is_no_traceback():
@@ -267,29 +267,27 @@ def _device(platform, kind, stats=None):
 def test_devices():
     gpus = [_device('gpu', 'H100', {'bytes_limit': 64 * 2**30})] * 8
     assert sharding.memory_limit(gpus[0], 4) == 64 * 2**30
-    assert commands_checks.check_devices(
+    assert host_checks.check_devices(
         gpus, gpus[:4], 64 * 2**30, ('an NVIDIA GPU', 'cuda12')
-    ) == commands_checks.Check(
-        'devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each'
-    )
+    ) == host_checks.Check('devices', 'ok', '4 here of 8 gpu device(s): 4 × H100; 64.0 GiB each')
     assert sharding.memory_limit(_device('tpu', 'v6e'), 4) is None
-    assert 'memory unknown' in commands_checks.check_devices(gpus, gpus, None, None).text
+    assert 'memory unknown' in host_checks.check_devices(gpus, gpus, None, None).text
 
 
 def test_an_accelerator_that_is_not_used():
     cpu = [_device('cpu', 'cpu')]
-    assert commands_checks.check_devices(cpu, cpu, 2**30, None).status == 'ok'
+    assert host_checks.check_devices(cpu, cpu, 2**30, None).status == 'ok'
     for file, extra in (
         ('/dev/nvidia0', '[cuda12]'),
         ('/dev/accel0', '[tpu]'),
         ('/dev/vfio/0', '[tpu]'),
     ):
-        check = commands_checks.check_devices(
-            cpu, cpu, 2**30, commands_checks.device_files({file}.__contains__)
+        check = host_checks.check_devices(
+            cpu, cpu, 2**30, host_checks.device_files({file}.__contains__)
         )
         assert check.status == 'WARN'
         assert extra in check.text
-    assert commands_checks.device_files(lambda path: False) is None
+    assert host_checks.device_files(lambda path: False) is None
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/meminfo'), reason='Linux only')
@@ -309,12 +307,10 @@ def test_the_compilation_cache(tmp_path):
         (tmp_path / name).write_bytes(bytes(count))
 
     def cache(name, place):
-        return commands_checks.check_cache({name: place})
+        return host_checks.check_cache({name: place})
 
     check = cache('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
-    assert check == commands_checks.Check(
-        'cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB'
-    )
+    assert check == host_checks.Check('cache', 'ok', f'{tmp_path}: 2 compiled program(s), 2.0 MiB')
     assert cache('JAX_COMPILATION_CACHE_DIR', 'gs://b/c').text == 'gs://b/c'
     assert cache('JAX_COMPILATION_CACHE_DIR', '/no/where').text.startswith('/no/where: 0 compiled')
     assert cache('JAX_COMPILATION_CACHE_DIR', '').status == 'WARN'
@@ -365,13 +361,13 @@ def test_memory_of_the_published_model():
     assert parts['params'] == parts['ema'] == n
     assert parts['frozen'] == 4 * 75_393_297
     assert 0 <= parts['opt_state'] - 2 * n < 64  # and its counters
-    check = commands_checks.check_memory(name, parts, 80 * 2**30)
+    check = host_checks.check_memory(name, parts, 80 * 2**30)
     assert check.status == 'ok'
     assert '4.1 GiB on each device' in check.text
     assert 'optimizer 1.5 GiB' in check.text
-    assert commands_checks.check_memory(name, parts, 5 * 2**30).status == 'WARN'
-    assert commands_checks.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
-    assert commands_checks.check_memory(name, parts, None).status == 'ok'
+    assert host_checks.check_memory(name, parts, 5 * 2**30).status == 'WARN'
+    assert host_checks.check_memory(name, parts, 4 * 2**30).status == 'FAIL'
+    assert host_checks.check_memory(name, parts, None).status == 'ok'
 
 
 def test_memory_of_a_distilled_head():
@@ -418,7 +414,7 @@ def test_what_is_split_counts_once():
 )  # fmt: skip
 def test_batches_split_over_the_mesh(data, fsdp, tensor, images, pieces, fits):
     mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
-    check = commands_checks.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
+    check = host_checks.check_mesh(mesh, {'ar_training.batch_size': (images, pieces)})
     assert check.status == ('ok' if fits else 'FAIL')
     assert check.text.startswith(f'data {data}, fsdp {fsdp}')
     assert fits or '--config.ar_training.batch_size' in check.text
@@ -434,12 +430,12 @@ def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
     assert f'{home}/new cannot be written' in _line(lines, 'workdir')
     cfg = schema.changed(tiny_config.get_config(), {'tokenizer': '~/none'})
     with pytest.raises(UserError, match=f'there is no run in {home}/none'):
-        commands_checks.check_inputs(cfg, str(tmp_path))
+        host_checks.check_inputs(cfg, str(tmp_path))
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
-    assert commands_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
-    check = commands_checks.check_workdir(str(tmp_path), 2**60)
+    assert host_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
+    check = host_checks.check_workdir(str(tmp_path), 2**60)
     assert check.status == 'FAIL'
     assert 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
 
@@ -451,16 +447,16 @@ def test_disk_that_checkpoints_take(tmp_path):
     cfg.tokenizer_training.update(keep=1)
     found = programs.stages(cfg)
     sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
-    checks, disk = commands_checks.run_checks(cfg, found, None)
+    checks, disk = host_checks.run_checks(cfg, found, None)
     assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
     # What is there already needs no further room, but the next one does.
     for place in ('ar/checkpoints/30', 'ar/checkpoints/40', 'tokenizer/checkpoints/6'):
         (tmp_path / place).mkdir(parents=True)
-    _, disk = commands_checks.run_checks(cfg, found, None, str(tmp_path))
+    _, disk = host_checks.run_checks(cfg, found, None, str(tmp_path))
     assert disk == sizes['ar'] * 11
     for step in range(50, 200, 10):
         (tmp_path / 'ar' / 'checkpoints' / str(step + 1)).mkdir()
-    _, disk = commands_checks.run_checks(cfg, found, None, str(tmp_path))
+    _, disk = host_checks.run_checks(cfg, found, None, str(tmp_path))
     assert disk == sizes['ar']
     assert [(check.name, check.status) for check in checks] == [
         ('mesh', 'ok'),
@@ -472,7 +468,7 @@ def test_disk_that_checkpoints_take(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
 def test_a_directory_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
-    assert 'Permission denied' in commands_checks.check_workdir(str(tmp_path)).text
+    assert 'Permission denied' in host_checks.check_workdir(str(tmp_path)).text
 
 
 class _Store(MemoryFileSystem):
@@ -516,7 +512,7 @@ def test_buckets(monkeypatch, store, status, said):
     from etils.epath import backend
 
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
-    check = commands_checks.check_workdir('gs://bucket/run', 2**30)
+    check = host_checks.check_workdir('gs://bucket/run', 2**30)
     assert (check.name, check.status) == ('workdir', status)
     assert said in check.text
     assert '\n' not in check.text
@@ -525,7 +521,7 @@ def test_buckets(monkeypatch, store, status, said):
 
 def test_buckets_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'gcsfs', None)  # no such module
-    check = commands_checks.check_workdir('gs://bucket/run')
+    check = host_checks.check_workdir('gs://bucket/run')
     assert check.status == 'FAIL'
     assert check.text.endswith("pip install -e '.[gcs]'")
 
@@ -535,19 +531,19 @@ def test_data(tmp_path):
         (tmp_path / label).mkdir()
         for i in range(count):
             Image.new('RGB', (9, 7)).save(tmp_path / label / f'{i}.png')
-    check, source = commands_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
+    check, source = host_checks.check_data(*recipes.data_set(f'folder:{tmp_path}'))
     text = f'folder {tmp_path}: 5 images, 2 classes: cat, dog'
-    assert check == commands_checks.Check('data', 'ok', text)
+    assert check == host_checks.Check('data', 'ok', text)
     assert len(source) == 5
     (tmp_path / 'top.png').write_bytes(b'')
-    check, _ = commands_checks.check_data('folder', str(tmp_path))
+    check, _ = host_checks.check_data('folder', str(tmp_path))
     assert check.text == f'{text}\nleft out: 1 image(s) beside the directories of the classes'
     with pytest.raises(UserError, match=r'data\.path is not given, of the imagenet data'):
-        commands_checks.check_data('imagenet', None)
+        host_checks.check_data('imagenet', None)
     (tmp_path / 'dog' / '2.png').unlink()
     (tmp_path / 'dog' / '2.png').symlink_to('gone')  # is listed, but the last image cannot be read
     with pytest.raises(UserError, match='cannot be read'):
-        commands_checks.check_data('folder', str(tmp_path))
+        host_checks.check_data('folder', str(tmp_path))
 
 
 def test_captions(tmp_path):
@@ -562,7 +558,7 @@ def test_captions(tmp_path):
     cfg.data.update(name='folder', path=str(tmp_path), captions=str(table))
     cfg.ar.condition = 'text'
     source = sources.open_source('folder', str(tmp_path))
-    check = commands_checks.check_captions(cfg, source)
+    check = host_checks.check_captions(cfg, source)
     assert check.status == 'ok'
     first, left_out = check.text.splitlines()
     assert first == "captions, the first one: 'left 0'"
@@ -571,10 +567,10 @@ def test_captions(tmp_path):
     words.write_text('left\n')
     cfg.ar.vocabulary = str(words)
     with pytest.raises(UserError, match=r"^100.0% of the captions .* 'left 0' has '0', which"):
-        commands_checks.check_captions(cfg, source)
+        host_checks.check_captions(cfg, source)
     cfg.data.captions = 'absent.jsonl'
     with pytest.raises(UserError, match=r'absent\.jsonl, but there is no such file'):
-        commands_checks.check_captions(cfg, source)
+        host_checks.check_captions(cfg, source)
 
 
 def test_classes_are_counted_as_a_training_does(tmp_path, capsys):

@@ -23,8 +23,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from sphere_ar_jax import main
-from sphere_ar_jax.commands import checks as commands_checks
-from sphere_ar_jax.commands import data_sets, evaluate, open_run, train
+from sphere_ar_jax.commands import data_sets, evaluate, host_checks, open_run, train
 from sphere_ar_jax.commands.inputs import agreement, origins, training_images
 from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment, sources, stand_in
@@ -376,7 +375,7 @@ def test_images_with_captions_need_no_labels(tmp_path):
     assert '2 images in 1 class' in ' '.join(cfg.reasons)
     source = training_images.open_data(cfg).source
     assert [source[i]['captions'] for i in range(2)] == [('a cat',), ('a dog',)]
-    check, _ = commands_checks.check_data('parquet', str(path), needs_labels=False)
+    check, _ = host_checks.check_data('parquet', str(path), needs_labels=False)
     assert check.status == 'ok'
     packed = str(tmp_path / 'packed')
     with pytest.raises(UserError, match='several columns that may hold labels'):
@@ -790,7 +789,7 @@ def test_idx_files_are_opened_with_their_classes(tmp_path):
     assert len(setting.data.heldout) == 6
     assert snapshots.examples(setting).shape == (6, 16, 16, 1)
     assert load_config(str(tmp_path / 'w')).data.num_classes == 3
-    found, _ = commands_checks.check_data('idx', str(tmp_path / 'data'))
+    found, _ = host_checks.check_data('idx', str(tmp_path / 'data'))
     assert found.text.endswith('12 images to train on, 3 classes: bag, boot, coat')
     for values, message in (
         ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
