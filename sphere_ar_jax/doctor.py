@@ -11,9 +11,9 @@ Every check ends with ok, WARN (it will run, but perhaps not as meant) or FAIL (
 with what to do. A check that has not answered after 60 s (--timeout), as storage and drivers may,
 has failed too. The exit code is 1 if anything failed, 2 for wrong flags.
 
-Every check is a function of plain arguments that returns a `Check`, in `commands.host_checks`. Sizes
-are in bytes. Functions do their own imports, so that the doctor can report a package that is missing
-or broken.
+Every check is a function of plain arguments that returns a `Check`, in `commands.host_checks`.
+Sizes are in bytes. Functions do their own imports, so that the doctor can report a package that is
+missing or broken.
 """
 
 import logging
