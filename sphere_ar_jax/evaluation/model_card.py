@@ -96,6 +96,8 @@ _OF_CLASSIFIER = {
     'classifier_frechet': "Fréchet distance in a classifier's features; it is not FID",
     'classifier_frechet_heldout': 'the same to held-out images',
     'classifier_frechet_floor': 'the same between training and held-out images',
+    'classifier/balanced_accuracy': 'mean over classes of its accuracy on held-out real images',
+    'samples/balanced_accuracy': 'mean over classes of the share read as the class asked for',
 }
 
 

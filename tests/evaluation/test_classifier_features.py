@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics
 
 from sphere_ar_jax.commands import evaluate, open_run
 from sphere_ar_jax.data import sources
@@ -105,6 +106,7 @@ def test_real_images_are_near_and_noise_is_far(real, tmp_path):
     scores = score([heldout[:5], heldout[5:]])
     assert scores['classifier_frechet_heldout'] == pytest.approx(0, abs=1e-5)
     assert scores['samples/accuracy'] == scores['classifier/accuracy'] > 0.8
+    assert scores['samples/balanced_accuracy'] == scores['classifier/balanced_accuracy'] > 0.8
     assert scores['compared'] == {
         'samples': 12, 'train': 47, 'heldout': 12, 'heldout_from': 'the run',
         'side': 16, 'classifier_steps': STEPS,
@@ -211,3 +213,12 @@ def test_too_few_classes_or_images(tmp_path):
     few = sources.open_source('folder', str(tmp_path))
     with pytest.raises(UserError, match='5 images are too few'):
         classifier_features.read(few, None, 16, 3)
+
+
+def test_small_classes_count_as_much_as_large_ones():
+    """As scikit-learn's score of that name."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(4, 200, p=(0.8, 0.1, 0.06, 0.04))
+    read = np.where(rng.random(200) < 0.7, labels, 0)
+    found = classifier_features._balanced(read == labels, labels)
+    np.testing.assert_allclose(found, metrics.balanced_accuracy_score(labels, read))

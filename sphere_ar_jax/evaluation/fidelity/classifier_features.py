@@ -253,6 +253,16 @@ def _of_classes(
     return found
 
 
+def _balanced(right: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the classes there are of the share of right answers within each.
+
+    Args:
+      right: bool (n,).
+      labels: the classes (n,).
+    """
+    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+
+
 def score(
     batches: Iterable[np.ndarray],
     wanted: Asked,
@@ -278,7 +288,7 @@ def score(
       `classifier_frechet`, the distance to all real images; `classifier_frechet_heldout`, that to
       the held-out ones; `classifier_frechet_floor`, that between the two parts of the real ones;
       `classes`, what `_of_classes` gives; the classifier's accuracy on held-out images and on
-      samples; what was compared; and a note. Where the run holds images out, also what
+      samples, and the mean of it over classes; what was compared; and a note. Where the run holds images out, also what
       `small_images.compare` gives of pixels. Where images have captions, also
       `memorisation/own_nearest`, the share of samples for captions of training images whose nearest
       training image has that caption.
@@ -300,13 +310,16 @@ def score(
     of_train, of_heldout = (statistics.statistics(part) for part in parts)
     every = np.concatenate(parts)
     of_all = statistics.statistics(every)
-    read_right = judge.predict(real.heldout.pixels) == real.heldout.labels
+    real_right = judge.predict(real.heldout.pixels) == real.heldout.labels
+    right = np.concatenate(read_as) == wanted.labels
     found = {
         'classifier_frechet': statistics.frechet_distance(*drawn, *of_all),
         'classifier_frechet_heldout': statistics.frechet_distance(*drawn, *of_heldout),
         'classifier_frechet_floor': statistics.frechet_distance(*of_train, *of_heldout),
-        'classifier/accuracy': float(np.mean(read_right)),
-        'samples/accuracy': float(np.mean(np.concatenate(read_as) == wanted.labels)),
+        'classifier/accuracy': float(np.mean(real_right)),
+        'classifier/balanced_accuracy': _balanced(real_right, real.heldout.labels),
+        'samples/accuracy': float(np.mean(right)),
+        'samples/balanced_accuracy': _balanced(right, wanted.labels),
     }
     if real.of_run:
         _, of_new = small_images.nearest(_flat(real.heldout.pixels), trained)
