@@ -288,8 +288,8 @@ def score(
       `classifier_frechet`, the distance to all real images; `classifier_frechet_heldout`, that to
       the held-out ones; `classifier_frechet_floor`, that between the two parts of the real ones;
       `classes`, what `_of_classes` gives; the classifier's accuracy on held-out images and on
-      samples, and the mean of it over classes; what was compared; and a note. Where the run holds images out, also what
-      `small_images.compare` gives of pixels. Where images have captions, also
+      samples, and the mean of it over classes; what was compared; and a note. Where the run holds
+      images out, also what `small_images.compare` gives of pixels. Where images have captions, also
       `memorisation/own_nearest`, the share of samples for captions of training images whose nearest
       training image has that caption.
     """
