@@ -716,90 +716,116 @@ def test_samples_are_scored(tmp_path, monkeypatch, capsys):
     assert 'samples: 2 of 2' in capsys.readouterr().out
 
 
-def test_one_plain_line_each(converted, tmp_path, capsys):
-    workdir = f'--workdir={converted}'
-    (tmp_path / 'bad').mkdir()
-    (tmp_path / 'bad' / 'config.json').write_text('{"vae": 3')
-    (tmp_path / 'text.pb').write_bytes(b'\x07 no graph')
-    _checkpoint(tmp_path / 'weights.pth', {'x': np.zeros(2)})
-    np.savez(tmp_path / 'a.npz', b=np.zeros(3))
-    for arguments, message in (
-        (
-            ['--mode=evaluate', workdir],
-            'for scores by a classifier, --config.data.path of the imagenet data',
-        ),
-        (
-            ['--mode=evaluate', workdir, '--samples=a.npz'],
-            'give --samples=NPZ and --reference=NPZ together',
-        ),
-        (
-            ['--mode=evaluate', workdir, '--reference=a.npz'],
-            'give --samples=NPZ and --reference=NPZ together',
-        ),
-        (['--mode=evaluate', workdir, '--reference=a.npz', '--samples=b.npz'], 'give --inception='),
-        (
-            ['--mode=evaluate', workdir, '--inception=a.pb'],
-            '--inception is for --samples and --reference, or for --im',
-        ),
-        (
-            ['--mode=evaluate', workdir, '--images=a.npz', '--lpips=b'],
-            'give --lpips, --vgg and --images together',
-        ),
-        (
-            ['--mode=evaluate', workdir, '--lpips=a', '--vgg=b'],
-            'give --lpips, --vgg and --images together',
-        ),
-        (
-            ['--mode=evaluate', workdir, f'--images={tmp_path}/a.npz'],
-            'a.npz has no array arr_0, only b',
-        ),
-        (['--mode=evaluate', workdir, f'--images={tmp_path}/none.npz'], 'there is no file'),
-        (
-            ['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/text.pb'],
-            'is not a GraphDef',
-        ),
-        (
-            ['--mode=evaluate', workdir, '--images=a.npz', f'--inception={tmp_path}/weights.pth'],
-            'must hold tensors by',
-        ),
-        (['--mode=sample', workdir, '--output=a.png'], '--output is a.png, but must end in .npz'),
-        (
-            ['--mode=sample', workdir, '--labels=unifrom'],
-            'there is no file unifrom; labels are uniform, balanced, or',
-        ),
-        (['--mode=sample', workdir, '--num_images=0'], 'num_images'),
-        (['--mode=sample', workdir, '--heads=2'], '--heads is for --mode=convert, not for sample'),
-        (
-            ['--mode=sample', workdir, '--config=tests/tiny_config.py'],
-            'holds another model than --config (vae.',
-        ),
-        (
-            ['--mode=sample', f'--workdir={tmp_path}'],
-            'has no run: train one, or --mode=convert a checkpoint',
-        ),
-        (
-            ['--mode=sample', f'--workdir={tmp_path}/bad'],
-            'config.json is not a sphere_ar_jax config',
-        ),
-        (
-            ['--mode=export', workdir, '--classes=3'],
-            '--classes is for --mode=grid or complete, not for export',
-        ),
-        (['--mode=export'], 'give --workdir=DIR'),
-        (['--mode=experiment', workdir], 'give --config=configs/experiments/NAME.py'),
-        (
-            ['--mode=experiment', workdir, '--config=tests/tiny_config.py'],
-            'this is the config of a run: give --config=configs/experiments/NAME.py',
-        ),
-        (
-            ['--mode=sample', workdir, '--config=experiments/guidance'],
-            'this is the config of an experiment: give --mode=experiment',
-        ),
-        (['--mode=sample', workdir, '--seeds=1'], '--seeds is for --mode=experiment, not for'),
-        (['--mode=sampel', workdir], 'mode'),
-    ):
-        assert message in _refused(capsys, *arguments), arguments
+# What is wrong with the arguments of a command, and what its one line says.
+REFUSALS = [
+    (
+        ['--mode=evaluate', '--workdir={run}'],
+        'for scores by a classifier, --config.data.path of the imagenet data',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--samples=a.npz'],
+        'give --samples=NPZ and --reference=NPZ together',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--reference=a.npz'],
+        'give --samples=NPZ and --reference=NPZ together',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--reference=a.npz', '--samples=b.npz'],
+        'give --inception=',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--inception=a.pb'],
+        '--inception is for --samples and --reference, or for --im',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--images=a.npz', '--lpips=b'],
+        'give --lpips, --vgg and --images together',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--lpips=a', '--vgg=b'],
+        'give --lpips, --vgg and --images together',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--images={tmp}/a.npz'],
+        'a.npz has no array arr_0, only b',
+    ),
+    (['--mode=evaluate', '--workdir={run}', '--images={tmp}/none.npz'], 'there is no file'),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--images=a.npz', '--inception={tmp}/text.pb'],
+        'is not a GraphDe',
+    ),
+    (
+        ['--mode=evaluate', '--workdir={run}', '--images=a.npz', '--inception={tmp}/weights.pth'],
+        'must hold tensors by',
+    ),
+    (
+        ['--mode=sample', '--workdir={run}', '--output=a.png'],
+        '--output is a.png, but must end in .npz',
+    ),
+    (
+        ['--mode=sample', '--workdir={run}', '--labels=unifrom'],
+        'there is no file unifrom; labels are uniform, balanced, or',
+    ),
+    (['--mode=sample', '--workdir={run}', '--num_images=0'], 'num_images'),
+    (
+        ['--mode=sample', '--workdir={run}', '--heads=2'],
+        '--heads is for --mode=convert, not for sample',
+    ),
+    (
+        ['--mode=sample', '--workdir={run}', '--config=tests/tiny_config.py'],
+        'holds another model than --config (vae.',
+    ),
+    (
+        ['--mode=sample', '--workdir={tmp}'],
+        'has no run: train one, or --mode=convert a checkpoint',
+    ),
+    (
+        ['--mode=sample', '--workdir={tmp}/bad'],
+        'config.json is not a sphere_ar_jax config',
+    ),
+    (
+        ['--mode=export', '--workdir={run}', '--classes=3'],
+        '--classes is for --mode=grid or complete, not for export',
+    ),
+    (['--mode=export'], 'give --workdir=DIR'),
+    (['--mode=experiment', '--workdir={run}'], 'give --config=configs/experiments/NAME.py'),
+    (
+        ['--mode=experiment', '--workdir={run}', '--config=tests/tiny_config.py'],
+        'this is the config of a run: give --config=configs/experiments/NAME.py',
+    ),
+    (
+        ['--mode=sample', '--workdir={run}', '--config=experiments/guidance'],
+        'this is the config of an experiment: give --mode=experiment',
+    ),
+    (
+        ['--mode=sample', '--workdir={run}', '--seeds=1'],
+        '--seeds is for --mode=experiment, not for',
+    ),
+    (['--mode=sampel', '--workdir={run}'], 'mode'),
+]
+
+
+@pytest.fixture(scope='module')
+def refused_files(tmp_path_factory):
+    """A directory of files that no command can use."""
+    directory = tmp_path_factory.mktemp('refused')
+    (directory / 'bad').mkdir()
+    (directory / 'bad' / 'config.json').write_text('{"vae": 3')
+    (directory / 'text.pb').write_bytes(b'\x07 no graph')
+    _checkpoint(directory / 'weights.pth', {'x': np.zeros(2)})
+    np.savez(directory / 'a.npz', b=np.zeros(3))
+    return directory
+
+
+@pytest.mark.parametrize(('arguments', 'message'), REFUSALS)
+def test_one_plain_line_each(converted, refused_files, capsys, arguments, message):
+    words = [word.format(run=converted, tmp=refused_files) for word in arguments]
+    assert message in _refused(capsys, *words)
     assert not (converted / 'samples.npz').exists()
+
+
+def test_a_mesh_of_too_many_devices_is_refused(converted, tmp_path):
     meshed = schema.changed(load_config(str(converted)), {'mesh.data': 999})
     with pytest.raises(console.UserError, match=r'mesh\.data 999, .*not possible with'):
         commands_draw.sample(str(converted), output=f'{tmp_path}/a.npz', like=meshed)
