@@ -299,7 +299,7 @@ def _with_own_config(argv: list[str]) -> list[str]:
         return argv
     place = os.path.expanduser(workdir)
     if '://' not in place and not os.path.exists(os.path.join(place, 'config.json')):
-        raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
+        raise UserError(f'{workdir} {packaged.NO_RUN}')
     # absl accepts an override only after the --config that it changes.
     return [argv[0], f'--config={packaged.OF_RUN}:{workdir}', *argv[1:]]
 

@@ -81,6 +81,7 @@ WRONG = {
         '--png=gs://bucket/png',
     ): '--png is gs://bucket/png: pictures are written to a local disk',
     ('--mode=sample', '--workdir=~/RUN', '--labels=~/x'): 'has no run: train one',
+    ('--mode=sample', '--workdir=NODIR', '--config.mesh.fsdp=4'): 'NODIR has no run: train one',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.scale=1'): 'no key sampling.scale',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.num_steps=0'): 'num_steps',
     (

@@ -4,7 +4,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import beside, checks
+from sphere_ar_jax.config import beside, checks, packaged
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import Run, load_config, load_run
@@ -23,7 +23,7 @@ def config_of(workdir: str) -> ConfigDict:
       UserError: there is no run, or its config is damaged.
     """
     if not has_run(workdir):
-        raise UserError(f'{workdir} has no run: train one, or --mode=convert a checkpoint')
+        raise UserError(f'{workdir} {packaged.NO_RUN}')
     return load_config(workdir)
 
 

@@ -10,6 +10,10 @@ from typing import Any
 OF_RUN = str(pathlib.Path(__file__).parents[1] / 'commands' / 'own_config.py')
 
 
+# What is said of a workdir without a run.
+NO_RUN = 'has no run: train one, or --mode=convert a checkpoint'
+
+
 def find(word: str) -> str:
     """Turns the bare word of a packaged config into its file; any other word stays as it is.
 
