@@ -73,7 +73,7 @@ WRONG = {
     (TINY, '--workdir=W', '--config.ar_training.learning_rate=inf'): 'is inf, but must be finite',
     (TINY, '--workdir=W', "--config.distillation_training.levels=(float('inf'),)"): 'levels',
     ('--workdir=W', '--config.seed=1'): 'give --config=configs/NAME.py: --config.seed=1 changes',
-    ('--mode=sample', '--workdir=W', '--config.seed=1'): 'there is no run in',
+    ('--mode=sample', '--workdir=W', '--config.seed=1'): 'has no run: train one',
     ('--mode=sample', '--workdir=gs://bucket/run'): '--workdir is gs://bucket/run: samples are put',
     (
         '--mode=sample',
@@ -81,7 +81,6 @@ WRONG = {
         '--png=gs://bucket/png',
     ): '--png is gs://bucket/png: pictures are written to a local disk',
     ('--mode=sample', '--workdir=~/RUN', '--labels=~/x'): 'has no run: train one',
-    ('--mode=sample', '--workdir=NODIR', '--config.mesh.fsdp=4'): 'NODIR has no run: train one',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.scale=1'): 'no key sampling.scale',
     ('--mode=sample', '--workdir=RUN', '--config.sampling.num_steps=0'): 'num_steps',
     (
