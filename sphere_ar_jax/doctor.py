@@ -69,7 +69,7 @@ def examine(
     text = f'process {jax.process_index()} of {jax.process_count()}, with {len(local)} device(s)'
     e.say(host_checks.Check('processes', 'ok', text))
     e.say(host_checks.check_devices(devices, local, limit, host_checks.device_files()))
-    disk = 0
+    saved: dict[str, host_checks.Saved] = {}
     source = _examine_data(cfg if trains else None, data, e)
     trainings = None
     if cfg is not None:
@@ -77,10 +77,10 @@ def examine(
         trainings = e.run('config', lambda: _trainings(cfg, source if own else None, trains))
     if cfg is not None and trainings is not None:
         images = source if data is None else None
-        disk = _examine_run(cfg, images, trainings, limit, workdir, e)
+        saved = _examine_run(cfg, images, trainings, limit, e)
     slow = 'is the storage there, and are you logged in?'
     if workdir is not None:
-        e.check('workdir', lambda: host_checks.check_workdir(workdir, disk), slow=slow)
+        e.check('workdir', lambda: host_checks.check_workdir(workdir, saved), slow=slow)
     if cfg is not None and trainings is not None:
         e.check('inputs', lambda: host_checks.check_inputs(cfg, workdir), slow=slow)
     e.check('cache', lambda: host_checks.check_cache(os.environ))
@@ -91,9 +91,8 @@ def _examine_run(
     source: 'sources.Images | small.Split | None',
     trainings: 'dict[str, tuple[Stage, PyTree]]',
     limit: int | None,
-    workdir: str | None,
     examination: host_checks.Examination,
-) -> int:
+) -> dict[str, host_checks.Saved]:
     """Checks the captions of a config's images, its mesh and its memory.
 
     Args:
@@ -101,23 +100,22 @@ def _examine_run(
       source: its images, None where they are not known.
       trainings: see `_trainings`.
       limit: bytes of a device, None where not known.
-      workdir: the directory of the run, None where not known.
       examination: runs the checks and prints them.
 
     Returns:
-      The bytes that checkpoints will take, besides those that are there.
+      What each stage saves, {} where the mesh cannot be.
     """
     from sphere_ar_jax.config import build
 
     if source is not None and build.has_captions(cfg):
         examination.check('captions', lambda: host_checks.check_captions(cfg, source))
-    found = examination.run('mesh', lambda: host_checks.run_checks(cfg, trainings, limit, workdir))
+    found = examination.run('mesh', lambda: host_checks.run_checks(cfg, trainings, limit))
     if found is None:
-        return 0
-    of_run, disk = found
+        return {}
+    of_run, saved = found
     for one in of_run:
         examination.say(one)
-    return disk
+    return saved
 
 
 def _trainings(
@@ -208,6 +206,20 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     return values, values(argv, known_only=True)[1:]
 
 
+def _of_command(cfg: 'ConfigDict', workdir: str | None) -> 'ConfigDict':
+    """The config of the command line as it is looked at; raises what config files raise.
+
+    That of an experiment is looked at as the run of its first row and seed.
+    """
+    from sphere_ar_jax.config import beside, experiments
+
+    # A config file that failed to load says so only when it is read.
+    dict(cfg.items())
+    if 'comparisons' in cfg:
+        return experiments.row(experiments.check(cfg), next(iter(cfg.rows)), cfg.seeds[0])
+    return cfg if workdir is None else beside.with_kept_vocabulary(cfg, workdir)
+
+
 def _ended(check: host_checks.Check) -> int:
     """Prints the check after which nothing more can be looked at. Returns the exit code."""
     print('\n'.join(host_checks.lines(check)))
@@ -235,15 +247,13 @@ def main(argv: list[str]) -> int:
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
     try:
         import sphere_ar_jax.commands.train  # noqa: F401, it imports all that a run needs
-        from sphere_ar_jax.config import beside, packaged
+        from sphere_ar_jax.config import packaged
         from sphere_ar_jax.runtime.console import one_line
         from sphere_ar_jax.runtime.files import absolute
 
         values, rest = _flags(packaged.with_paths(argv))
-        cfg = values.config
-        if cfg is not None:
-            # A config file that failed to load says so only when it is read.
-            dict(cfg.items())
+        workdir = None if values.workdir is None else absolute(values.workdir)
+        cfg = None if values.config is None else _of_command(values.config, workdir)
     except ImportError as error:
         text = f'cannot be imported: {error}; pip install -e .'
         return _ended(host_checks.Check('package', 'FAIL', text))
@@ -259,9 +269,6 @@ def main(argv: list[str]) -> int:
     if not trains:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
         examination.say(host_checks.Check('flags', 'ok', text))
-    workdir = None if values.workdir is None else absolute(values.workdir)
-    if cfg is not None and workdir is not None:
-        cfg = beside.with_kept_vocabulary(cfg, workdir)
     examine(cfg, workdir, values.data, examination, trains)
     seconds = time.perf_counter() - started
     print(f'{examination.failed} failed, {examination.warned} warning(s), {seconds:.0f} s')

@@ -433,9 +433,19 @@ def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
         host_checks.check_inputs(cfg, str(tmp_path))
 
 
+def test_the_first_row_of_an_experiment_is_looked_at(capsys, tmp_path):
+    words = ['--config=experiments/sequences:smoke', f'--workdir={tmp_path}']
+    code, lines = _examined(capsys, *words)
+    assert code == 0, lines
+    assert f'{tmp_path} can be written; checkpoints will take' in _line(lines, 'workdir')
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     assert host_checks.check_workdir(str(tmp_path)).status in ('ok', 'WARN')
-    check = host_checks.check_workdir(str(tmp_path), 2**60)
+    options = tiny_config.get_config().ar_training
+    options.keep = 1
+    saved = {'ar': host_checks.Saved(2**59, options)}
+    check = host_checks.check_workdir(str(tmp_path), saved)
     assert check.status == 'FAIL'
     assert 'checkpoints will take 1048576.0 TiB but only' in ' '.join(check.text.split())
 
@@ -447,17 +457,18 @@ def test_disk_that_checkpoints_take(tmp_path):
     cfg.tokenizer_training.update(keep=1)
     found = programs.stages(cfg)
     sizes = {name: _bytes(stage.init) for name, (stage, _) in found.items()}
-    checks, disk = host_checks.run_checks(cfg, found, None)
-    assert disk == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
+    checks, saved = host_checks.run_checks(cfg, found, None)
+    assert {name: one.size for name, one in saved.items()} == sizes
+    workdir = str(tmp_path)
+    needed = host_checks.room_for(saved, workdir)
+    assert needed == sizes['ar'] * (2 + 1 + 10) + sizes['tokenizer'] * 2
     # What is there already needs no further room, but the next one does.
     for place in ('ar/checkpoints/30', 'ar/checkpoints/40', 'tokenizer/checkpoints/6'):
         (tmp_path / place).mkdir(parents=True)
-    _, disk = host_checks.run_checks(cfg, found, None, str(tmp_path))
-    assert disk == sizes['ar'] * 11
+    assert host_checks.room_for(saved, workdir) == sizes['ar'] * 11
     for step in range(50, 200, 10):
         (tmp_path / 'ar' / 'checkpoints' / str(step + 1)).mkdir()
-    _, disk = host_checks.run_checks(cfg, found, None, str(tmp_path))
-    assert disk == sizes['ar']
+    assert host_checks.room_for(saved, workdir) == sizes['ar']
     assert [(check.name, check.status) for check in checks] == [
         ('mesh', 'ok'),
         ('memory', 'ok'),
@@ -497,7 +508,7 @@ class _Closed(_Store):
 @pytest.mark.parametrize(
     'store, status, said',
     [
-        (_Store, 'ok', 'can be written; checkpoints will take 1.0 GiB'),
+        (_Store, 'ok', 'can be written; checkpoints will take 3.0 GiB'),
         (_Forgetful, 'FAIL', 'what was written is not what is read again'),
         (
             _Closed,
@@ -512,7 +523,8 @@ def test_buckets(monkeypatch, store, status, said):
     from etils.epath import backend
 
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: store(skip_instance_cache=True))
-    check = host_checks.check_workdir('gs://bucket/run', 2**30)
+    saved = {'ar': host_checks.Saved(2**30, tiny_config.get_config().ar_training)}
+    check = host_checks.check_workdir('gs://bucket/run', saved)
     assert (check.name, check.status) == ('workdir', status)
     assert said in check.text
     assert '\n' not in check.text

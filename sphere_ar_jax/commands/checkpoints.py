@@ -119,9 +119,9 @@ def _opened(path: str, ema: bool, heads: int | None) -> tuple[dict[str, Any], Co
     if is_shared and os.path.exists(beside):
         try:
             cfg = shared.config(load_config(os.path.dirname(path)))
-        except UserError:
+        except UserError as error:
             raise UserError(
-                f'{beside} is no config of sphere_ar_jax: move one of the two files away, and the '
+                f'{beside}: {error}; if it is no config of this model, move it away, and the '
                 'tensors alone tell the sizes'
             ) from None
         return tensors, cfg, f'the model of its {shared.CONFIG}, {count}'

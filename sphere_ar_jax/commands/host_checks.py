@@ -200,18 +200,16 @@ def run_checks(
     cfg: 'ConfigDict',
     found: 'dict[str, tuple[Stage, PyTree]]',
     limit: int | None,
-    workdir: str | None = None,
-) -> tuple[list[Check], int]:
+) -> 'tuple[list[Check], dict[str, Saved]]':
     """Checks the mesh and the memory that the trainings take.
 
     Args:
       cfg: a checked config.
       found: its trainings, see `programs.stages`.
       limit: bytes that a device may use, None where not known.
-      workdir: the directory of the run, None where not known.
 
     Returns:
-      (checks, bytes that checkpoints will take on disk besides those that are there).
+      (checks, what each stage saves).
     """
     from sphere_ar_jax.measure import costs, programs
     from sphere_ar_jax.runtime import sharding
@@ -223,35 +221,54 @@ def run_checks(
         for name, (s, _) in found.items()
     }
     checks = [check_mesh(mesh, batch_sizes)]
-    disk = 0
+    saved = {}
     for name, (stage, frozen) in found.items():
         state = abstract_state(stage, mesh)
         said = sharding.describe_not_split(mesh, state)
         if said:
             checks.append(Check('mesh', 'WARN', f'{name}: {said}'))
         checks.append(check_memory(name, programs.state_bytes(stage, frozen, mesh), limit))
-        disk += costs.tree_bytes(state) * _checkpoints_to_come(name, stage.options, workdir)
-    return checks, disk
+        saved[name] = Saved(costs.tree_bytes(state), stage.options)
+    return checks, saved
 
 
-def _checkpoints_to_come(name: str, options: 'ConfigDict', workdir: str | None) -> int:
-    """The number of checkpoints of a stage that there must be room for besides those there are."""
+class Saved(NamedTuple):
+    """What a stage saves.
+
+    Attributes:
+      size: bytes of a checkpoint.
+      options: the stage's section of the config.
+    """
+
+    size: int
+    options: 'ConfigDict'
+
+
+def room_for(saved: dict[str, Saved], workdir: str) -> int:
+    """The bytes that checkpoints will take besides those that are there.
+
+    Args:
+      saved: what each stage saves, by its name.
+      workdir: the directory of the run, an absolute path or gs://…
+    """
     from sphere_ar_jax.runtime import checkpoint
 
-    there = []
-    if workdir is not None:
+    room = 0
+    for name, one in saved.items():
+        options = one.options
         place = f'{workdir}/{name}/checkpoints'
         there = checkpoint.Checkpoints(place, read_only=True).steps()
-    if options.steps in there:
-        return 0
-    # A new checkpoint is written before the oldest is removed, hence one more.
-    most = options.keep + 1
-    if options.keep_every:
-        most += options.steps // options.keep_every
-    return max(1, most - len(there))
+        if options.steps in there:
+            continue
+        # A new checkpoint is written before the oldest is removed, hence one more.
+        most = options.keep + 1
+        if options.keep_every:
+            most += options.steps // options.keep_every
+        room += one.size * max(1, most - len(there))
+    return room
 
 
-def check_workdir(workdir: str, needed: int = 0) -> Check:
+def check_workdir(workdir: str, saved: dict[str, Saved] | None = None) -> Check:
     """Whether a directory can be written.
 
     Writes a small file, reads it again and deletes it. Makes no directory: where the workdir does
@@ -259,7 +276,7 @@ def check_workdir(workdir: str, needed: int = 0) -> Check:
 
     Args:
       workdir: an absolute path, or gs://…
-      needed: bytes that checkpoints will take, 0 where not known.
+      saved: what each stage will save, None where not known.
     """
     from etils import epath
 
@@ -282,6 +299,7 @@ def check_workdir(workdir: str, needed: int = 0) -> Check:
     if not same:
         return Check('workdir', 'FAIL', f'{workdir}: what was written is not what is read again')
     text = f'{workdir} can be written'
+    needed = room_for(saved or {}, workdir)
     if needed:
         text += f'; checkpoints will take {size(needed)}'
     if remote:

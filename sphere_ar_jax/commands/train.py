@@ -27,7 +27,7 @@ from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.evaluation import class_names, page, pictures, small_images, snapshots
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception_weights, protocol, statistics
-from sphere_ar_jax.runtime import console, files, metric_writer, sharding
+from sphere_ar_jax.runtime import console, files, hosts, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.metric_writer import Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
@@ -41,7 +41,7 @@ from sphere_ar_jax.training.run import (
 from sphere_ar_jax.training.stages import ar_stage, distillation_stage
 from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.tuning import tuned
-from sphere_ar_jax.training.workdir import claim
+from sphere_ar_jax.training.workdir import check_claim, claim
 
 
 class _Trained(NamedTuple):
@@ -276,9 +276,9 @@ def _set_up(
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
     setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
+    check_claim(cfg, workdir)
+    _check_moved(setting, stages.keywords)
     base = origins.read_base(cfg, workdir, source, mesh)
-    if epath.Path(workdir, 'config.json').exists():
-        _check_moved(setting, load_config(workdir), stages.keywords)
     if build.has_captions(cfg):
         print('\n'.join(training_images.describe_captions(cfg, source)), flush=True)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -289,31 +289,38 @@ def _set_up(
     return setting, stages
 
 
-def _check_moved(
-    setting: snapshots.Setting, before: ConfigDict, given: Mapping[str, PyTree]
-) -> None:
+def _has_moved(cfg: ConfigDict, workdir: str) -> bool:
+    """Whether a run that has trained on a tokenizer or a teacher is given one of another path."""
+    if not epath.Path(workdir, 'config.json').exists():
+        return False
+    before = load_config(workdir)
+    if before.init_from is not None:
+        return (before.init_from, before.tokenizer) != (cfg.init_from, cfg.tokenizer)
+    has_trained = epath.Path(workdir, 'ar', 'checkpoints').is_dir()
+    return has_trained and before.tokenizer not in (None, cfg.tokenizer)
+
+
+def _check_moved(setting: snapshots.Setting, given: Mapping[str, Any]) -> None:
     """Checks that a tokenizer or a teacher of another path is the one that a run was begun on.
 
-    This comes before config.json names the new path.
+    This comes before config.json names the new path. All processes call it. Where they name
+    different paths, all of them check.
 
     Args:
       setting: what the parts of the run share.
-      before: the run's own config.
-      given: the parameters of the `tokenizer` and the run of the `teacher`, where there are some.
+      given: the parameters of the `tokenizer` or the run of the `teacher`.
 
     Raises:
       UserError: it is another one.
     """
-    cfg = setting.cfg
-    if (before.tokenizer, before.init_from) == (cfg.tokenizer, cfg.init_from):
+    if not hosts.largest(int(_has_moved(setting.cfg, setting.workdir))):
         return
-    teacher = given.get('teacher')
-    tokenizer = given.get('tokenizer') if before.tokenizer is not None else None
-    if teacher is not None:
-        check_origin(_distillation(setting, teacher), setting.workdir, setting.mesh)
-    elif tokenizer is not None and epath.Path(setting.workdir, 'ar', 'checkpoints').is_dir():
-        vae_params = standardisation.read(setting.vae, tokenizer, setting.workdir)
-        check_origin(_ar_stage(setting, vae_params), setting.workdir, setting.mesh)
+    if setting.cfg.init_from is not None:
+        stage = _distillation(setting, given['teacher'])
+    else:
+        vae_params = standardisation.read(setting.vae, given['tokenizer'], setting.workdir)
+        stage = _ar_stage(setting, vae_params)
+    check_origin(stage, setting.workdir, setting.mesh)
 
 
 def _introduce(setting: snapshots.Setting) -> None:

@@ -157,7 +157,7 @@ class Batches:
 
     Attributes:
       seen: number of images that this process has tried to decode since its start.
-      broken: how many of them it could not decode, or had no caption that can be read.
+      broken: how many of them could not be decoded, or had no caption that can be read.
     """
 
     def __init__(

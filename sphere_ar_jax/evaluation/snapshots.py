@@ -341,7 +341,7 @@ def _all_classes(count: int, num_classes: int) -> np.ndarray:
 
 
 def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
-    """The FID of `watch.fid_images` samples, of classes or captions in turn, to the reference."""
+    """The FID of `watch.fid_images` samples, of all classes or of captions, to the reference."""
     assert setting.judge is not None
     network, reference = setting.judge
     numbers = np.arange(setting.cfg.watch.fid_images)

@@ -31,8 +31,8 @@ from sphere_ar_jax.training.run import Run, load_run
 
 REFERENCE = 'euler_maruyama 100, guidance 1.5'
 SCORES = ('samples/accuracy', 'samples/frechet', 'samples/precision', 'samples/recall')
-# What each line of scores.jsonl has.
-_ROW = ('workdir', 'parameters', 'setting', 'num_images', 'evaluations', *SCORES)
+# What each line of scores.jsonl has. Earlier versions did not note the `parameters`, a checksum.
+_ROW = ('workdir', 'setting', 'num_images', 'evaluations', *SCORES)
 
 # Settings by name: (keyword arguments of `plan.Options`, guidance scale).
 _Settings: TypeAlias = dict[str, tuple[dict[str, Any], float | None]]
@@ -311,7 +311,9 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
     rows = [
         row
         for row in scores.lines
-        if row['parameters'] == weights.get(row['workdir']) and row['num_images'] == num_images
+        if row['workdir'] in weights
+        and row.get('parameters') == weights[row['workdir']]
+        and row['num_images'] == num_images
     ]
     done = {(row['workdir'], row['setting']) for row in rows}
     todo = []

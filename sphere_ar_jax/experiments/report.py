@@ -298,7 +298,7 @@ def _missing(config: ConfigDict, found: Mapping[str, Any]) -> str:
 
 
 def _made_with(found: Mapping[str, Any]) -> str:
-    """The versions and devices that measured, in a sentence."""
+    """The versions and devices that measured, to follow the seeds in a sentence."""
     units = [unit.get('made_with', {}) for unit in found['measured']]
     noted = sorted(
         {
@@ -308,9 +308,10 @@ def _made_with(found: Mapping[str, Any]) -> str:
         }
     )
     missing = sum(not made for made in units)
+    text = ''.join(f', {words}' for words in noted) + '. '
     if missing:
-        noted.append(f'{missing} of {len(units)} rows and seeds without a note of the version')
-    return f'{"; ".join(noted)}. ' if noted else ''
+        text += f'{missing} of {len(units)} rows and seeds do not note the version. '
+    return text
 
 
 def _measured_by(found: Mapping[str, Any]) -> str:
@@ -318,7 +319,7 @@ def _measured_by(found: Mapping[str, Any]) -> str:
     seeds = sorted({unit['seed'] for unit in found['measured']})
     return (
         f'Measured with {len(seeds)} seed{"s" if len(seeds) != 1 else ""} '
-        f'({", ".join(map(str, seeds)) or "none yet"}): {_made_with(found)}'
+        f'({", ".join(map(str, seeds)) or "none yet"}){_made_with(found)}'
         'Brackets are 95% t-intervals of the mean. '
         f'The trainings took {spoken(found["seconds"]["training"])}, one after the other, and the '
         f'measurements {spoken(found["seconds"]["measuring"])}.'

@@ -340,9 +340,10 @@ def _lines(r: Result) -> Iterator[str]:
     )
     yield f'  fits: {size(r["total_bytes"])} of {size(r["device_bytes"])} on each device: {parts}'
     if r['kernels'] is not None and r['total_bytes'] > _PREALLOCATED * r['device_bytes']:
+        needed = math.ceil(100 * r['total_bytes'] / r['device_bytes']) / 100
         yield (
             f'  JAX gives a program {_PREALLOCATED:.0%} of a GPU, and this one needs more: set '
-            'XLA_CLIENT_MEM_FRACTION=.95'
+            f'XLA_CLIENT_MEM_FRACTION={needed:.2f} or higher'
         )
     again = r['flops_computed'] / r['flops'] - 1
     yield f'  {r["flops"]:.3g} FLOPs' + (f' (and {again:.0%} more, recomputed)' if again else '')

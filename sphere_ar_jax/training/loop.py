@@ -280,9 +280,9 @@ def train(
     It goes on from its newest whole checkpoint. Without one it begins with the weights of
     `state.converted`, or else with fresh ones. The result is a function of (config, seed) alone:
     however often the run was killed and started again, the state is the same bit for bit on the
-    same machine. Only logged averages differ where a start falls between two log lines. All
-    processes of a run call it. On another number of processes or another mesh, the state is the
-    same up to rounding.
+    same machine. Only logged averages differ where a start falls between two log lines, and a look
+    is left out where the run was stopped between its save and its end. All processes of a run call
+    it. On another number of processes or another mesh, the state is the same up to rounding.
 
     Args:
       stage: the stage.

@@ -256,7 +256,9 @@ def _teacher_config(cfg: ConfigDict) -> ConfigDict:
         raise UserError(
             f'{cfg.init_from} has a distilled head: distil from the run that trained it'
         )
-    if teacher.tokenizer is not None and cfg.tokenizer is not None:
+    if teacher.tokenizer is None or cfg.tokenizer is None:
+        return teacher
+    if not epath.Path(teacher.tokenizer, 'config.json').exists():
         return schema.changed(teacher, {'tokenizer': cfg.tokenizer})
     return teacher
 

@@ -190,9 +190,13 @@ def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool
 
 
 def _check_places(before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]) -> None:
-    """Raises UserError where a run had a tokenizer of another workdir and has none now, or has one.
+    """Checks that a run goes on with the tokenizer of another workdir, or with its own.
 
-    Such a tokenizer may be moved, which only changes its path.
+    A tokenizer of another workdir may be moved, which only changes its path.
+
+    Raises:
+      UserError: a run that was begun on such a tokenizer names none now, or an AR model with a
+        tokenizer of its own is given another.
     """
     if (before.tokenizer is None) == (now.tokenizer is None) or now.init_from is not None:
         return
@@ -208,16 +212,18 @@ def _check_places(before: ConfigDict, now: ConfigDict, workdir: str | os.PathLik
         )
 
 
-def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
-    """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
+def check_claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> list[str]:
+    """Checks that a workdir is free or belongs to a run.
 
     A workdir of converted weights in which no training has begun needs the same model only. A
-    training may have more steps than before where `goes_on` allows it, which a line says. All
-    processes must call this.
+    training may have more steps than before where `goes_on` allows it.
 
     Args:
       cfg: the config of the run.
       workdir: the workdir.
+
+    Returns:
+      Lines that say which trainings are prolonged.
 
     Raises:
       UserError: the workdir was begun with another model, data, tokenizer or training, or it holds
@@ -228,10 +234,9 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             f'{workdir} holds shared weights, which no training goes on from: convert them into '
             f'another --workdir by {shared.how_to_convert(workdir)}'
         )
-    path = epath.Path(workdir, 'config.json')
-    mine = schema.as_dict(cfg)
+    longer: list[str] = []
     converted = is_converted(workdir)
-    if path.exists():
+    if epath.Path(workdir, 'config.json').exists():
         # It is read through the schema, so that a key that is newer than the run has its default.
         before = run.load_config(workdir)
         is_tuned = (before.fine_tuning.init_from, cfg.fine_tuning.init_from) != (None, None)
@@ -241,8 +246,6 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
         else:
             _check_places(before, cfg, workdir)
             changed, longer = _changes(before, cfg, workdir)
-            if longer and not changed:
-                print('\n'.join(longer), flush=True)
         if changed:
             some = '; '.join(changed[:4])
             remedy = (
@@ -261,8 +264,27 @@ def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
         raise UserError(
             f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
         )
+    return longer
+
+
+def claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Writes WORKDIR/config.json, if the workdir is free or belongs to this run.
+
+    A line says which trainings are prolonged. All processes must call this.
+
+    Args:
+      cfg: the config of the run.
+      workdir: the workdir.
+
+    Raises:
+      UserError: see `check_claim`; or the processes do not share the workdir.
+    """
+    longer = check_claim(cfg, workdir)
+    if longer:
+        print('\n'.join(longer), flush=True)
+    path = epath.Path(workdir, 'config.json')
     hosts.wait()  # Nothing is written before all processes have found nothing wrong.
-    files.write_json(path, mine)
+    files.write_json(path, schema.as_dict(cfg))
     hosts.wait()
     if not _appears(path):
         raise UserError(

@@ -753,7 +753,7 @@ REFUSALS = [
     (['--mode=evaluate', '--workdir={run}', '--images={tmp}/none.npz'], 'there is no file'),
     (
         ['--mode=evaluate', '--workdir={run}', '--images=a.npz', '--inception={tmp}/text.pb'],
-        'is not a GraphDe',
+        'is not a GraphDef',
     ),
     (
         ['--mode=evaluate', '--workdir={run}', '--images=a.npz', '--inception={tmp}/weights.pth'],

@@ -85,8 +85,12 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
         frontier.run([workdir], output, 20, 10)
     scores = tmp_path / 'scores.jsonl'
     first = scores.read_text()
+    # A line of an earlier version does not note the weights. It stays in the file.
+    line = json.loads(first)
+    del line['parameters']
+    old = json.dumps(line | {'setting': 'distilled 2'}) + '\n'
     assert json.loads(first)['setting'] == 'distilled 1'
-    scores.write_text(first + first[:20])
+    scores.write_text(old + first + first[:20])
     asked.clear()
     # A workdir that is named twice is one run.
     summary = frontier.run([workdir, f'{workdir}/'], output, 20, 10)
@@ -94,7 +98,8 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
     assert summary['distilled 1']['runs'] == 1
     assert list(summary) == ['distilled 1', 'distilled 2']
     lines = scores.read_text().splitlines()
-    assert [json.loads(line)['setting'] for line in lines] == ['distilled 1', 'distilled 2']
+    settings = ['distilled 2', 'distilled 1', 'distilled 2']
+    assert [json.loads(line)['setting'] for line in lines] == settings
     assert set(judges) == {output}
     asked.clear()
     # Scores of other weights at the same place are others, and so are those of more images.

@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -326,6 +327,25 @@ def test_processes_of_another_config_do_not_train_together(start, tmp_path):
             assert reason in said
             assert 'Traceback' not in said
     assert not (tmp_path / 'w' / 'config.json').exists()
+
+
+@pytest.mark.slow
+def test_processes_may_name_a_tokenizer_by_different_paths(start, words, tmp_path):
+    """The config names that of the first process. All of them check it at the next start."""
+    _, of_tokenizer, *others = words
+    copied = tmp_path / 'copied'
+    shutil.copytree(of_tokenizer.removeprefix('--config.tokenizer='), copied)
+    words = (
+        TINY,
+        of_tokenizer,
+        *others,
+        '--config.ar_training.steps=4',
+        f'--workdir={tmp_path / "w"}',
+    )
+    for i in range(2):
+        of_last = [f'--config.tokenizer={copied}']
+        with start(tmp_path / f'said{i}', 2, 1, *words, of_last=of_last) as run:
+            assert run.end(300) == [0, 0], run.err
 
 
 def test_a_workdir_in_use_is_refused_in_all_processes(start, tmp_path):

@@ -127,7 +127,7 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
         broken += len(wrong) / len(captions)
         right = [text for text, reason in zip(captions, found, strict=True) if not reason]
         all_texts += right
-        if right and not found[0]:
+        if not found[0]:
             texts.append(captions[0])
     return Looked(texts, all_texts, reasons, broken / len(numbers), len(numbers))
 

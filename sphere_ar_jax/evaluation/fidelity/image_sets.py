@@ -51,7 +51,7 @@ def list_images(directory: str | os.PathLike[str]) -> list[str]:
     """The paths of the images in a directory and in all directories below it, sorted.
 
     Images are known by their suffix, see `listing.is_image`; what systems leave behind is ignored.
-    Linked directories are followed, each once, as in a training.
+    Linked directories are followed, and each is listed once.
 
     Raises:
       OSError: the directory cannot be read.
