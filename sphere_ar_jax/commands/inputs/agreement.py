@@ -18,8 +18,6 @@ _PATHS = (
     'data.path', 'data.data_dir', 'data.captions',
     'tokenizer_training.lpips', 'tokenizer_training.vgg', 'watch.inception', 'watch.reference',
 )  # fmt: skip
-
-
 # Further keys that processes on different machines may set each in its own way.
 _OF_MACHINES = ('reasons', 'data.threads', 'data.workers', 'ar.vocabulary')
 
