@@ -314,6 +314,7 @@ def test_measurements_of_several_machines_are_joined(tmp_path, faked):
         'riemannian',
         'riemannian:fashion',
         'sequences',
+        'sequences:fashion',
         'shifted',
         'magnitude',
         'radius',
