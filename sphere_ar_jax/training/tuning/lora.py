@@ -72,7 +72,7 @@ def _add_whole(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
     A product of split arrays may have other last bits.
     """
-    layout = kernel.sharding
+    layout = getattr(kernel, 'sharding', None)  # arrays of NumPy have none
     if not isinstance(layout, NamedSharding) or layout.mesh.size == 1:
         return _add(kernel, a, b)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
