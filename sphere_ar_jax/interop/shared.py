@@ -9,7 +9,9 @@
 the header of a file of any origin, so that sizes and places of tensors are those of the file.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,6 +79,17 @@ class Tensor:
         return self._file.get_tensor(self._name).astype(dtype or np.float32)
 
 
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """A context that makes a UserError of what safetensors raises at a file that is not whole."""
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f'{where} is no whole safetensors file: {printable(first_line(error))}'
+        ) from None
+
+
 def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Opens a safetensors file; the numbers of its tensors are not read yet.
 
@@ -92,13 +105,9 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     where = os.fspath(path)
     os.stat(where)  # safetensors' own error has no name of the file.
-    try:
+    with _naming(where):
         file = safetensors.safe_open(where, framework='numpy')
         return {name: Tensor(file, where, name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f'{where} is no whole safetensors file: {printable(first_line(error))}'
-        ) from None
 
 
 def heads(path: str | os.PathLike[str]) -> int | None:
@@ -108,13 +117,8 @@ def heads(path: str | os.PathLike[str]) -> int | None:
       UserError: the file is damaged, or what it notes is no number.
     """
     where = os.fspath(path)
-    try:
-        with safetensors.safe_open(where, framework='numpy') as file:
-            noted = (file.metadata() or {}).get(torch_names.AR_HEADS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f'{where} is no whole safetensors file: {printable(first_line(error))}'
-        ) from None
+    with _naming(where), safetensors.safe_open(where, framework='numpy') as file:
+        noted = (file.metadata() or {}).get(torch_names.AR_HEADS)
     if noted is None:
         return None
     if not noted.isdecimal() or not 0 < int(noted) < 10**6:

@@ -89,6 +89,28 @@ def of_rate(training: ConfigDict, rate: float | None) -> Callable[[state.TrainSt
     return chosen
 
 
+def _from_checkpoint(
+    stage: state.Stage,
+    workdir: str | os.PathLike[str],
+    mesh: Mesh,
+    part: Callable[[state.TrainState], PyTree],
+) -> PyTree | None:
+    """Reads a part of a stage's newest state, None where there is no checkpoint.
+
+    Raises:
+      UserError: it was trained on other frozen parameters than the stage has.
+    """
+    directory = os.path.join(workdir, stage.name)
+    checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
+    restored = checkpoints.restore(state.abstract_state(stage, mesh), part)
+    checkpoints.close()
+    if restored is None:
+        return None
+    found, data_state, _ = restored
+    state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
+    return found
+
+
 def _restore(
     stage: state.Stage,
     workdir: str | os.PathLike[str],
@@ -106,15 +128,11 @@ def _restore(
     Raises:
       FileNotFoundError: there is no checkpoint yet.
     """
-    directory = os.path.join(workdir, stage.name)
-    checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
-    like = state.abstract_state(stage, mesh)
-    restored = checkpoints.restore(like, part)
-    checkpoints.close()
-    if restored is not None:
-        params, data_state, _ = restored
-        state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
+    params = _from_checkpoint(stage, workdir, mesh, part)
+    if params is not None:
         return stage.to_model(params)
+    directory = os.path.join(workdir, stage.name)
+    like = state.abstract_state(stage, mesh)
     weights = None if stage.begin is not None else state.converted(directory, like.params)
     if weights is None:
         weights = shared.read(workdir, like.params)
@@ -131,14 +149,7 @@ def check_origin(stage: state.Stage, workdir: str | os.PathLike[str], mesh: Mesh
     Raises:
       UserError: they were trained on others.
     """
-    directory = os.path.join(workdir, stage.name)
-    checkpoints = checkpoint.Checkpoints(os.path.join(directory, 'checkpoints'), read_only=True)
-    like = state.abstract_state(stage, mesh)
-    restored = checkpoints.restore(like, lambda whole: whole.step)
-    checkpoints.close()
-    if restored is not None:
-        _, data_state, _ = restored
-        state.check_frozen(stage, state.frozen_identity(stage), data_state, directory)
+    _from_checkpoint(stage, workdir, mesh, lambda whole: whole.step)
 
 
 def load_tokenizer(cfg: ConfigDict, mesh: Mesh) -> PyTree:
