@@ -19,7 +19,7 @@ from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, console, files
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.training.run import Run, load_config
-from sphere_ar_jax.training.workdir import has, other_model
+from sphere_ar_jax.training.workdir import has, other_model, saved_steps
 
 
 def _hub(what: str) -> Any:
@@ -231,9 +231,7 @@ def converted_once(source: str) -> str:
 
 def _done(workdir: str, stage: str) -> int | None:
     """The steps of a stage's newest checkpoint, None where it was converted or is not there."""
-    place = os.path.join(workdir, stage, 'checkpoints')
-    steps = checkpoint.Checkpoints(place, read_only=True).steps()
-    return max(steps, default=None)
+    return max(saved_steps(workdir, stage), default=None)
 
 
 def _card(workdir: str, run: Run, source: str | None) -> str:

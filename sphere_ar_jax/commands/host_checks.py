@@ -251,13 +251,12 @@ def room_for(saved: dict[str, Saved], workdir: str) -> int:
       saved: what each stage saves, by its name.
       workdir: the directory of the run, an absolute path or gs://…
     """
-    from sphere_ar_jax.runtime import checkpoint
+    from sphere_ar_jax.training.workdir import saved_steps
 
     room = 0
     for name, one in saved.items():
         options = one.options
-        place = f'{workdir}/{name}/checkpoints'
-        there = checkpoint.Checkpoints(place, read_only=True).steps()
+        there = saved_steps(workdir, name)
         if options.steps in there:
             continue
         # A new checkpoint is written before the oldest is removed, hence one more.

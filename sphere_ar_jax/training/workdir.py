@@ -83,10 +83,15 @@ def goes_on(old: ConfigDict, new: ConfigDict, done: int) -> bool:
     return done <= max(old.restarts, default=0) + old.warmup_steps
 
 
+def saved_steps(workdir: str | os.PathLike[str], stage: str) -> list[int]:
+    """The steps of a stage's checkpoints in a workdir, ascending."""
+    place = os.path.join(workdir, stage, 'checkpoints')
+    return checkpoint.Checkpoints(place, read_only=True).steps()
+
+
 def _done(workdir: str | os.PathLike[str], stage: str) -> int:
     """The number of steps of a stage's newest checkpoint, 0 without one."""
-    place = os.path.join(workdir, stage, 'checkpoints')
-    return max(checkpoint.Checkpoints(place, read_only=True).steps(), default=0)
+    return max(saved_steps(workdir, stage), default=0)
 
 
 def is_trained(workdir: str | os.PathLike[str], stage: str) -> bool:
