@@ -223,7 +223,10 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     # It draws, too.
     assert model.sample('a one above a two').shape == (1, 32, 32, 1)
     for call, message in (
-        (lambda: model.caption(images, top_p=0.0), r'top_p is 0.0, but must lie in \(0, 1\]'),
+        (
+            lambda: model.caption(images, top_p=0.0),
+            r'top_p is 0.0, but must be a number in \(0, 1\]',
+        ),
         (lambda: model.caption(images, top_p=0.5, temperature=0), 'temperature is 0, but must be'),
         (lambda: model.caption(images, temperature=0.5), 'give top_p, as 1.0, too'),
         (
@@ -279,7 +282,7 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
         train.train(checks.check(c), str(workdir), 'the command', 0.0)
     said = capsys.readouterr()
     assert "captions, the first one: 'number 1'" in said.out
-    assert '00.png is broken: another image takes its place' in said.err
+    assert '00.png has no caption that can be read: another image takes its place' in said.err
     metrics = json.loads((workdir / 'metrics.json').read_text())
     assert metrics['vae/psnr'] > 0
     assert (workdir / 'samples.png').exists()
