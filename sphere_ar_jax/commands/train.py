@@ -60,16 +60,15 @@ class _Trained(NamedTuple):
 
 def _run(
     setting: snapshots.Setting,
-    reading: dict[str, Any],
     stage: Stage,
     look: Callable[[int, PyTree, MetricWriter], None],
     rate: float | None = None,
 ) -> tuple[PyTree, float]:
     """Runs one stage by `loop.train`. Returns (its parameters at the end, wall time in seconds).
 
-    `reading` comes from `training_images.open_data`. `look` is called every `cfg.watch.every` steps
-    with the step, the parameters and a writer, and then the held-out images are looked at. `rate`
-    is that of the EMA whose parameters are taken, see `run.of_rate`.
+    `look` is called every `cfg.watch.every` steps with the step, the parameters and a writer, and
+    then the held-out images are looked at. `rate` is that of the EMA whose parameters are taken,
+    see `run.of_rate`.
     """
     taken = of_rate(stage.options, rate)
     every = setting.cfg.watch.every
@@ -87,7 +86,7 @@ def _run(
         f'{setting.workdir}/{stage.name}',
         seed=setting.cfg.seed,
         mesh=setting.mesh,
-        reading=reading,
+        reading=setting.reading,
         watch=loop.Watch(every, look_at_all) if every else None,
         logs=setting.logs,
     )
@@ -102,14 +101,9 @@ def _distillation(setting: snapshots.Setting, teacher: Run) -> Stage:
     return distillation_stage(setting.ar, setting.vae, *parameters, options, cfg.seed)
 
 
-def _distil(
-    setting: snapshots.Setting, reading: dict[str, Any], encoded_by: str | None, teacher: Run
-) -> _Trained:
-    """Distils a teacher's head (docs/method.md, "Mean-velocity distillation").
-
-    The arguments are those of `_train`.
-    """
-    training_images.check_latents(setting.cfg, encoded_by, teacher.vae_params)
+def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
+    """Distils a teacher's head (docs/method.md, "Mean-velocity distillation")."""
+    training_images.check_latents(setting.cfg, setting.encoded_by, teacher.vae_params)
     stage = _distillation(setting, teacher)
     directory = f'{setting.workdir}/distillation'
 
@@ -121,13 +115,11 @@ def _distil(
             setting, teacher.vae_params, with_head(head), directory, step, writer
         )
 
-    head, seconds = _run(setting, reading, stage, look)
+    head, seconds = _run(setting, stage, look)
     return _Trained(teacher.vae_params, with_head(head), {'distillation': seconds})
 
 
-def _train_tokenizer(
-    setting: snapshots.Setting, reading: dict[str, Any], lpips: PyTree | None
-) -> tuple[PyTree, float]:
+def _train_tokenizer(setting: snapshots.Setting, lpips: PyTree | None) -> tuple[PyTree, float]:
     """Trains the tokenizer. Returns (its parameters, wall time in seconds)."""
     stage = adversarial.tokenizer_stage(
         setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
@@ -139,7 +131,7 @@ def _train_tokenizer(
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_reconstructions(setting, params, images, step, writer)
 
-    return _run(setting, reading, stage, look)
+    return _run(setting, stage, look)
 
 
 def _ar_stage(setting: snapshots.Setting, vae_params: PyTree) -> Stage:
@@ -151,29 +143,21 @@ def _ar_stage(setting: snapshots.Setting, vae_params: PyTree) -> Stage:
     return tuned.of_workdir(stage, tuning, f'{setting.workdir}/ar', setting.mesh, cfg.seed)
 
 
-def _train(
-    setting: snapshots.Setting,
-    reading: dict[str, Any],
-    encoded_by: str | None,
-    tokenizer: PyTree | None,
-    lpips: PyTree | None,
-) -> _Trained:
+def _train(setting: snapshots.Setting, tokenizer: PyTree | None, lpips: PyTree | None) -> _Trained:
     """Trains the tokenizer and the AR model, as far as the config asks for them.
 
     Args:
       setting: what the parts of the run share.
-      reading: how the images are read, see `training_images.open_data`.
-      encoded_by: see `training_images.Data`.
       tokenizer: the parameters of a trained tokenizer to use, or None to train one.
       lpips: LPIPS' parameters, or None where the tokenizer is trained without.
     """
     seconds = {}
     vae_params = tokenizer
     if tokenizer is None:
-        vae_params, seconds['tokenizer'] = _train_tokenizer(setting, reading, lpips)
+        vae_params, seconds['tokenizer'] = _train_tokenizer(setting, lpips)
     if not setting.cfg.ar_training.steps:
         return _Trained(vae_params, None, seconds)
-    training_images.check_latents(setting.cfg, encoded_by, vae_params)
+    training_images.check_latents(setting.cfg, setting.encoded_by, vae_params)
     vae_params = standardisation.add(
         setting.vae,
         vae_params,
@@ -182,7 +166,7 @@ def _train(
         seed=setting.cfg.seed,
         batch_size=setting.cfg.ar_training.batch_size,
         mesh=setting.mesh,
-        reading=reading,
+        reading=setting.reading,
     )
     stage = _ar_stage(setting, vae_params)
     directory = f'{setting.workdir}/ar'
@@ -192,7 +176,7 @@ def _train(
         snapshots.look_at_samples(setting, vae_params, ar_params, directory, step, writer)
 
     rate = setting.cfg.sampling.ema_decay
-    params, seconds['ar'] = _run(setting, reading, stage, look, rate)
+    params, seconds['ar'] = _run(setting, stage, look, rate)
     return _Trained(vae_params, stage.to_model(params), seconds)
 
 
@@ -261,32 +245,45 @@ def _set_up(
     metric_writer.require(cfg.logging)
     cfg = agreement.with_absolute_paths(cfg)
     mesh = sharding.make_mesh(**cfg.mesh)
-    source, data, heldout, reading, encoded_by = training_images.open_data(cfg)
+    images = training_images.open_data(cfg)
     # Processes that read other weights would wait for each other without end.
-    agreement.check_same(cfg, source)
+    agreement.check_same(cfg, images.source)
     _check_parts(cfg, workdir, mesh)
-    stages: functools.partial[_Trained]
+    stages: Callable[..., _Trained]
+    given: dict[str, Any]
     if cfg.init_from is None:
-        tokenizer = origins.read_tokenizer(cfg, mesh)
-        lpips = origins.read_lpips(cfg, mesh)
-        stages = functools.partial(_train, tokenizer=tokenizer, lpips=lpips)
+        stages = _train
+        given = {
+            'tokenizer': origins.read_tokenizer(cfg, mesh),
+            'lpips': origins.read_lpips(cfg, mesh),
+        }
     else:
-        stages = functools.partial(_distil, teacher=origins.read_teacher(cfg, mesh))
-    stages = functools.partial(stages, reading=reading, encoded_by=encoded_by)
-    vae = build.build_vae(cfg)
-    ar = build.build_ar(cfg)
-    setting = snapshots.Setting(cfg, workdir, mesh, vae, ar, source, data, _judge(cfg), heldout)
+        stages = _distil
+        given = {'teacher': origins.read_teacher(cfg, mesh)}
+    setting = snapshots.Setting(
+        cfg,
+        workdir,
+        mesh,
+        build.build_vae(cfg),
+        build.build_ar(cfg),
+        images.source,
+        data=images.data,
+        judge=_judge(cfg),
+        heldout=images.heldout,
+        reading=images.reading,
+        encoded_by=images.encoded_by,
+    )
     check_claim(cfg, workdir)
-    _check_moved(setting, stages.keywords)
-    base = origins.read_base(cfg, workdir, source, mesh)
+    _check_moved(setting, given)
+    base = origins.read_base(cfg, workdir, images.source, mesh)
     if build.has_captions(cfg):
-        print('\n'.join(training_images.describe_captions(cfg, source)), flush=True)
+        print('\n'.join(training_images.describe_captions(cfg, images.source)), flush=True)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     # Last, so that a config that was refused leaves the workdir free.
     claim(cfg, workdir)
     if base is not None:
-        origins.take_base(cfg, workdir, source, mesh, base)
-    return setting, stages
+        origins.take_base(cfg, workdir, images.source, mesh, base)
+    return setting, functools.partial(stages, **given)
 
 
 def _has_moved(cfg: ConfigDict, workdir: str) -> bool:
@@ -308,7 +305,8 @@ def _check_moved(setting: snapshots.Setting, given: Mapping[str, Any]) -> None:
 
     Args:
       setting: what the parts of the run share.
-      given: the parameters of the `tokenizer` or the run of the `teacher`.
+      given: what the trainings start from: the parameters of the `tokenizer`, or the run of the
+        `teacher`.
 
     Raises:
       UserError: it is another one.

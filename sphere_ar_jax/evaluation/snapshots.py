@@ -6,7 +6,8 @@ Dimensions:
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,8 @@ class Setting(NamedTuple):
       judge: parameters of the Inception network and the statistics of the reference, for FID while
         training, or None.
       heldout: images that are never trained on, a source or a split of `data`, or None.
+      reading: what `loop.train` needs to read the source, see `data.batches.batches`.
+      encoded_by: the hash of the tokenizer that latents were encoded with, None for images.
       logs: where numbers and pictures go besides the workdir's own files.
     """
 
@@ -57,6 +60,8 @@ class Setting(NamedTuple):
     data: small.DataSet | None = None
     judge: tuple[PyTree, statistics.Statistics] | None = None
     heldout: Any = None
+    reading: Mapping[str, Any] = MappingProxyType({})
+    encoded_by: str | None = None
     logs: Logs = DEFAULT
 
 

@@ -513,7 +513,7 @@ def test_a_training_ends_with_the_parameters_that_are_sampled(tmp_path, monkeypa
         seen.append(params)
 
     for rate, expected in ((None, 'mean'), (0.9, 'mean'), (0, 'weights')):
-        assert train._run(setting, {}, stage, look, rate) == (expected, 2.0)
+        assert train._run(setting, stage, look, rate) == (expected, 2.0)
         assert seen.pop() == expected
 
 
