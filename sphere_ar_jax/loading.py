@@ -2,14 +2,14 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
 from sphere_ar_jax.commands import checkpoints, open_run
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import beside, build, checks, schema
 from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.runtime import files, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -18,7 +18,11 @@ from sphere_ar_jax.training.run import load_run, with_ar
 
 
 def load(
-    path: str | os.PathLike[str], *, mesh: Mesh | None = None, batch_size: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Model:
     """Opens a trained or converted run.
 
@@ -30,6 +34,9 @@ def load(
     >>> run = sphere_ar_jax.load('/tmp/digits')
     >>> run.sample([3, 1, 4]).shape
     (3, 16, 16, 1)
+    >>> fast = sphere_ar_jax.load('/tmp/digits', config={'sampling.num_steps': 5})
+    >>> fast.sample([3, 1, 4]).shape
+    (3, 16, 16, 1)
 
     Args:
       path: a workdir, also gs://…; a directory that `--mode=export` has written, also as
@@ -38,13 +45,15 @@ def load(
       mesh: devices that compute, all devices if None.
       batch_size: images that are computed at once, at most; None takes `sampling.batch_size` of the
         run's config.
+      config: values in place of those of the run's config, {dotted key: value}: its dtype, its
+        sampler, or where its tokenizer is now. None changes nothing.
 
     Returns:
       The model.
 
     Raises:
-      UserError: there is no run, a checkpoint must be converted first or cannot be, or the batch
-        size is not at least 1.
+      UserError: there is no run, a checkpoint must be converted first or cannot be, the batch
+        size is not at least 1, or `config` has a key or value that this run cannot take.
       OSError: there is no checkpoint of the tokenizer yet.
     """
     given = os.fspath(path)
@@ -61,6 +70,8 @@ def load(
                 f'--mode=convert --checkpoint={given} --workdir=DIR, then load DIR'
             )
     cfg = open_run.config_of(workdir)
+    if config:
+        cfg = checks.check(beside.with_values(cfg, config))
     mesh = sharding.make_mesh() if mesh is None else mesh
     # Only the training of the AR model measures the statistics that some token spaces need.
     is_whole = build.build_vae(cfg).num_statistics > 0

@@ -53,7 +53,6 @@ value.
 Train, sample, grid and evaluate may be started as several processes, which then form one run.
 """
 
-import difflib
 import os
 import re
 import shlex
@@ -306,19 +305,10 @@ def _with_own_config(argv: list[str]) -> list[str]:
 
 def _unknown_key(argv: list[str]) -> str | None:
     """The message about the first override of an unknown key, None where all keys are known."""
-    names = list(schema.leaves(schema.default().to_dict()))
-    for word in argv:
-        if not word.startswith('--config.'):
-            continue
-        key = word.split('=')[0].removeprefix('--config.')
-        if key in names:
-            continue
-        close = difflib.get_close_matches(key, names, 1, 0.5)
-        hint = f'its sections are {", ".join(schema.default())}'
-        if close:
-            hint = f'did you mean {close[0]}?'
-        return f'the config has no key {key}; {hint}'
-    return None
+    words = (word for word in argv if word.startswith('--config.'))
+    keys = (word.split('=')[0].removeprefix('--config.') for word in words)
+    messages = (schema.unknown(key) for key in keys)
+    return next((message for message in messages if message is not None), None)
 
 
 def _explained(error: Exception, argv: list[str]) -> UserError:

@@ -5,7 +5,7 @@ config, or change keys of the run's own. The tables below say which of those val
 own config decides the others.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import schema
 from sphere_ar_jax.data.captions import vocabulary
-from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 
-# Sections and keys that say how a run is computed.
-_COMPUTED = ('sampling', 'mesh', 'seed', 'dtype', 'ar.fused')
+# Sections and keys that say how a run's models compute and sample.
+_MODELS_COMPUTE = ('sampling', 'dtype', 'ar.fused')
+# The same of a command, which has devices and a seed besides.
+_COMPUTED = (*_MODELS_COMPUTE, 'mesh', 'seed')
 # Runs and files that may have moved since the training; None leaves the run's own.
 _MOVED = ('tokenizer', 'init_from', 'ar.features')
 # Where images are now; None leaves the run's own.
@@ -91,6 +93,32 @@ def for_the_model(own: ConfigDict, like: ConfigDict) -> ConfigDict:
     if own.init_from is None:
         moved.pop('init_from', None)  # A run that is no distillation has no teacher to move.
     return schema.changed(own, _values(like, _COMPUTED) | moved)
+
+
+def with_values(own: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A run's config for opening its models with some of its values changed.
+
+    Args:
+      own: the config of the run.
+      values: {dotted key: value}, as {'dtype': 'bfloat16'}.
+
+    Raises:
+      UserError: there is no such key, the training has decided it, or it takes no such value.
+    """
+    names = (*_MODELS_COMPUTE, *_MOVED)
+    free = _values(own, names)
+    for key in values:
+        message = schema.unknown(key)
+        if message is not None:
+            raise UserError(message)
+        if key not in free:
+            raise UserError(f'{key} is fixed here: only these change, {", ".join(names)}')
+    try:
+        changed = schema.changed(own, dict(values))
+    except (TypeError, ValueError) as error:
+        raise UserError(console.said(error)) from None
+    moved = {key: files.absolute(value) for key, value in _given(changed, _MOVED).items()}
+    return schema.changed(changed, moved)
 
 
 def for_the_images(own: ConfigDict, like: ConfigDict | None) -> ConfigDict:

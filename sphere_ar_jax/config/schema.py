@@ -4,6 +4,7 @@
 ml_collections refuses unknown keys and wrong types; `checks.check` refuses impossible values.
 """
 
+import difflib
 import json
 import re
 from typing import Any
@@ -314,6 +315,17 @@ def leaves(tree: Any, prefix: str = '') -> dict[str, Any]:
     for key, value in tree.items():
         found.update(leaves(value, f'{prefix}{key}.'))
     return found
+
+
+def unknown(key: str) -> str | None:
+    """The message about a dotted key that no config has, None where configs have it."""
+    sections = default()
+    names = list(leaves(sections.to_dict()))
+    if key in names:
+        return None
+    close = difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f'did you mean {close[0]}?' if close else f'its sections are {", ".join(sections)}'
+    return f'the config has no key {key}; {hint}'
 
 
 # Keys that may change between two starts in one workdir: where things are, speed, how often to log

@@ -99,3 +99,27 @@ def test_an_override_of_the_images_that_a_run_was_trained_on_is_refused():
         beside.without_other_images(_config(**{key: 0.5}), own, (key,), False)
     found = beside.without_other_images(_config(**{key: 0.2}), own, (key,), False)
     assert found.data.holdout == 0.2
+
+
+def test_values_that_a_caller_gives_change_how_a_run_computes():
+    own = _config(tokenizer='/old')
+    values = {'dtype': 'bfloat16', 'sampling.num_steps': 7, 'tokenizer': 'new'}
+    found = beside.with_values(own, values)
+    expected = schema.changed(own, values | {'tokenizer': files.absolute('new')})
+    assert found.to_json_best_effort() == expected.to_json_best_effort()
+    assert own.tokenizer == '/old'
+    assert beside.with_values(own, {'dtype': 'bfloat16'}).tokenizer == '/old'
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'sampling.steps': 7}, 'the config has no key sampling.steps; did you mean sampling.num_'),
+        ({'ar.width': 8}, 'ar.width is fixed here: only these change, sampling, dtype, ar.fused'),
+        ({'mesh.fsdp': 2}, 'mesh.fsdp is fixed here'),
+        ({'sampling.num_steps': 'ten'}, 'num_steps'),
+    ],
+)
+def test_other_values_that_a_caller_gives_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        beside.with_values(_config(), values)

@@ -345,6 +345,18 @@ def test_steps_are_those_of_the_config(run):
     assert (options.num_steps, options.final_steps, options.annealing) == (5, None, None)
 
 
+def test_a_run_is_opened_with_values_of_its_config_changed(workdir):
+    values = {'sampling.num_steps': 3, 'dtype': 'bfloat16'}
+    with libraries_promote():
+        other = sphere_ar_jax.load(workdir, config=values)
+    assert other._sampler(None).options.num_steps == 3
+    assert other.vae.dtype == jax.numpy.bfloat16
+    with pytest.raises(UserError, match='num_steps is 0, but a solver needs'):
+        sphere_ar_jax.load(workdir, config={'sampling.num_steps': 0})
+    with pytest.raises(UserError, match=r'ar\.width is fixed here'):
+        sphere_ar_jax.load(workdir, config={'ar.width': 8})
+
+
 def test_names_of_classes():
     """Names stand for their numbers, one by one and beside numbers."""
     numbers = {'owl': 3, 'wren': 4}
