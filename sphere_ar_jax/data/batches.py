@@ -51,6 +51,19 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
+def are_too_many(broken: float, seen: int, share: float) -> bool:
+    """Whether more images are broken than a share lets pass, and more than chance explains.
+
+    Chance may add three standard deviations of the share, 3 √(share / seen).
+
+    Args:
+      broken: how many are broken.
+      seen: how many were tried, at least 1.
+      share: the share that may be broken, in (0, 1].
+    """
+    return broken / seen > share + 3 * (share / seen) ** 0.5
+
+
 def _one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {first_line(error, 300)}'
 
@@ -88,11 +101,11 @@ class _Loader:
         return f'image {index}'
 
     def _load(self, index: int, epoch: int, rng: np.random.Generator) -> Record:
-        """Loads an image. Errors other than BrokenImageError and MemoryError become UserErrors."""
+        """Loads an image. Errors but BrokenImageError and MemoryError are or become UserErrors."""
         try:
             record = self.source[index]
             return record if self.transform is None else self.transform(record, epoch, rng)
-        except (augment.BrokenImageError, MemoryError):
+        except (augment.BrokenImageError, UserError, MemoryError):
             raise
         except Exception as error:
             raise UserError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
@@ -177,6 +190,7 @@ class Batches:
         self.seen = 0
         self.broken = 0
         self._lack_caption = 0
+        self._last_broken = ''
 
     def __iter__(self) -> 'Batches':
         return self
@@ -217,19 +231,19 @@ class Batches:
         self.broken += len(found)
         self._lack_caption += sum(lacking)
         for index, lacks in zip(found, lacking, strict=True):
+            self._last_broken = self._loader.name(index)
             if index not in self._named:
                 self._named.add(index)
                 what = 'has no caption that can be read' if lacks else 'is broken'
-                name = self._loader.name(index)
-                print(f'{name} {what}: another image takes its place', file=sys.stderr)
-        if self.seen >= _JUDGED_FROM and self.broken > self._max_broken * self.seen:
+                print(f'{self._last_broken} {what}: another image takes its place', file=sys.stderr)
+        if self.seen >= _JUDGED_FROM and are_too_many(self.broken, self.seen, self._max_broken):
             texts = ''
             if self._lack_caption:
                 texts = f' ({self._lack_caption} of them have no caption that can be read)'
             raise UserError(
                 f'{self.broken} of {self.seen} images are broken{texts}, '
                 f'more than the share max_broken = {self._max_broken}; '
-                f'the last one is {self._loader.name(found[-1])}'
+                f'the last one is {self._last_broken}'
             )
 
     def get_state(self) -> dict[str, int]:

@@ -256,15 +256,56 @@ def test_broken_images_are_replaced(capfd):
     _equal(_global_batches(source, 7, 0, 4, transform=transform, max_broken=0.2), ours)
 
 
+def test_the_last_broken_image_is_named_where_later_batches_have_none():
+    options = dict(batch_size=16, seed=3, transform=augment.Augmentation(32))
+    none = np.full((16, 8), -1)
+    broken = none.copy()
+    broken[:, 0] = np.arange(16)
+    lacks = np.zeros((16, 8), bool)
+    with data_batches.batches(Pictures(50, ()), max_broken=0.01, **options) as iterator:
+        iterator._count(broken, lacks)
+        for _ in range(4):
+            iterator._count(none, lacks)
+        with pytest.raises(UserError, match=r'^16 of 112 images .*; the last one is class/15.JPEG'):
+            iterator._count(none, lacks)
+
+
+@pytest.mark.parametrize(
+    ('broken', 'seen', 'share', 'expected'),
+    [
+        (1, 101, 0.001, False),  # one broken image may be chance
+        (2, 101, 0.001, True),
+        (1300, 1_281_167, 0.001, False),
+        (1400, 1_281_167, 0.001, True),
+        (100, 100, 1.0, False),
+    ],
+)
+def test_how_many_broken_images_are_too_many(broken, seen, share, expected):
+    assert data_batches.are_too_many(broken, seen, share) == expected
+
+
+def test_what_a_source_says_of_an_image_is_said_once(tmp_path):
+    class Unreadable(Pictures):
+        def __getitem__(self, i):
+            raise UserError('x.jpg cannot be read: no such file')
+
+    options = dict(batch_size=2, seed=3, transform=augment.Augmentation(32))
+    with (
+        data_batches.batches(Unreadable(5, ()), max_broken=1.0, **options) as iterator,
+        pytest.raises(UserError, match=r'^x\.jpg cannot be read: no such file'),
+    ):
+        next(iterator)
+
+
 def test_too_many_broken_images_stop_the_run(capfd):
     options = dict(batch_size=16, seed=3, transform=augment.Augmentation(32))
-    with data_batches.batches(Pictures(50, BROKEN), max_broken=0.05, **options) as iterator:
+    with data_batches.batches(Pictures(50, BROKEN), max_broken=0.01, **options) as iterator:
         _take(iterator, 5)  # 80 images and their replacements, fewer than 100
         assert iterator.seen < 100
-        assert iterator.broken > 0.05 * iterator.seen
+        assert iterator.broken > 0.04 * iterator.seen
         with pytest.raises(
             UserError,
-            match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.05; ',
+            match=r'^\d+ of \d+ images are broken, more than the share max_broken = 0.01; ',
         ):
             _take(iterator, 2)
     with (

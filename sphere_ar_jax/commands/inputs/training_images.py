@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import build, checks
-from sphere_ar_jax.data import augment, imagenet, small, sources
+from sphere_ar_jax.data import augment, batches, imagenet, small, sources
 from sphere_ar_jax.data.captions import captioned, vocabulary
 from sphere_ar_jax.runtime import checkpoint, console
 from sphere_ar_jax.runtime.console import UserError
@@ -131,8 +131,7 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     said = [f"captions, the first one: '{console.printable(first, 80)}'"]
     looked = captioned.look(source, captioned.LOOKED_AT, build.caption_encoder(cfg))
     most = cfg.data.max_broken
-    # Three standard deviations more may be chance.
-    if looked.broken > most + 3 * (most / looked.images) ** 0.5:
+    if batches.are_too_many(looked.broken * looked.images, looked.images, most):
         raise UserError(
             f'{looked.broken:.1%} of the captions that were looked at are broken, more than '
             f'data.max_broken = {most}: {looked.reasons[0]}'
