@@ -37,7 +37,7 @@ def pack(
     output: str,
     *,
     shards: int = 128,
-    split: str = 'train',
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
 ) -> None:
@@ -49,7 +49,7 @@ def pack(
       data: KIND:PATH, see `recipes.data_set`.
       output: the directory to write.
       shards: the number of files.
-      split: the split of tfds or hf.
+      split: the split of tfds or hf, None for 'train'.
       data_dir: the directory of tfds or hf, None for its default.
       labels: 'none' for images whose labels cannot be told or mean nothing, as those that have
         captions: where they cannot be told, all images are a single class. None needs labels.
@@ -61,11 +61,15 @@ def pack(
     kind, path = recipes.data_set(data)
     if kind in small.KINDS:
         raise UserError(small.KINDS[kind].unpackable)
+    sources.check_split(kind, split, data_dir)
+    array_records.require_new(output)
     bar = console.bar(None, 'reading the tar', 'byte')
     if labels not in (None, 'none'):
         raise UserError(f"--labels is {labels}: --mode=pack takes 'none' alone")
     sources.require_images(kind, path)
-    source = sources.open_source(kind, path, split, data_dir, bar, needs_labels=labels is None)
+    source = sources.open_source(
+        kind, path, split or 'train', data_dir, bar, needs_labels=labels is None
+    )
     sources.pack(source, output, shards, console.bar(len(source), 'packed'))
     classes = class_names.describe(source.num_classes, source.class_names)
     print(f'{output}: {len(source)} images of {classes}')
@@ -227,6 +231,7 @@ def encode(
     own = beside.for_the_images(open_run.config_of(workdir), like if data is None else None)
     d = own.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)
+    sources.check_split(kind, split, data_dir)
     source = _open_images(own, run.vae, kind, path, split or d.split, data_dir or d.data_dir)
     n = len(source)
     about = {

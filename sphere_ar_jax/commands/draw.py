@@ -475,6 +475,8 @@ def caption(
         raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
     model = Model(run, mesh=mesh)
+    if output is not None:
+        epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     show = console.bar(len(chosen), 'texts', lines=sys.stderr)
     texts: dict[str, str] = {}
     # Each image has the seed of its place among all, so that it does not matter with which others
@@ -492,7 +494,6 @@ def caption(
         for name, text in texts.items():
             print(f'{listing.shown(name)}\t{console.printable(text, 1000)}')
         return
-    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     table = (f'{name}\t{text}\n' for name, text in texts.items())
     write_bytes(output, ''.join(table).encode())
     print(f'wrote {output}: {len(texts)} texts')

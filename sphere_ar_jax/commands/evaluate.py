@@ -17,11 +17,12 @@ from sphere_ar_jax.evaluation.fidelity import (
     statistics,
 )
 from sphere_ar_jax.evaluation.fidelity import reference as references
-from sphere_ar_jax.interop.lpips import read
+from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import console, files
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import generation
+from sphere_ar_jax.training.run import Run
 
 
 def _check_files(
@@ -42,18 +43,14 @@ def _check_files(
 
 
 def _score_tokenizer(
-    workdir: str,
-    like: ConfigDict | None,
+    run: Run,
     images: str,
     network: PyTree | None,
     lpips: str | None,
     vgg: str | None,
 ) -> dict[str, Any]:
-    """The scores of a run's tokenizer on the images of an npz; network: Inception's parameters."""
-    run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
-    judge = None
-    if lpips is not None:
-        judge = read(lpips, vgg)
+    """The scores of a run's tokenizer on images; the network is Inception's parameters."""
+    judge = None if lpips is None else read(lpips, vgg)
     batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
     bar = console.bar(None, 'reconstructions')
     scores = tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
@@ -130,11 +127,18 @@ def evaluate(
     """
     _check_files(samples, reference, inception, images)
     scores: dict[str, Any] = {}
+    run = None
+    if images is not None:
+        # All is opened before anything is computed, so that a wrong path costs no scores.
+        run, _ = open_run.open_run(workdir, like, tokenizer_only=True)
+        image_sets.count_images(images)
+        if lpips is not None:
+            check_paths(lpips, vgg)
     weights = None if inception is None else inception_weights.load(inception)
     if samples is not None and reference is not None:
         scores = protocol.evaluate(samples, reference, weights, progress=console.bars())
-    if images is not None:
-        scores['tokenizer'] = _score_tokenizer(workdir, like, images, weights, lpips, vgg)
+    if run is not None and images is not None:
+        scores['tokenizer'] = _score_tokenizer(run, images, weights, lpips, vgg)
     if not scores:
         scores = _score_run(workdir, like)
     path = f'{workdir}/evaluation.json'
@@ -154,7 +158,7 @@ def write_reference(
     *,
     inception: str | None = None,
     num_images: int = references.KEPT,
-    split: str = 'train',
+    split: str | None = None,
     data_dir: str | None = None,
 ) -> None:
     """Writes statistics and images of a data set to an npz, to compare samples with.
@@ -165,7 +169,7 @@ def write_reference(
       output: the npz.
       inception: the weights of the Inception network (.pb or .pth); None writes images alone.
       num_images: images to keep in the file.
-      split: the split of tfds or hf.
+      split: the split of tfds or hf, None for 'train'.
       data_dir: the directory of tfds or hf, None for its default.
 
     Raises:
@@ -179,12 +183,16 @@ def write_reference(
         )
     if not output.endswith('.npz'):
         raise UserError(f'--output is {output}, but must end in .npz')
+    if '://' in output:
+        raise UserError(f'--output is {output}: a reference is written to a local disk')
+    sources.check_split(kind, split, data_dir)
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     weights = None if inception is None else inception_weights.load(inception)
     bar = console.bar(None, 'reading the tar', 'byte')
     # Statistics need no labels. Those of a folder decide which images a training takes.
     needs_labels = kind == 'folder'
     sources.require_images(kind, path)
-    source = sources.open_source(kind, path, split, data_dir, bar, needs_labels)
+    source = sources.open_source(kind, path, split or 'train', data_dir, bar, needs_labels)
     print(f'{len(source)} images of {class_names.describe(source.num_classes, source.class_names)}')
     if source.left_out:
         print(f'left out: {source.left_out}')

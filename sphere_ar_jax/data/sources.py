@@ -168,11 +168,13 @@ def _check_classes(path: str, classes: list[str]) -> None:
         if os.path.exists(os.path.join(path, array_records.IMAGES.metadata)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
-    if all(name.lower() in SPLITS for name in classes):
-        training = [name for name in classes if name.lower().startswith('train')]
-        part = (training or classes)[0]
+    # Years may stand behind, as in train2017. A class may be a train, and have a name of two words.
+    parts = [name for name in classes if name.lower().rstrip('0123456789_-. ') in SPLITS]
+    if len(parts) > 1 or parts == classes:
+        training = [name for name in parts if name.lower().startswith('train')]
+        part = (training or parts)[0]
         raise UserError(
-            f'{path} holds {" and ".join(classes)}, parts of a data set and not classes: '
+            f'{path} holds {" and ".join(parts)}, parts of a data set and not classes: '
             f'give --config.data.path={path}/{part} (or data=folder:{path}/{part}), '
             'with a directory in it for each class'
         )
@@ -679,6 +681,16 @@ def require_images(kind: str, path: str) -> None:
         raise UserError(
             f'{path} holds latents, not images: only a training of the AR model reads them'
         )
+
+
+def check_split(kind: str, split: str | None, data_dir: str | None) -> None:
+    """Raises UserError where a command names a split or a `data_dir` of data that have neither."""
+    for name, value in (('split', split), ('data_dir', data_dir)):
+        if value is not None and kind not in _NAMED:
+            raise UserError(
+                f'--{name} is for {" and ".join(_NAMED)}: of data {kind} name the files or '
+                "directory in --data, as webdataset:'DIR/test-*.tar'"
+            )
 
 
 KINDS: dict[str, Callable[..., Images]] = {

@@ -203,6 +203,8 @@ def test_what_latents_cannot_do_is_refused(old_runs, encoded, tmp_path):
     digits = str(old_runs / 'digits')
     assert said == _refusal(data_sets.encode, digits, output, data=f'latents:{directory}')
     assert 'exists' in _refusal(data_sets.encode, digits, str(directory))
+    # Nothing is read before: there are no such images.
+    assert 'exists' in _refusal(data_sets.pack, f'imagenet:{tmp_path}/no.tar', str(directory))
     assert 'has no run' in _refusal(data_sets.encode, str(tmp_path), output)
 
 

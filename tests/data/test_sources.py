@@ -25,6 +25,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sphere_ar_jax.data import imagenet, sources, stand_in
+from sphere_ar_jax.data.files import listing
 from sphere_ar_jax.runtime.console import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -840,6 +841,7 @@ def test_links_to_directories_are_followed_without_end(tmp_path):
         (('Train', 'Test'), 'Train'),
         (('test', 'val'), 'test'),
         (('train',), 'train'),
+        (('train2017', 'val2017'), 'train2017'),
     ],
 )
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
@@ -848,8 +850,45 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
     assert f'holds {" and ".join(sorted(parts))}, parts of a data set' in line
     assert f'--config.data.path={tmp_path}/{advised} ' in line
     assert sources.ImageFolder(tmp_path / advised).class_names == ('cat',)
-    _fill(tmp_path, 'dog/1.png')  # beside other directories they are classes
-    assert sources.ImageFolder(tmp_path).num_classes == len(parts) + 1
+    _fill(tmp_path, 'dog/1.png')
+    if len(parts) > 1:
+        line = _refusal(sources.ImageFolder, tmp_path)
+        assert f'holds {" and ".join(sorted(parts))}, parts of a data set' in line
+    else:  # a single one beside other directories is a class
+        assert sources.ImageFolder(tmp_path).class_names == ('dog', *parts)
+
+
+@pytest.mark.parametrize(
+    ('names', 'advised'),
+    [
+        (('train-0.tar', 'val-0.tar'), '*train*.tar'),
+        (('imagenet1k-train-0000.tar', 'imagenet1k-validation-00.tar'), '*train*.tar'),
+        (('a_test.tar', 'a_val.tar'), '*test*.tar'),
+        (('test-train-0.tar', 'test-train-1.tar'), None),
+        (('latest.tar', 'trained.tar', 'train.tar'), None),
+    ],
+)
+def test_files_of_several_parts_of_a_data_set_are_refused(tmp_path, names, advised):
+    for name in names:
+        (tmp_path / name).touch()
+    if advised is None:
+        found = listing.data_files(str(tmp_path), '.tar', 'webdataset')
+        assert found == [str(tmp_path / name) for name in sorted(names)]
+        return
+    with pytest.raises(UserError) as error:
+        listing.data_files(str(tmp_path), '.tar', 'webdataset')
+    assert str(error.value).endswith(f'as data=webdataset:{tmp_path}/{advised}')
+    training = listing.data_files(f'{tmp_path}/{advised}', '.tar', 'webdataset')
+    assert len(training) == 1
+
+
+@pytest.mark.parametrize('name', ['split', 'data_dir'])
+def test_a_split_is_for_data_sets_that_have_a_name(name):
+    given = {'split': None, 'data_dir': None} | {name: 'test'}
+    with pytest.raises(UserError, match=f'--{name} is for tfds and hf: of data parquet name'):
+        sources.check_split('parquet', **given)
+    sources.check_split('hf', **given)
+    sources.check_split('parquet', None, None)
 
 
 def test_a_folder_without_directories_is_one_class(tmp_path):

@@ -173,9 +173,13 @@ def test_the_command_writes_images_alone_without_weights(tmp_path, capsys):
         assert set(written.files) == {'arr_0'}
         assert written['arr_0'].shape == (5, 8, 8, 3)
         np.testing.assert_array_equal(written['arr_0'][0], augment.center_crop(first, 8))
+    # Directories are made before the images are read.
+    evaluate.write_reference(f'folder:{directory}', 8, str(tmp_path / 'new' / 'r.npz'))
+    assert (tmp_path / 'new' / 'r.npz').exists()
     for data, output, message in (
         ('digits:x', path, 'digits'),
         (f'folder:{directory}', tmp_path / 'r.txt', 'must end in .npz'),
+        (f'folder:{directory}', 'gs://bucket/r.npz', 'is written to a local disk'),
     ):
         with pytest.raises(UserError, match=message):
             evaluate.write_reference(data, 8, str(output))

@@ -9,7 +9,7 @@ import collections
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sphere_ar_jax.runtime.console import UserError, first_line
 
@@ -128,15 +128,27 @@ def _names_of_ranges(pattern: str) -> list[str]:
     return names
 
 
+def _parts_of_data_set(names: Iterable[str]) -> list[str]:
+    """The names of parts of a data set that names have among their words, as train and val.
+
+    They are sorted. There is none where a single part, or no part, is named. In each name the first
+    of `SPLITS` counts.
+    """
+    found = set()
+    for name in names:
+        words = re.split(r'[^a-z]+', name.lower())
+        found.update([word for word in words if word in SPLITS][:1])
+    return sorted(found) if len(found) > 1 else []
+
+
 def _check_splits(path: str, names: Sequence[str], kind: str, suffix: str) -> None:
     """Raises UserError where files of a directory are named as different parts of a data set."""
-    words = [re.split(r'[^a-z]', name.lower())[0] for name in names]
-    parts = sorted(set(words) & SPLITS)
-    if len(parts) > 1:
+    parts = _parts_of_data_set(names)
+    if parts:
         part = next((word for word in parts if word.startswith('train')), parts[0])
         raise UserError(
             f'{path} holds {" and ".join(parts)}, parts of a data set: give those to train on, '
-            f'as data={kind}:{path}/{part}*{suffix}'
+            f'as data={kind}:{path}/*{part}*{suffix}'
         )
 
 
