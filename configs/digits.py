@@ -11,8 +11,8 @@ smoke      The same path in about a minute, to see that everything runs. Its pic
 
            python -m sphere_ar_jax.main --config=configs/digits.py:smoke --workdir=/tmp/digits_smoke
 
-fast       The sampler with the fewest evaluations that lost nothing (BUILD_NOTES.md, "Fewer
-           evaluations").
+fast       The sampler with the fewest evaluations that lost nothing
+           (docs/fewer_evaluations.md).
 distilled  A head of one or two evaluations with guidance within, distilled from a finished run of
            the same seed (docs/method.md, "Mean-velocity distillation").
 

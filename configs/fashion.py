@@ -13,7 +13,7 @@ Words after the colon, separated by commas:
 
 data=idx:DIR   Another directory of IDX files, as those of MNIST, KMNIST or EMNIST.
 fast           The sampler of the fewest evaluations that lost nothing on the digits
-               (BUILD_NOTES.md, "Fewer evaluations"). The experiments on Fashion-MNIST draw with
+               (docs/fewer_evaluations.md). The experiments on Fashion-MNIST draw with
                it. It was not compared with the default sampler.
 smoke          The same path in few steps, to see that everything runs, in two minutes on one core.
                Its pictures show no clothes yet, and its classifier is weak.

@@ -56,16 +56,19 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     if 'features' in values and 'captions' not in values:
         raise ValueError('features= are those of captions: give captions=, too')
     counts = {key: values[key] for key in ('size', 'epochs', 'steps') if key in values}
-    numbers = {key: own.whole_number(key, text) for key, text in counts.items()}
+    numbers = {key: recipes.whole_number(key, text) for key, text in counts.items()}
     if 'epochs' in numbers and 'steps' in numbers:
         raise ValueError('give epochs= or steps=, not both')
     size = numbers.get('size', 64)
     if size not in own.SIZES:
         known = ', '.join(map(str, own.SIZES))
         raise ValueError(f'size={size}: use one of {known}')
-    features = values.get('features')
-    if features is not None:  # a run keeps the path from the root
-        features = os.path.abspath(os.path.expanduser(features))
+    # A run keeps paths from the root. `beside` is none: each text lies beside its image.
+    places = {
+        key: os.path.abspath(os.path.expanduser(values[key]))
+        for key in ('captions', 'features')
+        if key in values and values[key] != 'beside'
+    }
     return own.Wishes(
         size=size,
         steps=numbers.get('steps'),
@@ -73,8 +76,8 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
         grey='grey' in words,
         flip='no_flip' not in words,
         crop='whole' not in words,
-        captions=values.get('captions'),
-        features=features,
+        captions=places.get('captions', values.get('captions')),
+        features=places.get('features'),
         smoke='smoke' in words,
     )
 

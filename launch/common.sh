@@ -54,7 +54,9 @@ take_words() {
     esac
     case $word in
       --config=*) config=${word#*=} ;;
-      --workdir=*) workdir=${word#*=} ;;
+      --workdir=*)
+        workdir=${word#*=}
+        workdir=${workdir/#'~/'/$HOME/} ;;  # bash does not expand ~ within a word
       --mode=*) mode=${word#*=} ;;
       -*) ;;
       *) die "$word is no flag: write --NAME=VALUE in one word, overrides --config.KEY=VALUE" ;;
@@ -64,7 +66,10 @@ take_words() {
   done
   [ "$mode" != train ] || [ -n "$config" ] ||
     die 'give --config=configs/NAME.py and --workdir=DIR (--help says more)'
-  [ -n "$workdir" ] || die 'give --workdir=DIR (--help says more)'
+  case $mode in
+    pack | reference | compile) ;;  # they have no workdir
+    *) [ -n "$workdir" ] || die 'give --workdir=DIR (--help says more)' ;;
+  esac
 }
 
 alone() {  # a verb takes no words but --dry-run
@@ -96,7 +101,8 @@ need_remote_words() {  # for machines that share no disk and get a copy of the c
   [ -n "$config" ] || return 0
   case $config in
     configs/*) [ -f "$1/${config%%:*}" ] || die "there is no config file ${config%%:*}" ;;
-    *) die "--config is $config, but only the files in configs/ are copied: put it there" ;;
+    *.py | *.py:*) die "--config is $config, but only the files in configs/ are copied: put it there" ;;
+    *) [ -f "$1/configs/${config%%:*}.py" ] || die "there is no config ${config%%:*}" ;;
   esac
 }
 

@@ -4,7 +4,7 @@
 # Needs: Python 3.11 or newer, an NVIDIA driver for CUDA 12 or 13, network for pip. It takes about
 #   15 minutes.
 # Type: bash launch/gpu_check.sh [cuda12|cuda13]     (in the checkout)
-# It prints the numbers for BUILD_NOTES.md.
+# It ends with the scores of the run, metrics.json.
 set -euo pipefail
 cuda=${1:-cuda12}
 cd "$(dirname "$0")/.."

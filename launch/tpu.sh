@@ -171,7 +171,8 @@ restarts=0 failures=0 checked=''
 while :; do
   bring_up
   began=$SECONDS code=0
-  install || code=$?
+  # Code 2 of an installation, as of tar or pip, does not mean that the run ended for good.
+  install || { code=$?; [ "$code" -ne 2 ] || code=1; }
   if [ "$code" -eq 0 ] && [ -z "$checked" ]; then
     doctor || give_up $? 'not started: see above (DOCTOR=0 starts all the same)'
     checked=1

@@ -363,20 +363,28 @@ def _given() -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
-    """Raises UserError for flags that do not go together.
-
-    Args:
-      argv: the program's name and the words that are no flags.
-      mode: the value of --mode.
-      given: the values of the flags of `_OPTIONS` that were given.
-    """
+def _check_each(argv: list[str], mode: str, given: dict[str, Any]) -> None:
+    """Raises UserError for a flag that is wrong by itself; see `_check_usage`."""
     if len(argv) > 1:
         raise UserError(f'{argv[1]} is no flag: overrides are written --config.KEY=VALUE')
     for option in _OPTIONS:
         name = option.flag.name
         if name in given and mode not in option.modes:
             raise UserError(f'--{name} is for --mode={" or ".join(option.modes)}, not for {mode}')
+    empty = [name for name, value in {**given, 'workdir': _WORKDIR.value}.items() if value == '']
+    if empty:
+        raise UserError(f'--{empty[0]} is empty: give a value, or leave it out')
+
+
+def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
+    """Raises UserError for flags that are wrong or do not go together.
+
+    Args:
+      argv: the program's name and the words that are no flags.
+      mode: the value of --mode.
+      given: the values of the flags of `_OPTIONS` that were given.
+    """
+    _check_each(argv, mode, given)
     there = {*given, *(flag.name for flag in (_CONFIG, _WORKDIR) if flag.value is not None)}
     needs = _MODES[mode]
     if not there.issuperset(needs.needed):
@@ -453,10 +461,10 @@ def main(argv: list[str]) -> None:
         jax.config.update('jax_compilation_cache_max_size', 2**31)
     # Processes must join before anything asks for a device.
     joining.join()
+    if _MODES[mode].alone and hosts.count() > 1:
+        raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     if not hosts.is_first():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
-    elif _MODES[mode].alone and hosts.count() > 1:
-        raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')

@@ -165,6 +165,21 @@ def test_flags_in_two_words_are_joined(stubs, script):
     assert apart.stdout == together.stdout
 
 
+def test_the_cache_lies_beside_a_workdir_of_the_users_own_directory(stubs):
+    words = ['--config=digits:smoke', '--workdir=~/runs/x']
+    ((call, environ),) = _printed(stubs, 'slurm', words)
+    assert call[-2:] == words
+    assert environ['JAX_COMPILATION_CACHE_DIR'] == f'{stubs.environ["HOME"]}/runs/compilation_cache'
+
+
+def test_modes_without_a_workdir_are_given_none(stubs):
+    words = ['--mode=pack', '--data=folder:/data', '--output=/packed']
+    assert _printed(stubs, 'slurm', words)[0][0][-3:] == words
+    without = stubs.run('slurm', '--mode=sample')
+    assert without.returncode == 2
+    assert 'give --workdir=DIR' in without.stderr
+
+
 @pytest.mark.parametrize('words', [PLAIN, NASTY], ids=['plain', 'nasty'])
 def test_slurm_submits_the_job(stubs, words):
     variables = {'NODES': '4', 'GPUS_PER_NODE': '8', 'LOG': 'my logs/%j'}
@@ -420,6 +435,8 @@ WRONG = {
     ('tpu', PLAIN[0], '--workdir=gs://bucket'): 'give gs://BUCKET/DIR',
     ('tpu', '--config=configs/nope.py:smoke', PLAIN[1]): 'there is no config file configs/nope.py',
     ('tpu', '--config=/home/me/mine.py', PLAIN[1]): 'only the files in configs/ are copied',
+    ('tpu', '--config=mine.py:smoke', PLAIN[1]): 'only the files in configs/ are copied',
+    ('tpu', '--config=nope:smoke', PLAIN[1]): 'there is no config nope',
     ('tpu', '--stop', 'it'): '--stop takes no more words',
     ('tpu_worker',): "not ''",
     ('tpu_worker', 'begin'): "not 'begin'",
@@ -658,6 +675,17 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again(cloud):
     assert done.returncode == 0, done.stderr
     first = ['scp', 'install', 'start', 'wait']
     assert _verbs(cloud) == ['create', *first, 'delete', 'create', *first, 'delete']
+
+
+def test_an_installation_that_fails_is_tried_again(cloud):
+    """Code 2 of the installer is no mistake in what was typed."""
+    cloud.add('uv', UV + PLAIN_END, python=str(cloud.path / 'python'))
+    cloud.will_end('uv', 0, 2)
+    done = cloud.run('tpu', *PLAIN, DOCTOR='0')
+    assert done.returncode == 0, done.stderr
+    assert len(_mains(cloud)) == 1
+    install = ['scp', 'install']
+    assert _verbs(cloud) == ['create', *install, 'stop', *install, 'start', 'wait', 'delete']
 
 
 @pytest.mark.parametrize('code, starts', [(2, 1), (1, 3)])

@@ -58,7 +58,10 @@ _NUMBERS = (
     _Rule(
         'be at least 0',
         _at_least(0),
-        ('tokenizer_training.steps', 'ar_training.steps', 'ar.text_encoder_depth', 'data.workers'),
+        (
+            'tokenizer_training.steps', 'ar_training.steps', 'ar.text_encoder_depth',
+            'data.workers', 'data.num_classes',
+        ),
     ),
     _Rule(
         'not be negative',
@@ -138,6 +141,9 @@ def _check_values(config: ConfigDict) -> None:
         if name in _WORDS:
             known, otherwise = _WORDS[name]
             require(value in known, f'{name} is {value!r}{otherwise}')
+        # Others check these two.
+        elif name not in ('init_from', 'data.path'):
+            require(value != '', f'{name} is empty: give a value, or leave it out')
         if type(value) in (int, float):
             _check_number(name, value)
         for number in value if isinstance(value, tuple) else (value,):
@@ -431,13 +437,18 @@ def check_image_shape(
     """
     require(
         want in (None, image_shape),
-        f'vae makes images of {image_shape} (grid · 2^stages), but data {name} has {want}',
+        f'vae makes images of {image_shape} (grid · 2^(n − 1) for n entries of vae.channels), but '
+        f'data {name} has {want}',
     )
 
 
 def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """Checks the section `data`, and that its images have the tokenizer's shape (H, W, c)."""
     height, width, channels = image_shape
+    require(
+        d.path != '' or d.name in schema.WITHOUT_PATH,
+        'data.path is empty: give a value, or leave it out',
+    )
     kind = small.KINDS.get(d.name)
     if kind is not None:
         want = kind.image_shape
@@ -489,12 +500,14 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
     require(
         height == width,
-        f'vae.grid makes images of {height} × {width} pixels (grid · 2^stages), but images of '
-        f'data {d.name} are cropped to squares: give two equal sizes',
+        f'vae.grid makes images of {height} × {width} pixels (grid · 2^(n − 1) for n entries of '
+        f'vae.channels), but images of data {d.name} are cropped to squares: give two equal sizes',
     )
     require(
-        len(d.crop_until) == 2 and 0 <= d.crop_until[0] <= d.crop_until[1],
-        f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
+        _are_whole(d.crop_until)
+        and len(d.crop_until) == 2
+        and 0 <= d.crop_until[0] <= d.crop_until[1],
+        f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order, whole numbers',
     )
 
 
@@ -558,7 +571,9 @@ def _check_sampling(config: ConfigDict) -> None:
         'sampling: give guidance_scale with a guidance schedule, and only then',
     )
     kind = small.KINDS.get(config.data.name)
-    least = 1 if kind is None else len(config.data.classes) or kind.num_classes
+    least = 1
+    if kind is not None:
+        least = len(config.data.classes) or kind.num_classes
     if config.data.name == 'composed':
         require(
             s.num_images >= 3,

@@ -204,10 +204,10 @@ def check(config: ConfigDict) -> ConfigDict:
     )
     for text in config.shifts:
         corruptions.parse(text)
+    checks.require(len(config.shifts) > 0, 'shifts: give at least one, as noisy:3')
     checks.require(
-        len(config.shifts) > 0 and all(0 < share < 0.9 for share in config.prefixes),
-        f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9, of one or '
-        'more shifts',
+        all(0 < share < 0.9 for share in config.prefixes),
+        f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9',
     )
     checks.require(
         not config.variants or config.kind == 'comparison',
@@ -321,13 +321,15 @@ class _DataSet(NamedTuple):
 
     Attributes:
       noun: its name in a sentence.
-      share: of the steps of its own config, in words and as a number.
+      share: of the steps of its own config.
+      share_in_words: the same, as the page says it.
       seeds: their number.
       scores: sentences on how samples are scored.
     """
 
     noun: str
-    share: tuple[str, float]
+    share: float
+    share_in_words: str
     seeds: int
     scores: str
 
@@ -336,21 +338,24 @@ class _DataSet(NamedTuple):
 _DATA = {
     'digits': _DataSet(
         'the digits',
-        ('half', 0.5),
+        0.5,
+        'half',
         5,
         'An SVC trained on the real digits reads 1,000 samples per row, seed and guidance scale. '
         'The Fréchet distance to all real digits is taken on their 8×8 pixels. ',
     ),
     'fashion': _DataSet(
         'Fashion-MNIST',
-        ('a quarter of', 0.25),
+        0.25,
+        'a quarter of',
         3,
         'A convolutional network trained on the real images reads 1,000 samples per row, seed and '
         'guidance scale. The Fréchet distance to all real images is taken in its features. ',
     ),
     'composed': _DataSet(
         'composed digits',
-        ('half', 0.5),
+        0.5,
+        'half',
         3,
         'A network trained on real images reads each digit and its size. An image is right where '
         'all are those asked for, in their places. A third of the 1,500 samples of a row, seed and '
@@ -389,13 +394,14 @@ def start(
     words, _ = recipes.arguments(file, arg, known)
     if 'fashion' in words:
         data = 'fashion'
-    noun, (share_in_words, share), seeds, scores = _DATA[data]
-    c = default(shortened(packaged.load(data), share))
-    c.title = f'{title} ({noun})'
-    c.seeds = tuple(range(seeds))
+    known_data = _DATA[data]
+    c = default(shortened(packaged.load(data), known_data.share))
+    c.title = f'{title} ({known_data.noun})'
+    c.seeds = tuple(range(known_data.seeds))
     c.method = (
-        f'All rows share data, order, noise, sizes and steps: {share_in_words} the steps of '
-        f'configs/{data}.py, {sampler}, constant guidance. {more}{scores}'
+        'Where the table of rows says nothing else, all rows share data, order, noise, sizes and '
+        f'steps: {known_data.share_in_words} the steps of configs/{data}.py, {sampler}, constant '
+        f'guidance. {more}{known_data.scores}'
         'A lead is the difference of two rows, seed by seed.'
     )
     return c

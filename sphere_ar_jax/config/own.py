@@ -5,8 +5,8 @@
   apply    writes them into a config, with their reasons
   lines    what the start of a training says about them
 
-Nothing here was tuned on images of other people, and nothing was measured on a GPU. The lengths
-come from an account of operations ("How long it takes" in docs/own_images.md).
+No value was tuned on images other than the package's own, and none was measured on a GPU. The
+lengths come from an account of operations ("How long it takes" in docs/own_images.md).
 
 Dimensions:
   n  images of the data set
@@ -348,6 +348,8 @@ def _images(n: int, epochs: float, wishes: Wishes) -> list[Decision]:
             'random crops keep 80 to 100% of the shorter side; the last sixteenth of the epochs '
             'has the square in the middle alone. Give whole for that one throughout.'
         )
+        if until[1] == 0:
+            crops = 'the square in the middle alone, since the epochs are few.'
     else:
         until = (0, 0)
         crops = 'always the whole square in the middle.'
@@ -510,17 +512,3 @@ def lines(config: ConfigDict) -> list[str]:
         overridden = f' Overridden: {" ".join(other)}.' if other else ''
         found.append(f'{reason}{overridden}')
     return found
-
-
-# ---- the words
-
-
-def whole_number(name: str, text: str) -> int:
-    """The positive whole number of a word NAME=TEXT.
-
-    Raises:
-      ValueError: it is none; one line.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f'{name}={text}: give a whole number of at least 1')
-    return int(text)

@@ -17,8 +17,8 @@ from sphere_ar_jax.config import schema
 from sphere_ar_jax.models.sizes import VARIANTS
 from sphere_ar_jax.runtime.console import UserError
 
-# The sampler of the fewest evaluations that lost nothing on the digits, see BUILD_NOTES.md, "Fewer
-# evaluations".
+# The sampler of the fewest evaluations that lost nothing on the digits, see
+# docs/fewer_evaluations.md.
 FAST: dict[str, Any] = dict(solver='ab2', num_steps=10, shift=1.5)
 
 # Guidance at which the published models were scored (docs/method.md, "Guidance").
@@ -39,6 +39,17 @@ BACKBONES: dict[str, dict[str, dict[str, Any]]] = {
 
 # Images of ImageNet's training set.
 IMAGENET = 1_281_167
+
+
+def whole_number(name: str, text: str) -> int:
+    """The positive whole number of a word NAME=TEXT.
+
+    Raises:
+      ValueError: it is none; one line.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f'{name}={text}: give a whole number of at least 1')
+    return int(text)
 
 
 def arguments(
@@ -179,7 +190,11 @@ def _published(
     set_backbone(c, given, 'published')
     if '512' in given:
         c.vae.grid = (32, 32)
-    size = int(values.get('batch', 8 if 'smoke' in given else batch))
+    size = 8 if 'smoke' in given else batch
+    if 'batch' in values:
+        size = whole_number('batch', values['batch'])
+    if size > IMAGENET:
+        raise ValueError(f'batch={size}: ImageNet has {IMAGENET} images')
     c[section].update(batch_size=size, steps=epochs * (IMAGENET // size))
     if 'smoke' in given:
         grid = (8, 8) if '512' in given else (4, 4)
@@ -228,7 +243,7 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
       512        512×512 pixels, 32×32 tokens. This is not a published model.
       cnn, vit   Another backbone of the tokenizer, as in configs/vae.py.
       fast       The sampler of the fewest evaluations that lost nothing on the digits
-                 (BUILD_NOTES.md, "Fewer evaluations"). Its FID on ImageNet has not been measured.
+                 (docs/fewer_evaluations.md). Its FID on ImageNet has not been measured.
       smoke      20 steps of a shallow model on 64×64 pixels, to see that everything runs. It takes
                  a minute on a CPU:
 

@@ -105,11 +105,10 @@ def default() -> ConfigDict:
                 data_dir=config_dict.placeholder(str),
                 # Share of the digits that is held out.
                 holdout=0.2,
-                # Share of the images of all other kinds that is held out, see `sources.split`. IDX
-                # files have a test split. (`holdout` stands at 0.2 in old runs on files, which
-                # hold nothing out.)
+                # Share of image files that is held out, see `sources.split`. IDX files have a test
+                # split of their own.
                 holdout_files=0.0,
-                # Training steps of the network that judges samples, for IDX files.
+                # Training steps of the network that judges samples. The digits have another judge.
                 classifier_steps=1600,
                 # Number of classes of the AR model; as many as the data has, if not given.
                 num_classes=config_dict.placeholder(int),
@@ -284,6 +283,7 @@ def default() -> ConfigDict:
             ),
         )
     )
+    # The key may also be None, which a plain False in the dictionary would not allow.
     config.ar.remat = False
     return config.lock()
 

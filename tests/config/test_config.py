@@ -377,6 +377,8 @@ WRONG = [
     ('data.name', 'imagenett', 'one of digits, idx, imagenet'),
     ('data.max_broken', 0.0, r'lie in .0, 1.'),
     ('data.workers', -1, 'at least 0'),
+    ('data.num_classes', -3, 'at least 0'),
+    ('data.crop_until', (1.5, 2.5), 'two epochs in order, whole numbers'),
     ('data.crop_until', (375, 350), 'two epochs in order'),
     ('tokenizer_training.discriminator', 'biggan', 'patchgan, stylegan'),
     ('tokenizer_training.disc_loss', 'wasserstein', 'hinge, vanilla'),

@@ -67,7 +67,7 @@ def _columns(path: str) -> Iterator[tuple[str, Texts]]:
             raise UserError(f'{path}, line {number} has no tab between a path and a text')
         if '\t' in text:
             raise UserError(f'{path}, line {number} has more than two columns')
-        yield name, _texts(path, text)
+        yield name, _texts(f'{path}, line {number}', text)
 
 
 def _entries(path: str) -> Iterator[tuple[str, Texts]]:

@@ -299,22 +299,26 @@ def kept_index(
     """
     # As `files.user_cache`, which comes with JAX.
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    places = [os.path.dirname(path), os.path.join(cache, 'sphere_ar_jax')]
-    name = f'{os.path.basename(path)}.index.npz'
-    for place in places:
-        found = _load_index(os.path.join(place, name), fd, version)
+    name = os.path.basename(path)
+    # Tars of several directories, which may have one name, share the cache.
+    place_hash = hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:8]
+    targets = [
+        f'{path}.index.npz',
+        os.path.join(cache, 'sphere_ar_jax', f'{name}.{place_hash}.index.npz'),
+    ]
+    for target in targets:
+        found = _load_index(target, fd, version)
         if found is not None:
             return found
     index = build()
     index['version'] = np.array(version)
     index['identity'] = np.array(_identity(fd, index['tars']))
     index['digest'] = np.array(_digest(index))
-    for place in places:
-        target = os.path.join(place, name)
+    for target in targets:
         # Several processes may build the index at once; the last one's stays.
         temporary = f'{target}.{uuid.uuid4().hex}'
         try:
-            os.makedirs(place, exist_ok=True)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(temporary, 'xb') as f:
                 np.savez(f, **index)
             os.replace(temporary, target)
@@ -323,4 +327,5 @@ def kept_index(
             why = first_line(error)
             if os.path.exists(temporary):
                 os.remove(temporary)
-    raise UserError(f'the index of {path} cannot be written to {" or ".join(places)} ({why})')
+    places = ' or '.join(os.path.dirname(target) for target in targets)
+    raise UserError(f'the index of {path} cannot be written to {places} ({why})')
