@@ -183,7 +183,8 @@ class AR(nn.Module):
         start = self.front + k - 1
         angles = jax.lax.dynamic_slice_in_dim(self._angles(), start, 1)
         x, cache = self.stack(self.emb_norm(self.proj_in(z[:, None])), angles, cache, start)
-        c = self.norm(x[:, 0]) + jnp.take(self.positions(), jnp.asarray(k)[None], axis=0)
+        position = jnp.take(self.positions(), jnp.asarray(k)[None], axis=0, mode='clip')
+        c = self.norm(x[:, 0]) + position
         return c, cache
 
     def loss(

@@ -143,10 +143,10 @@ def _backward(kernel: Callable[..., jax.Array]) -> Callable[..., kernels.Arrays]
 
 
 class _Split(NamedTuple):
-    """How a program splits arrays (B, T, N, K) that it has not split yet.
+    """How `jax.shard_map` gives each device its own rows and heads of arrays (B, T, N, K).
 
     Attributes:
-      axes: of the mesh, along which the compiler splits arrays by itself.
+      axes: the axes of the mesh that no enclosing `jax.shard_map` has made manual.
       spec: how they split rows and heads.
     """
 
@@ -154,11 +154,10 @@ class _Split(NamedTuple):
     spec: PartitionSpec
 
 
-def _own_part(B: int, N: int) -> _Split | None:
-    """How the mesh of the program splits arrays (B, T, N, K).
+def _automatic_split(B: int, N: int) -> _Split | None:
+    """How to split arrays (B, T, N, K) along the axes of the mesh that are not manual yet.
 
-    Within a `jax.shard_map` along some axes, arrays are split along these already. None where no
-    axes are left, and where they do not split the arrays evenly.
+    None where there are no such axes, and where they do not split rows or heads evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -186,7 +185,7 @@ def _choose(
 
     B, T, N, K = arrays[0].shape
     chosen = {}
-    part = _own_part(B, N)
+    part = _automatic_split(B, N)
     if K % 8 == 0 and K <= 128 and (causal or T % 2 == 0):
         chosen['cuda'] = directed(_cudnn)  # without a mesh XLA splits it by itself
     if T >= LONG and K == 64 and part is not None:

@@ -226,7 +226,7 @@ def _transpose(
     del jaxpr
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     results = _apply(maps.turned(), arrays[:count], cotangents)
-    # An input that is known already is a tangent of zero.
+    # JAX wants no cotangent of an input that it passes as a value.
     wanted = [ad.is_undefined_primal(array) for array in arrays[count:]]
     inputs = [result if want else None for result, want in zip(results, wanted, strict=True)]
     return [None] * count + inputs

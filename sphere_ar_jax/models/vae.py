@@ -42,7 +42,7 @@ TOKEN_SPACES = ('latents', 'projected', 'standardised', 'polar')
 class Statistics(nn.Module):
     """Mean and standard deviation of n numbers of the training images' latents.
 
-    They are no trained parameters. `VAE.with_statistics` puts them in.
+    They are not trained. `VAE.with_statistics` puts them in.
 
     Attributes:
       size: n, see `VAE.num_statistics`.
@@ -122,7 +122,9 @@ class VAE(nn.Module):
     @property
     def token_dim(self) -> int:
         """How many numbers a token of the AR model has: d, and d + 1 with 'polar'."""
-        return self.latent_dim + (self.token_space == 'polar')
+        if self.token_space == 'polar':
+            return self.latent_dim + 1
+        return self.latent_dim
 
     @property
     def num_statistics(self) -> int:

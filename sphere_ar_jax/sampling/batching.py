@@ -38,8 +38,8 @@ class NonFiniteSamples(UserError):
         more = ', …' if len(indices) > 10 else ''
         super().__init__(
             f'{len(indices)} of the images {first} to {stop - 1} are not finite '
-            f'(numbers {named}{more}), so that none of these is written{kept}; the weights, '
-            'guidance_scale or temperature may be too large, or dtype too small'
+            f'(numbers {named}{more}){kept}; the weights, guidance_scale, temperature or what was '
+            'given may be too large, or dtype too small'
         )
         self.indices = list(indices)
 

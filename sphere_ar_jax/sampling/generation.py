@@ -94,7 +94,7 @@ def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:
             f'there is no file {path}; labels are uniform, balanced, or a file of whole numbers'
         )
     if os.path.getsize(path) > _MOST_LABEL_BYTES:
-        raise UserError(f'{path} is no list of whole numbers: it has more than 1 GiB')
+        raise UserError(f'{path} is not a list of whole numbers: it has more than 1 GiB')
     if path.endswith('.npy'):
         labels = npz.read_npy(path)
     else:
@@ -102,7 +102,7 @@ def _read_labels(path: str, n: int, num_classes: int) -> np.ndarray:
             labels = np.loadtxt(path, dtype=np.int64, ndmin=1)
         except (ValueError, OverflowError) as error:
             why = printable(first_line(error))
-            raise UserError(f'{path} is no list of whole numbers: {why}') from None
+            raise UserError(f'{path} is not a list of whole numbers: {why}') from None
     if labels.shape != (n,) or labels.dtype.kind not in 'iu':
         raise UserError(
             f'{path} must hold {n} whole numbers, but holds {labels.dtype} {labels.shape}'
@@ -371,7 +371,9 @@ def _draw_gap(
 
     def write(batch: jax.Array, finite: jax.Array, first: int) -> None:
         kept = hosts.gather(finite)[: stop - first]
-        batching.require_finite(kept, first, '; those before them are kept')
+        batching.require_finite(
+            kept, first, ', so that none of these is written; those before them are kept'
+        )
         add(first, hosts.gather(batch)[: stop - first])
 
     batches = on_mesh.draw_batches(run, sampler, labels, start=start, stop=stop, **drawing)

@@ -66,7 +66,7 @@ def _cropped(picture: Picture, shape: tuple[int, int, int]) -> np.ndarray:
     """A picture as uint8 (H, W, c): its shorter side resized, then the square in its middle.
 
     Raises:
-      UserError: it cannot be read, or the model's images are no squares.
+      UserError: it cannot be read, or the model's images are not squares.
       OSError: likewise.
     """
     height, width, channels = shape
@@ -94,7 +94,7 @@ def images(value: Images, shape: tuple[int, int, int]) -> np.ndarray:
       (n, H, W, c) float32 in [−1, 1].
 
     Raises:
-      UserError: the images have another shape, dtype or range, or a file is no image.
+      UserError: the images have another shape, dtype or range, or a file is not an image.
       OSError: a file cannot be read.
     """
     pictures: Any = [value] if _is_picture(value) else value
@@ -135,7 +135,7 @@ def tokens(value: ArrayLike, count: int, latent_dim: int) -> np.ndarray:
       (n, L, d) float32.
 
     Raises:
-      UserError: the tokens have another shape, are no numbers, or are not finite.
+      UserError: the tokens have another shape, are not numbers, or are not finite.
     """
     array = _array(value, 'tokens')
     if array.ndim == 2:
@@ -165,7 +165,7 @@ def labels(value: Any, find: Callable[[str], Any] | None = None, *, is_tree: boo
       UserError: there is no class of a name.
     """
 
-    def number(label: Any) -> Any:
+    def found(label: Any) -> Any:
         if not isinstance(label, str):
             return label
         if find is None:
@@ -175,16 +175,16 @@ def labels(value: Any, find: Callable[[str], Any] | None = None, *, is_tree: boo
     if is_tree:
         return value
     if isinstance(value, list | tuple) and value:
-        return _alike([number(label) for label in value])
+        return _alike([found(label) for label in value])
     if isinstance(value, str):
-        return [number(value)]
+        return [found(value)]
     array = np.asarray(value)
     if not array.size:
         raise UserError('there are no labels: give one for each image')
     texts = array.dtype.kind in 'UT'
     # A column of a table holds its texts as objects.
     if texts or (array.dtype.kind == 'O' and all(isinstance(a, str) for a in array.flat)):
-        return [number(label) for label in np.atleast_1d(array).tolist()]
+        return [found(label) for label in np.atleast_1d(array).tolist()]
     return array[None] if array.ndim == 0 else array
 
 
@@ -229,7 +229,7 @@ def scales(value: ArrayLike, count: int) -> float | np.ndarray:
       The number, or (n,) float32.
 
     Raises:
-      UserError: a scale is no finite number, or there are more or fewer than images.
+      UserError: a scale is not a finite number, or there are more or fewer than images.
     """
     array = _array(value, 'guidance')
     if array.dtype.kind not in 'iuf' or array.shape not in ((), (count,)):

@@ -10,7 +10,7 @@ Dimensions:
 """
 
 import dataclasses
-import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -111,8 +111,8 @@ class Model:
 
     An image follows from its label, seed and guidance scale. It does not depend on the others up to
     rounding. Each method is compiled once for a number of images, and `sample` and its kin also for
-    a number of steps; scales of each image, and seeds of each, have programs of their own. Other
-    values compile nothing.
+    a number of steps; scales of each image, and seeds of each, have programs of their own. So has
+    each `top_p` and temperature of `caption`. Other values compile nothing.
 
     The weights of the AR model are read when they are first needed.
 
@@ -162,6 +162,8 @@ class Model:
         self.vae_params: PyTree = run.vae_params
         self.class_names = class_names
         self._run: Run | None = run
+        self._opened: tuple[AR, PyTree] | None = None
+        self._opening = threading.Lock()  # threads may ask for the AR model at once
         self._read_ar = read_ar
         self._find = find
         self.mesh = sharding.make_mesh() if mesh is None else mesh
@@ -188,17 +190,21 @@ class Model:
         """Number L of an image's tokens."""
         return self.vae.grid[0] * self.vae.grid[1]
 
-    @functools.cached_property
+    @property
     def _autoregressive(self) -> tuple[AR, PyTree]:
         """The AR model and its parameters in the layout that sampling needs, read at first use."""
-        run = self._run
-        assert run is not None  # this is computed once
-        if run.ar_params is None and self._read_ar is not None:
-            run = self._read_ar()
-        if run.ar_params is None:
-            raise UserError('this model is a tokenizer alone: it encodes and decodes')
-        self._run = None  # It would keep the parameters in memory twice.
-        return unstacked(run.ar, run.ar_params)
+        with self._opening:
+            if self._opened is None:
+                run = self._run
+                assert run is not None  # it is there until the model is opened
+                if run.ar_params is None and self._read_ar is not None:
+                    run = self._read_ar()
+                if run.ar_params is None:
+                    raise UserError('this model is a tokenizer alone: it encodes and decodes')
+                self._opened = unstacked(run.ar, run.ar_params)
+                # It would keep the parameters in memory twice.
+                self._run = None
+            return self._opened
 
     @property
     def ar(self) -> AR:
@@ -246,7 +252,7 @@ class Model:
           count: number of the images, where a single label is meant for all of them.
 
         Raises:
-          UserError: an argument is none that the model can take.
+          UserError: the model cannot take an argument.
         """
         condition = self.ar.condition
         is_tree = not isinstance(condition.example(), jax.Array | np.ndarray)
@@ -321,7 +327,7 @@ class Model:
           (n, H, W, c) float32 in [−1, 1].
 
         Raises:
-          UserError: an argument is none that the model can take, or an image is not finite; or with
+          UserError: the model cannot take an argument, or an image is not finite; or with
             on_token there are more images than `batch_size`.
           OSError: the AR model cannot be read.
         """

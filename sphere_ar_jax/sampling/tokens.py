@@ -330,10 +330,14 @@ def _prefill(ar: AR, params: PyTree, labels: Labels, guided: bool) -> Carry:
         return Carry(*ar.apply({'params': params}, labels, method='prefill'))
     # All null rows begin alike, so one of them is computed and then copied.
     null = ar.condition.null(labels)
-    rows = jax.tree.map(lambda a, null: jnp.concatenate([a, null[:1]]), labels, null)
+
+    def with_null(labels: jax.Array, null: jax.Array) -> jax.Array:
+        return jnp.concatenate([labels.astype(null.dtype), null[:1]])
+
+    rows = jax.tree.map(with_null, labels, null)
     c, cache = ar.apply({'params': params}, rows, method='prefill')
-    B = len(c) - 1
-    copies = jnp.minimum(jnp.arange(2 * B), B)
+    B = len(c) - 1  # row B is the null row
+    copies = jnp.concatenate([jnp.arange(B), jnp.full(B, B)])
     return jax.tree.map(lambda a: jnp.take(a, copies, axis=0), Carry(c, cache))
 
 

@@ -123,7 +123,7 @@ def geodesic(
     Args:
       x: (..., d) points.
       v: (..., d) velocities of the same dtype.
-      t: any numbers, of a shape that goes with x, as (..., 1) or ().
+      t: any numbers, of a shape that broadcasts with x, as (..., 1) or ().
       radius: R > 0; None stands for √d.
 
     Returns:
@@ -204,7 +204,7 @@ def interpolate(
     Args:
       x0: (..., d) points.
       x1: (..., d) points of the same dtype.
-      t: numbers in [0, 1] of a shape that goes with x0, as (..., 1) or ().
+      t: numbers in [0, 1] of a shape that broadcasts with x0, as (..., 1) or ().
       radius: R > 0; None stands for √d.
 
     Returns:

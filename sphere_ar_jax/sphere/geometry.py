@@ -48,7 +48,10 @@ def _normalize(z: jax.Array) -> jax.Array:
 def _normalize_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangent projection (I − uuᵀ) ż / max(‖z‖, EPS), u = z/‖z‖; ż and the norm times h."""
+    """The tangent projection (I − uuᵀ) ż / max(‖z‖, EPS), u = z/‖z‖.
+
+    Both ż and ‖z‖ are scaled by h, which cancels, so that neither overflows.
+    """
     (z,) = primals
     h, norm = _shrunk_norm(z)
     z_dot = h * tangents[0]
@@ -180,7 +183,7 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     Args:
       a: (..., d).
       b: (..., d) of the same dtype.
-      t: numbers in [0, 1] of a shape that goes with a and b, as (..., 1).
+      t: numbers in [0, 1] of a shape that broadcasts with a and b, as (..., 1).
 
     Returns:
       (..., d).

@@ -38,7 +38,7 @@ def learning_rate(
     Args:
       peak: the rate at the end of the warm-up.
       warmup_steps: number of steps in which the rate rises from 0 to `peak`.
-      total_steps: the step at which the rate reaches `final`.
+      total_steps: the step at which the rate reaches `final`, or warmup_steps + 1 if that is later.
       final: the last rate.
       restarts: steps at which the rate has reached `final` too, and from which it rises to `peak`
         and falls again; ascending, below total_steps.
@@ -48,12 +48,12 @@ def learning_rate(
         without restarts and with total_steps = r.
     """
     parts = []
-    begins = 0
-    for ends in (*restarts, total_steps):
-        steps = max(ends - begins, warmup_steps + 1)
-        lowest = final if begins else 0.0
+    start = 0
+    for end in (*restarts, total_steps):
+        steps = max(end - start, warmup_steps + 1)
+        lowest = final if start else 0.0
         parts.append(optax.warmup_cosine_decay_schedule(lowest, peak, warmup_steps, steps, final))
-        begins = ends
+        start = end
     if len(parts) == 1:
         return parts[0]
     return optax.join_schedules(parts, list(restarts))

@@ -88,8 +88,8 @@ def measure(
         source, batch_size=batch_size, seed=seed, rows=rows, **(reading or {})
     ) as batches:
         for first in range(0, n, batch_size):
-            batch = sharding.place_batch(mesh, (next(batches), first + rows))
-            drawn = hosts.gather(_latents(vae)(params, *batch, key))
+            batch, index = sharding.place_batch(mesh, (next(batches), first + rows))
+            drawn = hosts.gather(_latents(vae)(params, batch, index, key))
             z = drawn[: n - first].reshape(-1, d).astype(np.float64)
             count += len(z)
             total += z.sum(axis=0)

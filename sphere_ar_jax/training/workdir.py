@@ -120,7 +120,7 @@ _LOST = {
 def _prolonged(
     before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]
 ) -> dict[str, str]:
-    """The trainings that are prolonged, as may be: {section: a line that says so}."""
+    """Finds the trainings that get more steps and may: {section: the line that says so}."""
     found = {}
     for stage in ('tokenizer', 'ar', 'distillation'):
         section = f'{stage}_training'
@@ -147,7 +147,7 @@ def _changes(
     """
     found = schema.differences(schema.as_dict(before), schema.as_dict(now))
     if _derived_otherwise(before, now):
-        return found, []  # Steps that follow from other images are no wish for more of them.
+        return found, []  # Steps that follow from other images do not ask for a longer training.
     longer = _prolonged(before, now, workdir)
     allowed = {f'{section}.{key}' for section in longer for key in ('steps', 'restarts')}
     changed = [difference for difference in found if difference.split()[0] not in allowed]

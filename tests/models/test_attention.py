@@ -234,11 +234,11 @@ def test_gpus_get_cudnn_where_it_can(monkeypatch):
 def test_rows_and_heads_are_split_as_the_mesh_says():
     mesh = abstract_mesh(2, 4, 2)
     with jax.sharding.use_abstract_mesh(mesh):
-        axes, spec = attention._own_part(16, 6)
+        axes, spec = attention._automatic_split(16, 6)
         assert axes == {'data', 'fsdp', 'tensor'}
         assert spec == sharding.P(*sharding.BATCH, None, ('tensor',), None)
-        assert attention._own_part(12, 6) is attention._own_part(16, 3) is None
-    assert attention._own_part(16, 6) is None
+        assert attention._automatic_split(12, 6) is attention._automatic_split(16, 3) is None
+    assert attention._automatic_split(16, 6) is None
 
 
 def test_what_is_split_already_is_not_split_again():
@@ -247,7 +247,7 @@ def test_what_is_split_already_is_not_split_again():
     seen = []
 
     def look(x):
-        seen.append((attention._own_part(15, 6), attention._own_part(16, 3)))
+        seen.append((attention._automatic_split(15, 6), attention._automatic_split(16, 3)))
         return x
 
     for axes in ({'data', 'fsdp'}, {'data', 'fsdp', 'tensor'}):

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,26 @@ def test_the_model_takes_the_null_class_and_no_other_number_more(run):
             embed(np.array(labels))
     with pytest.raises(UserError, match='but are float'):
         embed(np.array([2.7]))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.int32])
+def test_the_null_class_is_beyond_what_narrow_labels_hold(dtype):
+    many = Classes(num_classes=1000, length=1, width=4)
+    labels = jnp.array([3, 99], dtype)
+    null = many.null(labels)
+    chex.assert_trees_all_equal(null, jnp.array([1000, 1000], jnp.int32))
+    keys = jax.random.split(jax.random.key(0), 2)
+    chex.assert_trees_all_equal(many.drop(keys, labels.astype(jnp.int32), 1.0), null)
+
+
+def test_labels_of_a_narrow_dtype_are_guided_alike(run):
+    options = Options(num_steps=2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    wide, narrow = (
+        sample_tokens(run.ar, run.ar_params, np.array([3, 9], dtype), keys, options)
+        for dtype in (np.int32, np.uint8)
+    )
+    chex.assert_trees_all_equal(wide, narrow)
 
 
 @pytest.mark.parametrize('index', [[0], [0, 1, 2], [0.5, 1], [-1, 0], [0, 2**31], [[0, 1]]])

@@ -106,6 +106,11 @@ def test_a_head_of_mean_velocities_on_the_sphere_begins_as_its_teacher():
     # Beside a target of 0 the loss is the squared length of what one step walks.
     u = tokens[0]
     zero = Segments(noise, np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros_like(noise))
+    # Without a segment of one step the error of the longest ones is shown.
+    shorter = zero._replace(h=np.full(1, 0.5, np.float32))
+    loss, scalars = head.apply({'params': params}, c[:, None], u[:, None], shorter, method='loss')
+    assert loss > 0
+    np.testing.assert_allclose(scalars['one_step'], loss, rtol=1e-6)
     start = geometry.project(noise)
     segments = zero._replace(x=start)
     value, _ = head.apply({'params': params}, c[:, None], u[:, None], segments, method='loss')

@@ -364,7 +364,7 @@ def test_statistics_of_gaussian_latents():
     well = scalars | {'dead_share': 0.0}
     assert Gaussian().faults(well) is None
     assert 'KL is 0.050' in Gaussian().faults(well | {'kl': 0.05})
-    assert Gaussian().faults(well | {'std': float('nan')}) == 'the latents are no numbers'
+    assert Gaussian().faults(well | {'std': float('nan')}) == 'the latents are not finite'
 
 
 def test_statistics_of_sigma_latents():
@@ -378,7 +378,7 @@ def test_statistics_of_sigma_latents():
     assert 'sigma is 5 times the spread of the means' in SigmaVAE().faults(small)
     alike = _floats(SigmaVAE(0.5), np.ones_like(mu))
     assert '100% of the dimensions are dead' in SigmaVAE().faults(alike)
-    assert SigmaVAE().faults(scalars | {'kl': float('inf')}) == 'the latents are no numbers'
+    assert SigmaVAE().faults(scalars | {'kl': float('inf')}) == 'the latents are not finite'
 
 
 @pytest.mark.parametrize('sigma', [0.0, -1.0, float('nan'), float('inf')])

@@ -5,6 +5,8 @@ import doctest
 import io
 import pathlib
 import re
+import time
+from concurrent import futures
 
 import chex
 import jax
@@ -268,6 +270,22 @@ def test_only_the_weights_that_are_needed_are_read(workdir, run, monkeypatch):
     assert len(seen) == 1
     jax.tree.map(np.testing.assert_array_equal, fresh.ar_params, run.ar_params)
     assert seen[1:] == [size(run.ar_params)]
+
+
+def test_threads_may_ask_for_the_model_at_once(random_run):
+    reads = []
+
+    def read():
+        reads.append(1)
+        time.sleep(0.05)
+        return random_run
+
+    tokenizer = random_run._replace(ar_params=None)
+    several = model.Model(tokenizer, read_ar=read)
+    with futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: several.ar_params, range(4)))
+    assert len(reads) == 1
+    assert all(params is found[0] for params in found)
 
 
 def test_a_tokenizer_alone(random_run):

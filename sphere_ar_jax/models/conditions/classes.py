@@ -93,8 +93,9 @@ class Classes(nn.Module):
         return jnp.take(table, labels, axis=0)
 
     def null(self, labels: jax.Array) -> jax.Array:
-        """Returns the null class for every image, (B,) of the labels' dtype."""
-        return jnp.full_like(labels, self.num_classes)
+        """Returns the null class for every image, (B,) int32."""
+        # The labels' own dtype might be too narrow for it, as uint8 is for 1000.
+        return jnp.full(labels.shape, self.num_classes, jnp.int32)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
         """Replaces each label by the null class with a probability.
@@ -107,7 +108,7 @@ class Classes(nn.Module):
         Returns:
           (B,) int32.
         """
-        return jnp.where(are_dropped(keys, probability), self.num_classes, labels)
+        return jnp.where(are_dropped(keys, probability), self.null(labels), labels)
 
     def check(self, labels: ArrayLike) -> None:
         """Checks that labels are a list of whole numbers from 0 to num_classes − 1.

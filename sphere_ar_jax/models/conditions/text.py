@@ -82,8 +82,9 @@ class Text(nn.Module):
         return jnp.take(self.text_embedding, numbers, axis=0) + position
 
     def null(self, labels: jax.Array) -> jax.Array:
-        """Returns the caption that stands for none, (B, T) of the labels' dtype."""
-        return jnp.full_like(labels, self.vocabulary_size)
+        """Returns the caption that stands for none, (B, T) int32."""
+        # As for classes, the labels' own dtype might be too narrow for it.
+        return jnp.full(labels.shape, self.vocabulary_size, jnp.int32)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
         """Replaces each caption by the one that stands for none, with a probability.
@@ -97,7 +98,7 @@ class Text(nn.Module):
           (B, T) int32.
         """
         dropped = are_dropped(keys, probability)
-        return jnp.where(dropped[:, None], self.vocabulary_size, labels)
+        return jnp.where(dropped[:, None], self.null(labels), labels)
 
     def check(self, labels: Any) -> None:
         """Checks that labels are captions (B, T) of the vocabulary's numbers.

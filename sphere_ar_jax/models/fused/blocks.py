@@ -30,7 +30,7 @@ def residual_block(
       params: of `heads.flow.ResBlock`.
       x: (R, D).
       modulations: of D features.
-      part: of the modulations, the scale; shift and gate are the next two.
+      part: index of the scale among the Q parts; shift and gate are the next two.
 
     Returns:
       (R, D) in the kernels' dtype.
@@ -58,7 +58,7 @@ def last_layer(
       params: of the linear layer D → d.
       x: (R, D).
       modulations: of D features.
-      part: of the modulations, the scale; the shift is the next.
+      part: index of the scale among the Q parts; the shift is the next.
 
     Returns:
       (R, d) in the kernel's dtype.

@@ -1,4 +1,4 @@
-"""Attention of one new position to a cache, with what stands before it, as one kernel of a GPU.
+"""Attention of one new position to a cache, with RoPE and the cache's new entry, as one GPU kernel.
 
 The kernel rotates queries and keys, writes the new entries to the cache, and reads only the part of
 the cache that is filled. It is written in Pallas for Triton. Other platforms compute the same in
@@ -29,7 +29,7 @@ Result: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class _Softmax(NamedTuple):
-    """A softmax over the entries that were read so far, which `attend_cached` ends by a division.
+    """A softmax over the entries read so far, which `_kernel` divides by `total` at the end.
 
     Attributes:
       largest: () the largest logit.

@@ -1,4 +1,4 @@
-"""Products with what stands before and behind them, each as one kernel of a GPU.
+"""Products with the norm before them, or the gate and sum behind them, each as one GPU kernel.
 
 XLA runs a normalisation, a product and what follows it as kernels of their own. Where a program
 makes many small products one after the other, as the sampler does, a GPU spends most of its time on
@@ -32,7 +32,7 @@ from sphere_ar_jax.models.sizes import EPS
 SIDES = (64, 32, 16)
 # Multiprocessors of an H100 or H200, among which the tiles of a result are shared out.
 MULTIPROCESSORS = 132
-# Threads of a kernel by 32, and tiles that are read ahead.
+# Warps of a kernel, of 32 threads each, and tiles that are read ahead.
 WARPS = 4
 STAGES = 3
 
@@ -55,7 +55,7 @@ class Norm(NamedTuple):
 class Modulations(NamedTuple):
     """Scales, shifts and gates of adaLN in one table, of which a kernel reads what it needs.
 
-    A slice of the table would be a kernel of its own.
+    To slice the table outside of the kernel would start one more.
 
     Attributes:
       table: (E, R', Q, M) of at least R rows, of which the first R are read.

@@ -129,7 +129,8 @@ class Group(nn.Module):
 
     def modulated(self, x: jax.Array, modulation: Modulation) -> jax.Array:
         """Runs the blocks under a given modulation: x (N, M) → (N, M)."""
-        for block in [self.blocks] if self.scan else self.blocks:
+        blocks = [self.blocks] if self.scan else self.blocks
+        for block in blocks:
             x, _ = block(x, modulation)
         return x
 
@@ -284,7 +285,8 @@ class FlowHead(nn.Module):
         """
         y = nn.silu(jnp.broadcast_to(t_emb, c_emb.shape) + c_emb)
         x = self.input_proj(x)
-        for group in [self.res_groups] if self.scan else self.res_groups:
+        groups = [self.res_groups] if self.scan else self.res_groups
+        for group in groups:
             x, _ = group(x, y)
         return self._output(x, _parts(self.final_ada(y)))
 
@@ -553,6 +555,7 @@ def _guided_velocity(
 
     if guidance.interval is None:
         return guided(x, modulation)
-    # Where one image of the batch goes apart, the others are here too, without guidance: scale 1.
+    # Outside the interval this branch runs because some image goes apart. Scale 1 leaves the others
+    # without guidance.
     guidance = guidance._replace(scale=jnp.where(inside, guidance.scale, 1.0))
     return jax.lax.cond(inside | jnp.any(guidance.apart), guided, unguided, x, modulation)

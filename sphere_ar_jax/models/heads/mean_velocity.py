@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sphere_ar_jax.flow import paths, solvers
 from sphere_ar_jax.flow.guidance import guide
@@ -119,7 +120,7 @@ class MeanVelocity(FlowHead):
 
         Returns:
           (loss, scalars): the loss () float32. The scalar one_step is the mean error of the
-            segments that reach from noise to data.
+            longest segments. They reach from noise to data where 1 is among the levels.
         """
         del z
         P, N = draws.u.shape[:2]
@@ -130,10 +131,7 @@ class MeanVelocity(FlowHead):
         predicted = path.along(draws.x, predicted.reshape(draws.u.shape))
         squares = jnp.square(predicted - draws.u)
         errors = path.weighted(jnp.mean(squares, axis=(1, 2)))
-        whole = draws.h == 1
-        total = jnp.sum(jnp.where(whole, errors, 0.0))
-        number = jnp.sum(whole.astype(jnp.float32))
-        one_step = total / jnp.maximum(number, 1)
+        one_step = jnp.mean(errors, where=draws.h == jnp.max(draws.h))
         return jnp.mean(errors), {'one_step': one_step}
 
     def targets(
@@ -168,7 +166,7 @@ class MeanVelocity(FlowHead):
             )
         table = solvers.table('ab2', num_steps)
         path = self.path()
-        first = path.start(noise)
+        x_0 = path.start(noise)
 
         def advance(state, row):
             x, memory = state
@@ -177,14 +175,14 @@ class MeanVelocity(FlowHead):
             return (x, memory), x
 
         rows = (jnp.asarray(table.t), jnp.asarray(table.weights))
-        _, points = jax.lax.scan(advance, (first, jnp.zeros_like(first)), rows)
-        points = jnp.concatenate([first[None], points])
-        ends = [(i * num_steps // n, (i + 1) * num_steps // n) for n in levels for i in range(n)]
-        start = jnp.array([first for first, _ in ends])
-        end = jnp.array([last for _, last in ends])
-        h = (end - start).astype(jnp.float32) / num_steps
+        _, points = jax.lax.scan(advance, (x_0, jnp.zeros_like(x_0)), rows)
+        points = jnp.concatenate([x_0[None], points])
+        widths = np.repeat([num_steps // n for n in levels], levels)
+        start = np.concatenate([np.arange(n) * (num_steps // n) for n in levels])
+        end = start + widths
+        h = jnp.asarray(widths).astype(jnp.float32) / num_steps
         u = path.between(points[start], points[end]) / h[:, None, None]
-        return Segments(points[start], start.astype(jnp.float32) / num_steps, h, u)
+        return Segments(points[start], jnp.asarray(start).astype(jnp.float32) / num_steps, h, u)
 
 
 class GeodesicMeanVelocity(MeanVelocity):

@@ -128,7 +128,7 @@ class Gaussian:
         kl = scalars['kl']
         dead = scalars['dead_share']
         if not all(math.isfinite(value) for value in (kl, dead, scalars['std'])):
-            return 'the latents are no numbers'
+            return 'the latents are not finite'
         wrong = []
         if kl < 0.1:
             wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')

@@ -137,7 +137,7 @@ class SigmaVAE:
         ratio = scalars['sigma_to_spread']
         dead = scalars['dead_share']
         if not all(math.isfinite(value) for value in (scalars['kl'], ratio, dead)):
-            return 'the latents are no numbers'
+            return 'the latents are not finite'
         wrong = []
         if ratio > 2:
             wrong.append(f'sigma is {ratio:.3g} times the spread of the means: noise drowns them')

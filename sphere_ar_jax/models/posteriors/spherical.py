@@ -86,7 +86,7 @@ def faults(scalars: dict[str, float]) -> str | None:
     direction = scalars['mean_direction']
     dead = scalars['dead_share']
     if not all(math.isfinite(value) for value in (kappa, kl, direction, dead)):
-        return 'the latents are no numbers'
+        return 'the latents are not finite'
     wrong = []
     if kappa < 1.1:
         floor = f'kappa is {kappa:.2f}, at its floor of 1'

@@ -84,7 +84,7 @@ def select(params: PyTree, tuning: Tuning) -> Selection:
     if not free | factored:
         raise UserError('fine_tuning.freeze leaves nothing to train: freeze less')
     selection = Selection(frozenset(free), frozenset(factored))
-    _factors_of_rate(_trained_paths(selection), tuning.multipliers)
+    _paths_of_multipliers(_trained_paths(selection), tuning.multipliers)
     return selection
 
 
@@ -94,10 +94,10 @@ def _trained_paths(selection: Selection) -> set[str]:
     return {*selection.trained, *factors}
 
 
-def _factors_of_rate(
+def _paths_of_multipliers(
     paths: Iterable[str], multipliers: Iterable[tuple[str, float]]
 ) -> list[tuple[float, set[str]]]:
-    """The paths that each multiplier takes: those that it matches and no earlier one.
+    """The paths that each multiplier takes: those that it matches and no earlier multiplier does.
 
     Raises:
       UserError: a pattern matches nothing that is trained.
@@ -123,7 +123,7 @@ def _scaled(
 
         return optax.masked(optax.scale(factor), mask)
 
-    found = _factors_of_rate(paths, multipliers)
+    found = _paths_of_multipliers(paths, multipliers)
     return optax.chain(*(masked(*pair) for pair in found)) if found else None
 
 
