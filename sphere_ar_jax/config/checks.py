@@ -141,8 +141,8 @@ def _check_values(config: ConfigDict) -> None:
         if name in _WORDS:
             known, otherwise = _WORDS[name]
             require(value in known, f'{name} is {value!r}{otherwise}')
-        # Others check these two.
-        elif name not in ('init_from', 'data.path'):
+        # These have messages of their own.
+        elif name not in ('init_from', 'fine_tuning.init_from', 'data.path'):
             require(value != '', f'{name} is empty: give a value, or leave it out')
         if type(value) in (int, float):
             _check_number(name, value)

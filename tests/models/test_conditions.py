@@ -118,10 +118,17 @@ def test_the_null_class_is_beyond_what_narrow_labels_hold(dtype):
 
 
 def test_labels_of_a_narrow_dtype_are_guided_alike(run):
-    options = Options(num_steps=2)
+    sampler = build.build_sampler(run.config)
     keys = jax.random.split(jax.random.key(0), 2)
     wide, narrow = (
-        sample_tokens(run.ar, run.ar_params, np.array([3, 9], dtype), keys, options)
+        sample_tokens(
+            run.ar,
+            run.ar_params,
+            np.array([3, 9], dtype),
+            keys,
+            sampler.options,
+            guidance_scale=sampler.guidance_scale,
+        )
         for dtype in (np.int32, np.uint8)
     )
     chex.assert_trees_all_equal(wide, narrow)

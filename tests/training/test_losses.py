@@ -157,7 +157,7 @@ def test_latents_that_are_all_alike():
     for name, value, part in (
         ('kappa', 1.05, 'ignores the image'), ('kl', 0.05, 'KL is 0.050'),
         ('mean_direction', 0.95, 'same way'), ('dead_share', 0.0625, '6% of the dimensions'),
-        ('kl', float('nan'), 'no numbers'),
+        ('kl', float('nan'), 'not finite'),
     ):  # fmt: skip
         said = PowerSpherical().faults(well | {name: value})
         assert part in said
