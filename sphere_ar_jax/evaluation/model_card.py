@@ -87,15 +87,17 @@ _NO_SCORES = 'No scores of these weights are known.'
 _OF_MACHINES = ('wall_s/', 'peak_rss_mb')
 _FIDELITY = {
     'fid': 'Fréchet Inception distance',
-    'sfid': 'the same in spatial features',
+    'sfid': 'Fréchet distance in spatial features of Inception',
     'inception_score': 'Inception Score',
     'precision': 'improved precision, k = 3',
     'recall': 'improved recall, k = 3',
 }
 _OF_CLASSIFIER = {
     'classifier_frechet': "Fréchet distance in a classifier's features; it is not FID",
-    'classifier_frechet_heldout': 'the same to held-out images',
-    'classifier_frechet_floor': 'the same between training and held-out images',
+    'classifier_frechet_heldout': "Fréchet distance to held-out images in a classifier's features",
+    'classifier_frechet_floor': (
+        "Fréchet distance between training and held-out images in a classifier's features"
+    ),
     'classifier/balanced_accuracy': 'mean over classes of its accuracy on held-out real images',
     'samples/balanced_accuracy': 'mean over classes of the share read as the class asked for',
 }

@@ -175,19 +175,27 @@ MEANING = {
     'samples/accuracy': 'share of samples that it reads as the class asked for',
     'samples/classes_drawn': 'classes among the samples, as it reads them',
     'samples/frechet': 'Fréchet distance of samples to all real images, in pixels',
-    'samples/frechet_heldout': 'the same to the held-out images',
+    'samples/frechet_heldout': 'Fréchet distance of samples to the held-out images, in pixels',
     'real/frechet': 'Fréchet distance of training to held-out images, in pixels: the floor',
     'samples/feature_frechet': "Fréchet distance to all real images, in the classifier's features",
-    'samples/feature_frechet_heldout': 'the same to the held-out images',
-    'real/feature_frechet': "the same in the classifier's features",
-    'real/frechet_as_many': 'distance of as many held-out images to all real ones: their floor',
-    'real/feature_frechet_as_many': "the same in the classifier's features",
+    'samples/feature_frechet_heldout': (
+        "Fréchet distance to the held-out images, in the classifier's features"
+    ),
+    'real/feature_frechet': (
+        "Fréchet distance of training to held-out images, in the classifier's features: the floor"
+    ),
+    'real/frechet_as_many': (
+        'Fréchet distance of as many held-out images as samples to all real ones, in pixels'
+    ),
+    'real/feature_frechet_as_many': (
+        "Fréchet distance of as many held-out images as samples, in the classifier's features"
+    ),
     'samples/seen': 'share of images read back right: pairs of digits that were trained on',
-    'samples/held_out': 'the same of pairs that were held out',
-    'samples/rows': 'the same of two rows of digits',
+    'samples/held_out': 'share of images read back right: pairs of digits that were held out',
+    'samples/rows': 'share of images read back right: two rows of digits',
     'samples/seen_digits': 'share of images of which the digits are right: pairs trained on',
-    'samples/held_out_digits': 'the same of pairs that were held out',
-    'samples/rows_digits': 'the same of two rows of digits',
+    'samples/held_out_digits': 'share of images of which the digits are right: pairs held out',
+    'samples/rows_digits': 'share of images of which the digits are right: two rows of digits',
     'real/seen': 'samples/seen of real images, which shows what the reader can do',
     'real/held_out': 'samples/held_out of real images',
     'real/rows': 'samples/rows of real images',
@@ -195,15 +203,17 @@ MEANING = {
     'real/held_out_digits': 'samples/held_out_digits of real images',
     'real/rows_digits': 'samples/rows_digits of real images',
     'captions/seen': 'share of captions that are right: real images of pairs trained on',
-    'captions/held_out': 'the same of pairs that were held out',
-    'captions/rows': 'the same of two rows of digits',
+    'captions/held_out': 'share of captions that are right: real images of pairs held out',
+    'captions/rows': 'share of captions that are right: real images of two rows of digits',
     'captions/nats': '−log p of the own caption of a real image, nats',
-    'captions/nats_held_out': 'the same for held-out pairs of digits',
+    'captions/nats_held_out': '−log p of the own caption of a real image of held-out pairs, nats',
     'captions/nats_alone': '−log p of these captions without the image',
     'samples/precision': 'share of samples on the real manifold (k = 3)',
     'samples/recall': "share of real images on the samples' manifold (k = 3)",
     'memorisation/samples_to_train': 'median distance of a sample to the nearest training image',
-    'memorisation/heldout_to_train': 'the same of a held-out real image',
+    'memorisation/heldout_to_train': (
+        'median distance of a held-out real image to the nearest training image'
+    ),
     'memorisation/nearer_than_5pct_of_heldout': (
         'share of samples nearer than the nearest 5% of held-out images'
     ),

@@ -14,6 +14,7 @@ import functools
 
 import numpy as np
 
+from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.small import DataSet
 from sphere_ar_jax.evaluation import classifiers
 from sphere_ar_jax.evaluation.fidelity import precision_recall, statistics
@@ -118,7 +119,8 @@ class _Space:
     def floor_of(self, count: int) -> float:
         """The Fréchet distance of so many held-out images to all real ones.
 
-        It is the floor of as many samples, since a distance grows as there are fewer images.
+        It is the floor of as many samples, since a distance grows as there are fewer images. The
+        chosen images are among the real ones, which makes it a little too small.
 
         Args:
           count: at most as many as are held out. They are chosen at random, always the same.
@@ -150,6 +152,9 @@ class Judge:
         self._features = self._pixels
         if classifier.has_features:
             self._features = _Space(classifier.features(train), classifier.features(heldout))
+        real = self._features.real
+        # Those of sorted files would be of the first classes alone, were they not spread.
+        self._compared = real[sources.spread(len(real), _MOST)]
         read = classifier.predict(heldout)
         self._accuracy = float(np.mean(read == data.heldout.labels))
 
@@ -207,7 +212,7 @@ class Judge:
             found |= self._features.distances(_SPACES[1], features)
         # float64 for the few digits; a block of more images would take too much memory.
         precision, recall = precision_recall.precision_recall(
-            self._features.real[:_MOST], features, dtype=self._features.real.dtype, block=5000
+            self._compared, features, dtype=self._compared.dtype, block=5000
         )
         found['samples/precision'] = precision
         found['samples/recall'] = recall

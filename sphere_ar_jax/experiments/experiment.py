@@ -69,10 +69,11 @@ _LATER_SCORES = ('brightness_distance', 'seconds_per_image')
 def parts(config: ConfigDict) -> list[Part]:
     """The parts of an experiment, seed by seed, so that early results have all rows."""
     own = {name: config[name] for name in KINDS[config.kind].measured_by}
+    compared = {words.split()[-1] for words in config.comparisons}
     for score in _LATER_SCORES:
-        if any(words.endswith(score) for words in config.comparisons):
+        if score in compared:
             own[score] = True
-    compares_speeds = any(words.endswith('steps_per_second') for words in config.comparisons)
+    compares_speeds = 'tokenizer_steps_per_second' in compared
     found = []
     for seed in config.seeds:
         configs = {row: experiments.row(config, row, seed) for row in config.rows}

@@ -171,7 +171,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> _Summary:
 
 
 def markdown(summary: _Summary) -> str:
-    """The summary as a Markdown table, sorted by evaluations and Fréchet distance."""
+    """The summary as a Markdown table, sorted by evaluations and Fréchet distance.
+
+    Scores of several runs are a mean ± the standard deviation over runs.
+    """
 
     def order(name: str) -> tuple[float, float]:
         return summary[name]['evaluations'], summary[name]['samples/frechet']['mean']
@@ -179,7 +182,9 @@ def markdown(summary: _Summary) -> str:
     rows = []
     for name in sorted(summary, key=order):
         row = summary[name]
-        scores = (f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES)
+        scores = [f'{row[score]["mean"]:.4f}' for score in SCORES]
+        if row['runs'] > 1:
+            scores = [f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES]
         rows.append([name, f'{row["evaluations"]:g}', *scores])
     columns = ('setting', 'evaluations', 'accuracy', 'Fréchet', 'precision', 'recall')
     return '\n'.join(console.markdown(columns, rows)) + '\n'

@@ -63,15 +63,15 @@ _TABLES = {
         'best_guidance': 'best guidance',
         'frechet_best': 'at the best guidance',
         'frechet_common': 'at the common guidance',
-        'frechet_degradation': 'lost at the largest guidance',
+        'frechet_degradation': 'lost from the best guidance to the largest',
         'precision_best': 'precision',
         'recall_best': 'recall',
     },
     'Accuracy of samples': {
         'accuracy_best': 'at the best guidance',
         'accuracy_common': 'at the common guidance',
-        'accuracy_degradation': 'lost at the largest guidance',
-        'collapsed_degradation': 'collapsed at the largest guidance',
+        'accuracy_degradation': 'lost from the most accurate guidance to the largest',
+        'collapsed_degradation': 'collapsed at the largest guidance, beyond those at the best',
     },
     'Brightness of samples': {
         'brightness_distance': 'Wasserstein distance, best guidance',
@@ -235,7 +235,8 @@ def _rows_table(config: ConfigDict, found: Mapping[str, Any]) -> Table:
 def _score_tables(kind: Kind, found: Mapping[str, Any]) -> dict[str, Table]:
     """{heading: table} of the scores, and of what a kind of experiments adds.
 
-    A table has the rows that have any of its scores, and the scores that all of these have.
+    A table has the rows that have any of its scores, and the scores that all of these have. Its
+    heading says where other rows lack them.
     """
     tables: dict[str, Table] = {}
     for heading, columns in _TABLES.items():
@@ -250,6 +251,9 @@ def _score_tables(kind: Kind, found: Mapping[str, Any]) -> dict[str, Table]:
         cells = [
             [row, *(str(interval(scores[name])) for name in names)] for row, scores in rows.items()
         ]
+        left_out = len(found['rows']) - len(rows)
+        if left_out:
+            heading += f' ({left_out} of {len(found["rows"])} rows were measured without)'
         tables[heading] = (['row', *(columns[name] for name in names)], cells)
     return tables | kind.tables(found['measured'])
 
@@ -263,7 +267,7 @@ def _verdict_table(found: Mapping[str, Any]) -> Table:
         lead = interval(verdict['advantage'])
         cells.append(
             [
-                f'{better} before {worse}',
+                f'{better} better than {worse}',
                 experiments.SCORES[verdict['score']].title,
                 str(lead),
                 str(lead.seeds),
@@ -309,8 +313,10 @@ def _made_with(found: Mapping[str, Any]) -> str:
     )
     missing = sum(not made for made in units)
     text = ''.join(f', {words}' for words in noted) + '. '
-    if missing:
-        text += f'{missing} of {len(units)} rows and seeds do not note the version. '
+    if missing == len(units):
+        text += 'The version was not noted. '
+    elif missing:
+        text += f'The version was not noted for {missing} of {len(units)} rows and seeds. '
     return text
 
 

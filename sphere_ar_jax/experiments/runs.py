@@ -44,7 +44,7 @@ def _of_sections(cfg: ConfigDict, sections: tuple[str, ...]) -> str:
     """The key of some sections of a config.
 
     Only values that differ from the schema's defaults count, so that a new key of the schema leaves
-    trained models valid.
+    trained models valid. A default of these sections must therefore never change.
     """
     defaults = schema.leaves(schema.as_dict(schema.default()))
     values = schema.leaves(schema.as_dict(cfg))

@@ -78,9 +78,11 @@ def verdict(advantage: Interval) -> str:
       advantage: the interval of a difference, positive on the claimed side.
 
     Returns:
-      'reproduced' where the interval lies above 0, 'contradicted' where it lies below, else
-      'undecided'.
+      'one seed' where there is no interval, 'reproduced' where it lies above 0, 'contradicted'
+      where it lies below, else 'undecided'.
     """
+    if advantage.seeds < 2:
+        return 'one seed'
     if advantage.low > 0:
         return 'reproduced'
     if advantage.high < 0:

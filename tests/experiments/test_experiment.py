@@ -205,6 +205,21 @@ def fake_lines(row, seed):
     return lines
 
 
+def test_each_degradation_has_its_own_reference():
+    """The least distance, the most accurate scale, and the scale of the least distance."""
+    lines = fake_lines('power_spherical', 0)
+    tokenizer, first, last = lines
+    first |= {'frechet': 1.0, 'accuracy': 0.7, 'collapsed': 0.1}
+    middle = first | {'guidance': 3.0, 'frechet': 2.0, 'accuracy': 0.9, 'collapsed': 0.0}
+    last |= {'frechet': 5.0, 'accuracy': 0.85, 'collapsed': 0.4}
+    c = small(common_guidance=1.5)
+    scores = comparison.summarize(c, [tokenizer, last, middle, first])
+    assert scores['best_guidance'] == 1.5
+    expected = {'frechet': 5 - 1, 'accuracy': 0.9 - 0.85, 'collapsed': 0.4 - 0.1}
+    found = {name: scores[f'{name}_degradation'] for name in expected}
+    assert found == pytest.approx(expected)
+
+
 def _measure_by(monkeypatch, measure):
     """Lets comparisons call `measure`, and draw no plots."""
     kind = comparison.KIND._replace(measure=measure, plots=lambda *arguments: {})
@@ -342,6 +357,10 @@ def test_published_results_follow_from_the_published_measurements(name, tmp_path
     for words, lead in leads.items():
         assert found[words]['verdict'] == lead['verdict']
         assert found[words]['advantage'] == pytest.approx(lead['advantage'])
+    page = (directory / 'page.md').read_text()
+    plots = {file: alt for alt, file in re.findall(r'^!\[(.*)\]\((.*)\)$', page, re.MULTILINE)}
+    assert plots
+    assert report._markdown(KINDS[c.kind], c, published, plots) == page
 
 
 def test_experiments_share_what_they_measure(tmp_path, faked):
@@ -649,7 +668,7 @@ def test_every_experiment_runs(shared, name, monkeypatch):
     assert len(c.rows) == 2
     for scores in found['rows'].values():
         assert all(np.isfinite(score['mean']) for score in scores.values())
-    assert {v['verdict'] for v in found['verdicts']} == {'undecided'}  # of one seed
+    assert {v['verdict'] for v in found['verdicts']} == {'one seed'}
     if c.kind == 'propagation':
         (unit, _) = found['measured']
         assert {line['part'] for line in unit['lines']} == {'norms', 'jacobian', 'disturbance'}

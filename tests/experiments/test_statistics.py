@@ -63,7 +63,7 @@ def test_one_seed_decides_nothing():
     found = statistics.interval([0.5])
     assert found == Interval(0.5, -math.inf, math.inf, 1)
     assert str(found) == '0.5'
-    assert statistics.verdict(found) == 'undecided'
+    assert statistics.verdict(found) == 'one seed'
 
 
 def test_what_cannot_be_averaged_is_refused():

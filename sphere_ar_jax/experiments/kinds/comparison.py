@@ -28,7 +28,9 @@ from sphere_ar_jax.training.run import Run
 
 # The most images of a split whose latents or reconstructions are looked at.
 MOST_IMAGES = 5000
-# The quantiles of the training images' norms between which a sample's tokens should lie.
+# The quantiles of the training images' norms between which a sample's tokens should lie. Of L
+# independent tokens one lies outside by chance in a share 1 − 0.998^L of the samples, so that the
+# shares of models with other numbers of tokens do not compare.
 RANGE = (0.001, 0.999)
 
 
@@ -88,7 +90,11 @@ def sample_scores(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[
 
 
 def _reconstruction(run: Run, heldout: Split, judge: Judge, mesh: Mesh) -> dict[str, float]:
-    """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL."""
+    """PSNR and Fréchet distance of reconstructions of held-out images, and the posterior's KL.
+
+    The first `MOST_IMAGES` are reconstructed. Where there are more, their distance is to all of
+    them, and perfect reconstructions would not score 0.
+    """
     cfg = run.config
     key = on_mesh.sampling_key(cfg.seed)
     images = small.first_images(heldout, MOST_IMAGES)
@@ -177,7 +183,9 @@ def norm_drift(norms: Sequence[float]) -> float:
 def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The scores of one row and seed that a claim may be about (`experiments.SCORES`).
 
-    A degradation is what the largest guidance scale costs against the best one.
+    A degradation is what the largest guidance scale costs: Fréchet distance against the scale of
+    the least, accuracy against the scale of the most, and collapsed samples against the scale of
+    the least Fréchet distance.
 
     Args:
       config: the experiment's config, with the scale at which all rows are compared.

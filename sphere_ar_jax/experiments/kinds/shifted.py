@@ -84,12 +84,11 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     seen = model.encode(real, seed=cfg.seed + 2)
     seen_norm = np.linalg.norm(seen, axis=-1).mean(axis=0, dtype=np.float64)
     sampler = build.build_sampler(cfg)._replace(guidance_scale=config.common_guidance)
-    unit: Any = None
+    clean = model.encode(originals, seed=cfg.seed + 3)
+    unit = nearest(clean, seen).mean(axis=0)
     lines = []
     for word, severity, images in _originals(config, originals, cfg.seed):
         tokens = model.encode(images, seed=cfg.seed + 3)
-        if unit is None:
-            unit = nearest(tokens, seen).mean(axis=0)
         for share in config.prefixes:
             kept = inputs.kept(share, model.vae.grid)
             drawn_images, drawn = on_mesh.draw_images(
