@@ -3,7 +3,7 @@ r"""Text to image on composed digits: two or four of scikit-learn's scans, drawn
 Command:   python -m sphere_ar_jax.main --config=configs/composed.py --workdir=/tmp/composed
 Data:      Nothing is downloaded. Images of 32×32 pixels are made from the scans, with captions as
            'a thick three left of a small seven' or 'two rows: 4 1 / 8 8' (docs/text.md).
-Hardware:  One CPU core (AMD EPYC, about 95 GFLOP/s), beside other work: tokenizer 5 min 36 s, AR
+Hardware:  One CPU core (AMD EPYC, about 95 GFLOP/s): tokenizer 5 min 36 s, AR
            model 54 min. On two cores it is not measured.
 Result:    One seed: tokenizer PSNR 29.6 dB, samples/seen 0.92 (real images 0.97), samples/held_out
            0.89 (0.96), samples/rows 1.00 (0.99); docs/text.md.

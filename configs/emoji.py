@@ -3,7 +3,7 @@ r"""Text to image on emoji: 3,786 coloured pictures of 64×64 pixels with their 
 Command:   python -m sphere_ar_jax.main --config=configs/emoji.py --workdir=/tmp/emoji
 Data:      npm pack emoji-datasource-google, then tar xzf emoji-datasource-google-*.tgz -C /tmp
            puts them where this config looks for them, /tmp/package.
-Hardware:  One CPU core (AMD EPYC, about 95 GFLOP/s), beside other work: tokenizer 8 min 46 s, AR
+Hardware:  One CPU core (AMD EPYC, about 95 GFLOP/s): tokenizer 8 min 46 s, AR
            model 53 min. On two cores it is not measured.
 Result:    One seed: tokenizer PSNR 25.0 dB, 57% of the samples read as the category asked for, and
            none learned by heart; colours and outlines, no finer shapes (docs/text.md).

@@ -668,9 +668,12 @@ def advice(config: ConfigDict, num_images: int) -> list[str]:
             remedy = f'lower --config.{name}.ema_decay, give --config.{name}.ema_ramp=True'
             if name == 'ar_training':
                 remedy += ', or sample the weights themselves by --config.sampling.ema_decay=0'
+            began = 'initialisation'
+            if config.fine_tuning.init_from is not None:
+                began = 'the weights that it began with'
             lines.append(
                 f'{name}: after {t.steps} steps the average of rate {t.ema_decay} '
-                f'is still {share:.0%} initialisation: {remedy}'
+                f'is still {share:.0%} {began}: {remedy}'
             )
     return lines
 

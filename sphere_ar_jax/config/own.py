@@ -280,8 +280,8 @@ def _length(trained: int, batch: int, wishes: Wishes) -> tuple[int, str]:
     seen = 600_000 * math.sqrt(trained / 2000)
     steps = _rounded(seen / batch)
     return steps, (
-        f'each image is seen {steps * batch / trained:,.0f} times. 2,000 training images would be '
-        'seen 300 times, and four times as many each half as often'
+        f'each image is seen {steps * batch / trained:,.0f} times. The rule is 300 times for 2,000 '
+        'training images, and half as often for four times as many'
     )
 
 
