@@ -16,6 +16,12 @@ from jax.typing import ArrayLike
 EPS = 1e-7  # The smallest norm that is divided by.
 
 
+def root(square: jax.Array) -> jax.Array:
+    """The square root of numbers ≥ 0. Its derivative at 0, which is infinite, is taken as 0."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
 def _unit_scale(z: jax.Array) -> jax.Array:
     """A power of two s with max|s·z| in [½, 1), so that squares neither overflow nor vanish."""
     limit = -jnp.finfo(z.dtype).minexp
@@ -33,8 +39,7 @@ def _shrunk_norm(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     s = _unit_scale(z)
     h = jnp.minimum(s, 1)
     square = jnp.sum(jnp.square(z * s), axis=-1, keepdims=True)
-    positive = square > 0
-    return h, jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0) / (s / h)
+    return h, root(square) / (s / h)
 
 
 @jax.custom_jvp
@@ -167,9 +172,7 @@ def angle(u: jax.Array, v: jax.Array) -> jax.Array:
 
 def _norm(z: jax.Array) -> jax.Array:
     """‖z‖ over the last axis (kept). Its derivative at 0 is 0."""
-    square = jnp.sum(z * z, axis=-1, keepdims=True)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    return root(jnp.sum(z * z, axis=-1, keepdims=True))
 
 
 def slerp(a: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
@@ -219,3 +222,25 @@ def householder(y: jax.Array, mu: jax.Array) -> jax.Array:
     reflected = y - 2 * jnp.sum(y * u, axis=-1, keepdims=True) * u
     at_pole = jnp.sum(jnp.abs(difference), axis=-1, keepdims=True) < 1e-6
     return jnp.where(at_pole, y, reflected)
+
+
+def around(
+    mu: jax.Array, cosine: jax.Array, sine_squared: jax.Array, normal: jax.Array
+) -> jax.Array:
+    """Unit vectors at given angles to mu, in random directions around it.
+
+    With v = l2_normalize(normal) and y = (cosine, sine·v), the vector is y reflected so that e₁
+    goes to mu.
+
+    Args:
+      mu: (..., d) unit vectors.
+      cosine: (...) of the angle.
+      sine_squared: (...) 1 − cosine², as exact as the caller has it.
+      normal: (..., d−1) standard normal draws.
+
+    Returns:
+      (..., d) unit vectors.
+    """
+    sine = root(sine_squared)[..., None]
+    y = jnp.concatenate([cosine[..., None], sine * l2_normalize(normal)], axis=-1)
+    return householder(y, mu)

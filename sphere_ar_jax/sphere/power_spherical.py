@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import xlog1py
 
-from sphere_ar_jax.sphere import geometry
+from sphere_ar_jax.sphere import geometry, quadrature
 
 _SHIFT = 8  # The asymptotic series below are used from alpha + 8 on.
 # Bernoulli terms B_2k / (2k (2k−1)) of Stirling's series for log Γ.
@@ -104,12 +103,7 @@ def kl_to_uniform(kappa: jax.Array, d: int) -> jax.Array:
     return log_surface(d) - entropy(kappa, d)
 
 
-# Double-exponential (tanh-sinh) nodes on (0, 1): log y, 1 − y and log(dy/dt · h), in float64.
-_H = 1 / 16
-_T = np.arange(-53, 51) * _H
-_LOG_Y = -np.logaddexp(0, -np.pi * np.sinh(_T))
-_ONE_MINUS_Y = np.exp(-np.logaddexp(0, np.pi * np.sinh(_T)))
-_LOG_DY = np.log(np.pi * np.cosh(_T) * _H) + _LOG_Y + np.log(_ONE_MINUS_Y)
+_NODES = quadrature.tanh_sinh(1 / 16, -53, 51)
 
 
 @jax.custom_jvp
@@ -130,15 +124,9 @@ def _beta_quantile_slope(s: jax.Array, alpha: jax.Array, beta: jax.Array) -> jax
     w = jnp.where(lower, s, 1 - s)[..., None]
     p = jnp.where(lower, alpha, beta)[..., None]
     q = jnp.where(lower, beta, alpha)[..., None]
-
-    def nodes(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values, dtype).reshape(*(1,) * s.ndim, -1)
-
-    log_y = nodes(_LOG_Y)
-    one_minus_y = nodes(_ONE_MINUS_Y)
-    log_dy = nodes(_LOG_DY)
+    log_y, one_minus_y, log_weight = _NODES.beside(s)
     log_x = jnp.where(lower[..., None], jnp.log(w) + log_y, jnp.log1p(-w * jnp.exp(log_y)))
-    log_ratio = (p - 1) * log_y + (q - 1) * jnp.log1p(w * one_minus_y / (1 - w)) + log_dy
+    log_ratio = (p - 1) * log_y + (q - 1) * jnp.log1p(w * one_minus_y / (1 - w)) + log_weight
     return w[..., 0] * jnp.sum(jnp.abs(mean_log[..., None] - log_x) * jnp.exp(log_ratio), axis=-1)
 
 
@@ -199,13 +187,7 @@ def sample_from_draws(
     """
     b = (mu.shape[-1] - 1) / 2
     s = implicit_beta(s, kappa + b, b)
-    sine_squared = 4 * s * (1 - s)
-    positive = sine_squared > 0
-    # The derivative of √ is infinite at 0, so the root never sees a 0.
-    sine = jnp.where(positive, jnp.sqrt(jnp.where(positive, sine_squared, 1)), 0)
-    cosine = 2 * s[..., None] - 1
-    y = jnp.concatenate([cosine, sine[..., None] * geometry.l2_normalize(normal)], axis=-1)
-    return geometry.householder(y, mu)
+    return geometry.around(mu, 2 * s - 1, 4 * s * (1 - s), normal)
 
 
 def draw(key: jax.Array, kappa: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:

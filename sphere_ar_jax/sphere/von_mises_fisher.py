@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from sphere_ar_jax.sphere import geometry
+from sphere_ar_jax.sphere import geometry, quadrature
 from sphere_ar_jax.sphere.power_spherical import log_surface
 
 _ORDER = 12  # The asymptotic series below are used from this order of the Bessel function on.
@@ -189,12 +189,7 @@ def entropy(kappa: jax.Array, d: int) -> jax.Array:
     return log_surface(d) - kl_to_uniform(kappa, d)
 
 
-# Double-exponential (tanh-sinh) nodes on (0, 1): log y, 1 − y and log(dy/dt · step), in float64.
-_STEP = 1 / 24
-_T = np.arange(-80, 77) * _STEP
-_LOG_Y = -np.logaddexp(0, -np.pi * np.sinh(_T))
-_ONE_MINUS_Y = np.exp(-np.logaddexp(0, np.pi * np.sinh(_T)))
-_LOG_DY = np.log(np.pi * np.cosh(_T) * _STEP) + _LOG_Y + np.log(_ONE_MINUS_Y)
+_NODES = quadrature.tanh_sinh(1 / 24, -80, 77)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -214,15 +209,12 @@ def _haversine_slope(h: jax.Array, kappa: jax.Array, d: int) -> jax.Array:
     # The tail next to h has the width w: x = w·y on the lower side, 1 − x = w·y on the upper one.
     w = jnp.where(lower, h, 1 - h)[..., None]
     sign = jnp.where(lower, 1, -1).astype(dtype)[..., None]
-
-    def nodes(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values, dtype).reshape(*(1,) * h.ndim, -1)
-
-    step = w * nodes(_ONE_MINUS_Y)  # |x − h|
-    log_density = (d - 3) / 2 * (nodes(_LOG_Y) + jnp.log1p(step / (1 - w)))
+    log_y, one_minus_y, log_weight = _NODES.beside(h)
+    step = w * one_minus_y  # |x − h|
+    log_density = (d - 3) / 2 * (log_y + jnp.log1p(step / (1 - w)))
     log_density += sign * 2 * kappa[..., None] * step
     distance = jnp.abs(mean - h)[..., None] + step  # |x − E h|
-    terms = distance * jnp.exp(log_density + nodes(_LOG_DY))
+    terms = distance * jnp.exp(log_density + log_weight)
     return -2 * w[..., 0] * jnp.sum(terms, axis=-1)
 
 
@@ -283,13 +275,7 @@ def sample_from_draws(
       (..., d) unit vectors.
     """
     h = implicit_haversine(h, kappa, mu.shape[-1])
-    sine_squared = 4 * h * (1 - h)
-    positive = sine_squared > 0
-    # The derivative of √ is infinite at 0, so the root never sees a 0.
-    sine = jnp.where(positive, jnp.sqrt(jnp.where(positive, sine_squared, 1)), 0)
-    cosine = 1 - 2 * h[..., None]
-    y = jnp.concatenate([cosine, sine[..., None] * geometry.l2_normalize(normal)], axis=-1)
-    return geometry.householder(y, mu)
+    return geometry.around(mu, 1 - 2 * h, 4 * h * (1 - h), normal)
 
 
 def _symmetric_beta(
