@@ -422,7 +422,7 @@ def _check_samples_files(workdir: str, output: str | None, png: str | None) -> N
         raise UserError(f'--png is {png}: pictures are written to a local disk, give --png=DIR')
 
 
-def _of_a_run(cfg: ConfigDict, workdir: str) -> ConfigDict:
+def _beside_run(cfg: ConfigDict, workdir: str) -> ConfigDict:
     """The config of the command line for a mode that opens a run, see `beside`.
 
     Raises:
@@ -476,12 +476,12 @@ def main(argv: list[str]) -> None:
             cfg = beside.with_kept_vocabulary(cfg, workdir)
         cfg = checks.check(cfg)
     if cfg is not None and workdir is not None and _MODES[mode].opens_run:
-        cfg = _of_a_run(cfg, workdir)
-    _run(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
+        cfg = _beside_run(cfg, workdir)
+    _call(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 
-def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
-    """Calls the command of a mode that has no workdir; see `_run`."""
+def _call_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+    """Calls the command of a mode that has no workdir; see `_call`."""
     if mode == 'pack':
         from sphere_ar_jax.commands import data_sets
 
@@ -497,8 +497,8 @@ def _run_without_workdir(mode: str, cfg: ConfigDict | None, given: dict[str, Any
         compile_ahead.run(cfg, **given)
 
 
-def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
-    """Calls the command of a mode that opens a run, see `_run`."""
+def _call_on_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+    """Calls the command of a mode that opens a run, see `_call`."""
     if mode == 'encode':
         from sphere_ar_jax.commands import data_sets
 
@@ -523,7 +523,7 @@ def _run_of_a_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[s
         commands[mode](workdir, like=cfg, **given)
 
 
-def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
+def _call(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str, Any]) -> None:
     """Calls the command of a mode.
 
     Args:
@@ -533,7 +533,7 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
       given: the values of the flags of `_OPTIONS` that were given.
     """
     if not _MODES[mode].has_workdir:
-        _run_without_workdir(mode, cfg, given)
+        _call_without_workdir(mode, cfg, given)
         return
     assert workdir is not None  # by `_check_usage`
     command = f'python -m sphere_ar_jax.main {shlex.join(sys.argv[1:])}'
@@ -557,7 +557,7 @@ def _run(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[str
 
         checkpoints.export_checkpoint(workdir, **given)
     else:
-        _run_of_a_run(mode, workdir, cfg, given)
+        _call_on_run(mode, workdir, cfg, given)
 
 
 def _end(code: int, line: str, details: str = '') -> NoReturn:
