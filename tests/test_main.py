@@ -179,7 +179,7 @@ def test_an_override_changes_the_runs_own_config(environment, run_directory):
 def test_a_command_for_a_run_takes_no_images_of_a_config_file(environment, run_directory):
     """Those that a config names by itself need not be the run's. Those of the command line are."""
     words = ['--mode=evaluate', f'--workdir={run_directory}']
-    said = f'main._of_a_run(c, "{run_directory}").data'
+    said = f'main._beside_run(c, "{run_directory}").data'
     for own, path in (
         ('--config=fashion', None),
         ('--config=fashion:data=idx:/other', '/other'),
