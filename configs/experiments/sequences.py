@@ -9,10 +9,10 @@ Result:    Undecided with 16 tokens, reproduced with 64, undecided with 256
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
 accuracy are taken on the 8×8 pixels of the scans for all of them. There are three seeds, since the
-longest rows take an hour on one core. Rows of 256 tokens have batches of 16
-images in place of 64. Their AR models have as many images in all, in four times as many steps, and
-one noisy copy of a token in place of two; their tokenizers see a quarter of the images. The rows of 64 tokens share their models with
-configs/experiments/collapse.py.
+longest rows take an hour on one core. The digits' rows of 256 tokens have batches of 16 images in
+place of 64. Their AR models see as many images in all, in four times as many steps, and have one
+noisy copy of a token in place of two. Their tokenizers see a quarter of the images. The rows of 64
+tokens share their models with configs/experiments/collapse.py.
 
 Words after a colon: fashion takes Fashion-MNIST with 64 and 256 tokens in place of the digits, and
 smoke shows in minutes that everything runs.
