@@ -7,7 +7,7 @@
 
 dry_run=${DRY_RUN:-}
 [ "$dry_run" != 0 ] || dry_run=
-words=() workdir='' config=''
+words=() workdir='' config='' mode=train
 
 die() {  # a mistake in what was typed: one line, exit code 2
   printf '%s: %s\n' "$(basename "$0")" "$1" >&2
@@ -41,7 +41,7 @@ run() {
 }
 
 take_words() {
-  local word mode=train
+  local word
   while [ $# -gt 0 ]; do
     word=$1
     case $word in
@@ -94,6 +94,7 @@ whole() {  # the whole number in the variable named $1, $2 if it is not set
 }
 
 need_remote_words() {  # for machines that share no disk and get a copy of the checkout $1
+  [ -n "$workdir" ] || die "--mode=$mode runs on one machine: use launch/local.sh"
   case $workdir in
     gs://?*/?*) ;;
     *) die "--workdir is $workdir, but these machines share no disk: give gs://BUCKET/DIR" ;;
@@ -107,5 +108,7 @@ need_remote_words() {  # for machines that share no disk and get a copy of the c
 }
 
 cache_dir() {  # where compiled programs are kept for the next start
-  printf '%s' "${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/compilation_cache}"
+  local place=$HOME/.cache/sphere_ar_jax/launched  # of modes without a workdir
+  [ -z "$workdir" ] || place=$(dirname "$workdir")/compilation_cache
+  printf '%s' "${JAX_COMPILATION_CACHE_DIR:-$place}"
 }

@@ -174,7 +174,13 @@ def test_the_cache_lies_beside_a_workdir_of_the_users_own_directory(stubs):
 
 def test_modes_without_a_workdir_are_given_none(stubs):
     words = ['--mode=pack', '--data=folder:/data', '--output=/packed']
-    assert _printed(stubs, 'slurm', words)[0][0][-3:] == words
+    ((call, environ),) = _printed(stubs, 'slurm', words)
+    assert call[-3:] == words
+    assert environ['JAX_COMPILATION_CACHE_DIR'].startswith(stubs.environ['HOME'])
+    for script in ('tpu', 'xpk'):
+        alone = stubs.run(script, *words)
+        assert alone.returncode == 2
+        assert '--mode=pack runs on one machine: use launch/local.sh' in alone.stderr
     without = stubs.run('slurm', '--mode=sample')
     assert without.returncode == 2
     assert 'give --workdir=DIR' in without.stderr

@@ -225,13 +225,13 @@ def encode(
         directory exists or cannot be written.
     """
     array_records.require_new(output)
-    run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
-    if not is_trained(run.config.tokenizer or workdir, 'tokenizer'):
-        raise UserError(f'the tokenizer of {workdir} is not trained to its end')
     own = beside.for_the_images(open_run.config_of(workdir), like if data is None else None)
     d = own.data
     kind, path = (d.name, d.path) if data is None else recipes.data_set(data)
     sources.check_split(kind, split, data_dir)
+    run, mesh = open_run.open_run(workdir, like, tokenizer_only=True)
+    if not is_trained(run.config.tokenizer or workdir, 'tokenizer'):
+        raise UserError(f'the tokenizer of {workdir} is not trained to its end')
     source = _open_images(own, run.vae, kind, path, split or d.split, data_dir or d.data_dir)
     n = len(source)
     about = {

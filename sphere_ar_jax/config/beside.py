@@ -89,10 +89,15 @@ def for_the_model(own: ConfigDict, like: ConfigDict) -> ConfigDict:
       own: the config of the run.
       like: a config of the same model.
     """
-    moved = {key: files.absolute(path) for key, path in _given(like, _MOVED).items()}
+    return schema.changed(own, _values(like, _COMPUTED) | _moved(own, _given(like, _MOVED)))
+
+
+def _moved(own: ConfigDict, places: Mapping[str, str]) -> dict[str, str]:
+    """Where the keys of `_MOVED` lie now, from the root; `places` are those that are given."""
+    found = {key: files.absolute(path) for key, path in places.items()}
     if own.init_from is None:
-        moved.pop('init_from', None)  # A run that is no distillation has no teacher to move.
-    return schema.changed(own, _values(like, _COMPUTED) | moved)
+        found.pop('init_from', None)  # A run that is no distillation has no teacher to move.
+    return found
 
 
 def with_values(own: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
@@ -100,7 +105,7 @@ def with_values(own: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
     Args:
       own: the config of the run.
-      values: {dotted key: value}, as {'dtype': 'bfloat16'}.
+      values: {dotted key: value}, as {'dtype': 'bfloat16'}. None leaves a place as it is.
 
     Raises:
       UserError: there is no such key, the training has decided it, or it takes no such value.
@@ -113,12 +118,14 @@ def with_values(own: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
             raise UserError(message)
         if key not in free:
             raise UserError(f'{key} is fixed here: only these change, {", ".join(names)}')
+        if values[key] == '':
+            raise UserError(f'{key} is empty: give a value, or leave it out')
+    places = {key: values[key] for key in _MOVED if values.get(key) is not None}
+    computed = {key: value for key, value in values.items() if key not in _MOVED}
     try:
-        changed = schema.changed(own, dict(values))
+        return schema.changed(own, computed | _moved(own, places))
     except (TypeError, ValueError) as error:
         raise UserError(console.said(error)) from None
-    moved = {key: files.absolute(value) for key, value in _given(changed, _MOVED).items()}
-    return schema.changed(changed, moved)
 
 
 def for_the_images(own: ConfigDict, like: ConfigDict | None) -> ConfigDict:

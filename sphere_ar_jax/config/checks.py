@@ -116,7 +116,10 @@ _WORDS: dict[str, tuple[Collection[Any], str]] = {
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """Makes the config of a `config.json`, checked; keys that are not in it have their defaults."""
     config = schema.default()
+    defaults = schema.leaves(config.to_dict())
     for name, value in schema.leaves(values).items():
+        if value == '' and defaults.get(name) is None:
+            value = None  # It was once allowed, and meant the same.
         # JSON knows no tuples.
         config.update_from_flattened_dict(
             {name: tuple(value) if isinstance(value, list) else value}
@@ -504,10 +507,10 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
         f'vae.channels), but images of data {d.name} are cropped to squares: give two equal sizes',
     )
     require(
-        _are_whole(d.crop_until)
+        all(isinstance(end, int | float) for end in d.crop_until)
         and len(d.crop_until) == 2
         and 0 <= d.crop_until[0] <= d.crop_until[1],
-        f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order, whole numbers',
+        f'data.crop_until is {tuple(d.crop_until)}, but must be two epochs in order',
     )
 
 

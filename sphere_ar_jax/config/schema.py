@@ -128,7 +128,7 @@ def default() -> ConfigDict:
                 captions=config_dict.placeholder(str),
                 # Whether training images are mirrored left to right with probability ½.
                 flip=True,
-                # A run stops at this share of images that cannot be decoded.
+                # A run stops above this share of images that cannot be decoded.
                 max_broken=0.001,
                 # Whether JPEG's decoder may scale down, which is faster but not exact.
                 draft=False,

@@ -323,8 +323,8 @@ def batches(
         need the main program to be guarded by `if __name__ == '__main__'`, and hand images over in
         /dev/shm, which containers may keep too small.
       max_broken: the run stops when more than this share of the images that this process has
-        tried since its start, replacements included, is broken; the share is judged from 100 images
-        on. It also stops where 8 images in turn are broken.
+        tried since its start, replacements included, is broken, see `are_too_many`. The share is
+        judged from 100 images on. It also stops where 8 images in turn are broken.
 
     Returns:
       `Batches` of {'image': (b, H, W, c) float32, 'label': (b,) int32}. Its `next` raises

@@ -153,28 +153,30 @@ class ImageNetTar:
 # ---- directories
 
 
-def _check_classes(path: str, classes: list[str]) -> None:
-    """Checks that the directories of a directory can be classes.
-
-    Args:
-      path: the directory.
-      classes: the names of the directories in it, sorted.
-
-    Raises:
-      UserError: there are none, or they are the parts of a data set.
-    """
+def _check_directories(path: str, classes: list[str]) -> None:
+    """Raises UserError where a directory has no directories for classes."""
     if not classes:
         hint = 'all images may also lie in it directly, as a single class'
         if os.path.exists(os.path.join(path, array_records.IMAGES.metadata)):
             hint = f'what --mode=pack wrote is read with data=array_records:{path}'
         raise UserError(f'{path} has no directories, but must have one for each class; {hint}')
-    # Years may stand behind, as in train2017. A class may be a train, and have a name of two words.
-    parts = [name for name in classes if name.lower().rstrip('0123456789_-. ') in SPLITS]
-    if len(parts) > 1 or parts == classes:
-        training = [name for name in parts if name.lower().startswith('train')]
-        part = (training or parts)[0]
+
+
+def _check_classes(path: str, classes: list[str]) -> None:
+    """Raises UserError where the directories with images are the parts of a data set.
+
+    A year may stand behind, as in train2017. One that is numbered, as test1 and test2, is a class.
+
+    Args:
+      path: the directory.
+      classes: the names of the directories in it, sorted.
+    """
+    stems = {name.lower().rstrip('0123456789_-. ') for name in classes}
+    if stems <= SPLITS and (len(stems) > 1 or len(classes) == 1):
+        training = [name for name in classes if name.lower().startswith('train')]
+        part = (training or classes)[0]
         raise UserError(
-            f'{path} holds {" and ".join(parts)}, parts of a data set and not classes: '
+            f'{path} holds {" and ".join(classes)}, parts of a data set and not classes: '
             f'give --config.data.path={path}/{part} (or data=folder:{path}/{part}), '
             'with a directory in it for each class'
         )
@@ -222,6 +224,7 @@ class ImageFolder:
             if is_one_class:
                 left = LeftOut()  # They do not lie beside classes, but are the class.
                 classes = ['']
+            _check_directories(self.path, classes)
             _check_classes(self.path, classes)
             found = [self._list(name, left) for name in classes]
         except NotADirectoryError:
@@ -236,6 +239,7 @@ class ImageFolder:
         self.left_out = left.describe()
         if len(left.empty) == len(classes):
             raise UserError(f'{self.path} holds no images ({self.left_out})')
+        _check_classes(self.path, [name for name in classes if name not in left.empty])
         self._names = [name for files in found for name in files]
         counts = [len(files) for files in found]
         self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)

@@ -109,6 +109,10 @@ def test_values_that_a_caller_gives_change_how_a_run_computes():
     assert found.to_json_best_effort() == expected.to_json_best_effort()
     assert own.tokenizer == '/old'
     assert beside.with_values(own, {'dtype': 'bfloat16'}).tokenizer == '/old'
+    # As on the command line: None leaves a place, and a run that is no distillation has no teacher.
+    assert beside.with_values(own, {'tokenizer': None}).tokenizer == '/old'
+    assert beside.with_values(own, {'init_from': '/other'}).init_from is None
+    assert beside.with_values(_config(init_from='/a'), {'init_from': '/b'}).init_from == '/b'
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,7 @@ def test_values_that_a_caller_gives_change_how_a_run_computes():
         ({'ar.width': 8}, 'ar.width is fixed here: only these change, sampling, dtype, ar.fused'),
         ({'mesh.fsdp': 2}, 'mesh.fsdp is fixed here'),
         ({'sampling.num_steps': 'ten'}, 'num_steps'),
+        ({'tokenizer': ''}, 'tokenizer is empty: give a value'),
     ],
 )
 def test_other_values_that_a_caller_gives_are_refused(values, message):

@@ -363,6 +363,16 @@ def test_unknown_keys_and_wrong_types_are_refused():
         cfg.ar.width = 'wide'
 
 
+def test_an_old_config_with_an_empty_text_or_broken_epochs_is_read():
+    """An empty text meant the same as none. On the command line it is refused now."""
+    cfg = get_config()
+    values = json.loads(cfg.to_json_best_effort())
+    values['data'] |= {'data_dir': '', 'crop_until': [0.5, 1.5]}
+    again = checks.from_dict(values)
+    assert again.data.data_dir is None
+    assert again.data.crop_until == (0.5, 1.5)
+
+
 WRONG = [
     ('ar.heads', 3, '3 heads do not divide the width 16'),
     ('ar.width', 12, 'must be a multiple of 4'),
@@ -378,7 +388,7 @@ WRONG = [
     ('data.max_broken', 0.0, r'lie in .0, 1.'),
     ('data.workers', -1, 'at least 0'),
     ('data.num_classes', -3, 'at least 0'),
-    ('data.crop_until', (1.5, 2.5), 'two epochs in order, whole numbers'),
+    ('data.crop_until', ('a', 'b'), 'two epochs in order'),
     ('data.crop_until', (375, 350), 'two epochs in order'),
     ('tokenizer_training.discriminator', 'biggan', 'patchgan, stylegan'),
     ('tokenizer_training.disc_loss', 'wasserstein', 'hinge, vanilla'),

@@ -851,12 +851,17 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
     assert f'holds {" and ".join(sorted(parts))}, parts of a data set' in line
     assert f'--config.data.path={tmp_path}/{advised} ' in line
     assert sources.ImageFolder(tmp_path / advised).class_names == ('cat',)
-    _fill(tmp_path, 'dog/1.png')
-    if len(parts) > 1:
-        line = _refusal(sources.ImageFolder, tmp_path)
-        assert f'holds {" and ".join(sorted(parts))}, parts of a data set' in line
-    else:  # a single one beside other directories is a class
-        assert sources.ImageFolder(tmp_path).class_names == ('dog', *parts)
+    # A directory without images beside them is no class.
+    _fill(tmp_path, 'annotations/1.json')
+    assert f'holds {" and ".join(sorted(parts))}, parts' in _refusal(sources.ImageFolder, tmp_path)
+    _fill(tmp_path, 'dog/1.png')  # beside other directories they are classes
+    assert sources.ImageFolder(tmp_path).num_classes == len(parts) + 2
+
+
+def test_numbered_directories_are_classes(tmp_path):
+    names = ('test1', 'test2', 'train')
+    _fill(tmp_path, *(f'{name}/1.png' for name in names[:2]))
+    assert sources.ImageFolder(tmp_path).class_names == names[:2]
 
 
 @pytest.mark.parametrize(
@@ -865,6 +870,8 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, parts, advised):
         (('train-0.tar', 'val-0.tar'), '*train*.tar'),
         (('imagenet1k-train-0000.tar', 'imagenet1k-validation-00.tar'), '*train*.tar'),
         (('a_test.tar', 'a_val.tar'), '*test*.tar'),
+        (('Train-0.tar', 'Val-0.tar'), '*Train*.tar'),
+        (('train-1.tar', 'train-2.tar'), None),
         (('test-train-0.tar', 'test-train-1.tar'), None),
         (('latest.tar', 'trained.tar', 'train.tar'), None),
     ],
@@ -878,7 +885,7 @@ def test_files_of_several_parts_of_a_data_set_are_refused(tmp_path, names, advis
         return
     with pytest.raises(UserError) as error:
         listing.data_files(str(tmp_path), '.tar', 'webdataset')
-    assert str(error.value).endswith(f'as data=webdataset:{tmp_path}/{advised}')
+    assert f'as data=webdataset:{tmp_path}/{advised} ' in str(error.value)
     training = listing.data_files(f'{tmp_path}/{advised}', '.tar', 'webdataset')
     assert len(training) == 1
 

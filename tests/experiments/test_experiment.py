@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib import axes
 from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
@@ -541,7 +542,7 @@ def test_a_variant_alone_is_drawn(tmp_path):
         assert picture.width > picture.height > 100
 
 
-def test_a_map_has_the_leads_of_each_pair(tmp_path):
+def test_a_map_has_the_leads_of_each_pair(tmp_path, monkeypatch):
     """Differences are taken seed by seed, and a seed that one row lacks does not count."""
 
     def part(row, seed, *values):
@@ -566,6 +567,13 @@ def test_a_map_has_the_leads_of_each_pair(tmp_path):
     assert leads[8.0] == statistics.interval([2.0, 2.5])
     assert list(comparison._leads(measured, 'sphere other', 'frechet')) == [1.5]
     assert comparison._leads(measured, 'sphere nothing', 'frechet') == {}
+    weights = []
+    text = axes.Axes.text
+    monkeypatch.setattr(
+        axes.Axes, 'text', lambda *a, **k: weights.append(k['weight']) or text(*a, **k)
+    )
+    comparison._plot_map(str(tmp_path / 'one.png'), ('sphere other',), measured)
+    assert weights == ['normal']  # one seed decides nothing
     path = tmp_path / 'map.png'
     comparison._plot_map(str(path), ('sphere plane', 'sphere nothing'), measured)
     with Image.open(path) as picture:

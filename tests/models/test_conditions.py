@@ -114,7 +114,9 @@ def test_the_null_class_is_beyond_what_narrow_labels_hold(dtype):
     null = many.null(labels)
     chex.assert_trees_all_equal(null, jnp.array([1000, 1000], jnp.int32))
     keys = jax.random.split(jax.random.key(0), 2)
-    chex.assert_trees_all_equal(many.drop(keys, labels.astype(jnp.int32), 1.0), null)
+    chex.assert_trees_all_equal(many.drop(keys, labels, 1.0), null)
+    kept = many.drop(keys, labels, 0.0)
+    chex.assert_trees_all_equal(kept, labels.astype(jnp.int32))
 
 
 def test_labels_of_a_narrow_dtype_are_guided_alike(run):

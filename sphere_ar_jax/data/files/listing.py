@@ -129,26 +129,27 @@ def _names_of_ranges(pattern: str) -> list[str]:
 
 
 def _parts_of_data_set(names: Iterable[str]) -> list[str]:
-    """The names of parts of a data set that names have among their words, as train and val.
+    """The parts of a data set that names have among their words, as train and val, as written.
 
     They are sorted. There is none where a single part, or no part, is named. In each name the first
-    of `SPLITS` counts.
+    of `SPLITS` counts, in upper or lower case.
     """
-    found = set()
+    found = {}
     for name in names:
-        words = re.split(r'[^a-z]+', name.lower())
-        found.update([word for word in words if word in SPLITS][:1])
-    return sorted(found) if len(found) > 1 else []
+        words = [word for word in re.split(r'[^A-Za-z]+', name) if word.lower() in SPLITS]
+        for word in words[:1]:
+            found[word.lower()] = word
+    return [found[part] for part in sorted(found)] if len(found) > 1 else []
 
 
 def _check_splits(path: str, names: Sequence[str], kind: str, suffix: str) -> None:
     """Raises UserError where files of a directory are named as different parts of a data set."""
     parts = _parts_of_data_set(names)
     if parts:
-        part = next((word for word in parts if word.startswith('train')), parts[0])
+        part = next((word for word in parts if word.lower().startswith('train')), parts[0])
         raise UserError(
             f'{path} holds {" and ".join(parts)}, parts of a data set: give those to train on, '
-            f'as data={kind}:{path}/*{part}*{suffix}'
+            f'as data={kind}:{path}/*{part}*{suffix} (or all of them, as {path}/*{suffix})'
         )
 
 

@@ -306,7 +306,9 @@ def kept_index(
         f'{path}.index.npz',
         os.path.join(cache, 'sphere_ar_jax', f'{name}.{place_hash}.index.npz'),
     ]
-    for target in targets:
+    # Earlier versions kept all of one name in the same place.
+    former = os.path.join(cache, 'sphere_ar_jax', f'{name}.index.npz')
+    for target in (*targets, former):
         found = _load_index(target, fd, version)
         if found is not None:
             return found

@@ -375,7 +375,7 @@ def _plot_map(path: str, pairs: Sequence[str], measured: report.MeasuredParts) -
             lead = leads.get(scale)
             if lead is None:
                 continue
-            decided = statistics.verdict(lead) != 'undecided'
+            decided = lead.low > 0 or lead.high < 0
             words = f'{lead.mean:+.2f}'
             if lead.seeds > 1:
                 words += f'\n[{lead.low:.2f}, {lead.high:.2f}]'
@@ -384,7 +384,7 @@ def _plot_map(path: str, pairs: Sequence[str], measured: report.MeasuredParts) -
             colours[y, x] = np.sign(lead.mean) * math.log1p(abs(lead.mean)) if decided else 0.0
     axis.imshow(colours, cmap='RdBu', vmin=-3, vmax=3, aspect='auto')
     axis.set_xticks(range(len(scales)), [f'{scale:g}' for scale in scales])
-    names = [pair.replace(' ', '\nbefore ') for pair in lines]
+    names = [pair.replace(' ', '\nbetter than ') for pair in lines]
     axis.set_yticks(range(len(lines)), names, fontsize=8)
     axis.set_xlabel('guidance scale')
     axis.set_title('Fréchet distance: lead of the first row over the second')

@@ -108,7 +108,8 @@ class Classes(nn.Module):
         Returns:
           (B,) int32.
         """
-        return jnp.where(are_dropped(keys, probability), self.null(labels), labels)
+        null = self.null(labels)
+        return jnp.where(are_dropped(keys, probability), null, labels.astype(null.dtype))
 
     def check(self, labels: ArrayLike) -> None:
         """Checks that labels are a list of whole numbers from 0 to num_classes − 1.

@@ -98,7 +98,8 @@ class Text(nn.Module):
           (B, T) int32.
         """
         dropped = are_dropped(keys, probability)
-        return jnp.where(dropped[:, None], self.null(labels), labels)
+        null = self.null(labels)
+        return jnp.where(dropped[:, None], null, labels.astype(null.dtype))
 
     def check(self, labels: Any) -> None:
         """Checks that labels are captions (B, T) of the vocabulary's numbers.
