@@ -3,8 +3,8 @@ r"""Longer sequences at small size: 16, 64 and 256 tokens of the same images (ch
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/sequences.py
 Result:    Undecided with 16 tokens, reproduced with 64, undecided with 256
-           (docs/experiments/sequences). Fashion-MNIST: undecided with 64, one seed of three
-           measured with 256 (docs/experiments/sequences_fashion).
+           (docs/experiments/sequences). Fashion-MNIST: undecided with 64 and 256, but the norms of
+           256 Gaussian tokens drift (docs/experiments/sequences_fashion).
 
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
