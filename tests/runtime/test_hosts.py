@@ -295,7 +295,7 @@ def test_nobody_waits_for_a_lost_process(start, capsys, tmp_path, where, how, cu
         assert [process.wait(120) for process in others] == [ABORTED] * 2, run.err
         if where == 'closing':  # the main threads were inside it when JAX aborted
             inside = re.compile(r'/sphere_ar_jax/runtime/checkpoint\.py", line \d+ in close\n')
-            assert all(inside.search(process.err) for process in others)
+            assert all(inside.search(process.err) for process in others), run.err
     checkpoints = checkpoint.Checkpoints(tmp_path / 'w', read_only=True)
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state, _, _ = checkpoints.restore({'a': jax.ShapeDtypeStruct((8,), np.float32, sharding=whole)})
