@@ -74,7 +74,7 @@ WRONG = {
         '--workdir=W',
         '--config.data.name=folder',
         '--config.data.path=',
-    ): 'data.path is empty: give a value',
+    ): 'give --config.data.path, of the folder data',
     (TINY, '--workdir=W', '--config.tokenizer='): 'tokenizer is empty: give a value',
     (TINY, '--workdir=/dev/null/x'): 'Not a directory',
     (TINY, '--workdir=BAD'): 'which is a file: give a directory',

@@ -61,12 +61,12 @@ def pack(
     kind, path = recipes.data_set(data)
     if kind in small.KINDS:
         raise UserError(small.KINDS[kind].unpackable)
-    sources.check_split(kind, split, data_dir)
-    array_records.require_new(output)
-    bar = console.bar(None, 'reading the tar', 'byte')
     if labels not in (None, 'none'):
         raise UserError(f"--labels is {labels}: --mode=pack takes 'none' alone")
+    sources.check_split(kind, split, data_dir)
     sources.require_images(kind, path)
+    array_records.require_new(output)
+    bar = console.bar(None, 'reading the tar', 'byte')
     source = sources.open_source(
         kind, path, split or 'train', data_dir, bar, needs_labels=labels is None
     )

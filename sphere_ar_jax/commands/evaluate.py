@@ -127,6 +127,7 @@ def evaluate(
     """
     _check_files(samples, reference, inception, images)
     scores: dict[str, Any] = {}
+    weights = None if inception is None else inception_weights.load(inception)
     run = None
     if images is not None:
         # All is opened before anything is computed, so that a wrong path costs no scores.
@@ -134,7 +135,6 @@ def evaluate(
         image_sets.count_images(images)
         if lpips is not None:
             check_paths(lpips, vgg)
-    weights = None if inception is None else inception_weights.load(inception)
     if samples is not None and reference is not None:
         scores = protocol.evaluate(samples, reference, weights, progress=console.bars())
     if run is not None and images is not None:

@@ -144,7 +144,7 @@ def _check_values(config: ConfigDict) -> None:
         if name in _WORDS:
             known, otherwise = _WORDS[name]
             require(value in known, f'{name} is {value!r}{otherwise}')
-        # These have messages of their own.
+        # These have messages of their own, where they are read.
         elif name not in ('init_from', 'fine_tuning.init_from', 'data.path'):
             require(value != '', f'{name} is empty: give a value, or leave it out')
         if type(value) in (int, float):
@@ -448,10 +448,6 @@ def check_image_shape(
 def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """Checks the section `data`, and that its images have the tokenizer's shape (H, W, c)."""
     height, width, channels = image_shape
-    require(
-        d.path != '' or d.name in schema.WITHOUT_PATH,
-        'data.path is empty: give a value, or leave it out',
-    )
     kind = small.KINDS.get(d.name)
     if kind is not None:
         want = kind.image_shape

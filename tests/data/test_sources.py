@@ -867,10 +867,10 @@ def test_numbered_directories_are_classes(tmp_path):
 @pytest.mark.parametrize(
     ('names', 'advised'),
     [
-        (('train-0.tar', 'val-0.tar'), '*train*.tar'),
+        (('train-0.tar', 'val-0.tar'), 'train*.tar'),
         (('imagenet1k-train-0000.tar', 'imagenet1k-validation-00.tar'), '*train*.tar'),
         (('a_test.tar', 'a_val.tar'), '*test*.tar'),
-        (('Train-0.tar', 'Val-0.tar'), '*Train*.tar'),
+        (('Train-0.tar', 'Val-0.tar'), 'Train*.tar'),
         (('train-1.tar', 'train-2.tar'), None),
         (('test-train-0.tar', 'test-train-1.tar'), None),
         (('latest.tar', 'trained.tar', 'train.tar'), None),

@@ -79,7 +79,7 @@ def _open_images(cfg: ConfigDict) -> Data:
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)
         return Data(data.train, data, data.heldout, {})
-    if d.path is None:
+    if not d.path:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     source = build.open_files(cfg, console.bar(None, 'reading the tar', 'byte'))
     if isinstance(source, sources.Latents):

@@ -147,9 +147,10 @@ def _check_splits(path: str, names: Sequence[str], kind: str, suffix: str) -> No
     parts = _parts_of_data_set(names)
     if parts:
         part = next((word for word in parts if word.lower().startswith('train')), parts[0])
+        start = '' if any(name.startswith(part) for name in names) else '*'
         raise UserError(
             f'{path} holds {" and ".join(parts)}, parts of a data set: give those to train on, '
-            f'as data={kind}:{path}/*{part}*{suffix} (or all of them, as {path}/*{suffix})'
+            f'as data={kind}:{path}/{start}{part}*{suffix} (or all of them, as {path}/*{suffix})'
         )
 
 
