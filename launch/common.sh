@@ -102,7 +102,8 @@ need_remote_words() {  # for machines that share no disk and get a copy of the c
   [ -n "$config" ] || return 0
   case $config in
     configs/*) [ -f "$1/${config%%:*}" ] || die "there is no config file ${config%%:*}" ;;
-    *.py | *.py:*) die "--config is $config, but only the files in configs/ are copied: put it there" ;;
+    *.py | *.py:*)
+      die "--config is $config, but only the files in configs/ are copied: put it there" ;;
     *) [ -f "$1/configs/${config%%:*}.py" ] || die "there is no config ${config%%:*}" ;;
   esac
 }

@@ -19,6 +19,8 @@ import tomllib
 
 import pytest
 
+from sphere_ar_jax import main
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / 'launch'
 SCRIPTS = ('local', 'slurm', 'slurm_job', 'tpu', 'tpu_worker', 'xpk')
@@ -170,6 +172,13 @@ def test_the_cache_lies_beside_a_workdir_of_the_users_own_directory(stubs):
     ((call, environ),) = _printed(stubs, 'slurm', words)
     assert call[-2:] == words
     assert environ['JAX_COMPILATION_CACHE_DIR'] == f'{stubs.environ["HOME"]}/runs/compilation_cache'
+
+
+def test_the_scripts_know_the_modes_without_a_workdir():
+    text = (LAUNCH / 'common.sh').read_text()
+    listed = re.search(r'^ +([\w |]+)\) ;;  # they have no workdir$', text, re.MULTILINE)
+    modes = {mode for mode, needs in main._MODES.items() if not needs.has_workdir}
+    assert set(listed[1].split(' | ')) == modes
 
 
 def test_modes_without_a_workdir_are_given_none(stubs):

@@ -225,6 +225,7 @@ class ImageFolder:
                 left = LeftOut()  # They do not lie beside classes, but are the class.
                 classes = ['']
             _check_directories(self.path, classes)
+            # Before a listing that may take minutes; below, without the directories that are empty.
             _check_classes(self.path, classes)
             found = [self._list(name, left) for name in classes]
         except NotADirectoryError:

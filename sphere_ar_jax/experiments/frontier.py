@@ -179,12 +179,14 @@ def markdown(summary: _Summary) -> str:
     def order(name: str) -> tuple[float, float]:
         return summary[name]['evaluations'], summary[name]['samples/frechet']['mean']
 
+    def shown(score: dict[str, float], runs: int) -> str:
+        spread = f' ± {score["std"]:.4f}' if runs > 1 else ''
+        return f'{score["mean"]:.4f}{spread}'
+
     rows = []
     for name in sorted(summary, key=order):
         row = summary[name]
-        scores = [f'{row[score]["mean"]:.4f}' for score in SCORES]
-        if row['runs'] > 1:
-            scores = [f'{row[score]["mean"]:.4f} ± {row[score]["std"]:.4f}' for score in SCORES]
+        scores = (shown(row[score], row['runs']) for score in SCORES)
         rows.append([name, f'{row["evaluations"]:g}', *scores])
     columns = ('setting', 'evaluations', 'accuracy', 'Fréchet', 'precision', 'recall')
     return '\n'.join(console.markdown(columns, rows)) + '\n'

@@ -195,16 +195,24 @@ class Model:
         """The AR model and its parameters in the layout that sampling needs, read at first use."""
         with self._opening:
             if self._opened is None:
-                run = self._run
-                assert run is not None  # it is there until the model is opened
-                if run.ar_params is None and self._read_ar is not None:
-                    run = self._read_ar()
-                if run.ar_params is None:
-                    raise UserError('this model is a tokenizer alone: it encodes and decodes')
-                self._opened = unstacked(run.ar, run.ar_params)
-                # It would keep the parameters in memory twice.
-                self._run = None
+                self._opened = self._open()
+                self._run = None  # It would keep the parameters in memory twice.
             return self._opened
+
+    def _open(self) -> tuple[AR, PyTree]:
+        """Gives what `_autoregressive` keeps.
+
+        Raises:
+          UserError: there is no AR model.
+          OSError: there is no checkpoint of it.
+        """
+        run = self._run
+        assert run is not None  # it is there until the model is opened
+        if run.ar_params is None and self._read_ar is not None:
+            run = self._read_ar()
+        if run.ar_params is None:
+            raise UserError('this model is a tokenizer alone: it encodes and decodes')
+        return unstacked(run.ar, run.ar_params)
 
     @property
     def ar(self) -> AR:
