@@ -114,7 +114,7 @@ def get_config(arg: str = '') -> ConfigDict:
         c.sampling.update(recipes.FAST)
     if 'distilled' in words:
         c.init_from = ''  # The checks refuse this until the user gives a workdir.
-        c.sampling.update(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
+        c.sampling.update(recipes.DISTILLED)
     if 'smoke' in words:
         short = dict(steps=12, warmup_steps=4, log_every=4, checkpoint_every=6)
         c.tokenizer_training.update(short)

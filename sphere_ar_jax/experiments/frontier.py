@@ -3,14 +3,16 @@ r"""Quality against evaluations of the flow head, for trained runs of one small 
     python -m sphere_ar_jax.experiments.frontier --workdir=/tmp/digits0 --workdir=/tmp/digits1 \
         --output=/tmp/frontier
 
-Every setting of `settings` samples --num_images images from every run and scores them by the
-protocol of its data set. The results are a table and a plot; `docs/evaluation.md`, "Quality against
-evaluations", shows them. Each score is added to OUTPUT/scores.jsonl at once, so that the command
-goes on where it stopped when it is started again. Where the head of a run is distilled, the
-settings are the numbers of steps that it was distilled for.
+Every setting of `settings`, or each that --settings names, samples --num_images images from every
+run and scores them by the protocol of its data set. The results are a table and a plot;
+`docs/evaluation.md`, "Quality against evaluations", shows them. Each score is added to
+OUTPUT/scores.jsonl at once, so that the command goes on where it stopped when it is started again.
+Where the head of a run is distilled, the settings are the numbers of steps that it was distilled
+for. The Fréchet distance is taken in the classifier's features where it has any, else in pixels.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.experiments import runs
+from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.flow import plan, solvers
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import generation, on_mesh
@@ -141,8 +144,8 @@ def _measure(
     labels = np.arange(num_images) % num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
     images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
-    scores = judge.scores(images, labels)
-    found = {name: float(scores[name]) for name in SCORES}
+    scores = comparison.sample_scores(judge, images, labels)
+    found = {name: scores[name.removeprefix('samples/')] for name in SCORES}
     found['evaluations'] = options.plan(run.ar.num_tokens).evaluations
     return found
 
@@ -287,7 +290,8 @@ def save_frontier(path: str, summary: _Summary) -> None:
     for score, above, below in zip(SCORES, *axes, strict=True):
         _Panels(summary, score, above, below).draw()
     for axis in axes[:, 0]:
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     pictures.save_figure(figure, path)
 
@@ -297,7 +301,31 @@ def _levels(run: Run) -> Sequence[int] | None:
     return run.config.distillation_training.levels if run.config.init_from else None
 
 
-def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) -> _Summary:
+def _chosen(runs_by_workdir: dict[str, Run], pattern: str) -> list[tuple[str, str]]:
+    """(workdir, name of a setting) of all settings whose whole names match a pattern.
+
+    Raises:
+      UserError: the pattern is no regular expression, or no setting matches; one line.
+    """
+    found = []
+    for workdir, opened in runs_by_workdir.items():
+        for name in settings(_levels(opened)):
+            try:
+                matches = re.fullmatch(pattern, name)
+            except re.error as error:
+                raise console.UserError(f'--settings={pattern}: {error}') from None
+            if matches:
+                found.append((workdir, name))
+    if not found:
+        raise console.UserError(
+            f"--settings={pattern} names no setting of these runs: '{name}' is one"
+        )
+    return found
+
+
+def run(
+    workdirs: Sequence[str], output: str, num_images: int, batch_size: int, pattern: str = '.*'
+) -> _Summary:
     """Measures what is not measured yet, and writes the table and the plot.
 
     Args:
@@ -305,9 +333,14 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
       output: directory for scores.jsonl, frontier.json, frontier.md and frontier.png.
       num_images: images drawn for each setting and run.
       batch_size: images drawn at a time.
+      pattern: a regular expression. Settings whose whole names match it are measured. Others are
+        summarized where they were measured before.
 
     Returns:
       What `summarize` returns for these runs.
+
+    Raises:
+      UserError: a run cannot be opened, or the pattern is wrong; one line.
     """
     os.makedirs(output, exist_ok=True)
     workdirs = list(dict.fromkeys(os.path.abspath(workdir) for workdir in workdirs))
@@ -323,14 +356,11 @@ def run(workdirs: Sequence[str], output: str, num_images: int, batch_size: int) 
         and row['num_images'] == num_images
     ]
     done = {(row['workdir'], row['setting']) for row in rows}
-    todo = []
-    for workdir in workdirs:
-        for name, (options, scale) in settings(_levels(opened[workdir])).items():
-            if (workdir, name) not in done:
-                todo.append((name, options, scale, workdir))
+    todo = [place for place in _chosen(opened, pattern) if place not in done]
     watched = sys.stderr.isatty()
-    for name, options, scale, workdir in tqdm(todo, desc='settings × runs', disable=not watched):
+    for workdir, name in tqdm(todo, desc='settings × runs', disable=not watched):
         started = time.perf_counter()
+        options, scale = settings(_levels(opened[workdir]))[name]
         judge = runs.judge(opened[workdir].config, output)
         row = _measure(
             opened[workdir], judge, plan.Options(**options), scale, num_images, batch_size
@@ -364,6 +394,12 @@ _NUM_IMAGES = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 500, 'Images drawn at a time.', 1, flag_values=_FLAGS
 )
+_SETTINGS = flags.DEFINE_string(
+    'settings',
+    '.*',
+    "A regular expression: the settings whose whole names match it, as 'ab2 10, .*', are measured.",
+    flag_values=_FLAGS,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -378,7 +414,7 @@ def main(argv: list[str]) -> None:
     console.parse(argv, _FLAGS, __doc__)
     if not _WORKDIRS.value or _OUTPUT.value is None:
         raise console.UserError('give --workdir=DIR, once for each seed, and --output=DIR')
-    run(_WORKDIRS.value, _OUTPUT.value, _NUM_IMAGES.value, _BATCH_SIZE.value)
+    run(_WORKDIRS.value, _OUTPUT.value, _NUM_IMAGES.value, _BATCH_SIZE.value, _SETTINGS.value)
 
 
 if __name__ == '__main__':

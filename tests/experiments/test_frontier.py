@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ from PIL import Image
 
 from sphere_ar_jax.experiments import frontier, runs
 from sphere_ar_jax.flow import plan, solvers
+from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training.run import load_run
 
 
 def test_settings_cover_every_solver_and_can_be_built():
@@ -112,3 +115,32 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
     with pytest.raises(KeyboardInterrupt):
         frontier.run([workdir], output, 30, 10)
     assert asked == [(1, 30)]
+    asked.clear()
+    # Some settings alone.
+    summary = frontier.run([workdir], output, 40, 10, 'distilled [23]')
+    assert asked == [(2, 40)]
+    assert list(summary) == ['distilled 2']
+    for pattern, message in (
+        ('guidance 1.5', "--settings=guidance 1.5 names no setting of these runs: 'distilled 2'"),
+        ('(', '--settings=(: '),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            frontier.run([workdir], output, 40, 10, pattern)
+
+
+def test_the_frechet_distance_is_that_of_the_features(monkeypatch, old_runs):
+    """A classifier with features gives a distance in pixels, too, which is not shown."""
+
+    class Judge:
+        def scores(self, images, labels):
+            assert len(images) == len(labels) == 4
+            found = dict.fromkeys(frontier.SCORES, 0.5)
+            return found | {'samples/frechet': 90.0, 'samples/feature_frechet': 0.25}
+
+    run = load_run(str(old_runs / 'distilled'))
+    options = plan.Options(solver='euler', num_steps=1, guidance=None)
+    found = frontier._measure(run, Judge(), options, None, 4, 4)
+    assert found == dict.fromkeys(frontier.SCORES, 0.5) | {
+        'samples/frechet': 0.25,
+        'evaluations': 1,
+    }
