@@ -112,12 +112,13 @@ def get_config(arg: str = '') -> ConfigDict:
         c.sampling.update(solver='ab2', num_steps=20)
     if 'fast' in words:
         c.sampling.update(recipes.FAST)
-    if 'distilled' in words:
-        c.init_from = ''  # The checks refuse this until the user gives a workdir.
-        c.sampling.update(recipes.DISTILLED)
     if 'smoke' in words:
         short = dict(steps=12, warmup_steps=4, log_every=4, checkpoint_every=6)
         c.tokenizer_training.update(short)
         c.ar_training.update(short, ema_decay=0.9)
+        c.distillation_training.update(short, ema_decay=0.9)
         c.sampling.update(num_images=200, batch_size=200, num_steps=10)
+    if 'distilled' in words:
+        c.init_from = ''  # The checks refuse this until the user gives a workdir.
+        c.sampling.update(recipes.DISTILLED)
     return c

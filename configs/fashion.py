@@ -15,6 +15,12 @@ data=idx:DIR   Another directory of IDX files, as those of MNIST, KMNIST or EMNI
 fast           The sampler of the fewest evaluations that lost nothing on the digits
                (docs/fewer_evaluations.md). The experiments on Fashion-MNIST draw with
                it. It was not compared with the default sampler.
+distilled      A head of one or two evaluations with guidance within, distilled from a finished run
+               of the same seed (docs/fewer_evaluations.md).
+
+               python -m sphere_ar_jax.main --config=configs/fashion.py:distilled \
+                   --config.init_from=/tmp/fashion --workdir=/tmp/fashion_distilled
+
 smoke          The same path in few steps, to see that everything runs, in two minutes on one core.
                Its pictures show no clothes yet, and its classifier is weak.
 
@@ -48,7 +54,8 @@ def get_config(arg: str = '') -> ConfigDict:
     Raises:
       ValueError: another word was given; one line.
     """
-    words, values = recipes.arguments('configs/fashion.py', arg, ('fast', 'smoke'), ('data',))
+    known = ('fast', 'distilled', 'smoke')
+    words, values = recipes.arguments('configs/fashion.py', arg, known, ('data',))
     c = config.default()
     kind, path = recipes.data_set(values.get('data', DATA))
     c.data.update(name=kind, path=path)
@@ -106,13 +113,29 @@ def get_config(arg: str = '') -> ConfigDict:
         guidance='constant',
         guidance_scale=1.6,
     )
+    c.distillation_training.update(
+        steps=3000,
+        batch_size=16,
+        learning_rate=1e-3,
+        final_learning_rate=1e-5,
+        warmup_steps=100,
+        ema_decay=0.995,
+        teacher_steps=8,
+        guidance='constant',
+        guidance_scale=1.5,
+        log_every=50,
+        checkpoint_every=250,
+    )
     if 'fast' in words:
         c.sampling.update(recipes.FAST)
     if 'smoke' in words:
+        short = dict(steps=20, warmup_steps=5, log_every=10, checkpoint_every=10)
         c.data.classifier_steps = 50
-        c.tokenizer_training.update(steps=20, warmup_steps=5, log_every=10, checkpoint_every=10)
-        c.ar_training.update(
-            steps=20, warmup_steps=5, ema_decay=0.9, log_every=10, checkpoint_every=10
-        )
+        c.tokenizer_training.update(short)
+        c.ar_training.update(short, ema_decay=0.9)
+        c.distillation_training.update(short, ema_decay=0.9)
         c.sampling.update(recipes.FAST, num_images=100, batch_size=100)
+    if 'distilled' in words:
+        c.init_from = ''  # The checks refuse this until the user gives a workdir.
+        c.sampling.update(recipes.DISTILLED)
     return c

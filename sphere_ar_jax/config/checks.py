@@ -530,9 +530,13 @@ def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> 
         'use sampling.solver euler without guidance',
     )
     require(
-        s.num_steps in t.levels and s.shift is None,
+        s.num_steps in t.levels,
         f'sampling.num_steps is {s.num_steps}, '
         f'but the distilled head knows equal steps of {tuple(t.levels)}',
+    )
+    require(
+        s.shift is None,
+        f'sampling.shift is {s.shift}, but the distilled head knows equal steps: set it to None',
     )
 
 

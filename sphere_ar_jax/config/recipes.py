@@ -22,7 +22,9 @@ from sphere_ar_jax.runtime.console import UserError
 FAST: dict[str, Any] = dict(solver='ab2', num_steps=10, shift=1.5)
 
 # The sampler of a distilled head, which has its guidance within.
-DISTILLED: dict[str, Any] = dict(solver='euler', num_steps=2, guidance=None, guidance_scale=None)
+DISTILLED: dict[str, Any] = dict(
+    solver='euler', num_steps=2, shift=None, guidance=None, guidance_scale=None
+)
 
 # Guidance at which the published models were scored (docs/method.md, "Guidance").
 PUBLISHED_SCALES = {'B': 4.5, 'L': 4.6, 'H': 4.5}

@@ -249,6 +249,17 @@ def test_variants_of_the_digits():
     cfg.init_from = '/somewhere'
     assert isinstance(build.build_ar(checks.check(cfg)).head, HEADS['mean_velocity'])
     assert build.build_sampler(cfg).options.plan(16).evaluations == 2
+    for name, arg in (
+        ('digits', 'fast,distilled'),
+        ('digits', 'smoke,distilled'),
+        ('fashion', 'distilled'),
+        ('fashion', 'fast,distilled,smoke'),
+    ):
+        other = _load(name, arg)
+        other.init_from = '/somewhere'
+        other = checks.check(other)
+        assert build.build_sampler(other).options.plan(16).evaluations == 2
+        assert (other.distillation_training.steps < 100) == ('smoke' in arg)
     geodesic = _load('digits', 'riemannian,distilled')
     geodesic.init_from = '/somewhere'
     head = build.build_ar(checks.check(geodesic)).head
@@ -261,7 +272,8 @@ def test_variants_of_the_digits():
         checks.check(cfg)
     cfg.ar.head = 'flow'
     for wrong, message in (
-        ({'sampling.num_steps': 3}, 'knows equal steps'),
+        ({'sampling.num_steps': 3}, r'num_steps is 3, .* of \(1, 2\)'),
+        ({'sampling.shift': 1.5}, 'shift is 1.5, .* set it to None'),
         ({'distillation_training.teacher_steps': 3}, 'divisors'),
         ({'distillation_training.teacher_steps': 0}, 'at least 1'),
         ({'sampling.solver': 'ab2'}, 'plain steps'),
