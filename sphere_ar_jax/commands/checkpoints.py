@@ -48,7 +48,7 @@ def _local(source: str) -> str:
     hub = _hub('hf://')
     try:
         return hub.hf_hub_download(f'{owner}/{repository}', file)
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # It passes on whatever its packages for HTTP raise.
         raise UserError(f'{source}: {first_line(error)}') from None
 
 
@@ -69,7 +69,7 @@ def fetched(source: str) -> str:
         directory = hub.snapshot_download(
             source.removeprefix('hf://').strip('/'), allow_patterns=list(shared.FILES)
         )
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # See `_local`.
         raise UserError(f'{source}: {first_line(error)}') from None
     if not shared.is_shared(directory):
         raise UserError(
@@ -106,7 +106,6 @@ def _opened(path: str, ema: bool, heads: int | None) -> tuple[dict[str, Any], Co
     is_shared = path.endswith('.safetensors')
     if is_shared:
         tensors = torch_sizes.plain(shared.open_file(path))
-        heads = shared.heads(path) if heads is None else heads
         args = None
         chosen = 'all of the file'
     else:
@@ -124,7 +123,11 @@ def _opened(path: str, ema: bool, heads: int | None) -> tuple[dict[str, Any], Co
                 f'{beside}: {error}; if it is no config of this model, move it away, and the '
                 'tensors alone tell the sizes'
             ) from None
+        if heads not in (None, cfg.ar.heads):
+            raise UserError(f'--heads is {heads}, but {beside} says {cfg.ar.heads}: leave it out')
         return tensors, cfg, f'the model of its {shared.CONFIG}, {count}'
+    if is_shared and heads is None:
+        heads = shared.heads(path)
     sizes = torch_sizes.sizes(tensors, args, heads)
     if sizes.ar is not None and sizes.name is None and heads is None:
         print(
@@ -198,6 +201,7 @@ def _convert(
     # What is there comes from a conversion that broke off, perhaps of another file.
     for stage in ('tokenizer', 'ar'):
         epath.Path(workdir, stage, 'weights').rmtree(missing_ok=True)
+    epath.Path(workdir, shared.CLASSES).unlink(missing_ok=True)
     for stage, model in models.items():
         _write_weights(workdir, stage, model, tensors)
     beside = os.path.dirname(local)
@@ -237,17 +241,27 @@ def _done(workdir: str, stage: str) -> int | None:
 def _card(workdir: str, run: Run, source: str | None) -> str:
     """The model card of a run, see `model_card`."""
     cfg = run.config
-    done = {'tokenizer': _done(cfg.tokenizer or workdir, 'tokenizer'), 'ar': _done(workdir, 'ar')}
+    first = workdir
+    while (origin := load_config(first)).tokenizer is not None:
+        first = origin.tokenizer
+    done = {'tokenizer': _done(first, 'tokenizer'), 'ar': _done(workdir, 'ar')}
     wanted = {'tokenizer': cfg.tokenizer_training.steps, 'ar': cfg.ar_training.steps}
     # The scores at the end of a run are those of its last step alone.
     finished = all(
         steps is None or steps >= wanted[stage] or (stage == 'tokenizer' and cfg.tokenizer)
         for stage, steps in done.items()
     )
+    batch_sizes = {
+        'tokenizer': origin.tokenizer_training.batch_size,
+        'ar': cfg.ar_training.batch_size,
+    }
     return model_card.text(
         run,
         class_names.of_run(workdir, cfg),
-        done,
+        {
+            stage: None if steps is None else (steps, batch_sizes[stage])
+            for stage, steps in done.items()
+        },
         model_card.scores(workdir, run, finished),
         source,
     )
@@ -317,11 +331,10 @@ def _uploader(push: str) -> Any:
 
 def _upload(api: Any, path: str, push: str) -> None:
     """Uploads a directory to share to a repository, which is made if there is none."""
-    hub = _hub('--push')
     try:
         api.create_repo(push, exist_ok=True)
         api.upload_folder(repo_id=push, folder_path=path, allow_patterns=list(shared.FILES))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # See `_local`.
         raise UserError(f'--push={push}: {first_line(error)}; {path} is written') from None
     print(f"pushed to hf://{push}: sphere_ar_jax.load('hf://{push}') opens it")
 

@@ -115,7 +115,7 @@ def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
             setting, teacher.vae_params, with_head(head), directory, step, writer
         )
 
-    head, seconds = _run(setting, stage, look)
+    head, seconds = _run(setting, stage, look, setting.cfg.sampling.ema_decay)
     return _Trained(teacher.vae_params, with_head(head), {'distillation': seconds})
 
 

@@ -593,10 +593,12 @@ def _check_sampling(config: ConfigDict) -> None:
         f'sampling.num_images is {s.num_images}, '
         f'but must be at least one for each of {least} classes',
     )
-    rates = [rate for rate in (t.ema_decay, *t.more_ema_decays) if rate]
+    section = 'ar_training' if config.init_from is None else 'distillation_training'
+    trained = config[section]
+    rates = [rate for rate in (trained.ema_decay, *trained.more_ema_decays) if rate]
     require(
         s.ema_decay in (None, 0.0, *rates),
-        f'sampling.ema_decay is {s.ema_decay}, but ar_training keeps {rates}, '
+        f'sampling.ema_decay is {s.ema_decay}, but {section} keeps {rates}, '
         'and 0 takes the weights themselves',
     )
     try:

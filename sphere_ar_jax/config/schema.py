@@ -344,8 +344,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences of two configs that a run cannot go on across.
 
     Options of the distillation count only where one of the two configs distils a head, and the
-    place of its teacher only where the other one has none. The number of classes does not count
-    where both models read texts.
+    place of its teacher only where the other one has none. Options of the tokenizer's training do
+    not count where both take the tokenizer from another workdir. The number of classes does not
+    count where both models read texts.
 
     Args:
       old: the config that the run was begun with, as `as_dict` gives it.
@@ -358,6 +359,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     after = leaves(new)
     distilled = before.get('init_from') is not None or after.get('init_from') is not None
     read_texts = all(v.get('ar.condition') in ('text', 'features') for v in (before, after))
+    # Where a tokenizer comes from another workdir, how one would be trained does not count.
+    no_tokenizer = all(v.get('tokenizer') or v.get('init_from') for v in (before, after))
     found = []
     for name in {**before, **after}:
         if _FREE.fullmatch(name):
@@ -367,6 +370,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if name == 'init_from' and None not in (before.get(name), after.get(name)):
             continue  # The teacher was moved. Its weights are compared.
         if name.startswith('distillation_training.') and not distilled:
+            continue
+        if name.startswith('tokenizer_training.') and no_tokenizer:
             continue
         if before.get(name) != after.get(name):
             found.append(f'{name} {before.get(name)} → {after.get(name)}')

@@ -204,23 +204,25 @@ def _sizes(run: Run) -> list[str]:
     return console.markdown(('', ''), rows)
 
 
-def _training(run: Run, names: Sequence[str] | None, done: Mapping[str, int | None]) -> list[str]:
-    """What the run was trained on, and how long."""
+def _training(
+    run: Run, names: Sequence[str] | None, done: Mapping[str, tuple[int, int] | None]
+) -> list[str]:
+    """What the run was trained on, and how long; arguments as of `text`."""
     cfg = run.config
     lines = [f'- kind of data: `{cfg.data.name}`']
     if names and run.ar_params is not None:
         shown = first_names([name.replace('`', '') for name in names], 10)
         lines.append(f'- classes: `{shown}`')
-    stages = {'tokenizer': cfg.tokenizer_training}
+    stages = ['tokenizer']
     if run.ar_params is not None:
-        stages['ar'] = cfg.ar_training
-    for stage, training in stages.items():
-        steps = done[stage]
-        said = 'converted from published weights'
+        stages.append('ar')
+    for stage in stages:
+        said = 'converted weights'
         if cfg.fine_tuning.init_from is not None:
             said = 'the weights of another run'
-        if steps is not None:
-            said = f'{steps:,} steps of {training.batch_size} images'
+        if (found := done[stage]) is not None:
+            steps, batch_size = found
+            said = f'{steps:,} steps of {batch_size} images'
         lines.append(f'- {"AR model" if stage == "ar" else stage}: {said}')
     tuning = cfg.fine_tuning
     if tuning.init_from is not None:
@@ -232,7 +234,7 @@ def _training(run: Run, names: Sequence[str] | None, done: Mapping[str, int | No
 def text(
     run: Run,
     names: Sequence[str] | None,
-    done: Mapping[str, int | None],
+    done: Mapping[str, tuple[int, int] | None],
     found: Sequence[Scores],
     source: str | None,
 ) -> str:
@@ -241,7 +243,8 @@ def text(
     Args:
       run: the run, with the weights that are shared.
       names: the names of its classes, None where they are not known.
-      done: the steps of its stages, 'tokenizer' and 'ar'; None for one that was converted.
+      done: (steps, images of a step) of its stages, 'tokenizer' and 'ar'; None for one that was
+        converted.
       found: what is known of its quality, see `scores`.
       source: hf://USER/NAME, None where it is not known yet.
     """

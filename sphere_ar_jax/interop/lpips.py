@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sphere_ar_jax.interop import torch_file
+from sphere_ar_jax.interop import torch_file, torch_names
 from sphere_ar_jax.models.judges import lpips
 from sphere_ar_jax.runtime.console import UserError, some
 from sphere_ar_jax.runtime.types import PyTree
@@ -60,14 +60,19 @@ def load(lin_tensors: Mapping[str, Any], vgg_tensors: Mapping[str, Any]) -> PyTr
         )
     params: dict[str, Any] = {}
     for i, name in enumerate(lin_shapes):
-        params[f'lin{i}'] = np.asarray(lin_tensors[name], np.float32).ravel()
+        params[f'lin{i}'] = _numbers(name, lin_tensors).ravel()
     vgg = {}
     for ours, theirs in convolutions.items():
-        kernel = np.asarray(features[f'{theirs}.weight'], np.float32)
-        bias = np.asarray(features[f'{theirs}.bias'], np.float32)
+        kernel = _numbers(f'{theirs}.weight', features)
+        bias = _numbers(f'{theirs}.bias', features)
         vgg[ours] = {'kernel': kernel.transpose(2, 3, 1, 0), 'bias': bias}
     params['vgg'] = vgg
     return params
+
+
+def _numbers(name: str, tensors: Mapping[str, Any]) -> np.ndarray:
+    """The finite float32 numbers of a tensor; errors as of `torch_names.numbers_of`."""
+    return torch_names.numbers_of(name, tensors).astype(np.float32)
 
 
 def check_paths(lin_path: OptionalPath, vgg_path: OptionalPath) -> None:

@@ -104,7 +104,8 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: it is no safetensors file, or is damaged, or a tensor holds other than floats.
     """
     where = os.fspath(path)
-    os.stat(where)  # safetensors' own error has no name of the file.
+    with open(where, 'rb'):  # safetensors' own error has no name of the file.
+        pass
     with _naming(where):
         file = safetensors.safe_open(where, framework='numpy')
         return {name: Tensor(file, where, name) for name in file.keys()}  # noqa: SIM118

@@ -231,7 +231,7 @@ def _empty(shape: Shape) -> np.ndarray:
     return room[start : start + size].view(np.float32).reshape(shape)
 
 
-def _numbers(name: str, tensors: Mapping[str, Any]) -> np.ndarray:
+def numbers_of(name: str, tensors: Mapping[str, Any]) -> np.ndarray:
     """The numbers of a tensor.
 
     Raises:
@@ -284,7 +284,7 @@ def from_torch(
         inner = leaf.shape[stacked:]
         params[path] = _empty(leaf.shape)
         for i, part in enumerate(params[path].reshape(-1, *inner)):
-            numbers = _numbers(name.format(i), chosen)
+            numbers = numbers_of(name.format(i), chosen)
             part[...] = _to_ours(numbers, path, kind).reshape(inner)
             done += 1
             progress(done)

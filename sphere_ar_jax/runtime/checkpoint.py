@@ -272,6 +272,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int = 0,
         read_only: bool = False,
+        remedy: str = 'move the directory away to start anew',
     ) -> None:
         """Opens the directory, and makes it if it is not there.
 
@@ -280,9 +281,11 @@ class Checkpoints:
           keep: number of newest checkpoints that are kept.
           keep_every: checkpoints at multiples of this step are kept for good; 0 keeps none.
           read_only: neither makes, moves nor deletes anything, the directory included.
+          remedy: what the user is told to do where all checkpoints are damaged.
         """
         self.directory = files.absolute(directory)
         self._read_only = read_only
+        self._remedy = remedy
         self._manager: ocp.CheckpointManager | None = None
         _quieten()
         if read_only:
@@ -513,8 +516,7 @@ class Checkpoints:
             return self.restore(like, part)  # A training has meanwhile saved and deleted some.
         if steps:
             raise UserError(
-                f'none of the checkpoints in {self.directory} can be read: '
-                'move the directory away to start anew'
+                f'none of the checkpoints in {self.directory} can be read: {self._remedy}'
             )
         return None
 

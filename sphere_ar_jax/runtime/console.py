@@ -269,6 +269,8 @@ def size(count: float) -> str:
     """A number of bytes for people to read, as '1.9 GiB'."""
     units = ('B', 'KiB', 'MiB', 'GiB', 'TiB')
     power = min(int(math.log(max(count, 1), 1024)), 4)
+    if power < 4 and round(count / 1024**power, 1) >= 1024:
+        power += 1
     decimals = 1 if power else 0
     return f'{count / 1024**power:.{decimals}f} {units[power]}'
 

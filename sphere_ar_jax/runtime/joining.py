@@ -36,7 +36,9 @@ def expected(environ: Mapping[str, str]) -> tuple[int | None, str]:
     Returns:
       (the number, the variable that says so), or (None, '') where no variable does.
     """
-    several = ['JAX_NUM_PROCESSES', 'OMPI_COMM_WORLD_SIZE']
+    if 'JAX_NUM_PROCESSES' in environ:  # What is set by hand is taken in place of all else.
+        return int(environ['JAX_NUM_PROCESSES']), 'JAX_NUM_PROCESSES'
+    several = ['OMPI_COMM_WORLD_SIZE']
     if 'SLURM_STEP_NODELIST' in environ:  # It is set under srun, but not in the script of a job.
         several.append('SLURM_NTASKS')
     for name in several:
@@ -64,10 +66,10 @@ def arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
     if missing:
         raise UserError(f'{missing[0]} is not set, but {", ".join(_BY_HAND)} belong together')
     address, count, index = (environ[name] for name in _BY_HAND)
-    if not (count.isdigit() and index.isdigit()):
+    if not (count.isdecimal() and index.isdecimal()):
         raise UserError('JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers')
     host, _, port = address.rpartition(':')
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f'JAX_COORDINATOR_ADDRESS is {address}, but must be HOST:PORT')
     if int(index) >= int(count):
         raise UserError(f'JAX_PROCESS_ID is {index}, but must lie between 0 and {int(count) - 1}')

@@ -64,6 +64,15 @@ class Signals:
             signal.signal(number, handler)
 
 
+# The scalars of a step that must be finite, those of them that a stage has, in words.
+_MUST_BE_FINITE = {
+    'loss': 'loss',
+    'grad_norm': 'gradient norm',
+    'discriminator': "discriminator's loss",
+    'disc_grad_norm': "discriminator's gradient norm",
+}
+
+
 class Watch(NamedTuple):
     """A look at the model from time to time while it is trained.
 
@@ -82,7 +91,7 @@ def _check_finite(
     checkpoints: checkpoint.Checkpoints,
     stage: training_state.Stage,
 ) -> None:
-    """Waits for a step, and checks that its loss and its gradient are finite.
+    """Waits for a step, and checks that its losses and gradients are finite.
 
     If they are not, a checkpoint of the step before holds the very parameters that failed, so it is
     set aside.
@@ -90,7 +99,8 @@ def _check_finite(
     Raises:
       NonFiniteError: they are not.
     """
-    if all(math.isfinite(float(scalars[name])) for name in ('loss', 'grad_norm')):
+    checked = [name for name in _MUST_BE_FINITE if name in scalars]
+    if all(math.isfinite(float(scalars[name])) for name in checked):
         return
     failed = [s for s in checkpoints.steps() if s == step - 1]
     checkpoints.set_aside(failed)
@@ -106,9 +116,9 @@ def _check_finite(
     remedy = f'a lower --config.{section}.learning_rate'
     if stage.options.final_learning_rate > 0.5 * stage.options.learning_rate:
         remedy += f', and a --config.{section}.final_learning_rate that is not above it'
+    values = ', '.join(f'{_MUST_BE_FINITE[name]} {scalars[name]}' for name in checked)
     raise NonFiniteError(
-        f'{stage.name}: loss {scalars["loss"]}, gradient norm {scalars["grad_norm"]} '
-        f'at step {step}; {last}. Try the same command with {remedy}'
+        f'{stage.name}: {values} at step {step}; {last}. Try the same command with {remedy}'
     )
 
 

@@ -444,7 +444,9 @@ def converted(directory: str | os.PathLike[str], like: PyTree) -> PyTree | None:
     Returns:
       The parameters, or None where there was no conversion.
     """
-    weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True)
+    # A training in this workdir would begin with random weights, were they only moved away.
+    remedy = 'convert the weights, or take them from their run, once more into another --workdir'
+    weights = checkpoint.Checkpoints(f'{directory}/weights', read_only=True, remedy=remedy)
     found = weights.restore(like)
     weights.close()
     return None if found is None else found[0]

@@ -126,8 +126,8 @@ def _prolonged(
         section = f'{stage}_training'
         old = before[section]
         new = now[section]
-        if stage == 'tokenizer' and _done(workdir, 'ar'):
-            continue  # Another tokenizer would be of no use to the AR model.
+        if stage == 'tokenizer' and (now.tokenizer or now.init_from or _done(workdir, 'ar')):
+            continue  # It is not trained here, or would be of no use to the AR model.
         if goes_on(old, new, _done(workdir, stage)):
             line = f'{section}: prolonged from {old.steps} to {new.steps} steps'
             if len(new.restarts) > len(old.restarts):
@@ -186,6 +186,14 @@ def _remedy(changed: list[str], workdir: str | os.PathLike[str], converted: bool
       converted: whether it holds converted weights, in which no training has begun.
     """
     keys = [difference.split()[0] for difference in changed]
+    began_elsewhere = ('init_from', 'fine_tuning.', 'distillation_training.')
+    if any(key.startswith(began_elsewhere) for key in keys):
+        return 'use another --workdir'
+    if not converted and epath.Path(workdir, 'ar', 'weights').is_dir():
+        return (
+            'use another --workdir, and convert the weights into it that this one began with, or '
+            'take them by --config.fine_tuning.init_from'
+        )
     on_it = f'--config.tokenizer={os.fspath(workdir)} in another --workdir'
     if converted and 'data.num_classes' in keys:
         return f'a converted AR model keeps its classes; to train one for others, give {on_it}'
@@ -247,6 +255,11 @@ def check_claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> list[str]:
         is_tuned = (before.fine_tuning.init_from, cfg.fine_tuning.init_from) != (None, None)
         if converted and not is_tuned:
             alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
+            if not alone and cfg.tokenizer is not None:
+                raise UserError(
+                    f'the AR model in {workdir} was converted with its tokenizer: leave '
+                    '--config.tokenizer out, or use another --workdir'
+                )
             changed = other_model(before, cfg, alone)
         else:
             _check_places(before, cfg, workdir)

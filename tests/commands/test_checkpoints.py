@@ -144,9 +144,9 @@ def test_the_model_card_says_what_the_run_says(run_with_paths, directory):
 
 def test_the_card_of_a_fine_tuned_run_names_no_published_weights(run_with_paths):
     run, _ = open_run.open_run(str(run_with_paths))
-    done = {'tokenizer': None, 'ar': 6}
+    done = {'tokenizer': None, 'ar': (6, 16)}
     said = model_card._training(run, None, done)
-    assert '- tokenizer: converted from published weights' in said
+    assert '- tokenizer: converted weights' in said
     tuned = schema.changed(run.config, {'fine_tuning.init_from': '/w'})
     said = model_card._training(run._replace(config=tuned), None, done)
     assert '- tokenizer: the weights of another run' in said
@@ -204,6 +204,11 @@ def test_the_heads_of_a_file_are_noted_or_said(directory, tmp_path, capsys):
     assert heads != 1
     assert checkpoints._opened(str(alone), True, None)[1].ar.heads == heads
     assert capsys.readouterr().out == ''
+    # The config beside a file says it, and is not to be contradicted.
+    whole = str(directory / 'model.safetensors')
+    assert checkpoints._opened(whole, True, heads)[1].ar.heads == heads
+    with pytest.raises(UserError, match=r'--heads is 7, but .*config\.json says \d+: leave it out'):
+        checkpoints._opened(whole, True, 7)
     prefixed = {f'module.{name}': tensor for name, tensor in load_file(alone).items()}
     save_file(prefixed, alone)
     assert checkpoints._opened(str(alone), True, heads)[1].ar.heads == heads
@@ -302,6 +307,8 @@ class _FakeHub(types.ModuleType):
     def create_repo(self, name, exist_ok):
         if name.startswith('other/'):
             raise self.errors.HfHubHTTPError('403 Forbidden\nYou may not')
+        if name.startswith('far/'):
+            raise Exception('[Errno 111] Connection refused')  # as httpx's errors, no OSError
         (self._root / name).mkdir(parents=True, exist_ok=exist_ok)
 
     def upload_folder(self, repo_id, folder_path, allow_patterns):
@@ -368,3 +375,5 @@ def test_what_push_refuses(run_with_paths, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'^--push=other/a: 403 Forbidden; .*/d is written$'):
         checkpoints.export_checkpoint(run, str(output), 'other/a')
     assert output.exists()
+    with pytest.raises(UserError, match=r'^--push=far/a: .* Connection refused; .*/d is written$'):
+        checkpoints.export_checkpoint(run, str(output), 'far/a')

@@ -380,6 +380,10 @@ def test_a_mesh_without_a_process_is_refused(start, tmp_path):
     [
         ({}, None),
         ({'JAX_NUM_PROCESSES': '4'}, 4),
+        (  # A process that was set apart by hand inside a step of SLURM.
+            {'JAX_NUM_PROCESSES': '1', 'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '4'},
+            1,
+        ),
         ({'SLURM_STEP_NODELIST': 'a,b', 'SLURM_NTASKS': '16'}, 16),
         ({'SLURM_NTASKS': '16'}, None),  # sbatch, not srun
         ({'OMPI_COMM_WORLD_SIZE': '3'}, 3),

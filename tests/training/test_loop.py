@@ -537,6 +537,16 @@ def test_the_message_about_a_loss_that_is_no_number(tmp_path):
             loop._check_finite(scalars, 5, checkpoints, stage)
         checkpoints.close()
         said.append(str(caught.value))
+    # A discriminator that diverges would be saved with the rest.
+    scalars = {'loss': np.float32(1), 'grad_norm': np.float32(1)}
+    loop._check_finite(scalars, 5, checkpoints, stage)
+    scalars |= {'discriminator': np.float32(2), 'disc_grad_norm': np.float32('inf')}
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(
+        loop.NonFiniteError, match=r"loss 2\.0, discriminator's gradient norm inf at"
+    ):
+        loop._check_finite(scalars, 5, checkpoints, stage)
+    checkpoints.close()
     lower = 'Try the same command with a lower --config.ar_training.learning_rate'
     assert 'no checkpoint to go on from (that of step 4 has the weights that failed, and' in said[0]
     assert said[0].endswith(lower)

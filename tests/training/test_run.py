@@ -153,4 +153,58 @@ def test_what_is_no_prolonging_is_refused(tmp_path):
     tokenizer.tokenizer_training.restarts = ()
     with pytest.raises(UserError, match='AR model in it was trained on this tokenizer'):
         workdir.claim(tokenizer, tmp_path)
+    # Weights that a run began with must not be lost by the advice.
+    (tmp_path / 'ar' / 'weights').mkdir()
+    for options, remedy in (
+        ({'ar_training.copies': 3}, r'use another --workdir, and convert the weights into it'),
+        ({'distillation_training.teacher_steps': 8, 'init_from': '/x'}, 'use another --workdir$'),
+        ({'fine_tuning.init_from': '/x', 'fine_tuning.lora_rank': 4}, 'use another --workdir$'),
+    ):
+        other = cfg.copy_and_resolve_references()
+        other.update_from_flattened_dict(options)
+        with pytest.raises(UserError, match=remedy):
+            workdir.check_claim(other, tmp_path)
     assert run.load_config(tmp_path).ar_training.steps == 8
+
+
+def test_the_tokenizer_of_another_workdir_is_not_trained_here(tmp_path, capsys):
+    """So how one would be trained may change, and is not said to be prolonged."""
+    cfg = get_config()
+    cfg.tokenizer = '/elsewhere'
+    workdir.claim(cfg, tmp_path)
+    cfg.tokenizer_training.update(steps=12, restarts=(6,), kl_weight=0.5)
+    workdir.claim(cfg, tmp_path)
+    assert capsys.readouterr().out == ''
+
+
+def test_a_converted_model_keeps_its_tokenizer(tmp_path):
+    """An AR model that was converted has seen no tokens but those of its own tokenizer."""
+    cfg = get_config()
+    workdir.claim(cfg, tmp_path)
+    for stage in ('tokenizer', 'ar'):
+        (tmp_path / stage / 'weights').mkdir(parents=True)
+    assert workdir.check_claim(cfg, tmp_path) == []
+    cfg.tokenizer = '/elsewhere'
+    with pytest.raises(UserError, match='was converted with its tokenizer: leave'):
+        workdir.check_claim(cfg, tmp_path)
+    # A converted tokenizer alone is no such model.
+    (tmp_path / 'ar' / 'weights').rmdir()
+    assert workdir.check_claim(cfg, tmp_path) == []
+
+
+def test_converted_weights_that_are_damaged_are_not_to_be_moved_away(tmp_path):
+    """A training would begin with random ones in their place."""
+    like = {'a': jax.ShapeDtypeStruct((3,), jnp.float32)}
+    weights = checkpoint.Checkpoints(tmp_path / 'weights')
+    weights.save(0, {'a': jnp.ones(3)}, {}, 0.0)
+    weights.close()
+    mesh = sharding.make_mesh()
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.whole(mesh)), like
+    )
+    np.testing.assert_array_equal(state.converted(tmp_path, like)['a'], np.ones(3))
+    for file in (tmp_path / 'weights').rglob('*'):
+        if file.is_file() and 'array_metadatas' not in str(file):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r'can be read: convert the weights, .* another --workdir$'):
+        state.converted(tmp_path, like)

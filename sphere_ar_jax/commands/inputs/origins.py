@@ -199,7 +199,14 @@ def _check_origin(key: str, directory: str, workdir: str | None) -> None:
     """
     if workdir is not None and files.is_same(directory, workdir):
         raise UserError(f'{key}: {directory} is this --workdir: give another --workdir')
-    _opened(key, load_config, directory)
+    found = _opened(key, load_config, directory)
+    while workdir is not None and key == 'tokenizer' and found.tokenizer is not None:
+        if files.is_same(found.tokenizer, workdir):
+            raise UserError(
+                f'tokenizer: {directory} takes its tokenizer from this --workdir: give another '
+                '--workdir'
+            )
+        found = _opened(key, load_config, found.tokenizer)
     if key != 'tokenizer':
         check_finished(key, directory)
     elif not is_trained(directory, 'tokenizer'):
