@@ -40,6 +40,7 @@ _TRAIN_BATCH = flags.DEFINE_integer(
     'train_batch_size',
     None,
     'Images of a training step; batch_size if not given.',
+    1,
     flag_values=_FLAGS,
 )
 _REPEATS = flags.DEFINE_integer(
@@ -90,6 +91,10 @@ def main(argv: list[str]) -> None:
     """
     console.parse(packaged.with_paths(argv), _FLAGS, __doc__)
     try:
+        if _CONFIG.value is not None and 'comparisons' in _CONFIG.value:
+            raise UserError(
+                'this is the config of an experiment: give that of a run, as configs/digits.py'
+            )
         cfg = None if _CONFIG.value is None else checks.check(_CONFIG.value)
     except Exception as error:  # A config file may raise anything.
         raise UserError(one_line(error)) from None

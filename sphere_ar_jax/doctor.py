@@ -17,10 +17,12 @@ missing or broken.
 """
 
 import logging
+import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sphere_ar_jax.commands import host_checks
@@ -190,6 +192,9 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     from absl import flags
     from ml_collections import config_flags
 
+    from sphere_ar_jax import main
+    from sphere_ar_jax.runtime.console import UserError
+
     # Flags of its own, since `main` has flags of the same names.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
@@ -198,12 +203,43 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     flags.DEFINE_string(
         'workdir', None, 'Directory of the run, local or gs://…', flag_values=values
     )
-    flags.DEFINE_string('mode', 'train', 'As for `main`.', flag_values=values)
+    flags.DEFINE_enum('mode', 'train', list(main.MODES), 'As for `main`.', flag_values=values)
     flags.DEFINE_string(
         'data', None, 'KIND:PATH, in place of the data of the config.', flag_values=values
     )
     flags.DEFINE_float('timeout', 60, 'Seconds that a check may take.', 1e-3, flag_values=values)
-    return values, values(argv, known_only=True)[1:]
+    rest = values(argv, known_only=True)[1:]
+    unknown = _unknown(rest, flags.FLAGS)
+    if unknown is not None:
+        raise UserError(f'{unknown} is no flag of sphere_ar_jax.main')
+    for name in ('workdir', 'data'):
+        if values[name].value == '':
+            raise UserError(f'--{name} is empty: give a value, or leave it out')
+    if not math.isfinite(values.timeout):
+        raise UserError(f'--timeout is {values.timeout}: give seconds')
+    return values, rest
+
+
+def _unknown(words: list[str], known: Iterable[str]) -> str | None:
+    """The first word that is neither a flag that is known nor the value behind one.
+
+    Args:
+      words: what the doctor's own flags leave of a command line.
+      known: the names of flags.
+    """
+    names = set(known)
+    value_follows = False
+    for word in words:
+        if word.startswith('-'):
+            name, equals, _ = word.lstrip('-').partition('=')
+            if not {name, name.removeprefix('no')} & names:
+                return word
+            value_follows = not equals
+        elif not value_follows:
+            return word
+        else:
+            value_follows = False
+    return None
 
 
 def _of_command(cfg: 'ConfigDict', workdir: str | None) -> 'ConfigDict':
@@ -265,7 +301,7 @@ def main(argv: list[str]) -> int:
     examination.say(versions)
     if rest:
         examination.say(host_checks.Check('flags', 'ok', f'not looked at: {" ".join(rest)}'))
-    trains = values.mode == 'train'
+    trains = values.mode in ('train', 'experiment')
     if not trains:
         text = f'of --mode={values.mode} only the machine and the workdir are looked at'
         examination.say(host_checks.Check('flags', 'ok', text))

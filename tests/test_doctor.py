@@ -58,7 +58,13 @@ def _line(lines, name):
 def test_a_run_that_is_all_right(capsys, tmp_path):
     workdir = tmp_path / 'runs' / 'a'
     code, lines = _examined(
-        capsys, TINY, f'--workdir={workdir}', '--config.ar_training.keep=3', '--columns=3'
+        capsys,
+        TINY,
+        f'--workdir={workdir}',
+        '--config.ar_training.keep=3',
+        '--columns=3',
+        '--classes',
+        '3',
     )
     assert code == 0
     assert lines[-1].startswith('0 failed')
@@ -72,7 +78,7 @@ def test_a_run_that_is_all_right(capsys, tmp_path):
     assert _line(lines, 'mesh') == f'ok mesh data {jax.device_count()}, fsdp 1, tensor 1'
     assert '1438 images to train on, 10 classes' in _line(lines, 'data')
     assert os.environ['JAX_COMPILATION_CACHE_DIR'] in _line(lines, 'cache').replace(' ', '')
-    assert 'not looked at: --columns=3' in _line(lines, 'flags')
+    assert 'not looked at: --columns=3 --classes 3' in _line(lines, 'flags')
     assert _line(lines, 'inputs') == 'ok inputs nothing is read but images'
     assert f'{workdir} can be written; checkpoints will take' in _line(lines, 'workdir')
     assert list(tmp_path.iterdir()) == []  # nothing was left
@@ -434,10 +440,29 @@ def test_the_users_own_directory_is_looked_at(tmp_path, monkeypatch, capsys):
 
 
 def test_the_first_row_of_an_experiment_is_looked_at(capsys, tmp_path):
-    words = ['--config=experiments/sequences:smoke', f'--workdir={tmp_path}']
+    words = ['--config=experiments/sequences:smoke', f'--workdir={tmp_path}', '--mode=experiment']
     code, lines = _examined(capsys, *words)
     assert code == 0, lines
     assert f'{tmp_path} can be written; checkpoints will take' in _line(lines, 'workdir')
+    assert '1438 images to train on, 10 classes' in _line(lines, 'data')
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--mode=trian'], 'flag --mode=trian: value should be one of'),
+        (['--workdir='], '--workdir is empty: give a value'),
+        (['foo'], 'foo is no flag of sphere_ar_jax.main'),
+        (['--workdr=/tmp/x'], '--workdr=/tmp/x is no flag'),
+        (['--columns=3', 'foo'], 'foo is no flag'),
+        (['--timeout=nan'], '--timeout is nan: give seconds'),
+    ],
+)
+def test_words_that_main_refuses_are_refused(capsys, words, message):
+    assert doctor.main(['doctor', TINY, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
+    assert message in line
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

@@ -24,7 +24,7 @@ from sphere_ar_jax.evaluation.fidelity import image_sets
 from sphere_ar_jax.runtime import console, hosts
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_bytes
-from sphere_ar_jax.sampling import generation, inputs, on_mesh
+from sphere_ar_jax.sampling import captioning, generation, inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
 
 
@@ -68,7 +68,8 @@ def _prompts(config: ConfigDict, texts: list[str]) -> _Asked:
     """
     if not build.has_captions(config):
         raise UserError(
-            "this run draws for classes, not for texts: give --classes='golden retriever; 388'"
+            "this run draws for classes, not for texts: give --classes='golden retriever; 388', "
+            'or --labels in --mode=sample'
         )
     labels = np.stack([build.encode_prompt(config, text) for text in texts])
     return _Asked(labels, [console.printable(text, 80) for text in texts])
@@ -80,7 +81,9 @@ def _features(config: ConfigDict, path: str) -> _Asked:
     Raises:
       UserError: the run does not read features, or those of the file do not fit.
     """
-    if config.ar.condition == 'text':
+    if not build.has_captions(config):
+        return _prompts(config, [])  # It refuses them.
+    if not build.reads_features(config):
         raise UserError(
             f'--prompts={path} has features of texts, which this run does not read: give a file '
             'with a text in each line'
@@ -474,6 +477,7 @@ def caption(
     if output is not None and unfit:
         raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
+    captioning.writer(run.ar)  # before any image is read
     model = Model(run, mesh=mesh)
     if output is not None:
         epath.Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -266,9 +266,10 @@ def encode_prompt(config: ConfigDict, text: str) -> np.ndarray:
     """A text as a label of a config with captions.
 
     Raises:
-      UserError: see `vocabulary.encode_prompt` and `features.TextFeatures`.
+      UserError: the text is empty; or see `vocabulary.encode_prompt` and `features.TextFeatures`.
     """
     if reads_features(config):
+        vocabulary.check_prompt(text)
         return open_features(config)(text)
     return vocabulary.encode_prompt(text, open_vocabulary(config), config.ar.text_tokens)
 

@@ -6,6 +6,7 @@ Images are (n, H, W, c) float in [−1, 1].
 import io
 import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,10 @@ def legend_below(figure: 'Figure', axis: 'Axes', columns: int) -> None:
 def save_figure(figure: 'Figure', path: str | os.PathLike[str]) -> None:
     """Writes a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
+    with warnings.catch_warnings():
+        # A title may have letters that the font lacks, which are drawn as boxes.
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
+        figure.savefig(buffer, dpi=DPI, bbox_inches='tight')
     files.write_bytes(path, buffer.getvalue())
 
 

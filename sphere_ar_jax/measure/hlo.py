@@ -471,6 +471,8 @@ class Program:
             opcode = instruction.opcode
             if name in conditions or opcode in _FREE or opcode.endswith('-done'):
                 continue
+            if opcode == 'async-start':
+                continue  # What it starts is counted by itself.
             maker = _maker(instruction)
             found[maker] = found.get(maker, 0.0) + times
         return dict(sorted(found.items()))

@@ -199,7 +199,9 @@ class Joint(AR):
         return loss, scalars | {'flow_loss': flow_behind, 'text_loss': text_behind}
 
     def nats(self, labels: Labels, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Computes −log p(text | image) and −log p(text) of captions, the end included.
+        """Computes −log p(text | image) and −log p(text) of captions.
+
+        The number that ends a caption is included. A caption of T numbers has none.
 
         Args:
           labels: captions (B, T).

@@ -8,7 +8,6 @@ Dimensions:
 """
 
 import functools
-import math
 import numbers
 from collections.abc import Callable
 
@@ -38,13 +37,14 @@ def writer(ar: AR) -> Joint:
     return ar
 
 
-# The least number above 0 that float32 has with all its digits.
+# The least number above 0 that float32 has with all its digits, and the largest one.
 _COLDEST = float(np.finfo(np.float32).tiny)
+_HOTTEST = float(np.finfo(np.float32).max)
 
 
 def _is_number(value: object) -> bool:
     """Whether a value is a real number, of Python or NumPy."""
-    return isinstance(value, numbers.Real)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def checked_writing(top_p: float | None, temperature: float) -> Writing:
@@ -55,12 +55,13 @@ def checked_writing(top_p: float | None, temperature: float) -> Writing:
     """
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f'top_p is {top_p!r}, but must be a number in (0, 1]')
+    if not (_is_number(temperature) and _COLDEST <= temperature <= _HOTTEST):
+        raise UserError(
+            f'temperature is {temperature!r}, but must be a number of at least {_COLDEST:.2g} and '
+            f'at most {_HOTTEST:.2g}'
+        )
     if top_p is None and temperature != 1:
         raise UserError('temperature is for texts that are drawn: give top_p, as 1.0, too')
-    if not (_is_number(temperature) and _COLDEST <= temperature < math.inf):
-        raise UserError(
-            f'temperature is {temperature!r}, but must be a number of at least {_COLDEST:.2g}'
-        )
     return Writing(top_p, temperature)
 
 
@@ -151,7 +152,7 @@ def nats(
       mesh: the devices.
 
     Returns:
-      Both (n,) float32, in nats, the captions' ends included.
+      Both (n,) float32, in nats; see `Joint.nats`.
 
     Raises:
       UserError: the model writes no texts.

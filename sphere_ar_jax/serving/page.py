@@ -96,11 +96,15 @@ class _Buttons:
         """
         label, count, seed, guidance, solver, steps, *completed = values
         is_text = self._controls.classes is None
+        if label is None and not is_text:
+            raise UserError('choose a class')
+        if guidance is None:
+            guidance = self._controls.guidance
         wish = drawing.Wish(
-            str(label or '') if is_text else int(label or 0),
+            str(label or '') if is_text else int(label),
             int(count or 0),
             int(seed or 0),
-            None if self._controls.guidance is None else float(guidance or 0),
+            None if self._controls.guidance is None else float(guidance),
             solver,
             int(steps or 0),
             *completed,
@@ -196,7 +200,7 @@ def build(model: Model) -> Any:
         def telling(*arguments: Any) -> Any:
             try:
                 return function(*arguments)
-            except (UserError, OSError) as error:
+            except (ValueError, OverflowError, OSError) as error:
                 raise gr.Error(said(error), print_exception=False) from None
 
         return telling

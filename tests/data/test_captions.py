@@ -633,6 +633,7 @@ def test_images_beside_directories_may_have_captions(tmp_path):
         ('a.json', '{"path": ["x"], "text": "a"}', r'a\.json, entry 1 is no caption'),
         ('a.json', '{"path": "x", "prompt": "a"}', r'a\.json, entry 1 is no caption'),
         ('a.json', '[[[', r'a\.json is no JSON'),
+        ('a.json', '\n\n[\n\n\n{"path": "x" 1}]', r'a\.json is no JSON: .* line 6 column 14'),
         ('a.csv', 'x,a', r"a\.csv: give a \.jsonl, \.json or \.tsv file, or 'beside'"),
         ('a.tsv', 'x\ta', "none of the 3 images has a caption: the table has no path like 'cats/1"),
     ],

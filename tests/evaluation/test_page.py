@@ -135,3 +135,9 @@ def test_a_dollar_in_a_caption_is_a_dollar(tmp_path):
     for name in ('rows', 'titles'):
         with Image.open(tmp_path / f'{name}.png') as picture:
             assert (np.asarray(picture.convert('L')) < 128).any()
+
+
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path, recwarn):
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    pictures.save_classes(str(tmp_path / 'rows.png'), images, 1, ['中文', 'مرحبا'])
+    assert not recwarn.list

@@ -208,6 +208,22 @@ custom_call_target="__cudnn$fmhaSoftmax"
 }
 """
 
+# A product that runs beside others: a call of a library inside a computation of its own.
+ASYNC = """HloModule jit_g, is_scheduled=true
+
+%inner (q: bf16[8,8]) -> bf16[8,8] {
+  %q = bf16[8,8]{1,0} parameter(0)
+  %mm = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%q, %q), custom_call_target="__cublas$lt$matmul"
+  ROOT %m = bf16[8,8]{1,0} get-tuple-element(%mm), index=0
+}
+
+ENTRY %main (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  %begun = ((bf16[8,8]{1,0}), bf16[8,8]{1,0}, s32[]) async-start(%p), calls=%inner
+  ROOT %done = bf16[8,8]{1,0} async-done(%begun)
+}
+"""
+
 
 def test_kernels_by_hand():
     """A loop's condition starts none, its body as many as it runs, and both halves of a collective
@@ -221,6 +237,7 @@ def test_kernels_by_hand():
         'cuBLAS': 1,
         'cuDNN': 1,
     }
+    assert hlo.Program(ASYNC).kernels() == {'cuBLAS': 1}
 
 
 def test_room_to_work_in_is_no_traffic():

@@ -79,6 +79,9 @@ def test_whole_captions_are_dropped():
         (np.zeros((0, 5), np.int32), r'not \(0, 5\)'),
         (np.full((1, 5), -1), 'labels must lie between 0 and 6'),
         (np.zeros((1, 5)), 'labels must be whole numbers'),
+        ([['a', 'b']], r'give texts, or \(n, 5\) numbers of them, not \(1, 2\)'),
+        (None, r'give texts, .* not \(\)'),
+        (['a', None], r'give texts, .* not \(2,\)'),
     ],
 )
 def test_what_is_no_caption_is_refused(labels, message):

@@ -104,7 +104,8 @@ class TextFeatures:
             raise UserError(
                 f"{self._path} has no features of the text '{printable(text, 60)}': add them"
             )
-        found = self._features[number].astype(np.float32)
+        with np.errstate(over='ignore'):  # What float32 cannot hold is refused below.
+            found = self._features[number].astype(np.float32)
         if not np.isfinite(found).all() or not found.any():
             raise UserError(
                 f"{self._path} has no features of the text '{printable(text, 60)}', but numbers "

@@ -85,7 +85,10 @@ def _entries(path: str) -> Iterator[tuple[str, Texts]]:
             yield _pair(entry, where)
     elif kind == '.json':
         try:
-            found = json.loads('\n'.join(line for _, line in files.lines(path)))
+            lines = dict(files.lines(path))
+            # Empty lines count, so that an error names the line of the file.
+            count = max(lines, default=0)
+            found = json.loads('\n'.join(lines.get(i + 1, '') for i in range(count)))
         except (ValueError, RecursionError) as error:
             raise UserError(f'{path} is no JSON: {first_line(error)}') from None
         for number, entry in enumerate(found if isinstance(found, list) else [found], 1):

@@ -295,6 +295,12 @@ def _filled(numbers: Sequence[int], length: int) -> np.ndarray:
     return row
 
 
+def check_prompt(text: str) -> None:
+    """Raises UserError where a text that an image is to be drawn for is empty."""
+    if not text.strip():
+        raise UserError('a prompt is empty: say what the image shows')
+
+
 def encode_prompt(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
     """Encodes a text that an image is drawn for.
 
@@ -309,8 +315,7 @@ def encode_prompt(text: str, vocabulary: Vocabulary, length: int) -> np.ndarray:
     Raises:
       UserError: the prompt is empty or too long, or the vocabulary has no numbers for it.
     """
-    if not text.strip():
-        raise UserError('a prompt is empty: say what the image shows')
+    check_prompt(text)
     numbers = vocabulary.encode(text.strip())
     if len(numbers) > length:
         raise UserError(

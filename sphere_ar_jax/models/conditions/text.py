@@ -107,9 +107,12 @@ class Text(nn.Module):
         Raises:
           UserError: they are not; or there are none.
         """
-        check_labels(labels, self.vocabulary_size)
-        if np.ndim(labels) != 2 or np.shape(labels)[1] != self.length or not np.size(labels):
+        if not hasattr(labels, 'dtype'):
+            labels = np.asarray(labels)
+        is_kind = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.number)
+        if not is_kind or labels.shape[1] != self.length or not labels.size:
             raise UserError(
                 f'this model draws for texts: give texts, or (n, {self.length}) numbers of them, '
-                f'not {np.shape(labels)}'
+                f'not {labels.shape}'
             )
+        check_labels(labels, self.vocabulary_size)
