@@ -31,7 +31,7 @@ def get_config(arg: str = '') -> ConfigDict:
         'change of the later tokens over the size of the smallest disturbance. '
         'Forward-mode derivatives predict it to first order. '
         'Norms before projection are measured with projection after each token, never, and only '
-        'before decoding.'
+        'before decoding. A row whose decoder projects by itself is not drawn without it.'
     )
     c.caveat = (
         'What would change it: longer sequences, and models whose errors are not those of a short '

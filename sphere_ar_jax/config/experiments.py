@@ -5,12 +5,14 @@ changes of that config. What is compared, and on which side the paper's claim li
 config before the first run. Files in configs/experiments/ start from `default`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.config import checks, packaged, recipes, schema
+from sphere_ar_jax.data import small
 from sphere_ar_jax.data.shifted import corruptions
 from sphere_ar_jax.runtime.console import UserError
 
@@ -170,7 +172,7 @@ def row(config: ConfigDict, name: str, seed: int) -> ConfigDict:
 
 
 def _check_comparison(config: ConfigDict, words: str) -> None:
-    """Checks one of the comparisons."""
+    """Checks one of the comparisons, after the rows."""
     parts = words.split()
     scores = [name for name, score in SCORES.items() if score.kind == config.kind]
     known = len(parts) == 3 and all(name in config.rows for name in parts[:2])
@@ -178,6 +180,75 @@ def _check_comparison(config: ConfigDict, words: str) -> None:
         known and parts[2] in scores,
         f'comparisons: {words!r} is not BETTER WORSE SCORE, with two of the rows '
         f'({", ".join(config.rows)}) and one of {", ".join(scores)}',
+    )
+    checks.require(
+        not parts[2].startswith('captions_')
+        or all(row(config, name, config.seeds[0]).ar.text_weight is not None for name in parts[:2]),
+        f'comparisons: {words!r} needs two rows with ar.text_weight, which write captions',
+    )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Checks the numbers of images, and what is varied."""
+    for name in ('guidance_scales', 'disturbances', 'positions', 'prefixes'):
+        values = tuple(config[name])
+        are_numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+        checks.require(
+            len(values) > 0 and are_numbers,
+            f'{name} are {values}, but must be one or more numbers',
+        )
+    checks.require(
+        config.common_guidance in config.guidance_scales,
+        f'guidance_scales are {tuple(config.guidance_scales)}, but must have common_guidance '
+        f'{config.common_guidance}',
+    )
+    checks.require(
+        min(config.num_images, config.followed_images) >= 1,
+        f'num_images is {config.num_images} and followed_images {config.followed_images}, but both '
+        'must be at least 1',
+    )
+    checks.require(
+        min(config.disturbances) > 0,
+        f'disturbances are {tuple(config.disturbances)}, but must be above 0',
+    )
+    checks.require(
+        all(0 < share < 0.9 for share in config.prefixes),
+        f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9',
+    )
+
+
+def _check_row(config: ConfigDict, name: str, cfg: ConfigDict) -> None:
+    """Checks the config of a row and seed beside the experiment's own."""
+    checks.require(
+        cfg.data.name in small.KINDS,
+        f'the row {name}: experiments are on {", ".join(small.KINDS)}, not on data {cfg.data.name}',
+    )
+    checks.require(
+        (config.kind == 'captions') == (cfg.data.name == 'composed'),
+        f'the row {name}: kind {config.kind} does not go with data {cfg.data.name}: captions '
+        'are scored on composed digits alone, and these by nothing else',
+    )
+    checks.require(
+        config.kind in ('comparison', 'captions') or cfg.ar.token_space != 'polar',
+        f'the row {name}: {config.kind} needs tokens with a norm, which those of '
+        'ar.token_space polar have not',
+    )
+    checks.require(
+        cfg.sampling.guidance is not None,
+        f'the row {name}: experiments vary the guidance: give sampling.guidance and a scale',
+    )
+    count = math.prod(cfg.vae.grid)
+    checks.require(
+        config.kind != 'propagation'
+        or all(0 <= int(share * count) <= count - 2 for share in config.positions),
+        f'the row {name}: positions are {tuple(config.positions)}, but must be shares from 0 on '
+        f'that leave one of {count} tokens behind them',
+    )
+    checks.require(
+        config.kind != 'shifted'
+        or all(count - round(share * count) >= 2 for share in config.prefixes),
+        f'the row {name}: prefixes are {tuple(config.prefixes)}, but must leave two of {count} '
+        'tokens to draw',
     )
 
 
@@ -197,21 +268,18 @@ def check(config: ConfigDict) -> ConfigDict:
         f'seeds are {seeds}, but must be one or more different numbers',
     )
     checks.require(len(config.rows) > 0, 'rows: give at least one')
-    scales = tuple(config.guidance_scales)
-    checks.require(
-        len(scales) > 0 and config.common_guidance in scales,
-        f'guidance_scales are {scales}, but must have common_guidance {config.common_guidance}',
-    )
+    _check_numbers(config)
     for text in config.shifts:
         corruptions.parse(text)
     checks.require(len(config.shifts) > 0, 'shifts: give at least one, as noisy:3')
+    for name in ('variants', 'curves', 'map'):
+        checks.require(
+            not config[name] or config.kind == 'comparison',
+            f'{name} are for kind comparison, not for {config.kind}: leave them out',
+        )
     checks.require(
-        all(0 < share < 0.9 for share in config.prefixes),
-        f'prefixes are {tuple(config.prefixes)}, but must be shares between 0 and 0.9',
-    )
-    checks.require(
-        not config.variants or config.kind == 'comparison',
-        f'variants are for kind comparison, not for {config.kind}: leave them out',
+        not (config.curves and config.map),
+        'curves replace the plot that map would change: leave one of them out',
     )
     for name, others in config.variants.items():
         for other in (name, *others):
@@ -226,23 +294,14 @@ def check(config: ConfigDict) -> ConfigDict:
             len(words.split()) == 2 and all(name in config.rows for name in words.split()),
             f'map: {words!r} is not BETTER WORSE, two of the rows ({", ".join(config.rows)})',
         )
-    for words in config.comparisons:
-        _check_comparison(config, words)
     for name in config.rows:
         try:
             cfg = row(config, name, seeds[0])
         except UserError as error:
             raise UserError(f'the row {name}: {error}') from None
-        checks.require(
-            (config.kind == 'captions') == (cfg.data.name == 'composed'),
-            f'the row {name}: kind {config.kind} does not go with data {cfg.data.name}: captions '
-            'are scored on composed digits alone, and these by nothing else',
-        )
-        checks.require(
-            config.kind in ('comparison', 'captions') or cfg.ar.token_space != 'polar',
-            f'the row {name}: {config.kind} needs tokens with a norm, which those of '
-            'ar.token_space polar have not',
-        )
+        _check_row(config, name, cfg)
+    for words in config.comparisons:
+        _check_comparison(config, words)
     return config
 
 

@@ -28,6 +28,7 @@ from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.flow import plan, solvers
+from sphere_ar_jax.models.heads import check_solver
 from sphere_ar_jax.runtime import console, files, metric_writer
 from sphere_ar_jax.sampling import generation, on_mesh
 from sphere_ar_jax.training.run import Run, load_run
@@ -301,6 +302,21 @@ def _levels(run: Run) -> Sequence[int] | None:
     return run.config.distillation_training.levels if run.config.init_from else None
 
 
+def _check_run(workdir: str, opened: Run) -> None:
+    """Raises UserError for a run that no setting fits."""
+    if build.has_captions(opened.config):
+        raise console.UserError(f'{workdir} draws for texts, which the frontier does not score')
+    if _levels(opened) is not None:
+        return
+    try:
+        for solver in solvers.STRAIGHT:
+            check_solver(opened.ar.head, solver)
+    except ValueError as error:
+        raise console.UserError(
+            f'{workdir}: {error}; the frontier compares those of straight paths'
+        ) from None
+
+
 def _chosen(runs_by_workdir: dict[str, Run], pattern: str) -> list[tuple[str, str]]:
     """(workdir, name of a setting) of all settings whose whole names match a pattern.
 
@@ -346,6 +362,8 @@ def run(
     workdirs = list(dict.fromkeys(os.path.abspath(workdir) for workdir in workdirs))
     scores = metric_writer.JsonLines(os.path.join(output, 'scores.jsonl'), _ROW)
     opened = {workdir: load_run(workdir) for workdir in workdirs}
+    for workdir, one in opened.items():
+        _check_run(workdir, one)
     # A workdir may hold other weights than when its scores were measured.
     weights = {workdir: generation.parameters_crc(run) for workdir, run in opened.items()}
     rows = [

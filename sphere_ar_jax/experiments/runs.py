@@ -22,7 +22,7 @@ from sphere_ar_jax.evaluation import small_images
 from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.runtime import files
 from sphere_ar_jax.training import adversarial, loop, standardisation, workdir
-from sphere_ar_jax.training.run import Run, load_run
+from sphere_ar_jax.training.run import Run, load_config, load_run
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import Stage
 
@@ -194,8 +194,10 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
 
 
 def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:
-    """Reads the trained models of a config."""
-    return load_run(ar_directory(cache, cfg), mesh)
+    """Reads the trained models of a config, also where the cache was moved."""
+    directory = ar_directory(cache, cfg)
+    own = schema.changed(load_config(directory), {'tokenizer': tokenizer_directory(cache, cfg)})
+    return load_run(directory, mesh, cfg=own)
 
 
 def seconds(directory: str) -> float:

@@ -127,11 +127,10 @@ class Options:
             return
         if self.guidance is None:
             raise ValueError('guidance_interval is only used with guidance: leave it out')
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f'guidance_interval is {self.guidance_interval}, but must be 0 ≤ low < high ≤ 1'
-            )
+        ends = self.guidance_interval
+        are_two = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+        if not are_two or not 0 <= ends[0] < ends[1] <= 1:
+            raise ValueError(f'guidance_interval is {ends}, but must be 0 ≤ low < high ≤ 1')
 
     @property
     def _last_steps(self) -> int:

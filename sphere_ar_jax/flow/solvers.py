@@ -61,7 +61,7 @@ def grid(num_steps: int, shift: float = 1.0) -> np.ndarray:
     if num_steps < 1:
         raise ValueError(f'num_steps is {num_steps}, but a solver needs at least one step')
     if not 0 < shift < math.inf:
-        raise ValueError(f'shift is {shift}, but must be above 0')
+        raise ValueError(f'shift is {shift}, but must be a finite number above 0')
     u = np.arange(num_steps + 1) / num_steps
     return u / (u + shift * (1 - u))
 
@@ -181,7 +181,7 @@ def euler_maruyama(
     if not 0 < last_step < 1:
         raise ValueError(f'last_step is {last_step}, but must lie between 0 and 1')
     if not 0 <= noise_scale < math.inf:
-        raise ValueError(f'noise_scale is {noise_scale}, but must not be negative')
+        raise ValueError(f'noise_scale is {noise_scale}, but must be finite and not negative')
     t, h = _steps((1 - last_step) * times)
     rows: list[list[list[float]]] = []
     for t_i, h_i in zip(t.astype(np.float64), h.astype(np.float64), strict=True):

@@ -52,8 +52,11 @@ def _read(picture: Picture) -> Image.Image:
         try:
             picture.save(content, lossless, exif=picture.getexif())
             return augment.decode(content.getvalue())
-        except (augment.BrokenImageError, OSError) as error:
-            raise UserError(f'an image of the mode {picture.mode} is not read: {error}') from None
+        except (augment.BrokenImageError, OSError, ValueError) as error:
+            raise UserError(
+                f'an image of the mode {picture.mode} is not read ({error}): convert it first, as '
+                "by image.convert('RGB')"
+            ) from None
     with open(picture, 'rb') as f:
         encoded = f.read()
     try:

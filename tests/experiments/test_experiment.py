@@ -117,6 +117,24 @@ def test_rows_are_the_papers():
             {'kind': 'shifted', 'variants': {'power_spherical': ('gaussian_norm',)}},
             'variants are for kind comparison, not for shifted',
         ),
+        ({'prefixes': ()}, r'prefixes are \(\), but must be one or more numbers'),
+        ({'guidance_scales': ('a', 1.5)}, 'guidance_scales are .* numbers'),
+        ({'disturbances': (0.0,)}, 'must be above 0'),
+        ({'num_images': 0}, 'num_images is 0 and followed_images'),
+        ({'kind': 'propagation', 'positions': (0.99,)}, 'leave one of 16 tokens behind'),
+        ({'kind': 'shifted', 'map': ('power_spherical gaussian_norm',)}, 'map are for kind comp'),
+        (
+            {
+                'curves': {'power_spherical': ('gaussian_norm',)},
+                'curves_at': (1.0,),
+                'map': ('power_spherical gaussian_norm',),
+            },
+            'curves replace the plot that map would change',
+        ),
+        (
+            {'rows': experiments.rows(a={'sampling': {'guidance': None, 'guidance_scale': None}})},
+            'the row a: experiments vary the guidance',
+        ),
         ({'kind': 'captions'}, 'kind captions does not go with data digits'),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
         (
@@ -136,6 +154,22 @@ def test_rows_are_the_papers():
 def test_impossible_experiments_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         experiments.check(small(**changes))
+
+
+def test_captions_are_compared_of_rows_that_write_them():
+    c = packaged.load('experiments/text:smoke')
+    c.comparisons = ('joint_power_spherical power_spherical captions_held_out',)
+    c.rows = experiments.rows(
+        power_spherical={}, joint_power_spherical={'ar': {'text_weight': 0.2}}
+    )
+    with pytest.raises(UserError, match=r'needs two rows with ar\.text_weight'):
+        experiments.check(c)
+
+
+def test_an_experiment_is_on_data_in_memory():
+    rows = experiments.rows(a={'data': {'name': 'folder', 'path': '/nowhere'}})
+    with pytest.raises(UserError, match=r'the row a: .*folder'):
+        experiments.check(small(rows=rows))
 
 
 def test_the_command_refuses_what_is_no_experiment(tmp_path):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sphere_ar_jax.config import checks, schema
 from sphere_ar_jax.experiments import frontier, runs
 from sphere_ar_jax.flow import plan, solvers
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import load_run
+from tests.tiny_config import get_config, random_run
 
 
 def test_settings_cover_every_solver_and_can_be_built():
@@ -126,6 +128,20 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, old_runs):
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             frontier.run([workdir], output, 40, 10, pattern)
+
+
+def test_runs_that_no_setting_fits_are_one_line():
+    cfg = get_config()
+    run = random_run(checks.check(cfg))
+    frontier._check_run('/w', run)
+    cfg.ar.head = 'riemannian'
+    cfg.sampling.solver = 'euler'
+    riemannian = random_run(checks.check(cfg))
+    with pytest.raises(UserError, match="/w: this head has no solver 'heun': use"):
+        frontier._check_run('/w', riemannian)
+    texts = run._replace(config=schema.changed(run.config, {'ar.condition': 'text'}))
+    with pytest.raises(UserError, match='/w draws for texts'):
+        frontier._check_run('/w', texts)
 
 
 def test_the_frechet_distance_is_that_of_the_features(monkeypatch, old_runs):

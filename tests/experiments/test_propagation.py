@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import build
+from sphere_ar_jax.config import build, checks
 from sphere_ar_jax.experiments.kinds import propagation
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.sampling import on_mesh
@@ -44,6 +44,31 @@ def test_blocks_are_those_of_an_orthonormal_basis():
             'tangential_to_tangential': np.linalg.norm(block[1:, 1:], ord=2),
         }
         chex.assert_trees_all_close({k: v[i] for k, v in found.items()}, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('options', 'modes'),
+    [
+        ({}, ['after each token', 'never', 'before decoding']),
+        ({'decoder_input': 'projected'}, ['after each token', 'before decoding']),
+        ({'token_space': 'standardised', 'posterior': 'gaussian'}, ['never']),
+        ({'token_space': 'latents', 'posterior': 'gaussian'}, ['never']),
+    ],
+)
+def test_no_two_modes_are_the_same(options, modes):
+    cfg = tiny_config.get_config()
+    options = dict(options)
+    cfg.ar.token_space = options.pop('token_space', cfg.ar.token_space)
+    cfg.vae.update(options)
+    run = tiny_config.random_run(checks.check(cfg))
+    found = propagation._modes(run)
+    assert list(found) == modes
+    models = {(one.vae.token_space, one.vae.decoder_input) for one in found.values()}
+    assert len(models) == len(modes)
+    for one in found.values():
+        x = np.full((2, one.vae.token_dim), 3.0, np.float32)
+        is_projected = not np.allclose(one.vae.project(x), x)
+        assert is_projected == (one is run and len(modes) > 1)
 
 
 @pytest.fixture(scope='module')

@@ -24,6 +24,7 @@ from sphere_ar_jax.experiments.kinds import comparison
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.models.vae import image_keys
 from sphere_ar_jax.sampling import on_mesh
+from sphere_ar_jax.sampling.model import sphere_radius
 from sphere_ar_jax.sampling.tokens import Drawn, Prefix, draw
 from sphere_ar_jax.training.run import Run
 
@@ -193,19 +194,20 @@ def follow(
 def _modes(run: Run) -> dict[str, Run]:
     """The run with its projection after each token, never, and only before decoding.
 
-    A run whose tokens are not projected at all has one mode.
+    A run whose tokens are not projected at all has one mode. One whose decoder projects by itself
+    has no 'never', since its decoder knows no other latents.
     """
-    if run.vae.token_space == 'standardised':
+    if sphere_radius(run.vae) is None:
         return {'never': run}
     # Standardised by mean 0 and deviation 1, tokens are latents that nothing projects.
     free = run.vae.clone(token_space='standardised')
     params = free.with_statistics(run.vae_params)
     decoded = free.clone(decoder_input='projected')
-    return {
-        'after each token': run,
-        'never': run._replace(vae=free, vae_params=params),
-        'before decoding': run._replace(vae=decoded, vae_params=params),
-    }
+    modes = {'after each token': run}
+    if run.vae.decoder_input != 'projected':
+        modes['never'] = run._replace(vae=free, vae_params=params)
+    modes['before decoding'] = run._replace(vae=decoded, vae_params=params)
+    return modes
 
 
 def _norms(config: ConfigDict, run: Run, cache: str, mesh: Mesh) -> list[dict[str, Any]]:
