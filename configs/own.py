@@ -67,7 +67,7 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     places = {
         key: os.path.abspath(os.path.expanduser(values[key]))
         for key in ('captions', 'features')
-        if key in values and values[key] != 'beside'
+        if key in values and (key, values[key]) != ('captions', 'beside')
     }
     return own.Wishes(
         size=size,

@@ -618,6 +618,7 @@ def _check_watch(w: ConfigDict, channels: int) -> None:
         not w.fid_images or channels == 3,
         f'watch.fid_images: FID is for 3 channels, not {channels}; set it to 0',
     )
+    require(w.fid_images != 1, 'watch.fid_images is 1, but FID needs at least 2 images')
 
 
 # A share of the initialisation in an average above which it is said.
@@ -712,6 +713,16 @@ def check_training(config: ConfigDict) -> ConfigDict:
             f'{name}.final_learning_rate is {training.final_learning_rate}, above its '
             f'learning_rate {training.learning_rate}, so that the rate would rise: lower it, too',
         )
+    d = config.data
+    require(
+        d.name in ('tfds', 'hf') or (d.split == 'train' and d.data_dir is None),
+        f'data.split and data.data_dir are for tfds and hf: of data {d.name} name the files or the '
+        'directory in data.path',
+    )
+    require(
+        d.name not in schema.WITHOUT_PATH or not d.path,
+        f'data.path is {d.path}, but data {d.name} has no path: leave it out',
+    )
     is_trained = 'ar_training' in trainings(config)
     require(
         not is_trained or config.ar_training.accumulate == 1 or not build.writes_texts(config),

@@ -143,11 +143,13 @@ def data_set(text: str) -> tuple[str, str]:
 
     Raises:
       UserError: the text is empty or the path of a directory, it begins with an unknown kind, or
-        its kind has no path.
+        it has no path where its kind needs one, or one where it has none.
     """
     kind, colon, path = text.partition(':')
     if kind in schema.DATA and not path and kind not in schema.WITHOUT_PATH:
         raise UserError(f'data={text} names no place: write data={kind}:PATH')
+    if kind in schema.WITHOUT_PATH and path:
+        raise UserError(f'data {kind} has no path: write data={kind}')
     if kind in schema.DATA:
         return kind, path
     if not text:

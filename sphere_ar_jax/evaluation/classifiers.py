@@ -76,6 +76,11 @@ class SupportVectors:
         # scikit-learn is slow to import.
         from sklearn.svm import SVC
 
+        # Nothing is fitted to images of a single class, which are all read as that one.
+        self._only: int | None = None
+        if len(np.unique(train.labels)) == 1:
+            self._only = int(train.labels[0])
+            return
         self._svc = SVC(gamma=0.256, C=10).fit(self.features(train.pixels), train.labels)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
@@ -84,6 +89,8 @@ class SupportVectors:
 
     def predict(self, pixels: np.ndarray) -> np.ndarray:
         """Images (n, h, w) → labels (n,)."""
+        if self._only is not None:
+            return np.full(len(pixels), self._only)
         return self._svc.predict(self.features(pixels))
 
 

@@ -463,6 +463,7 @@ def test_a_data_set_without_its_kind_is_advised(tmp_path, monkeypatch):
     for text, message in (
         ('folder:', 'data=folder: names no place: write data=folder:PATH'),
         ('', 'data= names no place: write data=KIND:PATH'),
+        ('digits:/tmp', 'data digits has no path: write data=digits'),
     ):
         with pytest.raises(UserError, match=f'^{message}$'):
             recipes.data_set(text)
@@ -624,3 +625,21 @@ def test_numbers_must_be_finite():
     cfg.sampling.guidance_interval = (0.0, float('nan'))
     with pytest.raises(UserError, match=r'guidance_interval is .* but must be finite'):
         checks.check(cfg)
+
+
+def test_data_that_would_not_be_read_are_no_training():
+    """An old run with such keys is opened all the same."""
+    digits = _load('digits', '')
+    folder = schema.changed(packaged.load('ar_b'), {'data.name': 'folder', 'data.path': '/images'})
+    for cfg, changes, message in (
+        (folder, {'data.split': 'val'}, 'data.split and data.data_dir are for tfds and hf'),
+        (folder, {'data.data_dir': '/x'}, 'of data folder name the files or the directory'),
+        (digits, {'data.path': '/x'}, 'data.path is /x, but data digits has no path: leave it out'),
+    ):
+        checks.check_training(cfg)
+        changed = checks.check(schema.changed(cfg, changes))
+        with pytest.raises(UserError, match=message):
+            checks.check_training(changed)
+    watched = {'watch.fid_images': 1, 'watch.inception': '/i', 'watch.reference': '/r'}
+    with pytest.raises(UserError, match='fid_images is 1, but FID needs at least 2 images'):
+        checks.check(schema.changed(folder, watched))

@@ -811,3 +811,10 @@ def test_things_are_painted_from_scans():
     thick = composed.paint(composed.Thing(0, thick=True), scan)
     assert thick.sum() > 1.25 * plain.sum()
     assert thick.max() <= 1
+
+
+def test_a_part_without_a_digit_is_refused():
+    with pytest.raises(
+        UserError, match=r'data\.holdout is 0\.01: the heldout part has no scan of the'
+    ):
+        composed.Composed('heldout', 0, 0.01)

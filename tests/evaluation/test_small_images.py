@@ -185,3 +185,14 @@ def test_idx_images_are_scored_in_features_too(bars):
     assert fewer['real/feature_frechet_as_many'] > scores['samples/feature_frechet']
     text = small_images.summary('images', 40, floor | fewer)
     assert text.endswith(f'40 held-out images have {fewer["real/feature_frechet_as_many"]:.3f}.')
+
+
+def test_images_of_one_class_are_all_read_as_it():
+    """Nothing can be fitted to them, but their distances are scores all the same."""
+    data = small.open_data_set('digits', None, 0, 0.2, (3,))
+    judge = small_images.Judge(data, small_images.classifier(data, 0))
+    images = 2 * data.heldout.pixels[:20, :, :, None].repeat(2, 1).repeat(2, 2) - 1
+    scores = judge.scores(images.astype(np.float32), np.zeros(20, int))
+    assert scores['samples/accuracy'] == 1
+    assert scores['samples/classes_drawn'] == 1
+    assert all(np.isfinite(value) for value in scores.values())

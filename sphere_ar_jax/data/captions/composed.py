@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from sphere_ar_jax.data.digits import Digits
+from sphere_ar_jax.runtime.console import UserError
 
 WORDS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 RELATIONS = ('left of', 'right of', 'above', 'below')
@@ -199,11 +200,20 @@ class Composed:
           seed: decides which scans and pairs are held out, and draws the images.
           holdout: the share of the scans that is held out.
           count: n, 20,000 or 2,000 if not given.
+
+        Raises:
+          UserError: the part has no scan of some digit.
         """
         self._part = ('train', 'heldout').index(split)
         self._seed = seed
         self._scans = Digits(split, seed, holdout)
         self._of_digit = [np.flatnonzero(self._scans.labels == k) for k in range(10)]
+        lacking = [k for k, found in enumerate(self._of_digit) if not len(found)]
+        if lacking:
+            raise UserError(
+                f'data.holdout is {holdout}: the {split} part has no scan of the digit '
+                f'{lacking[0]}; give a share nearer to 0.2'
+            )
         self._held_out = held_out_pairs(seed)
         self.labels: np.ndarray = np.zeros(count or _COUNTS[self._part], np.int32)
 

@@ -201,7 +201,8 @@ class Captioned:
         if missing:
             first = names[int(np.argmin(has_caption))]
             said.append(f'images without a caption: {missing}, {printable(first, 80)} the first')
-        strange = [name for name in set(table).difference(keys) if table[name]]
+        there = set(keys)
+        strange = [name for name in table if table[name] and name not in there]
         if strange:
             said.append(
                 f'captions without an image: {len(strange)}, {printable(strange[0], 80)} the first'

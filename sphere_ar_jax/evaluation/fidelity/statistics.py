@@ -54,9 +54,9 @@ def merged(first: Statistics, n: int, second: Statistics, m: int) -> Statistics:
 
     Args:
       first: statistics of n images.
-      n: at least 2.
+      n: at least 1; the covariance of a single image is 0.
       second: statistics of m images.
-      m: at least 2.
+      m: likewise.
     """
     delta = second.mu - first.mu
     spread = (n - 1) * first.sigma + (m - 1) * second.sigma
