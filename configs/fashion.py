@@ -16,7 +16,7 @@ fast           The sampler of the fewest evaluations that lost nothing on the di
                (docs/fewer_evaluations.md). The experiments on Fashion-MNIST draw with
                it. It was not compared with the default sampler.
 distilled      A head of one or two evaluations with guidance within, distilled from a finished run
-               of the same seed (docs/fewer_evaluations.md).
+               of the same seed. It draws worse than that run (docs/fewer_evaluations.md).
 
                python -m sphere_ar_jax.main --config=configs/fashion.py:distilled \
                    --config.init_from=/tmp/fashion --workdir=/tmp/fashion_distilled
