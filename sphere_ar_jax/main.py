@@ -100,7 +100,7 @@ class _Mode(NamedTuple):
     alone: bool = True
 
 
-MODES = {
+_MODES = {
     'train': _Mode(
         ('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR', alone=False
     ),
@@ -137,6 +137,9 @@ MODES = {
     ),
     'serve': _Mode(opens_run=True),
 }
+
+# The words behind --mode.
+MODES = tuple(_MODES)
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Configuration file, with its argument after a colon.'
@@ -293,7 +296,7 @@ def _with_own_config(argv: list[str]) -> list[str]:
     workdir = _value(argv, 'workdir')
     if not overrides or not workdir or _value(argv, 'config') is not None:
         return argv
-    mode = MODES.get(_value(argv, 'mode') or '')
+    mode = _MODES.get(_value(argv, 'mode') or '')
     if mode is None or not mode.opens_run:
         return argv
     place = os.path.expanduser(workdir)
@@ -386,7 +389,7 @@ def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
     """
     _check_each(argv, mode, given)
     there = {*given, *(flag.name for flag in (_CONFIG, _WORKDIR) if flag.value is not None)}
-    needs = MODES[mode]
+    needs = _MODES[mode]
     if not there.issuperset(needs.needed):
         raise UserError(needs.message)
     if needs.has_workdir and 'workdir' not in there:
@@ -461,7 +464,7 @@ def main(argv: list[str]) -> None:
         jax.config.update('jax_compilation_cache_max_size', 2**31)
     # Processes must join before anything asks for a device.
     joining.join()
-    if MODES[mode].alone and hosts.count() > 1:
+    if _MODES[mode].alone and hosts.count() > 1:
         raise UserError(f'--mode={mode} is for one process, but {hosts.count()} were started')
     if not hosts.is_first():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
@@ -475,7 +478,7 @@ def main(argv: list[str]) -> None:
         if workdir is not None:
             cfg = beside.with_kept_vocabulary(cfg, workdir)
         cfg = checks.check(cfg)
-    if cfg is not None and workdir is not None and MODES[mode].opens_run:
+    if cfg is not None and workdir is not None and _MODES[mode].opens_run:
         cfg = _beside_run(cfg, workdir)
     _call(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
@@ -532,7 +535,7 @@ def _call(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[st
       cfg: the checked config, None where none was given; train and compile always have one.
       given: the values of the flags of `_OPTIONS` that were given.
     """
-    if not MODES[mode].has_workdir:
+    if not _MODES[mode].has_workdir:
         _call_without_workdir(mode, cfg, given)
         return
     assert workdir is not None  # by `_check_usage`

@@ -186,7 +186,10 @@ def test_what_cannot_be_run_is_one_line(tmp_path, monkeypatch):
         ((), 'give --config=configs/NAME.py and --output=DIR'),
         ((*whole, '--parts=tail'), 'no part tail'),
         ((*whole, f'--against={tmp_path}'), f'{tmp_path} is no checkout'),
-        ((*whole, '--train_batch_size=0'), 'flag --train_batch_size=0: 0 is not a positive integer'),
+        (
+            (*whole, '--train_batch_size=0'),
+            'flag --train_batch_size=0: 0 is not a positive integer',
+        ),
         (('--config=experiments/text', whole[1]), 'this is the config of an experiment: give'),
     ):
         with pytest.raises(UserError, match=f'^{message}') as refused:
