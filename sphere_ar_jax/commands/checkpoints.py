@@ -18,7 +18,7 @@ from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, console, files
 from sphere_ar_jax.runtime.console import UserError, first_line
-from sphere_ar_jax.training.run import Run, load_config
+from sphere_ar_jax.training.run import Run, load_config, tokenizer_chain
 from sphere_ar_jax.training.workdir import has, other_model, saved_steps
 
 
@@ -241,25 +241,19 @@ def _done(workdir: str, stage: str) -> int | None:
 def _card(workdir: str, run: Run, source: str | None) -> str:
     """The model card of a run, see `model_card`."""
     cfg = run.config
-    first = workdir
-    while (origin := load_config(first)).tokenizer is not None:
-        first = origin.tokenizer
+    *_, (first, origin) = tokenizer_chain(workdir)
     done = {'tokenizer': _done(first, 'tokenizer'), 'ar': _done(workdir, 'ar')}
-    wanted = {'tokenizer': cfg.tokenizer_training.steps, 'ar': cfg.ar_training.steps}
+    trainings = {'tokenizer': origin.tokenizer_training, 'ar': cfg.ar_training}
     # The scores at the end of a run are those of its last step alone.
     finished = all(
-        steps is None or steps >= wanted[stage] or (stage == 'tokenizer' and cfg.tokenizer)
+        steps is None or steps >= trainings[stage].steps or (stage == 'tokenizer' and cfg.tokenizer)
         for stage, steps in done.items()
     )
-    batch_sizes = {
-        'tokenizer': origin.tokenizer_training.batch_size,
-        'ar': cfg.ar_training.batch_size,
-    }
     return model_card.text(
         run,
         class_names.of_run(workdir, cfg),
         {
-            stage: None if steps is None else (steps, batch_sizes[stage])
+            stage: None if steps is None else (steps, trainings[stage].batch_size)
             for stage, steps in done.items()
         },
         model_card.scores(workdir, run, finished),

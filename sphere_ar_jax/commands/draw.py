@@ -60,17 +60,22 @@ class _Asked(NamedTuple):
     titles: list[str]
 
 
+def _require_captions(config: ConfigDict) -> None:
+    """Raises UserError for a run that knows classes in place of prompts."""
+    if not build.has_captions(config):
+        raise UserError(
+            "this run draws for classes, not for texts: give --classes='golden retriever; 388', "
+            'or --labels in --mode=sample'
+        )
+
+
 def _prompts(config: ConfigDict, texts: list[str]) -> _Asked:
     """Rows for prompts.
 
     Raises:
       UserError: the run knows classes in place of prompts, or it cannot read one.
     """
-    if not build.has_captions(config):
-        raise UserError(
-            "this run draws for classes, not for texts: give --classes='golden retriever; 388', "
-            'or --labels in --mode=sample'
-        )
+    _require_captions(config)
     labels = np.stack([build.encode_prompt(config, text) for text in texts])
     return _Asked(labels, [console.printable(text, 80) for text in texts])
 
@@ -81,8 +86,7 @@ def _features(config: ConfigDict, path: str) -> _Asked:
     Raises:
       UserError: the run does not read features, or those of the file do not fit.
     """
-    if not build.has_captions(config):
-        return _prompts(config, [])  # It refuses them.
+    _require_captions(config)
     if not build.reads_features(config):
         raise UserError(
             f'--prompts={path} has features of texts, which this run does not read: give a file '

@@ -359,7 +359,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     after = leaves(new)
     distilled = before.get('init_from') is not None or after.get('init_from') is not None
     read_texts = all(v.get('ar.condition') in ('text', 'features') for v in (before, after))
-    # Where a tokenizer comes from another workdir, how one would be trained does not count.
     no_tokenizer = all(v.get('tokenizer') or v.get('init_from') for v in (before, after))
     found = []
     for name in {**before, **after}:

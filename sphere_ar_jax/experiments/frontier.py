@@ -323,18 +323,19 @@ def _chosen(runs_by_workdir: dict[str, Run], pattern: str) -> list[tuple[str, st
     Raises:
       UserError: the pattern is no regular expression, or no setting matches; one line.
     """
-    found = []
-    for workdir, opened in runs_by_workdir.items():
-        for name in settings(_levels(opened)):
-            try:
-                matches = re.fullmatch(pattern, name)
-            except re.error as error:
-                raise console.UserError(f'--settings={pattern}: {error}') from None
-            if matches:
-                found.append((workdir, name))
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise console.UserError(f'--settings={pattern}: {error}') from None
+    known = [
+        (workdir, name)
+        for workdir, opened in runs_by_workdir.items()
+        for name in settings(_levels(opened))
+    ]
+    found = [(workdir, name) for workdir, name in known if wanted.fullmatch(name)]
     if not found:
         raise console.UserError(
-            f"--settings={pattern} names no setting of these runs: '{name}' is one"
+            f"--settings={pattern} names no setting of these runs: '{known[-1][1]}' is one"
         )
     return found
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from etils import epath
@@ -69,6 +69,26 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
             f'{path} is not a sphere_ar_jax config: use another --workdir, or remove the file, and '
             "training with the run's own --config writes it again"
         ) from None
+
+
+def tokenizer_chain(workdir: str | os.PathLike[str]) -> Iterator[tuple[str, ConfigDict]]:
+    """Yields a workdir and its config, then those that its tokenizer comes from.
+
+    The last one trained the tokenizer, or converted it.
+
+    Raises:
+      OSError: see `load_config`.
+      UserError: see `load_config`; or the workdirs take the tokenizer from one another.
+    """
+    seen: list[str] = []
+    place = os.fspath(workdir)
+    while place is not None:
+        if any(files.is_same(place, other) for other in seen):
+            raise UserError(f'{place} takes its tokenizer from itself, by {seen[-1]}')
+        seen.append(place)
+        cfg = load_config(place)
+        yield place, cfg
+        place = cfg.tokenizer
 
 
 def of_rate(training: ConfigDict, rate: float | None) -> Callable[[state.TrainState], PyTree]:

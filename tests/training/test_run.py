@@ -10,6 +10,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from sphere_ar_jax.commands.inputs import origins
 from sphere_ar_jax.config import checks
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -208,3 +209,19 @@ def test_converted_weights_that_are_damaged_are_not_to_be_moved_away(tmp_path):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r'can be read: convert the weights, .* another --workdir$'):
         state.converted(tmp_path, like)
+
+
+def test_where_a_tokenizer_comes_from(tmp_path):
+    """Through several workdirs to the first one. One that comes back is refused in one line."""
+    for name, other in (('a', None), ('b', 'a'), ('c', 'b')):
+        cfg = get_config()
+        cfg.tokenizer = None if other is None else str(tmp_path / other)
+        (tmp_path / name).mkdir()
+        workdir.claim(cfg, tmp_path / name)
+    found = [place for place, _ in run.tokenizer_chain(tmp_path / 'c')]
+    assert found == [str(tmp_path / name) for name in 'cba']
+    with pytest.raises(UserError, match=r'tokenizer: .*/c takes its tokenizer from this --workdir'):
+        origins._check_origin('tokenizer', str(tmp_path / 'c'), str(tmp_path / 'a'))
+    (tmp_path / 'a' / 'config.json').write_bytes((tmp_path / 'c' / 'config.json').read_bytes())
+    with pytest.raises(UserError, match=r'/b takes its tokenizer from itself, by .*/a'):
+        list(run.tokenizer_chain(tmp_path / 'b'))

@@ -26,6 +26,7 @@ from sphere_ar_jax.training.run import (
     load_run,
     load_teacher,
     load_tokenizer,
+    tokenizer_chain,
     with_ar,
 )
 from sphere_ar_jax.training.tuning import transfer, tuned
@@ -189,6 +190,11 @@ def read_lpips(cfg: ConfigDict, mesh: Mesh) -> PyTree | None:
     return jax.device_put(read(t.lpips, t.vgg), sharding.whole(mesh))
 
 
+def _tokenizer_places(directory: str) -> list[str]:
+    """A workdir, and those that its tokenizer comes from."""
+    return [place for place, _ in tokenizer_chain(directory)]
+
+
 def _check_origin(key: str, directory: str, workdir: str | None) -> None:
     """Checks that a run that the config names can be read, and is trained to its end.
 
@@ -199,17 +205,17 @@ def _check_origin(key: str, directory: str, workdir: str | None) -> None:
     """
     if workdir is not None and files.is_same(directory, workdir):
         raise UserError(f'{key}: {directory} is this --workdir: give another --workdir')
-    found = _opened(key, load_config, directory)
-    while workdir is not None and key == 'tokenizer' and found.tokenizer is not None:
-        if files.is_same(found.tokenizer, workdir):
+    _opened(key, load_config, directory)
+    if key != 'tokenizer':
+        check_finished(key, directory)
+        return
+    for place in _opened(key, _tokenizer_places, directory):
+        if workdir is not None and files.is_same(place, workdir):
             raise UserError(
                 f'tokenizer: {directory} takes its tokenizer from this --workdir: give another '
                 '--workdir'
             )
-        found = _opened(key, load_config, found.tokenizer)
-    if key != 'tokenizer':
-        check_finished(key, directory)
-    elif not is_trained(directory, 'tokenizer'):
+    if not is_trained(directory, 'tokenizer'):
         raise UserError(
             f'tokenizer: that in {directory} is not trained to its end: run its own command first'
         )
