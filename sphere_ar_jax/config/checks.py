@@ -583,6 +583,12 @@ def _check_sampling(config: ConfigDict) -> None:
             f'sampling.num_images is {s.num_images}, but must be at least one for each of three '
             'kinds of captions: pairs trained on, pairs held out, and rows',
         )
+    elif kind is not None:
+        require(
+            s.num_images >= 4,
+            f'sampling.num_images is {s.num_images}, but must be at least 4: precision and recall '
+            'take the third nearest of the others',
+        )
     classes = schema.num_classes(config)
     require(
         classes is None or classes >= least,

@@ -300,9 +300,7 @@ def save_page(
       posterior: the family of the tokenizer's posterior; its `shown` explains its numbers.
     """
     meanings = MEANING | {f'vae/{name}': text for name, text in posterior.shown.items()}
-    samples = _section(
-        'Samples', 'a grid of samples, one row per class', f'{workdir}/samples.png', 'pixels'
-    )
+    samples = _section('Samples', 'a grid of samples', f'{workdir}/samples.png', 'pixels')
     reconstructions = _section(
         'Images, and below each what the tokenizer makes of it',
         'originals and reconstructions',

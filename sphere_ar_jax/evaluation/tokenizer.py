@@ -30,12 +30,18 @@ def psnr(a: ArrayLike, b: ArrayLike) -> float:
     return _decibels(np.mean((np.asarray(a) - np.asarray(b)) ** 2))
 
 
+# Side of the windows of SSIM, in pixels.
+_WINDOW = 11
+
+
 @jax.jit
 def likeness(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """PSNR and SSIM of each pair of images.
 
     Papers that score image by image, as scikit-image does, report the mean of this PSNR. `psnr`,
-    which takes all pixels together, is never above that mean, because −log is convex.
+    which takes all pixels together, is never above that mean, because −log is convex. The PSNR of
+    equal images would be infinite, and with it the mean. They count as if one value of H·W·c were
+    off by 1 of 255 levels, which is the largest PSNR that other images can have.
 
     SSIM takes windows of 11×11 pixels inside the image, weighted by a Gaussian with σ = 1.5, and
     C1 = 0.01² and C2 = 0.03² for pixels in [0, 1] (Wang et al. 2004). scikit-image's
@@ -52,7 +58,8 @@ def likeness(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     a = a.astype(jnp.float32) / 255
     b = b.astype(jnp.float32) / 255
     with jax.numpy_dtype_promotion('standard'):  # dm-pix mixes types
-        return dm_pix.psnr(a, b), dm_pix.ssim(a, b)
+        largest = 10 * np.log10(255**2 * a[0].size)
+        return jnp.minimum(dm_pix.psnr(a, b), largest), dm_pix.ssim(a, b)
 
 
 @jax.jit
@@ -66,10 +73,13 @@ def _compare(
     """Means over a batch of the scores that every image has by itself.
 
     `images` and `rounded`, the reconstructions, are (b, H, W, c) uint8; `real` has the images
-    again, float32 in [−1, 1]. Without `lpips`, the parameters of `LPIPS`, that score is left out.
+    again, float32 in [−1, 1]. Without `lpips`, the parameters of `LPIPS`, that score is left out,
+    and so is SSIM where its windows are larger than the images.
     """
     image_psnr, ssim = likeness(rounded, images)
-    pairs = {'image_psnr': image_psnr, 'ssim': ssim}
+    pairs = {'image_psnr': image_psnr}
+    if min(images.shape[1:3]) >= _WINDOW:
+        pairs['ssim'] = ssim
     if lpips is not None:
         pairs['lpips'] = _lpips(lpips, pixels.to_float(rounded), real)
     return {name: float(np.mean(value)) for name, value in pairs.items()}

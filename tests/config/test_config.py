@@ -324,6 +324,17 @@ def test_composed_digits_are_scored_for_three_kinds_of_captions():
         checks.check(cfg)
 
 
+def test_a_class_of_its_own_needs_images_for_precision_and_recall():
+    cfg = _load('digits', 'smoke')
+    cfg.data.classes = (3,)
+    cfg.data.num_classes = 1
+    cfg.sampling.num_images = 4
+    checks.check(cfg)
+    cfg.sampling.num_images = 3
+    with pytest.raises(UserError, match='num_images is 3, but must be at least 4'):
+        checks.check(cfg)
+
+
 def test_configs_are_all_tested_here():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         'digits',

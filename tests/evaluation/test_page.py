@@ -30,7 +30,7 @@ def _kinds(html):
 def test_only_small_pictures_keep_their_pixels(html):
     """Curves have thin lines; a picture that is shrunk must not lose lines of pixels."""
     assert _kinds(html) == {
-        'a grid of samples, one row per class': 'pixels',
+        'a grid of samples': 'pixels',
         'originals and reconstructions': 'plot',
         'training curves': 'plot',
     }

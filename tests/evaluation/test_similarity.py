@@ -223,9 +223,21 @@ def test_ssim_against_its_definition():
 
 
 def test_equal_images():
-    psnr, ssim = tokenizer.likeness(_bytes()[0], _bytes()[0])
+    """They have the PSNR of images that differ in one value by one level, and no infinite one."""
+    a = _bytes()[0]
+    psnr, ssim = tokenizer.likeness(a, a)
     np.testing.assert_allclose(ssim, 1, rtol=1e-6)
-    assert np.all(np.isposinf(psnr))
+    b = a.copy()
+    b[:, 20, 10, 1] ^= 1
+    np.testing.assert_allclose(psnr, 10 * np.log10(255**2 * 40 * 33 * 3), rtol=1e-6)
+    np.testing.assert_allclose(tokenizer.likeness(a, b)[0], psnr, rtol=1e-4)
+
+
+def test_images_smaller_than_the_windows_have_no_ssim():
+    a = np.zeros((2, 8, 8, 1), np.uint8)
+    scores = tokenizer._compare(a, a / 127.5 - 1, a + np.uint8(51), None)
+    assert set(scores) == {'image_psnr'}
+    np.testing.assert_allclose(scores['image_psnr'], 13.9794, rtol=1e-5)
 
 
 def test_psnr_of_each_image_and_of_all_pixels():
