@@ -92,6 +92,8 @@ def _features(config: ConfigDict, path: str) -> _Asked:
             f'--prompts={path} has features of texts, which this run does not read: give a file '
             'with a text in each line'
         )
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise UserError(f'--prompts={path} is not there: give an npz of texts and their features')
     given = schema.changed(config, {'ar.features': path})
     return _prompts(given, list(features.open_features(path).texts))
 
@@ -258,7 +260,7 @@ def grid(
     asked = _asked(workdir, run.config, classes, prompt or [], prompts)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(asked.labels, columns, axis=0)
-    images, _ = on_mesh.sample_images(
+    images, _ = on_mesh.draw_images(
         run,
         build.build_sampler(run.config),
         labels,

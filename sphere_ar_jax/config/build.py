@@ -1,7 +1,6 @@
 """Builds the objects that a config describes. Nothing else picks parts by name."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -300,7 +299,7 @@ def open_features(config: ConfigDict) -> features.TextFeatures:
 def caption_encoder(config: ConfigDict) -> captioned.Encode:
     """What turns a caption of the data into a label of a config with captions; it is picklable.
 
-    The label is (T,) int32, see `vocabulary.encode_caption`, or (T, F) float32, see
+    The label is (T,) int32, see `vocabulary.CaptionEncoder`, or (T, F) float32, see
     `features.TextFeatures`.
 
     Raises:
@@ -309,7 +308,7 @@ def caption_encoder(config: ConfigDict) -> captioned.Encode:
     if reads_features(config):
         return open_features(config)
     c = config.ar
-    return functools.partial(vocabulary.encode_caption, word=c.vocabulary, length=c.text_tokens)
+    return vocabulary.CaptionEncoder(c.vocabulary, c.text_tokens)
 
 
 def captioning(config: ConfigDict, image: Transform | None = None) -> Transform | None:

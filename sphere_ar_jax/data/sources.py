@@ -305,11 +305,14 @@ class ImageFolder:
           BrokenCaptionError: the file is no text in UTF-8.
           UserError: it cannot be read.
         """
-        place = os.path.splitext(self.file(i))[0] + '.txt'
+        stem = os.path.splitext(self.file(i))[0]
+        place = stem + '.txt'
+        if not os.path.isfile(place) and os.path.isfile(stem + '.TXT'):
+            place = stem + '.TXT'
         try:
             with open(place, encoding='utf-8-sig') as f:
                 return columns.captions_of(place, f.read().split('\n'))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return ()
         except UnicodeDecodeError as error:
             raise BrokenCaptionError(

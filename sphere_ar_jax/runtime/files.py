@@ -202,6 +202,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     replace(path, lambda f: f.write(content))
 
 
+def stamp(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """The time of the last change and the size of a file; None where there is no local one."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes a value as an indented JSON file, see `replace`."""
     write_bytes(path, (json.dumps(values, indent=2) + '\n').encode())

@@ -20,7 +20,7 @@ from sphere_ar_jax.models.joint import Joint
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
-from sphere_ar_jax.sampling.interleaved import LIKELIEST, Segment, Writing, interleave
+from sphere_ar_jax.sampling.interleaved import LIKELIEST, NONE, Segment, Writing, interleave
 
 
 def writer(ar: AR) -> Joint:
@@ -130,13 +130,20 @@ def write(
       (n, T) int32, see `vocabulary`.
 
     Raises:
-      UserError: the model writes no texts.
+      UserError: the model writes no texts, or gives logits that are not finite.
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
     program = captioner(ar, models.vae, writing)
     data = np.asarray(jax.random.key_data(autoencoding.reading_keys(seed, len(images))))
     params = (models.vae_params, ar_params)
-    return batching.in_batches(program, params, (images, data), batch_size, mesh)
+    found = batching.in_batches(program, params, (images, data), batch_size, mesh)
+    wrong = np.flatnonzero((found == NONE).any(1))
+    if len(wrong):
+        raise UserError(
+            f'there are no finite logits for the texts of {len(wrong)} of {len(found)} images, '
+            f'number {wrong[0]} the first: the weights may be too large, or dtype too small'
+        )
+    return found
 
 
 def nats(

@@ -51,6 +51,8 @@ class Writing(NamedTuple):
 
 
 LIKELIEST = Writing()
+# Stands in the place of a number that could not be chosen, since logits were not finite.
+NONE = -1
 
 
 def keep_top(logits: jax.Array, top_p: float) -> jax.Array:
@@ -65,6 +67,8 @@ def keep_top(logits: jax.Array, top_p: float) -> jax.Array:
     Returns:
       (…, V), −inf where a number is not kept.
     """
+    if top_p >= 1:
+        return logits  # Rounding would leave some of the least likely out.
     p = jax.nn.softmax(logits)
     order = jnp.argsort(-p, axis=-1)
     ordered = jnp.take_along_axis(p, order, axis=-1)
@@ -75,13 +79,15 @@ def keep_top(logits: jax.Array, top_p: float) -> jax.Array:
 
 
 def _choose(logits: jax.Array, keys: jax.Array, writing: Writing) -> jax.Array:
-    """Chooses a number for each row of logits (B, V), (B,) int32."""
+    """Chooses a number for each row of logits (B, V), (B,) int32, `NONE` if they are not finite."""
     if writing.top_p is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest becomes 0, so that no small temperature makes a number infinite that counts.
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    kept = keep_top(shifted / writing.temperature, writing.top_p)
-    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        chosen = jnp.argmax(logits, axis=-1)
+    else:
+        # The largest becomes 0, so that no small temperature makes a number infinite that counts.
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        kept = keep_top(shifted / writing.temperature, writing.top_p)
+        chosen = jax.vmap(jax.random.categorical)(keys, kept)
+    return jnp.where(jnp.isfinite(logits).all(-1), chosen, NONE).astype(jnp.int32)
 
 
 def _folded(keys: jax.Array, number: jax.Array | int) -> jax.Array:

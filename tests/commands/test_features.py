@@ -11,7 +11,7 @@ import sphere_ar_jax
 from sphere_ar_jax.commands import draw, evaluate, train
 from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.data import sources
-from sphere_ar_jax.data.captions import captioned, composed, features, table
+from sphere_ar_jax.data.captions import captioned, composed, table
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.runtime import metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -119,7 +119,6 @@ def test_features_of_images_in_files(folder, capsys):
     assert any(np.isfinite(line.get('heldout_loss', np.nan)) for line in curves)
     train.train(_on_folder(folder), workdir, 'the command', 0.0)  # goes on
     (folder / 'f.npz').rename(folder / 'moved.npz')
-    features.open_features.cache_clear()  # as in a new process
     with pytest.raises(UserError, match=r'there is no file .*f\.npz with the features of texts'):
         draw.grid(workdir, prompt=['number 3'])
     like = schema.changed(c, {'ar.features': str(folder / 'moved.npz')})

@@ -1,8 +1,8 @@
 """Captions: vocabularies, prompts, records with captions, and composed digits."""
 
-import functools
 import io
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -22,7 +22,7 @@ from scipy import ndimage
 from sphere_ar_jax.config import packaged
 from sphere_ar_jax.data import sources
 from sphere_ar_jax.data.batches import batches
-from sphere_ar_jax.data.captions import captioned, composed, files, table, vocabulary
+from sphere_ar_jax.data.captions import captioned, composed, features, files, table, vocabulary
 from sphere_ar_jax.data.digits import Digits
 from sphere_ar_jax.data.files.hugging_face import HuggingFace
 from sphere_ar_jax.data.files.listing import BrokenCaptionError, BrokenImageError
@@ -30,7 +30,7 @@ from sphere_ar_jax.data.files.webdataset import WebDataset
 from sphere_ar_jax.runtime.console import UserError
 
 BYTES = vocabulary.open_vocabulary('bytes')
-ENCODE = functools.partial(vocabulary.encode_caption, word='bytes', length=3)
+ENCODE = vocabulary.CaptionEncoder('bytes', 3)
 
 
 @pytest.fixture(scope='module')
@@ -77,6 +77,15 @@ def _saved(tokenizer, directory):
     path = directory / f'{len(list(directory.iterdir()))}.json'
     tokenizer.save(str(path))
     return vocabulary.open_vocabulary(str(path))
+
+
+def test_a_text_is_always_encoded_alike(tmp_path):
+    """A tokenizer may be saved with dropout of its merges, which draws at each call."""
+    tokenizers = pytest.importorskip('tokenizers')
+    names = {'a': 0, 'b': 1, 'ab': 2, 'abab': 3}
+    model = tokenizers.models.BPE(names, [('a', 'b'), ('ab', 'ab')], dropout=0.5)
+    words = _saved(tokenizers.Tokenizer(model), tmp_path)
+    assert {tuple(words.encode('ababab')) for _ in range(50)} == {(4, 3)}
 
 
 def test_byte_level_tokenizers_give_any_text_back(tmp_path):
@@ -298,9 +307,30 @@ def test_prompts_are_filled_up_and_captions_are_cut():
     found = vocabulary.encode_prompt(' ab ', BYTES, 4)
     chex.assert_trees_all_equal(found, np.array([98, 99, 0, 0], np.int32))
     chex.assert_trees_all_equal(
-        vocabulary.encode_caption('abcdef', word='bytes', length=4),
-        np.array([98, 99, 100, 101], np.int32),
+        vocabulary.CaptionEncoder('bytes', 4)('abcdef'), np.array([98, 99, 100, 101], np.int32)
     )
+
+
+@pytest.mark.parametrize(
+    ('length', 'kept'), [(2, ''), (3, '日'), (5, '日'), (6, '日本'), (9, '日本語')]
+)
+def test_no_character_is_cut_in_two(length, kept):
+    numbers = vocabulary.CaptionEncoder('bytes', length)('日本語')
+    chex.assert_shape(numbers, (length,))
+    assert BYTES.decode(numbers) == kept
+
+
+def test_files_that_change_are_read_again(tmp_path):
+    """A process may live longer than a list of words or a file of features, as a notebook."""
+    words = tmp_path / 'w.txt'
+    for content, expected in (('a\nb\n', [2]), ('b\na\n', [1])):
+        words.write_text(content)
+        os.utime(words, ns=(0, len(expected) + expected[0]))
+        assert vocabulary.open_vocabulary(str(words)).encode('b') == expected
+    place = tmp_path / 'f.npz'
+    for texts in (['a'], ['a', 'b']):
+        np.savez(place, texts=texts, features=np.ones((len(texts), 2, 3), np.float32))
+        assert features.open_features(str(place)).texts == tuple(texts)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +368,9 @@ def test_files_of_prompts(tmp_path):
     path.write_bytes(b'\xff\xfe\x00')
     with pytest.raises(UserError, match='is no text in UTF-8'):
         files.read_prompts(path)
-    with pytest.raises(UserError, match='there is no file'):
-        files.read_prompts(tmp_path / 'absent')
+    for name, message in (('absent', 'absent is not there'), ('', 'is no plain file')):
+        with pytest.raises(UserError, match=message):
+            files.read_prompts(tmp_path / name)
 
 
 # ---- records with captions
@@ -438,7 +469,7 @@ def test_captions_are_looked_at():
     assert texts == all_texts == list('013456789')
     assert images == 10
     assert np.isclose(broken, (1 / 2 + 1) / 10)  # one of two captions, and one image
-    assert 'half of a surrogate' in reasons[0]
+    assert re.search('^image .: .* half of a surrogate', reasons[0])
     assert reasons[1] == '2.txt is no text in UTF-8'
 
 
@@ -496,12 +527,22 @@ def test_texts_beside_images(folder):
     source = table.with_captions(sources.ImageFolder(folder), 'beside')
     found = [source[i]['captions'] for i in range(len(source))]
     assert found == [('a grey cat', 'a cat'), (), ('ein Hündchen',)]
+    assert captioned.look(source, 9, ENCODE).reasons == ['cats/2 ü.png has no caption']
     assert source.left_out == (
         '2 file(s) that are no images (.txt 2); texts beside images among them are read as captions'
     )
     again = pickle.loads(pickle.dumps(source))
     assert again[0] == source[0]
     assert again.name(0) == 'cats/1.png'
+
+
+def test_texts_may_end_in_capitals_and_directories_are_none(tmp_path):
+    for name in 'ab':
+        _picture(tmp_path / f'cats/{name}.png')
+    (tmp_path / 'cats/a.TXT').write_text('A CAT')
+    (tmp_path / 'cats/b.txt').mkdir()
+    source = table.with_captions(sources.ImageFolder(tmp_path), 'beside')
+    assert [source[i]['captions'] for i in range(2)] == [('A CAT',), ()]
 
 
 def test_a_text_that_is_none_is_named(folder, tmp_path):
@@ -636,6 +677,7 @@ def test_images_beside_directories_may_have_captions(tmp_path):
         ('a.json', '\n\n[\n\n\n{"path": "x" 1}]', r'a\.json is no JSON: .* line 6 column 14'),
         ('a.csv', 'x,a', r"a\.csv: give a \.jsonl, \.json or \.tsv file, or 'beside'"),
         ('a.tsv', 'x\ta', "none of the 3 images has a caption: the table has no path like 'cats/1"),
+        ('a.tsv', 'cats/1.png\t', "the table has an empty text for each, as for 'cats/1.png'"),
     ],
 )
 def test_what_is_no_table_is_one_line(name, content, message, folder, tmp_path):
@@ -686,6 +728,30 @@ def test_texts_in_tars(tmp_path):
         source[4]
     # The index is kept, and has them too.
     assert table.with_captions(WebDataset(path), 'beside')[1]['captions'] == ('of json',)
+
+
+def test_tables_name_what_lies_at_the_top_of_a_tar(tmp_path):
+    """`tar cf a.tar .` puts './' before each name."""
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(picture, 'PNG')
+    with tarfile.open(tmp_path / 'a.tar', 'w') as archive:
+        info = tarfile.TarInfo('./0.png')
+        info.size = len(picture.getvalue())
+        archive.addfile(info, io.BytesIO(picture.getvalue()))
+    source = sources.open_source('webdataset', str(tmp_path / 'a.tar'), needs_labels=False)
+    for name in ('a.tar/0', './a.tar/0', 'a.tar/./0'):
+        (tmp_path / 't.tsv').write_text(f'{name}\thello')
+        assert table.with_captions(source, str(tmp_path / 't.tsv'))[0]['captions'] == ('hello',)
+
+
+def test_lists_of_texts_in_a_set_with_a_format(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    images = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(2)]
+    found = datasets.Dataset.from_dict({'image': images, 'captions': [['a', 'b'], ['c']]})
+    found = found.cast_column('image', datasets.Image()).with_format('numpy')
+    found.save_to_disk(str(tmp_path / 'set'))
+    source = table.with_captions(HuggingFace(tmp_path / 'set'), 'beside')
+    assert [source[i]['captions'] for i in range(2)] == [('a', 'b'), ('c',)]
 
 
 def test_texts_in_a_column(tmp_path):

@@ -102,11 +102,18 @@ def test_what_is_no_package_says_so_in_one_line(package, tmp_path):
         return message
 
     assert 'is no package of emoji with emoji.json and img/SET/64' in refused(tmp_path / 'img')
-    for content in ('[1]', '{}', '[{}]', '[{"image": "a.png", "skin_variations": [1]}]'):
+    for content in (
+        '[1]',
+        '{}',
+        '[{}]',
+        '[{"image": "a.png", "skin_variations": [1]}]',
+        '[{"image": "a.png", "short_names": 5}]',
+    ):
         (package / 'emoji.json').write_text(content)
         assert 'is no list of emoji' in refused(package)
-    (package / 'emoji.json').write_text('[{')
-    assert 'emoji.json cannot be read: ' in refused(package)
+    for content in ('[{', '[' * 100_000):
+        (package / 'emoji.json').write_text(content)
+        assert 'emoji.json cannot be read: ' in refused(package)
     (package / 'emoji.json').write_text(json.dumps([{'image': 'other.png'}]))
     assert 'none of the pictures that emoji.json names' in refused(package)
     (package / 'img' / 'apple' / '64').mkdir(parents=True)

@@ -102,6 +102,7 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
     for files, message in (
         ({'1.jpg': b'', '2.jpg': b'', '1.cls': '0'}, '1 of 2 images have no label: each needs'),
         ({'1.jpg': b'', '1.png': b''}, 'two images of the sample 1'),
+        ({'1.jpg': b'', '1.txt': 'a', '1.TXT': 'b'}, 'two texts of the sample 1'),
         ({'1.txt': b'', '1.cls': '0'}, 'holds no images (1 file(s) that are no images (.txt 1))'),
         ({'1.jpg': b'', '1.cls': '-1'}, '1 of 1 images have no label'),
     ):

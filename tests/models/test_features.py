@@ -35,8 +35,9 @@ def test_tokens_are_linear_in_unit_features(params):
     expected[1, 2] = params['features_empty']
     np.testing.assert_allclose(found, expected + params['features_positions'], rtol=1e-4, atol=1e-5)
     # The size of features says nothing.
-    larger = FEATURES.apply({'params': params}, 8 * LABELS, method='embed')
-    np.testing.assert_allclose(larger, found, rtol=1e-6)
+    for factor in (np.float32(8), np.float32(1e-25), np.float32(1e25)):
+        other = FEATURES.apply({'params': params}, factor * LABELS, method='embed')
+        np.testing.assert_allclose(other, found, rtol=1e-5, atol=1e-6)
 
 
 def test_no_text_is_three_empty_places(params):

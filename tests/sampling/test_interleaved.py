@@ -45,7 +45,7 @@ def test_the_likeliest_numbers_are_kept(top_p):
     logits = 2 * jax.random.normal(jax.random.key(0), (50, 9))
     kept = np.isfinite(interleaved.keep_top(logits, top_p))
     for row, p in zip(kept, np.asarray(jax.nn.softmax(logits)), strict=True):
-        fewest = next(n for n in range(1, 10) if np.sort(p)[-n:].sum() >= min(top_p, 1 - 1e-6))
+        fewest = next((n for n in range(1, 9) if np.sort(p)[-n:].sum() >= top_p), 9)
         assert set(np.flatnonzero(row)) == set(np.argsort(p)[-fewest:])
 
 
@@ -55,6 +55,22 @@ def test_a_small_temperature_takes_the_likeliest_number(temperature):
     keys = jax.random.split(jax.random.key(4), 64)
     choose = jax.jit(lambda a: interleaved._choose(a, keys, Writing(0.9, temperature)))
     np.testing.assert_array_equal(choose(logits), logits.argmax(-1))
+
+
+def test_all_numbers_are_drawn_from_with_a_top_p_of_1():
+    """Rounded sums of 50,257 probabilities reach 1 before the last of them."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (2, 50_257))
+    assert np.isfinite(interleaved.keep_top(logits, 1.0)).all()
+
+
+@pytest.mark.parametrize('top_p', [None, 0.9, 1.0])
+def test_nothing_is_chosen_where_logits_are_not_finite(top_p):
+    logits = jnp.zeros((3, 5)).at[1, 2].set(jnp.nan).at[2, 0].set(jnp.inf)
+    keys = jax.random.split(jax.random.key(0), 3)
+    chosen = interleaved._choose(logits, keys, Writing(top_p))
+    assert chosen.dtype == jnp.int32
+    assert chosen[0] >= 0
+    np.testing.assert_array_equal(chosen[1:], interleaved.NONE)
 
 
 def test_an_image_for_a_text_is_that_of_the_sampler(params):

@@ -134,7 +134,8 @@ def describe_captions(cfg: ConfigDict, source: Any) -> list[str]:
     if batches.are_too_many(looked.broken * looked.images, looked.images, most):
         raise UserError(
             f'{looked.broken:.1%} of the captions that were looked at are broken, more than '
-            f'data.max_broken = {most}: {looked.reasons[0]}'
+            f'data.max_broken = {most}: {looked.reasons[0]}; mend them, leave such images out, or '
+            'raise --config.data.max_broken'
         )
     if looked.reasons:
         said.append(f'other images take the place of broken captions, as: {looked.reasons[0]}')

@@ -113,16 +113,17 @@ def look(source: Source, most: int, encode: Encode) -> Looked:
     broken = 0.0
     numbers = spread(len(source), most)
     for i in numbers:
+        where = source.name(i) if hasattr(source, 'name') else f'image {i}'
         try:
             captions = source[i]['captions']
             if not captions:
-                raise BrokenCaptionError('an image has no caption')
+                raise BrokenCaptionError(f'{where} has no caption')
         except BrokenCaptionError as error:
             reasons.append(str(error))
             broken += 1
             continue
         found = [_why_not(caption, encode) for caption in captions]
-        wrong = [reason for reason in found if reason]
+        wrong = [f'{where}: {reason}' for reason in found if reason]
         reasons += wrong
         broken += len(wrong) / len(captions)
         right = [text for text, reason in zip(captions, found, strict=True) if not reason]

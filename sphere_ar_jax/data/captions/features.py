@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sphere_ar_jax.runtime import files
 from sphere_ar_jax.runtime.console import UserError, first_line, printable
 
 # What NumPy and zipfile raise at files that are not whole, or not theirs.
@@ -115,10 +116,16 @@ class TextFeatures:
 
 
 @functools.lru_cache(2)
+def _opened(path: str, stamp: tuple[int, int] | None) -> TextFeatures:
+    """The features in a file whose `files.stamp` is `stamp`."""
+    del stamp  # A file that was changed has another one, and is read again.
+    return TextFeatures(path)
+
+
 def open_features(path: str) -> TextFeatures:
-    """Opens a file of features once.
+    """Opens a file of features, once until it changes.
 
     Raises:
       UserError: see `TextFeatures`.
     """
-    return TextFeatures(path)
+    return _opened(path, files.stamp(os.path.expanduser(path)))

@@ -36,7 +36,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
       OSError: it cannot be read.
     """
     if not os.path.isfile(path):
-        raise UserError(f'there is no file {os.fspath(path)} of prompts, a text in each line')
+        what = 'is no plain file' if os.path.exists(path) else 'is not there'
+        raise UserError(f'{os.fspath(path)} {what}: give a file of prompts, a text in each line')
     if os.path.getsize(path) > _MOST_BYTES:
         raise UserError(f'{os.fspath(path)} is no file of prompts: it has more than 64 MiB')
     found = [text.strip() for _, text in lines(path)]

@@ -99,6 +99,11 @@ def _entries(path: str) -> Iterator[tuple[str, Texts]]:
         )
 
 
+def _plain(name: str) -> str:
+    """A path without parts that say nothing, as './a.png' and 'x.tar/./a' have them."""
+    return name.removeprefix('./').replace('/./', '/')
+
+
 def read_table(path: str) -> dict[str, Texts]:
     """Reads the captions of a table.
 
@@ -117,7 +122,7 @@ def read_table(path: str) -> dict[str, Texts]:
         raise UserError(f"data.captions is {path}, but there is no such file; '{BESIDE}' is a word")
     found: dict[str, Texts] = {}
     for name, texts in _entries(place):
-        key = escaped(name.removeprefix('./'))
+        key = _plain(escaped(name))
         before = found.get(key, ())
         if isinstance(before, tuple) and isinstance(texts, tuple):
             found[key] = before + texts
@@ -138,8 +143,8 @@ def _keys(names: Sequence[str], table: Mapping[str, Texts]) -> list[str]:
         forms.setdefault(unicodedata.normalize('NFC', key), []).append(key)
 
     def find(name: str) -> str:
-        if name in table:
-            return name
+        if _plain(name) in table:
+            return _plain(name)
         alike = forms.get(unicodedata.normalize('NFC', name), ())
         return alike[0] if len(alike) == 1 else name
 
@@ -190,6 +195,12 @@ class Captioned:
         found = [table.get(key, ()) for key in keys]
         has_caption = np.array([bool(captions) for captions in found])
         if not has_caption.any():
+            empty = [key for key in keys if key in table]
+            if empty:
+                raise UserError(
+                    'none of the images has a caption: the table has an empty text for each, as '
+                    f"for '{printable(empty[0], 80)}'"
+                )
             raise UserError(
                 f'none of the {len(source)} images has a caption: the table has no path like '
                 f"'{printable(names[0], 80)}'"

@@ -159,6 +159,9 @@ class TokenizerFile:
         # A tokenizer may cut texts and fill them up. Here `encode` does that, for all vocabularies.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Some are trained with merges left out at random (BPE dropout).
+        if getattr(self._tokenizer.model, 'dropout', None) is not None:
+            self._tokenizer.model.dropout = None
         self._model: dict[str, Any] = json.loads(self._tokenizer.to_str())['model']
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._refused = self._refused_numbers()
@@ -239,8 +242,14 @@ class TokenizerFile:
 
 
 @functools.lru_cache(8)
+def _opened(path: str, stamp: tuple[int, int] | None) -> Vocabulary:
+    """The vocabulary in a file whose `files.stamp` is `stamp`."""
+    del stamp  # A file that was changed has another one, and is read again.
+    return Words(path) if path.endswith(_WORDS) else TokenizerFile(path)
+
+
 def open_vocabulary(word: str) -> Vocabulary:
-    """Opens the vocabulary that the config's `ar.vocabulary` names.
+    """Opens the vocabulary that the config's `ar.vocabulary` names; a file once until it changes.
 
     Raises:
       UserError: see `Words` and `TokenizerFile`.
@@ -248,7 +257,7 @@ def open_vocabulary(word: str) -> Vocabulary:
     if word == 'bytes':
         return Bytes()
     path = os.path.expanduser(word)
-    return Words(path) if path.endswith(_WORDS) else TokenizerFile(path)
+    return _opened(path, files.stamp(path))
 
 
 def _kept(word: str, workdir: str | os.PathLike[str]) -> epath.Path:
@@ -343,18 +352,41 @@ def describe_cut(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> s
     )
 
 
-def encode_caption(text: str, *, word: str, length: int) -> np.ndarray:
-    """Encodes a caption to train on.
+def _cut(numbers: list[int], length: int, are_bytes: bool) -> list[int]:
+    """The first `length` numbers; a character of several bytes is not cut in two."""
+    end = length
+    while are_bytes and 0 < end < len(numbers) and (numbers[end] - 1) & 0xC0 == 0x80:
+        end -= 1
+    return numbers[:end]
 
-    Args:
-      text: the caption. Spaces around it do not count.
-      word: names the vocabulary, see `open_vocabulary`.
-      length: T. What is beyond is cut off.
 
-    Returns:
-      (T,) int32.
+class CaptionEncoder:
+    """Encodes captions to train on. It is picklable, for worker processes."""
 
-    Raises:
-      UserError: the vocabulary cannot be opened, or has no numbers for the caption.
-    """
-    return _filled(open_vocabulary(word).encode(text.strip())[:length], length)
+    def __init__(self, word: str, length: int):
+        """Opens the vocabulary.
+
+        Args:
+          word: names the vocabulary, see `open_vocabulary`.
+          length: T. What is beyond is cut off.
+
+        Raises:
+          UserError: see `open_vocabulary`.
+        """
+        self._word = word
+        self._length = length
+        self._vocabulary = open_vocabulary(word)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the vocabulary itself.
+        return CaptionEncoder, (self._word, self._length)
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Turns a caption into numbers (T,) int32. Spaces around it do not count.
+
+        Raises:
+          UserError: the vocabulary has no numbers for the caption.
+        """
+        numbers = self._vocabulary.encode(text.strip())
+        cut = _cut(numbers, self._length, isinstance(self._vocabulary, Bytes))
+        return _filled(cut, self._length)

@@ -40,7 +40,7 @@ def _captions(entry: dict[str, Any], modifiers: str = '') -> tuple[str, ...]:
 
 def _is_emoji(entry: Any) -> bool:
     """Whether an entry of the list, and each of its variants, names a picture."""
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or not isinstance(entry.get('short_names') or [], list):
         return False
     variants = entry.get('skin_variations') or {}
     if not isinstance(variants, dict):
@@ -128,7 +128,7 @@ class Emoji:
         try:
             with open(place, encoding='utf-8') as f:
                 entries = json.load(f)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f'{place} cannot be read: {first_line(error)}') from None
         if not isinstance(entries, list) or not all(map(_is_emoji, entries)):
             raise UserError(f'{place} is no list of emoji')

@@ -135,7 +135,8 @@ class HuggingFace:
         is_here = os.path.isdir(place)
         self._shown_name = os.path.basename(os.path.abspath(place)) if is_here else self._name
         cache = None if data_dir is None else os.fspath(data_dir)
-        found = _load(self._name, split, cache)
+        # A set may have been saved with a format, in which lists of texts become arrays.
+        found = _load(self._name, split, cache).with_format(None)
         where = f'{self._name} {split}'
         image, label = _columns(found.features, where, needs_labels)
         if not len(found):

@@ -69,7 +69,8 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
       left_out: str, JSON of the hidden and the other files, counted.
 
     Raises:
-      UserError: the tar is damaged, a sample has two images, or the tar changed while it was read.
+      UserError: the tar is damaged, a sample has two images or texts, or the tar changed while it
+        was read.
     """
     before = os.fstat(fd)
     tar_index.check_whole(fd, before.st_size, path)
@@ -94,6 +95,8 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
                 if extension in ('cls', 'json'):
                     found = _read_label(fd, member, extension)
                 is_text = extension in ('txt', 'json') and member.size > 0
+                if is_text and extension == 'txt' and not texts.get(key, (0, 0, True))[2]:
+                    raise UserError(f'{path} holds two texts of the sample {shown(key)}')
                 if is_text and (extension == 'txt' or key not in texts):
                     texts[key] = (member.offset_data, member.size, extension == 'json')
                 if found is None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.conditions.classes import are_dropped
+from sphere_ar_jax.models.conditions.classes import dropped
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -42,9 +42,11 @@ class Features(nn.Module):
         """Turns features (B, T, F) into tokens (B, T, D) float32."""
         labels = jnp.asarray(labels, jnp.float32)
         # Encoders differ in the size of their features, which says nothing.
-        size = jnp.sqrt(jnp.mean(jnp.square(labels), axis=-1, keepdims=True))
-        is_empty = size == 0
-        unit = labels / jnp.where(is_empty, 1, size)
+        largest = jnp.max(jnp.abs(labels), axis=-1, keepdims=True)
+        is_empty = largest == 0
+        scaled = labels / jnp.where(is_empty, 1, largest)  # Squares of small ones would be 0.
+        size = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=-1, keepdims=True))
+        unit = scaled / jnp.where(is_empty, 1, size)
         x = nn.Dense(self.width, kernel_init=transformer.INIT, name='features_proj')(unit)
         empty = self.param('features_empty', transformer.INIT, (self.width,))
         positions = self.param('features_positions', transformer.INIT, (self.length, self.width))
@@ -55,18 +57,8 @@ class Features(nn.Module):
         return jnp.zeros_like(labels)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-        """Replaces each text's features by zeros, with a probability.
-
-        Args:
-          keys: one PRNG key for each image, (B,).
-          labels: (B, T, F).
-          probability: a number in [0, 1].
-
-        Returns:
-          (B, T, F).
-        """
-        dropped = are_dropped(keys, probability)
-        return jnp.where(dropped[:, None, None], self.null(labels), labels)
+        """Replaces each image's features by zeros with a probability, see `dropped`."""
+        return dropped(keys, labels, self.null(labels), probability)
 
     def check(self, labels: Any) -> None:
         """Checks that labels are features of texts, (B, T, F) floats.
