@@ -440,6 +440,27 @@ def _beside_run(cfg: ConfigDict, workdir: str) -> ConfigDict:
     return beside.without_other_images(cfg, own, overrides, names_images)
 
 
+def _checked_config(mode: str, workdir: str | None) -> ConfigDict | None:
+    """The config of the command line, None where there is none.
+
+    It is checked, but for that of an experiment, which its own command checks.
+
+    Raises:
+      UserError: it has a value that no run can have, or does not fit the mode or the run.
+    """
+    from sphere_ar_jax.config import beside, checks
+
+    cfg = _CONFIG.value
+    if cfg is None or mode == 'experiment':
+        return cfg
+    if 'comparisons' in cfg:
+        raise UserError('this is the config of an experiment: give --mode=experiment')
+    if workdir is None:
+        return checks.check(cfg)
+    cfg = checks.check(beside.with_kept_vocabulary(cfg, workdir))
+    return _beside_run(cfg, workdir) if _MODES[mode].opens_run else cfg
+
+
 def main(argv: list[str]) -> None:
     """Runs the command that the flags name.
 
@@ -453,7 +474,6 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     import jax
 
-    from sphere_ar_jax.config import beside, checks
     from sphere_ar_jax.runtime import files, hosts, joining
 
     cache = files.compilation_cache(os.environ)
@@ -471,15 +491,7 @@ def main(argv: list[str]) -> None:
     workdir = None if _WORKDIR.value is None else files.absolute(_WORKDIR.value)
     if workdir is not None and os.path.isfile(workdir):
         raise UserError(f'--workdir is {workdir}, which is a file: give a directory')
-    cfg = _CONFIG.value
-    if cfg is not None and mode != 'experiment':
-        if 'comparisons' in cfg:
-            raise UserError('this is the config of an experiment: give --mode=experiment')
-        if workdir is not None:
-            cfg = beside.with_kept_vocabulary(cfg, workdir)
-        cfg = checks.check(cfg)
-    if cfg is not None and workdir is not None and _MODES[mode].opens_run:
-        cfg = _beside_run(cfg, workdir)
+    cfg = _checked_config(mode, workdir)
     _call(mode, workdir, cfg, {name.replace('-', '_'): value for name, value in given.items()})
 
 

@@ -43,15 +43,15 @@ def test_both_stages_were_trained(page):
 def test_images_were_drawn_by_the_parts(page):
     names, _ = page
     chex.assert_shape(names['images'], (6, 16, 16, 1))
-    chex.assert_shape(names['tokens'], (6, 16, 8))
-    chex.assert_tree_all_finite((names['images'], names['tokens']))
-    norms = np.linalg.norm(names['tokens'], axis=-1)
+    chex.assert_shape(names['drawn'].z, (6, 16, 8))
+    chex.assert_tree_all_finite((names['images'], names['drawn']))
+    norms = np.linalg.norm(names['drawn'].z, axis=-1)
     assert norms.std() > 0.1  # the Gaussian posterior's tokens are not on a sphere
-    on_sphere = PowerSpherical().project(names['tokens'])
+    on_sphere = PowerSpherical().project(names['drawn'].z)
     np.testing.assert_allclose(np.linalg.norm(on_sphere, axis=-1), 8**0.5, rtol=1e-5)
 
 
 def test_labels_that_the_condition_refuses(page):
     names, _ = page
     with pytest.raises(ValueError, match='labels must lie between 0 and 9'):
-        names['sample_images'](names['models'], names['sampler'], [3, 10], seed=0)
+        names['draw_images'](names['models'], names['sampler'], [3, 10], seed=0)

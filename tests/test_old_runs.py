@@ -104,7 +104,7 @@ def test_an_old_tokenizer_goes_on_to_the_same_end(runs, tmp_path):
     before = load_run(str(runs / 'digits'), tokenizer_only=True)
     shutil.rmtree(tmp_path / 'tokenizer' / 'checkpoints' / '6')
     cfg = before.config
-    stage = tokenizer_stage(before.vae, cfg.tokenizer_training, cfg.seed)
+    stage = tokenizer_stage(before.vae, cfg.tokenizer_training)
     mesh = sharding.make_mesh()
     source = Digits('train', cfg.seed, cfg.data.holdout)
     with libraries_promote():

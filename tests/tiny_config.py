@@ -71,8 +71,8 @@ def stages(cfg):
     """The tokenizer's stage, and the AR's on a random tokenizer."""
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
-    tokenizer = tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
-    return tokenizer, ar_stage(ar, vae, random_params(vae), cfg.ar_training, cfg.seed)
+    tokenizer = tokenizer_stage(vae, cfg.tokenizer_training)
+    return tokenizer, ar_stage(ar, vae, random_params(vae), cfg.ar_training)
 
 
 def random_arrays(shapes, seed=0):

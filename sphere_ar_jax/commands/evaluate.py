@@ -71,7 +71,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         data = build.open_data_set(own)
         class_names.require(workdir, cfg, getattr(data.train, 'class_names', None))
         setting = setting._replace(source=data.train, data=data)
-        scores, _ = snapshots.score(setting, run.vae_params, run.ar_params)
+        scores, _ = snapshots.score(setting, run)
     elif d.path is None:
         raise UserError(
             'give --samples, --reference and --inception, or --images; or, for scores by a '
@@ -84,7 +84,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
             class_names.require(workdir, cfg, source.class_names)
         training, heldout = sources.split(source, d.holdout_files)
         setting = setting._replace(source=training, heldout=heldout)
-        scores = snapshots.score_by_classifier(setting, run.vae_params, run.ar_params)
+        scores = snapshots.score_by_classifier(setting, run)
     return {
         **scores,
         'seed': run.config.seed,

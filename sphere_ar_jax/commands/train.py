@@ -12,7 +12,7 @@ Dimensions:
 import functools
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,17 +48,29 @@ class _Trained(NamedTuple):
     """The results of the trainings of a run.
 
     Attributes:
-      vae_params: the S-VAE's parameters.
-      ar_params: the AR model's parameters, None where none was trained.
+      run: the models. The AR model's parameters are None where none was trained.
       seconds: wall time by stage.
     """
 
-    vae_params: PyTree
-    ar_params: PyTree | None
+    run: Run
     seconds: dict[str, float]
 
 
-def _run(
+class _Start(NamedTuple):
+    """What the trainings of a run start from.
+
+    Attributes:
+      tokenizer: parameters of a trained tokenizer, None where one is trained.
+      lpips: LPIPS' parameters, None where no tokenizer is trained with them.
+      teacher: the run whose head is distilled, None where none is.
+    """
+
+    tokenizer: PyTree | None = None
+    lpips: PyTree | None = None
+    teacher: Run | None = None
+
+
+def _run_stage(
     setting: snapshots.Setting,
     stage: Stage,
     look: Callable[[int, PyTree, MetricWriter], None],
@@ -97,8 +109,7 @@ def _distillation(setting: snapshots.Setting, teacher: Run) -> Stage:
     """The training of a head that is distilled from a teacher."""
     cfg = setting.cfg
     parameters = (teacher.vae_params, teacher.ar_params)
-    options = cfg.distillation_training
-    return distillation_stage(setting.ar, setting.vae, *parameters, options, cfg.seed)
+    return distillation_stage(setting.ar, setting.vae, *parameters, cfg.distillation_training)
 
 
 def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
@@ -107,23 +118,20 @@ def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
     stage = _distillation(setting, teacher)
     directory = f'{setting.workdir}/distillation'
 
-    def with_head(head: PyTree) -> PyTree:
-        return teacher.ar_params | {'head': head}
+    def with_head(head: PyTree) -> Run:
+        ar_params = teacher.ar_params | {'head': head}
+        return Run(setting.cfg, setting.vae, teacher.vae_params, setting.ar, ar_params)
 
     def look(step: int, head: PyTree, writer: MetricWriter) -> None:
-        snapshots.look_at_samples(
-            setting, teacher.vae_params, with_head(head), directory, step, writer
-        )
+        snapshots.look_at_samples(setting, with_head(head), directory, step, writer)
 
-    head, seconds = _run(setting, stage, look, setting.cfg.sampling.ema_decay)
-    return _Trained(teacher.vae_params, with_head(head), {'distillation': seconds})
+    head, seconds = _run_stage(setting, stage, look, setting.cfg.sampling.ema_decay)
+    return _Trained(with_head(head), {'distillation': seconds})
 
 
 def _train_tokenizer(setting: snapshots.Setting, lpips: PyTree | None) -> tuple[PyTree, float]:
     """Trains the tokenizer. Returns (its parameters, wall time in seconds)."""
-    stage = adversarial.tokenizer_stage(
-        setting.vae, setting.cfg.tokenizer_training, setting.cfg.seed, lpips
-    )
+    stage = adversarial.tokenizer_stage(setting.vae, setting.cfg.tokenizer_training, lpips)
     images: Any = None  # read only where they are looked at
     if setting.cfg.watch.every and setting.cfg.tokenizer_training.steps:
         images = snapshots.examples(setting)
@@ -131,32 +139,26 @@ def _train_tokenizer(setting: snapshots.Setting, lpips: PyTree | None) -> tuple[
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_reconstructions(setting, params, images, step, writer)
 
-    return _run(setting, stage, look)
+    return _run_stage(setting, stage, look)
 
 
 def _ar_stage(setting: snapshots.Setting, vae_params: PyTree) -> Stage:
     """The training of the AR model, of all of it or as a fine-tuning asks."""
     cfg = setting.cfg
     choose_remat = cfg.ar.remat is None
-    stage = ar_stage(setting.ar, setting.vae, vae_params, cfg.ar_training, cfg.seed, choose_remat)
+    stage = ar_stage(setting.ar, setting.vae, vae_params, cfg.ar_training, choose_remat)
     tuning = fine_tuning.read(cfg.fine_tuning)
-    return tuned.of_workdir(stage, tuning, f'{setting.workdir}/ar', setting.mesh, cfg.seed)
+    return tuned.of_workdir(stage, tuning, f'{setting.workdir}/ar', setting.mesh)
 
 
-def _train(setting: snapshots.Setting, tokenizer: PyTree | None, lpips: PyTree | None) -> _Trained:
-    """Trains the tokenizer and the AR model, as far as the config asks for them.
-
-    Args:
-      setting: what the parts of the run share.
-      tokenizer: the parameters of a trained tokenizer to use, or None to train one.
-      lpips: LPIPS' parameters, or None where the tokenizer is trained without.
-    """
+def _train(setting: snapshots.Setting, start: _Start) -> _Trained:
+    """Trains the tokenizer and the AR model, as far as the config asks for them."""
     seconds = {}
-    vae_params = tokenizer
-    if tokenizer is None:
-        vae_params, seconds['tokenizer'] = _train_tokenizer(setting, lpips)
+    vae_params = start.tokenizer
+    if vae_params is None:
+        vae_params, seconds['tokenizer'] = _train_tokenizer(setting, start.lpips)
     if not setting.cfg.ar_training.steps:
-        return _Trained(vae_params, None, seconds)
+        return _Trained(Run(setting.cfg, setting.vae, vae_params, setting.ar, None), seconds)
     training_images.check_latents(setting.cfg, setting.encoded_by, vae_params)
     vae_params = standardisation.add(
         setting.vae,
@@ -171,13 +173,15 @@ def _train(setting: snapshots.Setting, tokenizer: PyTree | None, lpips: PyTree |
     stage = _ar_stage(setting, vae_params)
     directory = f'{setting.workdir}/ar'
 
-    def look(step: int, params: PyTree, writer: MetricWriter) -> None:
+    def with_params(params: PyTree) -> Run:
         ar_params = stage.to_model(params)
-        snapshots.look_at_samples(setting, vae_params, ar_params, directory, step, writer)
+        return Run(setting.cfg, setting.vae, vae_params, setting.ar, ar_params)
 
-    rate = setting.cfg.sampling.ema_decay
-    params, seconds['ar'] = _run(setting, stage, look, rate)
-    return _Trained(vae_params, stage.to_model(params), seconds)
+    def look(step: int, params: PyTree, writer: MetricWriter) -> None:
+        snapshots.look_at_samples(setting, with_params(params), directory, step, writer)
+
+    params, seconds['ar'] = _run_stage(setting, stage, look, setting.cfg.sampling.ema_decay)
+    return _Trained(with_params(params), seconds)
 
 
 def _summary(setting: snapshots.Setting, metrics: dict[str, float]) -> str:
@@ -234,13 +238,18 @@ def _judge(cfg: ConfigDict) -> tuple[PyTree, Any] | None:
     return network, reference.pool
 
 
-def _set_up(
-    cfg: ConfigDict, workdir: str
-) -> tuple[snapshots.Setting, Callable[[snapshots.Setting], _Trained]]:
+def _read_start(cfg: ConfigDict, mesh: Mesh) -> _Start:
+    """Reads what the trainings of a config start from. Raises UserError where it cannot be read."""
+    if cfg.init_from is not None:
+        return _Start(teacher=origins.read_teacher(cfg, mesh))
+    return _Start(origins.read_tokenizer(cfg, mesh), origins.read_lpips(cfg, mesh))
+
+
+def _set_up(cfg: ConfigDict, workdir: str) -> tuple[snapshots.Setting, _Start]:
     """Checks everything that can be checked before a training, and claims the workdir.
 
     Returns:
-      (what the parts of the run share, a function of it that runs the trainings).
+      (what the parts of the run share, what its trainings start from).
     """
     metric_writer.require(cfg.logging)
     cfg = agreement.with_absolute_paths(cfg)
@@ -249,17 +258,7 @@ def _set_up(
     # Processes that read other weights would wait for each other without end.
     agreement.check_same(cfg, images.source)
     _check_parts(cfg, workdir, mesh)
-    stages: Callable[..., _Trained]
-    given: dict[str, Any]
-    if cfg.init_from is None:
-        stages = _train
-        given = {
-            'tokenizer': origins.read_tokenizer(cfg, mesh),
-            'lpips': origins.read_lpips(cfg, mesh),
-        }
-    else:
-        stages = _distil
-        given = {'teacher': origins.read_teacher(cfg, mesh)}
+    start = _read_start(cfg, mesh)
     setting = snapshots.Setting(
         cfg,
         workdir,
@@ -274,7 +273,7 @@ def _set_up(
         encoded_by=images.encoded_by,
     )
     check_claim(cfg, workdir)
-    _check_moved(setting, given)
+    _check_moved(setting, start)
     base = origins.read_base(cfg, workdir, images.source, mesh)
     if build.has_captions(cfg):
         print('\n'.join(training_images.describe_captions(cfg, images.source)), flush=True)
@@ -283,7 +282,7 @@ def _set_up(
     claim(cfg, workdir)
     if base is not None:
         origins.take_base(cfg, workdir, images.source, mesh, base)
-    return setting, functools.partial(stages, **given)
+    return setting, start
 
 
 def _has_moved(cfg: ConfigDict, workdir: str) -> bool:
@@ -297,26 +296,21 @@ def _has_moved(cfg: ConfigDict, workdir: str) -> bool:
     return has_trained and before.tokenizer not in (None, cfg.tokenizer)
 
 
-def _check_moved(setting: snapshots.Setting, given: Mapping[str, Any]) -> None:
+def _check_moved(setting: snapshots.Setting, start: _Start) -> None:
     """Checks that a tokenizer or a teacher of another path is the one that a run was begun on.
 
     This comes before config.json names the new path. All processes call it. Where they name
     different paths, all of them check.
-
-    Args:
-      setting: what the parts of the run share.
-      given: what the trainings start from: the parameters of the `tokenizer`, or the run of the
-        `teacher`.
 
     Raises:
       UserError: it is another one.
     """
     if not hosts.largest(int(_has_moved(setting.cfg, setting.workdir))):
         return
-    if setting.cfg.init_from is not None:
-        stage = _distillation(setting, given['teacher'])
+    if start.teacher is not None:
+        stage = _distillation(setting, start.teacher)
     else:
-        vae_params = standardisation.read(setting.vae, given['tokenizer'], setting.workdir)
+        vae_params = standardisation.read(setting.vae, start.tokenizer, setting.workdir)
         stage = _ar_stage(setting, vae_params)
     check_origin(stage, setting.workdir, setting.mesh)
 
@@ -368,42 +362,36 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
       OSError: likewise.
     """
     with files.owned(workdir, 'a training'):
-        return _train_alone(cfg, workdir, command, started)
+        try:
+            setting, start = _set_up(cfg, workdir)
+        except (OSError, ValueError) as error:
+            raise UserError(console.said(error)) from None
+        _introduce(setting)
+        cfg = setting.cfg
+        for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
+            print(line, flush=True)
+        with Logs.opened(cfg.logging, workdir, schema.as_dict(cfg)) as logs:
+            return _train_and_report(setting._replace(logs=logs), start, command, started)
 
 
-def _train_alone(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[str, float]:
-    """Does what `train` says, in a workdir that is locked."""
-    try:
-        setting, stages = _set_up(cfg, workdir)
-    except (OSError, ValueError) as error:
-        raise UserError(console.said(error)) from None
-    _introduce(setting)
-    cfg = setting.cfg
-    for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):
-        print(line, flush=True)
-    with Logs.opened(cfg.logging, workdir, schema.as_dict(cfg)) as logs:
-        return _run_all(setting._replace(logs=logs), stages, command, started)
-
-
-def _run_all(
-    setting: snapshots.Setting,
-    stages: Callable[[snapshots.Setting], _Trained],
-    command: str,
-    started: float,
+def _train_and_report(
+    setting: snapshots.Setting, start: _Start, command: str, started: float
 ) -> dict[str, float]:
     """Runs the trainings, then evaluates and reports; see `train`."""
     cfg = setting.cfg
     workdir = setting.workdir
     seconds = {'start': time.perf_counter() - started}
-    trained = stages(setting)
+    if start.teacher is not None:
+        trained = _distil(setting, start.teacher)
+    else:
+        trained = _train(setting, start)
     seconds |= trained.seconds
     finish = snapshots.show if setting.data is None else snapshots.score
-    metrics, parts = finish(setting, trained.vae_params, trained.ar_params)
+    metrics, parts = finish(setting, trained.run)
     seconds |= parts
-    mark = time.perf_counter()
     posterior = setting.vae.posterior
-    page.save_curves(f'{workdir}/curves.png', workdir, posterior)
-    seconds['curves'] = time.perf_counter() - mark
+    with console.timed(seconds, 'curves'):
+        page.save_curves(f'{workdir}/curves.png', workdir, posterior)
     metrics |= {f'wall_s/{name}': round(value, 1) for name, value in seconds.items()}
     metrics['wall_s/total'] = round(sum(seconds.values()), 1)
     metrics['peak_rss_mb'] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

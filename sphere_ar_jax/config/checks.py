@@ -11,6 +11,7 @@ from sphere_ar_jax.config import build, fine_tuning, schema
 from sphere_ar_jax.data import small
 from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import transformer, vae
+from sphere_ar_jax.models.backbones import convolutional
 from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.models.judges import discriminators
@@ -245,12 +246,10 @@ def _check_heads(section: str, width: int, heads: int) -> None:
 def _check_backbone(v: ConfigDict, fields: Collection[str]) -> None:
     """Checks the keys of the section `vae` (v) that are fields of its backbone."""
     for channels in (v.stem, *v.channels) if 'channels' in fields else ():
-        groups = min(32, channels // 4)
-        require(
-            groups >= 1 and channels % groups == 0,
-            f'vae: {channels} channels cannot be normalised in {groups} groups: '
-            'use a multiple of 4 up to 128 or of 32',
-        )
+        try:
+            convolutional.norm_groups(channels)
+        except ValueError as error:
+            raise UserError(f'vae: {error}') from None
     if 'heads' in fields:
         _check_heads('vae', v.channels[-1], v.heads)
 
@@ -274,10 +273,6 @@ def _check_models(v: ConfigDict, a: ConfigDict, fields: Collection[str]) -> None
     )
     _check_backbone(v, fields)
     _check_heads('ar', a.width, a.heads)
-    require(
-        a.head_depth % a.head_groups == 0,
-        f'ar: {a.head_groups} head_groups do not divide head_depth {a.head_depth}',
-    )
 
 
 def _check_captions(config: ConfigDict) -> None:

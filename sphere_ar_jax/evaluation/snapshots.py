@@ -5,7 +5,6 @@ Dimensions:
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -154,8 +153,13 @@ def look_at_heldout(held: heldout.HeldOut, params: PyTree, step: int, writer: Me
 _MOST_HELD_OUT = 10_000
 
 
+def _some_images(split: small.Split, n: int) -> np.ndarray:
+    """At most n images (n, H, W, c) of a split, spread evenly, since files may be sorted."""
+    return np.stack([split[i]['image'] for i in sources.spread(len(split), n)])
+
+
 def examples(setting: Setting, n: int = 48) -> np.ndarray:
-    """At most n images of which reconstructions are shown, spread evenly where they are files.
+    """At most n images of which reconstructions are shown, spread evenly.
 
     Returns:
       (n, H, W, c): held-out images, or training images where none are held out. Images of files
@@ -166,7 +170,7 @@ def examples(setting: Setting, n: int = 48) -> np.ndarray:
       UserError: no image can be shown.
     """
     if setting.data is not None:
-        return small.first_images(setting.data.heldout, n)
+        return _some_images(setting.data.heldout, n)
     if setting.heldout is not None:
         numbers = sources.spread(len(setting.heldout), n)
         found = _examples(setting, setting.heldout, numbers, n)['image']
@@ -218,11 +222,10 @@ def look_at_reconstructions(
     writer.picture('reconstructions', step, pictures.tile(pairs, columns, 1))
 
 
-def _drawing(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[str, Any]:
-    """The options of `on_mesh.draw_batches` and `on_mesh.sample_images` that the config gives."""
+def _drawing(setting: Setting) -> dict[str, Any]:
+    """The options of `on_mesh.draw_batches` and `on_mesh.draw_images` that the config gives."""
     cfg = setting.cfg
     return {
-        'models': Run(cfg, setting.vae, vae_params, setting.ar, ar_params),
         'sampler': build.build_sampler(cfg),
         'seed': cfg.seed,
         'batch_size': cfg.sampling.batch_size,
@@ -232,15 +235,13 @@ def _drawing(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[st
 
 def _drawn(
     setting: Setting,
-    vae_params: PyTree,
-    ar_params: PyTree,
+    run: Run,
     labels: np.ndarray,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[np.ndarray]:
     """Yields samples for labels (n,) batch by batch, uint8 (b, H, W, c)."""
     n = len(labels)
-    options = _drawing(setting, vae_params, ar_params)
-    for first, images, _ in on_mesh.draw_batches(labels=labels, **options):
+    for first, images, _ in on_mesh.draw_batches(run, labels=labels, **_drawing(setting)):
         batching.require_finite_images(images, n - first, first)
         found = np.asarray(pixels.to_uint8(hosts.gather(images)[: n - first]))
         progress(first + len(found))
@@ -297,16 +298,15 @@ class _Shown:
         )
 
 
-def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> dict[str, Any]:
+def score_by_classifier(setting: Setting, run: Run) -> dict[str, Any]:
     """Scores a run on image files by a classifier of their classes; no other weights are needed.
 
     Samples are drawn for the classes of real images, or for their captions. WORKDIR/nearest.png
     shows some of each class, with the nearest training images.
 
     Args:
-      setting: the run, on images that are no small data set.
-      vae_params: the tokenizer's parameters.
-      ar_params: the autoregressive model's parameters.
+      setting: what the parts of the run share; its images are no small data set.
+      run: the models.
 
     Returns:
       What `classifier_features.score` gives, of `sampling.num_images` samples.
@@ -326,7 +326,7 @@ def score_by_classifier(setting: Setting, vae_params: PyTree, ar_params: PyTree)
     bar = console.bar(len(labels), 'samples')
     shown = _Shown(wanted.labels)
     scores, nearest = classifier_features.score(
-        shown.keep(_drawn(setting, vae_params, ar_params, labels, bar)),
+        shown.keep(_drawn(setting, run, labels, bar)),
         wanted,
         real,
         titles,
@@ -345,7 +345,7 @@ def _all_classes(count: int, num_classes: int) -> np.ndarray:
     return np.concatenate([np.arange(whole) % num_classes, np.asarray(rest, int)])
 
 
-def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
+def _fid(setting: Setting, run: Run) -> float:
     """The FID of `watch.fid_images` samples, of all classes or of captions, to the reference."""
     assert setting.judge is not None
     network, reference = setting.judge
@@ -358,7 +358,7 @@ def _fid(setting: Setting, vae_params: PyTree, ar_params: PyTree) -> float:
         assert num_classes is not None  # the model was built with it
         labels = _all_classes(len(numbers), num_classes)
     features = protocol.extract(
-        _drawn(setting, vae_params, ar_params, labels),
+        _drawn(setting, run, labels),
         network,
         batch_size=setting.cfg.sampling.batch_size,
         mesh=setting.mesh,
@@ -417,12 +417,10 @@ def _grid(setting: Setting) -> _Grid:
     )
 
 
-def _draw_grid(
-    setting: Setting, grid: _Grid, vae_params: PyTree, ar_params: PyTree, **options: Any
-) -> np.ndarray:
-    """The images (n, H, W, c) of the grid; options: further ones of `on_mesh.sample_images`."""
-    drawing = _drawing(setting, vae_params, ar_params)
-    images, _ = on_mesh.sample_images(labels=grid.labels, index=grid.noise, **drawing, **options)
+def _draw_grid(setting: Setting, grid: _Grid, run: Run, **options: Any) -> np.ndarray:
+    """The images (n, H, W, c) of the grid; options: further ones of `on_mesh.draw_images`."""
+    options |= _drawing(setting)
+    images, _ = on_mesh.draw_images(run, labels=grid.labels, index=grid.noise, **options)
     return images
 
 
@@ -432,12 +430,7 @@ def _save_grid(setting: Setting, grid: _Grid, path: str, images: np.ndarray) -> 
 
 
 def look_at_samples(
-    setting: Setting,
-    vae_params: PyTree,
-    ar_params: PyTree,
-    directory: str,
-    step: int,
-    writer: MetricWriter,
+    setting: Setting, run: Run, directory: str, step: int, writer: MetricWriter
 ) -> None:
     """Writes a picture of samples and, where the setting has a judge, their FID.
 
@@ -445,9 +438,8 @@ def look_at_samples(
     training".
 
     Args:
-      setting: the run.
-      vae_params: the tokenizer's parameters.
-      ar_params: the autoregressive model's parameters at this step.
+      setting: what the parts of the run share.
+      run: the models at this step.
       directory: where samples_STEP.png goes.
       step: number of training steps done.
       writer: the stage's metrics, which get the picture, `fid` and `fid_images`, the number of
@@ -455,12 +447,12 @@ def look_at_samples(
     """
     grid = _grid(setting)
     try:
-        images = _draw_grid(setting, grid, vae_params, ar_params)
+        images = _draw_grid(setting, grid, run)
         _save_grid(setting, grid, f'{directory}/samples_{step:07d}.png', images)
         writer.picture('samples', step, pictures.tile(images, setting.cfg.watch.columns, 1))
         if setting.judge is not None:
             n = setting.cfg.watch.fid_images
-            found = {'fid': _fid(setting, vae_params, ar_params), 'fid_images': n}
+            found = {'fid': _fid(setting, run), 'fid_images': n}
             writer.write(step, found, found)
     except batching.NonFiniteSamples as error:
         _report_no_picture(step, error)
@@ -541,17 +533,14 @@ def _of_captions(setting: Setting, data: small.DataSet, run: Run) -> _Way:
     return _Way(labels, save, scores)
 
 
-def score(
-    setting: Setting, vae_params: PyTree, ar_params: PyTree | None
-) -> tuple[dict[str, float], dict[str, float]]:
+def score(setting: Setting, run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Scores a run on a small data set by its protocol, and writes pictures into the workdir.
 
     The weights of a classifier that had to be trained are kept in the workdir.
 
     Args:
-      setting: the run.
-      vae_params: the tokenizer's parameters.
-      ar_params: the autoregressive model's parameters. None leaves the samples out.
+      setting: what the parts of the run share.
+      run: the models. Without parameters of the AR model samples are left out.
 
     Returns:
       (metrics by name, seconds by part).
@@ -559,74 +548,65 @@ def score(
     data = setting.data
     assert data is not None  # by the caller
     sampling = setting.cfg.sampling
-    seconds = {}
-    started = time.perf_counter()
-    images = small.first_images(data.heldout, _MOST_HELD_OUT)
-    columns = min(16, len(images))
-    metrics = _reconstruct(setting, vae_params, images, sampling.batch_size, columns=columns)
-    seconds['reconstruction'] = time.perf_counter() - started
-    if ar_params is None:
+    seconds: dict[str, float] = {}
+    with console.timed(seconds, 'reconstruction'):
+        images = _some_images(data.heldout, _MOST_HELD_OUT)
+        columns = min(16, len(images))
+        size = sampling.batch_size
+        metrics = _reconstruct(setting, run.vae_params, images, size, columns=columns)
+    if run.ar_params is None:
         return metrics, seconds
 
-    started = time.perf_counter()
-    print(
-        f'sampling {sampling.num_images} images: {sampling.solver}, {sampling.num_steps} steps, '
-        f'guidance {sampling.guidance_scale}',
-        flush=True,
-    )
-    drawing = _drawing(setting, vae_params, ar_params)
-    if data.kind == 'composed':
-        way = _of_captions(setting, data, drawing['models'])
-    else:
-        way = _of_classes(setting, data)
-    samples, _ = on_mesh.sample_images(
-        labels=way.labels, progress=console.bar(sampling.num_images, 'samples'), **drawing
-    )
-    way.save(f'{setting.workdir}/samples.png', samples)
-    seconds['sampling'] = time.perf_counter() - started
+    with console.timed(seconds, 'sampling'):
+        print(
+            f'sampling {sampling.num_images} images: {sampling.solver}, {sampling.num_steps} '
+            f'steps, guidance {sampling.guidance_scale}',
+            flush=True,
+        )
+        if data.kind == 'composed':
+            way = _of_captions(setting, data, run)
+        else:
+            way = _of_classes(setting, data)
+        bar = console.bar(sampling.num_images, 'samples')
+        samples, _ = on_mesh.draw_images(run, labels=way.labels, progress=bar, **_drawing(setting))
+        way.save(f'{setting.workdir}/samples.png', samples)
 
-    started = time.perf_counter()
-    print('scoring', flush=True)
-    metrics |= way.score(samples)
-    seconds['scoring'] = time.perf_counter() - started
+    with console.timed(seconds, 'scoring'):
+        print('scoring', flush=True)
+        metrics |= way.score(samples)
     return metrics, seconds
 
 
-def show(
-    setting: Setting, vae_params: PyTree, ar_params: PyTree | None
-) -> tuple[dict[str, float], dict[str, float]]:
+def show(setting: Setting, run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Writes pictures of a run on images that have no protocol of scores here.
 
     Args:
-      setting: the run.
-      vae_params: the tokenizer's parameters.
-      ar_params: the autoregressive model's parameters. None leaves the grid of samples out.
+      setting: what the parts of the run share.
+      run: the models. Without parameters of the AR model the grid of samples is left out.
 
     Returns:
       (metrics by name, seconds by part).
     """
-    seconds = {}
+    seconds: dict[str, float] = {}
     metrics: dict[str, float] = {}
-    started = time.perf_counter()
     if _has_latents(setting):
         print('latents hold no images: reconstructions and their PSNR are left out', flush=True)
     else:
-        images = examples(setting)
-        which = 'training' if setting.heldout is None else 'held-out'
-        metrics = _reconstruct(
-            setting,
-            vae_params,
-            images,
-            _at_once(images),
-            columns=min(8, len(images)),
-            title=f'{which} images, cropped at the centre, and decoded',
-        )
-        seconds['reconstruction'] = time.perf_counter() - started
-    if ar_params is not None:
-        started = time.perf_counter()
-        grid = _grid(setting)
-        bar = console.bar(len(grid.labels), 'samples')
-        images = _draw_grid(setting, grid, vae_params, ar_params, progress=bar)
-        _save_grid(setting, grid, f'{setting.workdir}/samples.png', images)
-        seconds['sampling'] = time.perf_counter() - started
+        with console.timed(seconds, 'reconstruction'):
+            images = examples(setting)
+            which = 'training' if setting.heldout is None else 'held-out'
+            metrics = _reconstruct(
+                setting,
+                run.vae_params,
+                images,
+                _at_once(images),
+                columns=min(8, len(images)),
+                title=f'{which} images, cropped at the centre, and decoded',
+            )
+    if run.ar_params is not None:
+        with console.timed(seconds, 'sampling'):
+            grid = _grid(setting)
+            bar = console.bar(len(grid.labels), 'samples')
+            images = _draw_grid(setting, grid, run, progress=bar)
+            _save_grid(setting, grid, f'{setting.workdir}/samples.png', images)
     return metrics, seconds

@@ -144,7 +144,7 @@ def _measure(
     assert num_classes is not None  # a run knows it
     labels = np.arange(num_images) % num_classes
     sampler = build.Sampler(options, scale, cfg.sampling.temperature)
-    images, _ = on_mesh.sample_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
+    images, _ = on_mesh.draw_images(run, sampler, labels, seed=cfg.seed, batch_size=batch_size)
     scores = comparison.sample_scores(judge, images, labels)
     found = {name: scores[name.removeprefix('samples/')] for name in SCORES}
     found['evaluations'] = options.plan(run.ar.num_tokens).evaluations

@@ -139,7 +139,7 @@ def _train(stage: Stage, source: small.Split, directory: str, cfg: ConfigDict, m
 
 def tokenizer_stage(cfg: ConfigDict) -> Stage:
     """The training of a config's tokenizer."""
-    return adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
+    return adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training)
 
 
 def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
@@ -189,14 +189,20 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
             mesh=mesh,
             reading=_reading(own),
         )
-        stage = ar_stage(build.build_ar(own), vae, params, own.ar_training, own.seed)
+        stage = ar_stage(build.build_ar(own), vae, params, own.ar_training)
         _train(stage, source, directory, own, mesh)
 
 
 def load(cfg: ConfigDict, cache: str, mesh: Mesh) -> Run:
-    """Reads the trained models of a config, also where the cache was moved."""
+    """Reads the trained models of a config, also where the cache was moved.
+
+    They may have been trained for another row, which is sampled otherwise: the section `sampling`
+    is that of `cfg`.
+    """
     directory = ar_directory(cache, cfg)
-    own = schema.changed(load_config(directory), {'tokenizer': tokenizer_directory(cache, cfg)})
+    values = {f'sampling.{key}': value for key, value in cfg.sampling.to_dict().items()}
+    values['tokenizer'] = tokenizer_directory(cache, cfg)
+    own = schema.changed(load_config(directory), values)
     return load_run(directory, mesh, cfg=own)
 
 

@@ -25,8 +25,7 @@ def _steps(cfg: ConfigDict, mesh: Mesh) -> Callable[[], None]:
     """A function that makes `STEPS` training steps of a config's tokenizer and waits for them."""
     stage = runs.tokenizer_stage(cfg)
     abstract = training_state.abstract_state(stage, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state: Any = training_state.initialise(stage, shardings, cfg.seed)
+    state: Any = training_state.initialise(stage, abstract, cfg.seed)
     train = build.open_data_set(cfg).train
     examples = [train[i % len(train)] for i in range(cfg.tokenizer_training.batch_size)]
     images = np.stack([example['image'] for example in examples])

@@ -133,6 +133,11 @@ class Options:
             raise ValueError(f'guidance_interval is {ends}, but must be 0 ≤ low < high ≤ 1')
 
     @property
+    def splits_first_token(self) -> bool:
+        """Whether conditional and null rows draw different first tokens, see the class."""
+        return self.guidance == 'linear' and self.first_token_apart is not False
+
+    @property
     def _last_steps(self) -> int:
         """Steps of the last token."""
         return self.num_steps if self.final_steps is None else self.final_steps

@@ -197,8 +197,9 @@ def mixing(times: np.ndarray, noise_scale: float = 1.0) -> Table:
 
     A step estimates the end x̂₁ and the start x̂₀ of the geodesic through x, mixes x̂₀ with a
     uniform point by the weight η, and goes to t + h on the geodesic from there to x̂₁. It is
-    Euler's for η = 0. The last step reaches x̂₁ and takes no noise. See `docs/method.md`,
-    "Riemannian head".
+    Euler's for η = 0. The last step reaches x̂₁ and takes no noise. A velocity longer than πR, as
+    guidance may make it, goes more than half way round: the geodesic to x̂₁ is then the other, the
+    shorter one. See `docs/method.md`, "Riemannian head".
 
     Args:
       times: (n + 1,), see `grid`.

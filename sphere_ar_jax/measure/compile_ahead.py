@@ -36,7 +36,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -297,7 +297,7 @@ def _remedies(cfg: ConfigDict, name: str, mesh: Mesh) -> list[Change]:
     return [change for i, change in enumerate(found) if change and change not in found[:i]]
 
 
-def _remedy(cfg: ConfigDict, name: str, mesh: Mesh, say: Callable[[str], None]) -> str:
+def _remedy(cfg: ConfigDict, name: str, mesh: Mesh) -> str:
     """What makes a training step fit, for people: flags, and the bytes of a device with them."""
     for change in _remedies(cfg, name, mesh):
         flags = ' '.join(f'--config.{key}={value}' for key, value in change.items())
@@ -309,7 +309,7 @@ def _remedy(cfg: ConfigDict, name: str, mesh: Mesh, say: Callable[[str], None]) 
             needed = sum(memory(compiled, work.groups).values())
             return f'fits with {flags} ({size(needed)})'
         except OutOfMemoryError as error:
-            say(f'  tried {flags}: {error}')
+            _say(f'  tried {flags}: {error}')
     return NO_REMEDY
 
 
@@ -459,9 +459,16 @@ def _examine(
     mesh: Mesh,
     work: programs.Work,
     audit: bool,
-    say: Callable[[str], None],
 ) -> Result:
-    """One program on one slice; the arguments are those of `run`."""
+    """Compiles and counts one program for one slice.
+
+    Args:
+      cfg: a checked config.
+      piece: the slice.
+      mesh: its devices.
+      work: the program.
+      audit: whether arrays that are not split are looked for.
+    """
     model = cfg.vae if work.name == 'tokenizer step' else cfg.ar
     not_split = sharding.describe_not_split(mesh, work.groups) if work.devices > 1 else ''
     r = {
@@ -482,7 +489,7 @@ def _examine(
     try:
         r |= measure(work, piece.chip)
     except OutOfMemoryError as error:
-        remedy = _remedy(cfg, name, mesh, say) if work.steps else NO_REMEDY
+        remedy = _remedy(cfg, name, mesh) if work.steps else NO_REMEDY
         return r | {
             'fits': False,
             'why': str(error),
@@ -555,7 +562,7 @@ def run(
                     f'{work.name} for {piece.name}: {why}: use another batch size or mesh'
                 )
             print(f'{work.name} for {piece.name}: compiling', file=sys.stderr, flush=True)
-            results.append(_examine(cfg, piece, mesh, work, audit, _say))
+            results.append(_examine(cfg, piece, mesh, work, audit))
             for line in _lines(results[-1]):
                 _say(line)
             if output is not None:

@@ -164,7 +164,7 @@ def guided_evaluations(options: Options, num_tokens: int) -> np.ndarray:
     inside = np.asarray(guidance.guides_at(jnp.asarray(plan.tables.t)))
     is_evaluated = np.arange(inside.shape[1]) < plan.count[:, None]
     guided = (inside & is_evaluated).sum(1)[plan.which]
-    if options.guidance == 'linear' and options.first_token_apart is not False:
+    if options.splits_first_token:
         # The null rows of token 0 go apart, at all times.
         guided[0] = plan.count[plan.which[0]]
     return guided

@@ -28,7 +28,13 @@ from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import stages
-from sphere_ar_jax.training.state import Stage, abstract_state, quickly_compiled, step_for_memory
+from sphere_ar_jax.training.state import (
+    Stage,
+    abstract_state,
+    initialise,
+    quickly_compiled,
+    step_for_memory,
+)
 
 # part → what one run of it does
 PARTS = {
@@ -314,10 +320,9 @@ class Part:
 
     def _train(self, stage: Stage) -> Callable[[], np.ndarray]:
         mesh = sharding.make_mesh(1)
-        state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
+        abstract = abstract_state(stage, mesh)
+        self.state = initialise(stage, abstract, 0)
         batch = {'image': self.inputs['images'], 'label': self.inputs['labels']}
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
-        self.state = jax.device_put(state, shardings)
         batch = sharding.place_batch(mesh, batch)
         arguments = (stage.frozen, batch, np.uint32(0))
         chosen = step_for_memory(stage, mesh, (self.state, *arguments))
@@ -325,7 +330,7 @@ class Part:
             print(f'{stage.name}: {chosen.text}', flush=True)
         timed = stage.without_remat if chosen.without_remat else stage
         assert timed is not None  # `step_for_memory` chose it
-        self._count(timed.step, state, stage.frozen, batch)
+        self._count(timed.step, abstract, *arguments)
         step = chosen.run
         if not chosen.without_remat:
             step = _compile(step, self.state, *arguments)
@@ -339,7 +344,7 @@ class Part:
     def _train_tokenizer(self) -> Callable[[], np.ndarray]:
         # The parameters of LPIPS come from files, which the benchmark does not ask for.
         cfg = schema.changed(self.cfg, {'tokenizer_training.perceptual_weight': 0.0})
-        return self._train(stages.tokenizer_stage(self.vae, cfg.tokenizer_training, 0))
+        return self._train(stages.tokenizer_stage(self.vae, cfg.tokenizer_training))
 
     def _train_ar(self) -> Callable[[], np.ndarray]:
         if self.cfg.init_from is not None:
@@ -347,7 +352,7 @@ class Part:
         vae_params = self._params(self.vae, 2)
         choose_remat = self.cfg.ar.remat is None
         return self._train(
-            stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, 0, choose_remat)
+            stages.ar_stage(self.ar, self.vae, vae_params, self.cfg.ar_training, choose_remat)
         )
 
     def _program(self, params: PyTree) -> Callable[[], jax.Array]:

@@ -104,7 +104,7 @@ def _distillation(cfg: ConfigDict, ar: AR, vae: VAE) -> tuple[Stage, PyTree]:
 
     def make(vae_params: PyTree, ar_params: PyTree) -> Stage:
         options = cfg.distillation_training
-        return distillation_stage(ar, vae, vae_params, ar_params, options, cfg.seed)
+        return distillation_stage(ar, vae, vae_params, ar_params, options)
 
     def init(key: jax.Array) -> PyTree:
         return jax.eval_shape(lambda *params: make(*params).init(key), *teacher)
@@ -128,13 +128,13 @@ def stages(cfg: ConfigDict) -> dict[str, tuple[Stage, PyTree]]:
     found = {}
     if cfg.tokenizer_training.steps and cfg.tokenizer is None:
         frozen = _lpips(cfg.tokenizer_training)
-        stage = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed, frozen)
+        stage = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, frozen)
         found['tokenizer'] = (stage, frozen)
     if cfg.ar_training.steps:
-        stage = ar_stage(ar, vae, _shapes(vae), cfg.ar_training, cfg.seed)
+        stage = ar_stage(ar, vae, _shapes(vae), cfg.ar_training)
         tuning = fine_tuning.read(cfg.fine_tuning)
         if tuning != fine_tuning.Tuning():
-            stage = tuned_stage(stage, tuning, _shapes(ar), cfg.seed)
+            stage = tuned_stage(stage, tuning, _shapes(ar))
         found['ar'] = (stage, stage.frozen)
     return found
 
@@ -209,7 +209,7 @@ def training_works(cfg: ConfigDict, mesh: Mesh) -> list[Work]:
         images = stage.options.batch_size
         image, label = _rows(mesh, images, (jnp.float32, shape), _label(build.build_condition(cfg)))
         batch = {'image': image, 'label': label}
-        arguments = (state, frozen, batch)
+        arguments = (state, frozen, batch, jax.ShapeDtypeStruct((), jnp.uint32))
         computed = costs.flops(stage.step, *arguments)
         flops = computed
         if cfg.vae.remat or build.recomputes(cfg.ar):

@@ -30,25 +30,6 @@ _Model = TypeVar('_Model', bound='AR')
 Caches: TypeAlias = tuple[Cache, ...]  # one for each block
 
 
-class Positions(nn.Module):
-    """The learned embedding that tells a head which token it draws.
-
-    `AR` shares its scope, so that its parameter stands beside the model's own.
-
-    Attributes:
-      num_tokens: L.
-      width: D.
-    """
-
-    num_tokens: int
-    width: int
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        """Returns the embedding (L, D)."""
-        return self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
-
-
 class AR(nn.Module):
     """SphereAR without its tokenizer.
 
@@ -97,8 +78,11 @@ class AR(nn.Module):
             self.fused,
         )
         self.norm = transformer.RMSNorm()
-        self.positions = Positions(self.num_tokens, self.width)
-        nn.share_scope(self, self.positions)
+
+    @nn.compact
+    def positions(self) -> jax.Array:
+        """Returns the learned embedding (L, D) that tells a head which token it draws."""
+        return self.param('pos_for_diff', transformer.INIT, (self.num_tokens, self.width))
 
     @property
     def num_tokens(self) -> int:

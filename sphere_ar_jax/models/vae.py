@@ -305,21 +305,6 @@ def draw_latents(
     return q.sample(q.draws(keys)), q
 
 
-def draw_tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws the tokens that the AR model learns from, (B, L, `VAE.token_dim`).
-
-    They are the latents of `draw_latents`, brought into the token space.
-
-    Args:
-      vae: the tokenizer.
-      params: its parameters, see `VAE.with_statistics`.
-      images: (B, H·p, W·p, c) in [−1, 1].
-      keys: one PRNG key for each image, (B,).
-    """
-    z, _ = draw_latents(vae, params, images, keys)
-    return vae.apply({'params': params}, z, method='to_tokens')
-
-
 def batch_posterior(vae: VAE, params: PyTree, batch: Mapping[str, jax.Array]) -> Distribution:
     """The posterior of the tokens of a batch, from its images or from their latents.
 
@@ -337,7 +322,9 @@ def batch_posterior(vae: VAE, params: PyTree, batch: Mapping[str, jax.Array]) ->
 def draw_batch_tokens(
     vae: VAE, params: PyTree, batch: Mapping[str, jax.Array], keys: jax.Array
 ) -> jax.Array:
-    """Draws the tokens that the AR model learns from, as `draw_tokens`, for a batch.
+    """Draws the tokens that the AR model learns from, (B, L, `VAE.token_dim`).
+
+    They are drawn from the posterior, and brought into the token space.
 
     Args:
       vae: the tokenizer.

@@ -4,6 +4,7 @@ The doctor imports this module where packages may be missing, so that it imports
 """
 
 import _thread
+import contextlib
 import errno
 import io
 import math
@@ -12,7 +13,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -330,6 +332,14 @@ def bars(lines: TextIO | None = None) -> Callable[[str, int, int | None], None]:
         parts[part](done, total)
 
     return progress
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Notes under a name the wall time, in seconds, that the block of a `with` takes."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def one_line(error: BaseException) -> str:

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sphere_ar_jax.models.vae import VAE, draw_latents, image_keys
-from sphere_ar_jax.models.vae import draw_tokens as draw_posterior_tokens
+from sphere_ar_jax.models.vae import VAE, draw_batch_tokens, draw_latents, image_keys
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import batching
@@ -123,7 +122,8 @@ def drawing_encoder(vae: VAE) -> Callable[..., jax.Array]:
 
     def run(params, rows):
         images, key_data = rows
-        return draw_posterior_tokens(vae, params, images, jax.random.wrap_key_data(key_data))
+        keys = jax.random.wrap_key_data(key_data)
+        return draw_batch_tokens(vae, params, {'image': images}, keys)
 
     return jax.jit(run)
 

@@ -224,11 +224,10 @@ class _Parts:
         damaged = []
         for name in sorted(os.listdir(directory)):
             number = re.fullmatch(r'(\d{8,})\.npy', name)
-            if number is not None and not self._found(
-                os.path.join(directory, name), int(number[1])
-            ):
+            path = os.path.join(directory, name)
+            if number is not None and not self._take(path, int(number[1])):
                 damaged.append(name)
-                os.remove(os.path.join(directory, name))
+                os.remove(path)
         if damaged:
             print(
                 f'{directory}: damaged files: {len(damaged)}, {damaged[0]} the first; '
@@ -237,7 +236,7 @@ class _Parts:
                 flush=True,
             )
 
-    def _found(self, path: str, start: int) -> bool:
+    def _take(self, path: str, start: int) -> bool:
         """Takes a file in as the next part. Returns whether it is whole."""
         images = _read_part(path)
         if images is None or images.shape[1:] != self._shape[1:] or not len(images):
@@ -249,11 +248,6 @@ class _Parts:
         if start >= done:  # else it repeats images of the part before
             self.parts.append(_Part(path, start, stop))
         return True
-
-    @property
-    def done(self) -> int:
-        """The number of images in the parts."""
-        return sum(part.stop - part.start for part in self.parts)
 
     def gaps(self) -> list[tuple[int, int]]:
         """The images that no part has, as (number of the first, number after the last)."""

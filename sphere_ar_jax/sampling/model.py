@@ -12,7 +12,7 @@ Dimensions:
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +29,10 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import autoencoding, batching, captioning, inputs, on_mesh
 from sphere_ar_jax.sampling.generation import Run
-from sphere_ar_jax.sampling.tokens import Prefix
+from sphere_ar_jax.sampling.tokens import Drawn, Prefix
 from sphere_ar_jax.sphere import geometry
 
 _slerp = jax.jit(geometry.slerp)
-
-
-class Tokens(NamedTuple):
-    """Tokens that were drawn.
-
-    Attributes:
-      z: tokens (n, L, d) float32, projected.
-      raw: the same tokens as the head drew them, before projection.
-    """
-
-    z: np.ndarray
-    raw: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +269,7 @@ class Model:
         index = np.zeros(found, np.int32) if np.ndim(seeds) else np.arange(found, dtype=np.int32)
         return _Request(arrays, found, seeds, index, sampler)
 
-    def _draw(self, request: _Request, prefix: Prefix | None = None) -> tuple[np.ndarray, Tokens]:
+    def _draw(self, request: _Request, prefix: Prefix | None = None) -> tuple[np.ndarray, Drawn]:
         """Images (n, H, W, c), clipped, and their tokens."""
         images, drawn = on_mesh.draw_images(
             self,
@@ -293,7 +281,7 @@ class Model:
             batch_size=self._batch_size,
             mesh=self.mesh,
         )
-        return _clipped(images), Tokens(np.asarray(drawn.z), np.asarray(drawn.raw))
+        return _clipped(images), drawn
 
     # ---- drawing
 
@@ -368,7 +356,7 @@ class Model:
         seed: ArrayLike = 0,
         guidance: ArrayLike | None = None,
         steps: int | None = None,
-    ) -> Tokens:
+    ) -> Drawn:
         """Draws the tokens of an image for each label; `decode` makes the images of `sample`.
 
         >>> import numpy as np

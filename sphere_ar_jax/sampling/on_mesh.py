@@ -485,36 +485,3 @@ def draw_images(
         parts.append(jax.tree.map(lambda a: hosts.gather(a)[: n - first], (images, drawn)))
         progress(min(first + len(images), n))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def sample_images(
-    models: Models,
-    sampler: Sampler,
-    labels: Labels,
-    *,
-    seed: int | np.ndarray,
-    index: np.ndarray | None = None,
-    batch_size: int = 250,
-    mesh: Mesh | None = None,
-    progress: Callable[[int], None] = _nothing,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one image per label by `draw_images`, which explains the arguments.
-
-    Returns:
-      (images (n, H, W, c) float32, about [−1, 1], tokens (n, L, d)).
-
-    Raises:
-      ValueError: see `draw_batches`.
-      NonFiniteSamples: an image is not finite.
-    """
-    images, drawn = draw_images(
-        models,
-        sampler,
-        labels,
-        seed=seed,
-        index=index,
-        batch_size=batch_size,
-        mesh=mesh,
-        progress=progress,
-    )
-    return images, np.asarray(drawn.z)

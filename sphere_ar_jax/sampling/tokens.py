@@ -53,7 +53,7 @@ class Carry(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What the sampler draws.
+    """What the sampler draws. Its arrays are NumPy's where `on_mesh.draw_images` gathered them.
 
     Attributes:
       z: tokens (B, L, d), projected; those of a prefix are as they were given.
@@ -372,7 +372,7 @@ def _draw_rows(
     if options.guidance is None:
         return draws
     null = draws
-    if options.guidance == 'linear' and options.first_token_apart is not False:
+    if options.splits_first_token:
         null = jax.lax.cond(k == 0, lambda: _draw(keys, num_tokens, shape), lambda: draws)
     return jnp.concatenate([draws, null], axis=1)
 

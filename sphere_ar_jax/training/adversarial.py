@@ -28,10 +28,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.models.judges import discriminators
-from sphere_ar_jax.models.vae import VAE, autoencode
+from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime.console import pick
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, stages
@@ -51,7 +52,7 @@ class AdversarialState(training_state.TrainState):
 
 
 def tokenizer_stage(
-    vae: VAE, options: ConfigDict, seed: int, lpips_params: PyTree | None = None
+    vae: VAE, options: ConfigDict, lpips_params: PyTree | None = None
 ) -> training_state.Stage:
     """The training of the S-VAE against a discriminator.
 
@@ -68,7 +69,6 @@ def tokenizer_stage(
       options: the stage's section of the config. Here it needs discriminator, one of
         `discriminators.KINDS`, disc_loss, one of `discriminators.ADVERSARIAL`, disc_start,
         disc_weight, perceptual_weight, l2_weight and kl_weight.
-      seed: seed of all draws.
       lpips_params: parameters of `lpips.LPIPS`, on the devices of the mesh. None where
         perceptual_weight is 0, or for a stage whose state is to be read and not trained.
 
@@ -80,7 +80,7 @@ def tokenizer_stage(
         images of that size.
     """
     if not options.disc_weight:
-        return stages.tokenizer_stage(vae, options, seed, lpips_params)
+        return stages.tokenizer_stage(vae, options, lpips_params)
     discriminator = discriminators.build(options.discriminator, vae.image_shape, vae.dtype)
     discriminator_term, generator_term = pick(
         discriminators.ADVERSARIAL, 'disc_loss', options.disc_loss
@@ -96,15 +96,13 @@ def tokenizer_stage(
             step=jnp.int32(0),
             params=params,
             opt_state=tx.init(params),
-            ema=training_state.copies(params, decays),
+            ema=training_state.copies(params, len(decays)),
             disc_params=disc_params,
             disc_opt_state=tx.init(disc_params),
         )
 
     def generator_loss(params, state, lpips_params, images, keys, weight):
-        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
-        weights = stages.tokenizer_weights(vae, options, lpips_params)
-        loss, scalars = losses.reconstruction_loss(images, recon, z, posterior, **weights)
+        loss, scalars, recon = stages.reconstruct(vae, options, params, lpips_params, images, keys)
         fake = discriminator.apply({'params': state.disc_params}, recon)
         scalars['adversarial'] = generator_term(fake)
         return loss + weight * scalars['adversarial'], (scalars, recon)
@@ -124,7 +122,7 @@ def tokenizer_stage(
         state: AdversarialState,
         lpips_params: PyTree,
         batch: training_state.Batch,
-        seed: int | jax.Array = seed,
+        seed: ArrayLike,
     ) -> tuple[AdversarialState, training_state.Scalars]:
         images = batch['image']
         keys = losses.sample_keys(jax.random.key(seed), state.step, len(images))

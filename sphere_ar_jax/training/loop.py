@@ -211,14 +211,13 @@ def _begin(
         training_state.check_frozen(stage, frozen, data_state, directory)
         print(f'{stage.name}: goes on from step {int(state.step)}', flush=True)
         return state, data_state, seconds
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = training_state.initialise(stage, shardings, seed)
+    state = training_state.initialise(stage, abstract, seed)
     if stage.begin is None:
         weights = training_state.converted(directory, abstract.params)
     else:
         weights = stage.begin(state.params)
     if weights is not None:
-        state = state.replace(params=weights, ema=training_state.copies(weights, state.ema))
+        state = state.replace(params=weights, ema=training_state.copies(weights, len(state.ema)))
     overview = parameter_overview.get_parameter_overview(
         state.params, include_stats=False, max_lines=12
     )

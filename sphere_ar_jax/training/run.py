@@ -230,7 +230,7 @@ def load_run(
             f'{workdir} names itself as the run that has its tokenizer: give --config.tokenizer=DIR'
         )
     elif cfg.tokenizer is None:
-        tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed)
+        tokenizer = adversarial.tokenizer_stage(vae, cfg.tokenizer_training)
         vae_params = _restore(tokenizer, workdir, mesh)
     else:
         vae_params = load_tokenizer(cfg, mesh)
@@ -267,16 +267,15 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
             teacher.vae_params,
             teacher.ar_params,
             cfg.distillation_training,
-            cfg.seed,
         )
         rate = of_rate(cfg.distillation_training, cfg.sampling.ema_decay)
         head = _restore(distillation, workdir, mesh, rate)
         ar_params = teacher.ar_params | {'head': head}
         return run._replace(vae_params=teacher.vae_params, ar_params=ar_params)
     vae_params = standardisation.read(run.vae, run.vae_params, workdir)
-    stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, cfg.seed)
+    stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training)
     tuning = fine_tuning.read(cfg.fine_tuning)
-    stage = tuned.of_workdir(stage, tuning, os.path.join(workdir, 'ar'), mesh, cfg.seed)
+    stage = tuned.of_workdir(stage, tuning, os.path.join(workdir, 'ar'), mesh)
     part = of_rate(cfg.ar_training, cfg.sampling.ema_decay)
     return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
 

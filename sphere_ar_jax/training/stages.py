@@ -1,7 +1,5 @@
 """The training stages: the tokenizer, the AR model and the distilled head."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -15,16 +13,26 @@ from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training import losses, state
 
 
-def tokenizer_weights(vae: VAE, options: ConfigDict, lpips_params: PyTree | None) -> dict[str, Any]:
-    """The arguments of `losses.reconstruction_loss` that a stage's options decide.
+def reconstruct(
+    vae: VAE,
+    options: ConfigDict,
+    params: PyTree,
+    lpips_params: PyTree | None,
+    images: jax.Array,
+    keys: jax.Array,
+) -> tuple[jax.Array, state.Scalars, jax.Array]:
+    """Reconstructs images, and weighs the terms of the loss as a stage's options say.
 
     Args:
       vae: the tokenizer. LPIPS computes in its dtype.
       options: the stage's section of the config.
+      params: the tokenizer's parameters.
       lpips_params: parameters of `lpips.LPIPS`; None where it has no weight.
+      images: (B, H, W, c) in [−1, 1].
+      keys: one PRNG key for each image, (B,).
 
     Returns:
-      The weights and the distance, by name.
+      (loss and scalars of `losses.reconstruction_loss`, reconstructions (B, H, W, c)).
 
     Raises:
       ValueError: LPIPS has a weight but no parameters.
@@ -37,12 +45,18 @@ def tokenizer_weights(vae: VAE, options: ConfigDict, lpips_params: PyTree | None
     def distance(a: jax.Array, b: jax.Array) -> jax.Array:
         return lpips.LPIPS(vae.dtype).apply({'params': lpips_params}, a, b)
 
-    return dict(
+    recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
+    loss, scalars = losses.reconstruction_loss(
+        images,
+        recon,
+        z,
+        posterior,
         kl_weight=options.kl_weight,
         l2_weight=options.l2_weight,
         perceptual_weight=options.perceptual_weight,
         distance=distance,
     )
+    return loss, scalars, recon
 
 
 def tokenizer_loss(vae: VAE, options: ConfigDict) -> state.Loss:
@@ -57,16 +71,14 @@ def tokenizer_loss(vae: VAE, options: ConfigDict) -> state.Loss:
     """
 
     def loss(params, lpips_params, batch, keys):
-        weights = tokenizer_weights(vae, options, lpips_params)
-        images = batch['image']
-        recon, z, posterior = autoencode(vae, params, images, lambda q: q.draws(keys))
-        return losses.reconstruction_loss(images, recon, z, posterior, **weights)
+        loss, scalars, _ = reconstruct(vae, options, params, lpips_params, batch['image'], keys)
+        return loss, scalars
 
     return loss
 
 
 def tokenizer_stage(
-    vae: VAE, options: ConfigDict, seed: int, lpips_params: PyTree | None = None
+    vae: VAE, options: ConfigDict, lpips_params: PyTree | None = None
 ) -> state.Stage:
     """The training of the S-VAE by `losses.reconstruction_loss`.
 
@@ -75,7 +87,6 @@ def tokenizer_stage(
     Args:
       vae: the tokenizer.
       options: the stage's section of the config.
-      seed: seed of all draws.
       lpips_params: parameters of `lpips.LPIPS`; None where it has no weight.
 
     Returns:
@@ -86,7 +97,6 @@ def tokenizer_stage(
     return state.make_stage(
         'tokenizer',
         options,
-        seed,
         vae.init_params,
         tokenizer_loss(vae, options),
         frozen=lpips_params,
@@ -101,7 +111,6 @@ def ar_stage(
     vae: VAE,
     vae_params: PyTree,
     options: ConfigDict,
-    seed: int,
     choose_remat: bool = False,
 ) -> state.Stage:
     """The training of the AR model by its head's loss.
@@ -116,7 +125,6 @@ def ar_stage(
         in any case.
       vae_params: the tokenizer's parameters.
       options: the stage's section of the config.
-      seed: seed of all draws.
       choose_remat: whether the stage gets a `Stage.without_remat`, so that the memory decides.
 
     Returns:
@@ -124,7 +132,7 @@ def ar_stage(
     """
     without_remat = None
     if choose_remat:
-        without_remat = ar_stage(ar.keeping_activations(), vae, vae_params, options, seed)
+        without_remat = ar_stage(ar.keeping_activations(), vae, vae_params, options)
     if options.encoder_dtype:
         vae = vae.computing_in(getattr(jnp, options.encoder_dtype))
 
@@ -141,7 +149,6 @@ def ar_stage(
     return state.make_stage(
         'ar',
         options,
-        seed,
         ar.init_params,
         loss,
         frozen=vae_params,
@@ -161,7 +168,7 @@ def ar_stage(
 
 
 def distillation_stage(
-    ar: AR, vae: VAE, vae_params: PyTree, ar_params: PyTree, options: ConfigDict, seed: int
+    ar: AR, vae: VAE, vae_params: PyTree, ar_params: PyTree, options: ConfigDict
 ) -> state.Stage:
     """The training of a head of few evaluations, from the head of a frozen AR model.
 
@@ -174,7 +181,6 @@ def distillation_stage(
       vae_params: its parameters.
       ar_params: parameters of the trained model, whose head is `ar.head.teacher()`.
       options: the stage's section of the config.
-      seed: seed of all draws.
 
     Returns:
       The stage.
@@ -205,7 +211,6 @@ def distillation_stage(
     return state.make_stage(
         'distillation',
         options,
-        seed,
         init_head,
         loss,
         frozen=(vae_params, ar_params),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.runtime import checkpoint, console, sharding
@@ -70,9 +71,9 @@ class Stage(NamedTuple):
       name: its name, also that of its directory.
       options: its section of the config.
       init: key → `TrainState`.
-      step: (state, frozen, batch, seed) → (state, scalars). The seed is that of all draws; the
-        stage's own if not given. The compiled program takes it as an argument, so that runs of
-        other seeds find it in the compilation cache.
+      step: (state, frozen, batch, seed) → (state, scalars). The seed is that of all draws. The
+        compiled program takes it as an argument, so that runs of other seeds find it in the
+        compilation cache.
       frozen: parameters that it reads but does not train.
       shown: names of the scalars that the console shows, where the stage's loss has them.
       about: what the frozen parameters are, for messages.
@@ -170,7 +171,6 @@ def build_optimizer(
 def make_stage(
     name: str,
     options: ConfigDict,
-    seed: int,
     init_params: Callable[[jax.Array], PyTree],
     loss: Loss,
     frozen: PyTree,
@@ -183,7 +183,6 @@ def make_stage(
     Args:
       name: see `Stage`.
       options: see `Stage`.
-      seed: seed of all draws.
       init_params: key → parameters.
       loss: called with one key for each image, keys (B,).
       frozen: see `Stage`.
@@ -200,10 +199,10 @@ def make_stage(
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return TrainState(jnp.int32(0), params, tx.init(params), copies(params, decays))
+        return TrainState(jnp.int32(0), params, tx.init(params), copies(params, len(decays)))
 
     def step(
-        state: TrainState, frozen: PyTree, batch: Batch, seed: int | jax.Array = seed
+        state: TrainState, frozen: PyTree, batch: Batch, seed: ArrayLike
     ) -> tuple[TrainState, Scalars]:
         size = len(jax.tree.leaves(batch)[0])
         keys = losses.sample_keys(jax.random.key(seed), state.step, size)
@@ -219,9 +218,9 @@ def make_stage(
     return Stage(name, options, init, step, frozen, shown, loss=loss, **fields)
 
 
-def copies(params: PyTree, decays: Iterable[Any]) -> tuple[PyTree, ...]:
-    """The EMAs at the start: a copy of the parameters for each rate."""
-    return tuple(jax.tree.map(jnp.copy, params) for _ in decays)
+def copies(params: PyTree, count: int) -> tuple[PyTree, ...]:
+    """So many copies of parameters, as which their EMAs begin."""
+    return tuple(jax.tree.map(jnp.copy, params) for _ in range(count))
 
 
 def ramped(decay: float, steps: jax.Array) -> jax.Array:
@@ -361,8 +360,9 @@ def quickly_compiled() -> dict[str, Any]:
     return {'compiler_options': {'xla_backend_optimization_level': 1}} if on_cpu else {}
 
 
-def initialise(stage: Stage, shardings: PyTree, seed: int) -> TrainState:
-    """The state of a stage at its start, laid out by a tree of shardings."""
+def initialise(stage: Stage, abstract: PyTree, seed: int) -> TrainState:
+    """The state of a stage at its start, laid out as its `abstract_state` says."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(stage.init, out_shardings=shardings, **quickly_compiled())(jax.random.key(seed))
 
 

@@ -61,7 +61,7 @@ def _derived_otherwise(before: ConfigDict, now: ConfigDict) -> str:
     )
 
 
-def goes_on(old: ConfigDict, new: ConfigDict, done: int) -> bool:
+def can_be_prolonged(old: ConfigDict, new: ConfigDict, done: int) -> bool:
     """Whether a training can be prolonged without a break in what was trained so far.
 
     It can where its learning rate up to here is the same by both sections of the config: the rate
@@ -128,7 +128,7 @@ def _prolonged(
         new = now[section]
         if stage == 'tokenizer' and (now.tokenizer or now.init_from or _done(workdir, 'ar')):
             continue  # It is not trained here, or would be of no use to the AR model.
-        if goes_on(old, new, _done(workdir, stage)):
+        if can_be_prolonged(old, new, _done(workdir, stage)):
             line = f'{section}: prolonged from {old.steps} to {new.steps} steps'
             if len(new.restarts) > len(old.restarts):
                 line += f'; the learning rate rises and falls anew from step {old.steps} on'
@@ -225,11 +225,28 @@ def _check_places(before: ConfigDict, now: ConfigDict, workdir: str | os.PathLik
         )
 
 
+def _other_than_converted(
+    before: ConfigDict, now: ConfigDict, workdir: str | os.PathLike[str]
+) -> list[str]:
+    """The differences of a run's models from those of the converted weights in its workdir.
+
+    Raises:
+      UserError: a tokenizer is given to an AR model that was converted with its own.
+    """
+    alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
+    if not alone and now.tokenizer is not None:
+        raise UserError(
+            f'the AR model in {workdir} was converted with its tokenizer: leave '
+            '--config.tokenizer out, or use another --workdir'
+        )
+    return other_model(before, now, alone)
+
+
 def check_claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> list[str]:
     """Checks that a workdir is free or belongs to a run.
 
     A workdir of converted weights in which no training has begun needs the same model only. A
-    training may have more steps than before where `goes_on` allows it.
+    training may have more steps than before where `can_be_prolonged` allows it.
 
     Args:
       cfg: the config of the run.
@@ -247,40 +264,34 @@ def check_claim(cfg: ConfigDict, workdir: str | os.PathLike[str]) -> list[str]:
             f'{workdir} holds shared weights, which no training goes on from: convert them into '
             f'another --workdir by {shared.how_to_convert(workdir)}'
         )
-    longer: list[str] = []
     converted = is_converted(workdir)
-    if epath.Path(workdir, 'config.json').exists():
-        # It is read through the schema, so that a key that is newer than the run has its default.
-        before = run.load_config(workdir)
-        is_tuned = (before.fine_tuning.init_from, cfg.fine_tuning.init_from) != (None, None)
-        if converted and not is_tuned:
-            alone = not epath.Path(workdir, 'ar', 'weights').is_dir()
-            if not alone and cfg.tokenizer is not None:
-                raise UserError(
-                    f'the AR model in {workdir} was converted with its tokenizer: leave '
-                    '--config.tokenizer out, or use another --workdir'
-                )
-            changed = other_model(before, cfg, alone)
-        else:
-            _check_places(before, cfg, workdir)
-            changed, longer = _changes(before, cfg, workdir)
-        if changed:
-            some = '; '.join(changed[:4])
-            remedy = (
-                _derived_otherwise(before, cfg)
-                or _how_to_prolong(before, cfg, changed, workdir)
-                or _remedy(changed, workdir, converted)
-            )
-            raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
-        words = (before.ar.vocabulary, cfg.ar.vocabulary)
-        if cfg.ar.condition == 'text' and not vocabulary.are_same(*words):
+    if not epath.Path(workdir, 'config.json').exists():
+        if converted:
             raise UserError(
-                f'{workdir} was begun with another vocabulary than {words[1]}: use another '
-                '--workdir'
+                f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
             )
-    elif converted:
+        return []
+    # It is read through the schema, so that a key that is newer than the run has its default.
+    before = run.load_config(workdir)
+    is_tuned = (before.fine_tuning.init_from, cfg.fine_tuning.init_from) != (None, None)
+    if converted and not is_tuned:
+        changed = _other_than_converted(before, cfg, workdir)
+        longer: list[str] = []
+    else:
+        _check_places(before, cfg, workdir)
+        changed, longer = _changes(before, cfg, workdir)
+    if changed:
+        some = '; '.join(changed[:4])
+        remedy = (
+            _derived_otherwise(before, cfg)
+            or _how_to_prolong(before, cfg, changed, workdir)
+            or _remedy(changed, workdir, converted)
+        )
+        raise UserError(f'{workdir} was begun with another config ({some}): {remedy}')
+    words = (before.ar.vocabulary, cfg.ar.vocabulary)
+    if cfg.ar.condition == 'text' and not vocabulary.are_same(*words):
         raise UserError(
-            f'a conversion into {workdir} broke off: repeat it, or use another --workdir'
+            f'{workdir} was begun with another vocabulary than {words[1]}: use another --workdir'
         )
     return longer
 

@@ -99,7 +99,7 @@ def test_gradients_are_those_of_images(old_runs, folder, encoded, tmp_path):
     shutil.copytree(folder, whole)
     (whole / 'cat' / 'cut.jpg').unlink()
     run = load_run(old_runs / 'digits')
-    stage = ar_stage(run.ar, run.vae, run.vae_params, run.config.ar_training, 0)
+    stage = ar_stage(run.ar, run.vae, run.vae_params, run.config.ar_training)
     compute = jax.jit(jax.value_and_grad(stage.loss, has_aux=True), **quickly_compiled())
     found = []
     for kind, path in (('folder', whole), ('latents', encoded[0])):
@@ -226,8 +226,8 @@ def test_latents_of_another_tokenizer_are_refused(old_runs, encoded, tmp_path):
     about = json.loads((directory / 'latents.json').read_text())
     assert len(about['tokenizer']) == 8
     files.write_json(directory / 'latents.json', about | {'tokenizer': '0123abcd'})
-    setting, stages = train._set_up(_on(old_runs, 'latents', directory), str(tmp_path / 'w'))
-    assert 'was encoded with another tokenizer' in _refusal(stages, setting)
+    setting, start = train._set_up(_on(old_runs, 'latents', directory), str(tmp_path / 'w'))
+    assert 'was encoded with another tokenizer' in _refusal(train._train, setting, start)
     np.save(directory / 'hashes.npy', np.zeros(3, np.uint64))
     assert '3 hashes of 40 records' in _refusal(Latents, directory)
     (directory / 'hashes.npy').unlink()

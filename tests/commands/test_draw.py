@@ -379,7 +379,7 @@ def test_training_goes_on_from_converted_weights(tuned):
     cfg = _tuning()
     lines = metric_writer.read_scalars(f'{workdir}/ar/metrics.jsonl')
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
-    stage = stages.ar_stage(before.ar, before.vae, before.vae_params, cfg.ar_training, cfg.seed)
+    stage = stages.ar_stage(before.ar, before.vae, before.vae_params, cfg.ar_training)
     batch = next(
         batches.batches(
             digits.Digits('train', cfg.seed, cfg.data.holdout), batch_size=16, seed=cfg.seed
@@ -494,7 +494,7 @@ def test_samples_as_a_file_and_as_pictures(digits_run, tmp_path, capsys):
     assert '14 images in ' in capsys.readouterr().out
     run = load_run(str(workdir))
     sampler = build.build_sampler(run.config)
-    expected, _ = on_mesh.sample_images(run, sampler, labels, seed=run.config.seed)
+    expected, _ = on_mesh.draw_images(run, sampler, labels, seed=run.config.seed)
     assert np.abs(np.asarray(pixels.to_uint8(expected), int) - images).max() <= 1
     _main(
         '--mode=sample',
@@ -533,7 +533,7 @@ def test_grid(digits_run, tmp_path, capsys):
     )
     run = load_run(str(workdir))
     sampler = build.build_sampler(run.config)
-    images, _ = on_mesh.sample_images(
+    images, _ = on_mesh.draw_images(
         run, sampler, [3, 3, 11, 11, 3, 3], seed=run.config.seed, index=np.array([0, 1] * 3)
     )
     images = np.asarray(pixels.to_uint8(images))[..., 0]
@@ -665,7 +665,7 @@ def test_grid_names_of_imagenet(tmp_path, monkeypatch):
     monkeypatch.setattr(open_run, 'open_run', lambda *_: (run, sharding.make_mesh()))
     monkeypatch.setattr(
         on_mesh,
-        'sample_images',
+        'draw_images',
         lambda *a, **k: seen.update(labels=a[2], index=k['index']) or (None, None),
     )
     monkeypatch.setattr(pictures, 'save_classes', lambda *a: seen.update(titles=a[3], columns=a[2]))

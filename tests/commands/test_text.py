@@ -316,9 +316,7 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
     """Captions of the images are drawn in turn, as classes are elsewhere."""
     pool = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
     seen = []
-    monkeypatch.setattr(
-        snapshots, '_drawn', lambda setting, vae_params, ar_params, labels: seen.append(labels)
-    )
+    monkeypatch.setattr(snapshots, '_drawn', lambda setting, run, labels: seen.append(labels))
     monkeypatch.setattr(
         snapshots.protocol, 'extract', lambda *_, **__: inception.Features(pool, None, None)
     )
@@ -327,7 +325,7 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
     source = [{'captions': ('a one', 'another one')}, {'captions': ()}, {'captions': ('a two',)}]
     judge = (None, statistics.statistics(pool))
     setting = snapshots.Setting(c, '', None, None, None, source, judge=judge)
-    assert snapshots._fid(setting, None, None) == pytest.approx(0, abs=1e-6)
+    assert snapshots._fid(setting, None) == pytest.approx(0, abs=1e-6)
     texts = ['a one', 'a two', 'a one', 'a two', 'a one']
     np.testing.assert_array_equal(seen[0], build.encode_captions(c, texts))
 

@@ -28,13 +28,12 @@ from sphere_ar_jax.commands.inputs import agreement, origins, training_images
 from sphere_ar_jax.config import build, checks, own, packaged, schema
 from sphere_ar_jax.data import augment, sources, stand_in
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.evaluation import snapshots
 from sphere_ar_jax.evaluation.fidelity import inception, protocol, statistics
 from sphere_ar_jax.runtime import checkpoint, console, files, metric_writer, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import adversarial, loop, state
-from sphere_ar_jax.training.run import load_config, load_run
+from sphere_ar_jax.training.run import Run, load_config, load_run
 from sphere_ar_jax.training.stages import ar_stage
 from sphere_ar_jax.training.state import TrainState
 from sphere_ar_jax.training.workdir import claim
@@ -400,7 +399,6 @@ def test_captions_that_are_refused_leave_the_workdir_free(tmp_path):
     with pytest.raises(UserError, match="'dog' has 'dog', which the vocabulary does not know"):
         train._set_up(cfg, str(tmp_path / 'w'))
     assert not (tmp_path / 'w').exists()
-    vocabulary.open_vocabulary.cache_clear()
     words.write_text('cat\ndog\n')
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
     assert len(setting.source) == 2
@@ -498,7 +496,7 @@ def test_a_training_ends_with_the_parameters_that_are_sampled(tmp_path, monkeypa
     """`sampling.ema_decay` decides, for the looks and at the end, as where the run is read."""
     cfg = _idx(tmp_path / 'data', **{'watch.every': 1, 'watch.classes': 1})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    stage = ar_stage(setting.ar, setting.vae, {}, cfg.ar_training, 0)
+    stage = ar_stage(setting.ar, setting.vae, {}, cfg.ar_training)
     state = TrainState(params='weights', opt_state=None, ema=('mean',), step=0)
     seen = []
 
@@ -513,7 +511,7 @@ def test_a_training_ends_with_the_parameters_that_are_sampled(tmp_path, monkeypa
         seen.append(params)
 
     for rate, expected in ((None, 'mean'), (0.9, 'mean'), (0, 'weights')):
-        assert train._run(setting, stage, look, rate) == (expected, 2.0)
+        assert train._run_stage(setting, stage, look, rate) == (expected, 2.0)
         assert seen.pop() == expected
 
 
@@ -570,7 +568,7 @@ def tokenizer_only(tar, tmp_path_factory):
     cfg = _config(tar, **{'ar_training.steps': 0})
     directory = tmp_path_factory.mktemp('tokenizer_only')
     claim(cfg, directory)
-    stage = adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
+    stage = adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training)
     like = state.abstract_state(stage, sharding.make_mesh())
     arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     arrays = arrays.replace(step=np.int32(4), params=tiny_config.random_arrays(like.params), ema=())
@@ -613,9 +611,9 @@ def test_the_advice_of_a_tokenizer_alone_is_accepted(tar, tokenizer_only, tmp_pa
     for steps in (0, 4):
         key = with_this.removeprefix('--config.')
         options = {'tokenizer_training.steps': steps, key: str(directory)}
-        setting, stages = train._set_up(_config(tar, **options), str(tmp_path / f'ar{steps}'))
+        setting, start = train._set_up(_config(tar, **options), str(tmp_path / f'ar{steps}'))
         assert setting.cfg.tokenizer == str(directory)
-        chex.assert_trees_all_equal(stages.keywords['tokenizer'], params)
+        chex.assert_trees_all_equal(start.tokenizer, params)
 
 
 @pytest.mark.parametrize('options', [{}, {'ar_training.batch_size': 16}, {'sampling.num_steps': 3}])
@@ -628,8 +626,8 @@ def test_the_advice_to_train_on_its_tokenizer_elsewhere_is_accepted(
         train._set_up(_config(tar, **options), str(directory))
     advice = re.search(r'give --config\.(tokenizer)=(.*) in another --workdir$', str(refusal.value))
     cfg = _config(tar, **options, **{advice[1]: advice[2]})
-    setting, stages = train._set_up(cfg, str(tmp_path / 'ar'))
-    chex.assert_trees_all_equal(stages.keywords['tokenizer'], params)
+    setting, start = train._set_up(cfg, str(tmp_path / 'ar'))
+    chex.assert_trees_all_equal(start.tokenizer, params)
     assert setting.cfg.ar_training.steps == 4
 
 
@@ -793,13 +791,15 @@ def test_idx_files_are_opened_with_their_classes(tmp_path):
     assert found.text.endswith('12 images to train on, 3 classes: bag, boot, coat')
     for values, message in (
         ({'data.num_classes': 2}, 'has 3 classes, but the model 2'),
-        ({'sampling.num_images': 2}, 'at least one for each of 3 classes'),
+        ({'sampling.num_images': 2}, 'must be at least 4'),
         ({'vae.grid': (8, 8)}, r'vae makes images of \(32, 32, 1\) .* data idx has \(16, 16, 1\)'),
         ({'data.path': None}, r'give --config\.data\.path, of the idx data'),
     ):
         with pytest.raises(UserError, match=message) as error:
             train._set_up(_idx(tmp_path / 'data', **values), str(tmp_path / 'v'))
         assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match='at least one for each of 50 classes'):
+        training_images._check_labels(cfg, types.SimpleNamespace(num_classes=50))
     with pytest.raises(UserError, match='IDX files are packed already'):
         data_sets.pack(f'idx:{tmp_path}/data', str(tmp_path / 'packed'))
 
@@ -829,8 +829,8 @@ def test_samples_of_idx_files_are_scored_and_summed_up(tmp_path, monkeypatch):
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
     images = snapshots.examples(setting)
     monkeypatch.setattr(snapshots, '_reconstruct', lambda *_, **__: {'vae/psnr': 20.0})
-    monkeypatch.setattr(snapshots.on_mesh, 'sample_images', lambda **_: (images, None))
-    metrics, _ = snapshots.score(setting, {}, {})
+    monkeypatch.setattr(snapshots.on_mesh, 'draw_images', lambda *_, **__: (images, None))
+    metrics, _ = snapshots.score(setting, Run(cfg, setting.vae, {}, setting.ar, {}))
     assert metrics['samples/accuracy'] == metrics['classifier/accuracy']
     assert (tmp_path / 'w' / 'samples.png').exists()
     assert (tmp_path / 'w' / 'classifier.npz').exists()

@@ -49,12 +49,12 @@ def test_the_digits_are_built_and_traced():
     source = digits.Digits('train', cfg.seed, cfg.data.holdout)
     vae_params = jax.eval_shape(vae.init_params, jax.random.key(0))
     for stage in (
-        stages.tokenizer_stage(vae, cfg.tokenizer_training, cfg.seed),
-        stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed),
+        stages.tokenizer_stage(vae, cfg.tokenizer_training),
+        stages.ar_stage(ar, vae, vae_params, cfg.ar_training),
     ):
         batch = next(batches.batches(source, batch_size=stage.options.batch_size, seed=0))
         state = jax.eval_shape(stage.init, jax.random.key(0))
-        after, scalars = jax.eval_shape(stage.step, state, stage.frozen, batch)
+        after, scalars = jax.eval_shape(stage.step, state, stage.frozen, batch, cfg.seed)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         chex.assert_shape(list(scalars.values()), ())
 
@@ -399,7 +399,7 @@ def test_an_old_config_with_an_empty_text_or_broken_epochs_is_read():
 WRONG = [
     ('ar.heads', 3, '3 heads do not divide the width 16'),
     ('ar.width', 12, 'must be a multiple of 4'),
-    ('ar.head_groups', 3, '3 head_groups do not divide head_depth 2'),
+    ('ar.head_groups', 3, 'ar.head flow: 3 adaLN groups do not divide the 2 blocks'),
     ('ar.class_tokens', 0, 'ar.class_tokens is 0'),
     ('vae.heads', 3, '3 heads do not divide'),
     ('vae.grid', (8, 8), r'vae makes images of \(32, 32, 1\)'),

@@ -180,7 +180,7 @@ def test_a_run_on_a_folder_is_scored_without_other_weights(folder, tmp_path, mon
     monkeypatch.setattr(open_run, 'config_of', lambda _: cfg)
     asked = []
 
-    def drawn(setting, vae_params, ar_params, labels, progress):
+    def drawn(setting, run, labels, progress):
         asked.append(labels)
         yield _bars(0, 10, 9)
         yield _bars(0, len(labels) - 10, 9)

@@ -30,7 +30,7 @@ def _stage():
 
     options = tiny_config.get_config().ar_training
     options.batch_size = 4
-    return state.make_stage('ar', options, 0, lambda key: {}, loss, np.float32(0), ())
+    return state.make_stage('ar', options, lambda key: {}, loss, np.float32(0), ())
 
 
 @pytest.mark.parametrize('count', [3, 10, 25, 30])
@@ -108,7 +108,7 @@ def test_samples_that_are_not_finite_do_not_end_the_training(
     monkeypatch.setattr(snapshots, '_grid', mock.Mock())
     monkeypatch.setattr(snapshots, '_draw_grid', mock.Mock(side_effect=not_finite))
     writer = mock.Mock()
-    snapshots.look_at_samples(mock.Mock(), {}, {}, str(tmp_path), 40, writer)
+    snapshots.look_at_samples(mock.Mock(), mock.Mock(), str(tmp_path), 40, writer)
     line = _said(capsys)
     assert line.startswith('step 40: no picture, 2 of the images 0 to 1 are not finite')
     assert not list(tmp_path.iterdir())

@@ -193,6 +193,18 @@ def test_models_are_shared_where_their_configs_agree():
     assert runs.ar_directory('', first) == models[0]
 
 
+def test_a_shared_model_is_sampled_as_each_row_asks(monkeypatch):
+    """The config of the workdir is that of the row that came first."""
+    first = experiments.row(packaged.load('experiments/riemannian'), 'flow_1', 0)
+    second = experiments.row(packaged.load('experiments/propagation'), 'power_spherical', 0)
+    second.sampling.ema_decay = 0.0
+    assert runs.ar_directory('', first) == runs.ar_directory('', second)
+    assert first.sampling != second.sampling
+    monkeypatch.setattr(runs, 'load_config', lambda directory: first)
+    monkeypatch.setattr(runs, 'load_run', lambda directory, mesh, cfg: cfg)
+    assert runs.load(second, '', None).sampling == second.sampling
+
+
 def test_models_are_shared_by_checkouts(tmp_path):
     """The content of a vocabulary counts, and not where it lies."""
     c = packaged.load('experiments/text')

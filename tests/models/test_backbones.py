@@ -381,7 +381,7 @@ def test_each_trains_by_the_loop(word, tmp_path):
     """The loss falls, and the run is read back bit for bit."""
     cfg = _config(word)
     cfg.tokenizer_training.update(steps=30, checkpoint_every=30, log_every=1)
-    stage = tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training, cfg.seed)
+    stage = tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training)
     source = digits.Digits('train', cfg.seed, cfg.data.holdout)
     _begun(cfg, tmp_path)
     mesh = sharding.make_mesh(1)

@@ -90,7 +90,7 @@ def test_every_way_to_sample_refuses_them(run, what):
         with pytest.raises(UserError, match=re.escape(message)):
             sample_tokens(run.ar, run.ar_params, form, keys, options)
         with pytest.raises(UserError, match=re.escape(message)):
-            on_mesh.sample_images(run, sampler, form, seed=0, mesh=sharding.make_mesh(1))
+            on_mesh.draw_images(run, sampler, form, seed=0, mesh=sharding.make_mesh(1))
 
 
 def test_the_model_takes_the_null_class_and_no_other_number_more(run):
@@ -140,6 +140,6 @@ def test_labels_of_a_narrow_dtype_are_guided_alike(run):
 def test_numbers_of_noise_are_one_for_each_image(run, index):
     sampler = build.build_sampler(run.config)
     with pytest.raises(UserError, match='index must be 2 whole numbers'):
-        on_mesh.sample_images(
+        on_mesh.draw_images(
             run, sampler, [1, 2], seed=0, index=np.array(index), mesh=sharding.make_mesh(1)
         )

@@ -153,7 +153,7 @@ def test_twice_the_radius_is_the_same_model_in_other_units(head, solver, larger)
         if changes:
             vae_params = _twice_as_large(vae_params, ['post_quant_proj/kernel'])
             ar_params = _twice_as_large(ar_params, _OF_AR)
-        stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed)
+        stage = stages.ar_stage(ar, vae, vae_params, cfg.ar_training)
         options = build.build_sampler(cfg).options
 
         @jax.jit
@@ -194,7 +194,7 @@ def test_a_distilled_head_follows_trajectories_of_twice_the_length():
             teacher = _twice_as_large(teacher, _OF_AR)
         frozen = (random_params(vae), teacher)
         options = cfg.distillation_training
-        stage = stages.distillation_stage(ar, vae, *frozen, options, cfg.seed)
+        stage = stages.distillation_stage(ar, vae, *frozen, options)
         found.append(jax.jit(stage.loss)(params['head'], frozen, batch, keys))
     chex.assert_tree_all_finite(found)
     chex.assert_trees_all_close(*found, rtol=1e-5)
@@ -305,7 +305,7 @@ def test_models_of_two_radii_refuse_each_other(old_runs):
         run.load_tokenizer(cfg, sharding.make_mesh())
     vae = build.build_vae(cfg)
     params = {'weights': np.ones(2, np.float32)}
-    stage = stages.ar_stage(build.build_ar(cfg), vae, params, cfg.ar_training, 0)
+    stage = stages.ar_stage(build.build_ar(cfg), vae, params, cfg.ar_training)
     here = state.frozen_identity(stage)
     noted = {'frozen': {'weights': here['weights'], 'model': {}}}
     with pytest.raises(UserError, match=r'radius None → 2\.0') as refused:

@@ -88,7 +88,7 @@ def test_the_layout_of_every_parameter_of_L():
 def test_optimizer_and_emas_lie_as_the_parameters_do():
     cfg = recipes.published_ar('L')
     shapes = jax.eval_shape(build.build_vae(cfg).init_params, jax.random.key(0))
-    stage = ar_stage(build.build_ar(cfg), build.build_vae(cfg), shapes, cfg.ar_training, 0)
+    stage = ar_stage(build.build_ar(cfg), build.build_vae(cfg), shapes, cfg.ar_training)
     state = abstract_state(stage, _mesh(2, 8, 4))
     adam = next(
         s
@@ -237,15 +237,15 @@ def _run(sizes, word):
 
     vae_params = place(run.vae_params)
     stages = (
-        ar_stage(run.ar, run.vae, vae_params, cfg.ar_training, 0),
-        tokenizer_stage(run.vae, cfg.tokenizer_training, 0),
+        ar_stage(run.ar, run.vae, vae_params, cfg.ar_training),
+        tokenizer_stage(run.vae, cfg.tokenizer_training),
     )
     for stage in stages:
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         step = jax.jit(sharding.keep_rows_split(mesh, stage.step), out_shardings=(shardings, None))
         with libraries_promote():
             state, scalars = step(
-                _state(stage, shardings), stage.frozen, sharding.place_batch(mesh, batch)
+                _state(stage, shardings), stage.frozen, sharding.place_batch(mesh, batch), 0
             )
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         found |= {f'{stage.name}/scalars/{name}': value for name, value in scalars.items()}
@@ -322,7 +322,7 @@ from tests import tiny_config
 from tests.runtime import test_sharding
 cfg = test_sharding.small_config()
 run = tiny_config.random_run(cfg)
-stage = stages.ar_stage(run.ar, run.vae, run.vae_params, cfg.ar_training, 0)
+stage = stages.ar_stage(run.ar, run.vae, run.vae_params, cfg.ar_training)
 abstract = lambda sizes: abstract_state(stage, sharding.make_mesh(*sizes))
 layout = lambda like: jax.tree.map(lambda x: x.sharding, like)
 state = test_sharding._state(stage, layout(abstract((2, 4, 1))))

@@ -60,9 +60,7 @@ def _process(code, *arguments, devices=1, **options):
 
 def _floats(run, labels, batch_size, mesh):
     sampler = build.build_sampler(run.config)
-    images, _ = on_mesh.sample_images(
-        run, sampler, labels, seed=5, batch_size=batch_size, mesh=mesh
-    )
+    images, _ = on_mesh.draw_images(run, sampler, labels, seed=5, batch_size=batch_size, mesh=mesh)
     return images
 
 
@@ -317,7 +315,7 @@ def test_images_that_are_not_finite_are_never_written(run, tmp_path):
 def test_sampled_arrays_that_are_not_finite_are_refused(run):
     broken = _with_a_broken_class(run, 7)
     with pytest.raises(batching.NonFiniteSamples, match='2 of the images 4 to 6') as error:
-        on_mesh.sample_images(
+        on_mesh.draw_images(
             broken, build.build_sampler(run.config), [1, 2, 3, 4, 7, 1, 7], seed=0, batch_size=4,
             mesh=sharding.make_mesh(1),
         )  # fmt: skip

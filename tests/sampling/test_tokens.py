@@ -335,9 +335,9 @@ def test_one_compilation(tiny_ar, tiny_vae):
     for seed, scale, temperature in ((0, 1, 1), (1, 4.5, 1.0), (2, 2.0, 0.7)):
         models = Run(None, decoder.clone(), decoder_params, model.clone(), params)
         sampler = build.Sampler(Options(num_steps=2), scale, temperature)
-        images, z = on_mesh.sample_images(models, sampler, [seed, 3], seed=seed, mesh=mesh)
-        chex.assert_shape([images, z], [(2, 64, 64, 3), (2, 16, 8)])
-        chex.assert_tree_all_finite((images, z))
+        images, drawn = on_mesh.draw_images(models, sampler, [seed, 3], seed=seed, mesh=mesh)
+        chex.assert_shape([images, drawn.z], [(2, 64, 64, 3), (2, 16, 8)])
+        chex.assert_tree_all_finite((images, drawn))
         seen.append(images)
     assert np.abs(seen[0] - seen[1]).max() > 0.1
     assert np.abs(seen[1] - seen[2]).max() > 0.01

@@ -98,7 +98,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     monkeypatch.setattr(spherical.SphericalTokens, 'draws', lambda q, keys: keys)
     lr = 1e-5
     options = _options(disc_start=2, learning_rate=lr, final_learning_rate=lr, weight_decay=0.5)
-    stage = adversarial.tokenizer_stage(tiny_vae[0], options, 0, lpips.load(*lpips_files))
+    stage = adversarial.tokenizer_stage(tiny_vae[0], options, lpips.load(*lpips_files))
     state = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(stage.init, jax.random.key(0))
     )
@@ -108,7 +108,7 @@ def test_three_steps_of_the_public_training(golden, tiny_vae, lpips_files, monke
     certain = {'vae': True, 'disc': True}
     for i, (tolerance, of_lr) in enumerate(((1e-4, 0.02), (5e-3, 0.1), (1e-2, 0.2))):
         state, scalars = step(
-            state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)}
+            state, stage.frozen, {'image': golden['images'], 'label': np.zeros(3, np.int32)}, 0
         )
         public = {k.removeprefix(f'{i}/'): v for k, v in PUBLIC.items() if k.startswith(f'{i}/')}
         weight = 0.5 * (i > 0)
@@ -162,7 +162,7 @@ def small():
 
 def _stage(model, options):
     with tiny_config.narrow_patchgan():
-        stage = adversarial.tokenizer_stage(model, options, 0)
+        stage = adversarial.tokenizer_stage(model, options)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
 
     def init(_):
@@ -233,7 +233,8 @@ def test_the_same_on_many_devices(small, disc_start, atol):
     def step(mesh):
         shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh))
         state = jax.jit(stage.init, out_shardings=shardings)(jax.random.key(0))
-        return jax.device_get(jax.jit(stage.step)(state, None, sharding.place_batch(mesh, batch)))
+        placed = sharding.place_batch(mesh, batch)
+        return jax.device_get(jax.jit(stage.step)(state, None, placed, 0))
 
     one, scalars = step(sharding.make_mesh(1))
     every, others = step(sharding.make_mesh())
@@ -259,13 +260,13 @@ def test_every_choice_makes_a_step(disc_loss):
         dtype=jnp.bfloat16,
     )
     options = _options(discriminator='stylegan', disc_loss=disc_loss, ema_decay=0.9)
-    stage = adversarial.tokenizer_stage(model, options, 0)
+    stage = adversarial.tokenizer_stage(model, options)
     lpips_params = jax.eval_shape(
         LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 16, 16, 3))] * 2
     )['params']
     abstract = abstract_state(stage, sharding.make_mesh())
     batch = {'image': jnp.zeros((2, 16, 16, 3)), 'label': jnp.zeros(2, jnp.int32)}
-    state, scalars = jax.eval_shape(stage.step, abstract, lpips_params, batch)
+    state, scalars = jax.eval_shape(stage.step, abstract, lpips_params, batch, 0)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
     assert {s.dtype for s in scalars.values()} == {jnp.dtype('float32')}
     assert not any(s.shape for s in scalars.values())
@@ -306,7 +307,7 @@ def test_options_that_cannot_be(small):
     model, options = small
 
     def make(model=model, **values):
-        return adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values), 0)
+        return adversarial.tokenizer_stage(model, ConfigDict(options.to_dict() | values))
 
     for message, wrong in (
         (
@@ -321,4 +322,4 @@ def test_options_that_cannot_be(small):
     stage = make(perceptual_weight=1.0)
     batch = {'image': jnp.zeros((2, 24, 24, 3)), 'label': jnp.zeros(2, jnp.int32)}
     with pytest.raises(ValueError, match='no lpips_params'):
-        jax.eval_shape(stage.step, jax.eval_shape(stage.init, jax.random.key(0)), None, batch)
+        jax.eval_shape(stage.step, jax.eval_shape(stage.init, jax.random.key(0)), None, batch, 0)

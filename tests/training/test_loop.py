@@ -83,19 +83,16 @@ def test_runs_of_other_seeds_have_the_same_program():
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
         return jnp.mean((params['w'] - batch['image'] * noise) ** 2), {}
 
-    def make(seed):
-        options = get_config().tokenizer_training
-        return make_stage('a', options, seed, lambda key: {'w': jnp.ones((1, 3))}, loss, (), ())
-
     results = []
     texts = []
     for seed in (0, 1):
-        stage = make(seed)
+        options = get_config().tokenizer_training
+        stage = make_stage('a', options, lambda key: {'w': jnp.ones((1, 3))}, loss, (), ())
         like = abstract_state(stage, mesh)
         step = jitted_step(stage, mesh, like)
         state = stage.init(jax.random.key(0))
         texts.append(step.lower(like, (), batch, np.uint32(seed)).as_text())
-        _, alone = stage.step(state, (), batch)
+        _, alone = stage.step(state, (), batch, seed)
         _, scalars = step(state, (), batch, np.uint32(seed))
         np.testing.assert_allclose(scalars['loss'], alone['loss'], rtol=1e-6)
         results.append(float(scalars['loss']))
@@ -125,7 +122,7 @@ def test_the_memory_decides_which_step_is_taken(monkeypatch, limit, expected):
             del key
             return {'w': jnp.ones((1, 3))}
 
-        return make_stage('a', options, 0, init, loss, (), (), **fields)
+        return make_stage('a', options, init, loss, (), (), **fields)
 
     stage = make('light', without_remat=make('without'))
     arguments = (abstract_state(stage, mesh), (), batch, np.uint32(0))
@@ -163,7 +160,7 @@ def test_a_step_that_keeps_activations_gives_the_same_losses(tmp_path, monkeypat
     losses = []
     for limit, word in ((2**40, 'kept'), (1, 'again')):
         monkeypatch.setattr(sharding, 'memory_limit', lambda device, count, limit=limit: limit)
-        stage = ar_stage(ar, vae, vae_params, cfg.ar_training, cfg.seed, choose_remat=True)
+        stage = ar_stage(ar, vae, vae_params, cfg.ar_training, choose_remat=True)
         source = digits.Digits('train', cfg.seed)
         mesh = sharding.make_mesh(1)
         loop.train(stage, source, str(tmp_path / word), seed=cfg.seed, mesh=mesh)
@@ -204,12 +201,12 @@ def test_the_averages_of_a_stage_follow_their_rates(ramp):
         del frozen, keys
         return jnp.mean((params['w'] - batch['image']) ** 2), {}
 
-    stage = make_stage('a', options, 0, lambda key: {'w': jnp.ones((1, 3)) * 3}, loss, (), ())
+    stage = make_stage('a', options, lambda key: {'w': jnp.ones((1, 3)) * 3}, loss, (), ())
     state = stage.init(jax.random.key(0))
     step = jax.jit(stage.step)
     expected = [np.full((1, 3), 3.0), np.full((1, 3), 3.0)]
     for n in range(12):  # The rate of 0.5 is reached at n = 8.
-        state, _ = step(state, (), batch)
+        state, _ = step(state, (), batch, 0)
         for i, decay in enumerate((0.5, 0.9)):
             rate = min(decay, (1 + n) / (10 + n)) if ramp else decay
             expected[i] = rate * expected[i] + (1 - rate) * np.asarray(state.params['w'], float)
@@ -226,7 +223,7 @@ def test_a_step_is_the_recipe():
     batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
     state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
     state = state.replace(step=jnp.int32(1), ema=(jax.tree.map(lambda p: p + 1, state.params),))
-    new, scalars = jax.jit(stage.step)(state, stage.frozen, batch)
+    new, scalars = jax.jit(stage.step)(state, stage.frozen, batch, cfg.seed)
 
     vae = build.build_vae(cfg)
     ar = build.build_ar(cfg)
@@ -291,8 +288,8 @@ def test_gradients_of_a_batch_in_pieces(which):
             section.update(accumulate=parts, warmup_steps=0)
         stage = stages(cfg)[which]
         state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
-        step = jax.jit(stage.step).lower(state, stage.frozen, batch).compile()
-        new, scalars = step(state, stage.frozen, batch)
+        step = jax.jit(stage.step).lower(state, stage.frozen, batch, cfg.seed).compile()
+        new, scalars = step(state, stage.frozen, batch, cfg.seed)
         found[parts] = jax.device_get((new, scalars)), step.memory_analysis().temp_size_in_bytes
     (one, scalars), memory = found[1]
     (four, pieces), less = found[4]
@@ -314,7 +311,7 @@ def test_emas_of_several_rates():
     state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
     expected = [state.params] * 3
     for _ in range(3):
-        state, _ = jax.jit(stage.step)(state, stage.frozen, batch)
+        state, _ = jax.jit(stage.step)(state, stage.frozen, batch, cfg.seed)
 
         def mix(rate, e):
             return jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
@@ -333,9 +330,8 @@ def test_tokens_encoded_in_bfloat16():
         cfg = get_config()
         cfg.ar_training.encoder_dtype = dtype
         stage = stages(cfg)[1]
-        state, scalars = jax.jit(stage.step)(
-            jax.jit(stage.init, **quickly_compiled())(jax.random.key(0)), stage.frozen, batch
-        )
+        start = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
+        state, scalars = jax.jit(stage.step)(start, stage.frozen, batch, cfg.seed)
         chex.assert_trees_all_equal_dtypes(state.params, jax.tree.map(jnp.float32, state.params))
         found.append(float(scalars['loss']))
     assert 0 < abs(found[1] - found[0]) < 0.02 * found[0]

@@ -49,7 +49,7 @@ def _stage():
     def init(key):
         params = {'a': jax.random.normal(key, (30, 40)), 'b': jnp.zeros(7)}
         moments = optax.adam(0.1).init(params)
-        ema = state.copies(params, state.ema_decays(options))
+        ema = state.copies(params, 2)
         return state.TrainState(jnp.int32(0), params, moments, ema)
 
     return state.Stage('ar', options, init, None, {}, ())

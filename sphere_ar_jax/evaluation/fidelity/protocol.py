@@ -3,7 +3,6 @@
 import functools
 import os
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +19,7 @@ from sphere_ar_jax.evaluation.fidelity import (
     statistics,
 )
 from sphere_ar_jax.interop import npz
-from sphere_ar_jax.runtime import files, hosts, sharding
+from sphere_ar_jax.runtime import console, files, hosts, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import Progress, PyTree
 
@@ -263,40 +262,35 @@ def evaluate(
       OSError: a file is not there.
       UserError: see `summarize`.
     """
-    seconds = {}
+    seconds: dict[str, float] = {}
     scores: dict[str, Any] = {}
     for source in (reference, samples):
         if not isinstance(source, Summary):
             os.stat(source)  # A missing file is noticed before hours of work.
 
-    def timed(name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = run(*args, **kwargs)
-        seconds[name] = time.perf_counter() - started
-        return result
-
     def summary(name: str, source: Summary | _Path) -> Summary:
         if isinstance(source, Summary):
             return source
         report = functools.partial(progress, name)
-        return timed(name, summarize, source, params, batch_size=batch_size, progress=report)
+        with console.timed(seconds, name):
+            return summarize(source, params, batch_size=batch_size, progress=report)
 
     real = summary('reference', reference)
     fake = summary('samples', samples)
-    scores['fid'] = timed('fid', statistics.frechet_distance, *fake.pool, *real.pool)
-    scores['sfid'] = timed('sfid', statistics.frechet_distance, *fake.spatial, *real.spatial)
+    with console.timed(seconds, 'fid'):
+        scores['fid'] = statistics.frechet_distance(*fake.pool, *real.pool)
+    with console.timed(seconds, 'sfid'):
+        scores['sfid'] = statistics.frechet_distance(*fake.spatial, *real.spatial)
     if fake.features is not None:
-        scores['inception_score'] = timed(
-            'inception_score', statistics.inception_score, fake.features.logits
-        )
+        with console.timed(seconds, 'inception_score'):
+            scores['inception_score'] = statistics.inception_score(fake.features.logits)
         if real.features is not None:
-            scores['precision'], scores['recall'] = timed(
-                'precision_recall',
-                precision_recall.precision_recall,
-                real.features.pool,
-                fake.features.pool,
-                progress=functools.partial(progress, 'precision_recall'),
-            )
+            with console.timed(seconds, 'precision_recall'):
+                scores['precision'], scores['recall'] = precision_recall.precision_recall(
+                    real.features.pool,
+                    fake.features.pool,
+                    progress=functools.partial(progress, 'precision_recall'),
+                )
     scores['samples'] = fake.describe()
     scores['reference'] = real.describe()
     scores['settings'] = {

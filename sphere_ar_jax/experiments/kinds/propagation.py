@@ -211,7 +211,11 @@ def _modes(run: Run) -> dict[str, Run]:
 
 
 def _norms(config: ConfigDict, run: Run, cache: str, mesh: Mesh) -> list[dict[str, Any]]:
-    """Norms before projection by position, and scores, for each of `_modes`."""
+    """Norms before projection by position, and scores, for each of `_modes`.
+
+    The norms are those of the tokens that the AR model reads. Where these are standardised they
+    differ from those of the latents, which `comparison` takes.
+    """
     cfg = run.config
     labels = np.arange(config.num_images) % build.open_data_set(cfg).train.num_classes
     judge = runs.judge(cfg, cache)

@@ -20,8 +20,23 @@ from sphere_ar_jax.models.convolutions import Conv, ConvTranspose, torch_init
 from sphere_ar_jax.models.sizes import EPS
 
 
+def norm_groups(channels: int) -> int:
+    """Returns the number of groups that channels are normalised in, min(32, channels//4).
+
+    Raises:
+      ValueError: the channels cannot be divided so.
+    """
+    groups = min(32, channels // 4)
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f'{channels} channels cannot be normalised in {groups} groups: '
+            'use a multiple of 4 up to 128 or of 32'
+        )
+    return groups
+
+
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Normalises x over min(32, channels//4) groups, in float32.
+    """Normalises x in `norm_groups` groups of channels, in float32.
 
     The statistics take two passes over x. The norm is then the affine map a·(x − mean) + bias, with
     one a and one mean for each image and channel.
@@ -35,7 +50,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
       (B, H, W, channels) float32.
     """
     channels = x.shape[-1]
-    groups = min(32, channels // 4)
+    groups = norm_groups(channels)
     x = x.astype(jnp.float32)
 
     def mean(x: jax.Array) -> jax.Array:

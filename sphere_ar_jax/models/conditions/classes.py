@@ -52,13 +52,24 @@ def check_labels(labels: Any, count: int) -> None:
         )
 
 
-def are_dropped(keys: jax.Array, probability: float) -> jax.Array:
-    """Draws whether each image loses its label, (B,) bool, from one PRNG key for each, (B,)."""
+def dropped(keys: jax.Array, labels: jax.Array, null: jax.Array, probability: float) -> jax.Array:
+    """Replaces each image's labels by its null labels with a probability.
+
+    Args:
+      keys: one PRNG key for each image, (B,).
+      labels: (B, …).
+      null: the labels that stand for no condition, (B, …).
+      probability: a number in [0, 1].
+
+    Returns:
+      (B, …), of the dtype of `null`.
+    """
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, probability)
 
-    return jax.vmap(draw)(keys)
+    are_dropped = jax.vmap(draw)(keys).reshape(-1, *[1] * (labels.ndim - 1))
+    return jnp.where(are_dropped, null, labels.astype(null.dtype))
 
 
 class Classes(nn.Module):
@@ -98,18 +109,8 @@ class Classes(nn.Module):
         return jnp.full(labels.shape, self.num_classes, jnp.int32)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-        """Replaces each label by the null class with a probability.
-
-        Args:
-          keys: one PRNG key for each image, (B,).
-          labels: (B,) int32.
-          probability: a number in [0, 1].
-
-        Returns:
-          (B,) int32.
-        """
-        null = self.null(labels)
-        return jnp.where(are_dropped(keys, probability), null, labels.astype(null.dtype))
+        """Replaces each image's class by the null class with a probability, see `dropped`."""
+        return dropped(keys, labels, self.null(labels), probability)
 
     def check(self, labels: ArrayLike) -> None:
         """Checks that labels are a list of whole numbers from 0 to num_classes − 1.

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sphere_ar_jax.models import transformer
-from sphere_ar_jax.models.conditions.classes import are_dropped, check_labels
+from sphere_ar_jax.models.conditions.classes import check_labels, dropped
 from sphere_ar_jax.runtime.console import UserError
 
 
@@ -87,19 +87,8 @@ class Text(nn.Module):
         return jnp.full(labels.shape, self.vocabulary_size, jnp.int32)
 
     def drop(self, keys: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-        """Replaces each caption by the one that stands for none, with a probability.
-
-        Args:
-          keys: one PRNG key for each image, (B,).
-          labels: (B, T) int32.
-          probability: a number in [0, 1].
-
-        Returns:
-          (B, T) int32.
-        """
-        dropped = are_dropped(keys, probability)
-        null = self.null(labels)
-        return jnp.where(dropped[:, None], null, labels.astype(null.dtype))
+        """Replaces each caption by the one that stands for none, see `dropped`."""
+        return dropped(keys, labels, self.null(labels), probability)
 
     def check(self, labels: Any) -> None:
         """Checks that labels are captions (B, T) of the vocabulary's numbers.

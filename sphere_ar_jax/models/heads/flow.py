@@ -228,6 +228,10 @@ class FlowHead(nn.Module):
 
     def __post_init__(self) -> None:
         self.path()
+        if self.depth % self.groups:
+            raise ValueError(
+                f'{self.groups} adaLN groups do not divide the {self.depth} blocks of the flow head'
+            )
         super().__post_init__()
 
     @nn.nowrap
@@ -236,10 +240,6 @@ class FlowHead(nn.Module):
         return self.PATH(self.latent_dim, self.radius, self.prior_scale)
 
     def setup(self) -> None:
-        if self.depth % self.groups:
-            raise ValueError(
-                f'{self.groups} adaLN groups do not divide the {self.depth} blocks of the flow head'
-            )
         self.time1 = nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype)
         self.time2 = nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype)
         self.cond_embed = nn.Dense(self.width, kernel_init=XAVIER, dtype=self.dtype)

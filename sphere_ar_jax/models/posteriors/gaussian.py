@@ -135,4 +135,4 @@ class Gaussian:
         if dead > 0:
             spread = f'means spread there by less than {DEAD}, the prior by 1'
             wrong.append(f'{dead:.0%} of the dimensions are dead: {spread}')
-        return '; '.join(wrong) if wrong else None
+        return '; '.join(wrong) or None

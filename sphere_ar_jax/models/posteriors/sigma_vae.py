@@ -144,4 +144,4 @@ class SigmaVAE:
         if dead > 0:
             spread = f'means spread there by less than {DEAD} sigma'
             wrong.append(f'{dead:.0%} of the dimensions are dead: {spread}')
-        return '; '.join(wrong) if wrong else None
+        return '; '.join(wrong) or None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from sphere_ar_jax.sphere import geometry
 
 # A dimension is dead where the tokens' directions spread by less than this, measured as in
-# `statistics`: uniform directions have a spread of 1.
+# `SphericalTokens.statistics`: uniform directions have a spread of 1.
 DEAD = 0.1
 
 
@@ -35,71 +35,6 @@ def direction_and_concentration(x: jax.Array, kappa_scale: float) -> tuple[jax.A
       mu, unit vectors (B, L, d), and kappa (B, L), at least 1.
     """
     return geometry.l2_normalize(x[..., :-1]), nn.softplus(kappa_scale * x[..., -1]) + 1
-
-
-def statistics(mu: jax.Array, kappa: jax.Array, kl: jax.Array) -> dict[str, jax.Array]:
-    """Computes how much of the sphere the tokens of a batch use.
-
-    The spread of a dimension is √d · std of mu's coordinate over batch and tokens. It is 1 for
-    uniform directions and 0 for equal ones, whatever the radius of the tokens is.
-
-    Args:
-      mu: directions, unit vectors (B, L, d).
-      kappa: concentrations (B, L).
-      kl: divergences from the uniform distribution (B, L), in nats.
-
-    Returns:
-      Scalars () float32:
-        kappa: mean of kappa.
-        kl: mean of the divergence, nats per token.
-        spread_min: smallest spread of a dimension.
-        spread_mean: mean spread of the dimensions.
-        dead_share: share of the dimensions with a spread below `DEAD`.
-        mean_direction: norm of the mean of mu, 0 for uniform directions and 1 for equal ones.
-    """
-    mu = mu.reshape(-1, mu.shape[-1])
-    spread = geometry.radius(mu.shape[-1]) * jnp.std(mu, axis=0)
-    return {
-        'kappa': jnp.mean(kappa),
-        'kl': jnp.mean(kl),
-        'spread_min': jnp.min(spread),
-        'spread_mean': jnp.mean(spread),
-        'dead_share': jnp.mean((spread < DEAD).astype(jnp.float32)),
-        'mean_direction': jnp.linalg.norm(jnp.mean(mu, axis=0)),
-    }
-
-
-def faults(scalars: dict[str, float]) -> str | None:
-    """Says what is wrong with a tokenizer's latents.
-
-    Faults are kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, and
-    any dead dimension. In the first few hundred steps of a training these are normal.
-
-    Args:
-      scalars: the `statistics`, as floats.
-
-    Returns:
-      One sentence, or None where nothing is wrong.
-    """
-    kappa = scalars['kappa']
-    kl = scalars['kl']
-    direction = scalars['mean_direction']
-    dead = scalars['dead_share']
-    if not all(math.isfinite(value) for value in (kappa, kl, direction, dead)):
-        return 'the latents are not finite'
-    wrong = []
-    if kappa < 1.1:
-        floor = f'kappa is {kappa:.2f}, at its floor of 1'
-        wrong.append(f'{floor}: the posterior ignores the image')
-    if kl < 0.1:
-        wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')
-    if direction > 0.9:
-        norm = f'their mean direction has norm {direction:.2f}'
-        wrong.append(f'all tokens point the same way: {norm}')
-    if dead > 0:
-        spread = f'directions spread there by less than {DEAD} of uniform ones'
-        wrong.append(f'{dead:.0%} of the dimensions are dead: {spread}')
-    return '; '.join(wrong) if wrong else None
 
 
 class Density(Protocol):
@@ -169,8 +104,30 @@ class SphericalTokens:
         return self.density.kl_to_uniform(self.kappa, self.mu.shape[-1])
 
     def statistics(self) -> dict[str, jax.Array]:
-        """Computes the scalars of `statistics` above."""
-        return statistics(self.mu, self.kappa, self.kl())
+        """Computes how much of the sphere the tokens of a batch use.
+
+        The spread of a dimension is √d · std of mu's coordinate over batch and tokens. It is 1 for
+        uniform directions and 0 for equal ones, whatever the radius of the tokens is.
+
+        Returns:
+          Scalars () float32:
+            kappa: mean of kappa.
+            kl: mean of the divergence from the uniform distribution, nats per token.
+            spread_min: smallest spread of a dimension.
+            spread_mean: mean spread of the dimensions.
+            dead_share: share of the dimensions with a spread below `DEAD`.
+            mean_direction: norm of the mean of mu, 0 for uniform directions and 1 for equal ones.
+        """
+        mu = self.mu.reshape(-1, self.mu.shape[-1])
+        spread = geometry.radius(mu.shape[-1]) * jnp.std(mu, axis=0)
+        return {
+            'kappa': jnp.mean(self.kappa),
+            'kl': jnp.mean(self.kl()),
+            'spread_min': jnp.min(spread),
+            'spread_mean': jnp.mean(spread),
+            'dead_share': jnp.mean((spread < DEAD).astype(jnp.float32)),
+            'mean_direction': jnp.linalg.norm(jnp.mean(mu, axis=0)),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,5 +172,33 @@ class Spherical:
         return geometry.project(z, self.radius)
 
     def faults(self, scalars: dict[str, float]) -> str | None:
-        """Says what is wrong with a tokenizer's latents, as `faults` above does."""
-        return faults(scalars)
+        """Says what is wrong with a tokenizer's latents.
+
+        Faults are kappa < 1.1 (its floor is 1), KL < 0.1 nats per token, mean_direction > 0.9, and
+        any dead dimension. In the first few hundred steps of a training these are normal.
+
+        Args:
+          scalars: those of `SphericalTokens.statistics`, as floats.
+
+        Returns:
+          One sentence, or None where nothing is wrong.
+        """
+        kappa = scalars['kappa']
+        kl = scalars['kl']
+        direction = scalars['mean_direction']
+        dead = scalars['dead_share']
+        if not all(math.isfinite(value) for value in (kappa, kl, direction, dead)):
+            return 'the latents are not finite'
+        wrong = []
+        if kappa < 1.1:
+            floor = f'kappa is {kappa:.2f}, at its floor of 1'
+            wrong.append(f'{floor}: the posterior ignores the image')
+        if kl < 0.1:
+            wrong.append(f'KL is {kl:.3f} nats, below 0.1: tokens carry next to nothing')
+        if direction > 0.9:
+            norm = f'their mean direction has norm {direction:.2f}'
+            wrong.append(f'all tokens point the same way: {norm}')
+        if dead > 0:
+            spread = f'directions spread there by less than {DEAD} of uniform ones'
+            wrong.append(f'{dead:.0%} of the dimensions are dead: {spread}')
+        return '; '.join(wrong) or None

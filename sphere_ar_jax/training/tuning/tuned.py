@@ -127,9 +127,7 @@ def _scaled(
     return optax.chain(*(masked(*pair) for pair in found)) if found else None
 
 
-def tuned_stage(
-    stage: training_state.Stage, tuning: Tuning, base: PyTree, seed: int
-) -> training_state.Stage:
+def tuned_stage(stage: training_state.Stage, tuning: Tuning, base: PyTree) -> training_state.Stage:
     """Makes the stage that trains what a fine-tuning asks for.
 
     Args:
@@ -137,7 +135,6 @@ def tuned_stage(
       tuning: what is trained.
       base: the parameters that the fine-tuning begins with. Those that it does not train are frozen
         inputs of the step.
-      seed: seed of all draws.
 
     Returns:
       The stage. Its `to_model` gives the parameters of the whole model, factors merged.
@@ -173,11 +170,10 @@ def tuned_stage(
 
     without_remat = None
     if stage.without_remat is not None:
-        without_remat = tuned_stage(stage.without_remat, tuning, base, seed)
+        without_remat = tuned_stage(stage.without_remat, tuning, base)
     return training_state.make_stage(
         stage.name,
         stage.options,
-        seed,
         init_params,
         loss,
         frozen=(stage.frozen, rest),
@@ -193,7 +189,7 @@ def tuned_stage(
 
 
 def of_workdir(
-    stage: training_state.Stage, tuning: Tuning, directory: str, mesh: Mesh, seed: int
+    stage: training_state.Stage, tuning: Tuning, directory: str, mesh: Mesh
 ) -> training_state.Stage:
     """The stage of a fine-tuning that begins with the weights in its directory.
 
@@ -202,7 +198,6 @@ def of_workdir(
       tuning: what is trained. Where it asks for nothing, all is.
       directory: the stage's directory.
       mesh: where the weights go.
-      seed: seed of all draws.
 
     Returns:
       The stage, the same one where nothing is asked for.
@@ -216,4 +211,4 @@ def of_workdir(
     base = training_state.converted(directory, training_state.abstract_state(stage, mesh).params)
     if base is None:
         raise FileNotFoundError(f'{directory} has no weights to begin with yet')
-    return tuned_stage(stage, tuning, base, seed)
+    return tuned_stage(stage, tuning, base)

@@ -43,7 +43,7 @@ def _stage():
     def init(key):
         return jax.tree.map(lambda x: jax.random.normal(key, x.shape), BASE)
 
-    return state.make_stage('ar', OPTIONS, 0, init, loss, np.float32(3), (), about='tokenizer')
+    return state.make_stage('ar', OPTIONS, init, loss, np.float32(3), (), about='tokenizer')
 
 
 @libraries_promote()
@@ -53,7 +53,7 @@ def test_what_is_trained_is_trained_as_optax_would_alone():
     A leaf with a multiplier moves by that many times the update.
     """
     tuning = Tuning(freeze=('stack/a', 'bias$'), multipliers=(('head', 0.25), ('kernel', 2.0)))
-    stage = tuned.tuned_stage(_stage(), tuning, BASE, 0)
+    stage = tuned.tuned_stage(_stage(), tuning, BASE)
     began = jax.jit(stage.init)(jax.random.key(0))
     began = began.replace(params=stage.begin(began.params))
     paths = {'stack/b/kernel', 'head/kernel'}
@@ -86,7 +86,7 @@ def test_what_is_trained_is_trained_as_optax_would_alone():
     step = jax.jit(stage.step)
     now = began
     for _ in range(3):
-        now, scalars = step(now, stage.frozen, BATCH)
+        now, scalars = step(now, stage.frozen, BATCH, 0)
         by_hand, moments, norm = step_by_hand(by_hand, moments)
         np.testing.assert_allclose(scalars['grad_norm'], norm, rtol=1e-5)
     whole = stage.to_model(now.params)
@@ -100,9 +100,9 @@ def test_what_is_trained_is_trained_as_optax_would_alone():
 def test_without_wishes_the_stage_is_the_very_same(tmp_path):
     stage = _stage()
     mesh = sharding.make_mesh()
-    assert tuned.of_workdir(stage, Tuning(), str(tmp_path), mesh, 0) is stage
+    assert tuned.of_workdir(stage, Tuning(), str(tmp_path), mesh) is stage
     with pytest.raises(FileNotFoundError, match='no weights to begin with'):
-        tuned.of_workdir(stage, Tuning(freeze=('head',)), str(tmp_path), mesh, 0)
+        tuned.of_workdir(stage, Tuning(freeze=('head',)), str(tmp_path), mesh)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def low_rank():
     vae = build.build_vae(cfg)
     model = build.build_ar(cfg)
     vae_params = tiny_config.random_params(vae)
-    stage = ar_stage(model, vae, vae_params, cfg.ar_training, cfg.seed)
+    stage = ar_stage(model, vae, vae_params, cfg.ar_training)
     base = tiny_config.random_params(model, seed=3)
-    return stage, tuned.tuned_stage(stage, Tuning(lora_rank=2), base, 0), base
+    return stage, tuned.tuned_stage(stage, Tuning(lora_rank=2), base), base
 
 
 def _batch():
@@ -158,7 +158,7 @@ def test_factors_of_low_rank(low_rank):
         first = jax.jit(factored.loss)(now.params, factored.frozen, _batch(), keys)[0]
         np.testing.assert_allclose(first, loss(base, stage.frozen, _batch(), keys)[0], rtol=1e-6)
         for _ in range(3):
-            now, scalars = step(now, factored.frozen, _batch())
+            now, scalars = step(now, factored.frozen, _batch(), 0)
     chex.assert_tree_all_finite((now, scalars))
 
     trained = flatten_dict(now.params, sep='/')
