@@ -299,27 +299,26 @@ class ImageFolder:
             raise UserError(f'{where} cannot be read: {first_line(error)}') from None
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """Reads the captions of image i, the lines of NAME.txt beside it; () without such a file.
+        """Reads the captions of image i, the lines of NAME.txt or NAME.TXT; () without such a file.
 
         Raises:
           BrokenCaptionError: the file is no text in UTF-8.
           UserError: it cannot be read.
         """
         stem = os.path.splitext(self.file(i))[0]
-        place = stem + '.txt'
-        if not os.path.isfile(place) and os.path.isfile(stem + '.TXT'):
-            place = stem + '.TXT'
-        try:
-            with open(place, encoding='utf-8-sig') as f:
-                return columns.captions_of(place, f.read().split('\n'))
-        except (FileNotFoundError, IsADirectoryError):
-            return ()
-        except UnicodeDecodeError as error:
-            raise BrokenCaptionError(
-                f'{shown(place)} is no text in UTF-8: {error.reason}'
-            ) from None
-        except OSError as error:
-            raise UserError(f'{shown(place)} cannot be read: {first_line(error)}') from None
+        for place in (f'{stem}.txt', f'{stem}.TXT'):
+            try:
+                with open(place, encoding='utf-8-sig') as f:
+                    return columns.captions_of(place, f.read().split('\n'))
+            except (FileNotFoundError, IsADirectoryError):
+                continue
+            except UnicodeDecodeError as error:
+                raise BrokenCaptionError(
+                    f'{shown(place)} is no text in UTF-8: {error.reason}'
+                ) from None
+            except OSError as error:
+                raise UserError(f'{shown(place)} cannot be read: {first_line(error)}') from None
+        return ()
 
     def file(self, i: int) -> str:
         """Gives the path of image file i."""

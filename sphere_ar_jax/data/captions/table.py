@@ -143,8 +143,9 @@ def _keys(names: Sequence[str], table: Mapping[str, Texts]) -> list[str]:
         forms.setdefault(unicodedata.normalize('NFC', key), []).append(key)
 
     def find(name: str) -> str:
-        if _plain(name) in table:
-            return _plain(name)
+        plain = _plain(name)
+        if plain in table:
+            return plain
         alike = forms.get(unicodedata.normalize('NFC', name), ())
         return alike[0] if len(alike) == 1 else name
 
