@@ -3,12 +3,13 @@
 python -m tests.read_commands DIR
 
 Each command is parsed in a child process of its own, because the programs keep their flags in
-globals. DIR gets the config files that the documents show, and the file that a config of features
-reads.
+globals. DIR gets the config files that the documents show, the file that a config of features
+reads, and a run for the commands that change values of a run's own config.
 """
 
 import argparse
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -24,6 +25,8 @@ BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.DOTALL | re.MULTILINE)
 PROGRAM = re.compile(r'(?:python -m (sphere_ar_jax[\w.]*)|(?<![\w/])sphere-ar\b)(.*)')
 # What stands for something that a reader puts in: `…`, $VARIABLE, a NAME in capitals.
 PLACEHOLDER = re.compile(r'…|\$|configs/[A-Z]+\.py')
+# A directory that `faults` fills.
+RUN = '--workdir=run'
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
@@ -48,9 +51,18 @@ def commands() -> list[tuple[str, str, list[str]]]:
     return list(found.values())
 
 
+def _with_run(arguments: list[str]) -> list[str]:
+    """Name the run RUN in place of the document's, if values of its own config are changed."""
+    changes = any(word.startswith('--config.') for word in arguments)
+    has_file = any(word.startswith('--config=') for word in arguments)
+    if not changes or has_file:
+        return arguments
+    return [RUN if word.startswith('--workdir=') else word for word in arguments]
+
+
 def read(module: str, arguments: list[str]) -> None:
     """Parse one command and check its config. Raises what the program would say."""
-    sys.argv = [module, *arguments]
+    sys.argv = [module, *_with_run(arguments)]
     if module == 'sphere_ar_jax.main':
         from sphere_ar_jax import main
         from sphere_ar_jax.config import checks, experiments
@@ -94,6 +106,7 @@ def faults(directory: str) -> list[str]:
     # Imported once for all children.
     import sphere_ar_jax.config.checks
     import sphere_ar_jax.main  # noqa: F401
+    from sphere_ar_jax.config import packaged, schema
 
     (pathlib.Path(directory) / 'configs').symlink_to(ROOT / 'configs')
     for _, block in blocks('python'):
@@ -102,6 +115,9 @@ def faults(directory: str) -> list[str]:
             pathlib.Path(directory, title[1]).write_text(block)
     # A config of features is checked by its file.
     np.savez(pathlib.Path(directory, 'features.npz'), texts=['a bird'], features=np.ones((1, 2, 3)))
+    pathlib.Path(directory, 'run').mkdir()
+    config = schema.as_dict(packaged.load('ar_l'))
+    pathlib.Path(directory, 'run', 'config.json').write_text(json.dumps(config))
     os.chdir(directory)
     found = []
     for name, module, arguments in commands():
