@@ -16,6 +16,7 @@ Words after the colon, separated by commas:
 data=…         KIND:PATH of folder, array_records, webdataset, parquet, idx, emoji, hf (hf:NAME),
                tfds (tfds:NAME) or latents, or the path of a tar like ImageNet's. It must be given.
 size=N         Pixels along a side: 64 (the default), 128 or 256.
+images=N       The number of images, where they cannot be counted beforehand (tfds, hf).
 epochs=N       The AR model sees each image so often. The tokenizer trains three quarters of its
                steps in any case.
 steps=N        Steps of the AR model, in place of epochs.
@@ -41,7 +42,7 @@ from sphere_ar_jax.config import own, recipes, schema
 
 _FILE = 'configs/own.py'
 _WORDS = ('flip', 'no_flip', 'crop', 'whole', 'grey', 'smoke')
-_VALUES = ('data', 'size', 'epochs', 'steps', 'captions', 'features')
+_VALUES = ('data', 'size', 'images', 'epochs', 'steps', 'captions', 'features')
 
 
 def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
@@ -82,6 +83,24 @@ def _wishes(words: set[str], values: dict[str, str]) -> own.Wishes:
     )
 
 
+def _counted(kind: str, path: str, wishes: own.Wishes, images: str | None) -> own.Counted:
+    """What is known of the data set, with the number of images that the words give, if any.
+
+    Raises:
+      ValueError: epochs of images are asked for whose number nobody knows; one line.
+    """
+    found = own.count(kind, path, wishes.captions)
+    if images is not None:
+        number = recipes.whole_number('images', images)
+        return found._replace(images=number, how='as images= says', is_guess=False)
+    if found.is_guess and wishes.epochs is not None:
+        raise ValueError(
+            f'epochs= needs the number of images, which {kind}:{path} does not tell beforehand: '
+            'give images=, too, or steps= in place of epochs='
+        )
+    return found
+
+
 def get_config(arg: str = '') -> ConfigDict:
     """The config of a folder of images.
 
@@ -102,5 +121,5 @@ def get_config(arg: str = '') -> ConfigDict:
         wishes = wishes._replace(flip=False, crop=False)
     c = config.default()
     c.data.update(name=kind, path=path)
-    own.apply(c, own.decide(own.count(kind, path, wishes.captions), wishes))
+    own.apply(c, own.decide(_counted(kind, path, wishes, values.get('images')), wishes))
     return c

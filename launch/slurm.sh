@@ -14,7 +14,7 @@
 # May set: NODES, GPUS_PER_NODE       1 and 8; GPUS_PER_NODE=0 for CPUs
 #          PROCESSES_PER_NODE         one for each GPU, as jax.distributed takes it under SLURM;
 #                                     1 for one process with all GPUs
-#          CPUS_PER_PROCESS           8; they load the images
+#          CPUS_PER_PROCESS           8 for each of its GPUs; they load the images
 #          SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS, SBATCH_RESERVATION, …
 #                                     sbatch's own variables
 #          GRACE_SECONDS              300: SIGTERM comes this long before the time limit
@@ -25,6 +25,8 @@
 #          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` on every
 #                                     process first
 #          MAX_RESTARTS               1000
+#          RETRIES                    3 processes lost in a row; a preemption, or an hour of work,
+#                                     starts the count anew
 #
 # The job itself is launch/slurm_job.sh. `scancel JOB` ends it for good; the same line, typed again,
 # goes on.
@@ -37,12 +39,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 take_words "$@"
 nodes=$(whole NODES 1)
 gpus=$(whole GPUS_PER_NODE 8)
-cpus=$(whole CPUS_PER_PROCESS 8)
 grace=$(whole GRACE_SECONDS 300)
 per_gpu=$((gpus > 0 ? gpus : 1))
 processes=${PROCESSES_PER_NODE:-$per_gpu}
 [ "$processes" = "$per_gpu" ] || [ "$processes" = 1 ] ||
   die "PROCESSES_PER_NODE is $processes, but must be 1 or the number of GPUs of a node, $per_gpu"
+cpus=$(whole CPUS_PER_PROCESS $((8 * per_gpu / processes)))
 
 environment=("SPHERE_AR_LAUNCH=$here" "JAX_COMPILATION_CACHE_DIR=$(cache_dir)")
 resources=("--nodes=$nodes" "--ntasks-per-node=$processes" "--cpus-per-task=$cpus")

@@ -7,13 +7,14 @@
 #          bash launch/slurm_job.sh --dry-run --config=… --workdir=… prints what it would run.
 # Needs:   what launch/slurm.sh sets and says; inside a job, SLURM's variables.
 # Costs:   what launch/slurm.sh costs.
-# May set: PYTHON, DOCTOR=0, MAX_RESTARTS: see launch/slurm.sh
+# May set: PYTHON, DOCTOR=0, MAX_RESTARTS, RETRIES: see launch/slurm.sh
 #
 # SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit. They save
 # and end with 143, and the job is queued again. Where there are several processes
 # (SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE), it is also queued again after 134, with which JAX
-# aborts processes that have lost another one, and after 137, which is kill -9. Any other exit code
-# is final. A job that was cancelled is left alone.
+# aborts processes that have lost another one, and after 137, which is kill -9, at most RETRIES
+# times in a row; ~/.cache/sphere_ar_jax/slurm-JOB counts them. Any other exit code is final. A job
+# that was cancelled is left alone.
 # Written from SLURM's and JAX's documentation, and tested with stand-ins for srun and scontrol;
 # never run on a real cluster.
 set -euo pipefail
@@ -22,6 +23,18 @@ set -euo pipefail
 take_words "$@"
 [ -n "$dry_run" ] || need SLURM_JOB_ID
 most=$(whole MAX_RESTARTS 1000)
+retries=$(whole RETRIES 3)
+failures_file=$HOME/.cache/sphere_ar_jax/slurm-${SLURM_JOB_ID:-}
+
+failures() {  # counts one more failure and prints how many there were in a row
+  local before=0
+  # An hour of work starts the count anew.
+  if [ "$SECONDS" -lt 3600 ] && [ -f "$failures_file" ]; then before=$(cat "$failures_file"); fi
+  mkdir -p "$(dirname "$failures_file")"
+  echo $((before + 1)) >"$failures_file"
+  echo $((before + 1))
+}
+
 # One process may end before the others have saved; srun must then not end the others.
 tasks=(srun --kill-on-bad-exit=0 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
 python=${PYTHON:-python}
@@ -42,9 +55,16 @@ if [ -n "$dry_run" ]; then
 fi
 processes=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
 case $code in
-  143) ;;
-  134 | 137) [ "$processes" -gt 1 ] || exit "$code" ;;
-  *) exit "$code" ;;
+  143) rm -f "$failures_file" ;;
+  134 | 137)
+    [ "$processes" -gt 1 ] || exit "$code"
+    count=$(failures)
+    if [ "$count" -gt "$retries" ]; then
+      rm -f "$failures_file"
+      say "failed $count times in a row, last with exit code $code: not queued again"
+      exit "$code"
+    fi ;;
+  *) rm -f "$failures_file"; exit "$code" ;;
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
   say "stopped after $most restarts"

@@ -22,8 +22,10 @@
 #          CREATE_FLAGS               more flags for gcloud … queued-resources create, for example
 #                                     '--reserved --network=mine'
 #          SETUP                      a command for every host, after the installation, for example
-#                                     one that mounts the data
-#          KEEP=1                     do not delete at the end
+#                                     one that mounts the data. It is run again at each restart:
+#                                     'mountpoint -q /data || gcsfuse BUCKET /data'
+#          KEEP=1                     do not delete at the end; needed where the program writes a
+#                                     file of its own on the first host, as samples
 #          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start (compilation_cache next
 #                                     to the workdir, since the hosts' disks go with the TPU)
 #          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` on every host
@@ -160,6 +162,16 @@ case $verb in
 esac
 need TPU_TYPE
 need_remote_words "$root"
+on_host=
+[ "$mode" != sample ] || on_host=1
+for word in "${words[@]}"; do
+  case $mode:$word in
+    train:* | *:--output=gs://*) ;;
+    *:--output=*) on_host=1 ;;
+  esac
+done
+[ -z "$on_host" ] || [ -n "${KEEP:-}" ] ||
+  die "what --mode=$mode writes there goes with the TPU: set KEEP=1, copy it away, then --delete"
 version=${RUNTIME_VERSION:-$(runtime_version)}
 if [ -n "$dry_run" ]; then
   create; look; install; doctor; start; watch

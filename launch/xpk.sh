@@ -18,7 +18,7 @@
 #          SLICES                     1
 #          PROJECT, ZONE              gcloud's own, if not given
 #          BUILD=0                    IMAGE is there already: do not build and push
-#          MAX_RESTARTS               1000
+#          MAX_RESTARTS               1000, those after a crash that comes again and again, too
 #          GRACE_SECONDS              300 to save in after SIGTERM; spot nodes give less than 30
 #                                     whatever is asked for
 #          JAX_COMPILATION_CACHE_DIR  compiled programs for the next start (compilation_cache next

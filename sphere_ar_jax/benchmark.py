@@ -15,7 +15,7 @@ import os
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sphere_ar_jax.config import build, checks, packaged
+from sphere_ar_jax.config import build, checks, packaged, schema
 from sphere_ar_jax.flow import plan
 from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import compare, our_parts
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     """
     console.parse(packaged.with_paths(argv), _FLAGS, __doc__)
     try:
-        if _CONFIG.value is not None and 'comparisons' in _CONFIG.value:
+        if _CONFIG.value is not None and schema.is_experiment(_CONFIG.value):
             raise UserError(
                 'this is the config of an experiment: give that of a run, as configs/digits.py'
             )

@@ -165,16 +165,20 @@ def _examine_data(
     def opened() -> 'tuple[host_checks.Check, sources.Images | small.Split]':
         if data is not None:
             needs_labels = cfg is None or not build.has_captions(cfg)
-            return host_checks.check_data(*recipes.data_set(data), needs_labels=needs_labels)
+            return host_checks.check_data(
+                *recipes.data_set(data), needs_labels=needs_labels, progress=examination.progress
+            )
         assert cfg is not None  # by the lines above
         d = cfg.data
         if d.name in small.KINDS:
             checks.check(cfg)
             return host_checks.check_small(d.name, d.path, build.open_data_set(cfg).train)
         needs_labels = not build.has_captions(cfg)
-        return host_checks.check_data(d.name, d.path, d.split, d.data_dir, needs_labels)
+        return host_checks.check_data(
+            d.name, d.path, d.split, d.data_dir, needs_labels, examination.progress
+        )
 
-    slow = "a large tar's index takes minutes, once: --timeout=1800"
+    slow = 'is the storage there? The doctor alone waits longer with --timeout=SECONDS'
     found = examination.run('data', opened, slow=slow)
     if found is None:
         return None
@@ -247,11 +251,11 @@ def _of_command(cfg: 'ConfigDict', workdir: str | None) -> 'ConfigDict':
 
     That of an experiment is looked at as the run of its first row and seed.
     """
-    from sphere_ar_jax.config import beside, experiments
+    from sphere_ar_jax.config import beside, experiments, schema
 
     # A config file that failed to load says so only when it is read.
     dict(cfg.items())
-    if 'comparisons' in cfg:
+    if schema.is_experiment(cfg):
         return experiments.row(experiments.check(cfg), next(iter(cfg.rows)), cfg.seeds[0])
     return cfg if workdir is None else beside.with_kept_vocabulary(cfg, workdir)
 

@@ -453,7 +453,7 @@ def _checked_config(mode: str, workdir: str | None) -> ConfigDict | None:
     cfg = _CONFIG.value
     if cfg is None or mode == 'experiment':
         return cfg
-    if 'comparisons' in cfg:
+    if schema.is_experiment(cfg):
         raise UserError('this is the config of an experiment: give --mode=experiment')
     if workdir is None:
         return checks.check(cfg)

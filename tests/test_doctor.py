@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import jax
@@ -212,6 +213,10 @@ def test_what_does_not_answer_is_given_up():
     with pytest.raises(KeyError, match='gone'):
         host_checks.limited(lambda: {}['gone'], 5)
     gate = threading.Event()
+    # Whoever gives signs of progress is waited for.
+    threading.Timer(0.3, gate.set).start()
+    assert host_checks.limited(gate.wait, 0.05, lambda: time.monotonic() + 1)
+    gate.clear()
     said = []
     examination = host_checks.Examination(0.05, said.append)
     assert examination.run('data', gate.wait, slow='wait for it') is None

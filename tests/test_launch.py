@@ -213,6 +213,7 @@ def test_slurm_submits_the_job(stubs, words):
 def test_slurm_with_one_process_for_all_gpus_of_a_node(stubs):
     ((call, environ),) = _printed(stubs, 'slurm', PLAIN, GPUS_PER_NODE='4', PROCESSES_PER_NODE='1')
     assert '--ntasks-per-node=1' in call
+    assert '--cpus-per-task=32' in call
     assert '--gpus-per-node=4' in call
     assert environ['JAX_LOCAL_DEVICE_IDS'] == '0,1,2,3'  # or JAX takes GPU 0 alone
 
@@ -604,6 +605,18 @@ def test_the_slurm_job_is_queued_again_after_a_lost_process(stubs, code, nodes):
     assert stubs.words('scontrol') == ([['scontrol', 'requeue', '7']] if nodes == '2' else [])
 
 
+def test_the_slurm_job_gives_up_what_crashes_again_and_again(stubs):
+    """The fourth in a row ends it. Whoever was told to stop in between has not crashed."""
+    codes = [134, 137, 143, 134, 134, 134, 134]
+    stubs.will_end('srun', *codes)
+    stubs.will_end('squeue', 'RUNNING')
+    variables = {'SLURM_RESTART_COUNT': '1', 'SLURM_JOB_NUM_NODES': '2'}
+    runs = [stubs.run('slurm_job', *PLAIN, **variables) for _ in codes]
+    assert [run.returncode for run in runs] == codes
+    assert len(stubs.words('scontrol')) == len(codes) - 1
+    assert 'failed 4 times in a row, last with exit code 134: not queued' in runs[-1].stderr
+
+
 # ---- a TPU: gcloud's stand-in has one queued resource, whose host is a directory of this machine
 
 CLOUD = """
@@ -658,6 +671,19 @@ def _verbs(stubs):
     worker = re.compile(r'tpu_worker\.sh (\w+)')
     verbs = [(words[3], worker.search(words[-1])) for _, words, _ in stubs.calls('gcloud')]
     return [found[1] if found else verb for verb, found in verbs if verb != 'describe']
+
+
+@pytest.mark.parametrize('words', [['--mode=sample'], ['--mode=grid', '--output=/tmp/g.png']])
+def test_what_a_tpu_writes_on_its_own_disk_is_not_deleted(cloud, words):
+    refused = cloud.run('tpu', '--workdir=gs://bucket/l', *words)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f'tpu.sh: what {words[0]} writes there goes with the TPU: set')
+    assert not cloud.calls('gcloud')
+    kept = cloud.run('tpu', '--workdir=gs://bucket/l', *words, KEEP='1')
+    assert kept.returncode == 0, kept.stderr
+    assert 'delete' not in _verbs(cloud)
+    in_bucket = ['--mode=grid', '--workdir=gs://bucket/l', '--output=gs://bucket/g.png']
+    assert cloud.run('tpu', *in_bucket).returncode == 0
 
 
 def test_a_tpu_run_goes_on_after_sigterm(cloud):

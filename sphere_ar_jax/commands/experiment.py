@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import experiments
+from sphere_ar_jax.config import experiments, schema
 from sphere_ar_jax.experiments import experiment as runner
 from sphere_ar_jax.runtime.console import UserError
 
@@ -32,7 +32,7 @@ def experiment(
     Raises:
       UserError: the config is that of a run, or a value is impossible; one line.
     """
-    if 'comparisons' not in config:
+    if not schema.is_experiment(config):
         raise UserError(
             'this is the config of a run: give --config=configs/experiments/NAME.py, or '
             '--mode=train'

@@ -12,6 +12,7 @@ import platform
 import shutil
 import textwrap
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from sphere_ar_jax.data import small, sources
-    from sphere_ar_jax.runtime.types import PyTree
+    from sphere_ar_jax.runtime.types import Progress, PyTree
     from sphere_ar_jax.training.state import Stage
 
 _T = TypeVar('_T')
@@ -50,13 +51,21 @@ class Check(NamedTuple):
     text: str
 
 
-def limited(function: Callable[[], _T], seconds: float) -> _T:
+def limited(
+    function: Callable[[], _T], seconds: float, heard: Callable[[], float] = lambda: 0.0
+) -> _T:
     """Calls function() with a time limit.
 
+    Args:
+      function: what to call.
+      seconds: how long it may take, counted from its last sign of progress.
+      heard: gives the time of that sign, by `time.monotonic`; the start counts as one, too.
+
     Raises:
-      TimeoutError: the function has not returned after so many seconds. It goes on in a thread
-        that nobody waits for.
+      TimeoutError: the function has not returned in time. It goes on in a thread that nobody waits
+        for.
     """
+    started = time.monotonic()
     answer: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def call() -> None:
@@ -66,7 +75,14 @@ def limited(function: Callable[[], _T], seconds: float) -> _T:
             answer.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    return answer.result(seconds)
+    while True:
+        end = max(started, heard()) + seconds
+        try:
+            return answer.result(max(end - time.monotonic(), 0))
+        except TimeoutError:
+            # The function may raise it, too, or have given a sign meanwhile.
+            if answer.done() or max(started, heard()) + seconds == end:
+                raise
 
 
 # ---- the machine
@@ -377,6 +393,7 @@ def check_data(
     split: str = 'train',
     data_dir: str | None = None,
     needs_labels: bool = True,
+    progress: 'Progress' = lambda done, total: None,
 ) -> 'tuple[Check, sources.Images | small.Split]':
     """Opens the images of a training, and says how many images and classes there are.
 
@@ -386,6 +403,7 @@ def check_data(
       split: the split of tfds or hf.
       data_dir: the directory of tfds or hf, None for its default.
       needs_labels: see `sources.open_source`.
+      progress: likewise.
 
     Returns:
       (what was found, the images).
@@ -401,7 +419,9 @@ def check_data(
     if kind in small.KINDS:
         return check_small(kind, path, small.open_data_set(kind, path, 0, 0.2).train)
     assert path is not None  # by the lines above
-    source = sources.open_source(kind, path, split, data_dir, needs_labels=needs_labels)
+    source = sources.open_source(
+        kind, path, split, data_dir, needs_labels=needs_labels, progress=progress
+    )
     # Reading raises where the files are damaged.
     for i in (0, len(source) - 1):
         source[i]
@@ -443,11 +463,12 @@ class Examination:
         """Begins an examination.
 
         Args:
-          seconds: the time limit of each check.
+          seconds: the time limit of each check, and of each of its steps where it tells them.
           show: is called with every line to print.
         """
         self._seconds = seconds
         self._show = show
+        self._heard = 0.0
         self.failed = 0
         self.warned = 0
         self.stuck = False
@@ -458,6 +479,11 @@ class Examination:
         self.warned += check.status == 'WARN'
         for line in lines(check):
             self._show(line)
+
+    def progress(self, done: int, total: int) -> None:
+        """Gives the check that runs its whole time again. It is a `Progress` of what that reads."""
+        del done, total  # that there is progress is enough
+        self._heard = time.monotonic()
 
     def run(
         self,
@@ -476,7 +502,7 @@ class Examination:
           What the function returns, or None where it raises or does not answer.
         """
         try:
-            return limited(function, self._seconds)
+            return limited(function, self._seconds, lambda: self._heard)
         except TimeoutError:
             self.stuck = True
             text = f'no answer in {self._seconds:g} s: {slow}'

@@ -105,6 +105,11 @@ def _run_stage(
     return taken(state), seconds
 
 
+def _run(setting: snapshots.Setting, vae_params: PyTree, ar_params: PyTree) -> Run:
+    """The setting's models with parameters, None for those of an AR model that is not trained."""
+    return Run(setting.cfg, setting.vae, vae_params, setting.ar, ar_params)
+
+
 def _distillation(setting: snapshots.Setting, teacher: Run) -> Stage:
     """The training of a head that is distilled from a teacher."""
     cfg = setting.cfg
@@ -119,8 +124,7 @@ def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
     directory = f'{setting.workdir}/distillation'
 
     def with_head(head: PyTree) -> Run:
-        ar_params = teacher.ar_params | {'head': head}
-        return Run(setting.cfg, setting.vae, teacher.vae_params, setting.ar, ar_params)
+        return _run(setting, teacher.vae_params, teacher.ar_params | {'head': head})
 
     def look(step: int, head: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_samples(setting, with_head(head), directory, step, writer)
@@ -158,7 +162,7 @@ def _train(setting: snapshots.Setting, start: _Start) -> _Trained:
     if vae_params is None:
         vae_params, seconds['tokenizer'] = _train_tokenizer(setting, start.lpips)
     if not setting.cfg.ar_training.steps:
-        return _Trained(Run(setting.cfg, setting.vae, vae_params, setting.ar, None), seconds)
+        return _Trained(_run(setting, vae_params, None), seconds)
     training_images.check_latents(setting.cfg, setting.encoded_by, vae_params)
     vae_params = standardisation.add(
         setting.vae,
@@ -174,8 +178,7 @@ def _train(setting: snapshots.Setting, start: _Start) -> _Trained:
     directory = f'{setting.workdir}/ar'
 
     def with_params(params: PyTree) -> Run:
-        ar_params = stage.to_model(params)
-        return Run(setting.cfg, setting.vae, vae_params, setting.ar, ar_params)
+        return _run(setting, vae_params, stage.to_model(params))
 
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_samples(setting, with_params(params), directory, step, writer)

@@ -38,6 +38,7 @@ class Counted(NamedTuple):
       how: how this is known, a clause that follows 'n images in so many classes'.
       grey: whether its images are grey, and are neither cropped nor flipped.
       side: where they are grey, the side of the images that they are filled up to.
+      is_guess: whether the images of a data set that is fetched by its name are not counted.
     """
 
     images: int
@@ -45,6 +46,7 @@ class Counted(NamedTuple):
     how: str
     grey: bool = False
     side: int = 32
+    is_guess: bool = False
 
 
 class Wishes(NamedTuple):
@@ -164,8 +166,9 @@ def count(kind: str, path: str, captions: str | None = None) -> Counted:
             return _opened(kind, path, captions)
         except (OSError, UserError):
             why = f'{os.path.basename(path) or path} cannot be counted here'
-    how = f'which is assumed: {why}; give steps= or epochs= where there are more or fewer'
-    return Counted(2000, 10, how, grey=kind == 'idx')
+    how = f'which is assumed: {why}; give images= where there are more or fewer'
+    is_guess = sources.is_name(kind, path)
+    return Counted(2000, 10, how, grey=kind == 'idx', is_guess=is_guess)
 
 
 # ---- deciding

@@ -203,6 +203,9 @@ def _published(
     if size > IMAGENET:
         raise ValueError(f'batch={size}: ImageNet has {IMAGENET} images')
     c[section].update(batch_size=size, steps=epochs * (IMAGENET // size))
+    if 'tpu' in given:
+        # A step may take 10 ms on a large slice, and each writes to a bucket.
+        c[section].update(log_every=500, checkpoint_every=5000)
     if 'smoke' in given:
         grid = (8, 8) if '512' in given else (4, 4)
         c.vae.update(grid=grid, encoder_depth=1, decoder_depth=1)
@@ -239,8 +242,9 @@ def published_ar(size: str, arg: str = '') -> ConfigDict:
                  webdataset, parquet, emoji, hf (hf:NAME), tfds (tfds:NAME) or latents.
       batch=N    Images a step. The number of epochs stays.
       dtype=…    bfloat16 or float32 (the default) of the computation.
-      tpu        Settings for slices of TPUs: bfloat16, and mesh.fsdp = 4, so that every chip keeps
-                 a quarter of the state. Otherwise optimizer and EMA would move more memory than
+      tpu        Settings for slices of TPUs: bfloat16, fewer checkpoints and lines of the log
+                 (every 5,000 and 500 steps), and mesh.fsdp = 4, so that every chip keeps a
+                 quarter of the state. Otherwise optimizer and EMA would move more memory than
                  the model does. --mode=compile reports what the programs need on a slice. Blocks
                  are computed again in the backward pass (remat). --config.ar.remat=False computes
                  a fifth less, but moves more memory.

@@ -288,6 +288,11 @@ def default() -> ConfigDict:
     return config.lock()
 
 
+def is_experiment(config: ConfigDict) -> bool:
+    """Whether a config is that of an experiment, whose runs are compared (`config.experiments`)."""
+    return 'comparisons' in config
+
+
 def num_classes(config: ConfigDict) -> int | None:
     """The number of classes that the AR model knows, without the null class.
 

@@ -11,12 +11,14 @@ Dimensions:
   n  images of the source
 """
 
+import errno
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -33,6 +35,19 @@ if TYPE_CHECKING:
 
 _ENDLESS = 2**60  # rows, more than any run sees
 _ATTEMPTS = 8  # images that are tried in turn for one row
+# What a disk or a network says that may be there again in a moment.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ENOTCONN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
+PAUSES: tuple[float, ...] = (1, 5, 25)  # seconds before an image is read once more
 _JUDGED_FROM = 100  # images tried before the share of broken ones can stop a run
 # Images that threads and processes hand over at a time. More cost memory, fewer cost time.
 _PART = 16
@@ -62,6 +77,15 @@ def are_too_many(broken: float, seen: int, share: float) -> bool:
       share: the share that may be broken, in (0, 1].
     """
     return broken / seen > share + 3 * (share / seen) ** 0.5
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is of a disk or a network that may come back."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return True
+        error = error.__context__
+    return False
 
 
 def _one_line(error: Exception) -> str:
@@ -100,10 +124,23 @@ class _Loader:
             return self.source.name(index)
         return f'image {index}'
 
+    def _read(self, index: int) -> Record:
+        """Reads a record of the source, after each of `PAUSES` again if what fails may pass."""
+        for pause in PAUSES:
+            try:
+                return self.source[index]
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                line = f'{first_line(error)}; it is read again in {pause} s'
+                print(line, file=sys.stderr, flush=True)
+            time.sleep(pause)
+        return self.source[index]
+
     def _load(self, index: int, epoch: int, rng: np.random.Generator) -> Record:
         """Loads an image. Errors but BrokenImageError and MemoryError are or become UserErrors."""
         try:
-            record = self.source[index]
+            record = self._read(index)
             return record if self.transform is None else self.transform(record, epoch, rng)
         except (augment.BrokenImageError, UserError, MemoryError):
             raise

@@ -5,6 +5,7 @@ Dimensions:
 """
 
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -89,11 +90,15 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
 
     Returns:
       {'image': (n, H, W, c), 'label': (n, …)}; both are lists of nothing where n would be 0.
+
+    Raises:
+      UserError: the processes of the run took different ones.
     """
     size, _, channels = setting.vae.image_shape
     as_stored = imagenet.are_synsets(getattr(source, 'class_names', None))
     images: list[np.ndarray] = []
     labels: list[Any] = []
+    taken: list[int] = []
     for i in numbers:
         if len(images) == most:
             break
@@ -104,6 +109,10 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
             continue
         images.append(pixels.to_float(crop))
         labels.append(record['label'])
+        taken.append(i)
+    # What one process cannot read at this moment, another one can.
+    if hosts.differing([zlib.crc32(np.array(taken, np.int64).tobytes())]):
+        raise UserError('an image was read in some processes of this run alone: start it again')
     return {
         'image': np.stack(images) if images else [],
         'label': np.stack(labels) if labels else [],

@@ -25,6 +25,8 @@ from sphere_ar_jax.runtime import files, hosts
 from sphere_ar_jax.runtime.console import UserError, one_line
 
 _FLUSH = 10  # seconds between writes to the event file
+# Likewise, and for metrics.jsonl, in a bucket: each time the whole file is sent there again.
+_FLUSH_TO_BUCKET = 300
 
 
 class _Events:
@@ -42,6 +44,7 @@ class _Events:
           purge_step: TensorBoard forgets earlier events from this step on.
         """
         self._path = os.path.join(directory, 'events')
+        self._pause = _FLUSH_TO_BUCKET if '://' in directory else _FLUSH
         with files.naming(self._path):
             self._writer = EventsWriter(self._path)
             start = SessionLog(status=SessionLog.START)
@@ -52,7 +55,7 @@ class _Events:
         """Adds a summary of a step."""
         with files.naming(self._path):
             self._writer.write_event(Event(summary=summary, step=step, wall_time=time.time()))
-            if time.monotonic() - self._flushed > _FLUSH:
+            if time.monotonic() - self._flushed > self._pause:
                 self._writer.flush()
                 self._flushed = time.monotonic()
 
@@ -286,6 +289,7 @@ class MetricWriter:
         )
         self._path = epath.Path(path)
         files.write_bytes(path, self._text.encode())
+        self._flushed = time.monotonic()
         self._file: TextIO | None = None
         # Nothing can be added to a file in a bucket, so that such a file is written anew.
         if '://' not in str(directory):
@@ -312,12 +316,13 @@ class MetricWriter:
         if self._silent:
             return
         line = json.dumps({'step': step, **scalars}) + '\n'
-        with files.naming(self._path):
-            if self._file is not None:
+        if self._file is not None:
+            with files.naming(self._path):
                 self._file.write(line)
-            else:
-                self._text += line
-                self._path.write_text(self._text)
+        else:
+            self._text += line
+            if time.monotonic() - self._flushed > _FLUSH_TO_BUCKET:
+                self.flush()
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add(tensorboard.scalar(name, value), step)
@@ -330,6 +335,17 @@ class MetricWriter:
             print(f'{self._name} {step}/{self._total}{left}: {text}', flush=True)
         else:
             self._bar.set_postfix_str(text)
+
+    def flush(self) -> None:
+        """Writes what is not written yet of `metrics.jsonl`, as before a checkpoint.
+
+        A run that goes on from the checkpoint then finds the lines of all steps before it.
+        """
+        if self._silent or self._file is not None:  # On a disk each line is written at once.
+            return
+        with files.naming(self._path):
+            self._path.write_text(self._text)
+        self._flushed = time.monotonic()
 
     def picture(self, name: str, step: int, pixels: np.ndarray) -> None:
         """Adds a picture, uint8 (height, width, c), to where numbers go besides the lines."""
@@ -346,6 +362,7 @@ class MetricWriter:
             return
         with contextlib.ExitStack() as stack:  # One that fails does not keep the others open.
             stack.callback(self._bar.close)
+            stack.callback(self.flush)
             if self._events is not None:
                 stack.callback(self._events.close)
             if self._file is not None:

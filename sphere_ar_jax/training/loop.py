@@ -372,6 +372,7 @@ def train(
                         'frozen': frozen,
                         'without_remat': step_fn.without_remat,
                     }
+                    writer.flush()
                     checkpoints.save(step, state, noted, time.perf_counter() - started)
                 if arrived:
                     raise Preempted(arrived, step, options.steps)

@@ -171,6 +171,15 @@ def test_epochs_and_steps_are_asked_for():
     assert config.ar_training.ema_decay == 0.9
 
 
+def test_the_number_of_images_is_told():
+    """It takes the place of what is assumed of a hub, in the lengths as in the sizes."""
+    told = packaged.load('own:data=hf:nobody/birds,images=50000,epochs=10')
+    assert '50,000 images in 10 classes, as images= says' in told.reasons[0]
+    training = told.ar_training
+    assert training.steps == round(10 * 0.95 * 50_000 / training.batch_size)
+    assert told.ar.depth == 12
+
+
 def test_the_words_of_the_config(tmp_path):
     data = f'data=folder:{_folder(tmp_path / "images", 6)}'
     plain = checks.check(packaged.load(f'own:{data}'))
@@ -196,6 +205,8 @@ def test_the_words_of_the_config(tmp_path):
         (f'{data},huge', "no variant 'huge'"),
         ('data=digits', 'configs/digits.py'),
         (f'data={tmp_path}', 'write data=folder:'),
+        ('data=hf:nobody/birds,epochs=5', 'epochs= needs the number of images, which hf:nobody/b'),
+        ('data=hf:nobody/birds,images=0', 'images=0: give a whole number of at least 1'),
     ):
         with pytest.raises(ValueError, match=message) as error:
             packaged.load(f'own:{words}')

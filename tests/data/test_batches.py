@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -326,6 +327,34 @@ def test_an_error_of_the_source_is_one_line():
     ):
         _take(iterator, 4)
     assert str(error.value) == 'class/3.JPEG cannot be read: OSError: the disk is gone'
+
+
+@pytest.mark.parametrize('failures, ends', [(3, False), (4, True)])
+def test_a_disk_that_comes_back_ends_no_training(monkeypatch, capfd, failures, ends):
+    """The image is read again, even where the source has made a line of the error."""
+    monkeypatch.setattr(data_batches, 'PAUSES', (0, 0, 0))
+    left = [failures]
+
+    class Unsteady(Numbered):
+        def __getitem__(self, i):
+            if i == 3 and left[0]:
+                left[0] -= 1
+                try:
+                    raise OSError(errno.EIO, 'Input/output error')
+                except OSError as error:
+                    raise UserError(f'3.jpg cannot be read: {error}') from None
+            return super().__getitem__(i)
+
+    options = dict(batch_size=16, seed=3)
+    expected = _take(data_batches.batches(Numbered(), **options), 7)
+    with data_batches.batches(Unsteady(), **options) as iterator:
+        if ends:
+            with pytest.raises(UserError, match=r'^3\.jpg cannot be read: .*Input/output error$'):
+                _take(iterator, 7)
+        else:
+            _equal(_take(iterator, 7), expected)
+    line = '3.jpg cannot be read: [Errno 5] Input/output error; it is read again in 0 s'
+    assert capfd.readouterr().err.splitlines() == [line] * 3
 
 
 def test_closed_is_closed():

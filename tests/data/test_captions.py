@@ -709,7 +709,7 @@ def test_texts_in_tars(tmp_path):
         '3.png': content.getvalue(),
         '3.json': b'{"caption": "of json"}',
         '3.txt': b'of txt',
-        '1.txt': b'',
+        '1.txt': b' \n',
         '0.cls': b'2',
         '3.cls': b'0',
         '4.png': content.getvalue(),

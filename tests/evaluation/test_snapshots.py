@@ -82,6 +82,12 @@ def test_held_out_images_are_shown_and_looked_at(tmp_path):
     assert shown.min() < 30 <= shown.max()
     assert len(snapshots.held_out(setting, _stage())._images['label']) == len(out)
     assert snapshots.held_out(setting._replace(heldout=None), _stage()) is None
+    # The images of one process alone cannot be those of all.
+    with (
+        mock.patch.object(snapshots.hosts, 'differing', return_value=[0]),
+        pytest.raises(UserError, match=r'^an image was read in some processes of this run alone'),
+    ):
+        snapshots.examples(setting, 5)
     data = small.open_data_set('digits', None, 0, 0.2)
     digits = setting._replace(data=data, source=data.train, heldout=data.heldout)
     images = snapshots.held_out(digits, _stage())._images

@@ -397,10 +397,9 @@ def test_how_many_are_expected(environ, count):
 
 @pytest.mark.slow
 def test_on_other_numbers_of_processes_and_other_meshes(start, words, alone, tmp_path):
-    """On 2, 1 and 4 processes and meshes of all kinds: to rounding the state of one process alone.
+    """On 2, 4 and 1 processes and meshes of all kinds: to rounding the state of one process alone.
 
-    Between two starts the newest checkpoint is damaged: both processes skip it. One of four is
-    killed, and all stop.
+    Between two starts the newest checkpoint is damaged: both processes skip it.
     """
     words = *words, f'--workdir={tmp_path / "w"}', '--config.ar_training.checkpoint_every=2'
     checkpoints = tmp_path / 'w' / 'ar' / 'checkpoints'
@@ -424,12 +423,8 @@ def test_on_other_numbers_of_processes_and_other_meshes(start, words, alone, tmp
     assert f'{newest} cannot be read' in errors[1]
     assert int(said.split('goes on from step ')[1].split()[0]) < int(newest.name)
     assert (checkpoints / f'damaged-{newest.name}').is_dir()
-    part(1, 1, f'ar 14/{STEPS}')
-    with start(tmp_path, 4, 1, *words, '--config.mesh.fsdp=2') as run:
-        run.wait_for(f'ar 18/{STEPS}')
-        run.started[2].send_signal(signal.SIGKILL)
-        assert run.end(120) == [ABORTED, ABORTED, -signal.SIGKILL, ABORTED], run.err
-    part(4, 1, None, '--config.mesh.fsdp=2')
+    part(4, 1, f'ar 15/{STEPS}', '--config.mesh.fsdp=2')
+    part(1, 2, None)
     runs = [load_run(str(workdir)) for workdir in (alone, tmp_path / 'w')]
     chex.assert_trees_all_close(
         *(jax.device_get(run.ar_params) for run in runs), rtol=1e-3, atol=1e-4

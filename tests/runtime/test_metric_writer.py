@@ -151,6 +151,11 @@ def test_in_a_bucket(monkeypatch):
         writer = metric_writer.MetricWriter('gs://bucket/run/ar', 'ar', 2, 10)
         writer.write(1, {'loss': 4.0}, ()) if last == 3 else None
         writer.write(last, {'loss': 2.0}, ())
+        if last == 3:
+            # Each write sends the whole file, so that lines wait for a checkpoint or for the end.
+            assert not metric_writer.read_scalars('gs://bucket/run/ar/metrics.jsonl')
+            writer.flush()
+            assert len(metric_writer.read_scalars('gs://bucket/run/ar/metrics.jsonl')) == 2
         writer.close()
     lines = metric_writer.read_scalars('gs://bucket/run/ar/metrics.jsonl')
     assert lines == [{'step': 1, 'loss': 4.0}, {'step': 5, 'loss': 2.0}]

@@ -4,6 +4,7 @@ Each is a run of another workdir, which a key of the config names. Features of t
 of LPIPS are read, too.
 """
 
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,6 +73,11 @@ def _check_vocabulary(key: str, origin: str, theirs: ConfigDict, cfg: ConfigDict
         )
 
 
+def _as_flag(value: Any) -> Any:
+    """A value of a config as an override writes it: lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _check_base(cfg: ConfigDict) -> None:
     """Checks that the run in cfg.fine_tuning.init_from can be trained on.
 
@@ -86,8 +92,12 @@ def _check_base(cfg: ConfigDict) -> None:
     found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
     changed = [difference for difference in found if difference.startswith(('vae.', 'ar.'))]
     if changed:
+        values = schema.leaves(schema.as_dict(theirs))
+        names = [difference.split()[0] for difference in changed]
+        as_theirs = shlex.join(f'--config.{name}={_as_flag(values[name])}' for name in names)
         raise UserError(
-            f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may differ'
+            f'{key}: {origin} has other models ({"; ".join(changed)}): only the classes may '
+            f'differ, give {as_theirs}'
         )
     _check_vocabulary(key, origin, theirs, cfg)
 

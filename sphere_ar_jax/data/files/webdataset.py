@@ -8,6 +8,7 @@ Dimensions:
   n  samples that have an image     t  tars
 """
 
+import codecs
 import json
 import os
 import re
@@ -29,8 +30,9 @@ from sphere_ar_jax.data.files.listing import (
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
-_INDEX_VERSION = 'webdataset 3'
+_INDEX_VERSION = 'webdataset 4'
 _LONGEST_LABEL = 255  # characters
+_LONGEST_BLANK = 64  # bytes
 _MOST_READ = 2**20  # bytes of a .json that are read for its label
 _HEADERS = 64  # images by whose headers a tar is known again
 
@@ -47,6 +49,13 @@ def _read_label(fd: int, member: tarfile.TarInfo, extension: str) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return text.strip()[:_LONGEST_LABEL] or None
+
+
+def _is_blank(fd: int, member: tarfile.TarInfo) -> bool:
+    """Whether a text holds nothing but white space; longer ones than `_LONGEST_BLANK` do not."""
+    if member.size > _LONGEST_BLANK:
+        return False
+    return not os.pread(fd, member.size, member.offset_data).removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
@@ -94,7 +103,7 @@ def _build_index(path: str, fd: int) -> dict[str, np.ndarray]:
                 found = None
                 if extension in ('cls', 'json'):
                     found = _read_label(fd, member, extension)
-                is_text = extension in ('txt', 'json') and member.size > 0
+                is_text = extension in ('txt', 'json') and not _is_blank(fd, member)
                 if is_text and extension == 'txt' and not texts.get(key, (0, 0, True))[2]:
                     raise UserError(f'{path} holds two texts of the sample {shown(key)}')
                 if is_text and (extension == 'txt' or key not in texts):
