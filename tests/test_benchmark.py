@@ -8,6 +8,7 @@ import sys
 
 import flax.traverse_util as traverse
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from sphere_ar_jax.interop import torch_names
 from sphere_ar_jax.measure import compare, our_parts
 from sphere_ar_jax.runtime.console import UserError
 from tests.conftest import libraries_promote
-from tests.tiny_config import get_config
+from tests.tiny_config import get_config, random_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,6 +29,16 @@ def _run(*arguments):
         [sys.executable, '-m', 'sphere_ar_jax.benchmark', *map(str, arguments)], cwd=ROOT,
         env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def drawn_params(monkeypatch):
+    """Parameters whose initialisation is not compiled for each part anew."""
+    monkeypatch.setattr(
+        our_parts,
+        'random_params',
+        lambda model, seed: jax.tree.map(jnp.asarray, random_params(model, seed)),
+    )
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.models.judges import discriminators
+from sphere_ar_jax.runtime import checkpoint, files
 from sphere_ar_jax.training import run
 from sphere_ar_jax.training.stages import ar_stage, tokenizer_stage
 
@@ -92,6 +93,15 @@ def _shapes(model):
 def random_params(model, seed=0):
     """Parameters of a model without compiling their initialisation, none of them left at zero."""
     return random_arrays(_shapes(model), seed)
+
+
+def random_tokenizer(cfg, workdir):
+    """Makes the workdir of a tokenizer of this config that needs no training. Returns its path."""
+    weights = checkpoint.Checkpoints(f'{workdir}/tokenizer/weights')
+    weights.save(0, random_params(build.build_vae(cfg)), {}, 0.0)
+    weights.close()
+    files.write_json(f'{workdir}/config.json', schema.as_dict(cfg))
+    return str(workdir)
 
 
 def random_run(cfg=None, **sampling):

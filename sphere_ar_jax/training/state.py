@@ -354,10 +354,12 @@ def quickly_compiled() -> dict[str, Any]:
     """Options of `jax.jit` for a program that runs once.
 
     On CPUs LLVM then needs a sixth of the time for a tokenizer's initialisation, whose values stay
-    the same bit for bit (BUILD_NOTES.md, "Tests").
+    the same bit for bit (BUILD_NOTES.md, "Tests"). A level that XLA_FLAGS names is kept.
     """
-    on_cpu = jax.default_backend() == 'cpu'
-    return {'compiler_options': {'xla_backend_optimization_level': 1}} if on_cpu else {}
+    option = 'xla_backend_optimization_level'
+    if jax.default_backend() != 'cpu' or option in os.environ.get('XLA_FLAGS', ''):
+        return {}
+    return {'compiler_options': {option: 1}}
 
 
 def initialise(stage: Stage, abstract: PyTree, seed: int) -> TrainState:

@@ -34,6 +34,12 @@ def _config():
     return c
 
 
+def _take_tokenizer(c, directory):
+    """Lets a config take a tokenizer that needs no training."""
+    c.tokenizer = tiny_config.random_tokenizer(c, directory / 'tokenizer')
+    c.tokenizer_training.steps = 0
+
+
 def test_features_of_another_model_stand_in_place_of_tokens(tmp_path, capsys):
     """Training, drawing for texts that the file has, and for others with a file of their own."""
     c = _config()
@@ -46,6 +52,7 @@ def test_features_of_another_model_stand_in_place_of_tokens(tmp_path, capsys):
     np.savez(tmp_path / 'f.npz', texts=texts, features=rng.normal(size=(len(texts), 3, 6)))
     c.ar.features = str(tmp_path / 'f.npz')
     workdir = str(tmp_path / 'run')
+    _take_tokenizer(c, tmp_path)
     with libraries_promote(), mock.patch.object(composed, '_COUNTS', (400, 60)):
         train.train(checks.check(c), workdir, 'the command', 0.0)
     assert json.loads((tmp_path / 'run/config.json').read_text())['ar']['feature_shape'] == [3, 6]
@@ -104,12 +111,13 @@ def _on_folder(folder):
     c.data.captions = str(folder / 'captions.tsv')
     c.data.workers = 1
     c.ar.features = str(folder / 'f.npz')
+    _take_tokenizer(c, folder)
     return checks.check(c)
 
 
 @libraries_promote()
 def test_features_of_images_in_files(folder, capsys):
-    """Training by a worker process, going on, another place of the file, and the scores."""
+    """Training by a worker process, another place of the file, and the scores."""
     c = _on_folder(folder)
     assert c.ar.feature_shape == (2, 5)
     workdir = str(folder / 'run')
@@ -117,7 +125,6 @@ def test_features_of_images_in_files(folder, capsys):
     assert 'by a classifier of the classes; or --mode=sample --prompts' in capsys.readouterr().out
     curves = metric_writer.read_scalars(f'{workdir}/ar/metrics.jsonl')
     assert any(np.isfinite(line.get('heldout_loss', np.nan)) for line in curves)
-    train.train(_on_folder(folder), workdir, 'the command', 0.0)  # goes on
     (folder / 'f.npz').rename(folder / 'moved.npz')
     with pytest.raises(UserError, match=r'there is no file .*f\.npz with the features of texts'):
         draw.grid(workdir, prompt=['number 3'])

@@ -172,14 +172,7 @@ def test_the_ema_to_sample_with(trained):
 @pytest.mark.slow
 def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     """For sampling and for training on: the same config, other weights."""
-    other = tmp_path / 'other'
-    _train(
-        _config(
-            tar,
-            **{'ar_training.steps': 0, 'tokenizer_training.steps': 2, 'seed': 1, 'watch.every': 0},
-        ),
-        other,
-    )
+    other = tiny_config.random_tokenizer(_config(tar), tmp_path / 'other')
     workdir = tmp_path / 'w'
     shutil.copytree(trained[0], workdir)
     settings = json.loads((workdir / 'config.json').read_text())
@@ -208,14 +201,17 @@ def test_another_tokenizer_is_refused(tar, tokenizer, trained, tmp_path):
     assert load_config(str(trained[0])).tokenizer == str(moved)
 
 
-@pytest.mark.slow
-def test_a_model_on_a_tokenizer_of_its_own_keeps_it(tar, tokenizer, tmp_path):
+def test_a_model_on_a_tokenizer_of_its_own_keeps_it(tar, tmp_path):
+    tokenizer = tiny_config.random_tokenizer(_config(tar), tmp_path / 'tokenizer')
     workdir = tmp_path / 'w'
-    options = {'watch.every': 0, 'ar_training.steps': 2, 'tokenizer_training.steps': 2}
-    _train(_config(tar, **options), workdir)
+    workdir.mkdir()
+    claim(_config(tar), str(workdir))
+    saved = checkpoint.Checkpoints(workdir / 'ar' / 'checkpoints')
+    saved.save(2, {'a': np.ones(2)}, {}, 0.0)
+    saved.close()
     before = (workdir / 'config.json').read_text()
     with pytest.raises(UserError, match=r'begun on a tokenizer of its own: leave --config\.tokeni'):
-        _train(_config(tar, **options, tokenizer=str(tokenizer[0])), workdir)
+        _train(_config(tar, tokenizer=tokenizer), workdir)
     assert (workdir / 'config.json').read_text() == before
 
 
@@ -653,7 +649,8 @@ def _tokenizer_alone(tar):
 def _both_directions(directory):
     """A run of texts and images in both orders, on a folder of images with two captions each."""
     options = {'data.name': 'folder', 'data.path': f'{directory}/images'}
-    options |= {'data.captions': f'{directory}/texts.tsv', 'tokenizer_training.steps': 1}
+    options |= {'data.captions': f'{directory}/texts.tsv', 'watch.every': 0}
+    options |= {'tokenizer': f'{directory}/tokenizer', 'tokenizer_training.steps': 0}
     options |= {'ar.condition': 'text', 'ar.text_tokens': 8, 'ar.text_weight': 0.5}
     return _config('', **options)
 
@@ -689,6 +686,8 @@ def test_a_model_of_both_directions_is_killed_and_resumed(tmp_path):
     _folder(tmp_path / 'images', a=(40, 50), b=(50, 40), c=(40, 40), d=(50, 50))
     lines = [f'{name}/1.png\t{text} {name}' for name in 'abcd' for text in ('the', 'one')]
     (tmp_path / 'texts.tsv').write_text('\n'.join(lines))
+    alone = schema.changed(_both_directions(tmp_path), {'tokenizer': None})
+    tiny_config.random_tokenizer(alone, tmp_path / 'tokenizer')
     _train(_both_directions(tmp_path), tmp_path / 'undisturbed')
     _killed(_both_directions, tmp_path, tmp_path / 'w')
     assert not (tmp_path / 'w' / 'report.html').exists()

@@ -19,12 +19,10 @@ import jax
 import numpy as np
 import pytest
 
-from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.runtime import checkpoint, files, joining
-from sphere_ar_jax.training.run import load_run
-from sphere_ar_jax.training.state import quickly_compiled
+from sphere_ar_jax.training.run import load_config, load_run
 from tests.conftest import forced_devices, noted_fingerprint
-from tests.tiny_config import get_config
+from tests.tiny_config import get_config, random_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = '--config=tests/tiny_config.py'
@@ -173,17 +171,7 @@ def words(tmp_path_factory):
     """The words of a training of the AR model on a tokenizer with weights at random, which needs no
     training.
     """
-    cfg = get_config()
-    tokenizer = tmp_path_factory.mktemp('tokenizer')
-    weights = checkpoint.Checkpoints(tokenizer / 'tokenizer' / 'weights')
-    weights.save(
-        0,
-        jax.jit(build.build_vae(cfg).init_params, **quickly_compiled())(jax.random.key(1)),
-        {},
-        0.0,
-    )
-    weights.close()
-    files.write_json(f'{tokenizer}/config.json', schema.as_dict(cfg))
+    tokenizer = random_tokenizer(get_config(), tmp_path_factory.mktemp('tokenizer'))
     return (
         TINY, f'--config.tokenizer={tokenizer}', '--config.tokenizer_training.steps=0',
         f'--config.ar_training.steps={STEPS}', '--config.ar_training.checkpoint_every=4',
@@ -217,7 +205,14 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
     """Two processes: one is killed, and the other is aborted; one gets SIGTERM, and both save the
     same step. What they train and draw in the end is, bit for bit, what one process with two
     devices does.
+
+    They name the tokenizer by different paths. The config names that of the first process, and all
+    of them check it at the next start.
     """
+    tokenizer = words[1].removeprefix('--config.tokenizer=')
+    copied = tmp_path / 'copied'
+    shutil.copytree(tokenizer, copied)
+    start = functools.partial(start, of_last=[f'--config.tokenizer={copied}'])
     words = f'--workdir={tmp_path / "w"}', *words
     with start(tmp_path / 'killed', 2, 1, *words) as run:
         run.wait_for(f'ar 10/{STEPS}')
@@ -240,6 +235,7 @@ def test_two_processes_killed_told_to_stop_and_going_on_are_one(start, words, al
         assert run.end() == [0, 0], run.err
         assert f'ar: goes on from step {step}\n' in run.out[0]
         assert not list(checkpoints.glob('damaged-*'))
+    assert load_config(tmp_path / 'w').tokenizer == tokenizer
     assert _fingerprint(tmp_path / 'w') == _fingerprint(alone)
     assert (tmp_path / 'w' / 'samples.png').read_bytes() == (alone / 'samples.png').read_bytes()
     assert _scores(tmp_path / 'w') == _scores(alone)
@@ -331,25 +327,6 @@ def test_processes_of_another_config_do_not_train_together(start, tmp_path):
             assert reason in said
             assert 'Traceback' not in said
     assert not (tmp_path / 'w' / 'config.json').exists()
-
-
-@pytest.mark.slow
-def test_processes_may_name_a_tokenizer_by_different_paths(start, words, tmp_path):
-    """The config names that of the first process. All of them check it at the next start."""
-    _, of_tokenizer, *others = words
-    copied = tmp_path / 'copied'
-    shutil.copytree(of_tokenizer.removeprefix('--config.tokenizer='), copied)
-    words = (
-        TINY,
-        of_tokenizer,
-        *others,
-        '--config.ar_training.steps=4',
-        f'--workdir={tmp_path / "w"}',
-    )
-    for i in range(2):
-        of_last = [f'--config.tokenizer={copied}']
-        with start(tmp_path / f'said{i}', 2, 1, *words, of_last=of_last) as run:
-            assert run.end(300) == [0, 0], run.err
 
 
 def test_a_workdir_in_use_is_refused_in_all_processes(start, tmp_path):

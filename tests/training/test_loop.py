@@ -212,6 +212,7 @@ def test_the_averages_of_a_stage_follow_their_rates(ramp):
             expected[i] = rate * expected[i] + (1 - rate) * np.asarray(state.params['w'], float)
     for ema, by_hand in zip(state.ema, expected, strict=True):
         np.testing.assert_allclose(ema['w'], by_hand, rtol=1e-5)
+    chex.assert_trees_all_equal(state.eval_params, state.ema[0])
 
 
 @pytest.mark.slow
@@ -300,25 +301,6 @@ def test_gradients_of_a_batch_in_pieces(which):
     # The optimizer's moments are the gradients.
     chex.assert_trees_all_close(four.opt_state, one.opt_state, rtol=1e-3, atol=1e-6)
     assert less < 0.5 * memory
-
-
-@pytest.mark.slow
-def test_emas_of_several_rates():
-    cfg = get_config()
-    cfg.ar_training.update(more_ema_decays=(0.5, 0.99))
-    stage = stages(cfg)[1]
-    batch = next(batches.batches(digits.Digits('train', 0), batch_size=16, seed=0))
-    state = jax.jit(stage.init, **quickly_compiled())(jax.random.key(0))
-    expected = [state.params] * 3
-    for _ in range(3):
-        state, _ = jax.jit(stage.step)(state, stage.frozen, batch, cfg.seed)
-
-        def mix(rate, e):
-            return jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, e, state.params)
-
-        expected = [mix(rate, e) for rate, e in zip((0.9, 0.5, 0.99), expected, strict=True)]
-    chex.assert_trees_all_close(list(state.ema), expected, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_equal(state.eval_params, state.ema[0])
 
 
 @pytest.mark.slow
@@ -557,18 +539,19 @@ from sphere_ar_jax.data import digits
 from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.training import loop
 from tests.tiny_config import long_config, stages
-which, directory, checkpoint_every = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-stage = stages(long_config(checkpoint_every))[which]
+directory, checkpoint_every = sys.argv[1], int(sys.argv[2])
+_, stage = stages(long_config(checkpoint_every))
 loop.train(stage, digits.Digits('train', 0), directory, seed=0, mesh=sharding.make_mesh())
 """
 
 
-def _spawn(which, directory, cache, checkpoint_every=1):
+def _spawn(directory, cache, checkpoint_every=1):
+    """A process that trains the AR model in a directory."""
     environment = os.environ | {
         'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'
     }  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, '-c', DRIVER, str(which), str(directory), str(checkpoint_every)], cwd=ROOT,
+        [sys.executable, '-c', DRIVER, str(directory), str(checkpoint_every)], cwd=ROOT,
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -599,29 +582,22 @@ def _logged(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('which', 'moments'),
-    [(0, ('save', 'training')), (1, ('save', 'training', 'start', 'term', 'save'))],
-    ids=['tokenizer', 'ar'],
-)
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     """A process that saves at every step is killed: in the middle of a save, at random moments of
-    training, while it starts, by SIGTERM too. Left alone in the end, it has the very state of the
-    undisturbed run, and the same log.
+    training, by SIGTERM too. Left alone in the end, it has the very state of the undisturbed run,
+    and the same log.
     """
     cache = tmp_path / 'cache'
     checkpoints = tmp_path / 'killed' / 'checkpoints'
-    whole = _spawn(which, tmp_path / 'whole', cache, LONG[which])
+    last_step = LONG[1]
+    whole = _spawn(tmp_path / 'whole', cache, last_step)
     assert whole.wait(300) == 0, whole.stdout.read()
-    rng = random.Random(which)
-    last_step = LONG[which]
+    rng = random.Random(1)
     in_a_save = 0
-    for moment in moments:
-        process = _spawn(which, tmp_path / 'killed', cache)
+    for moment in ('save', 'training', 'term', 'save'):
+        process = _spawn(tmp_path / 'killed', cache)
         if moment == 'save':
             in_a_save += _await_save(process, last_step, checkpoints)
-        elif moment == 'start':
-            time.sleep(rng.uniform(0.5, 4))
         else:
             _await_training(process, last_step)
             time.sleep(rng.uniform(0, 0.5))
@@ -629,7 +605,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, which, moments):
         process.communicate(timeout=60)
         assert process.returncode != 0, f'{moment}: the run was over before it was killed'
     assert in_a_save >= 1
-    last = _spawn(which, tmp_path / 'killed', cache)
+    last = _spawn(tmp_path / 'killed', cache)
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert 'goes on from step' in output, output
