@@ -6,7 +6,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.config import build, checks, schema
 from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.runtime import checkpoint, files
 from sphere_ar_jax.training import run
@@ -100,7 +100,8 @@ def random_tokenizer(cfg, workdir):
     weights = checkpoint.Checkpoints(f'{workdir}/tokenizer/weights')
     weights.save(0, random_params(build.build_vae(cfg)), {}, 0.0)
     weights.close()
-    files.write_json(f'{workdir}/config.json', schema.as_dict(cfg))
+    checked = checks.check(cfg.copy_and_resolve_references())
+    files.write_json(f'{workdir}/config.json', schema.as_dict(checked))
     return str(workdir)
 
 
