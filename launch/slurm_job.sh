@@ -31,8 +31,7 @@ failures() {  # counts one more failure and prints how many there were in a row
   # An hour of work starts the count anew.
   if [ "$SECONDS" -lt 3600 ] && [ -f "$failures_file" ]; then before=$(cat "$failures_file"); fi
   mkdir -p "$(dirname "$failures_file")"
-  echo $((before + 1)) >"$failures_file"
-  echo $((before + 1))
+  echo $((before + 1)) | tee "$failures_file"
 }
 
 # One process may end before the others have saved; srun must then not end the others.

@@ -329,8 +329,8 @@ def test_compiled_programs_are_kept_for_each_processor(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_ends_cleanly(environment, tmp_path):
-    """SIGTERM: tests/runtime/test_hosts.py."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(environment, tmp_path, number):
     arguments = (TINY, f'--workdir={tmp_path}', '--config.tokenizer_training.steps=100000')
     with subprocess.Popen(
         _command(*arguments),
@@ -344,13 +344,26 @@ def test_ctrl_c_saves_and_ends_cleanly(environment, tmp_path):
             if '/100000,' in line:
                 break
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + number
     assert 'Traceback' not in errors
     step = int(errors.split('saved at step ')[1].split()[0])
     assert (tmp_path / 'tokenizer' / 'checkpoints' / str(step)).is_dir()
     assert 'the same command goes on' in errors
+
+
+@pytest.mark.slow
+def test_digits_smoke(environment, tmp_path):
+    """configs/digits.py:smoke runs through.
+
+    Its time stands in docs/speed.md and is not asserted.
+    """
+    result = _run(
+        environment, '--config=configs/digits.py:smoke', f'--workdir={tmp_path}', timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / 'metrics.json').read_text())['samples/classes_drawn'] >= 5
 
 
 @pytest.mark.slow

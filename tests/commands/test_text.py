@@ -279,8 +279,6 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     c = _config()
     c.data.update(name='folder', path=str(folder), captions='beside', flip=False, max_broken=1.0)
     c.data.holdout_files = 0.3
-    c.tokenizer = tiny_config.random_tokenizer(c, tmp_path / 'tokenizer')
-    c.tokenizer_training.steps = 0
     workdir = tmp_path / 'run'
     with libraries_promote():
         train.train(checks.check(c), str(workdir), 'the command', 0.0)
@@ -288,7 +286,7 @@ def test_a_folder_with_texts_beside_its_images(tmp_path, capsys):
     assert "captions, the first one: 'number 1'" in said.out
     assert '00.png has no caption that can be read: another image takes its place' in said.err
     metrics = json.loads((workdir / 'metrics.json').read_text())
-    assert np.isfinite(metrics['vae/psnr'])
+    assert metrics['vae/psnr'] > 0
     assert (workdir / 'samples.png').exists()
     assert (workdir / 'ar/samples_0000004.png').exists()
     images = sphere_ar_jax.load(workdir).sample('number 7')

@@ -690,7 +690,7 @@ def test_idx_files_say_how_many_classes_there_are(tmp_path, faked, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['ablation', 'propagation'])
+@pytest.mark.parametrize('name', ['ablation', 'propagation', 'shifted'])
 @libraries_promote()
 def test_every_kind_runs_on_idx_files(shared_idx, name):
     """Two rows with the scores of the classifier's features."""
