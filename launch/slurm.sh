@@ -25,8 +25,9 @@
 #          DOCTOR=0                   start without `python -m sphere_ar_jax.doctor` on every
 #                                     process first
 #          MAX_RESTARTS               1000
-#          RETRIES                    3 processes lost in a row; a preemption, or an hour of work,
-#                                     starts the count anew
+#          RETRIES                    3 failures in a row, of processes that were lost and of disks
+#                                     or buckets; a preemption, or an hour of work, starts the
+#                                     count anew
 #
 # The job itself is launch/slurm_job.sh. `scancel JOB` ends it for good; the same line, typed again,
 # goes on.

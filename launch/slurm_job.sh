@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The job that launch/slurm.sh submits. It starts the program on all nodes with srun, and queues
-# itself again after SIGTERM.
+# itself again after SIGTERM, and after faults that may pass.
 #
 # Type:    nothing, since sbatch runs it. It runs a copy, which finds the other scripts by
 #          SPHERE_AR_LAUNCH, their directory.
@@ -10,11 +10,11 @@
 # May set: PYTHON, DOCTOR=0, MAX_RESTARTS, RETRIES: see launch/slurm.sh
 #
 # SIGTERM comes to the processes at preemption and GRACE_SECONDS before the time limit. They save
-# and end with 143, and the job is queued again. Where there are several processes
-# (SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE), it is also queued again after 134, with which JAX
-# aborts processes that have lost another one, and after 137, which is kill -9, at most RETRIES
-# times in a row; ~/.cache/sphere_ar_jax/slurm-JOB counts them. Any other exit code is final. A job
-# that was cancelled is left alone.
+# and end with 143, and the job is queued again. It is queued again, at most RETRIES times in a row,
+# after 75, a fault of a disk or bucket that may pass, and where there are several processes
+# (SLURM_JOB_NUM_NODES × SLURM_NTASKS_PER_NODE) after 134, with which JAX aborts processes that have
+# lost another one, and after 137, which is kill -9. ~/.cache/sphere_ar_jax/slurm-JOB counts these.
+# Any other exit code is final. A job that was cancelled is left alone.
 # Written from SLURM's and JAX's documentation, and tested with stand-ins for srun and scontrol;
 # never run on a real cluster.
 set -euo pipefail
@@ -55,8 +55,8 @@ fi
 processes=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
 case $code in
   143) rm -f "$failures_file" ;;
-  134 | 137)
-    [ "$processes" -gt 1 ] || exit "$code"
+  75 | 134 | 137)
+    [ "$code" -eq 75 ] || [ "$processes" -gt 1 ] || exit "$code"
     count=$(failures)
     if [ "$count" -gt "$retries" ]; then
       rm -f "$failures_file"
@@ -69,7 +69,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
   say "stopped after $most restarts"
 # A job that was cancelled is COMPLETING.
 elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  say 'ended by SIGTERM, or with a process that was lost; queued again'
+  say "ended with exit code $code; queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

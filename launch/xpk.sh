@@ -28,8 +28,9 @@
 #          XPK_FLAGS                  more flags for xpk workload create, for example
 #                                     --priority=high
 #
-# Exit codes 127 to 255, so also 143 after SIGTERM, restart all hosts, and the run goes on; any
-# other ends the workload. This is XPK's own rule. A workload of the same name must be deleted
+# Exit codes 127 to 255, so also 143 after SIGTERM, restart all hosts, and the run goes on; this is
+# XPK's own rule. So does 75, a fault of a disk or bucket that may pass. Any other ends the
+# workload. A workload of the same name must be deleted
 # before it is created again; the run goes on all the same.
 # Data must be on every host, under the path that the config names: xpk storage attach, and then
 # XPK_FLAGS=--storage=NAME. XPK's GPU clusters are not for this script, because JAX does not find
@@ -72,6 +73,7 @@ if [ "${DOCTOR:-1}" != 0 ]; then
 fi
 run xpk workload create "--cluster=$CLUSTER" "--workload=$workload" \
   "--tpu-type=${TPU_TYPE/#v5e-/v5litepod-}" "--num-slices=$slices" \
-  "--docker-image=$IMAGE" "--max-restarts=$most" "--termination-grace-period-seconds=$grace" \
+  "--docker-image=$IMAGE" "--max-restarts=$most" --restart-on-exit-codes=75 \
+  "--termination-grace-period-seconds=$grace" \
   ${place[@]+"${place[@]}"} ${more[@]+"${more[@]}"} \
   --command="export JAX_COMPILATION_CACHE_DIR=$(quote "$(cache_dir)"); $program"

@@ -595,8 +595,8 @@ def _end(code: int, line: str, details: str = '') -> NoReturn:
 def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
     """Makes errors of a function end the process with a line on stderr.
 
-    Errors that the user can put right have no traceback, and the exit code 2. A signal ends the
-    process with 128 + its number, as in shells.
+    Errors that the user can put right have no traceback, and the exit code of `console.exit_code`.
+    A signal ends the process with 128 + its number, as in shells.
     """
 
     def guarded(argument: list[str]) -> _T:
@@ -607,7 +607,7 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
         except BrokenPipeError:
             console.end_unheard()
         except (UserError, OSError) as error:
-            _end(2, f'error: {said(error)}')
+            _end(console.exit_code(error), f'error: {said(error)}')
         except Preempted as stop:  # all processes stop at the same step
             from sphere_ar_jax.runtime import hosts
 

@@ -269,6 +269,7 @@ def test_xpk_builds_pushes_and_creates(stubs, words):
     assert create == [
         'xpk', 'workload', 'create', '--cluster=c', '--workload=sphere-ar', '--tpu-type=v6e-64',
         '--num-slices=2', '--docker-image=r/p/i:1', '--max-restarts=1000',
+        '--restart-on-exit-codes=75',
         '--termination-grace-period-seconds=300', '--project=p', '--zone=z', '--priority=high',
         '--storage=data',
     ]  # fmt: skip
@@ -528,6 +529,16 @@ def test_local_does_not_restart_for_ever(stubs):
     assert len(stubs.calls()) == 5
 
 
+@pytest.mark.parametrize('codes, starts', [((75, 0), 2), ((75, 75, 143, 75, 75, 75), 6)])
+def test_local_restarts_a_few_times_after_faults_that_may_pass(stubs, codes, starts):
+    """The third in a row ends it. Whoever was told to stop in between has not failed."""
+    stubs.will_end('python', *codes)
+    done = stubs.run('local', *PLAIN, RESTART_SECONDS='0', DOCTOR='0', RETRIES='2')
+    assert done.returncode == codes[-1]
+    assert len(stubs.calls()) == starts
+    assert ('failed 3 times in a row' in done.stderr) == (codes[-1] == 75)
+
+
 def test_local_starts_nothing_that_the_doctor_refuses(stubs):
     stubs.will_end('python', 1)
     done = stubs.run('local', *PLAIN)
@@ -572,13 +583,14 @@ def test_local_goes_on_when_only_the_program_was_told_to_end(stubs):
         ((0, 143), 'COMPLETING', 0, 143, False),  # scancel
         ((143,), 'RUNNING', 5, 143, True),  # the doctor came at the first start
         ((143,), 'RUNNING', 1000, 143, False),
+        ((0, 75), 'RUNNING', 0, 75, True),  # a fault that may pass, of one process alone too
         ((0, 0), 'RUNNING', 0, 0, False),
         ((0, 2), 'RUNNING', 0, 2, False),
         ((0, 1), 'RUNNING', 0, 1, False),
         ((1,), 'RUNNING', 0, 1, False),  # the doctor
     ],
 )
-def test_the_slurm_job_is_queued_again_after_sigterm(
+def test_the_slurm_job_is_queued_again_after_sigterm_and_faults_that_may_pass(
     stubs, codes, state, restarted, expected, requeued
 ):
     stubs.will_end('srun', *codes)
@@ -607,7 +619,7 @@ def test_the_slurm_job_is_queued_again_after_a_lost_process(stubs, code, nodes):
 
 def test_the_slurm_job_gives_up_what_crashes_again_and_again(stubs):
     """The fourth in a row ends it. Whoever was told to stop in between has not crashed."""
-    codes = [134, 137, 143, 134, 134, 134, 134]
+    codes = [134, 137, 143, 134, 75, 134, 134]
     stubs.will_end('srun', *codes)
     stubs.will_end('squeue', 'RUNNING')
     variables = {'SLURM_RESTART_COUNT': '1', 'SLURM_JOB_NUM_NODES': '2'}

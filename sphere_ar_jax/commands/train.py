@@ -138,7 +138,7 @@ def _train_tokenizer(setting: snapshots.Setting, lpips: PyTree | None) -> tuple[
     stage = adversarial.tokenizer_stage(setting.vae, setting.cfg.tokenizer_training, lpips)
     images: Any = None  # read only where they are looked at
     if setting.cfg.watch.every and setting.cfg.tokenizer_training.steps:
-        images = snapshots.examples(setting)
+        images = snapshots.examples(setting).images
 
     def look(step: int, params: PyTree, writer: MetricWriter) -> None:
         snapshots.look_at_reconstructions(setting, params, images, step, writer)

@@ -11,7 +11,6 @@ Dimensions:
   n  images of the source
 """
 
-import errno
 import math
 import multiprocessing
 import os
@@ -28,25 +27,14 @@ from absl import flags
 
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.data.files.listing import BrokenCaptionError
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime import files
+from sphere_ar_jax.runtime.console import TemporaryError, UserError, first_line
 
 if TYPE_CHECKING:
     import grain
 
 _ENDLESS = 2**60  # rows, more than any run sees
 _ATTEMPTS = 8  # images that are tried in turn for one row
-# What a disk or a network says that may be there again in a moment.
-_PASSING = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.EAGAIN,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNABORTED,
-    errno.ENOTCONN,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-)
 PAUSES: tuple[float, ...] = (1, 5, 25)  # seconds before an image is read once more
 _JUDGED_FROM = 100  # images tried before the share of broken ones can stop a run
 # Images that threads and processes hand over at a time. More cost memory, fewer cost time.
@@ -79,13 +67,10 @@ def are_too_many(broken: float, seen: int, share: float) -> bool:
     return broken / seen > share + 3 * (share / seen) ** 0.5
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether an error, or one that led to it, is of a disk or a network that may come back."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            return True
-        error = error.__context__
-    return False
+    found = files.fault(error)
+    return found is not None and found.passes
 
 
 def _one_line(error: Exception) -> str:
@@ -138,14 +123,21 @@ class _Loader:
         return self.source[index]
 
     def _load(self, index: int, epoch: int, rng: np.random.Generator) -> Record:
-        """Loads an image. Errors but BrokenImageError and MemoryError are or become UserErrors."""
+        """Loads an image. Errors but BrokenImageError and MemoryError are or become UserErrors.
+
+        They become TemporaryErrors where what fails may pass.
+        """
         try:
             record = self._read(index)
             return record if self.transform is None else self.transform(record, epoch, rng)
-        except (augment.BrokenImageError, UserError, MemoryError):
+        except (augment.BrokenImageError, MemoryError):
             raise
         except Exception as error:
-            raise UserError(f'{self.name(index)} cannot be read: {_one_line(error)}') from error
+            line = f'{self.name(index)} cannot be read: {_one_line(error)}'
+            if isinstance(error, UserError):
+                line = str(error)
+            kind = TemporaryError if _may_pass(error) else UserError
+            raise kind(line) from error
 
     def __call__(self, i: int) -> Record:
         """Loads record i, or a replacement if its image is broken.
@@ -241,6 +233,7 @@ class Batches:
         Raises:
           UserError: too many images are broken, the source or the transform failed in another way,
             or a worker died; one line.
+          TemporaryError: an image could not be read for a while, though it may be later.
           ValueError: these batches are closed.
         """
         if not self._iterators:
@@ -248,7 +241,7 @@ class Batches:
         try:
             batch = next(self._iterators[0])
         except UserError as error:  # Grain may have added lines to it
-            raise UserError(first_line(error, 2000)) from error
+            raise type(error)(first_line(error, 2000)) from error
         except Exception as error:  # Grain raises it where a worker died
             raise UserError(f'reading images stopped: {_one_line(error)}') from error
         self._count(batch.pop('broken'), batch.pop('lacks_caption'))

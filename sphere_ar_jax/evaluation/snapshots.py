@@ -24,7 +24,7 @@ from sphere_ar_jax.evaluation.fidelity import classifier_features, protocol, sta
 from sphere_ar_jax.models.ar import AR
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import console, hosts
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import TemporaryError, UserError
 from sphere_ar_jax.runtime.metric_writer import DEFAULT, Logs, MetricWriter
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
@@ -92,7 +92,7 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
       {'image': (n, H, W, c), 'label': (n, …)}; both are lists of nothing where n would be 0.
 
     Raises:
-      UserError: the processes of the run took different ones.
+      TemporaryError: the processes of the run took different ones.
     """
     size, _, channels = setting.vae.image_shape
     as_stored = imagenet.are_synsets(getattr(source, 'class_names', None))
@@ -112,7 +112,8 @@ def _examples(setting: Setting, source: Any, numbers: Iterable[int], most: int) 
         taken.append(i)
     # What one process cannot read at this moment, another one can.
     if hosts.differing([zlib.crc32(np.array(taken, np.int64).tobytes())]):
-        raise UserError('an image was read in some processes of this run alone: start it again')
+        line = 'an image was read in some processes of this run alone: start it again'
+        raise TemporaryError(line)
     return {
         'image': np.stack(images) if images else [],
         'label': np.stack(labels) if labels else [],
@@ -167,28 +168,40 @@ def _some_images(split: small.Split, n: int) -> np.ndarray:
     return np.stack([split[i]['image'] for i in sources.spread(len(split), n)])
 
 
-def examples(setting: Setting, n: int = 48) -> np.ndarray:
+class Examples(NamedTuple):
+    """Images of which reconstructions are shown.
+
+    Attributes:
+      images: (n, H, W, c).
+      split: 'held-out' or 'training', where the images come from.
+    """
+
+    images: np.ndarray
+    split: str
+
+
+def examples(setting: Setting, n: int = 48) -> Examples:
     """At most n images of which reconstructions are shown, spread evenly.
 
     Returns:
-      (n, H, W, c): held-out images, or training images where none are held out. Images of files
-      are cropped at the centre, and left out where they are broken, cannot be read, or are too
-      long and thin to be cropped.
+      Held-out images, or training images where none are held out or none of these can be shown.
+      Images of files are cropped at the centre, and left out where they are broken, cannot be
+      read, or are too long and thin to be cropped.
 
     Raises:
       UserError: no image can be shown.
     """
     if setting.data is not None:
-        return _some_images(setting.data.heldout, n)
+        return Examples(_some_images(setting.data.heldout, n), 'held-out')
     if setting.heldout is not None:
         numbers = sources.spread(len(setting.heldout), n)
         found = _examples(setting, setting.heldout, numbers, n)['image']
         if len(found):
-            return found
+            return Examples(found, 'held-out')
     found = _examples(setting, setting.source, range(len(setting.source)), n)['image']
     if not len(found):
         raise UserError(f'none of the {len(setting.source)} images can be shown: all are broken')
-    return found
+    return Examples(found, 'training')
 
 
 def _report_no_picture(step: int, error: batching.NonFiniteSamples) -> None:
@@ -602,15 +615,14 @@ def show(setting: Setting, run: Run) -> tuple[dict[str, float], dict[str, float]
         print('latents hold no images: reconstructions and their PSNR are left out', flush=True)
     else:
         with console.timed(seconds, 'reconstruction'):
-            images = examples(setting)
-            which = 'training' if setting.heldout is None else 'held-out'
+            images, split = examples(setting)
             metrics = _reconstruct(
                 setting,
                 run.vae_params,
                 images,
                 _at_once(images),
                 columns=min(8, len(images)),
-                title=f'{which} images, cropped at the centre, and decoded',
+                title=f'{split} images, cropped at the centre, and decoded',
             )
     if run.ar_params is not None:
         with console.timed(seconds, 'sampling'):

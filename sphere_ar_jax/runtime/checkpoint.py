@@ -5,8 +5,8 @@ parameters) and `meta` (fingerprint, step, seconds trained). Orbax writes it und
 and renames it when it is whole, so that a kill leaves no half step. Orbax notices neither bit flips
 in array data nor a step that was copied over another one. The fingerprint and the step do.
 
-Only contents that are wrong are damage. What a disk or a bucket refuses for a while (`_fault`) is
-tried again, and then ends the run with everything left as it is.
+Only contents that are wrong are damage. What a disk or a bucket refuses (`files.fault`) is tried
+again, and then ends the run with everything left as it is.
 
 Where a run has several processes, all of them must make the same calls. Each writes and reads what
 its devices hold, in one directory that all see, and all come to the same verdict on what they read.
@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sphere_ar_jax.runtime import files, hosts
-from sphere_ar_jax.runtime.console import UserError, first_line
+from sphere_ar_jax.runtime.console import TemporaryError, UserError, first_line
 from sphere_ar_jax.runtime.types import PyTree
 
 _SMALL = 2**16  # numbers in a leaf
@@ -118,29 +118,7 @@ def _checksum(data_state: Any, seconds: float, step: int | None) -> int:
     return zlib.crc32(json.dumps(noted, sort_keys=True).encode())
 
 
-# Errors that say what the contents of a step are like: a piece is missing or is no file.
-_CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# What TensorStore and gRPC say of a disk, a network or a bucket. All other words of theirs, such as
-# NOT_FOUND and DATA_LOSS, are about contents.
-_PASSING = re.compile(
-    r'\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|'
-    r'PERMISSION_DENIED|CANCELLED|INTERNAL|UNKNOWN): '
-)
-_OS_ERROR = re.compile(r"OS error (\d+): |os_error_code='(\d+)'")  # by versions of TensorStore
 _STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how TensorStore's errors begin
-_PASSING_HTTP = (401, 403, 408, 429, 500, 502, 503, 504)
-# Packages that speak with buckets.
-_BUCKETS = ('aiohttp', 'botocore', 'fsspec', 'gcsfs', 'google', 'requests', 'urllib3')
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that led to it, the first cause last."""
-    while error is not None:
-        yield error
-        if isinstance(error, BaseExceptionGroup):
-            for inner in error.exceptions:
-                yield from _chain(inner)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -148,50 +126,6 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _http_status(error: BaseException) -> int:
-    """The HTTP status that an error of a bucket's package carries, 0 if there is none."""
-    for holder in (error, getattr(error, 'response', None)):
-        for name in ('code', 'status', 'status_code'):
-            value = getattr(holder, name, None)
-            if isinstance(value, int):
-                return int(value)
-            if isinstance(value, str) and value.isdigit():
-                return int(value)
-    return 0
-
-
-def _fault_in(error: BaseException) -> str:
-    """What `_fault` says of a single error."""
-    package = type(error).__module__.partition('.')[0]
-    if package in _BUCKETS:
-        status = _http_status(error)
-        if status in _PASSING_HTTP:
-            return f'HTTP {status}: {first_line(error, 120)}'
-        signing_in = type(error).__module__.startswith('google.auth')
-        return first_line(error, 120) if signing_in or isinstance(error, OSError) else ''
-    if isinstance(error, FileNotFoundError):
-        return ''
-    if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
-        return first_line(error, 120)
-    text = str(error)
-    numbers = [int(old or new) for old, new in _OS_ERROR.findall(text)]
-    for number in numbers:
-        if number not in _CONTENT_ERRORS:
-            return os.strerror(number)
-    if _PASSING.search(text) and not numbers:
-        return first_line(error, 120)
-    return ''
-
-
-def _fault(error: BaseException) -> str:
-    """The fault of a disk, a network or a bucket that an error tells of, '' if it tells of none.
-
-    Such a fault may pass, and says nothing about the contents of a checkpoint. TensorStore's errors
-    have no errno, only its number and name in their message.
-    """
-    return next((said for said in map(_fault_in, _chain(error)) if said), '')
 
 
 def _damage(
@@ -332,11 +266,17 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            causes = [e for e in _chain(error) if isinstance(e, OSError) or _STATUS.match(str(e))]
+            causes = [
+                cause
+                for cause in files.chain(error)
+                if isinstance(cause, OSError) or _STATUS.match(str(cause))
+            ]
             if not causes:
                 raise
-            reason = _fault(error) or first_line(causes[-1], 120)
-            raise UserError(
+            fault = files.fault(error)
+            reason = fault.said if fault else first_line(causes[-1], 120)
+            kind = TemporaryError if fault and fault.passes else UserError
+            raise kind(
                 f'no checkpoint could be written to {self.directory} ({reason}): those that were '
                 'there are untouched, and the same command goes on once this is put right'
             ) from error
@@ -410,14 +350,14 @@ class Checkpoints:
             found = reader.restore(epath.Path(self.directory, str(step)), args=args)
         return found.state, found.data, found.meta
 
-    def _try(self, step: int, like: PyTree) -> tuple[Any, str, str]:
-        """Reads a step once: (what `_read` gives or None, its damage, a fault that may pass)."""
+    def _try(self, step: int, like: PyTree) -> tuple[Any, str, files.Fault | None]:
+        """Reads a step once: (what `_read` gives or None, its damage, a fault of the disk)."""
         try:
-            return self._read(step, like), '', ''
+            return self._read(step, like), '', None
         except Exception as error:  # Orbax and TensorStore raise many kinds for a torn step.
-            if any(isinstance(cause, MemoryError) for cause in _chain(error)):
+            if any(isinstance(cause, MemoryError) for cause in files.chain(error)):
                 raise
-            fault = _fault(error)
+            fault = files.fault(error)
             return None, '' if fault else first_line(_root(error), 160), fault
 
     def _read_patiently(self, step: int, like: PyTree) -> tuple[Any, str]:
@@ -426,23 +366,28 @@ class Checkpoints:
         The verdict is the same in all processes.
 
         Raises:
-          UserError: a fault of the disk or the bucket did not pass.
+          TemporaryError: a fault of the disk or the bucket did not pass in the time given to it.
+          UserError: it does not pass by itself, as a missing permission.
         """
         where = f'checkpoint {self.directory}/{step}'
         for pause in (*PAUSES, None):
             found, damage, fault = self._try(step, like)
-            worst = int(hosts.largest(2 if fault else int(bool(damage))))
+            mine = int(bool(damage))
+            if fault:
+                mine = 2 if fault.passes else 3
+            worst = int(hosts.largest(mine))
             if worst == 0:
                 return found, ''
             if worst == 1:
                 return None, damage or 'not by another process'
             if pause is not None:
                 if fault:
-                    print(f'{where}: {fault}; trying again in {pause:g} s', file=sys.stderr)
+                    print(f'{where}: {fault.said}; trying again in {pause:g} s', file=sys.stderr)
                 time.sleep(pause)
-        fault = fault or 'not by another process'
-        raise UserError(
-            f'{where} cannot be read now ({fault}): nothing was changed, and the same command goes '
+        said = fault.said if fault else 'not by another process'
+        kind = TemporaryError if worst == 2 else UserError
+        raise kind(
+            f'{where} cannot be read now ({said}): nothing was changed, and the same command goes '
             'on once this is put right'
         )
 

@@ -28,6 +28,13 @@ class UserError(ValueError):
     """
 
 
+class TemporaryError(UserError):
+    """A fault of a disk, a network or a bucket that may pass, after which the same command goes on.
+
+    It ends the program with exit code 75, which is EX_TEMPFAIL of sysexits.h.
+    """
+
+
 class Preempted(Exception):
     """A signal arrived, and the state of the training has been saved.
 
@@ -194,8 +201,8 @@ def end_unheard() -> NoReturn:
 def run(program: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs a program and ends the process.
 
-    Errors that the user can put right are one line on stderr, with the exit code 2. Ctrl-C ends the
-    process with 130, and a reader that has gone with 141.
+    Errors that the user can put right are one line on stderr, with the exit code of `exit_code`.
+    Ctrl-C ends the process with 130, and a reader that has gone with 141.
 
     Args:
       program: is called with the command line, and returns the exit code or None for 0.
@@ -208,7 +215,7 @@ def run(program: Callable[[list[str]], int | None]) -> NoReturn:
         end_unheard()
     except (UserError, OSError) as error:
         print(f'error: {said(error)}', file=sys.stderr)
-        code = 2
+        code = exit_code(error)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -360,6 +367,30 @@ def one_line(error: BaseException) -> str:
 
 # What a full disk, a quota or a limit on the size of files says.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a disk or a network says that may be there again in a moment.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
+
+
+def passes(error: OSError) -> bool:
+    """Whether an error is of a disk or a network that may come back."""
+    return error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError))
+
+
+def exit_code(error: Exception) -> int:
+    """The exit code of an error that ends a program with one line: 75 if it may pass, else 2."""
+    temporary = isinstance(error, TemporaryError)
+    return 75 if temporary or (isinstance(error, OSError) and passes(error)) else 2
 
 
 def said(error: Exception) -> str:

@@ -1,24 +1,110 @@
-"""Files that are whole or absent, where things are kept, and who may write to a directory."""
+"""Files: how they become whole, where they are kept, who may write them, which faults may pass."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import filelock
 from etils import epath
 
 from sphere_ar_jax.runtime import hosts
-from sphere_ar_jax.runtime.console import UserError, first_line, printable
+from sphere_ar_jax.runtime.console import UserError, first_line, passes, printable
 
 _CHECKED = 2**26  # bytes of compiled programs that one sweep decompresses at most
 _MOST_JSON_BYTES = 2**26
+
+
+# Errors that say what contents are like: a piece is missing or is no file.
+_CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# What TensorStore and gRPC say of a disk, a network or a bucket. All other words of theirs, such as
+# NOT_FOUND and DATA_LOSS, are about contents.
+_STATUS = re.compile(
+    r'\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|'
+    r'PERMISSION_DENIED|CANCELLED|INTERNAL|UNKNOWN): '
+)
+_LASTING_STATUS = ('UNAUTHENTICATED', 'PERMISSION_DENIED')
+_OS_ERROR = re.compile(r"OS error (\d+): |os_error_code='(\d+)'")  # by versions of TensorStore
+_HTTP = (401, 403, 408, 429, 500, 502, 503, 504)
+_LASTING_HTTP = (401, 403)
+# Packages that speak with buckets.
+_BUCKETS = ('aiohttp', 'botocore', 'fsspec', 'gcsfs', 'google', 'requests', 'urllib3')
+
+
+class Fault(NamedTuple):
+    """A fault of a disk, a network or a bucket, which says nothing about contents.
+
+    Attributes:
+      said: what the error says, in one line.
+      passes: whether it may be gone in a moment; a missing permission or a full disk is not.
+    """
+
+    said: str
+    passes: bool
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that led to it, the first cause last."""
+    while error is not None:
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            for inner in error.exceptions:
+                yield from chain(inner)
+        error = error.__cause__ or error.__context__
+
+
+def _http_status(error: BaseException) -> int:
+    """The HTTP status that an error of a bucket's package carries, 0 if there is none."""
+    for holder in (error, getattr(error, 'response', None)):
+        for name in ('code', 'status', 'status_code'):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return int(value)
+            if isinstance(value, str) and value.isdigit():
+                return int(value)
+    return 0
+
+
+def _fault_in(error: BaseException) -> Fault | None:
+    """What `fault` finds in a single error."""
+    line = first_line(error, 120)
+    package = type(error).__module__.partition('.')[0]
+    if package in _BUCKETS:
+        status = _http_status(error)
+        if status in _HTTP:
+            return Fault(f'HTTP {status}: {line}', status not in _LASTING_HTTP)
+        if type(error).__module__.startswith('google.auth'):
+            return Fault(line, bool(getattr(error, 'retryable', False)))
+        return Fault(line, passes(error)) if isinstance(error, OSError) else None
+    if isinstance(error, FileNotFoundError):
+        return None
+    if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
+        return Fault(line, passes(error))
+    text = str(error)
+    numbers = [int(old or new) for old, new in _OS_ERROR.findall(text)]
+    for number in numbers:
+        if number not in _CONTENT_ERRORS:
+            return Fault(os.strerror(number), passes(OSError(number, '')))
+    status_found = _STATUS.search(text)
+    if status_found and not numbers:
+        return Fault(line, status_found[1] not in _LASTING_STATUS)
+    return None
+
+
+def fault(error: BaseException) -> Fault | None:
+    """The fault of a disk, a network or a bucket that an error tells of, None if it tells of none.
+
+    TensorStore's errors have no errno, only its number and name in their message.
+    """
+    return next((found for found in map(_fault_in, chain(error)) if found), None)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

@@ -311,7 +311,7 @@ def test_the_classes_of_a_folder(tmp_path):
     assert setting.ar.condition.num_classes == 2
     assert len(setting.source) == 2
     assert load_config(str(tmp_path / 'w')).data.num_classes == 2
-    images = snapshots.examples(setting)
+    images = snapshots.examples(setting).images
     np.testing.assert_array_equal(images[:, 5, 5], [[1, -1, -1], [-1, -1, 1]])
     cfg = _config(
         '', **{'data.name': 'folder', 'data.path': str(tmp_path / 'images'), 'data.num_classes': 5}
@@ -518,7 +518,7 @@ def test_grey_models_are_trained_on_image_files(tmp_path):
     reading = training_images.open_data(cfg).reading
     with data_batches.batches(setting.source, batch_size=4, seed=0, **reading) as batches:
         assert next(batches)['image'].shape == (4, *setting.vae.image_shape) == (4, 32, 32, 1)
-    shown = snapshots.examples(setting)
+    shown = snapshots.examples(setting).images
     grey = Image.open(f'{images}/a/1.png').convert('RGB')
     expected = Image.fromarray(augment.center_crop(grey, 32)).convert('L')
     np.testing.assert_allclose((shown[0, ..., 0] + 1) * 127.5, np.asarray(expected), atol=1e-4)
@@ -533,7 +533,7 @@ def test_what_cannot_be_shown_is_left_out_of_the_examples(tmp_path):
     cfg = _config('', **{'data.name': 'folder', 'data.path': images}, **grid)
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
     (tmp_path / 'images' / 'c' / '1.png').unlink()
-    assert snapshots.examples(setting).shape == (1, size, size, 3)
+    assert snapshots.examples(setting).images.shape == (1, size, size, 3)
     (tmp_path / 'images' / 'd' / '1.png').unlink()
     with pytest.raises(UserError, match='none of the 4 images can be shown'):
         snapshots.examples(setting)
@@ -784,7 +784,7 @@ def test_idx_files_are_opened_with_their_classes(tmp_path):
     assert setting.ar.condition.num_classes == 3
     assert len(setting.source) == 12
     assert len(setting.data.heldout) == 6
-    assert snapshots.examples(setting).shape == (6, 16, 16, 1)
+    assert snapshots.examples(setting).images.shape == (6, 16, 16, 1)
     assert load_config(str(tmp_path / 'w')).data.num_classes == 3
     found, _ = host_checks.check_data('idx', str(tmp_path / 'data'))
     assert found.text.endswith('12 images to train on, 3 classes: bag, boot, coat')
@@ -826,7 +826,7 @@ def test_samples_of_idx_files_are_scored_and_summed_up(tmp_path, monkeypatch):
     """The end of a run, with real held-out images in place of samples and reconstructions."""
     cfg = _idx(tmp_path / 'data', **{'sampling.num_images': 6})
     setting, _ = train._set_up(cfg, str(tmp_path / 'w'))
-    images = snapshots.examples(setting)
+    images = snapshots.examples(setting).images
     monkeypatch.setattr(snapshots, '_reconstruct', lambda *_, **__: {'vae/psnr': 20.0})
     monkeypatch.setattr(snapshots.on_mesh, 'draw_images', lambda *_, **__: (images, None))
     metrics, _ = snapshots.score(setting, Run(cfg, setting.vae, {}, setting.ar, {}))

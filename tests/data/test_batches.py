@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from sphere_ar_jax.data import augment, digits
 from sphere_ar_jax.data import batches as data_batches
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import TemporaryError, UserError
 from tests.fake_images import Epochs, Pictures
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -349,7 +349,8 @@ def test_a_disk_that_comes_back_ends_no_training(monkeypatch, capfd, failures, e
     expected = _take(data_batches.batches(Numbered(), **options), 7)
     with data_batches.batches(Unsteady(), **options) as iterator:
         if ends:
-            with pytest.raises(UserError, match=r'^3\.jpg cannot be read: .*Input/output error$'):
+            line = r'^3\.jpg cannot be read: .*Input/output error$'
+            with pytest.raises(TemporaryError, match=line):
                 _take(iterator, 7)
         else:
             _equal(_take(iterator, 7), expected)

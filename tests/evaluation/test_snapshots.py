@@ -76,7 +76,7 @@ def test_held_out_images_are_shown_and_looked_at(tmp_path):
     cfg = tiny_config.get_config()
     mesh = sharding.make_mesh()
     setting = snapshots.Setting(cfg, '', mesh, vae, None, training, None, None, out)
-    shown = ((snapshots.examples(setting, 5)[:, 0, 0, 0] + 1) * 127.5).round().astype(int)
+    shown = ((snapshots.examples(setting, 5).images[:, 0, 0, 0] + 1) * 127.5).round().astype(int)
     names = {int(out.name(i)[2:-4]) for i in range(len(out))}
     assert set(shown.tolist()) <= names
     assert shown.min() < 30 <= shown.max()
@@ -88,6 +88,10 @@ def test_held_out_images_are_shown_and_looked_at(tmp_path):
         pytest.raises(UserError, match=r'^an image was read in some processes of this run alone'),
     ):
         snapshots.examples(setting, 5)
+    assert snapshots.examples(setting, 5).split == 'held-out'
+    for i in range(len(out)):
+        (tmp_path / out.name(i)).unlink()
+    assert snapshots.examples(setting, 5).split == 'training'
     data = small.open_data_set('digits', None, 0, 0.2)
     digits = setting._replace(data=data, source=data.train, heldout=data.heldout)
     images = snapshots.held_out(digits, _stage())._images

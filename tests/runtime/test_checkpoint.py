@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sphere_ar_jax.runtime import checkpoint, sharding
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import TemporaryError, UserError
 
 
 @pytest.fixture
@@ -165,6 +165,11 @@ STATUSES = (
     'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED',
     'PERMISSION_DENIED', 'CANCELLED', 'INTERNAL',
 )  # fmt: skip
+LASTING = (
+    'ENOSPC', 'EROFS', 'EDQUOT', 'EBUSY', 'EMFILE', 'ENFILE', 'ENOMEM', 'EACCES', 'EPERM',
+    'ENXIO', 'UNAUTHENTICATED', 'PERMISSION_DENIED', 'HTTP 401', 'HTTP 403',
+    'by number, older', 'from another',
+)  # fmt: skip
 PASSING = {
     **{name: OSError(getattr(errno, name), os.strerror(getattr(errno, name))) for name in ERRNOS},
     **{name: ValueError(f'{name}: Error reading "gs://b/o"') for name in STATUSES},
@@ -222,9 +227,22 @@ def test_a_fault_that_may_pass_is_no_damage(two_steps, mesh, monkeypatch, capfd,
     with pytest.raises(UserError, match=r'/2 cannot be read now .*: nothing was changed') as caught:
         _restored(two_steps, mesh)
     assert tried == [2] * 4
+    assert isinstance(caught.value, TemporaryError) == (name not in LASTING)
     assert len(str(caught.value).splitlines()) == 1
     assert capfd.readouterr().err.count('trying again in 0 s') == 3
     assert sorted(two_steps.rglob('*')) == before
+
+
+@pytest.mark.parametrize('name', ['EIO', 'ENOSPC', 'UNAVAILABLE', 'PERMISSION_DENIED'])
+def test_what_refuses_a_checkpoint_is_said_and_may_pass(tmp_path, monkeypatch, name):
+    def refuse(*_, **__):
+        raise PASSING[name]
+
+    monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', refuse)
+    line = r'^no checkpoint could be written to .*: those that were there are untouched,'
+    with pytest.raises(UserError, match=line) as caught:
+        checkpoint.Checkpoints(tmp_path)
+    assert isinstance(caught.value, TemporaryError) == (name not in LASTING)
 
 
 @pytest.mark.parametrize('name', CONTENT)

@@ -1,4 +1,4 @@
-"""Ctrl-C where Python cannot hear it at once."""
+"""Ctrl-C where Python cannot hear it at once, and what ends a program."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from sphere_ar_jax import main
 from sphere_ar_jax.runtime import console
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -121,3 +122,25 @@ def test_a_program_that_ignores_ctrl_c_goes_on_to_do_so():
 )
 def test_an_error_is_one_line(error, line):
     assert console.said(error) == line
+
+
+@pytest.mark.parametrize(
+    'error, code',
+    [
+        (console.UserError('a value'), 2),
+        (console.TemporaryError('a bucket'), 75),
+        (OSError(errno.EIO, 'Input/output error', 'a'), 75),
+        (TimeoutError('no answer'), 75),
+        (OSError(errno.ENOSPC, 'No space left on device', 'a'), 2),
+        (PermissionError(errno.EACCES, 'Permission denied', 'a'), 2),
+    ],
+)
+@pytest.mark.parametrize('ends', [console.run, lambda program: main._guarded(program)([])])
+def test_the_exit_code_says_whether_a_fault_may_pass(capsys, ends, error, code):
+    def program(words):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        ends(program)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == f'error: {console.said(error)}\n'
