@@ -394,6 +394,11 @@ def test_memory_of_a_distilled_head():
     assert name == 'distillation'
     assert parts['params'] == head
     assert parts['frozen'] == teacher
+    cfg.distillation_training.transformer = True
+    ((_, (stage, frozen)),) = programs.stages(cfg).items()
+    parts = programs.state_bytes(stage, frozen, MESH)
+    assert parts['params'] == _bytes(ar.init_params)
+    assert parts['frozen'] == teacher
 
 
 def test_trainings_that_are_not_run_take_nothing():

@@ -38,7 +38,7 @@ from sphere_ar_jax.training.run import (
     load_config,
     of_rate,
 )
-from sphere_ar_jax.training.stages import ar_stage, distillation_stage
+from sphere_ar_jax.training.stages import ar_stage, distillation_stage, student_params
 from sphere_ar_jax.training.state import Stage, TrainState
 from sphere_ar_jax.training.tuning import tuned
 from sphere_ar_jax.training.workdir import check_claim, claim
@@ -123,14 +123,17 @@ def _distil(setting: snapshots.Setting, teacher: Run) -> _Trained:
     stage = _distillation(setting, teacher)
     directory = f'{setting.workdir}/distillation'
 
-    def with_head(head: PyTree) -> Run:
-        return _run(setting, teacher.vae_params, teacher.ar_params | {'head': head})
+    def student(trained: PyTree) -> Run:
+        options = setting.cfg.distillation_training
+        return _run(
+            setting, teacher.vae_params, student_params(teacher.ar_params, trained, options)
+        )
 
-    def look(step: int, head: PyTree, writer: MetricWriter) -> None:
-        snapshots.look_at_samples(setting, with_head(head), directory, step, writer)
+    def look(step: int, trained: PyTree, writer: MetricWriter) -> None:
+        snapshots.look_at_samples(setting, student(trained), directory, step, writer)
 
-    head, seconds = _run_stage(setting, stage, look, setting.cfg.sampling.ema_decay)
-    return _Trained(with_head(head), {'distillation': seconds})
+    trained, seconds = _run_stage(setting, stage, look, setting.cfg.sampling.ema_decay)
+    return _Trained(student(trained), {'distillation': seconds})
 
 
 def _train_tokenizer(setting: snapshots.Setting, lpips: PyTree | None) -> tuple[PyTree, float]:

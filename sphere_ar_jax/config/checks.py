@@ -505,10 +505,13 @@ def _check_data(d: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
 
 
-def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> None:
+def _check_distillation(
+    init_from: str | None, t: ConfigDict, s: ConfigDict, text_weight: float | None
+) -> None:
     """Checks the sections `distillation_training` (t) and `sampling` (s) of a distillation.
 
-    init_from is the workdir of the teacher, None where nothing is distilled.
+    init_from is the workdir of the teacher, None where nothing is distilled. text_weight is that
+    of the AR model.
     """
     require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
     are_divisors = all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels)
@@ -519,6 +522,11 @@ def _check_distillation(init_from: str | None, t: ConfigDict, s: ConfigDict) -> 
     )
     if init_from is None:
         return
+    require(
+        not t.transformer or text_weight is None,
+        'distillation_training.transformer trains for images alone, and the model would forget to '
+        'write texts: give --config.distillation_training.transformer=False',
+    )
     require(
         s.guidance is None and s.solver == 'euler' and s.annealing is None,
         'a distilled head has its guidance within and takes plain steps: '
@@ -763,7 +771,9 @@ def check(config: ConfigDict) -> ConfigDict:
         'tokenizer has made them',
     )
     _check_watch(config.watch, image_shape[-1])
-    _check_distillation(config.init_from, config.distillation_training, config.sampling)
+    _check_distillation(
+        config.init_from, config.distillation_training, config.sampling, config.ar.text_weight
+    )
     _check_fine_tuning(config)
     _check_head(config)
     _check_captions(config)

@@ -244,6 +244,8 @@ def default() -> ConfigDict:
             init_from=config_dict.placeholder(str),
             distillation_training=_training(
                 head='mean_velocity',
+                # Whether the transformer is trained with the head. It begins as the teacher's.
+                transformer=False,
                 ema_decay=0.9999,
                 teacher_steps=16,
                 levels=(1, 2),

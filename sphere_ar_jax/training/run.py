@@ -269,8 +269,8 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
             cfg.distillation_training,
         )
         rate = of_rate(cfg.distillation_training, cfg.sampling.ema_decay)
-        head = _restore(distillation, workdir, mesh, rate)
-        ar_params = teacher.ar_params | {'head': head}
+        trained = _restore(distillation, workdir, mesh, rate)
+        ar_params = stages.student_params(teacher.ar_params, trained, cfg.distillation_training)
         return run._replace(vae_params=teacher.vae_params, ar_params=ar_params)
     vae_params = standardisation.read(run.vae, run.vae_params, workdir)
     stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training)

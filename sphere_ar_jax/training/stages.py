@@ -167,13 +167,25 @@ def ar_stage(
     )
 
 
+def student_params(ar_params: PyTree, trained: PyTree, options: ConfigDict) -> PyTree:
+    """Parameters of an AR model after a distillation.
+
+    Args:
+      ar_params: the teacher's parameters.
+      trained: what the distillation trains, see `distillation_stage`.
+      options: the stage's section of the config.
+    """
+    return trained if options.transformer else ar_params | {'head': trained}
+
+
 def distillation_stage(
     ar: AR, vae: VAE, vae_params: PyTree, ar_params: PyTree, options: ConfigDict
 ) -> state.Stage:
     """The training of a head of few evaluations, from the head of a frozen AR model.
 
     Its loss is `mean_velocity.distillation_loss` (`docs/method.md`, "Mean-velocity distillation").
-    The state holds the new head alone.
+    The state holds the new head alone, or with options.transformer the whole AR model, which begins
+    as the teacher.
 
     Args:
       ar: the AR model with the new head.
@@ -186,11 +198,12 @@ def distillation_stage(
       The stage.
     """
 
-    def init_head(key):
+    def init(key):
         # Only the embedding of the step's width is new.
-        return ar.init_params(key)['head'] | ar_params['head']
+        head = ar.init_params(key)['head'] | ar_params['head']
+        return ar_params | {'head': head} if options.transformer else head
 
-    def loss(head, frozen, batch, keys):
+    def loss(params, frozen, batch, keys):
         vae_params, ar_params = frozen
         posterior_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         z = draw_batch_tokens(vae, vae_params, batch, posterior_keys)
@@ -198,7 +211,7 @@ def distillation_stage(
         scales = guidance.guidance_scales(options.guidance_scale, ar.num_tokens, options.guidance)
         return mean_velocity.distillation_loss(
             ar,
-            head,
+            student_params(ar_params, params, options),
             ar_params,
             batch['label'],
             z,
@@ -206,12 +219,13 @@ def distillation_stage(
             scales,
             options.levels,
             options.teacher_steps,
+            options.transformer,
         )
 
     return state.make_stage(
         'distillation',
         options,
-        init_head,
+        init,
         loss,
         frozen=(vae_params, ar_params),
         shown=('loss', 'one_step'),

@@ -407,13 +407,15 @@ def test_training_goes_on_from_converted_weights(tuned):
 
 
 @pytest.mark.slow
-def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
-    """A published model, whatever it was trained on, teaches a head.
+@pytest.mark.parametrize('transformer', [False, True])
+def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path, transformer):
+    """A published model, whatever it was trained on, teaches a head, and a transformer if asked to.
 
     All else stays as it was converted.
     """
     before = load_run(str(digits_run))
     cfg = tiny_config.get_config('distilled')
+    cfg.distillation_training.transformer = transformer
     cfg.data.num_classes = CLASSES
     cfg.init_from = str(digits_run)
     with libraries_promote():
@@ -421,9 +423,12 @@ def test_a_head_is_distilled_from_converted_weights(digits_run, tmp_path):
     assert np.isfinite(metrics['samples/frechet'])
     run = load_run(str(tmp_path / 'w'))
     head = run.ar_params.pop('head')
-    chex.assert_trees_all_equal(
-        run.ar_params, {k: v for k, v in before.ar_params.items() if k != 'head'}
-    )
+    rest = {k: v for k, v in before.ar_params.items() if k != 'head'}
+    if transformer:
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), run.ar_params, rest)
+        assert 0 < max(jax.tree.leaves(moved['stack'])) < 0.02
+    else:
+        chex.assert_trees_all_equal(run.ar_params, rest)
     chex.assert_trees_all_equal(run.vae_params, before.vae_params)
     for name in ('cond_embed', 'final_linear'):
         moved = np.abs(head[name]['kernel'] - before.ar_params['head'][name]['kernel']).max()

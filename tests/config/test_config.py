@@ -271,12 +271,14 @@ def test_variants_of_the_digits():
     with pytest.raises(UserError, match='is riemannian: use geodesic_mean_velocity'):
         checks.check(cfg)
     cfg.ar.head = 'flow'
+    joint = {'ar.condition': 'text', 'ar.text_weight': 0.1, 'data.captions': 'beside'}
     for wrong, message in (
         ({'sampling.num_steps': 3}, r'num_steps is 3, .* of \(1, 2\)'),
         ({'sampling.shift': 1.5}, 'shift is 1.5, .* set it to None'),
         ({'distillation_training.teacher_steps': 3}, 'divisors'),
         ({'distillation_training.teacher_steps': 0}, 'at least 1'),
         ({'sampling.solver': 'ab2'}, 'plain steps'),
+        ({'distillation_training.transformer': True, **joint}, 'forget to write texts: give'),
     ):  # fmt: skip
         changed = cfg.copy_and_resolve_references()
         changed.update_from_flattened_dict(wrong)

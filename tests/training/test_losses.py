@@ -254,21 +254,30 @@ def test_distillation_loss_against_a_loop_over_tokens(
         jax.jit(model.init_params, **quickly_compiled())(jax.random.key(0))['head']
         | teacher['head']
     )
+    student = teacher | {'head': head}
     z = jnp.asarray(golden['z'])
     noise = jax.random.normal(jax.random.key(1), z.shape)
     scales = guidance.guidance_scales(2.0, 16, 'linear')
 
-    def loss(head, teacher):
+    def loss(student, teacher, transformer=False):
         return mean_velocity.distillation_loss(
-            model, head, teacher, golden['class_id'], z, noise, scales, (1, 2), 4
+            model, student, teacher, golden['class_id'], z, noise, scales, (1, 2), 4, transformer
         )[0]
 
-    value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(head, teacher)
-    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
+    value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(student, teacher)
+    beside = [gradient[name] for name in gradient if name != 'head']
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves((of_teacher, beside)))
     assert all(
-        np.any(np.asarray(gradient[name]['kernel']) != 0)
+        np.any(np.asarray(gradient['head'][name]['kernel']) != 0)
         for name in ('span2', 'time1', 'final_linear')
     )
+    # A transformer that is trained, too, begins as the teacher's.
+    trained = jax.jit(jax.value_and_grad(lambda *params: loss(*params, True), (0, 1)))
+    other_value, (with_transformer, of_teacher) = trained(student, teacher)
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(of_teacher))
+    chex.assert_trees_all_close(with_transformer['head'], gradient['head'], rtol=1e-4, atol=1e-6)
+    assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(with_transformer['stack']))
 
     apart, params = ar.unstacked(teacher_model, teacher)
     null = jnp.full_like(golden['class_id'], 10)

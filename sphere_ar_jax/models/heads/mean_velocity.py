@@ -198,7 +198,7 @@ class GeodesicMeanVelocity(MeanVelocity):
 
 def distillation_loss(
     ar: nn.Module,
-    head: PyTree,
+    student: PyTree,
     teacher: PyTree,
     labels: PyTree,
     z: jax.Array,
@@ -206,16 +206,19 @@ def distillation_loss(
     scales: jax.Array,
     levels: Sequence[int],
     num_steps: int,
+    transformer: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a head that learns the mean velocity of a teacher's guided flow.
 
-    It is the mean of (u(x, t, h, c) − target)², with the head's own `targets`. The AR model is
-    frozen. The teacher's guidance, s_k at token k, becomes part of the head, which therefore needs
-    no null rows.
+    It is the mean of (u(x, t, h, c) − target)², with the head's own `targets`. The teacher's
+    guidance, s_k at token k, becomes part of the student, which therefore needs no null rows. What
+    the null rows know of the past is lost to a head that reads the teacher's conditions. A
+    transformer that is trained, too, can put it into its own.
 
     Args:
       ar: an `ar.AR` with a `MeanVelocity` head.
-      head: parameters of that head, the only ones that are trained.
+      student: its parameters. No gradient reaches those beside the head without `transformer`,
+        where they are the teacher's.
       teacher: parameters of the same AR model with the head `MeanVelocity.teacher`.
       labels: labels of B images, see `conditions`.
       z: (B, L, d) tokens.
@@ -223,6 +226,7 @@ def distillation_loss(
       scales: (L,) s_k.
       levels: see `MeanVelocity.targets`.
       num_steps: see `MeanVelocity.targets`.
+      transformer: whether the conditions c are the student's own.
 
     Returns:
       (loss, scalars) of `MeanVelocity.loss`.
@@ -244,5 +248,7 @@ def distillation_loss(
         return guide(v_cond, v_null, jnp.tile(scales, B)[:, None])
 
     targets = ar.head.targets(guided, noise.reshape(B * L, d), levels, num_steps)
-    frozen = jax.lax.stop_gradient((c[:B], z, targets))
-    return ar.head.apply({'params': head}, *frozen, method='loss')
+    c, targets = jax.lax.stop_gradient((c[:B], targets))
+    if transformer:
+        c = ar.apply({'params': student}, labels, z, method='conditions')
+    return ar.head.apply({'params': student['head']}, c, z, targets, method='loss')
