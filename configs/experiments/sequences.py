@@ -3,8 +3,8 @@ r"""Longer sequences at small size: 16, 64 and 256 tokens of the same images (ch
 Command:   python -m sphere_ar_jax.main --mode=experiment --workdir=DIR \
                --config=configs/experiments/sequences.py
 Result:    Undecided with 16 tokens, reproduced with 64, undecided with 256
-           (docs/experiments/sequences). Fashion-MNIST: undecided with 64 and 256, but the norms of
-           256 Gaussian tokens drift (docs/experiments/sequences_fashion).
+           (docs/experiments/sequences). Fashion-MNIST: undecided with 64 and 256
+           (docs/experiments/sequences_fashion). The drift of the norm was not measured.
 
 A token stands for 4×4, 2×2 or 1×1 pixels of the digits' 16×16. For 256 tokens the images are
 enlarged to 32×32, because a tokenizer has at least one stage that halves them. Fréchet distance and
@@ -34,7 +34,8 @@ def get_config(arg: str = '') -> ConfigDict:
         f'Longer sequences: {"64 and 256" if is_fashion else "16, 64 and 256"} tokens',
         'Rows of more tokens have tokens of fewer pixels. '
         'The drift of the norm is |mean over the last quarter of the positions / mean over the '
-        'first quarter − 1|, before projection, at guidance 1.5. ',
+        'first quarter − 1|, before projection, at guidance 1.5, of its ratio to the norm that '
+        'tokens of training images have at the same position. ',
     )
     sizes = {
         16: {},

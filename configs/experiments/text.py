@@ -25,11 +25,14 @@ def get_config(arg: str = '') -> ConfigDict:
     )
     c.kind = 'captions'
     c.claim = (
-        'Tokens on the sphere draw what a caption asks for at least as often as Gaussian ones do, '
+        'Tokens on the sphere draw what a caption asks for more often than Gaussian ones do, '
         'for pairs of digits that were trained on and for new ones, and a model of both '
-        'directions draws as well as one that only draws.'
+        'directions more often than one that only draws.'
     )
-    c.caveat = 'What would change it: photographs, whose captions say less of what is seen.'
+    c.caveat = (
+        'Whether a model of both directions loses at most 0.02 is read from the lower end of its '
+        'intervals. What would change it: photographs, whose captions say less of what is seen.'
+    )
     c.rows = experiments.rows(
         power_spherical={},
         gaussian=experiments.LATENTS['gaussian'],

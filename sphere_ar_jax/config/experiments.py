@@ -208,6 +208,10 @@ def _check_numbers(config: ConfigDict) -> None:
         'must be at least 1',
     )
     checks.require(
+        config.kind != 'captions' or config.num_images >= 3,
+        f'num_images is {config.num_images}, but must be at least 3, for three groups of captions',
+    )
+    checks.require(
         min(config.disturbances) > 0,
         f'disturbances are {tuple(config.disturbances)}, but must be above 0',
     )

@@ -31,13 +31,15 @@ class HeldOut:
         Args:
           stage: the stage, which must have a `loss`.
           images: {'image': (n, H, W, c), 'label': (n,)}, of which as many are used as fill whole
-            batches of the training's own size. Fewer than a batch are one smaller batch.
+            batches of the training's own size. Fewer than a batch are one smaller batch. Those
+            that do not divide over the devices are left out, unless there are fewer than devices:
+            then some count twice.
           seed: the run's seed.
           mesh: the devices.
         """
         n = len(images['label'])
         most = stage.options.batch_size // stage.options.accumulate
-        self._size = min(most, sharding.whole_rows(mesh, n))
+        self._size = min(most, max(mesh.size, n // mesh.size * mesh.size))
         self._batches = max(1, n // self._size)
         self._images = images
         self._frozen = stage.frozen

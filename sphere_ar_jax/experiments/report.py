@@ -189,7 +189,11 @@ def verdicts(config: ConfigDict, summaries: _Summaries) -> list[dict[str, Any]]:
         better, worse, score = words.split()
         first = summaries.get(chosen[better], {})
         second = summaries.get(chosen[worse], {})
-        seeds = [seed for seed in first if seed in second]
+        seeds = [
+            seed
+            for seed, scores in first.items()
+            if score in scores and score in second.get(seed, {})
+        ]
         if not seeds:
             continue
         sign = 1 if experiments.SCORES[score].more_is_better else -1
@@ -296,9 +300,11 @@ def _missing(config: ConfigDict, found: Mapping[str, Any]) -> str:
         for seed in lacking
         if row not in rows
     ]
-    if not rows + parts:
-        return ''
-    return f'Not measured yet: {", ".join(rows + parts)}.'
+    judged = {verdict['score'] for verdict in found['verdicts']}
+    asked = dict.fromkeys(words.split()[-1] for words in config.comparisons)
+    scores = [experiments.SCORES[name].title for name in asked if name not in judged]
+    lacking = [*rows, *parts, *(scores if judged else ())]
+    return f'Not measured yet: {", ".join(lacking)}.' if lacking else ''
 
 
 def _made_with(found: Mapping[str, Any]) -> str:

@@ -137,6 +137,13 @@ def _train(stage: Stage, source: small.Split, directory: str, cfg: ConfigDict, m
     files.write_json(f'{directory}/{_FINISHED}', {'seconds': seconds})
 
 
+def _claim(cfg: ConfigDict, directory: str) -> None:
+    """Claims a workdir of the cache, and keeps what its config reads, so that it can be moved."""
+    workdir.claim(cfg, directory)
+    if cfg.ar.condition == 'text':
+        vocabulary.keep(cfg.ar.vocabulary, directory)
+
+
 def tokenizer_stage(cfg: ConfigDict) -> Stage:
     """The training of a config's tokenizer."""
     return adversarial.tokenizer_stage(build.build_vae(cfg), cfg.tokenizer_training)
@@ -156,7 +163,7 @@ def train_tokenizer(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     own = schema.changed(cfg, {'ar_training.steps': 0, 'ar_training.warmup_steps': 0})
     source = build.open_data_set(cfg).train
     with _logged(directory):
-        workdir.claim(own, directory)
+        _claim(own, directory)
         _train(tokenizer_stage(own), source, directory, own, mesh)
 
 
@@ -176,9 +183,7 @@ def train_ar(cfg: ConfigDict, cache: str, mesh: Mesh) -> None:
     tokenizer = load_run(own.tokenizer, mesh, tokenizer_only=True)
     vae = build.build_vae(own)
     with _logged(directory):
-        workdir.claim(own, directory)
-        if own.ar.condition == 'text':
-            vocabulary.keep(own.ar.vocabulary, directory)
+        _claim(own, directory)
         params = standardisation.add(
             vae,
             tokenizer.vae_params,

@@ -47,6 +47,11 @@ _OF_MACHINES = (
     'fine_tuning.init_from', 'fine_tuning.freeze', 'fine_tuning.multipliers',
     'fine_tuning.lora_rank',
 )  # fmt: skip
+# Keys of a model of texts and its data. A tokenizer is shared without them.
+_OF_TEXTS = (
+    'ar.condition', 'ar.vocabulary', 'ar.text_tokens', 'ar.features', 'ar.feature_shape',
+    'ar.text_encoder_depth', 'ar.text_weight', 'data.captions',
+)  # fmt: skip
 
 
 class Tensor:
@@ -155,13 +160,14 @@ def config(cfg: ConfigDict) -> ConfigDict:
     """The config of a run as it is shared.
 
     Paths, devices and where numbers are logged belong to the machine that the run was made on: they
-    have their defaults again. So do the keys of a fine-tuning, whose factors are merged.
+    have their defaults again. So do the keys of a fine-tuning, whose factors are merged, and those
+    of texts: no model of texts is shared, only its tokenizer.
 
     Args:
       cfg: the run's config.
     """
     default = schema.leaves(schema.default().to_dict())
-    values = {key: default[key] for key in _OF_MACHINES}
+    values = {key: default[key] for key in (*_OF_MACHINES, *_OF_TEXTS)}
     if cfg.tokenizer is not None:  # Another run trained it.
         values |= {'tokenizer_training.steps': 0, 'tokenizer_training.warmup_steps': 0}
     return checks.check(schema.changed(cfg, values))

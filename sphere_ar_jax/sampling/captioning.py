@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.joint import Joint
-from sphere_ar_jax.models.vae import VAE
+from sphere_ar_jax.models.vae import VAE, draw_batch_tokens
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
 from sphere_ar_jax.sampling.interleaved import LIKELIEST, NONE, Segment, Writing, interleave
 
@@ -65,45 +66,68 @@ def checked_writing(top_p: float | None, temperature: float) -> Writing:
     return Writing(top_p, temperature)
 
 
+def _tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array, drawn: bool) -> jax.Array:
+    """The tokens (b, L, d) of images: the most probable ones, or those drawn by keys (b,).
+
+    The keys are folded by 0, as those of the first segment of a sequence.
+    """
+    if not drawn:
+        return autoencoding.encoder(vae)(params, images)
+    folded = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    return draw_batch_tokens(vae, params, {'image': images}, folded)
+
+
 @functools.cache
-def captioner(ar: Joint, vae: VAE, writing: Writing) -> Callable[..., jax.Array]:
+def captioner(ar: Joint, vae: VAE, writing: Writing, drawn: bool) -> Callable[..., jax.Array]:
     """The compiled program that writes a caption for each image, for one device.
 
-    It reads the most probable tokens of the images.
+    Args:
+      ar: the AR model.
+      vae: the tokenizer.
+      writing: how the numbers are chosen.
+      drawn: see `write`.
 
     Returns:
       function of ((vae_params, ar_params), (images (b, H, W, c), key data (b, 2) of each image)) →
         captions (b, T) int32.
     """
-    encode = autoencoding.encoder(vae)
 
     def run(params, rows):
         vae_params, ar_params = params
         images, key_data = rows
         keys = jax.random.wrap_key_data(key_data)
-        segments = [Segment('image', encode(vae_params, images)), Segment('text')]
+        z = _tokens(vae, vae_params, images, keys, drawn)
+        segments = [Segment('image', z), Segment('text')]
         return interleave(ar, ar_params, segments, keys, writing=writing)[1]
 
     return jax.jit(run)
 
 
 @functools.cache
-def reader(ar: Joint, vae: VAE) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def reader(ar: Joint, vae: VAE, drawn: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The compiled program of `joint.Joint.nats` for images, for one device.
 
+    Args:
+      ar: the AR model.
+      vae: the tokenizer.
+      drawn: see `write`.
+
     Returns:
-      function of ((vae_params, ar_params), (images (b, H, W, c), captions (b, T))) → −log p(text |
-        image) and −log p(text), both (b,).
+      function of ((vae_params, ar_params), (images (b, H, W, c), captions (b, T), key data (b, 2)
+        of each image)) → −log p(text | image) and −log p(text), both (b,).
     """
-    encode = autoencoding.encoder(vae)
 
     def run(params, rows):
         vae_params, ar_params = params
-        images, labels = rows
-        z = encode(vae_params, images)
+        images, labels, key_data = rows
+        z = _tokens(vae, vae_params, images, jax.random.wrap_key_data(key_data), drawn)
         return ar.apply({'params': ar_params}, labels, z, method='nats')
 
     return jax.jit(run)
+
+
+def _key_data(seed: int | np.ndarray, count: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(autoencoding.reading_keys(seed, count)))
 
 
 def write(
@@ -112,6 +136,7 @@ def write(
     *,
     seed: int | np.ndarray,
     writing: Writing = LIKELIEST,
+    drawn: bool = False,
     batch_size: int,
     mesh: Mesh,
 ) -> np.ndarray:
@@ -123,6 +148,8 @@ def write(
       seed: one for all images, of which image i has the key folded by i, or (n,), of which each
         image has its own folded by 0.
       writing: how the numbers are chosen.
+      drawn: whether the images' tokens are drawn from the posterior, as in training. Otherwise they
+        are the most probable ones, whose norms are smaller where tokens lie on no sphere.
       batch_size: images at once.
       mesh: the devices.
 
@@ -133,8 +160,8 @@ def write(
       UserError: the model writes no texts, or gives logits that are not finite.
     """
     ar, ar_params = unstacked(writer(models.ar), models.ar_params)
-    program = captioner(ar, models.vae, writing)
-    data = np.asarray(jax.random.key_data(autoencoding.reading_keys(seed, len(images))))
+    program = captioner(ar, models.vae, writing, drawn)
+    data = _key_data(seed, len(images))
     params = (models.vae_params, ar_params)
     found = batching.in_batches(program, params, (images, data), batch_size, mesh)
     wrong = np.flatnonzero((found == NONE).any(1))
@@ -147,7 +174,14 @@ def write(
 
 
 def nats(
-    models: on_mesh.Models, images: np.ndarray, labels: np.ndarray, *, batch_size: int, mesh: Mesh
+    models: on_mesh.Models,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    seed: int | np.ndarray = 0,
+    drawn: bool = False,
+    batch_size: int,
+    mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes −log p(text | image) and −log p(text) of a caption for each image.
 
@@ -155,6 +189,8 @@ def nats(
       models: both models and their parameters.
       images: (n, H, W, c) in [−1, 1].
       labels: (n, T) int32.
+      seed: see `write`.
+      drawn: see `write`.
       batch_size: images at once.
       mesh: the devices.
 
@@ -164,6 +200,7 @@ def nats(
     Raises:
       UserError: the model writes no texts.
     """
-    program = reader(writer(models.ar), models.vae)
+    program = reader(writer(models.ar), models.vae, drawn)
     params = (models.vae_params, models.ar_params)
-    return batching.in_batches(program, params, (images, labels), batch_size, mesh)
+    rows = (images, labels, _key_data(seed, len(images)))
+    return batching.in_batches(program, params, rows, batch_size, mesh)

@@ -144,6 +144,7 @@ class _Sequences:
         project: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
         """Draws the tokens (B, L, d) of images; see `interleave`."""
+        before = self.cache, self.place
         carry = Carry(*self._apply('begin_image', self._rows, self.cache, self.place))
         carry, drawn = go_on(
             self._ar.clone(image_start=self.place),
@@ -159,6 +160,10 @@ class _Sequences:
         )
         self.cache = carry.cache
         self.place += self._ar.image_inputs
+        if self._guided and options.splits_first_token:
+            # Null rows have drawn another first token. What follows reads one image in all rows.
+            self.cache, self.place = before
+            self.read_image(drawn.z)
         return drawn.z
 
     def write(self, keys: jax.Array, writing: Writing) -> jax.Array:

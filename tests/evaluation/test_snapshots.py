@@ -52,6 +52,7 @@ def test_the_loss_of_held_out_images():
     found = held.scalars({'w': np.float32(3)})
     assert set(found) == {'heldout_loss', 'heldout_psnr'}
     size = min(4, sharding.whole_rows(mesh, 10))
+    assert held._size == size
     taken = images[: 10 // size * size]
     np.testing.assert_allclose(found['heldout_loss'], 3 * np.abs(taken).mean(), rtol=1e-5)
     np.testing.assert_allclose(found['heldout_psnr'], taken.mean(), atol=1e-6)

@@ -45,6 +45,7 @@ def test_measured_values_are_those_of_the_samples(monkeypatch):
     assert tokenizer['kl'] == 2.0
     assert tokenizer['norm_low'] == pytest.approx(RADIUS, rel=1e-5)
     assert tokenizer['norm_high'] == pytest.approx(RADIUS, rel=1e-5)
+    np.testing.assert_allclose(tokenizer['real_norm_mean'], np.full(16, RADIUS), rtol=1e-5)
     # All held-out images are reconstructed, and hardly changed.
     assert len(heldout) < 512
     assert tokenizer['rfrechet'] == pytest.approx(0, abs=1e-4)

@@ -15,7 +15,7 @@ from matplotlib import axes
 from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
-from sphere_ar_jax.config import build, checks, experiments, packaged
+from sphere_ar_jax.config import build, checks, experiments, packaged, schema
 from sphere_ar_jax.data.captions import composed
 from sphere_ar_jax.experiments import experiment, report, runs, speed, statistics
 from sphere_ar_jax.experiments.kinds import KINDS, comparison
@@ -121,6 +121,10 @@ def test_rows_are_the_papers():
         ({'guidance_scales': ('a', 1.5)}, 'guidance_scales are .* numbers'),
         ({'disturbances': (0.0,)}, 'must be above 0'),
         ({'num_images': 0}, 'num_images is 0 and followed_images'),
+        (
+            {'kind': 'captions', 'num_images': 2},
+            'num_images is 2, but must be at least 3',
+        ),
         ({'kind': 'propagation', 'positions': (0.99,)}, 'leave one of 16 tokens behind'),
         ({'kind': 'shifted', 'map': ('power_spherical gaussian_norm',)}, 'map are for kind comp'),
         (
@@ -221,6 +225,16 @@ def test_models_are_shared_by_checkouts(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_the_cache_keeps_the_vocabulary_of_texts(tmp_path):
+    """A tokenizer of the cache can be read where the list of words is gone."""
+    words = tmp_path / 'words.txt'
+    words.write_text('cat\n')
+    cfg = schema.changed(small().base, {'ar.condition': 'text', 'ar.vocabulary': str(words)})
+    runs._claim(cfg, str(tmp_path / 'w'))
+    words.unlink()
+    assert runs.load_config(str(tmp_path / 'w')).ar.vocabulary != str(words)
+
+
 def test_every_kind_of_the_configs_is_known():
     assert set(KINDS) == set(experiments.KINDS)
 
@@ -234,6 +248,8 @@ def fake_lines(row, seed):
             'psnr': 20 - worse,
             'rfrechet': 0.1,
             'kl': 5.0,
+            # Tokens of training images have a larger norm at the end of the sequence, too.
+            'real_norm_mean': [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.25, 1.5],
         }
     ]
     for scale in (1.5, 8.0):
@@ -481,7 +497,7 @@ def test_results_say_rows_verdicts_and_versions(tmp_path, faked, monkeypatch):
     row = found['rows']['power_spherical']
     assert row['best_guidance']['mean'] == 1.5
     np.testing.assert_allclose(row['frechet_degradation']['mean'], 6.5 * 1.01)
-    np.testing.assert_allclose(row['norm_drift']['mean'], 2.75 / 1.5 - 1)
+    np.testing.assert_allclose(row['norm_drift']['mean'], 2 / 1.5 - 1)
     np.testing.assert_allclose(row['seconds_per_image']['mean'], 0.1 + 1 + 1.5)
     assert found['written_with']['version']
     assert found['measured'][0]['made_with'] == found['written_with']

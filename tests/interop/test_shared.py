@@ -143,7 +143,9 @@ def test_half_precision_is_read_and_a_tokenizer_alone_has_no_ar_model(model, dir
         shared.open_file(directory / 'nothing.safetensors')
 
 
-def test_the_shared_config_builds_the_same_models(model):
+def test_the_shared_config_builds_the_same_models(model, tmp_path):
+    words = tmp_path / 'words.txt'
+    words.write_text('cat\n')
     cfg = schema.changed(
         model[0], {'data.path': '/data', 'tokenizer': '/w', 'watch.inception': 'a', 'mesh.data': 3}
     )
@@ -152,6 +154,12 @@ def test_the_shared_config_builds_the_same_models(model):
     assert found.mesh.data == -1
     assert found.sampling == cfg.sampling
     assert build.build_ar(found) == build.build_ar(cfg)
+    assert build.build_vae(found) == build.build_vae(cfg)
+    # The tokenizer of a run on captions needs neither their vocabulary nor their table.
+    texts = {'ar.condition': 'text', 'ar.vocabulary': str(words), 'data.captions': '/captions.tsv'}
+    found = shared.config(schema.changed(cfg, texts))
+    assert (found.ar.condition, found.ar.vocabulary) == ('classes', 'bytes')
+    assert found.data.captions is None
     assert build.build_vae(found) == build.build_vae(cfg)
     # Latents have no images to train a tokenizer on, which another run did.
     on_latents = {'data.name': 'latents', 'tokenizer': '/w', 'data.flip': False}

@@ -143,6 +143,17 @@ def test_longer_sequences_go_on_from_the_same_cache(params, z):
     assert np.abs(behind - without).max() > 1e-2
 
 
+def test_null_rows_read_the_image_that_was_drawn(params):
+    """Linear guidance draws them another first token, which what follows must not see."""
+    options = Options(solver='ab2', num_steps=3, guidance='linear')
+    assert options.splits_first_token
+    segments = [Segment('text', LABELS), Segment('image'), Segment('image')]
+    drawn = interleave(MODEL, params, segments, KEYS, options, 4.0)
+    segments[1] = Segment('image', drawn[1])
+    again = interleave(MODEL, params, segments, KEYS, options, 4.0)
+    np.testing.assert_allclose(again[2], drawn[2], atol=1e-4)
+
+
 def test_a_sequence_does_not_depend_on_the_others(params, z):
     segments = [Segment('image', z), Segment('text')]
     both = interleave(MODEL, params, segments, KEYS, writing=Writing(0.9))[1]

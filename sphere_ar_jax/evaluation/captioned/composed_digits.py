@@ -279,7 +279,9 @@ def caption_scores(captions: Sequence[str], wishes: Sequence[Asked]) -> dict[str
 
 
 def score_captions(run: Run, real: Real, mesh: Mesh) -> dict[str, float]:
-    """Scores the captions that a model writes for real images, the likeliest token each time.
+    """Scores the captions that a model writes for real images, the likeliest word each time.
+
+    It reads tokens that are drawn from the posterior, as in training.
 
     Args:
       run: both models, of which the AR model writes texts.
@@ -292,8 +294,13 @@ def score_captions(run: Run, real: Real, mesh: Mesh) -> dict[str, float]:
         without it (`captions/nats_alone`).
     """
     images = 2 * real.pixels[..., None] - 1
-    how: dict[str, Any] = {'batch_size': run.config.sampling.batch_size, 'mesh': mesh}
-    numbers = captioning.write(run, images, seed=run.config.seed, **how)
+    how: dict[str, Any] = {
+        'seed': run.config.seed,
+        'drawn': True,
+        'batch_size': run.config.sampling.batch_size,
+        'mesh': mesh,
+    }
+    numbers = captioning.write(run, images, **how)
     words = build.open_vocabulary(run.config)
     found = caption_scores([words.decode(caption) for caption in numbers], real.wishes)
     labels = build.encode_captions(run.config, [wish.caption for wish in real.wishes])

@@ -121,7 +121,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     Returns:
       A line for the tokenizer (`guidance` None), and one for each scale, each a dictionary. The
       lines of samples hold `raw_norm_mean` and `raw_norm_std`, which have L numbers, of the latents
-      before projection.
+      before projection. The tokenizer's line has `real_norm_mean`, those of training images.
     """
     run = runs.load(cfg, cache, mesh)
     _, train, heldout = build.open_data_set(cfg)
@@ -134,6 +134,7 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     first: dict[str, Any] = {'guidance': None} | _reconstruction(run, heldout, judge, mesh)
     first['norm_low'] = float(low)
     first['norm_high'] = float(high)
+    first['real_norm_mean'] = norms.mean(axis=0).tolist()
     lines = [first]
     labels = np.arange(config.num_images) % train.num_classes
     sampler = build.build_sampler(cfg)
@@ -167,17 +168,22 @@ def measure(config: ConfigDict, cfg: ConfigDict, cache: str, mesh: Mesh) -> list
     return lines
 
 
-def norm_drift(norms: Sequence[float]) -> float:
-    """How much norms change over a sequence.
+def norm_drift(norms: Sequence[float], real: Sequence[float]) -> float:
+    """How much norms change over a sequence, beyond those of training images.
+
+    A Gaussian token's norm depends on what the image shows at its place. Each norm is therefore
+    divided by that of training images at the same position.
 
     Args:
       norms: mean norms before projection, one for each position.
+      real: mean norms of the tokens of training images.
 
     Returns:
-      |the mean over the last quarter of the positions / that over the first quarter − 1|.
+      |the mean of norms / real over the last quarter of the positions / that over the first − 1|.
     """
     quarter = max(1, len(norms) // 4)
-    return abs(float(np.mean(norms[-quarter:]) / np.mean(norms[:quarter])) - 1)
+    ratios = np.divide(norms, real)
+    return abs(float(np.mean(ratios[-quarter:]) / np.mean(ratios[:quarter])) - 1)
 
 
 def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -203,8 +209,8 @@ def summarize(config: ConfigDict, lines: Sequence[dict[str, Any]]) -> dict[str, 
     new = {}
     if 'brightness_distance' in best:
         new['brightness_distance'] = best['brightness_distance']
-    if 'raw_norm_mean' in common:
-        new['norm_drift'] = norm_drift(common['raw_norm_mean'])
+    if 'real_norm_mean' in tokenizer_line:
+        new['norm_drift'] = norm_drift(common['raw_norm_mean'], tokenizer_line['real_norm_mean'])
     if 'seconds_per_image' in common:
         # The first scale has the compilation in its time.
         new['seconds_per_image'] = min(line['seconds_per_image'] for line in samples)
