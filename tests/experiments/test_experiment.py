@@ -15,7 +15,7 @@ from matplotlib import axes
 from PIL import Image
 
 from sphere_ar_jax.commands import experiment as command
-from sphere_ar_jax.config import build, checks, experiments, packaged, schema
+from sphere_ar_jax.config import build, checks, experiments, packaged
 from sphere_ar_jax.data.captions import composed
 from sphere_ar_jax.experiments import experiment, report, runs, speed, statistics
 from sphere_ar_jax.experiments.kinds import KINDS, comparison
@@ -228,8 +228,10 @@ def test_models_are_shared_by_checkouts(tmp_path):
 def test_the_cache_keeps_the_vocabulary_of_texts(tmp_path):
     """A tokenizer of the cache can be read where the list of words is gone."""
     words = tmp_path / 'words.txt'
-    words.write_text('cat\n')
-    cfg = schema.changed(small().base, {'ar.condition': 'text', 'ar.vocabulary': str(words)})
+    cfg = packaged.load('composed')
+    words.write_bytes(pathlib.Path(cfg.ar.vocabulary).read_bytes())
+    cfg.ar.vocabulary = str(words)
+    (tmp_path / 'w').mkdir()
     runs._claim(cfg, str(tmp_path / 'w'))
     words.unlink()
     assert runs.load_config(str(tmp_path / 'w')).ar.vocabulary != str(words)
