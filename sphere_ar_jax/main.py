@@ -472,6 +472,9 @@ def main(argv: list[str]) -> None:
     _check_usage(argv, mode, given)
     # Orbax warns about what it was asked for.
     logging.set_verbosity(logging.ERROR)
+    if mode == 'compile':
+        # JAX would ask NVIDIA's driver for versions, and give up its plugin where there is none.
+        os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     import jax
 
     from sphere_ar_jax.runtime import files, hosts, joining

@@ -851,6 +851,18 @@ def test_the_job_for_gpus(words, tmp_path):
 
 @pytest.mark.slow
 @needs_cuda
+def test_the_compiler_for_gpus_needs_no_driver():
+    """JAX is asked for no platform here. Its plugin's own check would ask NVIDIA's driver."""
+    command = [sys.executable, '-m', 'sphere_ar_jax.main', '--mode=compile', '--parts=sample']
+    flags = ['--config=digits:fast', '--noaudit', '--topology=h100-1', '--config.ar.depth=1']
+    environ = {name: value for name, value in os.environ.items() if name != 'JAX_PLATFORMS'}
+    done = subprocess.run([*command, *flags], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '| tokens | h100-1 |' in done.stdout
+
+
+@pytest.mark.slow
+@needs_cuda
 @libraries_promote()
 @pytest.mark.parametrize('words', ['dtype=bfloat16', '512,dtype=bfloat16'])
 @pytest.mark.parametrize('card', ['h100-1', 'a100-1'])
