@@ -83,7 +83,10 @@ def _fault_in(error: BaseException) -> Fault | None:
             return Fault(f'HTTP {status}: {line}', status not in _LASTING_HTTP)
         if type(error).__module__.startswith('google.auth'):
             return Fault(line, bool(getattr(error, 'retryable', False)))
-        return Fault(line, passes(error)) if isinstance(error, OSError) else None
+        if not isinstance(error, OSError):
+            return None
+        # Their errors of connections mostly have no number.
+        return Fault(line, error.errno is None or passes(error))
     if isinstance(error, FileNotFoundError):
         return None
     if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:

@@ -147,6 +147,12 @@ class _HttpError(Exception):
         self.code = code
 
 
+class _NoConnection(OSError):
+    """As requests raises it."""
+
+    __module__ = 'requests.exceptions'
+
+
 def _from(error, cause):
     error.__cause__ = cause
     return error
@@ -181,6 +187,7 @@ PASSING = {
     'while handling another': _while(KeyError('x'), OSError(errno.EIO, 'Input/output error')),
     'in a group': ExceptionGroup('reads', [KeyError('x'), OSError(errno.EIO, 'an error')]),
     'no answer': TimeoutError(),
+    'no connection': _NoConnection('Max retries exceeded with url'),
 }
 CONTENT = {
     'ENOENT': FileNotFoundError(errno.ENOENT, 'No such file or directory'),
