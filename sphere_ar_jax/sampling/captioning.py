@@ -21,7 +21,14 @@ from sphere_ar_jax.models.vae import VAE, draw_batch_tokens
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.sampling import autoencoding, batching, on_mesh
-from sphere_ar_jax.sampling.interleaved import LIKELIEST, NONE, Segment, Writing, interleave
+from sphere_ar_jax.sampling.interleaved import (
+    LIKELIEST,
+    NONE,
+    Segment,
+    Writing,
+    folded,
+    interleave,
+)
 
 
 def writer(ar: AR) -> Joint:
@@ -73,8 +80,7 @@ def _tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array, drawn:
     """
     if not drawn:
         return autoencoding.encoder(vae)(params, images)
-    folded = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    return draw_batch_tokens(vae, params, {'image': images}, folded)
+    return draw_batch_tokens(vae, params, {'image': images}, folded(keys, 0))
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def _choose(logits: jax.Array, keys: jax.Array, writing: Writing) -> jax.Array:
     return jnp.where(jnp.isfinite(logits).all(-1), chosen, NONE).astype(jnp.int32)
 
 
-def _folded(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+def folded(keys: jax.Array, number: jax.Array | int) -> jax.Array:
     """Folds every key (B,) by a number."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
@@ -172,7 +172,7 @@ class _Sequences:
 
         def step(carry: tuple[Any, ...], k: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
             logits, cache, ended = carry
-            chosen = _choose(logits[: self._count], _folded(keys, k), writing)
+            chosen = _choose(logits[: self._count], folded(keys, k), writing)
             chosen = jnp.where(ended, END, chosen)
             fed = self._with_null(chosen)
             logits, cache = self._apply('write_step', fed, k, cache, self.place)
@@ -250,7 +250,7 @@ def interleave(
     sequences = _Sequences(ar, params, len(keys), guided, length)
     found = []
     for i, (kind, given) in enumerate(segments):
-        own = _folded(keys, i)
+        own = folded(keys, i)
         if given is not None:
             read = sequences.read_text if kind == 'text' else sequences.read_image
             read(given)
