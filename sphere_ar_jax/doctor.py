@@ -197,6 +197,7 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     from ml_collections import config_flags
 
     from sphere_ar_jax import main
+    from sphere_ar_jax.runtime import console
     from sphere_ar_jax.runtime.console import UserError
 
     # Flags of its own, since `main` has flags of the same names.
@@ -217,8 +218,7 @@ def _flags(argv: list[str]) -> 'tuple[FlagValues, list[str]]':
     if unknown is not None:
         raise UserError(f'{unknown} is no flag of sphere_ar_jax.main')
     for name in ('workdir', 'data'):
-        if values[name].value == '':
-            raise UserError(f'--{name} is empty: give a value, or leave it out')
+        console.require_value(f'--{name}', values[name].value)
     if not math.isfinite(values.timeout):
         raise UserError(f'--timeout is {values.timeout}: give seconds')
     return values, rest

@@ -374,9 +374,8 @@ def _check_each(argv: list[str], mode: str, given: dict[str, Any]) -> None:
         name = option.flag.name
         if name in given and mode not in option.modes:
             raise UserError(f'--{name} is for --mode={" or ".join(option.modes)}, not for {mode}')
-    empty = [name for name, value in {**given, 'workdir': _WORKDIR.value}.items() if value == '']
-    if empty:
-        raise UserError(f'--{empty[0]} is empty: give a value, or leave it out')
+    for name, value in {**given, 'workdir': _WORKDIR.value}.items():
+        console.require_value(f'--{name}', value)
 
 
 def _check_usage(argv: list[str], mode: str, given: dict[str, Any]) -> None:
@@ -413,15 +412,17 @@ def _check_samples_files(workdir: str, output: str | None, png: str | None) -> N
       output: the value of --output.
       png: the value of --png.
     """
+    from sphere_ar_jax.runtime import files
+
     if output is not None and not output.endswith('.npz'):
         raise UserError(f'--output is {output}, but must end in .npz')
-    if '://' in (output or workdir):
+    if files.is_remote(output or workdir):
         name = '--workdir' if output is None else '--output'
         raise UserError(
             f'{name} is {output or workdir}: samples are put together on a local disk, give '
             '--output=FILE.npz'
         )
-    if png is not None and '://' in png:
+    if png is not None and files.is_remote(png):
         raise UserError(f'--png is {png}: pictures are written to a local disk, give --png=DIR')
 
 

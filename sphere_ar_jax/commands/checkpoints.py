@@ -263,7 +263,7 @@ def _card(workdir: str, run: Run, source: str | None) -> str:
 
 def _check_place(path: str) -> None:
     """Raises UserError unless shared weights may be written to a directory."""
-    if '://' in path:
+    if files.is_remote(path):
         raise UserError(f'--output is {path}: give a directory of this machine')
     if os.path.isfile(path) or path.endswith('.pt'):
         raise UserError(f'--output is {path}: give a directory, or FILE.safetensors')

@@ -183,7 +183,7 @@ def write_reference(
         )
     if not output.endswith('.npz'):
         raise UserError(f'--output is {output}, but must end in .npz')
-    if '://' in output:
+    if files.is_remote(output):
         raise UserError(f'--output is {output}: a reference is written to a local disk')
     sources.check_split(kind, split, data_dir)
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)

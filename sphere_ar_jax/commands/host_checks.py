@@ -161,7 +161,7 @@ def check_cache(environ: Mapping[str, str]) -> Check:
     if place is None:
         text = 'JAX_COMPILATION_CACHE_DIR is empty: every start compiles anew'
         return Check('cache', 'WARN', text)
-    if '://' in place:
+    if files.is_remote(place):
         return Check('cache', 'ok', place)
     programs = [path.stat().st_size for path in pathlib.Path(place).glob('*-cache')]
     text = f'{place}: {len(programs)} compiled program(s), {size(sum(programs))}'
@@ -295,7 +295,9 @@ def check_workdir(workdir: str, saved: dict[str, Saved] | None = None) -> Check:
     """
     from etils import epath
 
-    remote = '://' in workdir
+    from sphere_ar_jax.runtime import files
+
+    remote = files.is_remote(workdir)
     place = epath.Path(workdir)
     while not remote and not os.path.lexists(place):
         place = place.parent

@@ -118,8 +118,7 @@ def with_values(own: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
             raise UserError(message)
         if key not in free:
             raise UserError(f'{key} is fixed here: only these change, {", ".join(names)}')
-        if values[key] == '':
-            raise UserError(f'{key} is empty: give a value, or leave it out')
+        console.require_value(key, values[key])
     places = {key: values[key] for key in _MOVED if values.get(key) is not None}
     computed = {key: value for key, value in values.items() if key not in _MOVED}
     try:

@@ -15,6 +15,7 @@ from sphere_ar_jax.models.backbones import convolutional
 from sphere_ar_jax.models.conditions import CONDITIONS
 from sphere_ar_jax.models.heads import HEADS
 from sphere_ar_jax.models.judges import discriminators
+from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError, pick
 
 # Small data sets of which `small` makes other ones: some classes, larger or darker images.
@@ -147,7 +148,7 @@ def _check_values(config: ConfigDict) -> None:
             require(value in known, f'{name} is {value!r}{otherwise}')
         # These have messages of their own, where they are read.
         elif name not in ('init_from', 'fine_tuning.init_from', 'data.path'):
-            require(value != '', f'{name} is empty: give a value, or leave it out')
+            console.require_value(name, value)
         if type(value) in (int, float):
             _check_number(name, value)
         for number in value if isinstance(value, tuple) else (value,):

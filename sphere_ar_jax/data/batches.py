@@ -28,7 +28,7 @@ from absl import flags
 from sphere_ar_jax.data import augment
 from sphere_ar_jax.data.files.listing import BrokenCaptionError
 from sphere_ar_jax.runtime import files
-from sphere_ar_jax.runtime.console import TemporaryError, UserError, first_line
+from sphere_ar_jax.runtime.console import UserError, first_line, refusal
 
 if TYPE_CHECKING:
     import grain
@@ -136,8 +136,7 @@ class _Loader:
             line = f'{self.name(index)} cannot be read: {_one_line(error)}'
             if isinstance(error, UserError):
                 line = str(error)
-            kind = TemporaryError if _may_pass(error) else UserError
-            raise kind(line) from error
+            raise refusal(line, may_pass=_may_pass(error)) from error
 
     def __call__(self, i: int) -> Record:
         """Loads record i, or a replacement if its image is broken.

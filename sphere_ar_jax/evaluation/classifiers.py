@@ -281,7 +281,7 @@ def conv_net(
     shapes = jax.eval_shape(init, example)['params']
     key = fingerprint(train, recipe)
     path = None if keep_in is None else os.path.join(keep_in, 'classifier.npz')
-    params = None if path is None or '://' in path else _kept(path, key, shapes)
+    params = None if path is None or files.is_remote(path) else _kept(path, key, shapes)
     if params is None:
         first = jax.jit(init)(example)['params']
         params = jax.device_get(_trained(network, first, train, recipe, progress))

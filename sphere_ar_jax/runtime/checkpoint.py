@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sphere_ar_jax.runtime import files, hosts
-from sphere_ar_jax.runtime.console import TemporaryError, UserError, first_line
+from sphere_ar_jax.runtime.console import UserError, first_line, refusal
 from sphere_ar_jax.runtime.types import PyTree
 
 _SMALL = 2**16  # numbers in a leaf
@@ -275,10 +275,10 @@ class Checkpoints:
                 raise
             fault = files.fault(error)
             reason = fault.said if fault else first_line(causes[-1], 120)
-            kind = TemporaryError if fault and fault.passes else UserError
-            raise kind(
+            raise refusal(
                 f'no checkpoint could be written to {self.directory} ({reason}): those that were '
-                'there are untouched, and the same command goes on once this is put right'
+                'there are untouched, and the same command goes on once this is put right',
+                may_pass=fault is not None and fault.passes,
             ) from error
 
     def steps(self) -> list[int]:
@@ -385,10 +385,10 @@ class Checkpoints:
                     print(f'{where}: {fault.said}; trying again in {pause:g} s', file=sys.stderr)
                 time.sleep(pause)
         said = fault.said if fault else 'not by another process'
-        kind = TemporaryError if worst == 2 else UserError
-        raise kind(
+        raise refusal(
             f'{where} cannot be read now ({said}): nothing was changed, and the same command goes '
-            'on once this is put right'
+            'on once this is put right',
+            may_pass=worst == 2,
         )
 
     def _judge(self, step: int, like: PyTree, indices: Sequence[int]) -> tuple[Any, str]:

@@ -35,6 +35,17 @@ class TemporaryError(UserError):
     """
 
 
+def refusal(message: str, *, may_pass: bool) -> UserError:
+    """Makes the error of a fault that ends the program: a TemporaryError where it may pass."""
+    return TemporaryError(message) if may_pass else UserError(message)
+
+
+def require_value(name: str, value: object) -> None:
+    """Raises UserError where the value of a flag or of a key of the config is ''."""
+    if value == '':
+        raise UserError(f'{name} is empty: give a value, or leave it out')
+
+
 class Preempted(Exception):
     """A signal arrived, and the state of the training has been saved.
 

@@ -110,16 +110,21 @@ def fault(error: BaseException) -> Fault | None:
     return next((found for found in map(_fault_in, chain(error)) if found), None)
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a bucket, as gs://… does, and not to a disk."""
+    return '://' in os.fspath(path)
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """A path from the root, without ~; gs://… as it is."""
     text = os.fspath(path)
-    return text if '://' in text else os.path.abspath(os.path.expanduser(text))
+    return text if is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one place; those of gs://… do where they are equal."""
     paths = [os.fspath(path) for path in (one, other)]
-    if any('://' in path for path in paths):
+    if any(is_remote(path) for path in paths):
         return paths[0].rstrip('/') == paths[1].rstrip('/')
     return os.path.realpath(paths[0]) == os.path.realpath(paths[1])
 
@@ -389,7 +394,7 @@ def owned(directory: str, what: str) -> Iterator[None]:
       UserError: another run has the directory; the message names it.
       OSError: the directory cannot be made or written.
     """
-    if '://' in directory:
+    if is_remote(directory):
         yield
         return
     lock = None

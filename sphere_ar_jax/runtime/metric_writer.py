@@ -44,7 +44,7 @@ class _Events:
           purge_step: TensorBoard forgets earlier events from this step on.
         """
         self._path = os.path.join(directory, 'events')
-        self._pause = _FLUSH_TO_BUCKET if '://' in directory else _FLUSH
+        self._pause = _FLUSH_TO_BUCKET if files.is_remote(directory) else _FLUSH
         with files.naming(self._path):
             self._writer = EventsWriter(self._path)
             start = SessionLog(status=SessionLog.START)
