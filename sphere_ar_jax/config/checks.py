@@ -13,7 +13,7 @@ from sphere_ar_jax.flow import guidance
 from sphere_ar_jax.models import transformer, vae
 from sphere_ar_jax.models.backbones import convolutional
 from sphere_ar_jax.models.conditions import CONDITIONS
-from sphere_ar_jax.models.heads import HEADS
+from sphere_ar_jax.models.heads import HEADS, mean_velocity
 from sphere_ar_jax.models.judges import discriminators
 from sphere_ar_jax.runtime import console
 from sphere_ar_jax.runtime.console import UserError, pick
@@ -81,6 +81,7 @@ _NUMBERS = (
         (
             'vae.sigma', 'vae.radius', 'vae.kappa_scale', 'ar.prior_scale', 'ar.magnitude_weight',
             'ar.text_weight', '*.learning_rate', '*.final_learning_rate', '*.clip_norm',
+            'distillation_training.teacher_shift',
         ),
     ),
     _Rule(
@@ -515,12 +516,16 @@ def _check_distillation(
     of the AR model.
     """
     require(init_from != '', 'give --config.init_from=DIR, the workdir of a finished run')
-    are_divisors = all(type(n) is int and n >= 1 and t.teacher_steps % n == 0 for n in t.levels)
     require(
-        len(t.levels) > 0 and are_divisors,
-        f'distillation_training.levels is {tuple(t.levels)}, '
-        f'but must be divisors of teacher_steps {t.teacher_steps}',
+        len(t.levels) > 0 and all(type(n) is int and n >= 1 for n in t.levels),
+        f'distillation_training.levels is {tuple(t.levels)}, but must be numbers of steps',
     )
+    try:
+        mean_velocity.segment_steps(t.levels, t.teacher_steps, t.teacher_shift)
+    except ValueError as error:
+        raise UserError(
+            f'distillation_training: {error}; change teacher_steps or teacher_shift'
+        ) from None
     if init_from is None:
         return
     require(

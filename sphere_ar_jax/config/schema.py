@@ -247,7 +247,9 @@ def default() -> ConfigDict:
                 # Whether the transformer is trained with the head. It begins as the teacher's.
                 transformer=False,
                 ema_decay=0.9999,
+                # Steps of the teacher's solver, and the warp of their times; 1 keeps them equal.
                 teacher_steps=16,
+                teacher_shift=1.0,
                 levels=(1, 2),
                 guidance='linear',
                 guidance_scale=4.5,

@@ -219,6 +219,7 @@ def distillation_stage(
             scales,
             options.levels,
             options.teacher_steps,
+            options.teacher_shift,
             options.transformer,
         )
 

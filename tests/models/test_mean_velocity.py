@@ -16,7 +16,9 @@ from sphere_ar_jax.sphere import geodesics, geometry
 from tests import tiny_config
 
 
-def test_mean_velocities_of_a_known_flow():
+# With shift 3 the times 0.25, 0.5 and 0.75 are steps 40, 60 and 72 of 80.
+@pytest.mark.parametrize(('steps', 'shift'), [(64, 1.0), (80, 3.0)])
+def test_mean_velocities_of_a_known_flow(steps, shift):
     """Between normal distributions the flow has a closed form.
 
     It is x_t = t·m + x₀·√((1 − t)² + t²s²).
@@ -33,7 +35,7 @@ def test_mean_velocities_of_a_known_flow():
 
     noise = np.linspace(-2, 2, 5, dtype=np.float32)[:, None]
     head = HEADS['mean_velocity'](1, 4, 1, 1)
-    targets = jax.jit(lambda noise: head.targets(velocity, noise, (1, 2, 4), 64))
+    targets = jax.jit(lambda noise: head.targets(velocity, noise, (1, 2, 4), steps, shift))
     x, t, h, u = jax.tree.map(np.asarray, targets(noise))
     chex.assert_shape((x, u), (7, 5, 1))
     np.testing.assert_allclose(t, [0, 0, 0.5, 0, 0.25, 0.5, 0.75])
@@ -47,8 +49,8 @@ def test_mean_velocities_of_a_known_flow():
         end = float(t[i] + h[i])
         np.testing.assert_allclose(x[i], at(start), atol=1e-3)
         np.testing.assert_allclose(u[i], (at(end) - at(start)) / (end - start), atol=3e-3)
-    with pytest.raises(ValueError, match='divide'):
-        head.targets(velocity, noise, (3,), 64)
+    with pytest.raises(ValueError, match=r'level 7 needs a step .* at t = 0\.143, but'):
+        head.targets(velocity, noise, (7,), steps, shift)
 
 
 @pytest.mark.parametrize('radius', [None, 2.0])

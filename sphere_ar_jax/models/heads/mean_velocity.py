@@ -45,6 +45,40 @@ class Segments(NamedTuple):
     u: jax.Array
 
 
+def segment_steps(
+    levels: Sequence[int], num_steps: int, shift: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the steps of a solver at which the segments [i/n, (i + 1)/n] begin and end.
+
+    Args:
+      levels: the numbers n.
+      num_steps: steps of the solver.
+      shift: warp of its times, see `solvers.grid`.
+
+    Returns:
+      (start, end), both (P,) int: numbers of the solver's times, level by level.
+
+    Raises:
+      ValueError: the solver has no step at one of these times; one line.
+    """
+    times = solvers.grid(num_steps, shift)
+    start = []
+    end = []
+    for n in levels:
+        wanted = np.arange(n + 1) / n
+        found = np.abs(times[:, None] - wanted).argmin(axis=0)
+        missed = np.abs(times[found] - wanted) > 1e-6
+        if missed.any():
+            warp = '' if shift == 1 else f' with shift {shift:g}'
+            raise ValueError(
+                f'level {n} needs a step of the teacher at t = {wanted[missed.argmax()]:.3g}, '
+                f'but {num_steps} steps{warp} have none'
+            )
+        start.append(found[:-1])
+        end.append(found[1:])
+    return np.concatenate(start), np.concatenate(end)
+
+
 class MeanVelocity(FlowHead):
     """A flow head that gives the mean velocity over [t, t + h], u(x_t, t, h, c).
 
@@ -140,31 +174,30 @@ class MeanVelocity(FlowHead):
         noise: jax.Array,
         levels: Sequence[int],
         num_steps: int,
+        shift: float = 1.0,
     ) -> Segments:
         """Solves a flow, and takes its mean velocities over the steps of samplers of few steps.
 
         For every n of `levels` and every segment [i/n, (i + 1)/n], u is the velocity that leads
         from its start to its end. On straight paths u = (x at its end − x at its start)·n. All
-        segments lie on one trajectory from x₀, which `noise` gives, solved by Adams–Bashforth in
-        equal steps. Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
+        segments lie on one trajectory from x₀, which `noise` gives, solved by Adams–Bashforth.
+        Source: u of MeanFlow (arXiv 2505.13447, eq. 3).
 
         Args:
           velocity: function (x (N, d), t ()) → (N, d).
           noise: (N, d) standard normal.
-          levels: numbers n of a sampler's steps. Each divides num_steps.
-          num_steps: steps of the teacher's solver.
+          levels: numbers n of a sampler's steps.
+          num_steps: steps of the teacher's solver. Some of them are at the times i/n.
+          shift: warp of that solver's times, see `solvers.grid`.
 
         Returns:
           `Segments`; there are P = Σ levels of them.
 
         Raises:
-          ValueError: a level does not divide num_steps.
+          ValueError: see `segment_steps`.
         """
-        if any(num_steps % n for n in levels):
-            raise ValueError(
-                f'levels {tuple(levels)} must divide the {num_steps} steps of the teacher'
-            )
-        table = solvers.table('ab2', num_steps)
+        start, end = segment_steps(levels, num_steps, shift)
+        table = solvers.table('ab2', num_steps, shift)
         path = self.path()
         x_0 = path.start(noise)
 
@@ -177,12 +210,11 @@ class MeanVelocity(FlowHead):
         rows = (jnp.asarray(table.t), jnp.asarray(table.weights))
         _, points = jax.lax.scan(advance, (x_0, jnp.zeros_like(x_0)), rows)
         points = jnp.concatenate([x_0[None], points])
-        widths = np.repeat([num_steps // n for n in levels], levels)
-        start = np.concatenate([np.arange(n) * (num_steps // n) for n in levels])
-        end = start + widths
-        h = jnp.asarray(widths).astype(jnp.float32) / num_steps
+        starts = np.concatenate([np.arange(n) / n for n in levels])
+        t = jnp.asarray(starts, jnp.float32)
+        h = jnp.asarray(np.repeat([1 / n for n in levels], levels), jnp.float32)
         u = path.between(points[start], points[end]) / h[:, None, None]
-        return Segments(points[start], jnp.asarray(start).astype(jnp.float32) / num_steps, h, u)
+        return Segments(points[start], t, h, u)
 
 
 class GeodesicMeanVelocity(MeanVelocity):
@@ -206,6 +238,7 @@ def distillation_loss(
     scales: jax.Array,
     levels: Sequence[int],
     num_steps: int,
+    shift: float = 1.0,
     transformer: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a head that learns the mean velocity of a teacher's guided flow.
@@ -226,6 +259,7 @@ def distillation_loss(
       scales: (L,) s_k.
       levels: see `MeanVelocity.targets`.
       num_steps: see `MeanVelocity.targets`.
+      shift: see `MeanVelocity.targets`.
       transformer: whether the conditions c are the student's own.
 
     Returns:
@@ -247,7 +281,7 @@ def distillation_loss(
         v_cond, v_null = jnp.split(v, 2)
         return guide(v_cond, v_null, jnp.tile(scales, B)[:, None])
 
-    targets = ar.head.targets(guided, noise.reshape(B * L, d), levels, num_steps)
+    targets = ar.head.targets(guided, noise.reshape(B * L, d), levels, num_steps, shift)
     c, targets = jax.lax.stop_gradient((c[:B], targets))
     if transformer:
         c = ar.apply({'params': student}, labels, z, method='conditions')
