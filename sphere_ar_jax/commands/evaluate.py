@@ -54,7 +54,7 @@ def _score_tokenizer(
     batches = image_sets.read_images(images, min(run.config.sampling.batch_size, 64))
     bar = console.bar(None, 'reconstructions')
     scores = tokenizer.score_tokenizer(run, batches, network=network, lpips=judge, progress=bar)
-    return scores | {'parameters': generation.parameters_crc(run)}
+    return scores | {'dtype': run.config.dtype, 'parameters': generation.parameters_crc(run)}
 
 
 def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def _score_run(workdir: str, like: ConfigDict | None) -> dict[str, Any]:
         **scores,
         'seed': run.config.seed,
         'sampling': run.config.sampling.to_dict(),
+        'dtype': run.config.dtype,
         'parameters': generation.parameters_crc(run),
     }
 

@@ -228,6 +228,11 @@ def _check_row(config: ConfigDict, name: str, cfg: ConfigDict) -> None:
         f'the row {name}: experiments are on {", ".join(small.KINDS)}, not on data {cfg.data.name}',
     )
     checks.require(
+        cfg.tokenizer is None and cfg.init_from is None and cfg.fine_tuning.init_from is None,
+        f'the row {name}: experiments train all from the start: leave out tokenizer, init_from '
+        'and fine_tuning',
+    )
+    checks.require(
         (config.kind == 'captions') == (cfg.data.name == 'composed'),
         f'the row {name}: kind {config.kind} does not go with data {cfg.data.name}: captions '
         'are scored on composed digits alone, and these by nothing else',

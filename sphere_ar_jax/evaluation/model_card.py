@@ -163,7 +163,11 @@ def scores(workdir: str, run: Run, finished: bool) -> list[Scores]:
         if rows:
             drawn = ''
             if any(row[0].startswith('samples/') for row in rows):
-                about = {'seed': run.config.seed, 'sampling': run.config.sampling.to_dict()}
+                about = {
+                    'seed': run.config.seed,
+                    'sampling': run.config.sampling.to_dict(),
+                    'dtype': run.config.dtype,
+                }
                 drawn = f' {_drawn(about)}'
             found.append(Scores(f'At the end of the training.{drawn}', rows))
     return found
@@ -174,9 +178,12 @@ def _drawn(evaluation: Mapping[str, Any]) -> str:
     settings = evaluation.get('sampling', {})
     scale = settings.get('guidance_scale')
     guided = 'no guidance' if scale is None else f'guidance scale {scale}'
+    # Evaluations of earlier versions do not note it.
+    dtype = evaluation.get('dtype')
+    computed = '' if dtype is None else f', computed in {dtype}'
     return (
         f'{settings.get("num_images")} samples of seed {evaluation.get("seed")}, solver '
-        f'{settings.get("solver")} with {settings.get("num_steps")} steps, {guided}.'
+        f'{settings.get("solver")} with {settings.get("num_steps")} steps, {guided}{computed}.'
     )
 
 

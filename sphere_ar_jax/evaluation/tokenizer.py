@@ -109,9 +109,9 @@ def score_tokenizer(
 
     Returns:
       Scores by name: `psnr` (all pixels together), `image_psnr` and `ssim` (means over images),
-      `lpips`, `rfid`, and the statistics that the posterior shows. `images` is the number of
-      images and `seed` that of the posterior samples. With rFID, `note` is a line where there are
-      too few images for an FID that can be compared.
+      `lpips`, `rfid`, and what the posterior shows, a mean over the batches. `images` is the
+      number of images and `seed` that of the posterior samples. With rFID, `note` is a line where
+      there are too few images for an FID that can be compared.
 
     Raises:
       UserError: there are no images, or their size is not the tokenizer's.

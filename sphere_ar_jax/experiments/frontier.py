@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from sphere_ar_jax.config import build, schema
+from sphere_ar_jax.data import small
 from sphere_ar_jax.evaluation import pictures, small_images
 from sphere_ar_jax.experiments import runs
 from sphere_ar_jax.experiments.kinds import comparison
@@ -306,6 +307,11 @@ def _check_run(workdir: str, opened: Run) -> None:
     """Raises UserError for a run that no setting fits."""
     if build.has_captions(opened.config):
         raise console.UserError(f'{workdir} draws for texts, which the frontier does not score')
+    if opened.config.data.name not in small.KINDS:
+        raise console.UserError(
+            f'{workdir} is of {opened.config.data.name}: the frontier scores the digits and IDX '
+            'files alone; draw with --mode=sample and score with --mode=evaluate'
+        )
     if _levels(opened) is not None:
         return
     try:
@@ -315,6 +321,27 @@ def _check_run(workdir: str, opened: Run) -> None:
         raise console.UserError(
             f'{workdir}: {error}; the frontier compares those of straight paths'
         ) from None
+
+
+def _made_of(opened: Run, num_images: int) -> dict[str, Any]:
+    """What scores depend on besides the setting, all of which may change in a workdir."""
+    return {
+        'parameters': generation.parameters_crc(opened),
+        'num_images': num_images,
+        'temperature': opened.config.sampling.temperature,
+        'classifier_steps': opened.config.data.classifier_steps,
+    }
+
+
+def _is_made_of(row: dict[str, Any], made_of: dict[str, Any]) -> bool:
+    """Whether a line of scores.jsonl was measured of the same.
+
+    Lines of earlier versions do not have all entries of `_made_of`. Without a checksum of the
+    weights a line does not count.
+    """
+    return 'parameters' in row and all(
+        row.get(key, value) == value for key, value in made_of.items()
+    )
 
 
 def _chosen(runs_by_workdir: dict[str, Run], pattern: str) -> list[tuple[str, str]]:
@@ -365,14 +392,11 @@ def run(
     opened = {workdir: load_run(workdir) for workdir in workdirs}
     for workdir, one in opened.items():
         _check_run(workdir, one)
-    # A workdir may hold other weights than when its scores were measured.
-    weights = {workdir: generation.parameters_crc(run) for workdir, run in opened.items()}
+    made_of = {workdir: _made_of(run, num_images) for workdir, run in opened.items()}
     rows = [
         row
         for row in scores.lines
-        if row['workdir'] in weights
-        and row.get('parameters') == weights[row['workdir']]
-        and row['num_images'] == num_images
+        if row['workdir'] in made_of and _is_made_of(row, made_of[row['workdir']])
     ]
     done = {(row['workdir'], row['setting']) for row in rows}
     todo = [place for place in _chosen(opened, pattern) if place not in done]
@@ -386,8 +410,7 @@ def run(
         )
         row['setting'] = name
         row['workdir'] = workdir
-        row['parameters'] = weights[workdir]
-        row['num_images'] = num_images
+        row |= made_of[workdir]
         row['seconds'] = time.perf_counter() - started
         rows.append(row)
         scores.add(row)

@@ -140,6 +140,14 @@ def test_rows_are_the_papers():
             'the row a: experiments vary the guidance',
         ),
         ({'kind': 'captions'}, 'kind captions does not go with data digits'),
+        (
+            {'rows': experiments.rows(a={'fine_tuning': {'init_from': '/x', 'lora_rank': 2}})},
+            'the row a: experiments train all from the start',
+        ),
+        (
+            {'rows': experiments.rows(a={'tokenizer': '/x'})},
+            'the row a: experiments train all from the start',
+        ),
         ({'rows': experiments.rows(a={'vae': {'grid': (3, 3)}})}, 'the row a: vae makes images of'),
         (
             {

@@ -142,6 +142,19 @@ def test_runs_that_no_setting_fits_are_one_line():
     texts = run._replace(config=schema.changed(run.config, {'ar.condition': 'text'}))
     with pytest.raises(UserError, match='/w draws for texts'):
         frontier._check_run('/w', texts)
+    files = run._replace(config=schema.changed(run.config, {'data.name': 'folder'}))
+    with pytest.raises(UserError, match=r'/w is of folder: .* draw with --mode=sample'):
+        frontier._check_run('/w', files)
+
+
+def test_scores_of_another_temperature_or_classifier_do_not_count():
+    made_of = {'parameters': 1, 'temperature': 1.0, 'classifier_steps': 600}
+    assert frontier._is_made_of(made_of | {'samples/accuracy': 0.5}, made_of)
+    # An earlier version noted the weights alone.
+    assert frontier._is_made_of({'parameters': 1}, made_of)
+    for other in ({'parameters': 2}, {'temperature': 0.9}, {'classifier_steps': 60}):
+        assert not frontier._is_made_of(made_of | other, made_of)
+    assert not frontier._is_made_of({'temperature': 1.0}, made_of)
 
 
 def test_the_frechet_distance_is_that_of_the_features(monkeypatch, old_runs):
