@@ -621,6 +621,11 @@ def _guarded(function: Callable[[list[str]], _T]) -> Callable[[list[str]], _T]:
         except KeyboardInterrupt:
             _end(128 + signal.SIGINT, 'interrupted; the same command goes on')
         except Exception as error:
+            # Errors of buckets are no OSErrors. Without this module nothing was read or written.
+            files = sys.modules.get('sphere_ar_jax.runtime.files')
+            fault = None if files is None else files.bucket_fault(error)
+            if fault is not None:
+                _end(75 if fault.passes else 2, f'error: {fault.said}')
             _end(1, f'error: {one_line(error)}', traceback.format_exc())
 
     return guarded

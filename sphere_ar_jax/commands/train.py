@@ -371,7 +371,8 @@ def train(cfg: ConfigDict, workdir: str, command: str, started: float) -> dict[s
         try:
             setting, start = _set_up(cfg, workdir)
         except (OSError, ValueError) as error:
-            raise UserError(console.said(error)) from None
+            may_pass = files.may_pass(error)
+            raise console.refusal(console.said(error), may_pass=may_pass) from None
         _introduce(setting)
         cfg = setting.cfg
         for line in (*own.lines(cfg), *checks.advice(cfg, len(setting.source))):

@@ -134,7 +134,7 @@ def default() -> ConfigDict:
                 draft=False,
                 # Processes that load images; 0 loads them in threads of this one.
                 workers=0,
-                # Threads in each process that loads images.
+                # Threads in each process that loads images of files.
                 threads=16,
             ),
             vae=dict(

@@ -67,12 +67,6 @@ def are_too_many(broken: float, seen: int, share: float) -> bool:
     return broken / seen > share + 3 * (share / seen) ** 0.5
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, is of a disk or a network that may come back."""
-    found = files.fault(error)
-    return found is not None and found.passes
-
-
 def _one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {first_line(error, 300)}'
 
@@ -115,7 +109,7 @@ class _Loader:
             try:
                 return self.source[index]
             except Exception as error:
-                if not _may_pass(error):
+                if not files.may_pass(error):
                     raise
                 line = f'{first_line(error)}; it is read again in {pause} s'
                 print(line, file=sys.stderr, flush=True)
@@ -136,7 +130,7 @@ class _Loader:
             line = f'{self.name(index)} cannot be read: {_one_line(error)}'
             if isinstance(error, UserError):
                 line = str(error)
-            raise refusal(line, may_pass=_may_pass(error)) from error
+            raise refusal(line, may_pass=files.may_pass(error)) from error
 
     def __call__(self, i: int) -> Record:
         """Loads record i, or a replacement if its image is broken.

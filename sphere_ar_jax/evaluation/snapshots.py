@@ -4,6 +4,7 @@ Dimensions:
   n  images     H, W, c  an image, float in [−1, 1]
 """
 
+import itertools
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -198,7 +199,11 @@ def examples(setting: Setting, n: int = 48) -> Examples:
         found = _examples(setting, setting.heldout, numbers, n)['image']
         if len(found):
             return Examples(found, 'held-out')
-    found = _examples(setting, setting.source, range(len(setting.source)), n)['image']
+    count = len(setting.source)
+    # The files of a class lie together. All others stand in for those that cannot be shown.
+    wanted = dict.fromkeys(sources.spread(count, n))
+    others = (i for i in range(count) if i not in wanted)
+    found = _examples(setting, setting.source, itertools.chain(wanted, others), n)['image']
     if not len(found):
         raise UserError(f'none of the {len(setting.source)} images can be shown: all are broken')
     return Examples(found, 'training')

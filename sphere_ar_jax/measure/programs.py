@@ -101,15 +101,7 @@ def _distillation(cfg: ConfigDict, ar: AR, vae: VAE) -> tuple[Stage, PyTree]:
     """The distillation stage and the shapes of its frozen models: the tokenizer and the teacher."""
     assert isinstance(ar.head, MeanVelocity)
     teacher = (_shapes(vae), _shapes(ar.clone(head=ar.head.teacher())))
-
-    def make(vae_params: PyTree, ar_params: PyTree) -> Stage:
-        options = cfg.distillation_training
-        return distillation_stage(ar, vae, vae_params, ar_params, options)
-
-    def init(key: jax.Array) -> PyTree:
-        return jax.eval_shape(lambda *params: make(*params).init(key), *teacher)
-
-    return make(*teacher)._replace(init=init), teacher
+    return distillation_stage(ar, vae, *teacher, cfg.distillation_training), teacher
 
 
 def stages(cfg: ConfigDict) -> dict[str, tuple[Stage, PyTree]]:

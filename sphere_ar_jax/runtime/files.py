@@ -17,7 +17,7 @@ import filelock
 from etils import epath
 
 from sphere_ar_jax.runtime import hosts
-from sphere_ar_jax.runtime.console import UserError, first_line, passes, printable
+from sphere_ar_jax.runtime.console import TemporaryError, UserError, first_line, passes, printable
 
 _CHECKED = 2**26  # bytes of compiled programs that one sweep decompresses at most
 _MOST_JSON_BYTES = 2**26
@@ -73,20 +73,30 @@ def _http_status(error: BaseException) -> int:
     return 0
 
 
+def _is_of_bucket(error: BaseException) -> bool:
+    """Whether an error was raised by a package that speaks with buckets."""
+    return type(error).__module__.partition('.')[0] in _BUCKETS
+
+
+def _bucket_fault_in(error: BaseException) -> Fault | None:
+    """What `fault` finds in a single error of a package that speaks with buckets."""
+    line = first_line(error, 120)
+    status = _http_status(error)
+    if status in _HTTP:
+        return Fault(f'HTTP {status}: {line}', status not in _LASTING_HTTP)
+    if type(error).__module__.startswith('google.auth'):
+        return Fault(line, bool(getattr(error, 'retryable', False)))
+    if not isinstance(error, OSError):
+        return None
+    # Their errors of connections mostly have no number.
+    return Fault(line, error.errno is None or passes(error))
+
+
 def _fault_in(error: BaseException) -> Fault | None:
     """What `fault` finds in a single error."""
+    if _is_of_bucket(error):
+        return _bucket_fault_in(error)
     line = first_line(error, 120)
-    package = type(error).__module__.partition('.')[0]
-    if package in _BUCKETS:
-        status = _http_status(error)
-        if status in _HTTP:
-            return Fault(f'HTTP {status}: {line}', status not in _LASTING_HTTP)
-        if type(error).__module__.startswith('google.auth'):
-            return Fault(line, bool(getattr(error, 'retryable', False)))
-        if not isinstance(error, OSError):
-            return None
-        # Their errors of connections mostly have no number.
-        return Fault(line, error.errno is None or passes(error))
     if isinstance(error, FileNotFoundError):
         return None
     if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
@@ -108,6 +118,24 @@ def fault(error: BaseException) -> Fault | None:
     TensorStore's errors have no errno, only its number and name in their message.
     """
     return next((found for found in map(_fault_in, chain(error)) if found), None)
+
+
+def bucket_fault(error: BaseException) -> Fault | None:
+    """The fault of a bucket that the error of a package that speaks with buckets tells of.
+
+    It is None where no such package raised an error. So an error of JAX, whose words may be those
+    of TensorStore's, is none.
+    """
+    found = (_bucket_fault_in(one) for one in chain(error) if _is_of_bucket(one))
+    return next(filter(None, found), None)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, tells of a fault that may be gone in a moment."""
+    if any(isinstance(one, TemporaryError) for one in chain(error)):
+        return True
+    found = fault(error)
+    return found is not None and found.passes
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -199,9 +199,17 @@ def distillation_stage(
     """
 
     def init(key):
+        # It does not read the teacher: a compiled program cannot hold arrays of other hosts.
+        fresh = ar.init_params(key)
+        return fresh if options.transformer else fresh['head']
+
+    def begin(params):
+        # Copies, since the step takes the memory of its state.
+        copied = jax.tree.map(jnp.copy, ar_params if options.transformer else ar_params['head'])
+        if not options.transformer:
+            return params | copied
         # Only the embedding of the step's width is new.
-        head = ar.init_params(key)['head'] | ar_params['head']
-        return ar_params | {'head': head} if options.transformer else head
+        return copied | {'head': params['head'] | copied['head']}
 
     def loss(params, frozen, batch, keys):
         vae_params, ar_params = frozen
@@ -231,4 +239,5 @@ def distillation_stage(
         frozen=(vae_params, ar_params),
         shown=('loss', 'one_step'),
         about='tokenizer or teacher',
+        begin=begin,
     )

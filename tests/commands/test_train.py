@@ -4,9 +4,11 @@ refused.
 What trains on the tar is slow: each run compiles the tokenizer, the discriminator and the sampler.
 """
 
+import errno
 import json
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -834,3 +836,42 @@ def test_samples_of_idx_files_are_scored_and_summed_up(tmp_path, monkeypatch):
     assert (tmp_path / 'w' / 'samples.png').exists()
     assert (tmp_path / 'w' / 'classifier.npz').exists()
     assert '6 images, drawn class by class' in train._summary(setting, metrics)
+
+
+@pytest.mark.parametrize(
+    'error, passes',
+    [
+        (console.TemporaryError('the bucket says no'), True),
+        (OSError(errno.EIO, 'Input/output error', '/runs/vae'), True),
+        (UserError('the bucket holds something else'), False),
+        (PermissionError(errno.EACCES, 'Permission denied', '/runs/vae'), False),
+    ],
+)
+def test_a_start_that_may_succeed_later_ends_so(tmp_path, monkeypatch, error, passes):
+    """Launchers start again after a TemporaryError, whatever was read when it came."""
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(origins, 'load_tokenizer', refuse)
+    cfg = tiny_config.get_config()
+    cfg.tokenizer = '/runs/vae'
+    with pytest.raises(UserError, match=r'^tokenizer: ') as caught:
+        origins.read_tokenizer(cfg, sharding.make_mesh())
+    assert isinstance(caught.value, console.TemporaryError) == passes
+    monkeypatch.setattr(train, '_set_up', refuse)
+    with pytest.raises(UserError, match=r'bucket|/runs/vae') as caught:
+        train.train(cfg, str(tmp_path), 'command', 0.0)
+    assert isinstance(caught.value, console.TemporaryError) == passes
+
+
+def test_images_in_memory_can_be_read_by_other_processes():
+    """A config of them names data.workers, which composed digits are slow enough for."""
+    cfg = tiny_config.get_config()
+    cfg.data.workers = 3
+    found = training_images.open_data(cfg)
+    assert found.reading['workers'] == 3
+    again = pickle.loads(pickle.dumps(found.source))
+    chex.assert_trees_all_equal(again[5], found.source[5])
+    composed = build.open_data_set(packaged.load('composed:smoke')).train
+    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(composed))[7], composed[7])

@@ -65,6 +65,27 @@ def test_the_loss_of_held_out_images():
     assert set(held.scalars({'w': np.float32(np.nan)})) == {'heldout_psnr'}
 
 
+def test_training_images_of_all_classes_are_shown(tmp_path):
+    """The files of a class lie together. Others stand in for those that cannot be shown."""
+    for i in range(12):
+        place = tmp_path / 'ab'[i // 6]
+        place.mkdir(exist_ok=True)
+        Image.new('L', (16, 16), 20 * i).save(place / f'{i:02}.png')
+    source = sources.ImageFolder(tmp_path)
+    vae = mock.Mock(image_shape=(16, 16, 1))
+    cfg = tiny_config.get_config()
+    setting = snapshots.Setting(cfg, '', sharding.make_mesh(), vae, None, source)
+
+    def shown():
+        images = snapshots.examples(setting, 4).images
+        chex.assert_shape(images, (4, 16, 16, 1))
+        return ((images[:, 0, 0, 0] + 1) * 127.5 / 20).round().astype(int).tolist()
+
+    assert shown() == [0, 4, 7, 11]
+    (tmp_path / 'a' / '04.png').write_bytes(b'broken')
+    assert shown() == [0, 7, 11, 1]
+
+
 @pytest.mark.slow
 def test_held_out_images_are_shown_and_looked_at(tmp_path):
     """They come from the held-out part, spread over its classes; the digits have their own."""

@@ -144,3 +144,35 @@ def test_the_exit_code_says_whether_a_fault_may_pass(capsys, ends, error, code):
         ends(program)
     assert stop.value.code == code
     assert capsys.readouterr().err == f'error: {console.said(error)}\n'
+
+
+class HttpError(Exception):
+    """As gcsfs raises it. It is no OSError."""
+
+    __module__ = 'gcsfs.retry'
+
+    def __init__(self, code):
+        super().__init__(f'refused, {code}')
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    'error, code',
+    [
+        (HttpError(503), 75),
+        (HttpError(403), 2),
+        # XLA's own words, which are also those of a bucket that is asked too often.
+        (RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes'), 1),
+    ],
+)
+def test_what_a_bucket_refuses_is_one_line_wherever_it_happens(capsys, error, code):
+    def program(words):
+        raise ValueError('no metrics') from error
+
+    with pytest.raises(SystemExit) as stop:
+        main._guarded(program)([])
+    assert stop.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert (len(lines) == 1) == (code != 1)
+    if code != 1:
+        assert lines == [f'error: HTTP {error.code}: refused, {error.code}']

@@ -228,9 +228,15 @@ def test_statistics_are_kept_with_the_tokenizer_and_measured_once(tmp_path, monk
     chex.assert_trees_all_equal(standardisation.read(vae, params, tmp_path), added)
     standardisation.add(vae, params, None, tmp_path, seed=0)
     assert len(calls) == 1
+    # Where one process has not got the file, all measure again, and none needs to find it.
+    with monkeypatch.context() as patched:
+        patched.setattr(standardisation.hosts, 'largest', lambda number: 1)
+        patched.setattr(standardisation, 'read', None)
+        chex.assert_trees_all_equal(standardisation.add(vae, params, None, tmp_path, seed=0), added)
+    assert len(calls) == 2
     other = jax.tree.map(lambda a: a + 1, params)
     standardisation.add(vae, other, None, tmp_path, seed=0)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize('damage', [{'std': [0.0] * 8}, {'mean': [1.0]}, {'std': ['a'] * 8}])

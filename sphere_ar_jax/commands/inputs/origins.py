@@ -19,7 +19,7 @@ from sphere_ar_jax.evaluation import class_names
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.interop.lpips import check_paths, read
 from sphere_ar_jax.runtime import files, sharding
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, refusal
 from sphere_ar_jax.runtime.types import PyTree
 from sphere_ar_jax.training.run import (
     Run,
@@ -39,12 +39,12 @@ _T = TypeVar('_T')
 def _opened(key: str, load: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Calls `load` for the workdir that a key of the config names.
 
-    Errors become UserErrors whose message begins with the key.
+    Errors become UserErrors whose message begins with the key, TemporaryErrors where they may pass.
     """
     try:
         return load(*arguments, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f'{key}: {error}') from None
+        raise refusal(f'{key}: {error}', may_pass=files.may_pass(error)) from None
 
 
 def check_finished(key: str, workdir: str) -> None:

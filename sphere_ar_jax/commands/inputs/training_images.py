@@ -78,7 +78,7 @@ def _open_images(cfg: ConfigDict) -> Data:
         build.count_classes(cfg, data.train)
         checks.check_image_shape(d.name, data.train.image_shape, build.build_vae(cfg).image_shape)
         _check_labels(cfg, data.train)
-        return Data(data.train, data, data.heldout, {})
+        return Data(data.train, data, data.heldout, {'workers': d.workers})
     if not d.path:
         raise UserError(f'give --config.data.path, of the {d.name} data')
     source = build.open_files(cfg, console.bar(None, 'reading the tar', 'byte'))
