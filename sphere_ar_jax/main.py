@@ -105,7 +105,7 @@ _MODES = {
         ('config', 'workdir'), 'give --config=configs/NAME.py and --workdir=DIR', alone=False
     ),
     'convert': _Mode(('checkpoint',), 'give --checkpoint=FILE.pt or hf://OWNER/REPOSITORY/FILE.pt'),
-    'export': _Mode(),
+    'export': _Mode(opens_run=True),
     'pack': _Mode(('data', 'output'), 'give --data=KIND:PATH and --output=DIR', has_workdir=False),
     'encode': _Mode(
         ('workdir', 'output'),
@@ -522,6 +522,10 @@ def _call_on_run(mode: str, workdir: str, cfg: ConfigDict | None, given: dict[st
         from sphere_ar_jax.commands import data_sets
 
         data_sets.encode(workdir, like=cfg, **given)
+    elif mode == 'export':
+        from sphere_ar_jax.commands import checkpoints
+
+        checkpoints.export_checkpoint(workdir, like=cfg, **given)
     elif mode == 'evaluate':
         from sphere_ar_jax.commands import evaluate
 
@@ -571,10 +575,6 @@ def _call(mode: str, workdir: str | None, cfg: ConfigDict | None, given: dict[st
 
         ema = not given.pop('no_ema', False)
         checkpoints.convert_checkpoint(given.pop('checkpoint'), workdir, ema=ema, like=cfg, **given)
-    elif mode == 'export':
-        from sphere_ar_jax.commands import checkpoints
-
-        checkpoints.export_checkpoint(workdir, **given)
     else:
         _call_on_run(mode, workdir, cfg, given)
 

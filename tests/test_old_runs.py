@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 from sphere_ar_jax.commands import checkpoints, train
 from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data.digits import Digits
+from sphere_ar_jax.interop import shared, torch_names
 from sphere_ar_jax.models.ar import unstacked
 from sphere_ar_jax.runtime import sharding
+from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.sampling import on_mesh
 from sphere_ar_jax.training import loop
 from sphere_ar_jax.training.run import Run, load_config, load_run
@@ -76,6 +78,28 @@ def test_an_old_run_is_exported_as_it_was(runs, measured, tmp_path, name):
     assert sorted(tensors) == measured[f'{name}/export_names'].tolist()
     sums = np.array([tensors[key].astype(np.float64).sum() for key in sorted(tensors)])
     np.testing.assert_allclose(sums, measured[f'{name}/export_sums'], rtol=1e-6, atol=1e-6)
+
+
+def test_the_weights_that_are_asked_for_are_exported(runs, tmp_path):
+    """As --mode=sample takes them: an EMA by its rate, or the weights themselves by 0."""
+    workdir = str(runs / 'digits')
+    like = schema.changed(load_config(workdir), {'sampling.ema_decay': 0.0})
+    path = tmp_path / 'model.safetensors'
+    checkpoints.export_checkpoint(workdir, str(path), like=like)
+    asked_for = load_run(workdir, cfg=like).ar_params
+    found = torch_names.from_torch(shared.open_file(path), asked_for)
+    chex.assert_trees_all_equal(found, asked_for)
+    usual = load_run(workdir).ar_params
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(found, usual, atol=1e-6)
+
+
+def test_converted_weights_have_no_other_ema(runs):
+    workdir = str(runs / 'converted')
+    own = load_config(workdir)
+    with pytest.raises(UserError, match=r'ema_decay is 0, but .* have no other EMA: leave it out'):
+        load_run(workdir, cfg=schema.changed(own, {'sampling.ema_decay': 0.0}))
+    chex.assert_tree_all_finite(load_run(workdir, cfg=own).ar_params)
 
 
 def _finish_again(directory: pathlib.Path, stage: str) -> tuple[Run, Run]:

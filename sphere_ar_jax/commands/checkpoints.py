@@ -290,16 +290,16 @@ def _write_directory(workdir: str, run: Run, path: str, source: str | None) -> N
         files.write_bytes(card, _card(workdir, run, source).encode())
 
 
-def _write_file(run: Run, path: str) -> None:
-    """Writes the weights of a run to a safetensors file.
-
-    Raises:
-      UserError: the run has parts that the public code lacks, or the file cannot be written.
-    """
+def _require_public(run: Run) -> None:
+    """Raises UserError for a run that has parts that the public code lacks."""
     if run.ar_params is None:
         torch_names.require_public(run.vae)
     else:
         torch_names.require_public(run.vae, run.ar.head, run.ar.condition)
+
+
+def _write_file(run: Run, path: str) -> None:
+    """Writes the weights of a run to a safetensors file. Raises UserError where it cannot."""
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with files.whole(path) as temporary:
         try:
@@ -333,7 +333,12 @@ def _upload(api: Any, path: str, push: str) -> None:
     print(f"pushed to hf://{push}: sphere_ar_jax.load('hf://{push}') opens it")
 
 
-def export_checkpoint(workdir: str, output: str | None = None, push: str | None = None) -> None:
+def export_checkpoint(
+    workdir: str,
+    output: str | None = None,
+    push: str | None = None,
+    like: ConfigDict | None = None,
+) -> None:
     """Writes the weights of a run to a safetensors file, or to a directory to share.
 
     Names and shapes of the S-VAE and the AR model are the published ones.
@@ -343,6 +348,7 @@ def export_checkpoint(workdir: str, output: str | None = None, push: str | None 
       output: FILE.safetensors for the weights alone, else a directory, see `shared`. If it is None,
         it is WORKDIR/model.safetensors, or with `push` the directory WORKDIR/export.
       push: USER/NAME, a repository of Hugging Face that the directory is uploaded to.
+      like: a config whose sampler is taken, and with it the EMA; see `open_run.open_run`.
 
     Raises:
       UserError: the run cannot be read, or has parts that the public code lacks, or the files
@@ -365,7 +371,8 @@ def export_checkpoint(workdir: str, output: str | None = None, push: str | None 
             f'was distilled from, {teacher}'
         )
     has_ar = epath.Path(workdir, 'ar').is_dir() or shared.has_ar(workdir)
-    run, _ = open_run.open_run(workdir, tokenizer_only=not has_ar)
+    run, _ = open_run.open_run(workdir, like, tokenizer_only=not has_ar)
+    _require_public(run)
     if is_file:
         _write_file(run, path)
     else:

@@ -26,6 +26,7 @@ from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.runtime.files import write_bytes
 from sphere_ar_jax.sampling import captioning, generation, inputs, on_mesh
 from sphere_ar_jax.sampling.model import Model
+from sphere_ar_jax.training.run import apart
 
 
 def _num_classes(config: ConfigDict) -> int:
@@ -205,12 +206,15 @@ def sample(
     )
     started = time.perf_counter()
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    parameters = generation.parameters_crc(run)
+    run = apart(run)
     drawn = generation.generate(
         run,
         asked,
         seed,
         path,
         numbers=numbers,
+        parameters=parameters,
         batch_size=s.batch_size,
         mesh=mesh,
         progress=console.bar(n, 'samples'),
@@ -223,6 +227,18 @@ def sample(
         print(f'{path}: was there')
     if png is not None and hosts.is_first():
         _save_pngs(path, png, n)
+
+
+def _picture(output: str | None, workdir: str, name: str) -> str:
+    """The path of a picture, WORKDIR/NAME.png if there is no `output`.
+
+    Raises:
+      UserError: it is no PNG file.
+    """
+    path = output or f'{workdir}/{name}.png'
+    if not path.endswith('.png') or os.path.isdir(path):
+        raise UserError(f'--output is {path}, but must be a file that ends in .png')
+    return path
 
 
 def grid(
@@ -253,10 +269,11 @@ def grid(
       UserError: the model does not know a class or cannot read a prompt, or there is nothing to
         draw.
     """
-    path = output or f'{workdir}/grid.png'
+    path = _picture(output, workdir, 'grid')
     if columns < 1:
         raise UserError(f'--columns is {columns}, but must be at least 1')
     run, mesh = open_run.open_run(workdir, like)
+    run = apart(run)
     asked = _asked(workdir, run.config, classes, prompt or [], prompts)
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     labels = np.repeat(asked.labels, columns, axis=0)
@@ -386,24 +403,26 @@ def complete(
         possible.
       OSError: likewise for a file.
     """
-    path = output or f'{workdir}/complete.png'
+    path = _picture(output, workdir, 'complete')
     share = _number_or_rows(keep)
     shift = None if corruption is None else corruptions.parse(corruption)
     run, mesh = open_run.open_run(workdir, like)
     originals, titles = _originals(
         workdir, run.config, images, classes, prompt or [], prompts, num_images
     )
+    seed = run.config.seed
     model = Model(run, mesh=mesh)
+    del run  # It would keep the parameters in memory twice.
     count = inputs.kept(share, model.vae.grid)
     clean = inputs.images(originals.files, model.image_shape)
     given = clean
     if shift is not None:
-        given = corruptions.corrupt_floats(clean, shift, run.config.seed)
+        given = corruptions.corrupt_floats(clean, shift, seed)
     drawn = model.complete(
         np.repeat(given, columns, axis=0),
         np.repeat(originals.labels, columns, axis=0),
         keep=count,
-        seed=run.config.seed,
+        seed=seed,
     )
     rows = []
     for i, image in enumerate(given):
@@ -428,16 +447,39 @@ def _read(path: str, name: str, shape: tuple[int, int, int]) -> np.ndarray | Non
 
 
 def _write_texts(
-    model: Model, files: Sequence[str], names: Sequence[str], seeds: np.ndarray, share: float | None
+    model: Model,
+    files: Sequence[str],
+    names: Sequence[str],
+    seeds: np.ndarray,
+    share: float | None,
+    size: int,
 ) -> dict[str, str]:
-    """The texts for pictures, {name: text}, without those of pictures that cannot be read."""
+    """The texts for pictures, {name: text}, without those of pictures that cannot be read.
+
+    `size` is the number of images that the model reads at once.
+    """
     read = [_read(file, name, model.image_shape) for file, name in zip(files, names, strict=True)]
     good = [i for i, image in enumerate(read) if image is not None]
     if not good:
         return {}
     images = np.stack([image for image in read if image is not None])
-    written = model.caption(images, top_p=share, seed=seeds[good])
+    # Filled up by the same ones again, so that all batches share one compiled program.
+    filled = np.arange(size) % len(good)
+    written = model.caption(images[filled], top_p=share, seed=seeds[good][filled])[: len(good)]
     return {names[i]: ' '.join(text.split()) for i, text in zip(good, written, strict=True)}
+
+
+def _print_texts(texts: dict[str, str]) -> None:
+    """Prints a line of 'PATH<tab>TEXT' for each text, {path: text}."""
+    for name, text in texts.items():
+        print(f'{listing.shown(name)}\t{console.printable(text, 1000)}')
+
+
+def _write_table(output: str, texts: dict[str, str]) -> None:
+    """Writes these lines to a file."""
+    table = (f'{name}\t{text}\n' for name, text in texts.items())
+    write_bytes(output, ''.join(table).encode())
+    print(f'wrote {output}: {len(texts)} texts')
 
 
 def caption(
@@ -484,26 +526,28 @@ def caption(
         raise UserError(f'a table cannot name {listing.shown(unfit[0])}: rename the file')
     run, mesh = open_run.open_run(workdir, like)
     captioning.writer(run.ar)  # before any image is read
+    # Each image has the seed of its place among all, so that it does not matter with which others
+    # it is read.
+    seeds = (run.config.seed + np.array(places)) % 2**31
+    size = min(run.config.sampling.batch_size, len(chosen))
     model = Model(run, mesh=mesh)
+    del run  # It would keep the parameters in memory twice.
     if output is not None:
         epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     show = console.bar(len(chosen), 'texts', lines=sys.stderr)
     texts: dict[str, str] = {}
-    # Each image has the seed of its place among all, so that it does not matter with which others
-    # it is read.
-    seeds = (run.config.seed + np.array(places)) % 2**31
-    size = run.config.sampling.batch_size
-    # A directory may have more images than memory holds.
-    for start in range(0, len(chosen), size):
-        rows = slice(start, start + size)
-        texts |= _write_texts(model, chosen[rows], names[rows], seeds[rows], share)
-        show(min(start + size, len(chosen)))
+    try:
+        # A directory may have more images than memory holds.
+        for start in range(0, len(chosen), size):
+            rows = slice(start, start + size)
+            found = _write_texts(model, chosen[rows], names[rows], seeds[rows], share, size)
+            texts |= found
+            if output is None:
+                _print_texts(found)
+            show(min(start + size, len(chosen)))
+    finally:
+        # Whatever ends the loop, the texts so far are kept.
+        if output is not None and texts:
+            _write_table(output, texts)
     if not texts:
         raise UserError(f'none of {len(chosen)} images in {images} can be read')
-    if output is None:
-        for name, text in texts.items():
-            print(f'{listing.shown(name)}\t{console.printable(text, 1000)}')
-        return
-    table = (f'{name}\t{text}\n' for name, text in texts.items())
-    write_bytes(output, ''.join(table).encode())
-    print(f'wrote {output}: {len(texts)} texts')

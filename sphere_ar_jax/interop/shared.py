@@ -39,9 +39,10 @@ _STAGES = ('tokenizer', 'ar', 'distillation')
 
 
 # Keys of the config that belong to the machine that a run was made on, or to weights that it began
-# with and that are not shared.
+# with or kept and that are not shared.
 _OF_MACHINES = (
     'reasons', 'logging', 'tokenizer', 'init_from', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
+    'sampling.ema_decay',
     'data.path', 'data.data_dir', 'data.workers', 'data.threads', 'tokenizer_training.lpips',
     'tokenizer_training.vgg', 'watch.inception', 'watch.reference', 'watch.fid_images',
     'fine_tuning.init_from', 'fine_tuning.freeze', 'fine_tuning.multipliers',
@@ -168,6 +169,9 @@ def config(cfg: ConfigDict) -> ConfigDict:
     """
     default = schema.leaves(schema.default().to_dict())
     values = {key: default[key] for key in (*_OF_MACHINES, *_OF_TEXTS)}
+    if cfg.data.name in schema.CAPTIONED:
+        # Its data are images with captions, which only a model of texts may have.
+        values |= {'data.name': 'folder', 'data.num_classes': 1}
     if cfg.tokenizer is not None:  # Another run trained it.
         values |= {'tokenizer_training.steps': 0, 'tokenizer_training.warmup_steps': 0}
     return checks.check(schema.changed(cfg, values))

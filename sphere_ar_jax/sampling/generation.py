@@ -124,8 +124,11 @@ def parameters_crc(run: Run) -> int:
     return _crc(checkpoint.fingerprint((run.ar_params, run.vae_params)), np.uint32)
 
 
-def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
-    """What the images depend on, as JSON gives it back. A run goes on only if it is unchanged."""
+def _identity(run: Run, labels: np.ndarray, seed: int, parameters: int) -> dict[str, Any]:
+    """What the images depend on, as JSON gives it back. A run goes on only if it is unchanged.
+
+    `parameters` is their checksum.
+    """
     settings = run.config.sampling.to_dict()
     settings['num_images'] = len(labels)
     del settings['batch_size']
@@ -137,7 +140,7 @@ def _identity(run: Run, labels: np.ndarray, seed: int) -> dict[str, Any]:
         # What the shapes of the parameters do not tell.
         'model': [run.vae.grid, run.config.vae.heads, run.ar.heads],
         'labels': _crc(labels, np.float32 if labels.dtype.kind == 'f' else np.int32),
-        'parameters': parameters_crc(run),
+        'parameters': parameters,
     }
     return json.loads(json.dumps(about))  # Tuples become lists.
 
@@ -389,6 +392,7 @@ def generate(
     path: str,
     *,
     numbers: np.ndarray | None = None,
+    parameters: int | None = None,
     batch_size: int,
     mesh: Mesh,
     progress: Callable[[int], None] = lambda done: None,
@@ -407,6 +411,8 @@ def generate(
       seed: of all images' keys, see `on_mesh.sampling_key`.
       path: path of the npz.
       numbers: (n,) int32 that are written in place of labels which are large; None writes labels.
+      parameters: `parameters_crc` of the run as it was read. That of `run.apart` differs. None
+        computes it.
       batch_size: B, rounded up to a multiple of the mesh's devices.
       mesh: devices that draw.
       progress: called with the number of images done, at first with those of earlier starts.
@@ -422,7 +428,8 @@ def generate(
     run.ar.condition.check(labels)
     n = len(labels)
     shape = (n, *run.vae.image_shape)
-    identity = _identity(run, labels, seed)
+    checksum = parameters_crc(run) if parameters is None else parameters
+    identity = _identity(run, labels, seed, checksum)
     with _owned(path):
         parts = _begin(path, identity, shape) if hosts.is_first() else None
         gaps = _tell_all(parts.gaps() if parts is not None else [])

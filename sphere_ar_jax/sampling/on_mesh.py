@@ -157,7 +157,11 @@ def sampling_programs(
     return jax.jit(tokens), autoencoding.decoder(vae)
 
 
-@functools.cache
+# A page in the browser may ask for many numbers of steps, and each program takes memory.
+_KEPT_PROGRAMS = 32
+
+
+@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
 def program(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> Callable[..., tuple[jax.Array, Drawn]]:
@@ -192,7 +196,7 @@ def program(
     return draw
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
 def row_programs(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:

@@ -1,6 +1,7 @@
 """`--mode=serve`: the page, by gradio. What its buttons do is in `drawing`."""
 
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -325,9 +326,17 @@ def serve(
     if host not in _LOCAL:
         print(f'whoever reaches port {port} of this machine can draw: there is no password')
     print(f'http://{host}:{port} is ready; Ctrl-C closes it', flush=True)
+    is_over = threading.Event()
+
+    def stop(*_: Any) -> None:
+        is_over.set()
+
+    # Gradio removes the pictures that it showed when this process ends by itself.
+    signal.signal(signal.SIGTERM, stop)
     try:
-        threading.Event().wait()
+        is_over.wait()
     except KeyboardInterrupt:
-        print('closed', flush=True)
+        pass
     finally:
+        print('closed', flush=True)
         page.close(verbose=False)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import build, checks, fine_tuning, schema
 from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.interop import shared
-from sphere_ar_jax.models.ar import AR
+from sphere_ar_jax.models.ar import AR, unstacked
 from sphere_ar_jax.models.vae import VAE
 from sphere_ar_jax.runtime import checkpoint, files, sharding
 from sphere_ar_jax.runtime.console import UserError
@@ -69,6 +69,15 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
             f'{path} is not a sphere_ar_jax config: use another --workdir, or remove the file, and '
             "training with the run's own --config writes it again"
         ) from None
+
+
+def apart(run: Run) -> Run:
+    """Brings a run into the layout that sampling needs, see `ar.unstacked`.
+
+    Who draws and keeps the run in its other layout has the AR model's parameters in memory twice.
+    """
+    ar, ar_params = unstacked(run.ar, run.ar_params)
+    return run._replace(ar=ar, ar_params=ar_params)
 
 
 def tokenizer_chain(workdir: str | os.PathLike[str]) -> Iterator[tuple[str, ConfigDict]]:
@@ -135,7 +144,7 @@ def _restore(
     stage: state.Stage,
     workdir: str | os.PathLike[str],
     mesh: Mesh,
-    part: Callable[[state.TrainState], PyTree] = lambda whole: whole.eval_params,
+    rate: float | None = None,
 ) -> PyTree:
     """Reads the parameters of a stage's model to sample with, and nothing else of its state.
 
@@ -143,12 +152,13 @@ def _restore(
       stage: the stage.
       workdir: the run's workdir.
       mesh: where the parameters go.
-      part: takes the parameters out of the stage's state.
+      rate: of the EMA that is taken, see `of_rate`.
 
     Raises:
       FileNotFoundError: there is no checkpoint yet.
+      UserError: there are converted or shared weights, which have no EMA of another rate.
     """
-    params = _from_checkpoint(stage, workdir, mesh, part)
+    params = _from_checkpoint(stage, workdir, mesh, of_rate(stage.options, rate))
     if params is not None:
         return stage.to_model(params)
     directory = os.path.join(workdir, stage.name)
@@ -158,6 +168,12 @@ def _restore(
         weights = shared.read(workdir, like.params)
     if weights is None:
         raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
+    # What earlier versions shared may name the rate that was shared.
+    if rate not in (None, load_config(workdir).sampling.ema_decay):
+        raise UserError(
+            f'sampling.ema_decay is {rate:g}, but {workdir} holds converted or shared weights, '
+            'which have no other EMA: leave it out'
+        )
     return weights
 
 
@@ -268,16 +284,15 @@ def with_ar(run: Run, workdir: str | os.PathLike[str], mesh: Mesh | None = None)
             teacher.ar_params,
             cfg.distillation_training,
         )
-        rate = of_rate(cfg.distillation_training, cfg.sampling.ema_decay)
-        trained = _restore(distillation, workdir, mesh, rate)
+        trained = _restore(distillation, workdir, mesh, cfg.sampling.ema_decay)
         ar_params = stages.student_params(teacher.ar_params, trained, cfg.distillation_training)
         return run._replace(vae_params=teacher.vae_params, ar_params=ar_params)
     vae_params = standardisation.read(run.vae, run.vae_params, workdir)
     stage = stages.ar_stage(run.ar, run.vae, vae_params, cfg.ar_training)
     tuning = fine_tuning.read(cfg.fine_tuning)
     stage = tuned.of_workdir(stage, tuning, os.path.join(workdir, 'ar'), mesh)
-    part = of_rate(cfg.ar_training, cfg.sampling.ema_decay)
-    return run._replace(vae_params=vae_params, ar_params=_restore(stage, workdir, mesh, part))
+    ar_params = _restore(stage, workdir, mesh, cfg.sampling.ema_decay)
+    return run._replace(vae_params=vae_params, ar_params=ar_params)
 
 
 def _teacher_config(cfg: ConfigDict) -> ConfigDict:

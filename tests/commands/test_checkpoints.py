@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import sphere_ar_jax
 from sphere_ar_jax.commands import checkpoints, open_run
 from sphere_ar_jax.commands.inputs import origins
-from sphere_ar_jax.config import schema
+from sphere_ar_jax.config import checks, packaged, schema
 from sphere_ar_jax.evaluation import model_card
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.runtime import files
@@ -286,6 +286,15 @@ def test_a_distilled_head_is_not_exported(old_runs, tmp_path):
         with pytest.raises(UserError, match=r'has a distilled head, .* from, .*/digits$'):
             checkpoints.export_checkpoint(str(old_runs / 'distilled'), str(tmp_path / output))
     assert os.listdir(tmp_path) == []
+
+
+def test_the_tokenizer_of_captioned_images_can_be_shared():
+    """Its config names data that a model of classes may have."""
+    own = checks.check(packaged.load('composed:smoke'))
+    found = shared.config(own)
+    assert found.data.name == 'folder'
+    assert found.ar.condition == 'classes'
+    assert found.vae == own.vae
 
 
 class _FakeHub(types.ModuleType):

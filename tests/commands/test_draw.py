@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import chex
 import jax
@@ -874,3 +875,54 @@ def test_hostile_args_of_a_checkpoint(torch_tensors):
         UserError, match=re.escape('the grid of tokens cannot be told: their number is -')
     ):
         torch_sizes.sizes(tensors | short)
+
+
+def test_a_picture_is_a_png_file(tmp_path):
+    """What is drawn is not lost for its name: it is refused before the run is opened."""
+    for output in (tmp_path, tmp_path / 'a.jpg', tmp_path / 'png'):
+        for asked in (
+            lambda: commands_draw.grid('/no/run', classes='1', output=str(output)),
+            lambda: commands_draw.complete('/no/run', images='a.png', output=str(output)),
+        ):
+            with pytest.raises(UserError, match=r'must be a file that ends in \.png'):
+                asked()
+    (tmp_path / 'd.png').mkdir()
+    with pytest.raises(UserError, match=r'must be a file that ends in \.png'):
+        commands_draw.grid('/no/run', classes='1', output=str(tmp_path / 'd.png'))
+
+
+class _Writer:
+    """A model whose text for an image names its brightness and its seed."""
+
+    image_shape = (4, 4, 1)
+
+    def __init__(self, *_, **__):
+        self.sizes = []
+
+    def caption(self, images, top_p, seed):
+        self.sizes.append(len(images))
+        if len(self.sizes) == 3:
+            raise UserError('text 2 is not finite')
+        levels = np.asarray(pixels.to_uint8(images))[:, 0, 0, 0]
+        return [f'{level}  {s}' for level, s in zip(levels, seed, strict=True)]
+
+
+def test_texts_are_written_in_equal_batches_and_kept(tmp_path, monkeypatch, capsys):
+    """Batches are filled up, so that one program serves all. An error takes no text away."""
+    for i in range(7):
+        Image.new('L', (4, 4), 30 * i).save(tmp_path / f'{i}.png')
+    (tmp_path / '1.png').write_bytes(b'broken')
+    writer = _Writer()
+    cfg = tiny_config.get_config()
+    cfg.sampling.batch_size = 3
+    run = mock.Mock(config=cfg)
+    monkeypatch.setattr(commands_draw.open_run, 'open_run', lambda *_: (run, None))
+    monkeypatch.setattr(commands_draw.captioning, 'writer', lambda ar: ar)
+    monkeypatch.setattr(commands_draw, 'Model', lambda run, mesh: writer)
+    output = tmp_path / 't.tsv'
+    with pytest.raises(UserError, match='text 2 is not finite'):
+        commands_draw.caption('/w', images=str(tmp_path), output=str(output))
+    expected = [f'{i}.png\t{30 * i} {cfg.seed + i}' for i in (0, 2, 3, 4, 5)]
+    assert output.read_text().splitlines() == expected
+    assert writer.sizes == [3, 3, 3]
+    assert '1.png is left out' in capsys.readouterr().err

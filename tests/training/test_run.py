@@ -75,7 +75,7 @@ def test_sampling_reads_the_chosen_parameters_and_nothing_else(tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint.Checkpoints, '_read', reading)
     stage = _stage()
-    params = run._restore(stage, tmp_path, mesh, run.of_rate(stage.options, rate))
+    params = run._restore(stage, tmp_path, mesh, rate)
     first, second = arrays.ema
     expected = {None: first, 0.9: first, 0.5: second, 0.0: arrays.params}[rate]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
