@@ -300,6 +300,7 @@ def test_a_tokenizer_alone(torch_tensors, converted, tmp_path, capsys):
     written = json.loads((workdir / 'evaluation.json').read_text())
     expected = tokenizer.score_tokenizer(run, [images[:2], images[2:]])
     assert written['tokenizer'].pop('parameters') == generation.parameters_crc(run)
+    assert written['tokenizer'].pop('dtype') == run.config.dtype
     assert set(written) == {'tokenizer'}
     assert written['tokenizer'] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     with pytest.raises(UserError, match="no path to torchvision's vgg16"):
@@ -463,6 +464,7 @@ def test_digits_are_scored_again(tuned, capsys):
     written = json.loads((workdir / 'evaluation.json').read_text())
     assert written.pop('seed') == json.loads((workdir / 'config.json').read_text())['seed']
     assert written.pop('sampling')['num_steps'] == 2
+    assert written.pop('dtype') == 'float32'
     assert written.pop('parameters') == generation.parameters_crc(load_run(str(workdir)))
     assert written == {
         name: value for name, value in metrics.items() if not name.startswith(('wall_s', 'peak'))
