@@ -169,7 +169,7 @@ def _restore(
     if weights is None:
         raise FileNotFoundError(f'{workdir} has no checkpoint of the stage {stage.name} yet')
     # What earlier versions shared may name the rate that was shared.
-    if rate not in (None, load_config(workdir).sampling.ema_decay):
+    if rate is not None and rate != load_config(workdir).sampling.ema_decay:
         raise UserError(
             f'sampling.ema_decay is {rate:g}, but {workdir} holds converted or shared weights, '
             'which have no other EMA: leave it out'
