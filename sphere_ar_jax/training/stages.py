@@ -227,8 +227,8 @@ def distillation_stage(
             scales,
             options.levels,
             options.teacher_steps,
-            options.teacher_shift,
-            options.transformer,
+            shift=options.teacher_shift,
+            transformer=options.transformer,
         )
 
     return state.make_stage(

@@ -443,6 +443,9 @@ def test_samples_and_scores_of_any_number_of_processes(start, alone, tmp_path):
     assert scores['samples/classes_drawn'] > 0
     drawn = json.loads((tmp_path / '2.npz.json').read_text())
     assert scores.pop('parameters') == drawn['parameters']
-    numbers = {name: value for name, value in scores.items() if name not in ('seed', 'sampling')}
+    numbers = {
+        name: value for name, value in scores.items() if name not in ('seed', 'sampling', 'dtype')
+    }
     assert numbers == {name: trained[name] for name in numbers}
     assert scores['seed'] == get_config().seed
+    assert scores['dtype'] == 'float32'

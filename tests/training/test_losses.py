@@ -260,8 +260,9 @@ def test_distillation_loss_against_a_loop_over_tokens(
     scales = guidance.guidance_scales(2.0, 16, 'linear')
 
     def loss(student, teacher, transformer=False):
+        arguments = (golden['class_id'], z, noise, scales, (1, 2), 4)
         return mean_velocity.distillation_loss(
-            model, student, teacher, golden['class_id'], z, noise, scales, (1, 2), 4, transformer
+            model, student, teacher, *arguments, transformer=transformer
         )[0]
 
     value, (gradient, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(student, teacher)

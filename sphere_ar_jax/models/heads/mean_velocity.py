@@ -238,6 +238,7 @@ def distillation_loss(
     scales: jax.Array,
     levels: Sequence[int],
     num_steps: int,
+    *,
     shift: float = 1.0,
     transformer: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
