@@ -83,8 +83,8 @@ def _tokens(vae: VAE, params: PyTree, images: jax.Array, keys: jax.Array, drawn:
     return draw_batch_tokens(vae, params, {'image': images}, folded(keys, 0))
 
 
-# Callers may ask for many values of top_p, and each program takes memory.
-@functools.lru_cache(maxsize=32)
+# Callers may ask for many values of top_p.
+@functools.lru_cache(maxsize=on_mesh.KEPT_PROGRAMS)
 def captioner(ar: Joint, vae: VAE, writing: Writing, drawn: bool) -> Callable[..., jax.Array]:
     """The compiled program that writes a caption for each image, for one device.
 

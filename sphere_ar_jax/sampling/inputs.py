@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from sphere_ar_jax.data import augment, pixels
-from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.runtime.console import UserError, first_line
 
 # A picture of any size: a file, or an image of PIL.
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image
@@ -47,6 +47,13 @@ def _read(picture: Picture) -> Image.Image:
       OSError: it cannot be read.
     """
     if isinstance(picture, Image.Image):
+        try:
+            picture.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make PIL raise many kinds
+            reason = first_line(error, 160)
+            raise UserError(f'an image cannot be read ({reason}): give a whole one') from None
         content = io.BytesIO()
         lossless = 'TIFF' if picture.mode in ('CMYK', 'YCbCr', 'F', 'LAB') else 'PNG'
         try:

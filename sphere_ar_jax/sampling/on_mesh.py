@@ -158,10 +158,10 @@ def sampling_programs(
 
 
 # A page in the browser may ask for many numbers of steps, and each program takes memory.
-_KEPT_PROGRAMS = 32
+KEPT_PROGRAMS = 32
 
 
-@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
+@functools.lru_cache(maxsize=KEPT_PROGRAMS)
 def program(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> Callable[..., tuple[jax.Array, Drawn]]:
@@ -196,7 +196,7 @@ def program(
     return draw
 
 
-@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
+@functools.lru_cache(maxsize=KEPT_PROGRAMS)
 def row_programs(
     ar: AR, vae: VAE, options: Options, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:

@@ -338,5 +338,5 @@ def serve(
     except KeyboardInterrupt:
         pass
     finally:
-        print('closed', flush=True)
         page.close(verbose=False)
+    print('closed', flush=True)

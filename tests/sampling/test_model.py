@@ -432,6 +432,11 @@ def test_pictures_are_cropped_as_for_an_evaluation(tmp_path):
     (tmp_path / 'b.png').write_bytes(b'no image')
     with pytest.raises(UserError, match=r'b\.png: it is no whole image'):
         inputs.images(tmp_path / 'b.png', (16, 16, 3))
+    content = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(content, 'JPEG')
+    cut = Image.open(io.BytesIO(content.getvalue()[:1000]))
+    with pytest.raises(UserError, match=r'cannot be read \(image file is truncated.* a whole one$'):
+        inputs.images(cut, (16, 16, 3))
     with pytest.raises(UserError, match='16 × 8 pixels: give arrays'):
         inputs.images(tmp_path / 'a.png', (16, 8, 3))
 
