@@ -272,11 +272,15 @@ def test_variants_of_the_digits():
         checks.check(cfg)
     cfg.ar.head = 'flow'
     joint = {'ar.condition': 'text', 'ar.text_weight': 0.1, 'data.captions': 'beside'}
+    three_equal = {
+        'distillation_training.teacher_steps': 3,
+        'distillation_training.teacher_shift': 1.0,
+    }
     for wrong, message in (
         ({'sampling.num_steps': 3}, r'num_steps is 3, .* of \(1, 2\)'),
         ({'sampling.shift': 1.5}, 'shift is 1.5, .* set it to None'),
-        ({'distillation_training.teacher_steps': 3}, 't = 0.5, but 3 steps have none; change'),
-        ({'distillation_training.teacher_shift': 1.5}, 't = 0.5, but .* shift 1.5 have none'),
+        (three_equal, 't = 0.5, but 3 steps have none; change'),
+        ({'distillation_training.teacher_steps': 8}, 't = 0.5, but 8 .* shift 1.5 have none'),
         ({'distillation_training.teacher_shift': 0.0}, 'must be above 0'),
         ({'distillation_training.levels': (1, 2.5)}, 'must be numbers of steps'),
         ({'distillation_training.teacher_steps': 0}, 'at least 1'),
