@@ -368,7 +368,8 @@ def build_ar(config: ConfigDict) -> AR:
     sizes = (c.depth, c.heads, c.width, condition, head, grid, token_dim)
     if c.text_weight is None:
         return AR(*sizes, fused=c.fused, **speed)
-    return Joint(*sizes, fused=c.fused, text_weight=c.text_weight, **speed)
+    weights = {'text_weight': c.text_weight, 'alone_weight': c.alone_weight}
+    return Joint(*sizes, fused=c.fused, **weights, **speed)
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -72,7 +72,7 @@ _NUMBERS = (
             '*.warmup_steps', '*.keep_every', '*.weight_decay', 'tokenizer_training.kl_weight',
             'tokenizer_training.l2_weight', 'tokenizer_training.perceptual_weight',
             'tokenizer_training.disc_weight', 'tokenizer_training.disc_start', 'watch.every',
-            'watch.fid_images', 'sampling.temperature',
+            'watch.fid_images', 'sampling.temperature', 'ar.alone_weight',
         ),
     ),
     _Rule(
@@ -302,6 +302,10 @@ def _check_captions(config: ConfigDict) -> None:
 
 def _check_texts(config: ConfigDict) -> None:
     """Checks the keys of the condition 'text', and that no other condition has them."""
+    require(
+        config.ar.alone_weight == 1 or build.writes_texts(config),
+        'ar.alone_weight is for models that write texts: give ar.text_weight, or leave it out',
+    )
     if config.ar.condition == 'text':
         build.open_vocabulary(config)
         require(

@@ -186,6 +186,9 @@ def default() -> ConfigDict:
                 # Likewise: the weight of the texts' cross-entropy beside 1 for the head's loss, if
                 # the model writes texts, too (`joint.Joint`). None reads them alone.
                 text_weight=config_dict.placeholder(float),
+                # Then also the weight of the losses of what comes first in a sequence, an image
+                # without a text or a text without an image; 0 leaves them untrained.
+                alone_weight=1.0,
                 # What the model reads and draws: 'latents', 'projected' onto the sphere,
                 # 'standardised' by the statistics of the training images, or 'polar', a direction
                 # and a length (`vae.TOKEN_SPACES`).

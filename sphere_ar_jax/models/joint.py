@@ -80,11 +80,14 @@ class Joint(AR):
 
     Attributes:
       text_weight: weight of the texts' cross-entropy, in nats for each number, in the loss.
+      alone_weight: weight of the losses of what comes first in a sequence, an image without a text
+        or a text without an image.
       image_start: the place in the cache of the input in front of the image that is drawn, which
         `interleaved` sets. None stands for the sequence of a text and an image.
     """
 
     text_weight: float = 0.2
+    alone_weight: float = 1.0
     image_start: int | None = None
 
     def setup(self) -> None:
@@ -172,10 +175,12 @@ class Joint(AR):
     def loss(
         self, labels: Labels, z: jax.Array, draws: Draws
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Computes the mean over both orders of the head's loss + text_weight · cross-entropy.
+        """Computes half the loss of both orders together.
 
-        The cross-entropy is the mean over captions of that of their numbers. Captions that were
-        dropped are left out of it. Both orders have the same draws.
+        Each order has the head's loss + text_weight · the cross-entropy of its text. Whichever of
+        the two is of what comes first has the factor alone_weight. The cross-entropy is the mean
+        over captions of that of their numbers. Captions that were dropped are left out of it. Both
+        orders have the same draws.
 
         Args:
           labels: captions (B, T).
@@ -189,14 +194,14 @@ class Joint(AR):
         """
         image_first = self.image_first(labels, z)
         text_first = self.text_first(labels, z)
-        flow_alone, _ = self.head.loss(image_first.c, z, draws)
         flow_behind, scalars = self.head.loss(text_first.c, z, draws)
-        text_alone = _per_number(text_first.logits, labels)
         text_behind = _per_number(image_first.logits, labels)
-        flow = flow_alone + flow_behind
-        text = text_alone + text_behind
-        loss = (flow + self.text_weight * text) / 2
-        return loss, scalars | {'flow_loss': flow_behind, 'text_loss': text_behind}
+        loss = flow_behind + self.text_weight * text_behind
+        if self.alone_weight:
+            flow_alone, _ = self.head.loss(image_first.c, z, draws)
+            text_alone = _per_number(text_first.logits, labels)
+            loss += self.alone_weight * (flow_alone + self.text_weight * text_alone)
+        return loss / 2, scalars | {'flow_loss': flow_behind, 'text_loss': text_behind}
 
     def nats(self, labels: Labels, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes −log p(text | image) and −log p(text) of captions.

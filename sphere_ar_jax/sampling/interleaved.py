@@ -189,12 +189,17 @@ def _check(ar: Joint, segments: Sequence[Segment], count: int) -> None:
     """Checks the kinds of segments, and the shapes of those that are given.
 
     Raises:
-      ValueError: one is of no kind, or has another shape than so many sequences have.
+      ValueError: one is of no kind, or has another shape than so many sequences have, or the first
+        is not given and the model draws nothing that comes first.
     """
     shapes = {
         'text': (count, ar.text_inputs - 1),
         'image': (count, ar.num_tokens, ar.latent_dim),
     }
+    if segments and segments[0].given is None and not ar.alone_weight:
+        raise ValueError(
+            'give segment 0: with ar.alone_weight=0 the model has not learned what comes first'
+        )
     for i, (kind, given) in enumerate(segments):
         if kind not in shapes:
             raise ValueError(f"segment {i} is {kind!r}: a segment is 'text' or 'image'")
@@ -235,8 +240,9 @@ def interleave(
       All segments, the given ones included: captions (B, T) int32, and tokens (B, L, d) float32.
 
     Raises:
-      ValueError: a segment is of no kind or has another shape, an image is drawn without options,
-        or there are options and none is; or see `tokens.go_on`.
+      ValueError: a segment is of no kind or has another shape, the first is to be drawn by a model
+        that has not learned it, an image is drawn without options, or there are options and none
+        is; or see `tokens.go_on`.
     """
     _check(ar, segments, len(keys))
     drawn = [segment.kind for segment in segments if segment.given is None]

@@ -375,6 +375,14 @@ def test_fid_while_training_is_that_of_captions(monkeypatch):
         ),
         ({'ar.text_encoder_depth': -1}, 'ar.text_encoder_depth is -1, but must be at least 0'),
         ({'ar.text_weight': -0.1}, 'ar.text_weight is -0.1, but must'),
+        (
+            {'ar.text_weight': 0.2, 'ar.alone_weight': -1.0},
+            'ar.alone_weight is -1.0, but must not be negative',
+        ),
+        (
+            {'ar.alone_weight': 0.0},
+            'ar.alone_weight is for models that write texts: give ar.text_weight, or leave it out',
+        ),
         ({'ar.condition': 'poems'}, "ar.condition is 'poems': use classes, text"),
         ({'ar.vocabulary': '/no/file'}, "give 'bytes', or the path of a tokenizer.json or a .txt"),
         ({'ar.text_tokens': 0}, 'ar.text_tokens is 0, but must be at least 1'),

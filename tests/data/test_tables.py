@@ -1,12 +1,15 @@
 """Parquet files and Hugging Face's data sets: columns by their types, and what is refused."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
 import pytest
 
 from sphere_ar_jax.data import sources
+from sphere_ar_jax.data.captions import table
+from sphere_ar_jax.data.files.listing import BrokenCaptionError
 from sphere_ar_jax.data.files.parquet import Parquet
 from sphere_ar_jax.runtime.console import UserError
 from tests.fake_images import encode, picture
@@ -106,6 +109,28 @@ def test_labels_that_are_not_needed_never_refuse_parquet_files(write, tmp_path):
     assert int(source[1]['label']) == 1
     both = write(a=FILES, b=FILES)
     assert 'hold images, a, b' in _refusal(lambda: Parquet(both, needs_labels=False))
+
+
+def test_captions_of_parquet_files(write, tmp_path):
+    """Texts, lists of texts and rows with none, each from its row group of its file."""
+    write(image=FILES, text=['a cat', None, ' ', 'a dog ', 'an ox', 'a cow'])
+    write('b.parquet', image=FILES[:3], text=['a hen', 'a pig', ''], caption=['no', 'no', 'yes'])
+    source = Parquet(tmp_path, needs_labels=False)
+    expected = [('a cat',), (), (), ('a dog',), ('an ox',), ('a cow',), ('a hen',), ('a pig',), ()]
+    for found in (source, pickle.loads(pickle.dumps(source))):
+        assert [found.captions(i) for i in range(9)] == expected
+        assert found.captions(-2) == ('a pig',)
+    captioned = table.with_captions(source, 'beside')
+    assert captioned[4]['captions'] == ('an ox',)
+    assert captioned[4]['image'] == FILES[4]
+
+    several = Parquet(write('c.parquet', image=FILES[:2], captions=[['a', 'b '], []]))
+    assert [several.captions(i) for i in range(2)] == [('a', 'b'), ()]
+    numbers = Parquet(write('d.parquet', image=FILES[:2], text=[1.5, 2.5]), needs_labels=False)
+    with pytest.raises(BrokenCaptionError, match=r'd\.parquet \[1\] has a caption that is no text'):
+        numbers.captions(1)
+    none = Parquet(write('e.parquet', image=FILES))
+    assert 'has no column text, caption, captions: give the column' in _refusal(none.captions, 0)
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

@@ -132,6 +132,14 @@ def test_the_loss_is_the_mean_of_both_orders(params, z):
         texts.append(np.mean(np.asarray(nats) / np.asarray(counts)))
     expected = np.mean(flows) + 0.2 * np.mean(texts)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # What comes first, the image of flows[1] or the text of texts[0], has a weight of its own.
+    for weight in (0.0, 0.3):
+        model = MODEL.clone(text_weight=0.5, alone_weight=weight)
+        weighted, of_weighted = model.apply({'params': params}, LABELS, z, draws, method='loss')
+        behind = flows[0] + 0.5 * texts[1]
+        alone = flows[1] + 0.5 * texts[0]
+        np.testing.assert_allclose(weighted, (behind + weight * alone) / 2, rtol=1e-5)
+        chex.assert_trees_all_close(of_weighted, scalars, rtol=1e-6)
     np.testing.assert_allclose(scalars['flow_loss'], flows[0], rtol=1e-5)
     np.testing.assert_allclose(scalars['text_loss'], texts[1], rtol=1e-5)
     # Captions that were dropped are left out of the mean.

@@ -174,6 +174,14 @@ def test_segments_that_cannot_be(params, z):
             interleave(MODEL, params, [segment, Segment('text')], KEYS)
 
 
+def test_a_model_that_learned_nothing_that_comes_first_draws_nothing_first(params):
+    model = MODEL.clone(alone_weight=0.0)
+    with pytest.raises(ValueError, match=r'give segment 0: with ar\.alone_weight=0'):
+        interleave(model, params, [Segment('text')], KEYS)
+    found = interleave(model, params, [Segment('text', LABELS), Segment('text')], KEYS)
+    assert [text.shape for text in found] == [LABELS.shape] * 2
+
+
 def test_an_image_needs_options(params):
     segments = [Segment('text', LABELS), Segment('image')]
     with pytest.raises(ValueError, match='give options where an image is drawn'):

@@ -179,7 +179,7 @@ class Captioned:
             if not hasattr(source, 'captions'):
                 raise UserError(
                     f"data.captions is '{BESIDE}', but such data have no texts of their own: give "
-                    'the path of a table. Texts in Parquet files are read with data hf:DIR'
+                    'the path of a table'
                 )
             if '.txt ' in self.left_out or '.json ' in self.left_out:
                 self.left_out += '; texts beside images among them are read as captions'

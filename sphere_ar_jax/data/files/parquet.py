@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,10 +131,11 @@ def _contents(path: str, image: str, label: str | None) -> _Contents:
 
 
 class Parquet:
-    """The rows of Parquet files, each with an encoded image and a label.
+    """The rows of Parquet files, each with an encoded image and a label or captions.
 
     Images are bytes, or structs with `bytes` in them. Labels are integers or texts; without a
-    column of labels all rows are a single class. Labels are read when the files are opened, images
+    column of labels all rows are a single class. Captions are texts or lists of texts, in columns
+    of the names `columns.CAPTIONS`. Labels are read when the files are opened, images and captions
     when they are needed.
 
     Parquet has no access to a single row: an image costs the reading of its row group. Row groups
@@ -167,6 +168,7 @@ class Parquet:
         with _reading(self._paths[0]), parquet.ParquetFile(self._paths[0]) as file:
             schema = file.schema_arrow
         self._image, label = _columns(pa, schema, shown(self._paths[0]), needs_labels)
+        self._texts = [name for name in columns.CAPTIONS if name in schema.names]
         files = [_contents(file_path, self._image, label) for file_path in self._paths]
         # (file, row group of it) of each row group.
         self._groups = [
@@ -191,30 +193,38 @@ class Parquet:
         self._labels, self.num_classes, self.class_names = labels
         total = sum(file.size for file in files)
         self._kept = max(1, _KEPT * len(self._groups) // max(total, 1))
-        self._read = self._reader()
+        self._remember()
 
-    def _reader(self) -> Callable[[int], Any]:
-        """The function (number of a row group) → its images, which keeps those it read last."""
+    def _remember(self) -> None:
+        """Sets what reads a row group by its number, and keeps those that it read last."""
+        self._read = functools.lru_cache(self._kept)(self._read_images)
+        self._read_texts = functools.lru_cache(self._kept)(self._read_captions)
 
-        @functools.lru_cache(self._kept)
-        def read(number: int) -> Any:
-            pa, parquet = _pyarrow()
-            file_number, group = self._groups[number]
-            path = self._paths[file_number]
-            # Opened each time: threads cannot share a file, and there may be many of them.
-            with _reading(path), parquet.ParquetFile(path) as file:
-                images = file.read_row_group(group, columns=[self._image]).column(0)
-            images = images.combine_chunks()
-            return images.field('bytes') if pa.types.is_struct(images.type) else images
+    def _table(self, number: int, names: list[str]) -> Any:
+        """Reads columns of a row group."""
+        _, parquet = _pyarrow()
+        file_number, group = self._groups[number]
+        path = self._paths[file_number]
+        # Opened each time: threads cannot share a file, and there may be many of them.
+        with _reading(path), parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=names)
 
-        return read
+    def _read_images(self, number: int) -> Any:
+        """Reads the images of a row group."""
+        pa, _ = _pyarrow()
+        images = self._table(number, [self._image]).column(0).combine_chunks()
+        return images.field('bytes') if pa.types.is_struct(images.type) else images
+
+    def _read_captions(self, number: int) -> list[dict[str, Any]]:
+        """Reads the captions of a row group: {column: value} of each row."""
+        return self._table(number, self._texts).to_pylist()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != '_read'}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith('_read')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._read = self._reader()
+        self._remember()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -231,6 +241,22 @@ class Parquet:
         if image is None:
             raise UserError(f'{self.name(i)} holds no image bytes')
         return {'image': image, 'label': self._labels[i]}
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Reads the captions of row i, of the first column of `columns.CAPTIONS` that has some.
+
+        Raises:
+          UserError: there is no such column, or the file cannot be read.
+          BrokenCaptionError: the row has something else than a text.
+        """
+        if not self._texts:
+            raise UserError(
+                f'{shown(self._paths[0])} has no column {", ".join(columns.CAPTIONS)}: give the '
+                'column of captions one of these names'
+            )
+        number, row = self._place(i)
+        entry = self._read_texts(number)[row]
+        return columns.captions_of(self.name(i), columns.first_of(entry, columns.CAPTIONS))
 
     def name(self, i: int) -> str:
         """Names row i by its file and its number in it, as 'train-00000-of-00002.parquet [17]'."""

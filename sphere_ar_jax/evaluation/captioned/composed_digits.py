@@ -290,8 +290,8 @@ def score_captions(run: Run, real: Real, mesh: Mesh) -> dict[str, float]:
 
     Returns:
       The scores of `caption_scores`, and the means of −log p of the images' own captions in nats,
-        given the image (`captions/nats`, and `captions/nats_held_out` of held-out pairs) and
-        without it (`captions/nats_alone`).
+        given the image (`captions/nats`, and `captions/nats_held_out` of held-out pairs) and, if
+        the model has learned texts without an image, without it (`captions/nats_alone`).
     """
     images = 2 * real.pixels[..., None] - 1
     how: dict[str, Any] = {
@@ -306,11 +306,11 @@ def score_captions(run: Run, real: Real, mesh: Mesh) -> dict[str, float]:
     labels = build.encode_captions(run.config, [wish.caption for wish in real.wishes])
     given, alone = captioning.nats(run, images, labels, **how)
     is_held_out = np.asarray([wish.group == 'held_out' for wish in real.wishes])
-    return found | {
-        'captions/nats': float(given.mean()),
-        'captions/nats_held_out': float(np.mean(given, where=is_held_out)),
-        'captions/nats_alone': float(alone.mean()),
-    }
+    found['captions/nats'] = float(given.mean())
+    found['captions/nats_held_out'] = float(np.mean(given, where=is_held_out))
+    if run.config.ar.alone_weight:
+        found['captions/nats_alone'] = float(alone.mean())
+    return found
 
 
 def summary(count: int, found: dict[str, float]) -> str:
