@@ -13,7 +13,9 @@ Result:    One seed: tokenizer PSNR 31.8 dB, samples/seen 0.98 (real images 0.97
 
 Words after the colon, separated by commas:
 
-joint      The model also writes captions: sequences of a text and an image in either order.
+joint      The model also writes captions: sequences of a text and an image in either order. One
+           seed: samples/seen 0.92, samples/held_out 0.90, samples/rows 0.99, captions/seen 0.75,
+           captions/held_out 0.76, captions/rows 0.94.
 smoke      The same path in few steps, to see that everything runs. Its pictures show no digits yet.
 
 The transformer reads the words of a caption, those of composed_words.txt, in place of class tokens.
@@ -54,7 +56,7 @@ def get_config(arg: str = '') -> ConfigDict:
     c.ar.text_tokens = 10
     c.ar.depth = 6
     if 'joint' in words:
-        c.ar.text_weight = 0.2
+        c.ar.update(text_weight=0.05, alone_weight=0.0)
     c.sampling.guidance_scale = 3.5
     c.watch.classes = 6
     if smoke:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sphere_ar_jax.config import experiments
 
 # The model writes captions, too (docs/text.md, "Both directions").
-WRITING = {'ar': {'text_weight': 0.2}}
+WRITING = {'ar': {'text_weight': 0.05, 'alone_weight': 0.0}}
 
 
 def get_config(arg: str = '') -> ConfigDict:

@@ -39,8 +39,8 @@ def writer(ar: AR) -> Joint:
     """
     if not isinstance(ar, Joint):
         raise UserError(
-            'this model writes no texts: a model that is trained with --config.ar.text_weight=0.2 '
-            'does'
+            'this model writes no texts: a model that is trained with ar.text_weight does '
+            '(docs/text.md, "Both directions")'
         )
     return ar
 

@@ -11,8 +11,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from sphere_ar_jax.commands import checkpoints, train
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.commands.inputs import origins
+from sphere_ar_jax.config import checks, packaged, schema
 from sphere_ar_jax.data import small
+from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training.run import load_run
 from tests import tiny_config
@@ -130,6 +132,24 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
     ours = _config(fine_tuning__init_from=str(tmp_path / 'begun'), tokenizer_training__steps=0)
     with pytest.raises(UserError, match='is not finished: run its own command to the end first'):
         _train(ours, tmp_path / 'w')
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        # The models agree, so that the next thing that is wrong is named.
+        ({'ar.text_weight': 0.2, 'ar.alone_weight': 0.5}, 'has no checkpoint of the stage tokenizer yet'),
+        ({'ar.text_weight': None}, r'other models \(.*ar.text_weight 0.05 → None'),
+    ],
+)
+def test_weights_of_a_loss_may_differ_from_those_of_the_run(tmp_path, values, message):
+    cfg = packaged.load('composed:joint')
+    (tmp_path / 'begun').mkdir()
+    (tmp_path / 'begun' / 'config.json').write_text(json.dumps(cfg.to_dict(), default=list))
+    changes = {'fine_tuning.init_from': str(tmp_path / 'begun'), 'ar.alone_weight': 1.0} | values
+    changed = schema.changed(cfg, changes)
+    with pytest.raises(UserError, match=message):
+        origins.read_base(changed, str(tmp_path / 'w'), None, sharding.make_mesh())
 
 
 def test_some_classes_of_the_digits():

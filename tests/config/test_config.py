@@ -320,6 +320,8 @@ def test_the_config_of_composed_digits(arg):
     cfg = checks.check(_load('composed', arg))
     ar = build.build_ar(cfg)
     assert isinstance(ar, Joint) == ('joint' in arg)
+    if isinstance(ar, Joint):
+        assert (ar.text_weight, ar.alone_weight) == (0.05, 0.0)
     assert ar.condition == Text(vocabulary_size=32, length=10, width=128, heads=4)
     assert build.build_vae(cfg).image_shape == (32, 32, 1)
     with pytest.raises(ValueError, match="no variant 'huge'"):

@@ -157,8 +157,10 @@ def test_the_shared_config_builds_the_same_models(model, tmp_path):
     assert build.build_vae(found) == build.build_vae(cfg)
     # The tokenizer of a run on captions needs neither their vocabulary nor their table.
     texts = {'ar.condition': 'text', 'ar.vocabulary': str(words), 'data.captions': '/captions.tsv'}
+    texts |= {'ar.text_weight': 0.05, 'ar.alone_weight': 0.0}
     found = shared.config(schema.changed(cfg, texts))
     assert (found.ar.condition, found.ar.vocabulary) == ('classes', 'bytes')
+    assert (found.ar.text_weight, found.ar.alone_weight) == (None, 1.0)
     assert found.data.captions is None
     assert build.build_vae(found) == build.build_vae(cfg)
     # Latents have no images to train a tokenizer on, which another run did.

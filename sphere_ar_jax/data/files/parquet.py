@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphere_ar_jax.data.files import columns
-from sphere_ar_jax.data.files.listing import data_files, escaped, first_names, shown
+from sphere_ar_jax.data.files.listing import (
+    BrokenCaptionError,
+    data_files,
+    escaped,
+    first_names,
+    shown,
+)
 from sphere_ar_jax.runtime.console import UserError, first_line
 
 # Row groups that were read are kept up to about so many bytes, in each process.
@@ -103,11 +109,13 @@ class _Contents(NamedTuple):
       rows: the number of rows of each row group.
       size: bytes of all columns, uncompressed.
       labels: the values of the column of labels; empty where there is none.
+      texts: the columns of captions that it has.
     """
 
     rows: list[int]
     size: int
     labels: list[Any]
+    texts: list[str]
 
 
 def _contents(path: str, image: str, label: str | None) -> _Contents:
@@ -127,7 +135,8 @@ def _contents(path: str, image: str, label: str | None) -> _Contents:
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         labels = [] if label is None else file.read(columns=[label]).column(label).to_pylist()
         size = sum(group.total_byte_size for group in groups)
-        return _Contents([group.num_rows for group in groups], size, labels)
+        texts = [name for name in columns.CAPTIONS if name in file.schema_arrow.names]
+        return _Contents([group.num_rows for group in groups], size, labels, texts)
 
 
 class Parquet:
@@ -135,8 +144,8 @@ class Parquet:
 
     Images are bytes, or structs with `bytes` in them. Labels are integers or texts; without a
     column of labels all rows are a single class. Captions are texts or lists of texts, in columns
-    of the names `columns.CAPTIONS`. Labels are read when the files are opened, images and captions
-    when they are needed.
+    of the names `columns.CAPTIONS`, of which each file may have others. Labels are read when the
+    files are opened, images and captions when they are needed.
 
     Parquet has no access to a single row: an image costs the reading of its row group. Row groups
     that were read are kept up to 256 MiB in each process. Where they are larger, `pack` the images.
@@ -168,8 +177,8 @@ class Parquet:
         with _reading(self._paths[0]), parquet.ParquetFile(self._paths[0]) as file:
             schema = file.schema_arrow
         self._image, label = _columns(pa, schema, shown(self._paths[0]), needs_labels)
-        self._texts = [name for name in columns.CAPTIONS if name in schema.names]
         files = [_contents(file_path, self._image, label) for file_path in self._paths]
+        self._texts = [file.texts for file in files]
         # (file, row group of it) of each row group.
         self._groups = [
             (k, group) for k, file in enumerate(files) for group in range(len(file.rows))
@@ -215,9 +224,10 @@ class Parquet:
         images = self._table(number, [self._image]).column(0).combine_chunks()
         return images.field('bytes') if pa.types.is_struct(images.type) else images
 
-    def _read_captions(self, number: int) -> list[dict[str, Any]]:
-        """Reads the captions of a row group: {column: value} of each row."""
-        return self._table(number, self._texts).to_pylist()
+    def _read_captions(self, number: int) -> Any:
+        """Reads the captions of a row group: a table of the columns that its file has."""
+        file_number, _ = self._groups[number]
+        return self._table(number, self._texts[file_number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith('_read')}
@@ -246,16 +256,20 @@ class Parquet:
         """Reads the captions of row i, of the first column of `columns.CAPTIONS` that has some.
 
         Raises:
-          UserError: there is no such column, or the file cannot be read.
+          UserError: no file has such a column, or this one cannot be read.
           BrokenCaptionError: the row has something else than a text.
         """
-        if not self._texts:
+        if not any(self._texts):
             raise UserError(
                 f'{shown(self._paths[0])} has no column {", ".join(columns.CAPTIONS)}: give the '
                 'column of captions one of these names'
             )
         number, row = self._place(i)
-        entry = self._read_texts(number)[row]
+        found = self._read_texts(number)
+        try:
+            entry = {name: found.column(name)[row].as_py() for name in found.column_names}
+        except UnicodeDecodeError:
+            raise BrokenCaptionError(f'{self.name(i)} has a caption that is no text') from None
         return columns.captions_of(self.name(i), columns.first_of(entry, columns.CAPTIONS))
 
     def name(self, i: int) -> str:
