@@ -138,7 +138,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
     ('values', 'message'),
     [
         # The models agree, so that the next thing that is wrong is named.
-        ({'ar.text_weight': 0.2, 'ar.alone_weight': 0.5}, 'has no checkpoint of the stage tokenizer yet'),
+        ({'ar.text_weight': 0.2, 'ar.alone_weight': 0.5}, 'has no checkpoint of the stage'),
         ({'ar.text_weight': None}, r'other models \(.*ar.text_weight 0.05 → None'),
     ],
 )
