@@ -140,6 +140,20 @@ def test_captions_of_parquet_files(write, tmp_path):
     assert 'has no column text, caption, captions: give the column' in _refusal(none.captions, 0)
 
 
+def test_a_caption_of_hugging_face_that_is_no_text_is_named(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    datasets = pytest.importorskip('datasets')
+    features = {'image': datasets.Image(), 'text': datasets.Value('string')}
+    images = pa.array([{'bytes': content, 'path': None} for content in FILES[:2]])
+    bad = pa.array([b'a cat', b'\xff'], pa.binary()).view(pa.string())
+    written = datasets.table.InMemoryTable(pa.table({'image': images, 'text': bad}))
+    datasets.Dataset(written).cast(datasets.Features(features)).save_to_disk(tmp_path / 'cats')
+    source = sources.HuggingFace(tmp_path / 'cats', needs_labels=False)
+    assert source.captions(0) == ('a cat',)
+    with pytest.raises(BrokenCaptionError, match=r'cats train \[1\] has a caption that is no text'):
+        source.captions(1)
+
+
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     assert "pip install 'sphere_ar_jax[parquet]'" in _refusal(Parquet, tmp_path)

@@ -51,6 +51,23 @@ def captions_of(where: str, value: object) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
+def captions_of_row(where: str, read: Callable[[], Mapping[str, Any]]) -> tuple[str, ...]:
+    """The captions of a row of a table, of the first column of `CAPTIONS` that has some.
+
+    Args:
+      where: names the row in messages.
+      read: reads its columns.
+
+    Raises:
+      BrokenCaptionError: it has something else than a text, or bytes that are no UTF-8.
+    """
+    try:
+        row = read()
+    except UnicodeDecodeError:
+        raise BrokenCaptionError(f'{where} has a caption that is no text') from None
+    return captions_of(where, first_of(row, CAPTIONS))
+
+
 class Labels(NamedTuple):
     """The labels of all images of a source.
 

@@ -185,8 +185,8 @@ class HuggingFace:
                 f'{self._name} {self._split} has no column {", ".join(columns.CAPTIONS)}: '
                 'dataset.rename_column(NAME, "text") names the one to take'
             )
-        row = self._texts[range(len(self))[i]]
-        return columns.captions_of(self.name(i), columns.first_of(row, columns.CAPTIONS))
+        texts = self._texts
+        return columns.captions_of_row(self.name(i), lambda: texts[range(len(self))[i]])
 
     def name(self, i: int) -> str:
         """Names row i by the data set, the split and its number, as 'uoft-cs/cifar10 train [17]'.

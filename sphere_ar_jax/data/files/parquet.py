@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sphere_ar_jax.data.files import columns
-from sphere_ar_jax.data.files.listing import (
-    BrokenCaptionError,
-    data_files,
-    escaped,
-    first_names,
-    shown,
-)
+from sphere_ar_jax.data.files.listing import data_files, escaped, first_names, shown
 from sphere_ar_jax.runtime.console import UserError, first_line
 
 # Row groups that were read are kept up to about so many bytes, in each process.
@@ -266,11 +260,11 @@ class Parquet:
             )
         number, row = self._place(i)
         found = self._read_texts(number)
-        try:
-            entry = {name: found.column(name)[row].as_py() for name in found.column_names}
-        except UnicodeDecodeError:
-            raise BrokenCaptionError(f'{self.name(i)} has a caption that is no text') from None
-        return columns.captions_of(self.name(i), columns.first_of(entry, columns.CAPTIONS))
+
+        def read() -> dict[str, Any]:
+            return {name: found.column(name)[row].as_py() for name in found.column_names}
+
+        return columns.captions_of_row(self.name(i), read)
 
     def name(self, i: int) -> str:
         """Names row i by its file and its number in it, as 'train-00000-of-00002.parquet [17]'."""
