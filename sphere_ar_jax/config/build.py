@@ -368,8 +368,9 @@ def build_ar(config: ConfigDict) -> AR:
     sizes = (c.depth, c.heads, c.width, condition, head, grid, token_dim)
     if c.text_weight is None:
         return AR(*sizes, fused=c.fused, **speed)
-    weights = {'text_weight': c.text_weight, 'alone_weight': c.alone_weight}
-    return Joint(*sizes, fused=c.fused, **weights, **speed)
+    return Joint(
+        *sizes, fused=c.fused, text_weight=c.text_weight, alone_weight=c.alone_weight, **speed
+    )
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -51,8 +51,7 @@ _OF_MACHINES = (
 # Keys of a model of texts and its data. A tokenizer is shared without them.
 _OF_TEXTS = (
     'ar.condition', 'ar.vocabulary', 'ar.text_tokens', 'ar.features', 'ar.feature_shape',
-    'ar.text_encoder_depth', 'ar.text_weight', 'ar.alone_weight',
-    'data.captions',
+    'ar.text_encoder_depth', 'ar.text_weight', 'ar.alone_weight', 'data.captions',
 )  # fmt: skip
 
 

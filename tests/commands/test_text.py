@@ -11,12 +11,16 @@ from PIL import Image
 
 import sphere_ar_jax
 from sphere_ar_jax.commands import draw, evaluate, train
-from sphere_ar_jax.config import build, checks
+from sphere_ar_jax.config import build, checks, schema
+from sphere_ar_jax.data import small
 from sphere_ar_jax.data.captions import composed, vocabulary
 from sphere_ar_jax.data.captions import table as captions
 from sphere_ar_jax.evaluation import snapshots
+from sphere_ar_jax.evaluation.captioned import composed_digits
 from sphere_ar_jax.evaluation.fidelity import inception, statistics
+from sphere_ar_jax.runtime import sharding
 from sphere_ar_jax.runtime.console import UserError
+from sphere_ar_jax.training.run import load_run
 from tests import tiny_config
 from tests.conftest import libraries_promote
 
@@ -175,8 +179,16 @@ def test_a_run_that_writes_texts(tmp_path, capsys):
     # A model that knows nothing needs about log V nats for each byte, and captions have about 30.
     for name in ('captions/nats', 'captions/nats_held_out'):
         assert 50 < metrics[name] < 48 * np.log(257)
-    # Texts without an image were not learned.
+    # Texts without an image were not learned. Where they are, they are scored, too.
     assert 'captions/nats_alone' not in metrics
+    learned = load_run(str(workdir))
+    learned = learned._replace(config=schema.changed(learned.config, {'ar.alone_weight': 1.0}))
+    data = small.open_data_set('composed', None, c.seed, c.data.holdout)
+    real = composed_digits.real_images(data)
+    few = composed_digits.Real(real.pixels[:30], real.wishes[:30])
+    with libraries_promote():
+        scores = composed_digits.score_captions(learned, few, sharding.make_mesh())
+    assert 50 < scores['captions/nats_alone'] < 48 * np.log(257)
     assert 'writes the right caption' in (workdir / 'report.html').read_text()
     lines = (workdir / 'ar/metrics.jsonl').read_text().splitlines()
     losses = [found['text_loss'] for found in map(json.loads, lines) if 'text_loss' in found]

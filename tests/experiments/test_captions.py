@@ -17,7 +17,7 @@ def _lines(row, seed):
     first |= {f'real/{group}': 0.95 for group in captions.GROUPS}
     if row.startswith('joint'):
         first |= {f'captions/{group}': 0.9 for group in captions.GROUPS}
-        first |= {'captions/nats': 1.5}
+        first |= {'captions/nats': 1.5, 'captions/nats_alone': 12.5}
     samples = []
     for scale, seen, held_out in ((1.0, 0.6, 0.2), (3.5, 0.7, 0.4), (5.0, 0.8, 0.1)):
         shares = {'seen': seen + lead, 'held_out': held_out + lead + 0.01 * seed, 'rows': 0.5}
@@ -35,6 +35,7 @@ def test_the_best_guidance_is_that_of_both_kinds_of_pairs():
     of_joint = captions.summarize(c, _lines('joint_gaussian', 0))
     assert of_joint['captions_held_out'] == 0.9
     assert of_joint['captions_nats'] == 1.5
+    assert of_joint['captions_nats_alone'] == 12.5
     assert set(of_joint) >= {words.split()[2] for words in c.comparisons}
 
 
@@ -65,5 +66,6 @@ def test_the_page_of_captions(tmp_path):
     assert '| joint_gaussian | 0.9' in table
     assert '| gaussian |' not in table.split('\n\n')[1]
     assert '1.5' in table
+    assert '12.5' in table
     with Image.open(tmp_path / 'captions.png') as picture:
         assert picture.size[0] > 800
