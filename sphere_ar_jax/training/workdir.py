@@ -6,7 +6,7 @@ import time
 from etils import epath
 from ml_collections import ConfigDict
 
-from sphere_ar_jax.config import schema
+from sphere_ar_jax.config import build, schema
 from sphere_ar_jax.data.captions import vocabulary
 from sphere_ar_jax.interop import shared
 from sphere_ar_jax.runtime import checkpoint, files, hosts
@@ -24,11 +24,24 @@ def is_converted(workdir: str | os.PathLike[str]) -> bool:
     return has(workdir, 'weights') and not has(workdir, 'checkpoints')
 
 
+# Weights of losses, which decide how a model is trained and not what it is.
+_LOSS_WEIGHTS = ('ar.text_weight', 'ar.alone_weight', 'ar.magnitude_weight')
+
+
 def other_model(old: ConfigDict, new: ConfigDict, tokenizer_only: bool = False) -> list[str]:
-    """The differences of two configs' models, or of their tokenizers alone, as 'KEY OLD → NEW'."""
+    """The differences of two configs' models, or of their tokenizers alone, as 'KEY OLD → NEW'.
+
+    Weights of losses may differ, as long as both models write texts or neither does: one that
+    writes texts has more parameters.
+    """
     parts = ('vae.',) if tokenizer_only else ('vae.', 'ar.')
+    free = _LOSS_WEIGHTS if build.writes_texts(old) == build.writes_texts(new) else ()
     differences = schema.differences(schema.as_dict(old), schema.as_dict(new))
-    changed = [difference for difference in differences if difference.startswith(parts)]
+    changed = [
+        difference
+        for difference in differences
+        if difference.startswith(parts) and difference.split()[0] not in free
+    ]
     if tokenizer_only:
         return changed
     before = schema.num_classes(old)

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sphere_ar_jax.commands.inputs import origins
-from sphere_ar_jax.config import checks
+from sphere_ar_jax.config import checks, packaged, schema
 from sphere_ar_jax.runtime import checkpoint, sharding
 from sphere_ar_jax.runtime.console import UserError
 from sphere_ar_jax.training import run, state, workdir
@@ -166,6 +166,20 @@ def test_what_is_no_prolonging_is_refused(tmp_path):
         with pytest.raises(UserError, match=remedy):
             workdir.check_claim(other, tmp_path)
     assert run.load_config(tmp_path).ar_training.steps == 8
+
+
+def test_other_weights_of_losses_are_no_other_model():
+    """They decide how a model is trained, so that a run's samples need no config with its own."""
+    joint = packaged.load('composed:joint')
+    weights = schema.changed(joint, {'ar.text_weight': 0.2, 'ar.alone_weight': 1.0})
+    assert workdir.other_model(joint, weights) == []
+    deeper = schema.changed(weights, {'ar.depth': 7})
+    assert workdir.other_model(joint, deeper) == ['ar.depth 6 → 7']
+    # A model that writes no texts has no parameters for them.
+    assert workdir.other_model(joint, packaged.load('composed')) == [
+        'ar.text_weight 0.05 → None',
+        'ar.alone_weight 0.0 → 1.0',
+    ]
 
 
 def test_the_tokenizer_of_another_workdir_is_not_trained_here(tmp_path, capsys):

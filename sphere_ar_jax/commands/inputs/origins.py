@@ -78,10 +78,6 @@ def _as_flag(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# Weights of the losses of models, which change no model. Another value of them may train it on.
-_WEIGHTS = ('ar.text_weight', 'ar.alone_weight', 'ar.magnitude_weight')
-
-
 def _check_base(cfg: ConfigDict) -> None:
     """Checks that the run in cfg.fine_tuning.init_from can be trained on.
 
@@ -93,14 +89,7 @@ def _check_base(cfg: ConfigDict) -> None:
     theirs = _opened(key, load_config, origin)
     if theirs.init_from is not None:
         raise UserError(f'{key}: {origin} has a distilled head: take the run that trained it')
-    found = schema.differences(schema.as_dict(theirs), schema.as_dict(cfg))
-    # A model that writes texts has more parameters than one that does not.
-    free = _WEIGHTS if build.writes_texts(theirs) == build.writes_texts(cfg) else ()
-    changed = [
-        difference
-        for difference in found
-        if difference.startswith(('vae.', 'ar.')) and difference.split()[0] not in free
-    ]
+    changed = [d for d in other_model(theirs, cfg) if not d.startswith('data.num_classes')]
     if changed:
         values = schema.leaves(schema.as_dict(theirs))
         names = [difference.split()[0] for difference in changed]
@@ -170,12 +159,12 @@ def read_teacher(cfg: ConfigDict, mesh: Mesh) -> Run:
       UserError: there is no run, its model is not cfg's own, or it is distilled itself.
     """
     teacher = _opened('init_from', load_teacher, cfg, mesh)
-    if is_converted(cfg.init_from):
-        # A converted run's config does not tell its data and seed, so only the models are compared.
-        changed = other_model(teacher.config, cfg)
-    else:
+    changed = other_model(teacher.config, cfg)
+    # A converted run's config does not tell its data and seed.
+    if not is_converted(cfg.init_from):
         found = schema.differences(schema.as_dict(teacher.config), schema.as_dict(cfg))
-        changed = [d for d in found if d.startswith(('vae.', 'ar.', 'data.', 'seed '))]
+        of_data = [d for d in found if d.startswith(('data.', 'seed ')) and d not in changed]
+        changed += of_data
     if changed:
         raise UserError(
             f'{cfg.init_from} has another model ({"; ".join(changed)}): '
