@@ -225,17 +225,18 @@ def _class_names(directory: str, labels: np.ndarray) -> tuple[str, ...] | None:
     """
     path = os.path.join(directory, 'classes.txt')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # some editors write a byte order mark
             text = f.read(2**20)
     except FileNotFoundError:
         return _KNOWN.get(hashlib.sha256(labels.tobytes()).hexdigest())
     except (OSError, ValueError) as error:
         raise UserError(f'{shown(path)} cannot be read: {first_line(error)}') from None
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if len(names) != 1 + labels.max() - _first(labels):
+    first = _first(labels)
+    last = int(labels.max())  # as a uint8, 255 + 1 would be 0
+    if len(names) != 1 + last - first:
         raise UserError(
-            f'{shown(path)} has {len(names)} names, but the labels are {_first(labels)} to '
-            f'{labels.max()}'
+            f'{shown(path)} has {len(names)} names, but the labels are {first} to {last}'
         )
     return names
 

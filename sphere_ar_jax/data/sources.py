@@ -599,8 +599,9 @@ def hashes(source: Images) -> np.ndarray:
     Args:
       source: the images.
     """
-    if hasattr(source, 'hashes'):
-        return source.hashes
+    own = getattr(source, 'hashes', None)
+    if own is not None:
+        return own
     found = np.empty(len(source), np.uint64)
     for i in range(len(source)):
         name = str(i) if isinstance(source, _BY_NUMBER) else source.name(i)

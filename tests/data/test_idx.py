@@ -92,9 +92,14 @@ def test_names_of_classes(tmp_path):
     write(tmp_path)
     (tmp_path / 'classes.txt').write_text('shirt\n bag \n\nboot\n')
     assert idx.splits(tmp_path)[1].class_names == ('shirt', 'bag', 'boot')
+    (tmp_path / 'classes.txt').write_text('shirt\nbag\nboot\n', encoding='utf-8-sig')
+    assert idx.splits(tmp_path)[1].class_names == ('shirt', 'bag', 'boot')
     (tmp_path / 'classes.txt').write_text('shirt\nbag\n')
     with pytest.raises(UserError, match=r'classes.txt has 2 names, but the labels are 0 to 2'):
         idx.splits(tmp_path)
+    all_there_are = np.array([0, 255], np.uint8)
+    (tmp_path / 'classes.txt').write_text('\n'.join(map(str, range(256))))
+    assert len(idx._class_names(str(tmp_path), all_there_are)) == 256
     (tmp_path / 'classes.txt').write_bytes(b'\xff\xfe')
     with pytest.raises(UserError, match=r'classes.txt cannot be read: '):
         idx.splits(tmp_path)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from sphere_ar_jax.data import sources
+from sphere_ar_jax.data import augment, sources
 from sphere_ar_jax.data.captions import table
 from sphere_ar_jax.data.files.listing import BrokenCaptionError
 from sphere_ar_jax.data.files.parquet import Parquet
@@ -70,13 +70,17 @@ def test_what_parquet_files_lack_is_said(write, tmp_path):
         ({'a': FILES, 'label': [0.0, 1.0] * 3}, 'has the label 0.0, a float: make the column one'),
         (
             {'a': FILES, 'id': np.array([2**63] * 6, np.uint64)},
-            'to 9223372036854775808, but they must lie',
+            'to 9223372036854775808, but they must lie between 0 and 1048575: is the column one of',
         ),
+        ({'a': FILES, 'id': [7, 2**20, 3, 0, 0, 0]}, 'has labels from 0 to 1048576, but they must'),
         ({'a': FILES[:0], 'label': np.zeros(0, np.int32)}, 'has no column of image bytes'),
     ):
         assert message in _refusal(Parquet, write(**columns))
-    source = Parquet(write(image=[*FILES[:3], None]))
-    assert _refusal(source.__getitem__, 3) == 'a.parquet [3] holds no image bytes'
+    # A cell without an image is broken as an empty one is, so that another takes its place.
+    source = Parquet(write(image=[*FILES[:3], None, b'']))
+    assert [source[i]['image'] for i in (3, 4)] == [b'', b'']
+    with pytest.raises(augment.BrokenImageError, match=r'^the file is empty$'):
+        augment.central(source[3]['image'], 8)
     write('b.parquet', other=FILES)
     assert "b.parquet has no column 'image', which other" in _refusal(Parquet, tmp_path)
     (tmp_path / 'b.parquet').write_bytes(b'PAR1 and more')
@@ -207,6 +211,12 @@ def test_columns_of_hugging_face(datasets, tmp_path):
         assert [int(source[i]['label']) for i in range(6)] == list(labels)
         assert source.class_names == classes
     assert source.name(-1) == 'saved none [5]'
+    # A cell without an image is broken as an empty one is.
+    features = datasets.Features({'picture': image})
+    lacking = datasets.Dataset.from_dict({'picture': [FILES[0], None]}, features=features)
+    lacking.save_to_disk(tmp_path / 'lacking')
+    source = sources.HuggingFace(tmp_path / 'lacking')
+    assert [source[i]['image'] for i in range(2)] == [FILES[0], b'']
     # One split alone, as another directory in which it was saved.
     datasets.load_from_disk(where)['train'].save_to_disk(tmp_path / 'one')
     assert sources.HuggingFace(tmp_path / 'one').class_names == tuple('abcdef')

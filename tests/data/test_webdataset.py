@@ -112,6 +112,11 @@ def test_what_is_no_webdataset_is_refused(tmp_path):
     source = sources.open_source('webdataset', str(path), needs_labels=False)
     assert source.num_classes == 1
     assert [int(source[i]['label']) for i in range(2)] == [0, 0]
+    # A byte order mark, as some editors write it, is no part of a label.
+    marked = {'1.cls': b'\xef\xbb\xbf1', '2.json': b'\xef\xbb\xbf{"label": 0}'}
+    source = WebDataset(_write(path, {'1.jpg': b'', '2.jpg': b''} | marked))
+    assert source.class_names is None
+    assert [int(source[i]['label']) for i in range(2)] == [1, 0]
     # What only Python takes for a number is a name, and numbers may be too large.
     source = WebDataset(_write(path, {'1.jpg': b'', '2.jpg': b'', '1.cls': '1_0', '2.cls': '10'}))
     assert source.class_names == ('10', '1_0')

@@ -14,6 +14,8 @@ from sphere_ar_jax.runtime.console import UserError
 
 # Names of columns, and of keys of JSON objects, that hold captions.
 CAPTIONS = ('text', 'caption', 'captions')
+# The most classes that integer labels may have. Larger ones are numbers of something else.
+MOST_CLASSES = 2**20
 
 
 def first_of(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -126,7 +128,7 @@ def labels_of(
 
     Raises:
       UserError: a row has no label, None or −1; or labels are negative, of different kinds, of
-        another kind, or more than names.
+        another kind, as many as names or more, or `MOST_CLASSES` or more.
     """
     missing = sum(value is None or value == -1 for value in values)
     if missing:
@@ -152,10 +154,11 @@ def labels_of(
     least = min(numbers, default=0)
     most = max(numbers, default=0)
     count = most + 1 if names is None else len(names)
-    if least < 0 or most >= min(count, 2**31):
+    if least < 0 or most >= min(count, MOST_CLASSES):
+        is_id = ': is the column one of ids?' if most >= MOST_CLASSES else ''
         raise UserError(
             f'{where} has labels from {least} to {most}, but they must lie between 0 and '
-            f'{min(count, 2**31) - 1}'
+            f'{min(count, MOST_CLASSES) - 1}{is_id}'
         )
     class_names = None if names is None else tuple(map(escaped, names))
     return Labels(np.array(numbers, np.int32), count, class_names)

@@ -165,7 +165,8 @@ class HuggingFace:
         label = self._labels[i]
         try:
             image = self._data[range(len(self))[i]][self._column]
-            content = image['bytes']
+            # A cell without an image is an empty one, which is broken as an empty file is.
+            content = b'' if image is None else image['bytes']
             if content is None:
                 with open(image['path'], 'rb') as file:
                     content = file.read()

@@ -30,7 +30,7 @@ from sphere_ar_jax.data.files.listing import (
 from sphere_ar_jax.runtime.console import UserError, first_line
 from sphere_ar_jax.runtime.types import Progress
 
-_INDEX_VERSION = 'webdataset 4'
+_INDEX_VERSION = 'webdataset 5'
 _LONGEST_LABEL = 255  # characters
 _LONGEST_BLANK = 64  # bytes
 _MOST_READ = 2**20  # bytes of a .json that are read for its label
@@ -42,7 +42,7 @@ def _read_label(fd: int, member: tarfile.TarInfo, extension: str) -> str | None:
     if member.size > _MOST_READ:
         return None
     try:
-        text = os.pread(fd, member.size, member.offset_data).decode()
+        text = os.pread(fd, member.size, member.offset_data).decode('utf-8-sig')
         if extension == 'json':
             value = json.loads(text)['label']
             text = str(value) if isinstance(value, int | str) else ''
